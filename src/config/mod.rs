@@ -1,0 +1,349 @@
+//! The configuration: one file describes a run, and the same file lies in every model folder.
+//!
+//! Order of precedence: defaults < file < `--set key=value`. Unknown keys are errors.
+
+use serde::{Deserialize, Serialize};
+
+/// A whole configuration (`configs/*.toml`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Name of the run; its folder is `runs/NAME`.
+    pub name: String,
+    /// What is trained.
+    pub task: Task,
+    /// Seed of every random number of the run.
+    pub seed: u64,
+    /// Where the samples come from.
+    pub data: Data,
+    /// The text side.
+    pub text: Text,
+    /// The image tokenizer (paper §2.1).
+    pub image_tokenizer: ImageTokenizer,
+    /// The transformer (paper §2.2).
+    pub model: Model,
+    /// The training loop.
+    pub train: Train,
+    /// Defaults of `vilg t2i` and of the sample pictures drawn while training.
+    pub sample: Sample,
+}
+
+/// What `vilg train` trains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Task {
+    /// The VQGAN: pixels to codes and back.
+    ImageTokenizer,
+    /// The bidirectional transformer over text tokens and image codes.
+    Generator,
+}
+
+/// Where samples come from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Data {
+    /// Sources that are mixed.
+    pub sources: Vec<Source>,
+    /// Batches that are read ahead.
+    pub prefetch: usize,
+    /// Reader threads.
+    pub workers: usize,
+    /// The run ends when more than this share of the samples read so far was bad.
+    pub max_bad_ratio: f64,
+}
+
+/// One source of samples.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// Tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), a folder of shards, or a folder of
+    /// image + `.txt` pairs.
+    pub path: String,
+    /// How often an epoch shows each of its samples (0.25: a different quarter of them each epoch).
+    #[serde(default = "one")]
+    pub weight: f64,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+/// The text side.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Text {
+    /// WordPiece vocabulary file, one token a line.
+    pub vocab: String,
+    /// Text positions: `[CLS]`, tokens, `[SEP]`; longer captions are cut.
+    pub max_tokens: usize,
+}
+
+/// The image tokenizer: a VQGAN with the names and shapes of taming-transformers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ImageTokenizer {
+    /// Model folder of a trained tokenizer (task `generator` only; the other keys are then read from there).
+    pub path: String,
+    /// Side of the square picture in pixels.
+    pub image_size: usize,
+    /// Channels of the first level.
+    pub channels: usize,
+    /// Channel multiplier of each level; each level but the last halves the side, so f = 2^(levels-1).
+    pub channel_multipliers: Vec<usize>,
+    /// Residual blocks a level in the encoder (one more in the decoder).
+    pub residual_blocks: usize,
+    /// Sides (in feature pixels) at which each residual block is followed by self-attention.
+    pub attention_sides: Vec<usize>,
+    /// Channels between encoder and quantiser.
+    pub latent_channels: usize,
+    /// Number of codes.
+    pub codebook_size: usize,
+    /// Dimensions of a code.
+    pub code_dim: usize,
+    /// Compare codes by cosine: both sides are l2-normalised.
+    pub l2_normalize: bool,
+    /// Weight of the commitment term (beta; eq. 2).
+    pub commitment: f64,
+    /// taming's `legacy` quantiser: beta weighs the codebook term instead of the commitment term.
+    pub legacy_beta: bool,
+    /// Weight of the absolute pixel error.
+    pub l1_weight: f64,
+    /// Weight of the squared pixel error (eq. 1).
+    pub l2_weight: f64,
+    /// A code unused for this many steps is replaced by an encoder output; 0 turns it off.
+    pub restart_after: u64,
+}
+
+/// The bidirectional transformer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Model {
+    /// Transformer layers.
+    pub layers: usize,
+    /// Hidden size.
+    pub hidden: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Inner size of the feed-forward network, in hidden sizes.
+    pub mlp_ratio: usize,
+    /// `sparse`: row, column and conv layers by the paper's rule; `dense`: every layer dense.
+    pub attention: AttentionKind,
+    /// What a row layer sees.
+    pub row_extent: RowExtent,
+    /// What a conv layer sees at the left and right border.
+    pub conv_border: ConvBorder,
+    /// Side of the conv layer's neighbourhood; odd.
+    pub conv_size: usize,
+    /// LayerNorm on queries and keys (arXiv 2405.09818).
+    pub qk_norm: bool,
+    /// A second LayerNorm at the end of each residual branch (CogView, arXiv 2105.13290).
+    pub sandwich_norm: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AttentionKind {
+    Sparse,
+    Dense,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RowExtent {
+    /// The `width` codes before the query in raster order, so up to the one straight above.
+    Window,
+    /// Only the query's own row.
+    SameRow,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ConvBorder {
+    /// The neighbourhood is cut at the border.
+    Clip,
+    /// The neighbourhood goes on in the row above or below, as raster order does.
+    RasterWrap,
+}
+
+/// The training loop.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Train {
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Samples a step: pictures (image tokenizer) or text→image sequences (generator).
+    pub batch_size: usize,
+    /// image→text sequences a step (generator).
+    pub caption_batch_size: usize,
+    /// Parts into which a step's samples are cut; their gradients add up to the whole batch's.
+    pub accumulation: usize,
+    /// Weight of the text→image loss.
+    pub image_loss_weight: f64,
+    /// Weight of the image→text loss.
+    pub text_loss_weight: f64,
+    /// Share of text→image samples whose text is dropped, for classifier-free guidance.
+    pub condition_dropout: f64,
+    /// Optimizer of the transformer's matrices; everything else is AdamW's.
+    pub matrix_optimizer: MatrixOptimizer,
+    /// Peak learning rate of AdamW.
+    pub learning_rate: f64,
+    /// Peak learning rate of Muon.
+    pub muon_learning_rate: f64,
+    /// AdamW's decay rates of the first and second moment.
+    pub betas: [f64; 2],
+    /// Decoupled weight decay of matrices; biases, norms and embeddings have none.
+    pub weight_decay: f64,
+    /// Steps of linear warm-up.
+    pub warmup_steps: u64,
+    /// Shape of the decay.
+    pub decay: Decay,
+    /// Share of the steps after which the decay begins.
+    pub decay_start: f64,
+    /// Final learning rate as a share of the peak.
+    pub final_lr_ratio: f64,
+    /// The gradient's global norm is clipped to this; 0 turns clipping off.
+    pub clip_norm: f64,
+    /// Decay a step of the moving average of the weights; 0 turns it off.
+    pub ema_decay: f64,
+    /// Run each segment forward again in the backward pass instead of keeping its activations.
+    pub recompute: bool,
+    /// A checkpoint every so many steps.
+    pub checkpoint_every: u64,
+    /// Newest checkpoints that are kept; at least 2.
+    pub keep_checkpoints: usize,
+    /// Sample pictures every so many steps; 0 turns them off.
+    pub sample_every: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MatrixOptimizer {
+    Adamw,
+    /// Momentum, orthogonalised by Newton-Schulz iterations.
+    Muon,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Decay {
+    Cosine,
+    Linear,
+}
+
+/// Sampling defaults.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Sample {
+    /// Prompts of the sample pictures.
+    pub prompts: Vec<String>,
+    /// Divides the logits; lower is safer and plainer.
+    pub temperature: f64,
+    /// Only the K most likely codes are drawn; 0: all.
+    pub top_k: usize,
+    /// Only the most likely codes that make up this probability are drawn; 1: all.
+    pub top_p: f64,
+    /// Classifier-free guidance scale; 1: none.
+    pub guidance: f64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            name: "run".into(),
+            task: Task::Generator,
+            seed: 0,
+            data: Data::default(),
+            text: Text::default(),
+            image_tokenizer: ImageTokenizer::default(),
+            model: Model::default(),
+            train: Train::default(),
+            sample: Sample::default(),
+        }
+    }
+}
+
+impl Default for Data {
+    fn default() -> Self {
+        Self { sources: Vec::new(), prefetch: 4, workers: 1, max_bad_ratio: 0.05 }
+    }
+}
+
+impl Default for Text {
+    fn default() -> Self {
+        Self { vocab: String::new(), max_tokens: 64 }
+    }
+}
+
+impl Default for ImageTokenizer {
+    fn default() -> Self {
+        Self {
+            path: String::new(),
+            image_size: 256,
+            channels: 128,
+            channel_multipliers: vec![1, 1, 2, 4],
+            residual_blocks: 2,
+            attention_sides: vec![32],
+            latent_channels: 256,
+            codebook_size: 8192,
+            code_dim: 256,
+            l2_normalize: false,
+            commitment: 0.25,
+            legacy_beta: false,
+            l1_weight: 0.0,
+            l2_weight: 1.0,
+            restart_after: 0,
+        }
+    }
+}
+
+impl Default for Model {
+    fn default() -> Self {
+        Self {
+            layers: 24,
+            hidden: 1024,
+            heads: 16,
+            mlp_ratio: 4,
+            attention: AttentionKind::Sparse,
+            row_extent: RowExtent::Window,
+            conv_border: ConvBorder::Clip,
+            conv_size: 11,
+            qk_norm: false,
+            sandwich_norm: false,
+        }
+    }
+}
+
+impl Default for Train {
+    fn default() -> Self {
+        Self {
+            steps: 100_000,
+            batch_size: 64,
+            caption_batch_size: 64,
+            accumulation: 1,
+            image_loss_weight: 1.0,
+            text_loss_weight: 1.0,
+            condition_dropout: 0.1,
+            matrix_optimizer: MatrixOptimizer::Adamw,
+            learning_rate: 4.5e-4,
+            muon_learning_rate: 0.02,
+            betas: [0.9, 0.96],
+            weight_decay: 0.045,
+            warmup_steps: 1000,
+            decay: Decay::Cosine,
+            decay_start: 0.0,
+            final_lr_ratio: 0.0,
+            clip_norm: 4.0,
+            ema_decay: 0.999,
+            recompute: false,
+            checkpoint_every: 1000,
+            keep_checkpoints: 2,
+            sample_every: 1000,
+        }
+    }
+}
+
+impl Default for Sample {
+    fn default() -> Self {
+        Self { prompts: Vec::new(), temperature: 1.0, top_k: 0, top_p: 1.0, guidance: 1.0 }
+    }
+}

@@ -1,0 +1,91 @@
+//! Errors: what went wrong, where, and what to do about it.
+//!
+//! Any error may carry a [`Hint`] (printed as a `hint:` line) and a [`Exit`] code. Both travel inside
+//! [`anyhow::Error`] as context, so that library code stays ordinary `Result` code.
+
+use std::fmt;
+
+pub use anyhow::{Context, Error, Result, anyhow, bail, ensure};
+
+/// Exit codes of the program; see the command-line contract in the README.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// The work failed.
+    Failed = 1,
+    /// Wrong usage or a bad configuration.
+    Usage = 2,
+    /// A signal stopped the run after a checkpoint was written: start it again to go on.
+    Requeue = 75,
+    /// Interrupted from the keyboard.
+    Interrupted = 130,
+}
+
+/// An error that carries a hint, an exit code, or both beside its message.
+#[derive(Debug)]
+struct Advice {
+    message: String,
+    hint: Option<String>,
+    exit: Option<Exit>,
+}
+
+impl fmt::Display for Advice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Advice {}
+
+/// Adds advice to a `Result` or an error.
+pub trait Hint<T> {
+    /// Says `message` (what and where) and adds a `hint:` line (what to do).
+    fn hint(self, message: impl fmt::Display, hint: impl fmt::Display) -> Result<T>;
+}
+
+impl<T, E: Into<Error>> Hint<T> for std::result::Result<T, E> {
+    fn hint(self, message: impl fmt::Display, hint: impl fmt::Display) -> Result<T> {
+        self.map_err(|e| {
+            let advice = Advice { message: message.to_string(), hint: Some(hint.to_string()), exit: None };
+            e.into().context(advice)
+        })
+    }
+}
+
+impl<T> Hint<T> for Option<T> {
+    fn hint(self, message: impl fmt::Display, hint: impl fmt::Display) -> Result<T> {
+        self.ok_or_else(|| failed(message, hint))
+    }
+}
+
+/// A failure (exit code 1) with a hint.
+pub fn failed(message: impl fmt::Display, hint: impl fmt::Display) -> Error {
+    Error::new(Advice { message: message.to_string(), hint: Some(hint.to_string()), exit: None })
+}
+
+/// A usage or configuration error (exit code 2) with a hint.
+pub fn usage(message: impl fmt::Display, hint: impl fmt::Display) -> Error {
+    Error::new(Advice { message: message.to_string(), hint: Some(hint.to_string()), exit: Some(Exit::Usage) })
+}
+
+/// The run stopped on purpose with `exit` ([`Exit::Requeue`] or [`Exit::Interrupted`]).
+pub fn stopped(message: impl fmt::Display, hint: impl fmt::Display, exit: Exit) -> Error {
+    Error::new(Advice { message: message.to_string(), hint: Some(hint.to_string()), exit: Some(exit) })
+}
+
+fn advice(error: &Error) -> Vec<&Advice> {
+    // anyhow keeps a context value reachable through `downcast_ref` only from the outside in, and a
+    // plain source through the chain; look at both.
+    let mut found: Vec<&Advice> = error.downcast_ref::<Advice>().into_iter().collect();
+    found.extend(error.chain().filter_map(|e| e.downcast_ref::<Advice>()));
+    found
+}
+
+/// The outermost hint of an error, if any.
+pub fn hint_of(error: &Error) -> Option<&str> {
+    advice(error).iter().find_map(|a| a.hint.as_deref())
+}
+
+/// The exit code that an error stands for.
+pub fn exit_of(error: &Error) -> Exit {
+    advice(error).iter().find_map(|a| a.exit).unwrap_or(Exit::Failed)
+}

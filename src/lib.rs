@@ -1,0 +1,31 @@
+//! `vilg` trains and runs a bidirectional Chinese text↔image model (ERNIE-ViLG, arXiv 2112.15283).
+//!
+//! # The map
+//! Read from the bottom floor up; a file uses only its own floor or a lower one.
+//!
+//! | floor | modules | what |
+//! | --- | --- | --- |
+//! | 0 | [`error`] [`report`] [`random`] [`runtime`] [`config`] | hints and exit codes; the only printer; keyed random numbers; threads and memory; the configuration |
+//! | 1 | [`ops`] | maths that candle lacks or does slowly, forward and backward |
+//! | 2 | [`nn`] | layers: linear, norm, attention with its patterns and cache, conv blocks |
+//! | 3 | [`text`] [`tokenizer`] [`data`] | WordPiece; the image tokenizer; samples, shards, batches |
+//! | 4 | [`model`] | the paper: sequence layout, transformer, two-way loss |
+//! | 5 | [`train`] [`generate`] [`eval`] [`bundle`] | the engine; decoding; measures; model folders |
+//! | 6 | [`cli`] | one short function a command |
+
+pub mod bundle;
+pub mod cli;
+pub mod config;
+pub mod data;
+pub mod error;
+pub mod eval;
+pub mod generate;
+pub mod model;
+pub mod nn;
+pub mod ops;
+pub mod random;
+pub mod report;
+pub mod runtime;
+pub mod text;
+pub mod tokenizer;
+pub mod train;

@@ -1,0 +1,4 @@
+//! Layers of ours.
+
+pub mod params;
+pub mod segment;

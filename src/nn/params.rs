@@ -1,0 +1,126 @@
+//! Named parameters: created from a seed or taken from a checkpoint, always in order of name.
+//!
+//! candle's `VarMap` iterates a `HashMap` (another order in each process) and cannot seed its random
+//! numbers on a CPU; both would break exact resumption, so parameters are ours.
+
+use crate::error::{Result, bail, ensure};
+use candle_core::{DType, Device, Shape, Tensor, Var};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap},
+    fmt::Display,
+    rc::Rc,
+};
+
+/// Trainable tensors by full name, in order of name.
+pub type Params = BTreeMap<String, Var>;
+
+/// How a fresh parameter is filled.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Init {
+    Zeros,
+    Ones,
+    /// Normal with mean 0 and this standard deviation.
+    Normal(f64),
+    /// Uniform in `-bound..bound`.
+    Uniform(f64),
+}
+
+enum Origin {
+    Seed(u64),
+    Tensors(HashMap<String, Tensor>),
+}
+
+struct Store {
+    origin: Origin,
+    dtype: DType,
+    device: Device,
+    params: Params,
+}
+
+/// A place in the tree of parameter names (`blocks.3.attention`), through which layers get theirs.
+#[derive(Clone)]
+pub struct Scope {
+    store: Rc<RefCell<Store>>,
+    prefix: String,
+}
+
+impl Scope {
+    /// Fresh parameters; each is keyed by (`seed`, its name), so that it depends on no other.
+    pub fn from_seed(seed: u64, dtype: DType, device: &Device) -> Self {
+        Self::new(Origin::Seed(seed), dtype, device)
+    }
+
+    /// Parameters of a checkpoint, cast to `dtype`.
+    pub fn from_tensors(tensors: HashMap<String, Tensor>, dtype: DType, device: &Device) -> Self {
+        Self::new(Origin::Tensors(tensors), dtype, device)
+    }
+
+    fn new(origin: Origin, dtype: DType, device: &Device) -> Self {
+        let store = Store { origin, dtype, device: device.clone(), params: Params::new() };
+        Self { store: Rc::new(RefCell::new(store)), prefix: String::new() }
+    }
+
+    /// The scope `name` below this one.
+    pub fn at(&self, name: impl Display) -> Self {
+        Self { store: self.store.clone(), prefix: self.full_name(name) }
+    }
+
+    fn full_name(&self, name: impl Display) -> String {
+        if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) }
+    }
+
+    /// The parameter `name` of this scope with the given shape. The tensor shares its storage with the
+    /// variable that the optimizer updates.
+    ///
+    /// # Errors
+    /// A checkpoint lacks it or holds it in another shape.
+    pub fn get(&self, name: &str, shape: impl Into<Shape>, init: Init) -> Result<Tensor> {
+        let name = self.full_name(name);
+        let shape = shape.into();
+        let mut store = self.store.borrow_mut();
+        let (dtype, device) = (store.dtype, store.device.clone());
+        let value = match &mut store.origin {
+            Origin::Seed(seed) => fill(*seed, &name, &shape, init, &device)?,
+            Origin::Tensors(tensors) => {
+                let Some(value) = tensors.remove(&name) else { bail!("tensor `{name}` is missing") };
+                ensure!(value.shape() == &shape, "tensor `{name}` has shape {:?}, expected {shape:?}", value.dims());
+                value.to_device(&device)?
+            }
+        };
+        let var = Var::from_tensor(&value.to_dtype(dtype)?)?;
+        let tensor = var.as_tensor().clone();
+        ensure!(store.params.insert(name.clone(), var).is_none(), "parameter `{name}` is defined twice");
+        Ok(tensor)
+    }
+
+    /// All parameters handed out below this scope so far.
+    pub fn params(&self) -> Params {
+        let store = self.store.borrow();
+        let below =
+            |name: &str| self.prefix.is_empty() || name.strip_prefix(&self.prefix).is_some_and(|r| r.starts_with('.'));
+        store.params.iter().filter(|(name, _)| below(name)).map(|(name, var)| (name.clone(), var.clone())).collect()
+    }
+
+    /// Checks that a checkpoint held nothing that no layer asked for.
+    pub fn finish(&self) -> Result<()> {
+        if let Origin::Tensors(rest) = &self.store.borrow().origin {
+            let mut names: Vec<_> = rest.keys().map(String::as_str).collect();
+            names.sort_unstable();
+            ensure!(names.is_empty(), "{} unknown tensors, the first is `{}`", names.len(), names[0]);
+        }
+        Ok(())
+    }
+}
+
+fn fill(seed: u64, name: &str, shape: &Shape, init: Init, device: &Device) -> Result<Tensor> {
+    let count = shape.elem_count();
+    let mut random = crate::random::Random::keyed(seed, &format!("init/{name}"), 0, 0);
+    let values: Vec<f32> = match init {
+        Init::Zeros => vec![0.0; count],
+        Init::Ones => vec![1.0; count],
+        Init::Normal(std) => (0..count).map(|_| (random.normal() * std) as f32).collect(),
+        Init::Uniform(bound) => (0..count).map(|_| ((random.unit() * 2.0 - 1.0) * bound) as f32).collect(),
+    };
+    Ok(Tensor::from_vec(values, shape.clone(), device)?)
+}
