@@ -1,19 +1,49 @@
-//! The only place that prints: results go to stdout, talk goes to stderr.
+//! The only place that prints: results go to stdout, talk goes to stderr. No colour anywhere.
 
+use crate::error::{Error, hint_of};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use std::{fmt::Display, io::Write};
+use std::{fmt::Display, io::ErrorKind, io::Write};
 
-/// A line of the result (stdout). A closed pipe (`vilg … | head`) ends the program quietly.
+/// A line of the result (stdout).
 pub fn result(line: impl Display) {
-    if writeln!(std::io::stdout().lock(), "{line}").is_err() {
-        std::process::exit(0);
+    bytes(format!("{line}\n").as_bytes());
+}
+
+/// Raw bytes of the result (stdout). A closed pipe (`vilg … | head`) ends the program quietly.
+pub fn bytes(bytes: &[u8]) {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Ok(()) => {}
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(e) => {
+            note(format_args!("error: cannot write to stdout: {e}"));
+            std::process::exit(1);
+        }
     }
 }
 
 /// One JSON object on one line of stdout.
 pub fn json(value: &impl Serialize) {
     result(serde_json::to_string(value).unwrap_or_else(|e| format!("{{\"error\":\"{e}\"}}")));
+}
+
+/// A table on stdout: columns as wide as their widest cell; no header line where `header` is empty.
+pub fn table(header: &[&str], rows: &[Vec<String>]) {
+    let header: Vec<String> = header.iter().map(ToString::to_string).collect();
+    let lines = || std::iter::once(&header).filter(|h| !h.is_empty()).chain(rows);
+    let columns = lines().map(Vec::len).max().unwrap_or(0);
+    let widths: Vec<usize> =
+        (0..columns).map(|c| lines().filter_map(|l| l.get(c)).map(|cell| width(cell)).max().unwrap_or(0)).collect();
+    for line in lines() {
+        let cells = line.iter().zip(&widths).map(|(cell, w)| format!("{cell}{}", " ".repeat(w - width(cell))));
+        result(cells.collect::<Vec<_>>().join("  ").trim_end());
+    }
+}
+
+/// Columns of a terminal that `text` takes: CJK and full-width characters take two.
+fn width(text: &str) -> usize {
+    text.chars().map(|c| if matches!(c, '\u{1100}'..='\u{115f}' | '\u{2e80}'..='\u{a4cf}' | '\u{ac00}'..='\u{d7a3}' | '\u{f900}'..='\u{faff}' | '\u{fe30}'..='\u{fe6f}' | '\u{ff00}'..='\u{ff60}' | '\u{1f300}'..='\u{1faff}') { 2 } else { 1 }).sum()
 }
 
 /// A line of talk (stderr).
@@ -25,6 +55,14 @@ pub fn note(line: impl Display) {
 /// A warning (stderr).
 pub fn warn(line: impl Display) {
     note(format_args!("warning: {line}"));
+}
+
+/// An error with what lies under it and its hint (stderr).
+pub fn error(error: &Error) {
+    note(format_args!("error: {error:#}"));
+    if let Some(hint) = hint_of(error) {
+        note(format_args!("hint: {hint}"));
+    }
 }
 
 /// A progress bar on stderr; hidden where stderr is not a terminal.

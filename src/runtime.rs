@@ -1,5 +1,6 @@
 //! Threads, memory and the device of this process, chosen once at start.
 
+use crate::error::{Context, Result};
 use candle_core::Device;
 
 /// Keeps freed memory in the process. A training step frees and allocates the same buffers over and
@@ -17,4 +18,23 @@ pub fn keep_memory() {
 /// The device that everything runs on.
 pub fn device() -> Device {
     Device::Cpu
+}
+
+/// Sizes the one thread pool of the process (rayon's global one).
+///
+/// # Errors
+/// The threads cannot be started.
+pub fn start_threads(threads: Option<usize>) -> Result<()> {
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
+    builder.build_global().context("cannot start the compute threads")
+}
+
+/// What this machine offers and what this build contains, as (name, value).
+pub fn facts() -> Vec<(&'static str, String)> {
+    vec![
+        ("version", env!("CARGO_PKG_VERSION").to_owned()),
+        ("device", "cpu".to_owned()),
+        ("threads", rayon::current_num_threads().to_string()),
+        ("cuda", "not built".to_owned()),
+    ]
 }

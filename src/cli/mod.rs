@@ -1,1 +1,78 @@
-//! (in the making)
+//! The command line: one file a command, each with its `Args` and a `run` that calls the floors below.
+
+mod completions;
+mod doctor;
+mod man;
+
+use crate::error::{Error, Result, usage};
+use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
+use std::ffi::OsString;
+
+/// Paints Chinese text and describes pictures in Chinese, with one model for both directions.
+#[derive(Parser)]
+#[command(name = "vilg", version, propagate_version = true, max_term_width = 100)]
+#[command(after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, \
+    75 stopped by a signal after a checkpoint (start it again), 130 interrupted.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Print the result as JSON: one object, or one line an item
+    #[arg(long, global = true)]
+    json: bool,
+    /// Threads to compute with [default: one a core]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Doctor(doctor::Args),
+    Completions(completions::Args),
+    Man(man::Args),
+}
+
+/// Parses `args` (the first is the program's name) and runs the command.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+            // A closed pipe (`vilg --help | head`) is no failure.
+            let _ = error.print();
+            return Ok(());
+        }
+        Err(error) => return Err(usage_error(&error)),
+    };
+    crate::runtime::start_threads(cli.threads.map(usize::from))?;
+    let json = cli.json;
+    match cli.command {
+        Command::Doctor(args) => doctor::run(args, json),
+        Command::Completions(args) => completions::run(args, json),
+        Command::Man(args) => man::run(args, json),
+    }
+}
+
+/// The whole command line as clap knows it: the source of help, completions and man page.
+fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// clap's message in the form of ours: what is wrong, then a hint.
+fn usage_error(error: &clap::Error) -> Error {
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return usage("a command is missing", "`--help` lists the commands");
+    }
+    let text = error.render().to_string();
+    let paragraphs: Vec<&str> = text.split("\n\n").map(str::trim).collect();
+    let message = paragraphs.first().map_or("", |p| p.strip_prefix("error: ").unwrap_or(p));
+    let tip = paragraphs.iter().find_map(|p| p.strip_prefix("tip: "));
+    let usage_line = paragraphs.iter().find(|p| p.starts_with("Usage: "));
+    usage(message, tip.or(usage_line.copied()).unwrap_or("`vilg --help` lists commands and options"))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::command().debug_assert();
+    }
+}

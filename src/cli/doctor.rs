@@ -1,0 +1,19 @@
+//! `vilg doctor`
+
+use crate::{error::Result, report, runtime};
+
+/// Show what this machine offers and what this build contains
+#[derive(clap::Args)]
+pub struct Args {}
+
+pub fn run(_args: Args, json: bool) -> Result<()> {
+    let facts = runtime::facts();
+    if json {
+        let object: serde_json::Map<_, _> = facts.into_iter().map(|(k, v)| (k.into(), v.into())).collect();
+        report::json(&object);
+    } else {
+        let rows: Vec<Vec<String>> = facts.into_iter().map(|(k, v)| vec![k.to_owned(), v]).collect();
+        report::table(&[], &rows);
+    }
+    Ok(())
+}
