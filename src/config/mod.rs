@@ -2,6 +2,12 @@
 //!
 //! Order of precedence: defaults < file < `--set key=value`. Unknown keys are errors.
 
+mod load;
+mod validate;
+
+pub use load::{Loaded, Origin, values};
+pub use validate::Problem;
+
 use serde::{Deserialize, Serialize};
 
 /// A whole configuration (`configs/*.toml`).

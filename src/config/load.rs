@@ -1,0 +1,214 @@
+//! From text to a configuration: defaults < file < `--set`, and errors that name the place.
+
+use super::Config;
+use crate::error::{Error, Result, usage};
+use std::path::Path;
+use toml::{Table, Value};
+
+/// Where a value of the configuration comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    Default,
+    File,
+    Set,
+}
+
+/// A configuration together with what the file and the `--set` options said.
+pub struct Loaded {
+    pub config: Config,
+    file: Table,
+    sets: Table,
+}
+
+impl Loaded {
+    /// Reads the file, if any, and lays `sets` (`a.b=value`) over it; does not validate.
+    ///
+    /// # Errors
+    /// The file cannot be read; a key is unknown or has a value of the wrong type.
+    pub fn read(path: Option<&Path>, sets: &[String]) -> Result<Self> {
+        let (text, name) = match path {
+            Some(path) => (read(path)?, path.display().to_string()),
+            None => (String::new(), String::new()),
+        };
+        let mut config = Config::parse(&text, &name)?;
+        let file: Table = toml::from_str(&text)?;
+        let (mut all, mut set) = (file.clone(), Table::new());
+        for text in sets {
+            let one = assignment(text)?;
+            merge(&mut set, &one);
+            merge(&mut all, &one);
+            config = all.clone().try_into().map_err(|e| wrong(&format!("--set {text}"), &e))?;
+        }
+        Ok(Self { config, file, sets: set })
+    }
+
+    /// Where the value of `key` (`model.layers`) comes from.
+    pub fn origin(&self, key: &str) -> Origin {
+        match () {
+            () if lookup(&self.sets, key).is_some() => Origin::Set,
+            () if lookup(&self.file, key).is_some() => Origin::File,
+            () => Origin::Default,
+        }
+    }
+}
+
+impl Config {
+    /// The validated configuration of a file (none: defaults) with `sets` (`a.b=value`) laid over it.
+    ///
+    /// # Errors
+    /// The file cannot be read, a key is unknown, or a value is wrong.
+    pub fn load(path: Option<&Path>, sets: &[String]) -> Result<Self> {
+        let config = Loaded::read(path, sets)?.config;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Reads the text of a configuration file; `name` is the file's name in messages.
+    ///
+    /// # Errors
+    /// The text is no TOML; a key is unknown or has a value of the wrong type.
+    pub fn parse(text: &str, name: &str) -> Result<Self> {
+        toml::from_str(text).map_err(|e| {
+            let line = e.span().map(|span| 1 + text[..span.start.min(text.len())].matches('\n').count());
+            wrong(&line.map_or(name.to_owned(), |line| format!("{name}:{line}")), &e)
+        })
+    }
+
+    /// The configuration as a TOML file with every key.
+    ///
+    /// # Errors
+    /// A number is too large for TOML.
+    pub fn to_toml(&self) -> Result<String> {
+        Ok(toml::to_string(self)?)
+    }
+}
+
+fn read(path: &Path) -> Result<String> {
+    let hint = "`vilg config init emoji -o emoji.toml` writes a configuration to start from";
+    std::fs::read_to_string(path)
+        .map_err(|e| usage(format_args!("cannot read the configuration {}: {e}", path.display()), hint))
+}
+
+/// `a.b=value` as a table; what is no TOML value is taken as a string (`--set name=first`).
+fn assignment(text: &str) -> Result<Table> {
+    let (key, value) = text.split_once('=').map(|(k, v)| (k.trim(), v.trim())).unwrap_or_default();
+    let quoted = Value::String(value.to_owned());
+    toml::from_str(&format!("{key} = {value}"))
+        .or_else(|_| toml::from_str(&format!("{key} = {quoted}")))
+        .ok()
+        .filter(|_| !key.is_empty() && !key.contains(['\n', '#', '=']))
+        .ok_or_else(|| {
+            usage(format_args!("--set {text}: not of the form key=value"), "for example --set train.steps=100")
+        })
+}
+
+fn merge(into: &mut Table, from: &Table) {
+    for (key, value) in from {
+        match (into.get_mut(key), value) {
+            (Some(Value::Table(old)), Value::Table(new)) => merge(old, new),
+            _ => drop(into.insert(key.clone(), value.clone())),
+        }
+    }
+}
+
+/// The value of a dotted key.
+fn lookup<'a>(table: &'a Table, key: &str) -> Option<&'a Value> {
+    match key.split_once('.') {
+        Some((section, rest)) => lookup(table.get(section)?.as_table()?, rest),
+        None => table.get(key),
+    }
+}
+
+/// All values by dotted key, in the order of the struct's fields.
+pub fn values(config: &Config) -> Result<Vec<(String, Value)>> {
+    let mut flat = Vec::new();
+    for (section, value) in Table::try_from(config)? {
+        match value {
+            Value::Table(keys) => flat.extend(keys.into_iter().map(|(key, value)| (format!("{section}.{key}"), value))),
+            value => flat.push((section, value)),
+        }
+    }
+    Ok(flat)
+}
+
+/// serde's complaint as a usage error with the place and the nearest known key or value.
+fn wrong(place: &str, error: &toml::de::Error) -> Error {
+    let message = error.message().trim().replace('\n', ", ");
+    let unknown = message.strip_prefix("unknown field ").map(|rest| ("key", rest));
+    let unknown = unknown.or_else(|| message.strip_prefix("unknown variant ").map(|rest| ("value", rest)));
+    let Some((what, rest)) = unknown else {
+        return usage(format_args!("{place}: {message}"), "`vilg config init` prints a commented example");
+    };
+    let mut names = rest.split('`').skip(1).step_by(2);
+    let given = names.next().unwrap_or_default();
+    let known: Vec<&str> = names.collect();
+    usage(format_args!("{place}: unknown {what} `{given}`"), nearest(given, &known))
+}
+
+fn nearest(given: &str, known: &[&str]) -> String {
+    let closest = known.iter().map(|name| (strsim::jaro_winkler(given, name), name)).max_by(|a, b| a.0.total_cmp(&b.0));
+    let home = values(&Config::default()).unwrap_or_default().into_iter().map(|(key, _)| key);
+    let home = home.into_iter().find_map(|key| Some(key.split_once('.').filter(|(_, k)| *k == given)?.0.to_owned()));
+    match (closest, home) {
+        (Some((score, name)), _) if score > 0.8 => format!("did you mean `{name}`?"),
+        (_, Some(section)) => format!("`{given}` is a key of [{section}]"),
+        _ => format!("known here: {}", known.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{Exit, exit_of, hint_of};
+
+    fn sets(sets: &[&str]) -> Result<Loaded> {
+        Loaded::read(None, &sets.iter().map(ToString::to_string).collect::<Vec<_>>())
+    }
+
+    /// The message and the hint of the usage error.
+    fn complaint<T>(result: Result<T>) -> (String, String) {
+        let error = result.err().expect("an error");
+        assert_eq!(exit_of(&error), Exit::Usage);
+        (error.to_string(), hint_of(&error).unwrap_or_default().to_owned())
+    }
+
+    #[test]
+    fn file_lies_over_defaults_and_set_over_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, "[model]\nlayers = 3\nhidden = 64\n").unwrap();
+        let set = ["model.hidden=32", "name=first try", "data.sources=[{path=\"x\"}]", "model.attention=\"dense\""];
+        let loaded = Loaded::read(Some(file.path()), &set.map(String::from)).unwrap();
+        let (model, default) = (&loaded.config.model, crate::config::Model::default());
+        assert_eq!((model.layers, model.hidden, model.heads), (3, 32, default.heads));
+        assert_eq!((loaded.config.name.as_str(), loaded.config.data.sources[0].weight), ("first try", 1.0));
+        assert_eq!(model.attention, crate::config::AttentionKind::Dense);
+        let origins = ["model.hidden", "model.layers", "model.heads"].map(|key| loaded.origin(key));
+        assert_eq!(origins, [Origin::Set, Origin::File, Origin::Default]);
+    }
+
+    #[test]
+    fn written_configurations_read_back_equal() {
+        let config =
+            sets(&["model.layers=3", "train.betas=[0.5, 0.6]", "sample.prompts=[\"一轮弯月\"]"]).unwrap().config;
+        assert_eq!(Config::parse(&config.to_toml().unwrap(), "written").unwrap(), config);
+    }
+
+    #[test]
+    fn errors_name_place_and_nearest_match() {
+        let parse = |text| complaint(Config::parse(text, "a.toml"));
+        let (message, hint) = parse("name = \"x\"\n\n[model]\nlayers = 2\nheds = 3\n");
+        assert_eq!((message.as_str(), hint.as_str()), ("a.toml:5: unknown key `heds`", "did you mean `heads`?"));
+        let (message, hint) = parse("[model]\nattention = \"spars\"\n");
+        assert_eq!((message.as_str(), hint.as_str()), ("a.toml:2: unknown value `spars`", "did you mean `sparse`?"));
+        assert_eq!(parse("[train]\nheads = 4\n").1, "`heads` is a key of [model]");
+        assert!(parse("[model]\nlayers = -1\n").0.starts_with("a.toml:2: invalid value"));
+        assert!(parse("[model\n").0.starts_with("a.toml:1: "));
+        let (message, hint) = complaint(sets(&["model.layers=2", "model.hiden=3"]));
+        assert_eq!(message, "--set model.hiden=3: unknown key `hiden`");
+        assert_eq!(hint, "did you mean `hidden`?");
+        for bad in ["model.layers", "=3", "", "model.layers=x=y", "a\nb=1", "model=3"] {
+            complaint(sets(&[bad]));
+        }
+        complaint(Loaded::read(Some(Path::new("no/such.toml")), &[]));
+    }
+}

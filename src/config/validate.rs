@@ -1,0 +1,267 @@
+//! Whether the values of a configuration make sense, alone and together.
+
+use super::{Config, Data, ImageTokenizer, Model, Sample, Text, Train, load::values};
+use crate::error::{Result, usage};
+use std::fmt::Display;
+
+/// A value that cannot work.
+pub struct Problem {
+    /// What is wrong, with the key and its value.
+    pub message: String,
+    /// What to do about it.
+    pub hint: String,
+}
+
+/// Collects the problems of a configuration.
+struct Check {
+    values: std::collections::BTreeMap<String, toml::Value>,
+    problems: Vec<Problem>,
+}
+
+impl Check {
+    /// Records a problem with `key` unless `ok`.
+    fn that(&mut self, ok: bool, key: &str, must: impl Display, hint: impl Display) {
+        if !ok {
+            let value = self.values.get(key).map(|v| format!(" = {v}")).unwrap_or_default();
+            self.problems.push(Problem { message: format!("`{key}`{value}: must {must}"), hint: hint.to_string() });
+        }
+    }
+
+    /// Each of the numbers must be finite and lie in the range.
+    fn within(&mut self, section: &str, keys: &[(&str, f64)], min: f64, max: f64, hint: &str) {
+        for (key, value) in keys {
+            let range = if max.is_finite() {
+                format!("be a number from {min} to {max}")
+            } else {
+                format!("be a finite number, at least {min}")
+            };
+            self.that(value.is_finite() && (min..=max).contains(value), &format!("{section}.{key}"), range, hint);
+        }
+    }
+}
+
+impl Config {
+    /// Checks every value.
+    ///
+    /// # Errors
+    /// The first problem, as a usage error.
+    pub fn validate(&self) -> Result<()> {
+        match self.problems()?.into_iter().next() {
+            Some(problem) => Err(usage(problem.message, problem.hint)),
+            None => Ok(()),
+        }
+    }
+
+    /// Everything that is wrong with the values.
+    ///
+    /// # Errors
+    /// A number does not fit into TOML.
+    pub fn problems(&self) -> Result<Vec<Problem>> {
+        let mut check = Check { values: values(self)?.into_iter().collect(), problems: Vec::new() };
+        let plain = !self.name.is_empty() && !self.name.starts_with('.') && !self.name.contains(['/', '\\', '\0']);
+        check.that(plain, "name", "be a plain folder name", "the run's folder is runs/NAME");
+        data(&mut check, &self.data);
+        text(&mut check, &self.text);
+        image_tokenizer(&mut check, &self.image_tokenizer);
+        model(&mut check, &self.model);
+        train(&mut check, &self.train);
+        sample(&mut check, &self.sample);
+        Ok(check.problems)
+    }
+}
+
+fn data(check: &mut Check, data: &Data) {
+    for source in &data.sources {
+        check.that(
+            !source.path.is_empty(),
+            "data.sources",
+            "have a path each",
+            "a folder, or tar shards like dir/*.tar",
+        );
+        let ok = source.weight.is_finite() && source.weight > 0.0;
+        check.that(ok, "data.sources", "have weights above 0", "leave out a source that is not wanted");
+    }
+    check.that(data.prefetch >= 1, "data.prefetch", "be at least 1", "4 keeps the trainer from waiting");
+    check.that(
+        (1..=256).contains(&data.workers),
+        "data.workers",
+        "be from 1 to 256",
+        "1 is enough for shards of codes",
+    );
+    check.within("data", &[("max_bad_ratio", data.max_bad_ratio)], 0.0, 1.0, "0.05 stops at more than 5 % bad samples");
+}
+
+fn text(check: &mut Check, text: &Text) {
+    let ok = (3..=4096).contains(&text.max_tokens);
+    check.that(
+        ok,
+        "text.max_tokens",
+        "be from 3 to 4096",
+        "it counts [CLS] and [SEP]: a caption of 30 tokens needs 32",
+    );
+}
+
+fn image_tokenizer(check: &mut Check, t: &ImageTokenizer) {
+    let key = |name: &str| format!("image_tokenizer.{name}");
+    let (levels, multipliers) = (t.channel_multipliers.len(), &t.channel_multipliers);
+    let ok = (1..=8).contains(&levels) && multipliers.iter().all(|m| (1..=64).contains(m));
+    check.that(ok, &key("channel_multipliers"), "have 1 to 8 entries from 1 to 64", "[1, 1, 2, 4] is f = 8");
+    let ok = t.channels > 0 && t.channels.is_multiple_of(32) && t.channels <= 4096;
+    check.that(ok, &key("channels"), "be a multiple of 32, at most 4096", "GroupNorm has 32 groups");
+    let f = 1_usize << levels.saturating_sub(1).min(16);
+    let ok = (1..=4096).contains(&t.image_size) && t.image_size.is_multiple_of(f);
+    let hint = format!("{levels} levels reduce the side {f} times: use a multiple of {f}");
+    check.that(ok, &key("image_size"), format_args!("be divisible by {f}, at most 4096"), hint);
+    let sides: Vec<usize> = (0..levels.min(16)).map(|level| t.image_size >> level).collect();
+    let ok = t.attention_sides.iter().all(|side| sides.contains(side));
+    check.that(ok, &key("attention_sides"), "be sides that occur", format!("the levels have sides {sides:?}"));
+    check.that((1..=64).contains(&t.residual_blocks), &key("residual_blocks"), "be from 1 to 64", "taming uses 2");
+    check.that(
+        (1..=65536).contains(&t.latent_channels),
+        &key("latent_channels"),
+        "be from 1 to 65536",
+        "taming uses 256",
+    );
+    let ok = (2..=65536).contains(&t.codebook_size);
+    check.that(ok, &key("codebook_size"), "be from 2 to 65536", "shards of codes hold 16 bits a code");
+    check.that(
+        (1..=65536).contains(&t.code_dim),
+        &key("code_dim"),
+        "be from 1 to 65536",
+        "8 with l2_normalize, else 256",
+    );
+    let weights = [("commitment", t.commitment), ("l1_weight", t.l1_weight), ("l2_weight", t.l2_weight)];
+    check.within("image_tokenizer", &weights, 0.0, f64::INFINITY, "the weight of a loss term");
+    let ok = t.l1_weight != 0.0 || t.l2_weight != 0.0;
+    check.that(ok, &key("l2_weight"), "not be 0 together with l1_weight", "without a pixel error nothing is learned");
+}
+
+fn model(check: &mut Check, model: &Model) {
+    check.that((1..=1024).contains(&model.layers), "model.layers", "be from 1 to 1024", "the 10B model has 48");
+    check.that((1..=65536).contains(&model.hidden), "model.hidden", "be from 1 to 65536", "the 10B model has 4096");
+    let ok = model.heads > 0 && model.hidden.is_multiple_of(model.heads);
+    let must = format!("divide model.hidden ({})", model.hidden);
+    check.that(ok, "model.heads", must, "64 channels a head are usual");
+    check.that((1..=64).contains(&model.mlp_ratio), "model.mlp_ratio", "be from 1 to 64", "4 is usual");
+    let ok = model.conv_size % 2 == 1 && model.conv_size < 1024;
+    check.that(ok, "model.conv_size", "be odd and below 1024", "the paper uses 11: 5 on either side of the query");
+}
+
+fn train(check: &mut Check, t: &Train) {
+    check.that(t.steps >= 1, "train.steps", "be at least 1", "one step is one update of the weights");
+    check.that(t.batch_size >= 1, "train.batch_size", "be at least 1", "samples a step");
+    let ok = (1..=t.batch_size).contains(&t.accumulation);
+    check.that(ok, "train.accumulation", "be from 1 to train.batch_size", "it cuts a step's samples into parts");
+    let weights = [
+        ("image_loss_weight", t.image_loss_weight),
+        ("text_loss_weight", t.text_loss_weight),
+        ("weight_decay", t.weight_decay),
+        ("clip_norm", t.clip_norm),
+    ];
+    check.within("train", &weights, 0.0, f64::INFINITY, "0 turns it off");
+    let ok = t.image_loss_weight != 0.0 || t.text_loss_weight != 0.0;
+    check.that(
+        ok,
+        "train.image_loss_weight",
+        "not be 0 together with text_loss_weight",
+        "one direction must be learned",
+    );
+    check.within(
+        "train",
+        &[("condition_dropout", t.condition_dropout)],
+        0.0,
+        0.99,
+        "0.1 is usual; 0 makes guidance useless",
+    );
+    for (key, rate) in [("train.learning_rate", t.learning_rate), ("train.muon_learning_rate", t.muon_learning_rate)] {
+        check.that(
+            rate.is_finite() && rate > 0.0,
+            key,
+            "be a finite number above 0",
+            "for example 4.5e-4 (AdamW), 0.02 (Muon)",
+        );
+    }
+    let ok = t.betas.iter().all(|b| (0.0..1.0).contains(b));
+    check.that(ok, "train.betas", "be from 0 to below 1", "[0.9, 0.96] are DALL-E's");
+    check.that(
+        t.warmup_steps <= t.steps,
+        "train.warmup_steps",
+        "be at most train.steps",
+        "a few hundred steps are usual",
+    );
+    let shares = [("decay_start", t.decay_start), ("final_lr_ratio", t.final_lr_ratio)];
+    check.within("train", &shares, 0.0, 1.0, "it is a share");
+    check.that(
+        (0.0..1.0).contains(&t.ema_decay),
+        "train.ema_decay",
+        "be from 0 to below 1",
+        "0.999, or 0 to turn it off",
+    );
+    let hint = "a run that stops between two checkpoints repeats the steps since the last";
+    check.that(t.checkpoint_every >= 1, "train.checkpoint_every", "be at least 1", hint);
+    let hint = "should the newest be damaged, a run goes on from the one before";
+    check.that(t.keep_checkpoints >= 2, "train.keep_checkpoints", "be at least 2", hint);
+}
+
+fn sample(check: &mut Check, sample: &Sample) {
+    let keys = [("temperature", sample.temperature), ("guidance", sample.guidance)];
+    check.within("sample", &keys, 0.0, 100.0, "1 leaves the model as it is");
+    let ok = sample.top_p > 0.0 && sample.top_p <= 1.0;
+    check.that(ok, "sample.top_p", "be above 0, at most 1", "1 turns it off");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Loaded;
+
+    #[test]
+    fn defaults_are_valid() {
+        assert!(Config::default().problems().unwrap().is_empty());
+    }
+
+    /// One bad value a row: exactly this key is complained about.
+    #[test]
+    fn bad_values_are_found() {
+        let bad = [
+            "name=../x",
+            "data.sources=[{path=\"x\", weight=0.0}]",
+            "data.prefetch=0",
+            "data.workers=0",
+            "data.max_bad_ratio=nan",
+            "text.max_tokens=2",
+            "image_tokenizer.channels=48",
+            "image_tokenizer.channel_multipliers=[]",
+            "image_tokenizer.image_size=250",
+            "image_tokenizer.attention_sides=[31]",
+            "image_tokenizer.residual_blocks=0",
+            "image_tokenizer.codebook_size=65537",
+            "image_tokenizer.commitment=-1.0",
+            "image_tokenizer.l2_weight=0",
+            "model.layers=0",
+            "model.heads=7",
+            "model.heads=0",
+            "model.conv_size=10",
+            "train.steps=0",
+            "train.batch_size=0",
+            "train.accumulation=65",
+            "train.condition_dropout=1.5",
+            "train.learning_rate=inf",
+            "train.betas=[0.9, 1.0]",
+            "train.warmup_steps=100001",
+            "train.decay_start=1.1",
+            "train.clip_norm=nan",
+            "train.ema_decay=1",
+            "train.checkpoint_every=0",
+            "train.keep_checkpoints=1",
+            "sample.temperature=-0.5",
+            "sample.top_p=0",
+        ];
+        for set in bad {
+            let problems = Loaded::read(None, &[set.to_owned()]).unwrap().config.problems().unwrap();
+            let key = set.split('=').next().unwrap();
+            assert!(problems.iter().any(|p| p.message.starts_with(&format!("`{key}` = "))), "{set}");
+            assert!(problems.len() <= 2, "{set}");
+        }
+    }
+}
