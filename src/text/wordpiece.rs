@@ -1,0 +1,190 @@
+//! WordPiece over a BERT vocabulary: cleaned, lower-cased, each Chinese character a word of its own.
+
+use crate::error::{Context, Hint, Result, anyhow, ensure};
+use std::{collections::HashSet, path::Path};
+use tokenizers::{
+    Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
+    models::wordpiece::WordPiece as Pieces, normalizers::BertNormalizer, pre_tokenizers::bert::BertPreTokenizer,
+};
+
+pub(super) const PAD: &str = "[PAD]";
+pub(super) const UNK: &str = "[UNK]";
+pub(super) const CLS: &str = "[CLS]";
+pub(super) const SEP: &str = "[SEP]";
+pub(super) const MASK: &str = "[MASK]";
+
+/// Characters read for each token asked for: a longer word than 100 characters is `[UNK]` whatever its length.
+const CHARACTERS_A_TOKEN: usize = 128;
+
+/// A vocabulary and the rules that go with it.
+#[derive(Debug, Clone)]
+pub struct WordPiece {
+    pieces: Pieces,
+    /// By id.
+    tokens: Vec<String>,
+    cls: u32,
+    sep: u32,
+    pad: u32,
+    unk: u32,
+}
+
+impl WordPiece {
+    /// Reads a `vocab.txt`: one token a line, its id the line's number from 0.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let hint = "a WordPiece vocabulary has one token a line, in UTF-8, and holds [PAD], [UNK], [CLS] and [SEP]";
+        let read = std::fs::read_to_string(path).map_err(anyhow::Error::from);
+        read.and_then(|text| Self::parse(&text)).hint(format!("cannot use the vocabulary `{}`", path.display()), hint)
+    }
+
+    /// The vocabulary in the text of a `vocab.txt`.
+    pub fn parse(vocab: &str) -> Result<Self> {
+        let tokens: Vec<String> = vocab.lines().map(|line| line.trim_end().to_owned()).collect();
+        let mut seen = HashSet::new();
+        if let Some(line) = tokens.iter().position(|token| token.is_empty() || !seen.insert(token.as_str())) {
+            return Err(anyhow!("line {} is empty or repeats a token", line + 1));
+        }
+        let id = |token: &str| {
+            let found = tokens.iter().position(|t| t == token);
+            found.map(|id| id as u32).with_context(|| format!("token `{token}` is missing"))
+        };
+        let (pad, unk, cls, sep) = (id(PAD)?, id(UNK)?, id(CLS)?, id(SEP)?);
+        let vocab = Pieces::read_bytes(vocab.as_bytes()).map_err(|e| anyhow!(e))?;
+        let pieces = Pieces::builder().vocab(vocab).build().map_err(|e| anyhow!(e))?;
+        Ok(Self { pieces, tokens, cls, sep, pad, unk })
+    }
+
+    /// `[CLS] tokens [SEP]`, cut to `max_tokens` (at least 2) in all. An empty text is `[CLS] [SEP]`.
+    ///
+    /// Of a very long text only the first 128 characters a token are looked at.
+    pub fn encode(&self, text: &str, max_tokens: usize) -> Result<Vec<u32>> {
+        ensure!(max_tokens >= 2, "{max_tokens} tokens leave no room for [CLS] and [SEP]");
+        let end = text.char_indices().nth(max_tokens * CHARACTERS_A_TOKEN).map_or(text.len(), |(end, _)| end);
+        let mut ids = vec![self.cls];
+        for word in words(&text[..end])? {
+            if ids.len() >= max_tokens - 1 {
+                break;
+            }
+            ids.extend(self.pieces.tokenize(&word).map_err(|e| anyhow!(e))?.iter().map(|token| token.id));
+        }
+        ids.truncate(max_tokens - 1);
+        ids.push(self.sep);
+        Ok(ids)
+    }
+
+    /// Readable text: pieces joined, spaces only between words that are not Chinese, special tokens dropped.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        let mut text = String::new();
+        for &id in ids {
+            let Some(token) = self.tokens.get(id as usize) else { continue };
+            if [PAD, UNK, CLS, SEP, MASK].contains(&token.as_str()) {
+                continue;
+            }
+            match token.strip_prefix("##") {
+                Some(rest) if !rest.is_empty() => text.push_str(rest),
+                _ => {
+                    if text.chars().last().is_some_and(spaced) && token.starts_with(spaced) {
+                        text.push(' ');
+                    }
+                    text.push_str(token);
+                }
+            }
+        }
+        text
+    }
+
+    /// Number of tokens.
+    pub fn vocab_size(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// The vocabulary as it stands in a `vocab.txt`.
+    pub fn vocab_text(&self) -> String {
+        self.tokens.iter().flat_map(|token| [token.as_str(), "\n"]).collect()
+    }
+
+    /// `[CLS]`, the first token of every text.
+    pub fn cls(&self) -> u32 {
+        self.cls
+    }
+
+    /// `[SEP]`, the last token of every text.
+    pub fn sep(&self) -> u32 {
+        self.sep
+    }
+
+    /// `[PAD]`.
+    pub fn pad(&self) -> u32 {
+        self.pad
+    }
+
+    /// `[UNK]`.
+    pub fn unk(&self) -> u32 {
+        self.unk
+    }
+}
+
+/// The words of a text after BERT's cleaning: split at spaces and punctuation and around each Chinese character.
+pub(super) fn words(text: &str) -> Result<Vec<String>> {
+    let mut text = NormalizedString::from(text);
+    BertNormalizer::default().normalize(&mut text).map_err(|e| anyhow!(e))?;
+    let mut split = PreTokenizedString::from(text);
+    BertPreTokenizer.pre_tokenize(&mut split).map_err(|e| anyhow!(e))?;
+    let splits = split.get_splits(OffsetReferential::Normalized, OffsetType::Byte);
+    Ok(splits.into_iter().map(|(word, ..)| word.to_owned()).collect())
+}
+
+/// Whether words that begin or end with this character are set apart by spaces.
+fn spaced(c: char) -> bool {
+    let unspaced_script = matches!(c as u32, 0x2E80..=0x9FFF | 0xF900..=0xFAFF | 0xFF00..=0xFFEF | 0x20000..=0x3FFFF);
+    c.is_alphanumeric() && !unspaced_script
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VOCAB: &str = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n一\n弯\n月\n，\n3\n##d\nblue\nmoon\n##s\n,\n";
+
+    fn round(text: &str) -> (Vec<u32>, String) {
+        let wordpiece = WordPiece::parse(VOCAB).unwrap();
+        let ids = wordpiece.encode(text, 8).unwrap();
+        let decoded = wordpiece.decode(&ids);
+        (ids, decoded)
+    }
+
+    #[test]
+    fn chinese_characters_are_words_and_come_back_without_spaces() {
+        assert_eq!(round("一弯月，3D"), (vec![2, 5, 6, 7, 8, 9, 10, 3], "一弯月，3d".into()));
+        assert_eq!(round("Blue  moons，一"), (vec![2, 11, 12, 13, 8, 5, 3], "blue moons，一".into()));
+        assert_eq!(round("blue一moon"), (vec![2, 11, 5, 12, 3], "blue一moon".into()));
+    }
+
+    #[test]
+    fn odd_texts() {
+        assert_eq!(round(""), (vec![2, 3], String::new()));
+        assert_eq!(round(" \t\n\0\u{fffd}\u{200b}"), (vec![2, 3], String::new()));
+        assert_eq!(round("🌙 [SEP] ไทย").0[..2], [2, 1]);
+        assert!(
+            !round("[SEP][CLS][PAD]").0[1..5].iter().any(|id| [0, 2, 3].contains(id)),
+            "written by hand, not special"
+        );
+        assert_eq!(round("一弯月一弯月一弯月").0, [2, 5, 6, 7, 5, 6, 7, 3]);
+        assert_eq!(round(&"x".repeat(1 << 20)).0, [2, 1, 3]);
+        assert_eq!(round(&"月 ".repeat(1 << 19)).0, [2, 7, 7, 7, 7, 7, 7, 3]);
+        let wordpiece = WordPiece::parse(VOCAB).unwrap();
+        assert_eq!(wordpiece.encode("月", 2).unwrap(), [2, 3]);
+        assert!(wordpiece.encode("月", 1).is_err());
+        assert_eq!(wordpiece.decode(&[7, 4_000_000_000, 7]), "月月");
+    }
+
+    #[test]
+    fn broken_vocabularies_are_refused() {
+        let error = |text: &str| format!("{:#}", WordPiece::parse(text).unwrap_err());
+        assert!(error("").contains("[PAD]"));
+        assert!(error("[PAD]\n[UNK]\n[CLS]\n").contains("[SEP]"));
+        assert!(error("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\na\n").contains("line 6"));
+        assert!(error("[PAD]\n\n").contains("line 2"));
+        assert_eq!(WordPiece::parse(VOCAB).unwrap().vocab_text(), VOCAB);
+    }
+}
