@@ -2,6 +2,7 @@
 
 use crate::error::{Context, Result};
 use candle_core::Device;
+use std::fs::read_to_string;
 
 /// Keeps freed memory in the process. A training step frees and allocates the same buffers over and
 /// over; glibc would give each back to the kernel and fault it in again (a third of the time of a step).
@@ -20,7 +21,7 @@ pub fn device() -> Device {
     Device::Cpu
 }
 
-/// Sizes the one thread pool of the process (rayon's global one).
+/// Sizes the one thread pool of the process (rayon's global one); `None`: one thread a core.
 ///
 /// # Errors
 /// The threads cannot be started.
@@ -31,10 +32,64 @@ pub fn start_threads(threads: Option<usize>) -> Result<()> {
 
 /// What this machine offers and what this build contains, as (name, value).
 pub fn facts() -> Vec<(&'static str, String)> {
+    let build = if cfg!(debug_assertions) { "debug (slow: build with --release)" } else { "release" };
     vec![
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
+        ("build", build.to_owned()),
         ("device", "cpu".to_owned()),
-        ("threads", rayon::current_num_threads().to_string()),
         ("cuda", "not built".to_owned()),
+        ("threads", rayon::current_num_threads().to_string()),
+        ("processor", field("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned())),
+        ("vector units", vector_units().join(" ")),
+        ("memory", memory("MemTotal")),
+        ("memory available", memory("MemAvailable")),
+        ("disk available here", disk().map_or("unknown".to_owned(), gigabytes)),
     ]
+}
+
+/// The instruction sets that make a difference to us.
+fn vector_units() -> Vec<&'static str> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let found = [
+            ("avx2", is_x86_feature_detected!("avx2")),
+            ("fma", is_x86_feature_detected!("fma")),
+            ("avx512f", is_x86_feature_detected!("avx512f")),
+            ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
+        ];
+        found.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect()
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    vec!["baseline"]
+}
+
+/// The first value of `name` in one of Linux's `name : value` files.
+fn field(file: &str, name: &str) -> Option<String> {
+    let text = read_to_string(file).ok()?;
+    text.lines().find_map(|line| {
+        let (key, value) = line.split_once(':')?;
+        (key.trim() == name).then(|| value.trim().to_owned())
+    })
+}
+
+fn memory(name: &str) -> String {
+    let kilobytes = field("/proc/meminfo", name).and_then(|v| v.split(' ').next()?.parse::<u64>().ok());
+    kilobytes.map_or("unknown".to_owned(), |kb| gigabytes(kb * 1024))
+}
+
+/// Bytes that a user may still write below the current folder.
+fn disk() -> Option<u64> {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: statvfs fills the plain struct that it is given; the path ends in NUL.
+        let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
+        let done = unsafe { libc::statvfs(c".".as_ptr(), &mut stat) } == 0;
+        done.then(|| stat.f_bavail as u64 * stat.f_frsize as u64)
+    }
+    #[cfg(not(target_os = "linux"))]
+    None
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.1} GB", bytes as f64 / 1e9)
 }

@@ -1,6 +1,7 @@
 //! The command line: one file a command, each with its `Args` and a `run` that calls the floors below.
 
 mod completions;
+mod config;
 mod doctor;
 mod man;
 
@@ -26,6 +27,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Config(config::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -45,6 +47,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     crate::runtime::start_threads(cli.threads.map(usize::from))?;
     let json = cli.json;
     match cli.command {
+        Command::Config(args) => config::run(args, json),
         Command::Doctor(args) => doctor::run(args, json),
         Command::Completions(args) => completions::run(args, json),
         Command::Man(args) => man::run(args, json),

@@ -1,0 +1,170 @@
+//! `vilg config`
+
+use crate::{
+    config::{Loaded, Origin, values},
+    error::{Context, Result, usage},
+    report,
+};
+use clap::{Subcommand, ValueEnum};
+use std::{fs::OpenOptions, io::Write, path::Path, path::PathBuf};
+
+/// Show, check or start a configuration
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Print every value with its source, then parameters, sequence layout and layers
+    Show(Source),
+    /// Check a configuration; exit code 2 if something is wrong with it
+    Check(Source),
+    /// Print a commented configuration to start from
+    Init {
+        /// Which one
+        #[arg(value_enum, default_value = "emoji")]
+        name: Example,
+        /// Write it to this file instead; an existing one is kept
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+}
+
+/// Where a configuration comes from.
+#[derive(clap::Args)]
+pub struct Source {
+    /// Configuration file [default: built-in defaults]
+    #[arg(short, long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Override a value, e.g. `--set train.steps=100`; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub sets: Vec<String>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Example {
+    /// The demo's generator
+    Emoji,
+    /// The demo's image tokenizer
+    EmojiTokenizer,
+    /// 24 layers × 1024 (the paper's analysis model)
+    #[value(name = "300m")]
+    M300,
+    /// 48 layers × 4096 (the paper's model)
+    #[value(name = "10b")]
+    B10,
+}
+
+impl Example {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Emoji => include_str!("../../configs/emoji.toml"),
+            Self::EmojiTokenizer => include_str!("../../configs/emoji-tokenizer.toml"),
+            Self::M300 => include_str!("../../configs/300m.toml"),
+            Self::B10 => include_str!("../../configs/10b.toml"),
+        }
+    }
+}
+
+pub fn run(args: Args, json: bool) -> Result<()> {
+    match args.command {
+        Command::Show(source) => show(&source, json),
+        Command::Check(source) => check(&source, json),
+        Command::Init { name, output: None } => {
+            report::bytes(name.text().as_bytes());
+            Ok(())
+        }
+        Command::Init { name, output: Some(path) } => init(name, &path),
+    }
+}
+
+fn init(example: Example, path: &Path) -> Result<()> {
+    let place = || format!("cannot write {}", path.display());
+    match OpenOptions::new().write(true).create_new(true).open(path) {
+        Ok(mut file) => file.write_all(example.text().as_bytes()).with_context(place)?,
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+            return Err(usage(format_args!("{} exists and is kept", path.display()), "choose another name with -o"));
+        }
+        Err(e) => return Err(e).with_context(place),
+    }
+    report::note(format_args!("wrote {}; next: vilg train --config {0}", path.display()));
+    Ok(())
+}
+
+fn check(source: &Source, json: bool) -> Result<()> {
+    let problems = Loaded::read(source.config.as_deref(), &source.sets)?.config.problems()?;
+    if json {
+        let list: Vec<_> = problems.iter().map(|p| serde_json::json!({"message": p.message, "hint": p.hint})).collect();
+        report::json(&serde_json::json!({"ok": list.is_empty(), "problems": list}));
+    } else if problems.is_empty() {
+        report::result("ok");
+    }
+    let Some((last, others)) = problems.split_last() else { return Ok(()) };
+    for problem in others {
+        report::error(&usage(&problem.message, &problem.hint));
+    }
+    Err(usage(&last.message, &last.hint))
+}
+
+fn show(source: &Source, json: bool) -> Result<()> {
+    let loaded = Loaded::read(source.config.as_deref(), &source.sets)?;
+    loaded.config.validate()?;
+    let rows = values(&loaded.config)?.into_iter().map(|(key, value)| {
+        let from = match loaded.origin(&key) {
+            Origin::Default => "default",
+            Origin::File => "file",
+            Origin::Set => "--set",
+        };
+        (key, value, from)
+    });
+    if json {
+        let values: serde_json::Map<_, _> =
+            rows.map(|(key, value, from)| (key, serde_json::json!({"value": value, "from": from}))).collect();
+        report::json(&serde_json::json!({"values": values}));
+    } else {
+        let rows: Vec<_> = rows.map(|(key, value, from)| vec![key, from.to_owned(), value.to_string()]).collect();
+        report::table(&["key", "from", "value"], &rows);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn shipped_configurations_are_valid_and_commented() {
+        let mut shown = BTreeSet::new();
+        for example in Example::value_variants() {
+            let name = example.to_possible_value().unwrap().get_name().to_owned();
+            let config = Config::parse(example.text(), &name).unwrap();
+            config.validate().unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert_eq!(config.name, name);
+            for line in example.text().lines().filter(|l| l.contains(" = ")) {
+                assert!(line.contains("  # "), "{name}: no comment: {line}");
+            }
+            let table: toml::Table = toml::from_str(example.text()).unwrap();
+            let keys = table.iter().flat_map(|(section, value)| match value.as_table() {
+                Some(keys) => keys.keys().map(|key| format!("{section}.{key}")).collect(),
+                None => vec![section.clone()],
+            });
+            shown.extend(keys);
+        }
+        let all: BTreeSet<_> = values(&Config::default()).unwrap().into_iter().map(|(key, _)| key).collect();
+        assert_eq!(shown, all, "keys that no shipped configuration shows");
+    }
+
+    /// The generator's file repeats what decides its grid; it must agree with the tokenizer's own file.
+    #[test]
+    fn the_demo_s_two_files_agree() {
+        let side = |example: Example| {
+            let t = Config::parse(example.text(), "").unwrap().image_tokenizer;
+            (t.image_size, t.channel_multipliers, t.codebook_size, t.attention_sides)
+        };
+        assert_eq!(side(Example::Emoji), side(Example::EmojiTokenizer));
+    }
+}
