@@ -1,4 +1,5 @@
 //! Layers of ours.
 
 pub mod params;
+pub mod pattern;
 pub mod segment;
