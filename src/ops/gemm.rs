@@ -1,0 +1,108 @@
+//! General matrix product on slices, through the `gemm` crate (packed, AVX-512 where there is one).
+
+use super::simd::Real;
+use gemm::Parallelism;
+
+/// A matrix in a slice: element (i, j) is at `i * row_stride + j * column_stride`.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a, T> {
+    data: &'a [T],
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a, T> Matrix<'a, T> {
+    /// A `rows × columns` matrix stored row by row without gaps.
+    pub fn new(data: &'a [T], rows: usize, columns: usize) -> Self {
+        Self::strided(data, rows, columns, columns)
+    }
+
+    /// A matrix whose rows start `row_stride` elements apart.
+    ///
+    /// # Panics
+    /// The slice is too short (a defect of the caller, never of user input).
+    pub fn strided(data: &'a [T], rows: usize, columns: usize, row_stride: usize) -> Self {
+        assert!(rows == 0 || columns == 0 || data.len() >= (rows - 1) * row_stride + columns, "matrix out of bounds");
+        Self { data, rows, columns, row_stride, column_stride: 1 }
+    }
+
+    /// The transpose, without moving anything.
+    pub fn t(self) -> Self {
+        Self {
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+            ..self
+        }
+    }
+}
+
+/// What a product does with the old content of its destination.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Onto {
+    /// C = alpha·A·B; C may be uninitialised.
+    Nothing,
+    /// C += alpha·A·B.
+    Old,
+}
+
+/// Below this many multiplications a product stays on the calling thread.
+const SERIAL_WORK: usize = 1 << 18;
+
+/// C = alpha·A·B (+ C), on all threads when there is enough work. `c` is row-major `a.rows × b.columns`.
+pub fn gemm<T: Real>(c: &mut [T], onto: Onto, alpha: f64, a: Matrix<T>, b: Matrix<T>) {
+    let work = a.rows * a.columns * b.columns;
+    // A call from inside a rayon task is usually one of many: let the outer loop do the sharing.
+    let serial = work < SERIAL_WORK || rayon::current_num_threads() == 1;
+    let columns = b.columns;
+    product(c, columns, onto, alpha, a, b, if serial { Parallelism::None } else { Parallelism::Rayon(0) });
+}
+
+/// The same on the calling thread only, for loops that are parallel outside; rows of C are `stride` apart.
+pub fn gemm_serial<T: Real>(c: &mut [T], stride: usize, onto: Onto, alpha: f64, a: Matrix<T>, b: Matrix<T>) {
+    product(c, stride, onto, alpha, a, b, Parallelism::None);
+}
+
+fn product<T: Real>(
+    c: &mut [T],
+    stride: usize,
+    onto: Onto,
+    alpha: f64,
+    a: Matrix<T>,
+    b: Matrix<T>,
+    parallelism: Parallelism,
+) {
+    let (m, n, k) = (a.rows, b.columns, a.columns);
+    assert_eq!(k, b.rows, "inner sizes differ");
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!(n <= stride && c.len() >= (m - 1) * stride + n, "destination out of bounds");
+    // SAFETY: `Matrix` and the assertions above keep every access inside the three slices; `c` is not aliased.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
+            1,
+            stride as isize,
+            onto == Onto::Old,
+            a.data.as_ptr(),
+            a.column_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.column_stride as isize,
+            b.row_stride as isize,
+            T::ONE,
+            T::from_f64(alpha),
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}

@@ -1,0 +1,122 @@
+//! Between candle's tensors and the slices that kernels work on.
+
+use super::simd::Real;
+use candle_core::{CpuStorage, Error, InplaceOp1, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType, bail};
+use std::{cell::RefCell, marker::PhantomData, ops::Deref, ops::Range};
+
+/// Runs `$body` with the type `$T` standing for the element type of `$dtype` (`F32` or `F64`).
+macro_rules! by_dtype {
+    ($dtype:expr, $op:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            candle_core::DType::F64 => {
+                type $T = f64;
+                $body
+            }
+            dtype => candle_core::bail!("{} is for f32 and f64, not {dtype:?}", $op),
+        }
+    };
+}
+pub(crate) use by_dtype;
+
+fn contiguous(layout: &Layout) -> Result<Range<usize>> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(start..end),
+        None => Err(Error::Msg("the kernel needs a contiguous tensor".into()).bt()),
+    }
+}
+
+/// The elements of a contiguous CPU storage, inside a custom op.
+pub fn slice<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+    Ok(&T::cpu_storage_as_slice(storage)?[contiguous(layout)?])
+}
+
+/// A read lock on a tensor that gives its elements.
+pub struct View<'a, T> {
+    storage: StorageRef<'a>,
+    range: Range<usize>,
+    elements: PhantomData<T>,
+}
+
+impl<T: WithDType> Deref for View<'_, T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        match &*self.storage {
+            // `view` has checked device and type; a lock keeps both.
+            Storage::Cpu(cpu) => T::cpu_storage_as_slice(cpu).map_or(&[], |all| &all[self.range.clone()]),
+            _ => &[],
+        }
+    }
+}
+
+/// The elements of a contiguous CPU tensor.
+pub fn view<T: WithDType>(tensor: &Tensor) -> Result<View<'_, T>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let range = contiguous(layout)?;
+    match &*storage {
+        Storage::Cpu(cpu) => T::cpu_storage_as_slice(cpu)?,
+        _ => bail!("the kernel needs a tensor on the CPU"),
+    };
+    Ok(View { storage, range, elements: PhantomData })
+}
+
+/// Calls `f` with the elements of a CPU tensor, in row-major order.
+pub fn with_slice<T: WithDType, R>(tensor: &Tensor, f: impl FnOnce(&[T]) -> R) -> Result<R> {
+    let tensor = tensor.contiguous()?;
+    let result = f(&view(&tensor)?);
+    Ok(result)
+}
+
+/// Calls `f` with the elements of a contiguous CPU tensor, to change them in place. Tensors that share the
+/// storage (a `Var` and the layers that hold it) see the change; a taped graph does not know of it.
+pub fn with_slice_mut<T: Real, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
+    struct Edit<T, F, R>(RefCell<(Option<F>, Option<R>)>, PhantomData<T>);
+
+    impl<T: Real, F: FnOnce(&mut [T]) -> R, R> InplaceOp1 for Edit<T, F, R> {
+        fn name(&self) -> &'static str {
+            "edit in place"
+        }
+
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+            let range = contiguous(layout)?;
+            let Some(all) = T::elements_mut(storage) else { bail!("edit in place: expected {:?}", T::DTYPE) };
+            let mut state = self.0.borrow_mut();
+            if let Some(f) = state.0.take() {
+                state.1 = Some(f(&mut all[range]));
+            }
+            Ok(())
+        }
+    }
+
+    let edit = Edit(RefCell::new((Some(f), None)), PhantomData);
+    tensor.inplace_op1(&edit)?;
+    edit.0.into_inner().1.ok_or_else(|| Error::Msg("the tensor has no elements to edit".into()).bt())
+}
+
+/// A new vector that `fill` writes, without the pass over memory that fills it with zeros first.
+///
+/// # Safety
+/// `fill` must write every element and read none before it.
+pub unsafe fn fresh<T: Real>(len: usize, fill: impl FnOnce(&mut [T])) -> Vec<T> {
+    let mut vec: Vec<T> = Vec::with_capacity(len);
+    // SAFETY: the memory is allocated for `len` elements, any bits are a float, and the caller's `fill` only
+    // writes until it has written all of them.
+    fill(unsafe { std::slice::from_raw_parts_mut(vec.as_mut_ptr(), len) });
+    // SAFETY: as above.
+    unsafe { vec.set_len(len) };
+    vec
+}
+
+/// What a custom op's forward pass returns.
+pub fn storage<T: Real>(data: Vec<T>, shape: impl Into<Shape>) -> Result<(CpuStorage, Shape)> {
+    Ok((T::to_cpu_storage_owned(data), shape.into()))
+}
+
+/// A tensor of `data` for the results of a backward pass.
+pub fn tensor<T: Real>(data: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
+    Tensor::from_vec(data, shape.into(), &candle_core::Device::Cpu)
+}

@@ -1,0 +1,87 @@
+//! Checks that every op passes: fused ≡ composed, gradient ≡ finite differences, one thread ≡ many.
+
+use crate::{error::Result, random::Random};
+use candle_core::{DType, Device, Tensor, Var};
+
+/// A variable of standard normal numbers.
+pub fn normal(name: &str, shape: &[usize], dtype: DType) -> Var {
+    let mut random = Random::keyed(3, name, 0, 0);
+    let values: Vec<f64> = (0..shape.iter().product()).map(|_| random.normal()).collect();
+    let tensor = Tensor::from_vec(values, shape, &Device::Cpu).and_then(|t| t.to_dtype(dtype));
+    tensor.and_then(|t| Var::from_tensor(&t)).expect("a test tensor")
+}
+
+pub fn values(x: &Tensor) -> Vec<f64> {
+    let flat = x.flatten_all().and_then(|x| x.to_dtype(DType::F64)).and_then(|x| x.to_vec1());
+    flat.expect("the values of a tensor")
+}
+
+/// A scalar in which every element of `y` has its own weight.
+fn weighed(y: &Tensor) -> Result<Tensor> {
+    let weights = normal("weights of the outputs", y.dims(), y.dtype()).detach();
+    Ok((y * weights)?.sum_all()?)
+}
+
+/// The output and the gradients of all variables.
+fn output_and_gradients(vars: &[Var], f: &dyn Fn(&[Tensor]) -> Result<Tensor>) -> Result<Vec<Vec<f64>>> {
+    let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+    let y = f(&tensors)?;
+    let gradients = weighed(&y)?.backward()?;
+    let mut all = vec![values(&y)];
+    for var in vars {
+        all.push(values(gradients.get(var).expect("every variable has a gradient")));
+    }
+    Ok(all)
+}
+
+/// Asserts that two functions agree in output and gradients, relative to the largest element.
+pub fn assert_same(
+    vars: &[Var],
+    tolerance: f64,
+    fused: &dyn Fn(&[Tensor]) -> Result<Tensor>,
+    composed: &dyn Fn(&[Tensor]) -> Result<Tensor>,
+) -> Result<()> {
+    let (a, b) = (output_and_gradients(vars, fused)?, output_and_gradients(vars, composed)?);
+    for (i, (a, b)) in a.iter().zip(&b).enumerate() {
+        assert_eq!(a.len(), b.len());
+        let scale = b.iter().fold(1e-3, |m: f64, x| m.max(x.abs()));
+        for (a, b) in a.iter().zip(b) {
+            assert!((a - b).abs() <= tolerance * scale, "part {i}: {a} instead of {b}");
+        }
+    }
+    Ok(())
+}
+
+/// Asserts that the gradients equal central differences; the variables must be f64.
+pub fn assert_gradients(vars: &[Var], f: &dyn Fn(&[Tensor]) -> Result<Tensor>) -> Result<()> {
+    const STEP: f64 = 1e-5;
+    let analytic = output_and_gradients(vars, f)?;
+    for (i, var) in vars.iter().enumerate() {
+        for (j, &gradient) in analytic[i + 1].iter().enumerate() {
+            let at = |delta: f64| -> Result<f64> {
+                let mut tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+                let mut moved = values(var);
+                moved[j] += delta;
+                tensors[i] = Tensor::from_vec(moved, var.shape(), &Device::Cpu)?;
+                Ok(weighed(&f(&tensors)?)?.to_scalar()?)
+            };
+            let numeric = (at(STEP)? - at(-STEP)?) / (2.0 * STEP);
+            let error = (gradient - numeric).abs() / (1.0 + numeric.abs());
+            assert!(error < 1e-6, "variable {i}, element {j}: {gradient}, numerically {numeric}");
+        }
+    }
+    Ok(())
+}
+
+/// Asserts that output and gradients are the same bits on one thread and on four.
+pub fn assert_thread_independent(vars: &[Var], f: &(dyn Fn(&[Tensor]) -> Result<Tensor> + Sync)) -> Result<()> {
+    let on = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+        pool.install(|| output_and_gradients(vars, f))
+    };
+    let (one, four) = (on(1)?, on(4)?);
+    for (i, (a, b)) in one.iter().zip(&four).enumerate() {
+        assert!(a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits()), "part {i} depends on the threads");
+    }
+    Ok(())
+}
