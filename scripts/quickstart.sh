@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Installs what is missing, builds vilg, paints a line of Chinese and describes a picture.
+#   ./scripts/quickstart.sh "一轮弯月，扁平风格"
+set -euo pipefail
+prompt=${1:-一轮弯月，扁平风格}
+cd "$(dirname "$0")/.."
+
+./scripts/setup.sh
+# shellcheck disable=SC1091
+[ -f "$HOME/.cargo/env" ] && . "$HOME/.cargo/env"
+cargo build --release --locked
+vilg=${CARGO_TARGET_DIR:-target}/release/vilg
+
+mkdir -p out
+"$vilg" t2i "$prompt" -o out/painting.png
+caption=$("$vilg" caption src/demo/sample.png)
+
+printf '\npainted “%s”: %s\n' "$prompt" "$PWD/out/painting.png"
+printf 'described %s: %s\n' "$PWD/src/demo/sample.png" "$caption"
+printf 'next: %s --help\n' "$vilg"

@@ -1,0 +1,170 @@
+//! The rules of the house (see `src/lib.rs`): floors, file length, where `unsafe` and printing may be.
+
+use std::{collections::BTreeMap, fs, path::Path, path::PathBuf};
+
+const MAX_LINES: usize = 400;
+
+/// A source file without comments and without what stands after `#[cfg(test)] mod …`.
+struct Source {
+    /// Path below `src`, with `/`.
+    path: String,
+    text: String,
+    code: Vec<(usize, String)>,
+}
+
+impl Source {
+    /// The top-level module that the file belongs to.
+    fn module(&self) -> &str {
+        self.path.split('/').next().unwrap().trim_end_matches(".rs")
+    }
+
+    /// Lines of code with one of the words, as `path:line`.
+    fn lines_with(&self, words: &[&str]) -> Vec<String> {
+        let found = self.code.iter().filter(|(_, line)| words.iter().any(|w| line.contains(w)));
+        found.map(|(number, line)| format!("src/{}:{number}: {}", self.path, line.trim())).collect()
+    }
+}
+
+fn sources() -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    collect(&root, &mut files);
+    files.sort();
+    assert!(files.len() > 10, "no sources found");
+    files.iter().map(|file| source(file, &root)).collect()
+}
+
+fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => collect(&path, files),
+            false if path.extension().is_some_and(|e| e == "rs") => files.push(path),
+            false => {}
+        }
+    }
+}
+
+fn source(file: &Path, root: &Path) -> Source {
+    let text = fs::read_to_string(file).unwrap();
+    let path = file.strip_prefix(root).unwrap().to_str().unwrap().replace('\\', "/");
+    let tests = text.find("#[cfg(test)]\nmod tests {").or(text.find("#[cfg(test)]\npub(crate) mod tests {"));
+    let code = text[..tests.unwrap_or(text.len())].lines().enumerate();
+    let code = code.filter(|(_, line)| !line.trim_start().starts_with("//"));
+    let code = code.map(|(i, line)| (i + 1, line.split(" // ").next().unwrap().to_owned())).collect();
+    Source { path, text, code }
+}
+
+/// Floor of each module by the table in `lib.rs`.
+fn floors() -> BTreeMap<String, usize> {
+    let lib = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).unwrap();
+    let mut floors = BTreeMap::new();
+    for line in lib.lines().filter_map(|line| line.strip_prefix("//! | ")) {
+        let cells: Vec<&str> = line.split(" | ").collect();
+        let Ok(floor) = cells[0].parse() else { continue };
+        floors.extend(cells[1].split('`').skip(1).step_by(2).map(|module| (module.to_owned(), floor)));
+    }
+    floors
+}
+
+/// Top-level modules that a file names: `crate::a::…` and `crate::{a::…, b}`.
+fn used_modules(code: &str) -> Vec<String> {
+    let mut modules = Vec::new();
+    for (at, _) in code.match_indices("crate::") {
+        let rest = &code[at + "crate::".len()..];
+        match rest.strip_prefix('{') {
+            Some(group) => modules.extend(names_of_group(group)),
+            None => modules.push(identifier(rest)),
+        }
+    }
+    modules
+}
+
+fn identifier(text: &str) -> String {
+    text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
+}
+
+/// First path segments in `a::{x, y}, b::z, c}…`.
+fn names_of_group(group: &str) -> Vec<String> {
+    let (mut names, mut depth, mut expect_name) = (Vec::new(), 0, true);
+    for (i, c) in group.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' if depth == 0 => break,
+            '}' => depth -= 1,
+            ',' if depth == 0 => expect_name = true,
+            c if expect_name && c.is_alphabetic() => {
+                names.push(identifier(&group[i..]));
+                expect_name = false;
+            }
+            _ => {}
+        }
+    }
+    names
+}
+
+#[test]
+fn groups_are_parsed() {
+    let code = "use crate::{\n    a::{x, y::{z}},\n    b,\n};\nlet q = crate::c::d();";
+    assert_eq!(used_modules(code), ["a", "b", "c"]);
+}
+
+#[test]
+fn files_use_their_own_floor_or_a_lower_one() {
+    let floors = floors();
+    let mut wrong = Vec::new();
+    for source in sources().iter().filter(|s| !["main.rs", "lib.rs"].contains(&s.path.as_str())) {
+        let module = source.module();
+        let Some(floor) = floors.get(module) else { panic!("{module} is missing in the map of src/lib.rs") };
+        let code: String = source.code.iter().map(|(_, line)| format!("{line}\n")).collect();
+        for used in used_modules(&code).iter().filter(|_| !source.path.ends_with("tests.rs")) {
+            match floors.get(used) {
+                Some(other) if other <= floor => {}
+                Some(other) => {
+                    wrong.push(format!("src/{} (floor {floor}) uses {used} (floor {other})", source.path));
+                }
+                None => {} // a macro or item of the crate root
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn files_are_short() {
+    let long: Vec<String> = sources()
+        .iter()
+        .filter(|s| s.text.lines().count() > MAX_LINES)
+        .map(|s| format!("src/{}: {} lines", s.path, s.text.lines().count()))
+        .collect();
+    assert!(long.is_empty(), "more than {MAX_LINES} lines:\n{}", long.join("\n"));
+}
+
+#[test]
+fn only_the_kernels_and_the_runtime_are_unsafe() {
+    for source in sources().iter().filter(|s| !["ops", "runtime"].contains(&s.module())) {
+        let found = source.lines_with(&["unsafe ", "unsafe{", "cfg(feature"]);
+        assert!(found.is_empty(), "belongs in ops/:\n{}", found.join("\n"));
+    }
+}
+
+#[test]
+fn only_report_prints() {
+    let words = ["println!", "print!(", "dbg!(", "stdout()", "stderr()", "process::exit"];
+    for source in sources().iter().filter(|s| s.module() != "report") {
+        let found = source.lines_with(&words);
+        assert!(found.is_empty(), "belongs in report.rs:\n{}", found.join("\n"));
+    }
+}
+
+#[test]
+fn nothing_is_left_undone_or_silenced() {
+    for source in sources() {
+        let found = source.lines_with(&["todo!", "unimplemented!", "unreachable_unchecked"]);
+        assert!(found.is_empty(), "{}", found.join("\n"));
+        let silenced = source.text.lines().filter(|l| l.contains("#[allow(") || l.contains("#![allow("));
+        for line in silenced {
+            assert!(line.contains("reason") || line.contains("// "), "src/{}: no reason beside {line}", source.path);
+        }
+    }
+}
