@@ -4,12 +4,27 @@
 //! from stock candle ops. Kernels are generic over `f32` and `f64`, so that gradients can be checked
 //! against finite differences in double precision. Results do not depend on the number of threads.
 
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod gelu;
 pub mod gemm;
+pub mod layer_norm;
 pub mod linear;
+pub mod newton_schulz;
 pub mod simd;
 pub mod slices;
 #[cfg(test)]
 pub mod testing;
 
+pub use adamw::{AdamW, adamw_step};
+pub use attention::attention;
+pub use cross_entropy::cross_entropy;
+pub use gelu::gelu;
+pub use layer_norm::layer_norm;
 pub use linear::linear;
+pub use newton_schulz::newton_schulz;
 pub use slices::{with_slice, with_slice_mut};
+
+/// Elements that one task of a parallel elementwise loop takes.
+const CHUNK: usize = 1 << 14;

@@ -167,7 +167,7 @@ macro_rules! multiversion {
 pub(crate) use multiversion;
 
 /// Independent sums that a reduction keeps, so that it fills vector registers.
-const LANES: usize = 32;
+pub const LANES: usize = 32;
 
 /// Adds up lanes pairwise.
 #[inline(always)]

@@ -1,0 +1,106 @@
+//! AdamW (arXiv 1711.05101) in one pass over parameter, gradient and moments.
+
+use super::{
+    CHUNK,
+    simd::{Real, multiversion},
+    slices::with_slice_mut,
+    with_slice,
+};
+use crate::error::{Result, ensure};
+use candle_core::{Tensor, Var};
+use rayon::prelude::*;
+
+/// The numbers of one step.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamW {
+    pub learning_rate: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    /// Decoupled: the parameter shrinks by `learning_rate · weight_decay`.
+    pub weight_decay: f64,
+    /// Counted from 1, for the moments' bias correction.
+    pub step: u64,
+}
+
+/// The factors of the inner loop, in the kernel's precision.
+struct Factors {
+    keep: f32,
+    rate: f32,
+    beta1: f32,
+    beta2: f32,
+    scale: f32,
+    eps: f32,
+    root_correction2: f32,
+}
+
+multiversion! {
+    fn update<T: Real, const FMA: bool>(w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], f: &Factors, _unit: T) {
+        for (((w, g), m), v) in w.iter_mut().zip(g).zip(m.iter_mut()).zip(v.iter_mut()) {
+            let g = *g * f.scale;
+            *m = f.beta1 * *m + (1.0 - f.beta1) * g;
+            *v = f.beta2 * *v + (1.0 - f.beta2) * g * g;
+            *w = *w * f.keep - f.rate * *m / (v.sqrt() * f.root_correction2 + f.eps);
+        }
+    }
+}
+
+/// Updates `param` and its moments with `scale · grad` (the scale clips the global norm).
+pub fn adamw_step(param: &Var, grad: &Tensor, m: &mut [f32], v: &mut [f32], hyper: &AdamW, scale: f64) -> Result<()> {
+    let count = param.elem_count();
+    ensure!(grad.elem_count() == count && m.len() == count && v.len() == count, "sizes of an AdamW step");
+    let steps = i32::try_from(hyper.step).unwrap_or(i32::MAX);
+    let factors = Factors {
+        keep: (1.0 - hyper.learning_rate * hyper.weight_decay) as f32,
+        rate: (hyper.learning_rate / (1.0 - hyper.beta1.powi(steps))) as f32,
+        beta1: hyper.beta1 as f32,
+        beta2: hyper.beta2 as f32,
+        scale: scale as f32,
+        eps: hyper.eps as f32,
+        root_correction2: (1.0 / (1.0 - hyper.beta2.powi(steps)).sqrt()) as f32,
+    };
+    let grad = grad.contiguous()?;
+    with_slice(&grad, |g: &[f32]| {
+        with_slice_mut(param, |w: &mut [f32]| {
+            let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
+            let chunks = w.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK)).zip(moments);
+            chunks.for_each(|((w, g), (m, v))| update(w, g, m, v, &factors, 0f32));
+        })
+    })??;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{ops::testing::normal, random::Random};
+    use candle_core::DType;
+
+    /// The formulas of the paper, one number at a time, in f64.
+    #[test]
+    fn equals_the_formulas() -> Result<()> {
+        let count = 2 * CHUNK + 77;
+        let param = normal("param", &[count], DType::F32);
+        let mut expected: Vec<f64> = param.to_dtype(DType::F64)?.to_vec1()?;
+        let (mut m, mut v) = (vec![0f32; count], vec![0f32; count]);
+        let (mut em, mut ev) = (vec![0f64; count], vec![0f64; count]);
+        for step in 1..=4 {
+            let mut random = Random::keyed(5, "adamw", step, 0);
+            let g: Vec<f32> = (0..count).map(|_| random.normal() as f32).collect();
+            let hyper = AdamW { learning_rate: 0.01, beta1: 0.9, beta2: 0.96, eps: 1e-8, weight_decay: 0.1, step };
+            adamw_step(&param, &Tensor::new(g.as_slice(), param.device())?, &mut m, &mut v, &hyper, 0.5)?;
+            for i in 0..count {
+                let g = f64::from(g[i]) * 0.5;
+                em[i] = 0.9 * em[i] + 0.1 * g;
+                ev[i] = 0.96 * ev[i] + 0.04 * g * g;
+                let (mh, vh) = (em[i] / (1.0 - 0.9f64.powi(step as i32)), ev[i] / (1.0 - 0.96f64.powi(step as i32)));
+                expected[i] -= 0.01 * 0.1 * expected[i];
+                expected[i] -= 0.01 * mh / (vh.sqrt() + 1e-8);
+            }
+        }
+        for (a, b) in param.to_vec1::<f32>()?.iter().zip(&expected) {
+            assert!((f64::from(*a) - b).abs() < 1e-5, "{a} {b}");
+        }
+        Ok(())
+    }
+}
