@@ -1,5 +1,6 @@
 //! `vilg config`
 
+use super::summary::Summary;
 use crate::{
     config::{Loaded, Origin, values},
     error::{Context, Result, usage},
@@ -111,6 +112,7 @@ fn check(source: &Source, json: bool) -> Result<()> {
 fn show(source: &Source, json: bool) -> Result<()> {
     let loaded = Loaded::read(source.config.as_deref(), &source.sets)?;
     loaded.config.validate()?;
+    let summary = Summary::new(&loaded.config)?;
     let rows = values(&loaded.config)?.into_iter().map(|(key, value)| {
         let from = match loaded.origin(&key) {
             Origin::Default => "default",
@@ -122,10 +124,11 @@ fn show(source: &Source, json: bool) -> Result<()> {
     if json {
         let values: serde_json::Map<_, _> =
             rows.map(|(key, value, from)| (key, serde_json::json!({"value": value, "from": from}))).collect();
-        report::json(&serde_json::json!({"values": values}));
+        report::json(&serde_json::json!({"values": values, "summary": summary}));
     } else {
         let rows: Vec<_> = rows.map(|(key, value, from)| vec![key, from.to_owned(), value.to_string()]).collect();
         report::table(&["key", "from", "value"], &rows);
+        summary.print();
     }
     Ok(())
 }

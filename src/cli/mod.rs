@@ -4,6 +4,7 @@ mod completions;
 mod config;
 mod doctor;
 mod man;
+mod summary;
 
 use crate::error::{Error, Result, usage};
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};

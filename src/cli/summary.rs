@@ -1,0 +1,143 @@
+//! What a configuration amounts to: parameters by part, sequence layout, the layers' attention.
+
+use crate::{
+    config::{Config, ImageTokenizer, Task},
+    error::Result,
+    model::size,
+    nn::pattern::Pattern,
+    report,
+};
+use serde::Serialize;
+use std::{fs::read_to_string, path::Path};
+
+/// Entries of the Chinese BERT vocabulary, assumed where the vocabulary file is not there yet.
+const CHINESE_VOCABULARY: usize = 21_128;
+
+#[derive(Serialize)]
+pub struct Summary {
+    /// Entries of the text vocabulary.
+    vocabulary: usize,
+    /// Whether they were counted in the file or are assumed.
+    vocabulary_from: &'static str,
+    codebook: usize,
+    /// Height and width of the picture in codes.
+    grid: (usize, usize),
+    parameters: Vec<(&'static str, u64)>,
+    total: u64,
+    /// Positions of the two directions as (part, positions); empty for an image tokenizer.
+    text_to_image: Vec<(&'static str, usize)>,
+    image_to_text: Vec<(&'static str, usize)>,
+    /// What each layer's image queries see of the image.
+    layers: Vec<&'static str>,
+}
+
+impl Summary {
+    /// # Errors
+    /// The tokenizer's folder exists and holds a bad configuration.
+    pub fn new(config: &Config) -> Result<Self> {
+        let tokenizer = tokenizer_of(config)?;
+        let f = 1 << tokenizer.channel_multipliers.len().saturating_sub(1);
+        let grid = (tokenizer.image_size / f, tokenizer.image_size / f);
+        let (vocabulary, vocabulary_from) = vocabulary_of(config);
+        let (m, n) = (config.text.max_tokens, grid.0 * grid.1);
+        let generator = config.task == Task::Generator;
+        let parameters = match config.task {
+            Task::Generator => size::generator(config, vocabulary, tokenizer.codebook_size, grid),
+            Task::ImageTokenizer => size::image_tokenizer(&tokenizer),
+        };
+        let only = |parts: Vec<(&'static str, usize)>| if generator { parts } else { Vec::new() };
+        let layers = (1..=config.model.layers).filter(|_| generator);
+        Ok(Self {
+            vocabulary,
+            vocabulary_from,
+            codebook: tokenizer.codebook_size,
+            grid,
+            total: parameters.iter().map(|(_, count)| count).sum(),
+            parameters,
+            text_to_image: only(vec![("text", m), ("start of image", 1), ("codes but the last", n - 1)]),
+            image_to_text: only(vec![("codes", n), ("text but its last position", m - 1)]),
+            layers: layers.map(|layer| pattern_name(Pattern::of_layer(layer, &config.model))).collect(),
+        })
+    }
+
+    /// Prints the summary as text.
+    pub fn print(&self) {
+        report::result("");
+        let (height, width) = self.grid;
+        let mut rows: Vec<Vec<String>> = self
+            .parameters
+            .iter()
+            .map(|(part, count)| vec![format!("  {part}"), format!("{:>14}", grouped(*count))])
+            .collect();
+        rows.push(vec!["  total".into(), format!("{:>14} ({})", grouped(self.total), rounded(self.total))]);
+        report::result(format_args!("parameters: codebook {}, grid {height} x {width}", self.codebook));
+        report::table(&[], &rows);
+        if self.layers.is_empty() {
+            return;
+        }
+        report::result(format_args!("  with a vocabulary of {} ({})", self.vocabulary, self.vocabulary_from));
+        report::result(
+            "\nsequence: source | target inputs (source sees all of itself, a target the source and what is left of it)",
+        );
+        report::result(format_args!("  text to image: {}", self.layout(&self.text_to_image, height * width)));
+        report::result(format_args!(
+            "  image to text: {}",
+            self.layout(&self.image_to_text, self.text_to_image[0].1 - 1)
+        ));
+        report::result("\nlayers:");
+        for kind in ["row", "column", "conv", "dense"] {
+            let numbers: Vec<String> =
+                (1..).zip(&self.layers).filter(|(_, k)| **k == kind).map(|(i, _): (usize, _)| i.to_string()).collect();
+            if !numbers.is_empty() {
+                report::result(format_args!("  {kind} ({}): {}", numbers.len(), numbers.join(" ")));
+            }
+        }
+    }
+
+    fn layout(&self, parts: &[(&'static str, usize)], outputs: usize) -> String {
+        let total: usize = parts.iter().map(|(_, n)| n).sum();
+        let parts: Vec<String> = parts.iter().map(|(part, n)| format!("{n} {part}")).collect();
+        format!("{} | {} = {total} positions, {outputs} predicted", parts[0], parts[1..].join(" + "))
+    }
+}
+
+/// The tokenizer's own configuration where its model folder exists, else what this one repeats of it.
+fn tokenizer_of(config: &Config) -> Result<ImageTokenizer> {
+    let file = Path::new(&config.image_tokenizer.path).join("config.toml");
+    match config.task {
+        Task::Generator if file.is_file() => Ok(Config::load(Some(&file), &[])?.image_tokenizer),
+        _ => Ok(config.image_tokenizer.clone()),
+    }
+}
+
+fn vocabulary_of(config: &Config) -> (usize, &'static str) {
+    match read_to_string(&config.text.vocab) {
+        Ok(text) => (text.lines().count(), "counted"),
+        Err(_) => (CHINESE_VOCABULARY, "assumed: the file is not there"),
+    }
+}
+
+fn pattern_name(pattern: Pattern) -> &'static str {
+    match pattern {
+        Pattern::Dense => "dense",
+        Pattern::Row(_) => "row",
+        Pattern::Column => "column",
+        Pattern::Conv { .. } => "conv",
+    }
+}
+
+/// 9906999944 as `9.91 billion`.
+fn rounded(number: u64) -> String {
+    match number as f64 {
+        n if n >= 1e9 => format!("{:.2} billion", n / 1e9),
+        n => format!("{:.2} million", n / 1e6),
+    }
+}
+
+/// 1234567 as `1,234,567`.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let groups: Vec<&str> =
+        digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    groups.join(",")
+}

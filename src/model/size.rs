@@ -1,0 +1,106 @@
+//! Parameters of each part by formula, so that a configuration of any size can be judged without building it.
+
+use crate::config::{Config, ImageTokenizer};
+
+/// A part of a model and its number of parameters.
+pub type Part = (&'static str, u64);
+
+/// The generator's parts.
+pub fn generator(config: &Config, vocab_size: usize, codebook_size: usize, grid: (usize, usize)) -> Vec<Part> {
+    let hidden = config.model.hidden as u64;
+    let table = |rows: usize| rows as u64 * hidden;
+    let head = |outputs: usize| linear(hidden, outputs as u64);
+    vec![
+        ("text embedding", table(vocab_size)),
+        ("text positions", table(config.text.max_tokens)),
+        ("image embedding", table(codebook_size)),
+        ("image positions", table(grid.0 + grid.1 + 1)), // rows, columns, start of image
+        ("blocks", config.model.layers as u64 * block(config)),
+        ("final norm", norm(hidden)),
+        ("text head", head(vocab_size)),
+        ("image head", head(codebook_size)),
+    ]
+}
+
+/// One transformer block.
+pub fn block(config: &Config) -> u64 {
+    let model = &config.model;
+    let (hidden, inner) = (model.hidden as u64, (model.hidden * model.mlp_ratio) as u64);
+    let head = hidden / (model.heads as u64).max(1);
+    let attention = linear(hidden, 3 * hidden) + linear(hidden, hidden);
+    let mlp = linear(hidden, inner) + linear(inner, hidden);
+    let qk_norm = if model.qk_norm { 2 * norm(head) } else { 0 };
+    let norms = if model.sandwich_norm { 4 } else { 2 };
+    attention + mlp + qk_norm + norms * norm(hidden)
+}
+
+/// The image tokenizer's parts.
+pub fn image_tokenizer(config: &ImageTokenizer) -> Vec<Part> {
+    let (latent, code) = (config.latent_channels as u64, config.code_dim as u64);
+    vec![
+        ("encoder", encoder(config)),
+        ("quantiser", conv(latent, code, 1) + config.codebook_size as u64 * code + conv(code, latent, 1)),
+        ("decoder", decoder(config)),
+    ]
+}
+
+fn encoder(config: &ImageTokenizer) -> u64 {
+    let mut channels = config.channels as u64;
+    let mut count = conv(3, channels, 3);
+    for (level, out) in level_channels(config).into_iter().enumerate() {
+        count += level_blocks(config, level, channels, out, config.residual_blocks);
+        channels = out;
+        let last = level + 1 == config.channel_multipliers.len();
+        count += if last { 0 } else { conv(channels, channels, 3) };
+    }
+    count + middle(channels) + norm(channels) + conv(channels, config.latent_channels as u64, 3)
+}
+
+fn decoder(config: &ImageTokenizer) -> u64 {
+    let levels = level_channels(config);
+    let mut channels = levels.last().copied().unwrap_or_default();
+    let mut count = conv(config.latent_channels as u64, channels, 3) + middle(channels);
+    for (level, out) in levels.into_iter().enumerate().rev() {
+        count += level_blocks(config, level, channels, out, config.residual_blocks + 1);
+        channels = out;
+        count += if level == 0 { 0 } else { conv(channels, channels, 3) };
+    }
+    count + norm(channels) + conv(channels, 3, 3)
+}
+
+fn level_channels(config: &ImageTokenizer) -> Vec<u64> {
+    config.channel_multipliers.iter().map(|m| (m * config.channels) as u64).collect()
+}
+
+/// The residual blocks of a level, each with its attention where the level's side has one.
+fn level_blocks(config: &ImageTokenizer, level: usize, input: u64, out: u64, blocks: usize) -> u64 {
+    let attends = config.attention_sides.contains(&(config.image_size >> level));
+    let attention = if attends { attention(out) } else { 0 };
+    (0..blocks).map(|i| residual(if i == 0 { input } else { out }, out) + attention).sum()
+}
+
+fn middle(channels: u64) -> u64 {
+    2 * residual(channels, channels) + attention(channels)
+}
+
+fn residual(input: u64, out: u64) -> u64 {
+    let shortcut = if input == out { 0 } else { conv(input, out, 1) };
+    norm(input) + conv(input, out, 3) + norm(out) + conv(out, out, 3) + shortcut
+}
+
+fn attention(channels: u64) -> u64 {
+    norm(channels) + 4 * conv(channels, channels, 1)
+}
+
+fn conv(input: u64, out: u64, size: u64) -> u64 {
+    input * out * size * size + out
+}
+
+fn linear(input: u64, out: u64) -> u64 {
+    conv(input, out, 1)
+}
+
+/// Scale and shift.
+fn norm(channels: u64) -> u64 {
+    2 * channels
+}
