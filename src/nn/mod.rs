@@ -1,5 +1,10 @@
 //! Layers of ours.
 
+pub mod attention;
+pub mod block;
+pub mod cache;
+pub mod linear;
+pub mod norm;
 pub mod params;
 pub mod pattern;
 pub mod segment;

@@ -39,7 +39,8 @@ impl WordPiece {
 
     /// The vocabulary in the text of a `vocab.txt`.
     pub fn parse(vocab: &str) -> Result<Self> {
-        let tokens: Vec<String> = vocab.lines().map(|line| line.trim_end().to_owned()).collect();
+        // Not trimmed: the Chinese BERT vocabulary holds a line separator (U+2028) as a token.
+        let tokens: Vec<String> = vocab.lines().map(str::to_owned).collect();
         let mut seen = HashSet::new();
         if let Some(line) = tokens.iter().position(|token| token.is_empty() || !seen.insert(token.as_str())) {
             return Err(anyhow!("line {} is empty or repeats a token", line + 1));
@@ -185,6 +186,7 @@ mod tests {
         assert!(error("[PAD]\n[UNK]\n[CLS]\n").contains("[SEP]"));
         assert!(error("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\na\n").contains("line 6"));
         assert!(error("[PAD]\n\n").contains("line 2"));
+        assert!(WordPiece::parse("[PAD]\r\n[UNK]\r\n[CLS]\n[SEP]\n\u{2028}\n##\u{2028}\n").is_ok());
         assert_eq!(WordPiece::parse(VOCAB).unwrap().vocab_text(), VOCAB);
     }
 }

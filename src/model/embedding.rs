@@ -1,0 +1,109 @@
+//! Tokens to hidden states: separate embeddings a modality, text positions, image rows plus columns.
+
+use super::sequence::{Batch, Direction};
+use crate::{
+    config::Config,
+    error::{Result, ensure},
+    nn::{
+        params::{Init, Params, Scope},
+        pattern::Grid,
+        segment::Segment,
+    },
+};
+use candle_core::{Device, Tensor};
+
+/// The first segment.
+pub struct Embedding {
+    text: Tensor,
+    text_position: Tensor,
+    image: Tensor,
+    image_row: Tensor,
+    image_column: Tensor,
+    image_start: Tensor,
+    pub(super) grid: Grid,
+    params: Params,
+}
+
+impl Embedding {
+    pub fn new(scope: &Scope, config: &Config, vocab_size: usize, codebook_size: usize, grid: Grid) -> Result<Self> {
+        let hidden = config.model.hidden;
+        let table = |name: &str, rows: usize| scope.at(name).get("weight", (rows, hidden), Init::Normal(0.02));
+        Ok(Self {
+            text: table("text_embedding", vocab_size)?,
+            text_position: table("text_position", config.text.max_tokens)?,
+            image: table("image_embedding", codebook_size)?,
+            image_row: table("image_row", grid.height)?,
+            image_column: table("image_column", grid.width)?,
+            image_start: scope.get("image_start", hidden, Init::Normal(0.02))?,
+            grid,
+            params: scope.params(),
+        })
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        self.text.device()
+    }
+
+    /// ids (b, l) of text at positions `first..first + l` → (b, l, hidden).
+    pub fn text(&self, ids: &Tensor, first: usize) -> Result<Tensor> {
+        let length = ids.dim(1)?;
+        Ok(lookup(&self.text, ids)?.broadcast_add(&self.text_position.narrow(0, first, length)?)?)
+    }
+
+    /// codes (b, l) at places `first..first + l` of the grid → (b, l, hidden).
+    pub fn image(&self, codes: &Tensor, first: usize) -> Result<Tensor> {
+        let places = first as u32..(first + codes.dim(1)?) as u32;
+        let width = self.grid.width as u32;
+        let rows: Vec<u32> = places.clone().map(|place| place / width).collect();
+        let columns: Vec<u32> = places.map(|place| place % width).collect();
+        let select = |table: &Tensor, rows: Vec<u32>| table.index_select(&Tensor::new(rows, codes.device())?, 0);
+        let position = (select(&self.image_row, rows)? + select(&self.image_column, columns)?)?;
+        Ok(lookup(&self.image, codes)?.broadcast_add(&position)?)
+    }
+
+    /// The start of `b` images (b, 1, hidden).
+    pub fn start(&self, b: usize) -> Result<Tensor> {
+        let hidden = self.image_start.dim(0)?;
+        Ok(self.image_start.reshape((1, 1, hidden))?.broadcast_as((b, 1, hidden))?.contiguous()?)
+    }
+}
+
+impl Segment<Batch> for Embedding {
+    fn name(&self) -> &str {
+        "embedding"
+    }
+
+    fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// → (b, positions, hidden).
+    fn forward(&self, _: &Tensor, batch: &Batch) -> Result<Tensor> {
+        let ((b, m), (codes_b, n)) = (batch.text.dims2()?, batch.codes.dims2()?);
+        ensure!(
+            b == codes_b && n == self.grid.len(),
+            "{b} texts with {codes_b}×{n} codes for a grid of {}",
+            self.grid.len()
+        );
+        let x = match batch.direction {
+            Direction::TextToImage => {
+                let text = self.text(&batch.text, 0)?;
+                match n {
+                    1 => Tensor::cat(&[text, self.start(b)?], 1)?,
+                    _ => Tensor::cat(&[text, self.start(b)?, self.image(&batch.codes.narrow(1, 0, n - 1)?, 0)?], 1)?,
+                }
+            }
+            Direction::ImageToText => {
+                let text = self.text(&batch.text.narrow(1, 0, m - 1)?, 0)?;
+                Tensor::cat(&[self.image(&batch.codes, 0)?, text], 1)?
+            }
+        };
+        Ok(x)
+    }
+}
+
+/// table (vocabulary, hidden), ids (b, l) → (b, l, hidden).
+fn lookup(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let (b, l) = ids.dims2()?;
+    Ok(table.index_select(&ids.contiguous()?.flatten_all()?, 0)?.reshape((b, l, table.dim(1)?))?)
+}

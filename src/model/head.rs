@@ -1,0 +1,70 @@
+//! Hidden states to logits, and the loss.
+
+use super::sequence::{Batch, Direction};
+use crate::{
+    error::Result,
+    nn::{
+        linear::Linear,
+        norm::LayerNorm,
+        params::{Params, Scope},
+        segment::Segment,
+    },
+    ops,
+};
+use candle_core::Tensor;
+
+/// The last segment: final norm, one head a modality, cross-entropy over the target.
+pub struct Head {
+    norm: LayerNorm,
+    text: Linear,
+    image: Linear,
+    params: Params,
+}
+
+impl Head {
+    pub fn new(scope: &Scope, hidden: usize, vocab_size: usize, codebook_size: usize) -> Result<Self> {
+        let before = scope.params();
+        let norm = LayerNorm::new(&scope.at("norm"), hidden)?;
+        let text = Linear::new(&scope.at("text_head"), hidden, vocab_size, 0.02)?;
+        let image = Linear::new(&scope.at("image_head"), hidden, codebook_size, 0.02)?;
+        let mut params = scope.params();
+        params.retain(|name, _| !before.contains_key(name));
+        Ok(Self { norm, text, image, params })
+    }
+
+    /// x (.., hidden) at target positions → logits (.., vocabulary of the target's modality).
+    pub fn logits(&self, x: &Tensor, direction: Direction) -> Result<Tensor> {
+        let x = self.norm.forward(x)?;
+        match direction {
+            Direction::TextToImage => self.image.forward(&x),
+            Direction::ImageToText => self.text.forward(&x),
+        }
+    }
+
+    /// x (b, positions, hidden) → logits (b, targets, vocabulary): the target stands last.
+    pub fn target_logits(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+        let source = match batch.direction {
+            Direction::TextToImage => batch.text.dim(1)?,
+            Direction::ImageToText => batch.codes.dim(1)?,
+        };
+        let target = x.narrow(1, source, x.dim(1)? - source)?.contiguous()?;
+        self.logits(&target, batch.direction)
+    }
+}
+
+impl Segment<Batch> for Head {
+    fn name(&self) -> &str {
+        "head"
+    }
+
+    fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// → the scalar loss.
+    fn forward(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+        let (targets, weights) = batch.outputs()?;
+        let logits = self.target_logits(x, batch)?.flatten_to(1)?;
+        ops::cross_entropy(&logits, &targets, &weights)
+    }
+}

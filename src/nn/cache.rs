@@ -1,0 +1,249 @@
+//! Attention of one new position at a time over the keys and values of earlier ones.
+//!
+//! Each layer keeps only what its pattern can still need: a row window a ring of `width + 1` codes, a
+//! conv neighbourhood a ring of `size / 2` rows and a bit, a column layer all codes, laid out so that a
+//! column is one stretch. Text and the start of the image stay for good.
+
+use super::{
+    attention::masked_softmax,
+    pattern::{Grid, Pattern},
+};
+use crate::{
+    config::RowExtent,
+    error::{Result, ensure},
+};
+use candle_core::{DType, Device, Tensor};
+
+/// Where a new position goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Densely visible: text, or the start of the image.
+    Dense,
+    /// A code of the image's grid, seen through the layer's pattern.
+    Image(usize),
+}
+
+/// How many image codes a layer with this pattern keeps.
+pub fn slots(pattern: Pattern, grid: Grid) -> usize {
+    match pattern {
+        Pattern::Dense | Pattern::Column => grid.len(),
+        Pattern::Row(RowExtent::Window) => (grid.width + 1).min(grid.len()),
+        Pattern::Row(RowExtent::SameRow) => grid.width,
+        Pattern::Conv { size, .. } => ((size / 2) * grid.width + size / 2 + 1).min(grid.len()),
+    }
+}
+
+fn slot_of(pattern: Pattern, grid: Grid, code: usize) -> usize {
+    match pattern {
+        Pattern::Column => (code % grid.width) * grid.height + code / grid.width,
+        _ => code % slots(pattern, grid),
+    }
+}
+
+/// The slots that hold what the newest code may see.
+enum Seen {
+    Stretch { start: usize, len: usize },
+    List(Vec<u32>),
+}
+
+fn seen(pattern: Pattern, grid: Grid, query: usize) -> Seen {
+    match pattern {
+        Pattern::Dense => Seen::Stretch { start: 0, len: query + 1 },
+        Pattern::Row(RowExtent::Window) => Seen::Stretch { start: 0, len: (query + 1).min(slots(pattern, grid)) },
+        Pattern::Row(RowExtent::SameRow) => Seen::Stretch { start: 0, len: query % grid.width + 1 },
+        Pattern::Column => Seen::Stretch { start: (query % grid.width) * grid.height, len: query / grid.width + 1 },
+        Pattern::Conv { .. } => {
+            let mut list = Vec::new();
+            pattern.runs(grid, true, query, |start, len, stride| {
+                list.extend((0..len).map(|i| slot_of(pattern, grid, start + i * stride) as u32));
+            });
+            Seen::List(list)
+        }
+    }
+}
+
+/// Keys and values in numbered slots, each (b·heads, slots, d).
+struct Store {
+    keys: Tensor,
+    values: Tensor,
+}
+
+impl Store {
+    fn new(shape: (usize, usize, usize), dtype: DType, device: &Device) -> Result<Self> {
+        Ok(Self { keys: Tensor::zeros(shape, dtype, device)?, values: Tensor::zeros(shape, dtype, device)? })
+    }
+
+    fn write(&self, slot: usize, key: &Tensor, value: &Tensor) -> Result<()> {
+        self.keys.slice_set(key, 1, slot)?;
+        Ok(self.values.slice_set(value, 1, slot)?)
+    }
+
+    fn read(&self, seen: &Seen) -> Result<(Tensor, Tensor)> {
+        let read = |tensor: &Tensor| match seen {
+            Seen::Stretch { start, len } => tensor.narrow(1, *start, *len),
+            Seen::List(list) => tensor.index_select(&Tensor::new(list.as_slice(), tensor.device())?, 1),
+        };
+        Ok((read(&self.keys)?, read(&self.values)?))
+    }
+
+    fn reorder(&mut self, index: &Tensor, heads: usize) -> Result<()> {
+        let (rows, slots, d) = self.keys.dims3()?;
+        let pick = |tensor: &Tensor| -> Result<Tensor> {
+            let picked = tensor.reshape((rows / heads, heads * slots * d))?.index_select(index, 0)?;
+            Ok(picked.reshape((index.elem_count() * heads, slots, d))?)
+        };
+        (self.keys, self.values) = (pick(&self.keys)?, pick(&self.values)?);
+        Ok(())
+    }
+}
+
+/// What one layer remembers of a batch of sequences.
+pub struct Cache {
+    dense: Store,
+    /// Slots of `dense` in use.
+    filled: usize,
+    /// (b, slots of `dense`) with 0 at padding, where the sequences' sources differ in length.
+    mask: Option<Tensor>,
+    image: Option<(Store, Pattern, Grid)>,
+    heads: usize,
+}
+
+/// The sizes of a cache.
+#[derive(Debug, Clone, Copy)]
+pub struct Sizes {
+    pub batch: usize,
+    pub heads: usize,
+    /// Dimensions of a head.
+    pub dims: usize,
+    /// Densely visible positions: the source, and those that come one at a time.
+    pub dense: usize,
+}
+
+impl Cache {
+    /// An empty cache; `image` is given when codes will come at [`Place::Image`]; `mask` (b, dense) has 0 at padding.
+    pub fn new(
+        sizes: Sizes,
+        image: Option<(Pattern, Grid)>,
+        mask: Option<Tensor>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let store = |slots| Store::new((sizes.batch * sizes.heads, slots, sizes.dims), dtype, device);
+        let image = match image {
+            Some((pattern, grid)) => Some((store(slots(pattern, grid))?, pattern, grid)),
+            None => None,
+        };
+        Ok(Self { dense: store(sizes.dense)?, filled: 0, mask, image, heads: sizes.heads })
+    }
+
+    /// Takes in a whole source at once: qkv (b, l, 3, heads, d).
+    pub fn fill(&mut self, qkv: &Tensor) -> Result<()> {
+        let [_, keys, values] = parts(qkv)?;
+        self.dense.write(self.filled, &keys, &values)?;
+        self.filled += qkv.dim(1)?;
+        Ok(())
+    }
+
+    /// Takes in one new position, qkv (b, 1, 3, heads, d), and attends from it → (b, 1, heads·d).
+    pub fn attend(&mut self, qkv: &Tensor, place: Place) -> Result<Tensor> {
+        let (b, l, _, heads, d) = qkv.dims5()?;
+        ensure!(l == 1, "cached attention takes one position at a time, not {l}");
+        let [query, key, value] = parts(qkv)?;
+        let image = match (place, &self.image) {
+            (Place::Dense, _) => {
+                self.dense.write(self.filled, &key, &value)?;
+                self.filled += 1;
+                None
+            }
+            (Place::Image(code), Some((store, pattern, grid))) => {
+                store.write(slot_of(*pattern, *grid, code), &key, &value)?;
+                Some(store.read(&seen(*pattern, *grid, code))?)
+            }
+            (Place::Image(_), None) => crate::error::bail!("this cache has no room for image codes"),
+        };
+        let query = (query * (d as f64).powf(-0.5))?;
+        let (keys, values) = self.dense.read(&Seen::Stretch { start: 0, len: self.filled })?;
+        let mut scores = query.matmul(&keys.t()?)?;
+        if let Some((keys, _)) = &image {
+            scores = Tensor::cat(&[scores, query.matmul(&keys.t()?)?], 2)?;
+        }
+        let weights = masked_softmax(&scores, &self.mask(&scores)?)?;
+        let dense_weights = weights.narrow(2, 0, self.filled)?.contiguous()?;
+        let mut out = dense_weights.matmul(&values)?;
+        if let Some((_, values)) = &image {
+            let image_weights = weights.narrow(2, self.filled, values.dim(1)?)?.contiguous()?;
+            out = (out + image_weights.matmul(values)?)?;
+        }
+        Ok(out.reshape((b, 1, heads * d))?)
+    }
+
+    /// (b·heads, 1, keys) for the scores of this step.
+    fn mask(&self, scores: &Tensor) -> Result<Tensor> {
+        let (rows, _, keys) = scores.dims3()?;
+        let Some(mask) = &self.mask else {
+            return Ok(Tensor::ones((1, 1, 1), DType::U8, scores.device())?);
+        };
+        let b = rows / self.heads;
+        let dense = mask.narrow(1, 0, self.filled)?;
+        let image = Tensor::ones((b, keys - self.filled), DType::U8, scores.device())?;
+        let mask = if keys > self.filled { Tensor::cat(&[dense, image], 1)? } else { dense };
+        Ok(mask.unsqueeze(1)?.broadcast_as((b, self.heads, keys))?.reshape((rows, 1, keys))?)
+    }
+
+    /// Sequence `i` goes on as a copy of what was sequence `index[i]`; index (new b) u32.
+    pub fn reorder(&mut self, index: &Tensor) -> Result<()> {
+        self.dense.reorder(index, self.heads)?;
+        if let Some((store, ..)) = &mut self.image {
+            store.reorder(index, self.heads)?;
+        }
+        if let Some(mask) = &mut self.mask {
+            *mask = mask.index_select(index, 0)?;
+        }
+        Ok(())
+    }
+}
+
+/// Queries, keys and values of qkv (b, l, 3, heads, d), each (b·heads, l, d).
+fn parts(qkv: &Tensor) -> Result<[Tensor; 3]> {
+    let (b, l, _, heads, d) = qkv.dims5()?;
+    let part = |i: usize| -> Result<Tensor> {
+        Ok(qkv.narrow(2, i, 1)?.squeeze(2)?.transpose(1, 2)?.contiguous()?.reshape((b * heads, l, d))?)
+    };
+    Ok([part(0)?, part(1)?, part(2)?])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config;
+
+    #[test]
+    fn rings_hold_28_percent_of_the_dense_slots() {
+        let (model, grid) = (config::Model { layers: 48, ..Default::default() }, Grid { height: 32, width: 32 });
+        let kept: usize = (1..=48).map(|layer| slots(Pattern::of_layer(layer, &model), grid)).sum();
+        assert_eq!(kept, 35 * 33 + 12 * 1024 + 166);
+        assert_eq!((kept as f64 / (48.0 * 1024.0) * 100.0).round(), 28.0);
+    }
+
+    /// Decoding a whole picture never overwrites a code that is still visible, and reads exactly the visible ones.
+    #[test]
+    fn slots_hold_exactly_the_visible_codes() {
+        for (height, width) in [(1, 1), (1, 6), (6, 1), (3, 5), (5, 3), (7, 9)] {
+            let grid = Grid { height, width };
+            for pattern in crate::nn::pattern::tests::all_patterns() {
+                let mut held = vec![None; slots(pattern, grid)];
+                for query in 0..grid.len() {
+                    held[slot_of(pattern, grid, query)] = Some(query);
+                    let slots: Vec<usize> = match seen(pattern, grid, query) {
+                        Seen::Stretch { start, len } => (start..start + len).collect(),
+                        Seen::List(list) => list.iter().map(|&slot| slot as usize).collect(),
+                    };
+                    let mut keys: Vec<_> = slots.into_iter().map(|slot| held[slot]).collect();
+                    keys.sort_unstable();
+                    let visible = (0..=query).filter(|&key| pattern.visible(grid, true, query, key)).map(Some);
+                    assert_eq!(keys, visible.collect::<Vec<_>>(), "{pattern:?} {grid:?} {query}");
+                }
+            }
+        }
+    }
+}
