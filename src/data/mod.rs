@@ -1,1 +1,28 @@
-//! (in the making)
+//! Samples: found, indexed, read in a repeatable order, and delivered in batches.
+//!
+//! Reading order: [`Dataset`] finds and indexes shards ([`tar`], [`paths`](self)), [`Sampler`] says which sample
+//! stands where, [`Record`] is one sample, [`Loader`] reads ahead in threads. What is wrong with a sample
+//! is a [`Bad`], counted in [`BadCounts`].
+
+mod bad;
+mod codes;
+mod dataset;
+pub mod image;
+#[cfg(test)]
+mod image_tests;
+mod loader;
+mod paths;
+pub mod picture;
+mod record;
+mod sampler;
+mod tar;
+#[cfg(test)]
+mod tests;
+
+pub use bad::{Bad, BadCounts, Cause};
+pub use codes::{CODES_FILE, CodesInfo, npy};
+pub use dataset::{Dataset, Shard, Source};
+pub use loader::Loader;
+pub use record::{IMAGE_EXTENSIONS, Kind, Record};
+pub use sampler::{Draw, Sampler};
+pub use tar::Members;

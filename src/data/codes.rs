@@ -1,0 +1,95 @@
+//! Image codes in shards: `KEY.npy` (`u16`, grid height × grid width) beside `KEY.txt` and `KEY.json`, and
+//! a `codes.json` in the folder that says which tokenizer made them.
+
+use super::bad::{Bad, Cause};
+use crate::error::{Hint, Result, ensure, failed};
+use serde::{Deserialize, Serialize};
+use std::{fs, path::Path};
+
+/// Name of the file that describes a folder of code shards.
+pub const CODES_FILE: &str = "codes.json";
+
+/// What a folder of code shards says about its codes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CodesInfo {
+    /// blake3 digest of the image tokenizer's configuration and weights.
+    pub tokenizer: String,
+    /// Grid height and width.
+    pub grid: [usize; 2],
+    /// Number of different codes.
+    pub codebook_size: usize,
+}
+
+impl CodesInfo {
+    /// Reads `codes.json` in `folder`.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(CODES_FILE);
+        let hint = "code shards come from `vilg data encode --model DIR SOURCE -o FOLDER`";
+        let bytes = fs::read(&path).hint(format_args!("cannot read {}", path.display()), hint)?;
+        let info: Self = serde_json::from_slice(&bytes).hint(format_args!("bad {}", path.display()), hint)?;
+        let sane =
+            info.grid.iter().all(|side| (1..=4096).contains(side)) && (1..=1 << 16).contains(&info.codebook_size);
+        ensure!(sane, failed(format_args!("bad sizes in {}", path.display()), hint));
+        Ok(info)
+    }
+
+    /// The codes of a `.npy` member, in raster order.
+    pub(super) fn parse(&self, npy: &[u8]) -> Result<Vec<u16>, Bad> {
+        let (shape, codes) = parse_npy(npy).ok_or_else(|| Bad::new(Cause::BadCodes, "no npy array of u16"))?;
+        if shape != self.grid {
+            let [h, w] = self.grid;
+            return Err(Bad::new(Cause::BadCodes, format_args!("a grid of {shape:?}, not {h}x{w}")));
+        }
+        match codes.iter().find(|code| usize::from(**code) >= self.codebook_size) {
+            Some(code) => Err(Bad::new(Cause::BadCodes, format_args!("code {code} of {}", self.codebook_size))),
+            None => Ok(codes),
+        }
+    }
+}
+
+/// Codes `(height, width)` as the bytes of a version 1.0 `.npy` file.
+pub fn npy(grid: [usize; 2], codes: &[u16]) -> Vec<u8> {
+    let [h, w] = grid;
+    let mut header = format!("{{'descr': '<u2', 'fortran_order': False, 'shape': ({h}, {w}), }}");
+    // Magic, length and header together fill a multiple of 64 bytes, the last of them a newline.
+    let padded = (10 + header.len() + 1).next_multiple_of(64) - 10;
+    header.push_str(&" ".repeat(padded - header.len() - 1));
+    header.push('\n');
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend_from_slice(&(padded as u16).to_le_bytes());
+    bytes.extend_from_slice(header.as_bytes());
+    bytes.extend(codes.iter().flat_map(|code| code.to_le_bytes()));
+    bytes
+}
+
+fn parse_npy(bytes: &[u8]) -> Option<([usize; 2], Vec<u16>)> {
+    let rest = bytes.strip_prefix(b"\x93NUMPY\x01\x00")?;
+    let (length, rest) = rest.split_first_chunk::<2>()?;
+    let (header, data) = rest.split_at_checked(u16::from_le_bytes(*length).into())?;
+    let header: String = std::str::from_utf8(header).ok()?.split_whitespace().collect();
+    let shape = header.split_once("'shape':(")?.1.split_once(')')?.0;
+    let (h, w) = shape.trim_end_matches(',').split_once(',')?;
+    let (h, w) = (h.parse::<usize>().ok()?, w.parse::<usize>().ok()?);
+    let right = header.contains("'descr':'<u2'") && header.contains("'fortran_order':False");
+    let fits = right && data.len().checked_div(2)? == h.checked_mul(w)? && data.len() % 2 == 0;
+    let codes = data.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
+    fits.then(|| ([h, w], codes.collect()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn npy_round_trip_and_refusals() {
+        let codes: Vec<u16> = (0..6).collect();
+        let info = CodesInfo { tokenizer: String::new(), grid: [2, 3], codebook_size: 6 };
+        let bytes = npy([2, 3], &codes);
+        assert_eq!(bytes.len() % 64, 12);
+        assert_eq!(info.parse(&bytes).unwrap(), codes);
+        assert!(CodesInfo { grid: [3, 2], ..info.clone() }.parse(&bytes).is_err());
+        assert!(CodesInfo { codebook_size: 5, ..info.clone() }.parse(&bytes).is_err());
+        assert!((0..bytes.len()).all(|cut| info.parse(&bytes[..cut]).is_err()));
+    }
+}

@@ -1,0 +1,130 @@
+//! Picture files to square RGB pictures, and pictures to tensors and back.
+
+use super::bad::{Bad, Cause};
+use crate::error::{Context, Result, ensure};
+use candle_core::{Device, Tensor};
+use image::{
+    DynamicImage, ImageDecoder, ImageError, ImageReader, Limits, RgbImage,
+    imageops::{self, FilterType},
+};
+use std::{
+    io::Cursor,
+    panic::{AssertUnwindSafe, catch_unwind},
+};
+
+/// Most pixels of a picture that is decoded.
+const MAX_PIXELS: u64 = 100_000_000;
+/// Most bytes that a decoder may allocate.
+const MAX_BYTES: u64 = 512 << 20;
+
+/// Decodes a picture: first frame, EXIF orientation applied, alpha laid onto white, 8 bits, RGB.
+pub fn decode(bytes: &[u8]) -> Result<RgbImage, Bad> {
+    // A decoder that panics on a hostile file must not take a reader thread with it.
+    catch_unwind(AssertUnwindSafe(|| decode_unguarded(bytes)))
+        .unwrap_or_else(|_| Err(Bad::new(Cause::BadImage, "the decoder panicked")))
+}
+
+/// Decodes a picture and makes it a square of `size` pixels: centre crop, then resize.
+pub fn decode_square(bytes: &[u8], size: u32) -> Result<RgbImage, Bad> {
+    Ok(square(decode(bytes)?, size))
+}
+
+fn decode_unguarded(bytes: &[u8]) -> Result<RgbImage, Bad> {
+    let bad = |e: ImageError| match e {
+        ImageError::Limits(e) => Bad::new(Cause::HugeImage, e),
+        e => Bad::new(Cause::BadImage, e),
+    };
+    if is_cut_jpeg(bytes) {
+        return Err(Bad::new(Cause::BadImage, "a JPEG without its end"));
+    }
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(MAX_BYTES);
+    let mut reader = ImageReader::new(Cursor::new(bytes));
+    reader.limits(limits);
+    let reader = reader.with_guessed_format().map_err(|e| Bad::new(Cause::BadImage, e))?;
+    let mut decoder = reader.into_decoder().map_err(bad)?;
+    let (width, height) = decoder.dimensions();
+    let pixels = u64::from(width) * u64::from(height);
+    if pixels > MAX_PIXELS || decoder.total_bytes() > MAX_BYTES {
+        return Err(Bad::new(Cause::HugeImage, format_args!("{width}x{height} pixels")));
+    }
+    if pixels == 0 {
+        return Err(Bad::new(Cause::BadImage, "no pixels"));
+    }
+    // Damaged metadata is no reason to lose a picture.
+    let orientation = decoder.orientation().ok();
+    let mut picture = DynamicImage::from_decoder(decoder).map_err(bad)?;
+    if let Some(orientation) = orientation {
+        picture.apply_orientation(orientation);
+    }
+    Ok(onto_white(picture))
+}
+
+/// JPEG decoders fill what is missing with grey; a missing end-of-image marker tells.
+fn is_cut_jpeg(bytes: &[u8]) -> bool {
+    let Some(mut rest) = bytes.strip_prefix(&[0xff, 0xd8]) else { return false };
+    // Segments are skipped up to the first scan, since a thumbnail in the EXIF segment has an end of its own.
+    while let [0xff, marker, high, low, ..] = *rest {
+        if marker == 0xda {
+            return !rest.windows(2).any(|pair| pair == [0xff, 0xd9]);
+        }
+        // A fill byte stands alone; else the length counts itself but not the marker.
+        let length = if marker == 0xff { 1 } else { 2 + usize::from(u16::from_be_bytes([high, low])) };
+        rest = rest.get(length..).unwrap_or_default();
+    }
+    true
+}
+
+fn onto_white(picture: DynamicImage) -> RgbImage {
+    if !picture.color().has_alpha() {
+        return picture.into_rgb8();
+    }
+    let picture = picture.into_rgba8();
+    RgbImage::from_fn(picture.width(), picture.height(), |x, y| {
+        let [r, g, b, alpha] = picture.get_pixel(x, y).0;
+        let blend = |c: u8| ((u32::from(c) * u32::from(alpha) + 255 * (255 - u32::from(alpha)) + 127) / 255) as u8;
+        image::Rgb([blend(r), blend(g), blend(b)])
+    })
+}
+
+/// The largest centred square of a picture, resized to `size` pixels.
+pub fn square(picture: RgbImage, size: u32) -> RgbImage {
+    let (width, height) = picture.dimensions();
+    let side = width.min(height);
+    if (width, height) == (size, size) {
+        return picture;
+    }
+    let cropped = imageops::crop_imm(&picture, (width - side) / 2, (height - side) / 2, side, side);
+    if side > 4 * size {
+        // Averaging to twice the size first is much faster on large photographs and looks the same.
+        let half = imageops::thumbnail(&*cropped, 2 * size, 2 * size);
+        return imageops::resize(&half, size, size, FilterType::Lanczos3);
+    }
+    imageops::resize(&*cropped, size, size, FilterType::Lanczos3)
+}
+
+/// Square pictures of one size as a tensor `(batch, height, width, 3)` in [-1, 1].
+pub fn to_pixels<'a>(pictures: impl IntoIterator<Item = &'a RgbImage>) -> Result<Tensor> {
+    let mut values: Vec<f32> = Vec::new();
+    let mut size = None;
+    let mut count = 0;
+    for picture in pictures {
+        ensure!(*size.get_or_insert(picture.dimensions()) == picture.dimensions(), "pictures of different sizes");
+        values.extend(picture.as_raw().iter().map(|value| f32::from(*value) / 127.5 - 1.0));
+        count += 1;
+    }
+    let (width, height) = size.context("no pictures")?;
+    Ok(Tensor::from_vec(values, (count, height as usize, width as usize, 3), &Device::Cpu)?)
+}
+
+/// A tensor `(batch, height, width, 3)` in [-1, 1] as pictures; values beyond are cut.
+pub fn from_pixels(pixels: &Tensor) -> Result<Vec<RgbImage>> {
+    let (_, height, width, channels) = pixels.dims4()?;
+    ensure!(channels == 3, "pictures have 3 channels, not {channels}");
+    let values = pixels.flatten_all()?.to_vec1::<f32>()?;
+    let pictures = values.chunks(height * width * 3).map(|values| {
+        let bytes = values.iter().map(|value| ((value + 1.0) * 127.5).round().clamp(0.0, 255.0) as u8).collect();
+        RgbImage::from_raw(width as u32, height as u32, bytes).context("a picture's size does not fit")
+    });
+    pictures.collect()
+}

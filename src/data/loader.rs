@@ -1,0 +1,137 @@
+//! Prefetching threads that deliver batches in the exact order of the sampler.
+
+use super::{
+    bad::{Bad, BadCounts, Cause},
+    dataset::Dataset,
+    record::Record,
+    sampler::Sampler,
+};
+use crate::{
+    config,
+    error::{Context, Result},
+};
+use std::{
+    sync::{
+        Arc,
+        mpsc::{Receiver, sync_channel},
+    },
+    thread::{self, JoinHandle},
+};
+
+/// Bad samples in a row that one position may meet.
+const MAX_ATTEMPTS: u64 = 100;
+
+/// Batches of samples, read ahead by worker threads.
+///
+/// Worker `w` of `W` makes the batches `w, w + W, …` and has a bounded queue of its own; taking from the
+/// queues in turn gives the exact order whatever the number of workers. Dropping the loader ends its threads.
+pub struct Loader {
+    queues: Vec<Receiver<Batch>>,
+    workers: Vec<JoinHandle<()>>,
+    taken: usize,
+    position: u64,
+    read: u64,
+    bad: BadCounts,
+    max_bad_ratio: f64,
+}
+
+struct Batch {
+    /// `None` where a position met nothing but bad samples.
+    records: Vec<Option<Record>>,
+    bad: Vec<Bad>,
+}
+
+impl Loader {
+    /// Batches of `batch_size` samples from `position` (samples consumed before) on.
+    pub fn new(
+        dataset: &Arc<Dataset>,
+        config: &config::Data,
+        sampler: Sampler,
+        batch_size: usize,
+        position: u64,
+    ) -> Result<Self> {
+        let count = config.workers.max(1);
+        let depth = config.prefetch.div_ceil(count).max(1);
+        let (mut queues, mut workers) = (Vec::new(), Vec::new());
+        for worker in 0..count {
+            let (sender, receiver) = sync_channel(depth);
+            let (dataset, sampler) = (dataset.clone(), sampler.clone());
+            let work = move || {
+                for batch in (worker as u64..).step_by(count) {
+                    let start = position + batch * batch_size as u64;
+                    // Nobody listens any more: the loader was dropped.
+                    if sender.send(read_batch(&dataset, &sampler, start, batch_size)).is_err() {
+                        return;
+                    }
+                }
+            };
+            let spawned = thread::Builder::new().name(format!("data-{worker}")).spawn(work);
+            workers.push(spawned.context("cannot start a data thread")?);
+            queues.push(receiver);
+        }
+        let (bad, max_bad_ratio) = (BadCounts::default(), config.max_bad_ratio);
+        Ok(Self { queues, workers, taken: 0, position, read: 0, bad, max_bad_ratio })
+    }
+
+    /// The next batch. Bad samples are replaced and counted; too many of them are an error.
+    pub fn next_batch(&mut self) -> Result<Vec<Record>> {
+        let queue = self.queues.get(self.taken % self.queues.len()).context("a loader without workers")?;
+        let batch = queue.recv().context("a data thread ended")?;
+        self.taken += 1;
+        self.position += batch.records.len() as u64;
+        self.read += (batch.records.len() + batch.bad.len()) as u64;
+        batch.bad.into_iter().for_each(|bad| self.bad.add(bad));
+        self.bad.check(self.read, self.max_bad_ratio)?;
+        let records: Option<Vec<Record>> = batch.records.into_iter().collect();
+        records.with_context(|| format!("{MAX_ATTEMPTS} bad samples in a row: {}", self.bad))
+    }
+
+    /// Samples consumed: the position to go on from.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Bad samples met so far.
+    pub fn bad(&self) -> &BadCounts {
+        &self.bad
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        self.queues.clear();
+        for worker in self.workers.drain(..) {
+            // A worker that panicked has nothing more to tell.
+            let _ = worker.join();
+        }
+    }
+}
+
+fn read_batch(dataset: &Dataset, sampler: &Sampler, start: u64, size: usize) -> Batch {
+    let mut bad = Vec::new();
+    let records = (start..start + size as u64).map(|position| read_one(dataset, sampler, position, &mut bad)).collect();
+    Batch { records, bad }
+}
+
+/// The sample at `position`, or the deterministic replacement of a bad one.
+fn read_one(dataset: &Dataset, sampler: &Sampler, position: u64, bad: &mut Vec<Bad>) -> Option<Record> {
+    let Some(first) = sampler.at(position) else {
+        bad.push(Bad::new(Cause::Unreadable, "no samples"));
+        return None;
+    };
+    let mut draw = first;
+    for attempt in 0..MAX_ATTEMPTS {
+        match dataset.read(draw.source, draw.sample) {
+            Ok(mut record) => {
+                let choice = sampler.caption(draw, record.captions.len());
+                if let Some(caption) = record.captions.get(choice) {
+                    record.caption.clone_from(caption);
+                }
+                return Some(record);
+            }
+            Err(one) => bad.push(one),
+        }
+        draw = sampler.replacement(position, attempt, first);
+    }
+    None
+}

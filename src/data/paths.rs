@@ -1,0 +1,191 @@
+//! From what a user writes as a source to a list of shards: brace lists, globs, folders.
+
+use super::record::IMAGE_EXTENSIONS;
+use crate::error::{Context, Hint, Result, ensure, failed};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Alternatives that one brace list may stand for.
+const MAX_ALTERNATIVES: usize = 1_000_000;
+
+/// The files of a source, in a fixed order.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Tar shards with their path below the source's folder.
+    pub tars: Vec<(PathBuf, PathBuf)>,
+    /// Pictures that lie in a folder beside their text.
+    pub images: Vec<PathBuf>,
+}
+
+/// Finds the files of a source: tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`) or folders, which
+/// are searched with their subfolders (names that begin with a dot are left out).
+pub fn find(source: &str) -> Result<Found> {
+    let mut found = Found::default();
+    for path in braces(source)? {
+        let before = found.tars.len() + found.images.len();
+        for path in glob(&path)? {
+            add(&path, &mut found)?;
+        }
+        ensure!(found.tars.len() + found.images.len() > before, failed_to_find(&path));
+    }
+    Ok(found)
+}
+
+fn failed_to_find(path: &str) -> crate::error::Error {
+    let hint = "name tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), a folder of them, or a folder of pictures";
+    failed(format_args!("no shards or pictures at `{path}`"), hint)
+}
+
+fn add(path: &Path, found: &mut Found) -> Result<()> {
+    if path.is_dir() {
+        return add_folder(path, path, found);
+    }
+    let name = path.file_name().map(PathBuf::from).unwrap_or_default();
+    found.tars.push((path.to_path_buf(), name));
+    Ok(())
+}
+
+fn add_folder(root: &Path, folder: &Path, found: &mut Found) -> Result<()> {
+    for path in entries(folder)? {
+        // Links to folders are not followed: they can run in circles.
+        if path.is_dir() && !path.is_symlink() {
+            add_folder(root, &path, found)?;
+        } else if path.is_file() {
+            let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+            if extension == "tar" {
+                let below = path.strip_prefix(root).unwrap_or(&path).to_path_buf();
+                found.tars.push((path, below));
+            } else if IMAGE_EXTENSIONS.contains(&extension.as_str()) {
+                found.images.push(path);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The entries of a folder by name, without those whose name begins with a dot.
+fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    let cannot = || format!("cannot list {}", folder.display());
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(folder).hint(cannot(), "is it a folder that you may read?")? {
+        let path = entry.with_context(cannot)?.path();
+        let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        if !hidden {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+/// Expands `{a,b}` and `{00000..00012}`.
+fn braces(pattern: &str) -> Result<Vec<String>> {
+    let mut done = Vec::new();
+    let mut open = vec![pattern.to_owned()];
+    while let Some(pattern) = open.pop() {
+        let Some((head, alternatives, tail)) = first_brace(&pattern) else {
+            done.push(pattern);
+            continue;
+        };
+        let expanded = expand(alternatives);
+        let count = expanded.as_ref().map_or(usize::MAX, Vec::len);
+        ensure!(
+            count.saturating_add(open.len() + done.len()) <= MAX_ALTERNATIVES,
+            failed(format_args!("`{{{alternatives}}}` stands for too many names"), "write a glob (`*`) or a folder")
+        );
+        // The last one pushed is expanded first, so this keeps the order of writing.
+        open.extend(expanded.unwrap_or_default().iter().rev().map(|one| format!("{head}{one}{tail}")));
+    }
+    Ok(done)
+}
+
+fn first_brace(pattern: &str) -> Option<(&str, &str, &str)> {
+    let (head, rest) = pattern.split_once('{')?;
+    let (inner, tail) = rest.split_once('}')?;
+    Some((head, inner, tail))
+}
+
+/// The alternatives of one brace list; `None` when there are too many.
+fn expand(inner: &str) -> Option<Vec<String>> {
+    let range = inner.split_once("..").and_then(|(a, b)| Some((a, a.parse::<u64>().ok()?, b.parse::<u64>().ok()?)));
+    let Some((from, first, last)) = range else {
+        return Some(inner.split(',').map(str::to_owned).collect());
+    };
+    let width = from.len();
+    let few = last.saturating_sub(first) < MAX_ALTERNATIVES as u64;
+    few.then(|| (first..=last).map(|number| format!("{number:0width$}")).collect())
+}
+
+/// Paths that match a pattern with `*` and `?`; a pattern without them is itself.
+fn glob(pattern: &str) -> Result<Vec<PathBuf>> {
+    if Path::new(pattern).exists() {
+        return Ok(vec![PathBuf::from(pattern)]);
+    }
+    let mut paths = vec![PathBuf::new()];
+    for component in Path::new(pattern).components() {
+        let part = component.as_os_str().to_string_lossy();
+        if !part.contains(['*', '?']) {
+            paths.iter_mut().for_each(|path| path.push(component));
+            continue;
+        }
+        let mut next = Vec::new();
+        for folder in &paths {
+            let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+            if folder.is_dir() {
+                next.extend(entries(folder)?.into_iter().filter(|path| {
+                    path.file_name().is_some_and(|name| matches(part.as_bytes(), name.as_encoded_bytes()))
+                }));
+            }
+        }
+        paths = next;
+    }
+    Ok(paths.into_iter().filter(|path| path.exists()).collect())
+}
+
+/// Whether `name` matches `pattern`, where `*` is any run of characters and `?` any one.
+fn matches(pattern: &[u8], name: &[u8]) -> bool {
+    let (mut p, mut n) = (0, 0);
+    let mut star = None;
+    while n < name.len() {
+        match pattern.get(p) {
+            Some(b'*') => {
+                star = Some((p, n));
+                p += 1;
+            }
+            Some(c) if *c == b'?' || Some(c) == name.get(n) => (p, n) = (p + 1, n + 1),
+            // Let the last star take one character more.
+            _ => match star {
+                Some((at, taken)) => {
+                    star = Some((at, taken + 1));
+                    (p, n) = (at + 1, taken + 1);
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern.get(p..).is_some_and(|rest| rest.iter().all(|c| *c == b'*'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn braces_expand_in_order() {
+        assert_eq!(braces("a/{08..10}.tar").unwrap(), ["a/08.tar", "a/09.tar", "a/10.tar"]);
+        assert_eq!(braces("{a,b}/{1,2}").unwrap(), ["a/1", "a/2", "b/1", "b/2"]);
+        assert_eq!(braces("plain").unwrap(), ["plain"]);
+        assert!(braces("{0..18446744073709551615}").is_err());
+        assert!(braces("{0..9999}{0..9999}").is_err());
+    }
+
+    #[test]
+    fn stars_and_question_marks_match() {
+        let yes = [("*.tar", "a.tar"), ("a*b*c", "aXbbYc"), ("?", "x"), ("*", ""), ("a*", "a")];
+        let no = [("*.tar", "a.tar.tmp"), ("a?", "a"), ("", "x"), ("a*b", "acd")];
+        assert!(yes.iter().all(|(p, n)| matches(p.as_bytes(), n.as_bytes())));
+        assert!(no.iter().all(|(p, n)| !matches(p.as_bytes(), n.as_bytes())));
+    }
+}
