@@ -104,3 +104,26 @@ fn linear(input: u64, out: u64) -> u64 {
 fn norm(channels: u64) -> u64 {
     2 * channels
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{model::Generator, nn::params::Scope};
+    use candle_core::{DType, Device};
+
+    #[test]
+    fn formulas_count_what_the_generator_holds() {
+        for (qk_norm, sandwich_norm) in [(false, false), (true, true)] {
+            let mut config = Config::default();
+            config.text.max_tokens = 5;
+            let model = &mut config.model;
+            (model.layers, model.hidden, model.heads, model.mlp_ratio) = (3, 12, 2, 3);
+            (model.qk_norm, model.sandwich_norm) = (qk_norm, sandwich_norm);
+            let scope = Scope::from_seed(0, DType::F32, &Device::Cpu);
+            Generator::new(&scope, &config, 17, 13, (2, 3)).unwrap();
+            let held: usize = scope.params().values().map(|p| p.elem_count()).sum();
+            let counted: u64 = generator(&config, 17, 13, (2, 3)).iter().map(|(_, count)| count).sum();
+            assert_eq!(counted, held as u64);
+        }
+    }
+}

@@ -1,6 +1,57 @@
-//! Snapshots of the command line: `tests/cmd/*.trycmd` (renew with `TRYCMD=overwrite`).
+//! The command line from outside.
 
+use std::process::{Command, Stdio};
+
+fn vilg(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vilg"));
+    command.args(args);
+    command
+}
+
+/// Snapshots: `tests/cmd/*.trycmd` (renew with `TRYCMD=overwrite`).
 #[test]
 fn snapshots() {
     trycmd::TestCases::new().env("NO_COLOR", "1").case("tests/cmd/*.trycmd");
+}
+
+/// `vilg … | head -0`
+#[test]
+fn a_closed_pipe_is_quiet() {
+    for args in [["config", "show"], ["completions", "bash"], ["config", "--help"]] {
+        let mut child = vilg(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{args:?}: {:?}", output.status);
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{args:?}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_result_that_cannot_be_written_is_a_failure() {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = vilg(&["config", "init"]).stdout(full).stderr(Stdio::piped()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).starts_with("error: cannot write to stdout"));
+}
+
+#[test]
+fn what_init_prints_is_a_configuration() {
+    for name in ["emoji", "emoji-tokenizer", "300m", "10b"] {
+        let printed = vilg(&["config", "init", name]).output().unwrap().stdout;
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("new.toml");
+        assert!(vilg(&["config", "init", name, "-o"]).arg(&file).status().unwrap().success());
+        assert_eq!(std::fs::read(&file).unwrap(), printed, "{name}");
+        assert!(vilg(&["config", "check", "--config"]).arg(&file).status().unwrap().success(), "{name}");
+    }
+}
+
+#[test]
+fn json_results_are_json() {
+    for args in [["doctor", "--json"].as_slice(), &["config", "show", "--json"], &["config", "check", "--json"]] {
+        let output = vilg(args).output().unwrap();
+        let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert!(value.is_object(), "{args:?}");
+    }
 }
