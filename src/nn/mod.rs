@@ -3,6 +3,8 @@
 pub mod attention;
 pub mod block;
 pub mod cache;
+pub mod conv;
+pub mod group_norm;
 pub mod linear;
 pub mod norm;
 pub mod params;

@@ -6,25 +6,35 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod conv;
+mod conv_kernel;
 pub mod cross_entropy;
 pub mod gelu;
 pub mod gemm;
+pub mod group_norm;
 pub mod layer_norm;
 pub mod linear;
+pub mod nearest_code;
 pub mod newton_schulz;
 pub mod simd;
 pub mod slices;
 #[cfg(test)]
 pub mod testing;
+pub mod upsample;
+mod vector;
 
 pub use adamw::{AdamW, adamw_step};
 pub use attention::attention;
+pub use conv::{Padding, conv2d};
 pub use cross_entropy::cross_entropy;
 pub use gelu::gelu;
+pub use group_norm::group_norm;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
+pub use nearest_code::nearest_code;
 pub use newton_schulz::newton_schulz;
 pub use slices::{with_slice, with_slice_mut};
+pub use upsample::upsample_nearest2x;
 
 /// Elements that one task of a parallel elementwise loop takes.
 const CHUNK: usize = 1 << 14;

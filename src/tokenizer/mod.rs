@@ -1,1 +1,119 @@
-//! (in the making)
+//! The image tokenizer (paper §2.1): pixels to a grid of codes and back.
+
+pub mod quantizer;
+pub mod segments;
+pub mod vqgan;
+
+pub use segments::{PixelBatch, Statistics};
+
+use crate::{
+    config,
+    error::{Result, ensure},
+    nn::{conv::Conv2d, params::Scope},
+};
+use candle_core::Tensor;
+use quantizer::Quantizer;
+use std::rc::Rc;
+use vqgan::{Decoder, Encoder};
+
+/// A VQGAN with taming-transformers' parameter names.
+pub struct ImageTokenizer {
+    encoder: Rc<EncoderHalf>,
+    decoder: Rc<DecoderHalf>,
+    segments: [Box<dyn crate::nn::segment::Segment<PixelBatch>>; 2],
+    grid: usize,
+    image_size: usize,
+}
+
+/// Pixels to latents before quantisation.
+pub(crate) struct EncoderHalf {
+    encoder: Encoder,
+    quant_conv: Conv2d,
+}
+
+impl EncoderHalf {
+    fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
+        self.quant_conv.forward(&self.encoder.forward(pixels)?)
+    }
+}
+
+/// Quantisation, and code vectors to pixels.
+pub(crate) struct DecoderHalf {
+    quantize: Quantizer,
+    post_quant_conv: Conv2d,
+    decoder: Decoder,
+}
+
+impl DecoderHalf {
+    fn decode(&self, z_q: &Tensor) -> Result<Tensor> {
+        self.decoder.forward(&self.post_quant_conv.forward(z_q)?)
+    }
+}
+
+impl ImageTokenizer {
+    /// # Errors
+    /// The architecture is impossible, or a checkpoint's tensor is missing or misshapen.
+    pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        let factor = 1usize << config.channel_multipliers.len().saturating_sub(1);
+        ensure!(
+            config.image_size.is_multiple_of(factor) && config.image_size > 0,
+            "a side of {} pixels cannot be reduced by {factor}",
+            config.image_size
+        );
+        let encoder = Rc::new(EncoderHalf {
+            encoder: Encoder::new(&scope.at("encoder"), config)?,
+            quant_conv: Conv2d::same(&scope.at("quant_conv"), config.latent_channels, config.code_dim, 1)?,
+        });
+        let decoder = Rc::new(DecoderHalf {
+            quantize: Quantizer::new(&scope.at("quantize"), config)?,
+            post_quant_conv: Conv2d::same(&scope.at("post_quant_conv"), config.code_dim, config.latent_channels, 1)?,
+            decoder: Decoder::new(&scope.at("decoder"), config)?,
+        });
+        let segments = segments::of(scope, config, &encoder, &decoder);
+        Ok(Self { encoder, decoder, segments, grid: config.image_size / factor, image_size: config.image_size })
+    }
+
+    /// Height and width of the grid of codes.
+    pub fn grid(&self) -> (usize, usize) {
+        (self.grid, self.grid)
+    }
+
+    /// Side of the square pictures in pixels.
+    pub fn image_size(&self) -> usize {
+        self.image_size
+    }
+
+    /// Number of codes in the codebook.
+    pub fn codebook_size(&self) -> Result<usize> {
+        self.decoder.quantize.size()
+    }
+
+    /// The chain that the training engine runs.
+    pub fn segments(&self) -> Vec<&dyn crate::nn::segment::Segment<PixelBatch>> {
+        self.segments.iter().map(|s| s.as_ref()).collect()
+    }
+
+    /// The codebook.
+    pub fn quantizer(&self) -> &Quantizer {
+        &self.decoder.quantize
+    }
+
+    /// Latents before quantisation: pixels `(batch, side, side, 3)` → `(batch, h, w, code_dim)`.
+    pub fn latents(&self, pixels: &Tensor) -> Result<Tensor> {
+        self.encoder.forward(pixels)
+    }
+
+    /// Pixels `(batch, side, side, 3)` in \[-1, 1\] → codes `(batch, h·w)` of `u32`.
+    pub fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
+        let z = self.latents(pixels)?;
+        Ok(self.decoder.quantize.encode(&z)?.reshape((pixels.dim(0)?, ()))?)
+    }
+
+    /// Codes `(batch, h·w)` → pixels `(batch, side, side, 3)`, about in \[-1, 1\].
+    pub fn decode(&self, codes: &Tensor) -> Result<Tensor> {
+        let (batch, count) = codes.dims2()?;
+        ensure!(count == self.grid * self.grid, "{count} codes for a grid of {0} x {0}", self.grid);
+        let z_q = self.decoder.quantize.lookup(&codes.flatten_all()?)?;
+        self.decoder.decode(&z_q.reshape((batch, self.grid, self.grid, ()))?)
+    }
+}

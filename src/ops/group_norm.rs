@@ -1,0 +1,374 @@
+//! Group normalisation in NHWC, optionally followed by SiLU, in one pass each way over a picture in cache.
+//!
+//! With `x̂ = (x - mean) / sqrt(var + eps)` over the pixels and channels of a group: `y = f(x̂ · w + b)`, where `f` is
+//! the identity or `u · sigmoid(u)`.
+
+use super::{
+    simd::{Real, multiversion},
+    slices::{by_dtype, fresh, slice, storage, tensor, view},
+};
+use crate::error::{Result, ensure};
+use candle_core::{CpuStorage, CustomOp3, D, Layout, Shape, Tensor, backend::BackendStorage};
+use rayon::prelude::*;
+
+/// `x (b, .., c)`, `weight (c)`, `bias (c)` → the shape of x.
+pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps: f64, silu: bool) -> Result<Tensor> {
+    let channels = x.dim(D::Minus1)?;
+    ensure!(
+        groups > 0 && channels.is_multiple_of(groups),
+        "{channels} channels cannot be normalised in {groups} equal groups"
+    );
+    if !x.device().is_cpu() {
+        return composed(x, weight, bias, groups, eps, silu);
+    }
+    let op = GroupNorm { groups, eps, silu };
+    Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?)
+}
+
+/// The same from stock candle ops.
+pub fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps: f64, silu: bool) -> Result<Tensor> {
+    let (images, channels) = (x.dim(0)?, x.dim(D::Minus1)?);
+    let grouped = x.reshape((images, (), groups, channels / groups))?;
+    let mean = grouped.mean_keepdim(3)?.mean_keepdim(1)?;
+    let centred = grouped.broadcast_sub(&mean)?;
+    let variance = centred.sqr()?.mean_keepdim(3)?.mean_keepdim(1)?;
+    let normal = centred.broadcast_div(&(variance + eps)?.sqrt()?)?.reshape(x.shape())?;
+    let u = normal.broadcast_mul(weight)?.broadcast_add(bias)?;
+    Ok(if silu { u.silu()? } else { u })
+}
+
+/// Rows (pixels) that one task handles; fixed, so that sums do not depend on the number of threads.
+const ROWS: usize = 1024;
+
+/// Channels whose sums stay in registers.
+const BLOCK: usize = 16;
+
+/// The two sums of each channel over some rows, first all of the one, then all of the other.
+type Sums = Vec<f64>;
+
+/// Adds up fixed chunks of rows: in parallel, but always in the same order.
+fn sum_chunks(channels: usize, chunks: impl IndexedParallelIterator<Item = Sums>) -> Sums {
+    let partials: Vec<Sums> = chunks.collect();
+    let mut total = vec![0.0; 2 * channels];
+    for partial in partials {
+        total.iter_mut().zip(partial).for_each(|(t, p)| *t += p);
+    }
+    total
+}
+
+/// Mean and 1/sqrt(var + eps) of each channel's group, of one image.
+fn statistics<T: Real>(x: &[T], channels: usize, groups: usize, eps: f64) -> [Vec<T>; 2] {
+    let chunk = ROWS * channels;
+    let count = (x.len() / groups) as f64;
+    let spread = |sums: &[f64]| -> Vec<f64> {
+        let of_group = |g: &[f64]| g.iter().sum::<f64>() / count;
+        sums.chunks_exact(channels / groups).flat_map(|g| vec![of_group(g); g.len()]).collect()
+    };
+    // Two passes over a picture in cache: the difference of large sums would lose the variance.
+    let zeros = vec![T::ZERO; channels];
+    let sums = sum_chunks(channels, x.par_chunks(chunk).map(|x| moments(x, &zeros)));
+    let mean: Vec<T> = spread(&sums[..channels]).into_iter().map(T::from_f64).collect();
+    let sums = sum_chunks(channels, x.par_chunks(chunk).map(|x| moments(x, &mean)));
+    let deviation = spread(&sums[channels..]).into_iter().map(|v| T::from_f64(1.0 / (v + eps).sqrt())).collect();
+    [mean, deviation]
+}
+
+multiversion! {
+    /// Sums over the rows of `x - centre` and of its square.
+    fn moments<T: Real, const FMA: bool>(x: &[T], centre: &[T]) -> Sums {
+        let channels = centre.len();
+        let mut sums = vec![0.0; 2 * channels];
+        for first in (0..channels).step_by(BLOCK) {
+            let width = BLOCK.min(channels - first);
+            let (mut one, mut two) = ([T::ZERO; BLOCK], [T::ZERO; BLOCK]);
+            let mut shift = [T::ZERO; BLOCK];
+            shift[..width].copy_from_slice(&centre[first..first + width]);
+            for row in x.chunks_exact(channels) {
+                let block = &row[first..first + width];
+                if let Ok(block) = <&[T; BLOCK]>::try_from(block) {
+                    for i in 0..BLOCK {
+                        let v = block[i] - shift[i];
+                        one[i] += v;
+                        two[i] = v.fma::<FMA>(v, two[i]);
+                    }
+                } else {
+                    for (i, &v) in block.iter().enumerate() {
+                        let v = v - shift[i];
+                        one[i] += v;
+                        two[i] = v.fma::<FMA>(v, two[i]);
+                    }
+                }
+            }
+            for i in 0..width {
+                sums[first + i] = one[i].to_f64();
+                sums[channels + first + i] = two[i].to_f64();
+            }
+        }
+        sums
+    }
+}
+
+#[inline(always)]
+fn sigmoid<T: Real>(u: T) -> T {
+    T::ONE / (T::ONE + Real::exp(-u))
+}
+
+multiversion! {
+    /// `y = f(x · scale + shift)` with a scale and a shift for each channel.
+    fn apply<T: Real, const FMA: bool>(x: &[T], y: &mut [T], scale: &[T], shift: &[T], silu: bool) {
+        let channels = scale.len();
+        for (x, y) in x.chunks_exact(channels).zip(y.chunks_exact_mut(channels)) {
+            let lines = x.iter().zip(y).zip(scale.iter().zip(shift));
+            if silu {
+                lines.for_each(|((&x, y), (&scale, &shift))| {
+                    let u = x.fma::<FMA>(scale, shift);
+                    *y = u * sigmoid(u);
+                });
+            } else {
+                lines.for_each(|((&x, y), (&scale, &shift))| *y = x.fma::<FMA>(scale, shift));
+            }
+        }
+    }
+}
+
+fn forward<T: Real>(x: &[T], weight: &[T], bias: &[T], op: GroupNorm, image: usize) -> Vec<T> {
+    let channels = weight.len();
+    let fill = |y: &mut [T]| {
+        x.par_chunks(image).zip(y.par_chunks_mut(image)).for_each(|(x, y)| {
+            let [mean, deviation] = statistics(x, channels, op.groups, op.eps);
+            let (scale, shift) = affine(&mean, &deviation, weight, bias);
+            let chunk = ROWS * channels;
+            x.par_chunks(chunk).zip(y.par_chunks_mut(chunk)).for_each(|(x, y)| apply(x, y, &scale, &shift, op.silu));
+        });
+    };
+    // SAFETY: `apply` writes every element.
+    unsafe { fresh(x.len(), fill) }
+}
+
+/// `x̂ · w + b` as `x · scale + shift`.
+fn affine<T: Real>(mean: &[T], deviation: &[T], weight: &[T], bias: &[T]) -> (Vec<T>, Vec<T>) {
+    let scale: Vec<T> = weight.iter().zip(deviation).map(|(&w, &d)| w * d).collect();
+    let shift = bias.iter().zip(mean).zip(&scale).map(|((&b, &m), &s)| b - m * s).collect();
+    (scale, shift)
+}
+
+multiversion! {
+    /// The gradient in u, written to `du`, and its sums: over the rows of `du` and of `du · x`.
+    fn through_silu<T: Real, const FMA: bool>(
+        x: &[T], dy: &[T], du: &mut [T], scale: &[T], shift: &[T], mean: &[T], silu: bool
+    ) -> Sums {
+        let channels = scale.len();
+        if silu {
+            let rows = x.chunks_exact(channels).zip(dy.chunks_exact(channels)).zip(du.chunks_exact_mut(channels));
+            for ((x, dy), du) in rows {
+                for ((du, (&x, &dy)), (&scale, &shift)) in du.iter_mut().zip(x.iter().zip(dy)).zip(scale.iter().zip(shift)) {
+                    let u = x.fma::<FMA>(scale, shift);
+                    let s = sigmoid(u);
+                    *du = dy * s * (T::ONE + u * (T::ONE - s));
+                }
+            }
+        } else {
+            du.copy_from_slice(dy);
+        }
+        let mut sums = vec![0.0; 2 * channels];
+        for first in (0..channels).step_by(BLOCK) {
+            let width = BLOCK.min(channels - first);
+            let (mut one, mut two) = ([T::ZERO; BLOCK], [T::ZERO; BLOCK]);
+            let mut centre = [T::ZERO; BLOCK];
+            centre[..width].copy_from_slice(&mean[first..first + width]);
+            for (x, du) in x.chunks_exact(channels).zip(du.chunks_exact(channels)) {
+                let (x, du) = (&x[first..first + width], &du[first..first + width]);
+                if let (Ok(x), Ok(du)) = (<&[T; BLOCK]>::try_from(x), <&[T; BLOCK]>::try_from(du)) {
+                    for i in 0..BLOCK {
+                        one[i] += du[i];
+                        two[i] = du[i].fma::<FMA>(x[i] - centre[i], two[i]);
+                    }
+                } else {
+                    for i in 0..width {
+                        one[i] += du[i];
+                        two[i] = du[i].fma::<FMA>(x[i] - centre[i], two[i]);
+                    }
+                }
+            }
+            for i in 0..width {
+                sums[first + i] = one[i].to_f64();
+                sums[channels + first + i] = two[i].to_f64();
+            }
+        }
+        sums
+    }
+}
+
+multiversion! {
+    /// `dx = du · scale + x · slope + offset`, where `dx` holds du.
+    fn combine<T: Real, const FMA: bool>(x: &[T], dx: &mut [T], scale: &[T], slope: &[T], offset: &[T]) {
+        let channels = scale.len();
+        for (x, dx) in x.chunks_exact(channels).zip(dx.chunks_exact_mut(channels)) {
+            for ((dx, &x), ((&scale, &slope), &offset)) in dx.iter_mut().zip(x).zip(scale.iter().zip(slope).zip(offset)) {
+                *dx = dx.fma::<FMA>(scale, x.fma::<FMA>(slope, offset));
+            }
+        }
+    }
+}
+
+/// Gradients of x, weight and bias.
+fn backward<T: Real>(x: &[T], weight: &[T], bias: &[T], dy: &[T], op: GroupNorm, image: usize) -> [Vec<T>; 3] {
+    let channels = weight.len();
+    let mut per_image = Vec::new();
+    let fill = |dx: &mut [T]| {
+        let images = x.par_chunks(image).zip(dy.par_chunks(image)).zip(dx.par_chunks_mut(image));
+        per_image = images.map(|((x, dy), dx)| backward_image(x, weight, bias, dy, dx, op)).collect::<Vec<Sums>>();
+    };
+    // SAFETY: `through_silu` writes every element before `combine` reads it.
+    let dx = unsafe { fresh(x.len(), fill) };
+    let mut total = vec![0.0; 2 * channels];
+    for sums in per_image {
+        total.iter_mut().zip(sums).for_each(|(t, s)| *t += s);
+    }
+    let cast = |sums: &[f64]| sums.iter().map(|&s| T::from_f64(s)).collect();
+    [dx, cast(&total[channels..]), cast(&total[..channels])]
+}
+
+/// Writes one image's dx; its share of the gradients of bias (first) and weight.
+fn backward_image<T: Real>(x: &[T], weight: &[T], bias: &[T], dy: &[T], dx: &mut [T], op: GroupNorm) -> Sums {
+    let (channels, chunk) = (weight.len(), ROWS * weight.len());
+    let [mean, deviation] = statistics(x, channels, op.groups, op.eps);
+    let (scale, shift) = affine(&mean, &deviation, weight, bias);
+    let parts = x.par_chunks(chunk).zip(dy.par_chunks(chunk)).zip(dx.par_chunks_mut(chunk));
+    let mut sums =
+        sum_chunks(channels, parts.map(|((x, dy), du)| through_silu(x, dy, du, &scale, &shift, &mean, op.silu)));
+    for (sum, deviation) in sums[channels..].iter_mut().zip(&deviation) {
+        *sum *= deviation.to_f64();
+    }
+    // dx̂ = du · w; dx = (dx̂ - mean(dx̂) - x̂ · mean(dx̂ · x̂)) / sqrt(var + eps), means over the group.
+    let per_group = channels / op.groups;
+    let count = (x.len() / op.groups) as f64;
+    let (mut slope, mut offset) = (Vec::with_capacity(channels), Vec::with_capacity(channels));
+    for c in 0..channels {
+        let group = c / per_group * per_group..(c / per_group + 1) * per_group;
+        let mean_of = |sums: &[f64]| group.clone().map(|c| sums[c] * weight[c].to_f64()).sum::<f64>() / count;
+        let (one, two, d) = (mean_of(&sums[..channels]), mean_of(&sums[channels..]), deviation[c].to_f64());
+        slope.push(T::from_f64(-two * d * d));
+        offset.push(T::from_f64((two * d * mean[c].to_f64() - one) * d));
+    }
+    x.par_chunks(chunk).zip(dx.par_chunks_mut(chunk)).for_each(|(x, dx)| combine(x, dx, &scale, &slope, &offset));
+    sums
+}
+
+#[derive(Clone, Copy)]
+struct GroupNorm {
+    groups: usize,
+    eps: f64,
+    silu: bool,
+}
+
+/// Elements of one image, after checking the shapes.
+fn image_size(x: &Shape, weight: &Shape, bias: &Shape) -> candle_core::Result<usize> {
+    let channels = x.dims().last().copied().unwrap_or(0);
+    if x.rank() < 2 || x.elem_count() == 0 || weight.dims() != [channels] || bias.dims() != [channels] {
+        candle_core::bail!("group norm: input {x:?} does not fit weight {weight:?} and bias {bias:?}");
+    }
+    Ok(x.elem_count() / x.dims()[0])
+}
+
+impl CustomOp3 for GroupNorm {
+    fn name(&self) -> &'static str {
+        "group norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+        b: &CpuStorage,
+        lb: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let image = image_size(lx.shape(), lw.shape(), lb.shape())?;
+        by_dtype!(x.dtype(), "group norm", T => {
+            storage(forward::<T>(slice(x, lx)?, slice(w, lw)?, slice(b, lb)?, *self, image), lx.shape())
+        })
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let image = image_size(x.shape(), w.shape(), b.shape())?;
+        let dy = dy.contiguous()?;
+        by_dtype!(x.dtype(), "group norm", T => {
+            let (xs, ws, bs, dys) = (view::<T>(x)?, view::<T>(w)?, view::<T>(b)?, view::<T>(&dy)?);
+            let [dx, dw, db] = backward(&xs, &ws, &bs, &dys, *self, image);
+            Ok((Some(tensor(dx, x.shape())?), Some(tensor(dw, w.shape())?), Some(tensor(db, b.shape())?)))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+    use candle_core::{DType, Var};
+
+    const SHAPES: [([usize; 4], usize); 5] =
+        [([2, 3, 2, 6], 3), ([1, 2, 2, 4], 1), ([2, 5, 1, 32], 32), ([1, 3, 3, 48], 8), ([1, 4, 1, 3], 3)];
+
+    fn vars(x: [usize; 4], dtype: DType) -> [Var; 3] {
+        [normal("x", &x, dtype), normal("w", &[x[3]], dtype), normal("b", &[x[3]], dtype)]
+    }
+
+    #[test]
+    fn gradients_are_finite_differences() -> Result<()> {
+        for (x, groups) in SHAPES {
+            for silu in [false, true] {
+                let vars = vars(x, DType::F64);
+                assert_gradients(&vars, &|v| group_norm(&v[0], &v[1], &v[2], groups, 1e-6, silu))?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn fused_is_composed() -> Result<()> {
+        for (x, groups) in SHAPES.into_iter().chain([([2, 40, 40, 64], 32)]) {
+            for silu in [false, true] {
+                assert_same(
+                    &vars(x, DType::F32),
+                    5e-5,
+                    &|v| group_norm(&v[0], &v[1], &v[2], groups, 1e-6, silu),
+                    &|v| composed(&v[0], &v[1], &v[2], groups, 1e-6, silu),
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_large_mean_does_not_hide_the_variance() -> Result<()> {
+        let [x, w, b] = vars([1, 64, 64, 4], DType::F32);
+        let plain = group_norm(&x, &w, &b, 2, 1e-6, true)?;
+        let far = group_norm(&(x.as_tensor() + 1000.0)?, &w, &b, 2, 1e-6, true)?;
+        let error = (plain - far)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(error < 2e-3, "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn threads_do_not_matter() -> Result<()> {
+        let vars = vars([3, 50, 50, 64], DType::F32);
+        assert_thread_independent(&vars, &|v| group_norm(&v[0], &v[1], &v[2], 32, 1e-6, true))
+    }
+
+    #[test]
+    fn unequal_groups_are_errors() {
+        let [x, w, b] = vars([1, 2, 2, 6], DType::F32);
+        assert!(group_norm(&x, &w, &b, 4, 1e-6, true).is_err());
+        assert!(group_norm(&x, &w, &b, 0, 1e-6, true).is_err());
+        assert!(group_norm(&x, &w.narrow(0, 0, 3).unwrap(), &b, 3, 1e-6, true).is_err());
+    }
+}

@@ -1,0 +1,123 @@
+//! Vector quantisation (paper §2.1, eq. 1-2; arXiv 1711.00937): each latent becomes its nearest code, and
+//! gradients pass straight through.
+
+use crate::{
+    config,
+    error::{Result, ensure},
+    nn::params::{Init, Scope},
+    ops,
+    random::Random,
+};
+use candle_core::{D, Tensor};
+
+/// The codebook.
+pub struct Quantizer {
+    codebook: Tensor,
+    l2_normalize: bool,
+    commitment: f64,
+    legacy_beta: bool,
+}
+
+/// What quantising a batch gives.
+pub struct Quantized {
+    /// The codes' vectors, shape of the input; gradients go straight to the input.
+    pub z_q: Tensor,
+    /// Indices `(rows)`.
+    pub codes: Tensor,
+    /// ‖sg\[z\] - z_q‖² (mean), weighted.
+    pub codebook_loss: Tensor,
+    /// ‖z - sg\[z_q\]‖² (mean), weighted.
+    pub commitment_loss: Tensor,
+}
+
+impl Quantizer {
+    pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        let (codes, dim) = (config.codebook_size, config.code_dim);
+        let init = if config.l2_normalize { Init::Normal(1.0) } else { Init::Uniform(1.0 / codes as f64) };
+        Ok(Self {
+            codebook: scope.get("embedding.weight", (codes, dim), init)?,
+            l2_normalize: config.l2_normalize,
+            commitment: config.commitment,
+            legacy_beta: config.legacy_beta,
+        })
+    }
+
+    /// Number of codes.
+    pub fn size(&self) -> Result<usize> {
+        Ok(self.codebook.dim(0)?)
+    }
+
+    fn normalized(&self, x: &Tensor) -> Result<Tensor> {
+        if !self.l2_normalize {
+            return Ok(x.clone());
+        }
+        let norm = (x.sqr()?.sum_keepdim(D::Minus1)? + 1e-12)?.sqrt()?;
+        Ok(x.broadcast_div(&norm)?)
+    }
+
+    /// Codes `(rows)` of latents `(.., dim)`.
+    pub fn encode(&self, z: &Tensor) -> Result<Tensor> {
+        let z = z.reshape(((), z.dim(D::Minus1)?))?;
+        ops::nearest_code(&self.normalized(&z)?, &self.normalized(&self.codebook)?)
+    }
+
+    /// Vectors `(rows, dim)` of codes `(rows)`.
+    ///
+    /// # Errors
+    /// A code lies outside the codebook.
+    pub fn lookup(&self, codes: &Tensor) -> Result<Tensor> {
+        let size = self.size()?;
+        let outside = codes.to_vec1::<u32>()?.into_iter().find(|c| *c as usize >= size);
+        ensure!(outside.is_none(), "code {} of a codebook of {size}", outside.unwrap_or(0));
+        self.normalized(&self.codebook.index_select(codes, 0)?)
+    }
+
+    /// Quantises latents `(.., dim)` with gradients and losses.
+    pub fn forward(&self, z: &Tensor) -> Result<Quantized> {
+        let z = self.normalized(z)?;
+        let codes = self.encode(&z)?;
+        let z_q = self.lookup(&codes)?.reshape(z.shape())?;
+        let (codebook_weight, commitment_weight) =
+            if self.legacy_beta { (self.commitment, 1.0) } else { (1.0, self.commitment) };
+        Ok(Quantized {
+            codebook_loss: ((&z_q - z.detach())?.sqr()?.mean_all()? * codebook_weight)?,
+            commitment_loss: ((&z - z_q.detach())?.sqr()?.mean_all()? * commitment_weight)?,
+            z_q: (&z + (&z_q - &z)?.detach())?,
+            codes,
+        })
+    }
+
+    /// Puts encoder outputs in the place of codes that no latent has chosen for `after` steps.
+    /// `last_used` holds the last step at which each code was chosen; `z: (.., dim)` and `codes: (rows)` are
+    /// this step's. Returns how many codes were replaced. The choice is keyed by (`seed`, `step`).
+    pub fn restart_dead_codes(
+        &self,
+        last_used: &mut [u64],
+        z: &Tensor,
+        codes: &[u32],
+        after: u64,
+        seed: u64,
+        step: u64,
+    ) -> Result<usize> {
+        for code in codes {
+            if let Some(last) = last_used.get_mut(*code as usize) {
+                *last = step;
+            }
+        }
+        let dim = z.dim(D::Minus1)?;
+        let z = self.normalized(&z.detach())?.flatten_all()?.to_vec1::<f32>()?;
+        let rows = (z.len() / dim) as u64;
+        let dead: Vec<usize> = (0..last_used.len()).filter(|i| step >= last_used[*i] + after).collect();
+        if after == 0 || dead.is_empty() || rows == 0 {
+            return Ok(0);
+        }
+        ops::with_slice_mut(&self.codebook, |codebook: &mut [f32]| {
+            for &code in &dead {
+                let row = Random::keyed(seed, "dead code", step, code as u64).below(rows) as usize;
+                codebook[code * dim..(code + 1) * dim].copy_from_slice(&z[row * dim..(row + 1) * dim]);
+                last_used[code] = step;
+            }
+        })?;
+        Ok(dead.len())
+    }
+}

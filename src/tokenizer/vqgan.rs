@@ -1,0 +1,225 @@
+//! VQGAN's encoder and decoder (arXiv 2012.09841), with the names and shapes of taming-transformers, so
+//! that its checkpoints load. Activations are `(batch, height, width, channels)`.
+
+use crate::{
+    config,
+    error::Result,
+    nn::{conv::Conv2d, group_norm::GroupNorm, params::Scope},
+    ops,
+};
+use candle_core::{D, Tensor};
+
+/// `x + conv(swish(norm(conv(swish(norm(x))))))`, with a 1×1 shortcut where the channels change.
+struct ResnetBlock {
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    nin_shortcut: Option<Conv2d>,
+}
+
+impl ResnetBlock {
+    fn new(scope: &Scope, inputs: usize, outputs: usize) -> Result<Self> {
+        Ok(Self {
+            norm1: GroupNorm::new(&scope.at("norm1"), inputs)?,
+            conv1: Conv2d::same(&scope.at("conv1"), inputs, outputs, 3)?,
+            norm2: GroupNorm::new(&scope.at("norm2"), outputs)?,
+            conv2: Conv2d::same(&scope.at("conv2"), outputs, outputs, 3)?,
+            nin_shortcut: (inputs != outputs)
+                .then(|| Conv2d::same(&scope.at("nin_shortcut"), inputs, outputs, 1))
+                .transpose()?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let h = self.conv1.forward(&self.norm1.silu(x)?)?;
+        let h = self.conv2.forward(&self.norm2.silu(&h)?)?;
+        match &self.nin_shortcut {
+            Some(shortcut) => Ok((shortcut.forward(x)? + h)?),
+            None => Ok((x + h)?),
+        }
+    }
+}
+
+/// One head of self-attention over all positions.
+struct AttnBlock {
+    norm: GroupNorm,
+    q: Conv2d,
+    k: Conv2d,
+    v: Conv2d,
+    proj_out: Conv2d,
+}
+
+impl AttnBlock {
+    fn new(scope: &Scope, channels: usize) -> Result<Self> {
+        let conv = |name| Conv2d::same(&scope.at(name), channels, channels, 1);
+        Ok(Self {
+            norm: GroupNorm::new(&scope.at("norm"), channels)?,
+            q: conv("q")?,
+            k: conv("k")?,
+            v: conv("v")?,
+            proj_out: conv("proj_out")?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (batch, height, width, channels) = x.dims4()?;
+        let h = self.norm.forward(x)?;
+        let flat =
+            |conv: &Conv2d| -> Result<Tensor> { Ok(conv.forward(&h)?.reshape((batch, height * width, channels))?) };
+        let (q, k, v) = (flat(&self.q)?, flat(&self.k)?, flat(&self.v)?);
+        let scores = (q.matmul(&k.t()?)? * (channels as f64).powf(-0.5))?;
+        let exp = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
+        let p = exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?;
+        let h = p.matmul(&v)?.reshape(x.shape())?;
+        Ok((x + self.proj_out.forward(&h)?)?)
+    }
+}
+
+/// The residual blocks of one resolution, each followed by attention where the config asks for it.
+struct Level {
+    blocks: Vec<(ResnetBlock, Option<AttnBlock>)>,
+    /// Down- or upsampling to the next level.
+    resample: Option<Conv2d>,
+}
+
+impl Level {
+    fn new(scope: &Scope, mut inputs: usize, outputs: usize, count: usize, attention: bool) -> Result<Self> {
+        let mut blocks = Vec::with_capacity(count);
+        for j in 0..count {
+            let block = ResnetBlock::new(&scope.at("block").at(j), inputs, outputs)?;
+            let attn = attention.then(|| AttnBlock::new(&scope.at("attn").at(j), outputs)).transpose()?;
+            blocks.push((block, attn));
+            inputs = outputs;
+        }
+        Ok(Self { blocks, resample: None })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut h = x.clone();
+        for (block, attn) in &self.blocks {
+            h = block.forward(&h)?;
+            if let Some(attn) = attn {
+                h = attn.forward(&h)?;
+            }
+        }
+        Ok(h)
+    }
+}
+
+/// Residual block, attention, residual block at the lowest resolution.
+struct Middle {
+    block_1: ResnetBlock,
+    attn_1: AttnBlock,
+    block_2: ResnetBlock,
+}
+
+impl Middle {
+    fn new(scope: &Scope, channels: usize) -> Result<Self> {
+        Ok(Self {
+            block_1: ResnetBlock::new(&scope.at("block_1"), channels, channels)?,
+            attn_1: AttnBlock::new(&scope.at("attn_1"), channels)?,
+            block_2: ResnetBlock::new(&scope.at("block_2"), channels, channels)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.block_2.forward(&self.attn_1.forward(&self.block_1.forward(x)?)?)
+    }
+}
+
+/// Pixels `(batch, side, side, 3)` → latents `(batch, side / f, side / f, latent_channels)`.
+pub struct Encoder {
+    conv_in: Conv2d,
+    down: Vec<Level>,
+    mid: Middle,
+    norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+impl Encoder {
+    pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        let widths: Vec<usize> = config.channel_multipliers.iter().map(|m| m * config.channels).collect();
+        let conv_in = Conv2d::same(&scope.at("conv_in"), 3, config.channels, 3)?;
+        let (mut inputs, mut side, mut down) = (config.channels, config.image_size, Vec::new());
+        for (i, &outputs) in widths.iter().enumerate() {
+            let scope = scope.at("down").at(i);
+            let attention = config.attention_sides.contains(&side);
+            let mut level = Level::new(&scope, inputs, outputs, config.residual_blocks, attention)?;
+            if i + 1 < widths.len() {
+                level.resample = Some(Conv2d::down(&scope.at("downsample.conv"), outputs)?);
+                side /= 2;
+            }
+            down.push(level);
+            inputs = outputs;
+        }
+        Ok(Self {
+            conv_in,
+            down,
+            mid: Middle::new(&scope.at("mid"), inputs)?,
+            norm_out: GroupNorm::new(&scope.at("norm_out"), inputs)?,
+            conv_out: Conv2d::same(&scope.at("conv_out"), inputs, config.latent_channels, 3)?,
+        })
+    }
+
+    pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
+        let mut h = self.conv_in.forward(pixels)?;
+        for level in &self.down {
+            h = level.forward(&h)?;
+            if let Some(downsample) = &level.resample {
+                h = downsample.forward(&h)?;
+            }
+        }
+        self.conv_out.forward(&self.norm_out.silu(&self.mid.forward(&h)?)?)
+    }
+}
+
+/// Latents `(batch, side / f, side / f, latent_channels)` → pixels `(batch, side, side, 3)`.
+pub struct Decoder {
+    conv_in: Conv2d,
+    mid: Middle,
+    /// Indexed by level, as taming does: the last one runs first.
+    up: Vec<Level>,
+    norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+impl Decoder {
+    pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        let widths: Vec<usize> = config.channel_multipliers.iter().map(|m| m * config.channels).collect();
+        let mut inputs = widths.last().copied().unwrap_or(config.channels);
+        let conv_in = Conv2d::same(&scope.at("conv_in"), config.latent_channels, inputs, 3)?;
+        let mid = Middle::new(&scope.at("mid"), inputs)?;
+        let mut side = config.image_size >> widths.len().saturating_sub(1);
+        let mut up = Vec::new();
+        for (i, &outputs) in widths.iter().enumerate().rev() {
+            let scope = scope.at("up").at(i);
+            let attention = config.attention_sides.contains(&side);
+            let mut level = Level::new(&scope, inputs, outputs, config.residual_blocks + 1, attention)?;
+            if i > 0 {
+                level.resample = Some(Conv2d::same(&scope.at("upsample.conv"), outputs, outputs, 3)?);
+                side *= 2;
+            }
+            up.insert(0, level);
+            inputs = outputs;
+        }
+        Ok(Self {
+            conv_in,
+            mid,
+            up,
+            norm_out: GroupNorm::new(&scope.at("norm_out"), inputs)?,
+            conv_out: Conv2d::same(&scope.at("conv_out"), inputs, 3, 3)?,
+        })
+    }
+
+    pub fn forward(&self, latents: &Tensor) -> Result<Tensor> {
+        let mut h = self.mid.forward(&self.conv_in.forward(latents)?)?;
+        for level in self.up.iter().rev() {
+            h = level.forward(&h)?;
+            if let Some(conv) = &level.resample {
+                h = conv.forward(&ops::upsample_nearest2x(&h)?)?;
+            }
+        }
+        self.conv_out.forward(&self.norm_out.silu(&h)?)
+    }
+}
