@@ -93,3 +93,9 @@ fn disk() -> Option<u64> {
 fn gigabytes(bytes: u64) -> String {
     format!("{:.1} GB", bytes as f64 / 1e9)
 }
+
+/// Memory of this process that is in RAM, in bytes; 0 where the system does not say.
+pub fn resident_bytes() -> u64 {
+    let line = field("/proc/self/status", "VmRSS");
+    line.and_then(|line| line.strip_suffix(" kB")?.trim().parse::<u64>().ok()).unwrap_or(0) * 1024
+}

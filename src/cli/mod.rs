@@ -3,8 +3,10 @@
 mod completions;
 mod config;
 mod doctor;
+mod export;
 mod man;
 mod summary;
+mod train;
 
 use crate::error::{Error, Result, usage};
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
@@ -28,6 +30,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Train(train::Args),
+    Export(export::Args),
     Config(config::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
@@ -48,6 +52,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     crate::runtime::start_threads(cli.threads.map(usize::from))?;
     let json = cli.json;
     match cli.command {
+        Command::Train(args) => train::run(args, json),
+        Command::Export(args) => export::run(args, json),
         Command::Config(args) => config::run(args, json),
         Command::Doctor(args) => doctor::run(args, json),
         Command::Completions(args) => completions::run(args, json),

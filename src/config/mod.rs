@@ -120,6 +120,14 @@ pub struct ImageTokenizer {
     pub restart_after: u64,
 }
 
+impl ImageTokenizer {
+    /// Height and width of the grid of codes.
+    pub fn grid(&self) -> (usize, usize) {
+        let side = self.image_size >> self.channel_multipliers.len().saturating_sub(1);
+        (side, side)
+    }
+}
+
 /// The bidirectional transformer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

@@ -10,3 +10,4 @@ pub mod norm;
 pub mod params;
 pub mod pattern;
 pub mod segment;
+pub mod weights;

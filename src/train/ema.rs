@@ -1,0 +1,32 @@
+//! A moving average of the weights: what is published, sampled and evaluated.
+
+use crate::{error::Result, nn::params::Params, ops};
+use rayon::prelude::*;
+use std::collections::BTreeMap;
+
+/// The averaged weights by parameter name.
+pub type Average = BTreeMap<String, Vec<f32>>;
+
+/// The average before the first step: the weights themselves.
+pub fn start(params: &Params) -> Result<Average> {
+    params.iter().map(|(name, var)| Ok((name.clone(), var.flatten_all()?.to_vec1::<f32>()?))).collect()
+}
+
+/// `average += (1 - d) (weights - average)` with `d = min(decay, (1 + step) / (10 + step))`, so that the
+/// random start is forgotten early in a run.
+pub fn update(average: &mut Average, params: &Params, decay: f64, step: u64) -> Result<()> {
+    let step = step as f64;
+    let rate = (1.0 - decay.min((1.0 + step) / (10.0 + step))) as f32;
+    for (name, var) in params {
+        let Some(average) = average.get_mut(name) else { continue };
+        ops::with_slice(var, |weights: &[f32]| {
+            let parts = average.par_chunks_mut(1 << 14).zip(weights.par_chunks(1 << 14));
+            parts.for_each(|(average, weights)| {
+                for (a, w) in average.iter_mut().zip(weights) {
+                    *a += rate * (w - *a);
+                }
+            });
+        })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,62 @@
+//! The samples of each step: position `(step - 1) · samples a step` of the sampler's order, so that the
+//! step alone says where the data goes on.
+
+use crate::{
+    config::Config,
+    data::{Dataset, Kind, Loader, Record, Sampler},
+    error::Result,
+    report,
+};
+use std::sync::Arc;
+
+/// Reads a run's samples ahead, from any step on.
+pub struct Feed {
+    dataset: Arc<Dataset>,
+    config: crate::config::Data,
+    sampler: Sampler,
+    samples: usize,
+    loader: Option<(u64, Loader)>,
+    bad: u64,
+}
+
+impl Feed {
+    /// `samples` samples a step of the configuration's sources.
+    pub fn new(config: &Config, kind: Kind, samples: usize) -> Result<Self> {
+        let dataset = Arc::new(Dataset::open(&config.data, kind)?);
+        let sampler = Sampler::new(config.seed, "train", &dataset.shares());
+        let length = sampler.epoch_length();
+        report::note(format_args!(
+            "data: {} samples in {} sources; an epoch shows {length} in {} steps",
+            dataset.shares().iter().map(|(count, _)| count).sum::<u64>(),
+            dataset.sources.len(),
+            length.div_ceil(samples.max(1) as u64),
+        ));
+        if dataset.bad.total() > 0 {
+            report::warn(format_args!("damaged shards: {}", dataset.bad));
+        }
+        Ok(Self { dataset, config: config.data.clone(), sampler, samples, loader: None, bad: 0 })
+    }
+
+    /// What was found.
+    pub fn dataset(&self) -> &Dataset {
+        &self.dataset
+    }
+
+    /// The samples of `step` (counted from 1).
+    pub fn next(&mut self, step: u64) -> Result<Vec<Record>> {
+        let mut loader = match self.loader.take() {
+            Some((next, loader)) if next == step => loader,
+            _ => {
+                let position = (step - 1) * self.samples as u64;
+                Loader::new(&self.dataset, &self.config, self.sampler.clone(), self.samples, position)?
+            }
+        };
+        let records = loader.next_batch()?;
+        if loader.bad().total() > self.bad {
+            self.bad = loader.bad().total();
+            report::warn(format_args!("bad samples were replaced so far: {}", loader.bad()));
+        }
+        self.loader = Some((step + 1, loader));
+        Ok(records)
+    }
+}

@@ -1,0 +1,164 @@
+//! The task `generator`: both directions in every step, the summed loss (paper §2.2).
+
+use super::{
+    Measured, Task,
+    engine::{self, Gradients},
+    feed::Feed,
+};
+use crate::{
+    bundle::{self, Bundle, Parts},
+    config::{Config, Task as Kind},
+    data,
+    error::{Context, Result, ensure, failed, usage},
+    model::{Batch, Direction, Generator, pad},
+    nn::params::{Params, Scope},
+    random::Random,
+    runtime,
+    text::WordPiece,
+};
+use candle_core::{DType, Tensor};
+use serde_json::Value;
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+};
+
+/// The generator in training.
+pub struct GeneratorTask {
+    /// With the image tokenizer's own settings filled in.
+    config: Config,
+    model: Generator,
+    params: Params,
+    text: WordPiece,
+    image_tokenizer: Bundle,
+    feed: Feed,
+}
+
+impl GeneratorTask {
+    /// A fresh generator over the configuration's vocabulary, image tokenizer and code shards.
+    ///
+    /// # Errors
+    /// One of the three is missing, or the codes are of another tokenizer.
+    pub fn new(config: &Config) -> Result<Self> {
+        let mut config = config.clone();
+        let text = WordPiece::load(&config.text.vocab)?;
+        let image_tokenizer = Bundle::open(&config.image_tokenizer.path).context("image_tokenizer.path")?;
+        let hint = "name the model folder of a run with task = \"image-tokenizer\"";
+        let kind = image_tokenizer.config.task;
+        ensure!(kind == Kind::ImageTokenizer, usage("image_tokenizer.path is not an image tokenizer", hint));
+        config.image_tokenizer = image_tokenizer.config.image_tokenizer.clone();
+        let feed = Feed::new(&config, data::Kind::Codes, config.train.batch_size + config.train.caption_batch_size)?;
+        let digest = image_tokenizer.digest()?;
+        let ours = feed.dataset().codes().is_some_and(|codes| codes.tokenizer == digest);
+        let hint = "encode the pictures again with `vilg data encode`, or name the tokenizer that made the codes";
+        ensure!(ours, failed("the codes in data.sources are not of the tokenizer in image_tokenizer.path", hint));
+
+        let scope = Scope::from_seed(config.seed, DType::F32, &runtime::device());
+        let tokenizer = &config.image_tokenizer;
+        let model = Generator::new(&scope, &config, text.vocab_size(), tokenizer.codebook_size, tokenizer.grid())?;
+        Ok(Self { model, params: scope.params(), text, image_tokenizer, feed, config })
+    }
+
+    /// The parts of one direction's samples; their losses add up to `weight` · mean over all target tokens.
+    fn batches(&self, direction: Direction, records: &[data::Record], step: u64) -> Result<Vec<Batch>> {
+        let settings = &self.config.train;
+        let weight = self.weight(direction);
+        if records.is_empty() || weight == 0.0 {
+            return Ok(Vec::new());
+        }
+        let mut indices = 0..records.len() as u64;
+        let part = |records: &[data::Record]| -> Result<Batch> {
+            let mut rows = Vec::with_capacity(records.len());
+            let mut codes = Vec::new();
+            for (record, index) in records.iter().zip(&mut indices) {
+                let mut random = Random::keyed(self.config.seed, "condition dropout", step, index);
+                let dropped = direction == Direction::TextToImage && random.unit() < settings.condition_dropout;
+                let caption = if dropped { "" } else { record.caption.as_str() };
+                rows.push(self.text.encode(caption, self.config.text.max_tokens)?);
+                codes.extend(record.codes.as_deref().context("a sample without codes")?.iter().map(|&c| u32::from(c)));
+            }
+            let device = runtime::device();
+            // Positions that no row needs would only cost time.
+            let width = rows.iter().map(Vec::len).max().unwrap_or(0);
+            let (text, text_lengths) = pad(&rows, width, self.text.pad(), &device)?;
+            let codes = Tensor::from_vec(codes, (rows.len(), self.model.grid().len()), &device)?;
+            Ok(Batch { direction, text, text_lengths, codes, loss_scale: 0.0 })
+        };
+        let size = records.len().div_ceil(settings.accumulation);
+        let mut batches = records.chunks(size).map(part).collect::<Result<Vec<_>>>()?;
+        let tokens: usize = batches.iter().map(Batch::targets).sum();
+        batches.iter_mut().for_each(|batch| batch.loss_scale = weight / tokens as f64);
+        Ok(batches)
+    }
+
+    fn weight(&self, direction: Direction) -> f64 {
+        match direction {
+            Direction::TextToImage => self.config.train.image_loss_weight,
+            Direction::ImageToText => self.config.train.text_loss_weight,
+        }
+    }
+}
+
+impl Task for GeneratorTask {
+    fn params(&self) -> &Params {
+        &self.params
+    }
+
+    fn idle(&self, name: &str) -> bool {
+        let only_text = self.config.train.image_loss_weight == 0.0;
+        let only_image = self.config.train.text_loss_weight == 0.0 || self.config.train.caption_batch_size == 0;
+        (only_text && (name.starts_with("image_head.") || name == "image_start"))
+            || (only_image && name.starts_with("text_head."))
+    }
+
+    fn identity(&self) -> Result<BTreeMap<String, String>> {
+        let vocabulary = blake3::hash(self.text.vocab_text().as_bytes()).to_hex().to_string();
+        let image_tokenizer = self.image_tokenizer.digest()?;
+        Ok(BTreeMap::from([("vocabulary".into(), vocabulary), ("image tokenizer".into(), image_tokenizer)]))
+    }
+
+    fn gradients(&mut self, step: u64, gradients: &mut Gradients) -> Result<Measured> {
+        let records = self.feed.next(step)?;
+        let (painted, described) = records.split_at(self.config.train.batch_size.min(records.len()));
+        let segments = self.model.segments();
+        let mut measured = Measured { losses: Vec::new(), amount: 0, unit: "tokens" };
+        let directions = [("image", Direction::TextToImage, painted), ("text", Direction::ImageToText, described)];
+        for (name, direction, records) in directions {
+            let mut loss = 0.0;
+            let batches = self.batches(direction, records, step)?;
+            for batch in &batches {
+                loss += engine::accumulate(&segments, batch, self.config.train.recompute, gradients)?;
+                measured.amount += batch.targets();
+            }
+            if !batches.is_empty() {
+                measured.losses.push((name, loss / self.weight(direction)));
+            }
+        }
+        Ok(measured)
+    }
+
+    fn after_step(&mut self, _step: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn state(&self) -> Value {
+        Value::Null
+    }
+
+    fn restore(&mut self, _state: &Value) -> Result<()> {
+        Ok(())
+    }
+
+    fn publish(&self, weights: HashMap<String, Tensor>, folder: &Path) -> Result<()> {
+        let sources = bundle::attribution_of(&self.config.data.sources);
+        let attribution = if sources.is_empty() { self.image_tokenizer.attribution() } else { sources };
+        let parts = Parts {
+            config: &self.config,
+            weights,
+            vocab: Some(self.text.vocab_text()),
+            attribution,
+            image_tokenizer: Some(self.image_tokenizer.clone()),
+        };
+        bundle::write(folder, &parts, safetensors::Dtype::F32)
+    }
+}

@@ -1,0 +1,58 @@
+//! What a run would do, without doing it: `vilg train --dry-run`.
+
+use crate::{
+    config::{Config, Task},
+    data::{Dataset, Kind},
+    error::Result,
+};
+use serde::Serialize;
+
+/// A run's plan.
+#[derive(Debug, Serialize)]
+pub struct Plan {
+    /// Samples, shards and weight of each source.
+    pub sources: Vec<SourcePlan>,
+    pub steps: u64,
+    /// Samples of one step.
+    pub samples_a_step: usize,
+    /// Codes and text tokens that one step predicts, at most; for an image tokenizer its codes.
+    pub tokens_a_step: usize,
+    /// Times that the run goes through the sources.
+    pub epochs: f64,
+}
+
+#[derive(Debug, Serialize)]
+pub struct SourcePlan {
+    pub path: String,
+    pub shards: usize,
+    pub samples: u64,
+    pub weight: f64,
+}
+
+/// Opens the sources and counts.
+///
+/// # Errors
+/// A source is missing or empty.
+pub fn plan(config: &Config) -> Result<Plan> {
+    let settings = &config.train;
+    let (height, width) = config.image_tokenizer.grid();
+    let painted = settings.batch_size * height * width;
+    let (kind, samples, tokens) = match config.task {
+        Task::ImageTokenizer => {
+            (Kind::Pictures(config.image_tokenizer.image_size as u32), settings.batch_size, painted)
+        }
+        Task::Generator => {
+            let described = settings.caption_batch_size * (config.text.max_tokens - 1);
+            (Kind::Codes, settings.batch_size + settings.caption_batch_size, painted + described)
+        }
+    };
+    let dataset = Dataset::open(&config.data, kind)?;
+    let sources: Vec<SourcePlan> = dataset
+        .sources
+        .iter()
+        .map(|s| SourcePlan { path: s.path.clone(), shards: s.shards.len(), samples: s.len(), weight: s.weight })
+        .collect();
+    let epoch: f64 = sources.iter().map(|s| s.samples as f64 * s.weight).sum();
+    let epochs = settings.steps as f64 * samples as f64 / epoch;
+    Ok(Plan { sources, steps: settings.steps, samples_a_step: samples, tokens_a_step: tokens, epochs })
+}

@@ -1,0 +1,86 @@
+//! The run folder `runs/NAME/`: config.toml, metrics.jsonl, samples/, checkpoints/, model/.
+
+use crate::{
+    config::Config,
+    error::{Context, Result, failed},
+};
+use serde_json::Value;
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+/// The folder of one run; at most one process holds it.
+pub struct RunFolder {
+    root: PathBuf,
+    metrics: File,
+    /// Locked until the process ends.
+    _lock: File,
+}
+
+impl RunFolder {
+    /// Opens or makes `runs/NAME` below `parent`.
+    ///
+    /// # Errors
+    /// Another process trains in it, or it cannot be written.
+    pub fn open(parent: &Path, config: &Config) -> Result<Self> {
+        let root = parent.join("runs").join(&config.name);
+        for folder in ["samples", "checkpoints"] {
+            let folder = root.join(folder);
+            fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        }
+        let lock = File::create(root.join(".lock"))?;
+        match lock.try_lock() {
+            Err(TryLockError::WouldBlock) => {
+                return Err(failed(
+                    format_args!("another process trains in {}", root.display()),
+                    "wait for it, or give this run another `name`",
+                ));
+            }
+            Err(TryLockError::Error(e)) => return Err(e).context("cannot lock the run folder"),
+            Ok(()) => {}
+        }
+        let metrics = OpenOptions::new().create(true).append(true).open(root.join("metrics.jsonl"))?;
+        Ok(Self { root, metrics, _lock: lock })
+    }
+
+    /// Keeps the configuration beside the results, and only the metrics of steps up to `step`, so that
+    /// no step stands twice after a resume.
+    pub fn begin(&mut self, config: &Config, step: u64) -> Result<()> {
+        fs::write(self.root.join("config.toml"), config.to_toml()?)?;
+        let path = self.root.join("metrics.jsonl");
+        // Bytes, not text: a crash may have cut a line anywhere.
+        let old = fs::read(&path)?;
+        let done = |line: &&[u8]| {
+            let line: Option<Value> = serde_json::from_slice(line).ok();
+            line.and_then(|line| line["step"].as_u64()).is_some_and(|n| n <= step)
+        };
+        let kept: Vec<u8> = old.split_inclusive(|b| *b == b'\n').filter(done).flatten().copied().collect();
+        let tmp = path.with_extension("tmp");
+        fs::write(&tmp, kept)?;
+        fs::rename(&tmp, &path)?;
+        self.metrics = OpenOptions::new().append(true).open(&path)?;
+        Ok(())
+    }
+
+    /// Adds one line to metrics.jsonl.
+    pub fn log(&mut self, line: &Value) -> Result<()> {
+        self.metrics.write_all(format!("{line}\n").as_bytes()).context("cannot write metrics.jsonl")
+    }
+
+    /// Where checkpoints lie.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.root.join("checkpoints")
+    }
+
+    /// Where the model folder lies.
+    pub fn model(&self) -> PathBuf {
+        self.root.join("model")
+    }
+
+    /// The sample picture of `step`.
+    pub fn sample(&self, step: u64) -> PathBuf {
+        self.root.join("samples").join(format!("step-{step:07}.png"))
+    }
+}

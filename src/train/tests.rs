@@ -1,0 +1,170 @@
+//! The loop on a toy task: resuming, falling back, stopping.
+
+use super::{engine::tests as toy, *};
+use crate::config::{MatrixOptimizer, Train};
+
+/// Three matrices on random inputs; remembers the sum of its losses.
+struct ToyTask {
+    params: Params,
+    chain: Vec<toy::Toy>,
+    total: f64,
+    stop: Option<(u64, Stop)>,
+}
+
+impl ToyTask {
+    fn new(config: &Config) -> Self {
+        let (params, chain) = toy::chain(config.seed, 3);
+        Self { params, chain, total: 0.0, stop: None }
+    }
+}
+
+impl Task for ToyTask {
+    fn params(&self) -> &Params {
+        &self.params
+    }
+
+    fn identity(&self) -> Result<BTreeMap<String, String>> {
+        Ok(BTreeMap::from([("vocabulary".into(), "abc".into())]))
+    }
+
+    fn gradients(&mut self, step: u64, gradients: &mut Gradients) -> Result<Measured> {
+        let loss = engine::accumulate(&toy::segments(&self.chain), &toy::inputs(step), false, gradients)?;
+        self.total += loss;
+        if let Some((_, stop)) = self.stop.as_ref().filter(|(at, _)| *at == step) {
+            stop.request();
+        }
+        Ok(Measured { losses: vec![("loss", loss)], amount: 3, unit: "rows" })
+    }
+
+    fn after_step(&mut self, _step: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn state(&self) -> Value {
+        json!({ "total": self.total })
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<()> {
+        self.total = state["total"].as_f64().unwrap();
+        Ok(())
+    }
+
+    fn publish(&self, _weights: HashMap<String, Tensor>, _folder: &Path) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn config() -> Config {
+    let train = Train {
+        steps: 9,
+        warmup_steps: 2,
+        matrix_optimizer: MatrixOptimizer::Muon,
+        checkpoint_every: 3,
+        keep_checkpoints: 2,
+        ..Train::default()
+    };
+    Config { name: "toy".into(), seed: 5, train, ..Config::default() }
+}
+
+/// One process' life: trains in `parent`, with a signal during step `stop_at`.
+fn live(parent: &Path, config: &Config, resume: &Resume, stop_at: Option<u64>) -> Result<Vec<String>> {
+    let stop = Stop::default();
+    let mut task = ToyTask::new(config);
+    task.stop = stop_at.map(|at| (at, stop.clone()));
+    train(config, &mut task, RunFolder::open(parent, config)?, resume, &stop)?;
+    let metrics = std::fs::read_to_string(parent.join("runs/toy/metrics.jsonl"))?;
+    let key = |line: &str| {
+        let line: Value = serde_json::from_str(line).unwrap();
+        format!("{} {} {}", line["step"], line["loss"], line["gradient_norm"])
+    };
+    Ok(metrics.lines().map(key).collect())
+}
+
+fn state_bytes(parent: &Path, step: u64) -> Vec<Vec<u8>> {
+    let folder = parent.join(format!("runs/toy/checkpoints/step-{step}"));
+    ["state.safetensors", "state.json"].map(|name| std::fs::read(folder.join(name)).unwrap()).to_vec()
+}
+
+#[test]
+fn stopped_and_resumed_equals_uninterrupted_bit_by_bit() {
+    let (whole, cut) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let config = config();
+    let expected = live(whole.path(), &config, &Resume::Auto, None).unwrap();
+    assert_eq!(expected.len(), 9);
+    for stop_at in [2, 3, 7] {
+        let error = live(cut.path(), &config, &Resume::Auto, Some(stop_at)).unwrap_err();
+        assert_eq!(crate::error::exit_of(&error), crate::error::Exit::Requeue, "{error:#}");
+    }
+    assert_eq!(live(cut.path(), &config, &Resume::Auto, None).unwrap(), expected);
+    assert_eq!(state_bytes(whole.path(), 9), state_bytes(cut.path(), 9));
+    // Nothing is left to do, and nothing changes.
+    assert_eq!(live(cut.path(), &config, &Resume::Auto, None).unwrap(), expected);
+}
+
+#[test]
+fn falls_back_over_damaged_checkpoints() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = config();
+    let expected = live(folder.path(), &config, &Resume::Auto, None).unwrap();
+    let good = state_bytes(folder.path(), 9);
+    let at = |step: u64, file: &str| folder.path().join(format!("runs/toy/checkpoints/step-{step}/{file}"));
+    assert!(!at(3, "").exists(), "only the two newest are kept");
+    let damages: [&dyn Fn(); 5] = [
+        &|| std::fs::remove_file(at(9, "state.json")).unwrap(),
+        &|| std::fs::write(at(9, "state.safetensors"), &good[0][..good[0].len() - 1]).unwrap(),
+        &|| std::fs::write(at(9, "manifest.json"), "{\"format\": 2}").unwrap(),
+        &|| std::fs::copy(at(6, "state.safetensors"), at(9, "state.safetensors")).map(drop).unwrap(),
+        &|| {
+            let mut flipped = good[0].clone();
+            let last = flipped.len() - 1;
+            flipped[last] ^= 1;
+            std::fs::write(at(9, "state.safetensors"), flipped).unwrap();
+        },
+    ];
+    for damage in damages {
+        damage();
+        assert!(checkpoint::load(&folder.path().join("runs/toy/checkpoints/step-9")).is_err());
+        assert_eq!(live(folder.path(), &config, &Resume::Auto, None).unwrap(), expected);
+        assert_eq!(state_bytes(folder.path(), 9), good);
+    }
+    for step in [6, 9] {
+        std::fs::write(at(step, "manifest.json"), "").unwrap();
+    }
+    let error = live(folder.path(), &config, &Resume::Auto, None).unwrap_err();
+    assert!(error.to_string().contains("none of the 2 checkpoints"), "{error:#}");
+}
+
+#[test]
+fn refuses_another_configuration_by_field() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config();
+    live(folder.path(), &config, &Resume::Never, None).unwrap();
+    assert!(live(folder.path(), &config, &Resume::Never, None).is_err());
+    config.train.checkpoint_every = 4;
+    config.train.steps = 10;
+    assert_eq!(live(folder.path(), &config, &Resume::Auto, None).unwrap().len(), 10);
+    config.train.betas = [0.9, 0.99];
+    let error = live(folder.path(), &config, &Resume::Auto, None).unwrap_err();
+    assert!(error.to_string().contains("train.betas"), "{error:#}");
+}
+
+#[test]
+fn goes_back_to_a_named_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = config();
+    let expected = live(folder.path(), &config, &Resume::Auto, None).unwrap();
+    let path = folder.path().join("runs/toy/checkpoints/step-6");
+    let error = live(folder.path(), &config, &Resume::From(path), Some(7)).unwrap_err();
+    assert!(error.to_string().contains("after step 7"), "{error:#}");
+    assert!(folder.path().join("runs/toy/checkpoints/step-9.old").exists());
+    assert_eq!(live(folder.path(), &config, &Resume::Auto, None).unwrap(), expected);
+}
+
+#[test]
+fn one_process_a_run_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let held = RunFolder::open(folder.path(), &config()).unwrap();
+    assert!(RunFolder::open(folder.path(), &config()).is_err());
+    drop(held);
+    assert!(RunFolder::open(folder.path(), &config()).is_ok());
+}
