@@ -41,9 +41,20 @@ pub fn table(header: &[&str], rows: &[Vec<String>]) {
     }
 }
 
-/// Columns of a terminal that `text` takes: CJK and full-width characters take two.
+/// Characters that take two columns of a terminal: CJK, full-width forms, emoji.
+const WIDE: [std::ops::RangeInclusive<char>; 7] = [
+    '\u{1100}'..='\u{115f}',
+    '\u{2e80}'..='\u{a4cf}',
+    '\u{ac00}'..='\u{d7a3}',
+    '\u{f900}'..='\u{faff}',
+    '\u{fe30}'..='\u{fe6f}',
+    '\u{ff00}'..='\u{ff60}',
+    '\u{1f300}'..='\u{1faff}',
+];
+
+/// Columns of a terminal that `text` takes.
 fn width(text: &str) -> usize {
-    text.chars().map(|c| if matches!(c, '\u{1100}'..='\u{115f}' | '\u{2e80}'..='\u{a4cf}' | '\u{ac00}'..='\u{d7a3}' | '\u{f900}'..='\u{faff}' | '\u{fe30}'..='\u{fe6f}' | '\u{ff00}'..='\u{ff60}' | '\u{1f300}'..='\u{1faff}') { 2 } else { 1 }).sum()
+    text.chars().map(|c| if WIDE.iter().any(|range| range.contains(&c)) { 2 } else { 1 }).sum()
 }
 
 /// A line of talk (stderr).
@@ -72,4 +83,14 @@ pub fn bar(length: u64, label: &str) -> ProgressBar {
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     bar.set_message(label.to_owned());
     bar
+}
+
+#[cfg(test)]
+mod tests {
+    use super::width;
+
+    #[test]
+    fn chinese_characters_take_two_columns() {
+        assert_eq!((width("moon"), width("一轮弯月，a"), width("")), (4, 11, 0));
+    }
 }

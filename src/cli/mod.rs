@@ -40,14 +40,15 @@ enum Command {
 
 /// Parses `args` (the first is the program's name) and runs the command.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
-    let cli = match Cli::try_parse_from(args) {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
         Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
             // A closed pipe (`vilg --help | head`) is no failure.
             let _ = error.print();
             return Ok(());
         }
-        Err(error) => return Err(usage_error(&error)),
+        Err(error) => return Err(usage_error(&error, &args)),
     };
     crate::runtime::start_threads(cli.threads.map(usize::from))?;
     let json = cli.json;
@@ -67,16 +68,27 @@ fn command() -> clap::Command {
 }
 
 /// clap's message in the form of ours: what is wrong, then a hint.
-fn usage_error(error: &clap::Error) -> Error {
+fn usage_error(error: &clap::Error, args: &[OsString]) -> Error {
+    let help = format!("`{} --help` explains commands and options", command_of(args));
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return usage("a command is missing", "`--help` lists the commands");
+        return usage("a command is missing", help);
     }
     let text = error.render().to_string();
-    let paragraphs: Vec<&str> = text.split("\n\n").map(str::trim).collect();
-    let message = paragraphs.first().map_or("", |p| p.strip_prefix("error: ").unwrap_or(p));
-    let tip = paragraphs.iter().find_map(|p| p.strip_prefix("tip: "));
-    let usage_line = paragraphs.iter().find(|p| p.starts_with("Usage: "));
-    usage(message, tip.or(usage_line.copied()).unwrap_or("`vilg --help` lists commands and options"))
+    let mut paragraphs = text.split("\n\n").map(str::trim);
+    let message = paragraphs.next().map_or("", |p| p.strip_prefix("error: ").unwrap_or(p));
+    usage(message, paragraphs.find_map(|p| p.strip_prefix("tip: ")).unwrap_or(&help))
+}
+
+/// The command that `args` name, as it is typed: `vilg config show`.
+fn command_of(args: &[OsString]) -> String {
+    let (mut command, mut name) = (command(), "vilg".to_owned());
+    for arg in args.iter().skip(1).filter_map(|arg| arg.to_str()) {
+        if let Some(below) = command.find_subcommand(arg).cloned() {
+            command = below;
+            name = format!("{name} {arg}");
+        }
+    }
+    name
 }
 
 #[cfg(test)]
