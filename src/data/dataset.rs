@@ -68,7 +68,7 @@ impl Dataset {
         for shard in sources.iter().flat_map(|source| &source.shards) {
             bad.merge(shard.bad.clone());
         }
-        for source in sources.iter().filter(|source| source.len() == 0) {
+        if let Some(source) = sources.iter().find(|source| source.is_empty()) {
             let message = format!("no samples in `{}`", source.path);
             let message = if bad.total() == 0 { message } else { format!("{message}: {bad}") };
             return Err(failed(message, "`vilg data inspect PATH` tells what is there"));

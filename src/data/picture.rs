@@ -36,6 +36,6 @@ pub fn write_png(path: &Path, picture: &RgbImage) -> Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     folder
         .map_or(Ok(()), fs::create_dir_all)
-        .and_then(|()| Ok(fs::write(path, png(picture).map_err(std::io::Error::other)?)?))
+        .and_then(|()| fs::write(path, png(picture).map_err(std::io::Error::other)?))
         .hint(format_args!("cannot write {}", path.display()), "choose another place with -o")
 }

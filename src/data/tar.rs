@@ -67,7 +67,7 @@ fn list<R: Read + Seek>(walker: &mut Walker<R>, index: &mut Index, shown: &str) 
                 }
             },
             Ok(None) => {
-                if walker.at == walker.length && walker.length % BLOCK != 0 {
+                if walker.at == walker.length && !walker.length.is_multiple_of(BLOCK) {
                     index.bad.add(Bad::new(Cause::BrokenTar, format_args!("{shown}: the last block is cut")));
                 }
                 None
