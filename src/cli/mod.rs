@@ -2,6 +2,9 @@
 
 mod completions;
 mod config;
+mod data;
+mod data_inspect;
+mod data_vocab;
 mod doctor;
 mod export;
 mod man;
@@ -33,6 +36,7 @@ enum Command {
     Train(train::Args),
     Export(export::Args),
     Config(config::Args),
+    Data(data::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -56,6 +60,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Command::Train(args) => train::run(args, json),
         Command::Export(args) => export::run(args, json),
         Command::Config(args) => config::run(args, json),
+        Command::Data(args) => data::run(args, json),
         Command::Doctor(args) => doctor::run(args, json),
         Command::Completions(args) => completions::run(args, json),
         Command::Man(args) => man::run(args, json),

@@ -96,10 +96,10 @@ impl Dataset {
         Ok(Record { source, ..record })
     }
 
-    /// All samples in the order in which they are stored.
-    pub fn records(&self) -> impl Iterator<Item = Result<Record, Bad>> {
+    /// Every `step`-th sample in the order in which they are stored.
+    pub fn records(&self, step: u64) -> impl Iterator<Item = Result<Record, Bad>> {
         let places = self.sources.iter().enumerate().flat_map(|(i, source)| (0..source.len()).map(move |n| (i, n)));
-        places.map(|(source, sample)| self.read(source, sample))
+        places.step_by(step.max(1) as usize).map(|(source, sample)| self.read(source, sample))
     }
 }
 

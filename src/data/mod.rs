@@ -7,9 +7,11 @@
 mod bad;
 mod codes;
 mod dataset;
+mod encode;
 pub mod image;
 #[cfg(test)]
 mod image_tests;
+pub mod inspect;
 mod loader;
 mod paths;
 pub mod picture;
@@ -22,6 +24,7 @@ mod tests;
 pub use bad::{Bad, BadCounts, Cause};
 pub use codes::{CODES_FILE, CodesInfo, npy};
 pub use dataset::{Dataset, Shard, Source};
+pub use encode::{Encoder, Report};
 pub use loader::Loader;
 pub use record::{IMAGE_EXTENSIONS, Kind, Record};
 pub use sampler::{Draw, Sampler};

@@ -75,7 +75,7 @@ fn causes(counts: &BadCounts) -> serde_json::Value {
 fn read_all(dataset: &Dataset) -> (Vec<String>, serde_json::Value) {
     let mut bad = dataset.bad.clone();
     let mut keys = Vec::new();
-    for record in dataset.records() {
+    for record in dataset.records(1) {
         match record {
             Ok(record) => keys.push(record.key),
             Err(one) => bad.add(one),
@@ -103,7 +103,7 @@ fn a_good_shard_is_read() {
     let dir = folder();
     tar.write(&dir.path().join("0.tar"));
     let dataset = open(dir.path());
-    let records: Vec<_> = dataset.records().collect();
+    let records: Vec<_> = dataset.records(1).collect();
     let keys: Vec<_> = records.iter().flatten().map(|record| record.key.as_str()).collect();
     // `dir/c.d.png` has the key `dir/c` and the extension `d.png`, as in WebDataset: no picture.
     assert_eq!(keys, ["a", "e"]);
@@ -214,7 +214,7 @@ fn a_folder_of_pairs_is_read() {
     let dataset = Dataset::open(&config(&[(dir.path(), 1.0)]), Kind::Pictures(4)).unwrap();
     let (keys, bad) = read_all(&dataset);
     assert_eq!((keys, bad), (vec!["a".into(), "b".into()], serde_json::json!({"bad-image": 1})));
-    let captions: Vec<_> = dataset.records().flatten().map(|record| record.caption).collect();
+    let captions: Vec<_> = dataset.records(1).flatten().map(|record| record.caption).collect();
     assert_eq!(captions, ["甲", "乙"]);
 }
 

@@ -1,0 +1,25 @@
+//! `vilg data`
+
+use super::{data_inspect, data_vocab};
+use crate::error::Result;
+use clap::Subcommand;
+
+/// Look at data, encode pictures, make a vocabulary
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Inspect(data_inspect::Args),
+    Vocab(data_vocab::Args),
+}
+
+pub fn run(args: Args, json: bool) -> Result<()> {
+    match args.command {
+        Command::Inspect(args) => data_inspect::run(args, json),
+        Command::Vocab(args) => data_vocab::run(args, json),
+    }
+}

@@ -1,0 +1,57 @@
+//! `vilg data inspect`
+
+use crate::{
+    data::{
+        Source,
+        inspect::{Findings, Inspection, Spread, inspect},
+    },
+    error::Result,
+    report,
+};
+
+/// Read every sample and tell what is there: counts, sizes, captions, what is bad and why
+#[derive(clap::Args)]
+pub struct Args {
+    /// Tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), folders of shards, folders of pictures
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<String>,
+}
+
+pub fn run(args: Args, json: bool) -> Result<()> {
+    let sources = args.paths.iter().map(|path| Source::open(path, 1.0)).collect::<Result<Vec<_>>>()?;
+    let bar = report::bar(sources.iter().map(Source::len).sum(), "reading");
+    let inspections: Vec<Inspection> = sources.iter().map(|source| inspect(source, |n| bar.inc(n))).collect();
+    bar.finish_and_clear();
+    for inspection in &inspections {
+        if json { report::json(inspection) } else { print(inspection) }
+    }
+    Ok(())
+}
+
+fn print(inspection: &Inspection) {
+    let Inspection { path, shards, found } = inspection;
+    report::result(format_args!("{path}: {} samples in {} shards", found.samples, shards.len()));
+    let rows: Vec<Vec<String>> =
+        shards.iter().map(|s| vec![s.name.clone(), s.samples.to_string(), s.bad.to_string()]).collect();
+    report::table(&["shard", "samples", "bad"], &rows);
+    report::result(format_args!("pictures: {}; samples of codes: {}", found.pictures, found.codes));
+    for (name, spread) in spreads(found) {
+        if let Some(s) = spread.summary() {
+            report::result(format_args!("{name}: {} to {}, median {}, mean {:.1}", s.min, s.max, s.median, s.mean));
+        }
+    }
+    let bad = if found.bad.total() == 0 { "none".to_owned() } else { found.bad.to_string() };
+    report::result(format_args!("bad: {bad}"));
+    if let Some((key, caption)) = &found.example {
+        report::result(format_args!("example: {key} {caption}"));
+    }
+}
+
+fn spreads(found: &Findings) -> [(&'static str, &Spread); 4] {
+    [
+        ("width", &found.widths),
+        ("height", &found.heights),
+        ("captions a sample", &found.captions),
+        ("characters a caption", &found.caption_lengths),
+    ]
+}

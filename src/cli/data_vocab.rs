@@ -1,0 +1,61 @@
+//! `vilg data vocab`
+
+use crate::{
+    config,
+    data::{BadCounts, Dataset, Kind},
+    error::{Hint, Result, failed},
+    report, text,
+};
+use std::{fs, path::PathBuf};
+
+/// Make a WordPiece vocabulary from all captions
+#[derive(clap::Args)]
+pub struct Args {
+    /// Shards or folders, as for `vilg data inspect`
+    #[arg(required = true, value_name = "SOURCE")]
+    sources: Vec<String>,
+    /// The file to write, one token a line
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    /// Tokens at most
+    #[arg(long, default_value_t = 8192, value_name = "N")]
+    size: usize,
+    /// Read at most about so many samples, evenly spread
+    #[arg(long, default_value_t = 1_000_000, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    samples: u64,
+}
+
+pub fn run(args: Args, json: bool) -> Result<()> {
+    let source = |path: &String| config::Source { path: path.clone(), weight: 1.0 };
+    let data = config::Data { sources: args.sources.iter().map(source).collect(), ..Default::default() };
+    let dataset = Dataset::open(&data, Kind::Captions)?;
+    let total: u64 = dataset.shares().iter().map(|(samples, _)| samples).sum();
+    let bar = report::bar(total, "reading captions");
+    let (mut captions, mut bad) = (Vec::new(), BadCounts::default());
+    let mut read = 0;
+    for record in dataset.records(total.div_ceil(args.samples)) {
+        read += 1;
+        bar.set_position(read * total.div_ceil(args.samples));
+        match record {
+            Ok(record) => captions.extend(record.captions),
+            Err(one) => bad.add(one),
+        }
+    }
+    bar.finish_and_clear();
+    if captions.is_empty() {
+        return Err(failed(format_args!("no captions: {bad}"), "`vilg data inspect` tells what is there"));
+    }
+    if bad.total() > 0 {
+        report::warn(format_args!("left out: {bad}"));
+    }
+    let vocab = text::train(captions.iter().map(String::as_str), args.size)?;
+    let file = args.output.display();
+    fs::write(&args.output, &vocab).hint(format_args!("cannot write {file}"), "choose another place with -o")?;
+    let (tokens, captions) = (vocab.lines().count(), captions.len());
+    if json {
+        report::json(&serde_json::json!({"file": args.output, "tokens": tokens, "captions": captions, "bad": bad}));
+    } else {
+        report::result(format_args!("{file}: {tokens} tokens from {captions} captions"));
+    }
+    Ok(())
+}

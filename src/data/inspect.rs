@@ -1,0 +1,169 @@
+//! What lies in a source: counts, sizes, captions, and what is wrong.
+
+use super::{
+    bad::{Bad, BadCounts, Cause},
+    codes::CodesInfo,
+    dataset::{Shard, Source},
+    image,
+    record::{IMAGE_EXTENSIONS, Kind, Record},
+};
+use rayon::prelude::*;
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// What was found in one source.
+#[derive(Debug, Serialize)]
+pub struct Inspection {
+    pub path: String,
+    pub shards: Vec<ShardCount>,
+    #[serde(flatten)]
+    pub found: Findings,
+}
+
+/// Samples of one shard.
+#[derive(Debug, Serialize)]
+pub struct ShardCount {
+    pub name: String,
+    pub samples: u64,
+    /// Bad samples and bad places of the shard itself.
+    pub bad: u64,
+}
+
+/// What the samples are like.
+#[derive(Debug, Default, Serialize)]
+pub struct Findings {
+    pub samples: u64,
+    pub pictures: u64,
+    pub codes: u64,
+    /// Picture sizes in pixels.
+    pub widths: Spread,
+    pub heights: Spread,
+    /// Caption variants a sample.
+    pub captions: Spread,
+    /// Characters a caption.
+    pub caption_lengths: Spread,
+    pub bad: BadCounts,
+    /// Key and caption of the first good sample.
+    pub example: Option<(String, String)>,
+}
+
+/// How often each value occurs; written as smallest, median, mean and largest.
+#[derive(Debug, Default)]
+pub struct Spread(BTreeMap<u64, u64>);
+
+/// What is told of a [`Spread`].
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Summary {
+    pub min: u64,
+    pub median: u64,
+    pub mean: f64,
+    pub max: u64,
+}
+
+impl Spread {
+    fn add(&mut self, value: u64) {
+        *self.0.entry(value).or_default() += 1;
+    }
+
+    fn merge(&mut self, other: Self) {
+        for (value, count) in other.0 {
+            *self.0.entry(value).or_default() += count;
+        }
+    }
+
+    /// `None` where nothing was counted.
+    pub fn summary(&self) -> Option<Summary> {
+        let count: u64 = self.0.values().sum();
+        let mut below = 0;
+        let mut median = self.0.iter().skip_while(|(_, n)| {
+            below += **n;
+            2 * below < count
+        });
+        let total: f64 = self.0.iter().map(|(value, n)| *value as f64 * *n as f64).sum();
+        Some(Summary {
+            min: *self.0.first_key_value()?.0,
+            median: *median.next()?.0,
+            mean: total / count as f64,
+            max: *self.0.last_key_value()?.0,
+        })
+    }
+}
+
+impl Serialize for Spread {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.summary().serialize(serializer)
+    }
+}
+
+impl Findings {
+    fn merge(mut self, other: Self) -> Self {
+        self.samples += other.samples;
+        self.pictures += other.pictures;
+        self.codes += other.codes;
+        self.widths.merge(other.widths);
+        self.heights.merge(other.heights);
+        self.captions.merge(other.captions);
+        self.caption_lengths.merge(other.caption_lengths);
+        self.bad.merge(other.bad);
+        self.example = self.example.or(other.example);
+        self
+    }
+}
+
+/// Reads every sample of a source; `progress` hears of each shard's samples.
+pub fn inspect(source: &Source, progress: impl Fn(u64)) -> Inspection {
+    let mut shards = Vec::new();
+    let mut found = Findings::default();
+    for shard in &source.shards {
+        let mut of_shard = inspect_shard(shard);
+        progress(shard.len());
+        of_shard.bad.merge(shard.bad.clone());
+        let (samples, bad) = (shard.len(), of_shard.bad.total());
+        shards.push(ShardCount { name: shard.path.display().to_string(), samples, bad });
+        found = found.merge(of_shard);
+    }
+    Inspection { path: source.path.clone(), shards, found }
+}
+
+fn inspect_shard(shard: &Shard) -> Findings {
+    let info = shard.path.parent().and_then(|folder| CodesInfo::read(folder).ok());
+    // Merged in order, so that examples do not depend on the threads.
+    let each: Vec<Findings> = (0..shard.len() as usize)
+        .collect::<Vec<_>>()
+        .par_chunks(64)
+        .map(|chunk| {
+            chunk.iter().fold(Findings::default(), |all, i| all.merge(inspect_sample(shard, *i, info.as_ref())))
+        })
+        .collect();
+    each.into_iter().fold(Findings::default(), Findings::merge)
+}
+
+fn inspect_sample(shard: &Shard, index: usize, info: Option<&CodesInfo>) -> Findings {
+    let mut found = Findings { samples: 1, ..Findings::default() };
+    if let Err(bad) = look_at(shard, index, info, &mut found) {
+        found.bad.add(bad);
+    }
+    found
+}
+
+fn look_at(shard: &Shard, index: usize, info: Option<&CodesInfo>, found: &mut Findings) -> Result<(), Bad> {
+    let (key, members) = shard.members(index)?;
+    let locate = |bad| shard.locate(&key, bad);
+    if let Some(npy) = members.get("npy") {
+        let info = info.ok_or_else(|| Bad::new(Cause::BadCodes, "no readable codes.json beside the shard"));
+        info.and_then(|info| info.parse(npy)).map_err(locate)?;
+        found.codes += 1;
+    } else {
+        let bytes = IMAGE_EXTENSIONS.iter().find_map(|extension| members.get(extension));
+        let bytes = bytes.ok_or_else(|| locate(Bad::new(Cause::NoImage, "")))?;
+        let picture = image::decode(bytes).map_err(locate)?;
+        found.pictures += 1;
+        found.widths.add(picture.width().into());
+        found.heights.add(picture.height().into());
+    }
+    let record = Record::parse(&key, &members, Kind::Captions, None).map_err(locate)?;
+    found.captions.add(record.captions.len() as u64);
+    record.captions.iter().for_each(|caption| found.caption_lengths.add(caption.chars().count() as u64));
+    found.example = Some((record.key, record.caption));
+    Ok(())
+}
