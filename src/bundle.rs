@@ -11,6 +11,7 @@ use crate::{
     },
     runtime,
     text::WordPiece,
+    tokenizer,
 };
 use candle_core::{DType, Tensor};
 use safetensors::Dtype;
@@ -84,6 +85,13 @@ impl Bundle {
             Place::Folder(folder) => Place::Folder(folder.join(IMAGE_TOKENIZER)),
             Place::Demo(_) => Place::Demo("image-tokenizer/"),
         })
+    }
+
+    /// The image tokenizer.
+    pub fn image_tokenizer(&self) -> Result<tokenizer::ImageTokenizer> {
+        let folder = self.image_tokenizer_folder()?;
+        let settings = &folder.config.image_tokenizer;
+        folder.build(|scope| tokenizer::ImageTokenizer::new(scope, settings))
     }
 
     /// The transformer.

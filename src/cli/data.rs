@@ -1,6 +1,6 @@
 //! `vilg data`
 
-use super::{data_inspect, data_vocab};
+use super::{data_encode, data_inspect, data_vocab};
 use crate::error::Result;
 use clap::Subcommand;
 
@@ -14,12 +14,14 @@ pub struct Args {
 #[derive(Subcommand)]
 enum Command {
     Inspect(data_inspect::Args),
+    Encode(data_encode::Args),
     Vocab(data_vocab::Args),
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
     match args.command {
         Command::Inspect(args) => data_inspect::run(args, json),
+        Command::Encode(args) => data_encode::run(args, json),
         Command::Vocab(args) => data_vocab::run(args, json),
     }
 }

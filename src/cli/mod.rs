@@ -3,6 +3,7 @@
 mod completions;
 mod config;
 mod data;
+mod data_encode;
 mod data_inspect;
 mod data_vocab;
 mod doctor;
