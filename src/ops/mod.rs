@@ -8,6 +8,8 @@ pub mod adamw;
 pub mod attention;
 pub mod conv;
 mod conv_kernel;
+mod conv_loops;
+mod conv_tiles;
 pub mod cross_entropy;
 pub mod gelu;
 pub mod gemm;

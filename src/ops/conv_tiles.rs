@@ -1,0 +1,150 @@
+//! The sizes of a convolution and the tiles of rows that its pictures are cut into.
+
+use super::{conv::Padding, conv_kernel::Element};
+use candle_core::Shape;
+use std::ops::Range;
+
+/// The sizes of one convolution, or of the one that gives its input's gradient.
+#[derive(Clone, Copy)]
+pub(super) struct Geometry {
+    pub(super) images: usize,
+    pub(super) height: usize,
+    pub(super) width: usize,
+    pub(super) inputs: usize,
+    pub(super) out_height: usize,
+    pub(super) out_width: usize,
+    pub(super) outputs: usize,
+    pub(super) kernel_height: usize,
+    pub(super) kernel_width: usize,
+    pub(super) stride: usize,
+    /// Padded rows above and columns left of the picture; negative where the picture is cut.
+    pub(super) top: isize,
+    pub(super) left: isize,
+    /// Distance of the picture's pixels in the padded buffer; more than 1 in the gradient of a strided convolution.
+    pub(super) spread: usize,
+}
+
+/// Elements of the padded buffer that a tile aims at: a quarter of a megabyte, so that L2 holds it beside
+/// weights and output.
+const TILE: usize = 1 << 16;
+
+/// Rows of the output of one image.
+#[derive(Clone)]
+pub(super) struct Tile {
+    pub(super) image: usize,
+    pub(super) rows: Range<usize>,
+}
+
+impl Geometry {
+    pub(super) fn new(x: &Shape, w: &Shape, stride: usize, padding: Padding) -> candle_core::Result<Self> {
+        let (images, height, width, inputs) = x.dims4()?;
+        let (outputs, w_inputs, kernel_height, kernel_width) = w.dims4()?;
+        if inputs != w_inputs {
+            candle_core::bail!("conv2d: input {x:?} does not fit the weight {w:?}");
+        }
+        Ok(Self {
+            images,
+            height,
+            width,
+            inputs,
+            out_height: (height + padding.top + padding.bottom - kernel_height) / stride + 1,
+            out_width: (width + padding.left + padding.right - kernel_width) / stride + 1,
+            outputs,
+            kernel_height,
+            kernel_width,
+            stride,
+            top: padding.top as isize,
+            left: padding.left as isize,
+            spread: 1,
+        })
+    }
+
+    /// The convolution (of the output's gradient, with flipped weights) that gives the input's gradient.
+    pub(super) fn transposed(self) -> Self {
+        Self {
+            height: self.out_height,
+            width: self.out_width,
+            inputs: self.outputs,
+            out_height: self.height,
+            out_width: self.width,
+            outputs: self.inputs,
+            stride: 1,
+            top: self.kernel_height as isize - 1 - self.top,
+            left: self.kernel_width as isize - 1 - self.left,
+            spread: self.stride,
+            ..self
+        }
+    }
+
+    /// Elements of a row of the padded buffer.
+    pub(super) fn padded_row(&self) -> usize {
+        ((self.out_width - 1) * self.stride + self.kernel_width) * self.inputs
+    }
+
+    pub(super) fn out_row(&self) -> usize {
+        self.out_width * self.outputs
+    }
+
+    /// Weights of one output channel in one kernel row: neighbours in the padded buffer.
+    pub(super) fn taps(&self) -> usize {
+        self.kernel_width * self.inputs
+    }
+
+    pub(super) fn tile_rows(&self) -> usize {
+        (TILE / (self.padded_row() * self.stride).max(1)).clamp(1, self.out_height)
+    }
+
+    pub(super) fn tile(&self, image: usize, index: usize) -> Tile {
+        let first = index * self.tile_rows();
+        Tile { image, rows: first..(first + self.tile_rows()).min(self.out_height) }
+    }
+
+    pub(super) fn tiles(&self) -> Vec<Tile> {
+        let per_image = self.out_height.div_ceil(self.tile_rows());
+        (0..self.images * per_image).map(|i| self.tile(i / per_image, i % per_image)).collect()
+    }
+
+    /// The part of the padded picture that a tile reads: the picture itself where nothing is padded.
+    pub(super) fn padded<'a, T: Element>(&self, x: &'a [T], tile: &Tile, buffer: &'a mut Vec<T>) -> &'a [T] {
+        let image = &x[tile.image * self.height * self.width * self.inputs..][..self.height * self.width * self.inputs];
+        if self.kernel_height * self.kernel_width * self.stride * self.spread == 1 && (self.top, self.left) == (0, 0) {
+            return &image[tile.rows.start * self.padded_row()..tile.rows.end * self.padded_row()];
+        }
+        let rows = (tile.rows.len() - 1) * self.stride + self.kernel_height;
+        buffer.resize(rows * self.padded_row(), T::ZERO);
+        for (i, out) in buffer.chunks_exact_mut(self.padded_row()).enumerate() {
+            let row = (tile.rows.start * self.stride + i) as isize - self.top;
+            match source(row, self.spread, self.height) {
+                Some(row) => self.pad_row(&image[row * self.width * self.inputs..][..self.width * self.inputs], out),
+                None => out.fill(T::ZERO),
+            }
+        }
+        buffer
+    }
+
+    fn pad_row<T: Element>(&self, row: &[T], out: &mut [T]) {
+        let inputs = self.inputs;
+        if self.spread > 1 {
+            for (i, out) in out.chunks_exact_mut(inputs).enumerate() {
+                match source(i as isize - self.left, self.spread, self.width) {
+                    Some(column) => out.copy_from_slice(&row[column * inputs..][..inputs]),
+                    None => out.fill(T::ZERO),
+                }
+            }
+            return;
+        }
+        let (before, cut) = (self.left.max(0) as usize * inputs, (-self.left).max(0) as usize * inputs);
+        let row = &row[cut.min(row.len())..];
+        let before = before.min(out.len());
+        let copied = row.len().min(out.len() - before);
+        out[..before].fill(T::ZERO);
+        out[before..before + copied].copy_from_slice(&row[..copied]);
+        out[before + copied..].fill(T::ZERO);
+    }
+}
+
+/// The row or column of the picture that lies at `position` of the spread one, if there is one.
+fn source(position: isize, spread: usize, length: usize) -> Option<usize> {
+    let position = usize::try_from(position).ok()?;
+    (position.is_multiple_of(spread) && position / spread < length).then_some(position / spread)
+}
