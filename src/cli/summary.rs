@@ -36,8 +36,7 @@ impl Summary {
     /// The tokenizer's folder exists and holds a bad configuration.
     pub fn new(config: &Config) -> Result<Self> {
         let tokenizer = tokenizer_of(config)?;
-        let f = 1 << tokenizer.channel_multipliers.len().saturating_sub(1);
-        let grid = (tokenizer.image_size / f, tokenizer.image_size / f);
+        let grid = tokenizer.grid();
         let (vocabulary, vocabulary_from) = vocabulary_of(config);
         let (m, n) = (config.text.max_tokens, grid.0 * grid.1);
         let generator = config.task == Task::Generator;
