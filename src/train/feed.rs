@@ -42,6 +42,12 @@ impl Feed {
         &self.dataset
     }
 
+    /// The same `count` samples each time, for sample pictures; unreadable ones are left out.
+    pub fn fixed(&self, count: usize) -> Vec<Record> {
+        let draws = (0..count as u64).filter_map(|position| self.sampler.at(position));
+        draws.filter_map(|draw| self.dataset.read(draw.source, draw.sample).ok()).collect()
+    }
+
     /// The samples of `step` (counted from 1).
     pub fn next(&mut self, step: u64) -> Result<Vec<Record>> {
         let mut loader = match self.loader.take() {

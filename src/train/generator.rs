@@ -149,6 +149,10 @@ impl Task for GeneratorTask {
         Ok(())
     }
 
+    fn sample(&self, _weights: HashMap<String, Tensor>, _path: &Path) -> Result<()> {
+        Ok(())
+    }
+
     fn publish(&self, weights: HashMap<String, Tensor>, folder: &Path) -> Result<()> {
         let sources = bundle::attribution_of(&self.config.data.sources);
         let attribution = if sources.is_empty() { self.image_tokenizer.attribution() } else { sources };

@@ -8,6 +8,7 @@ pub mod ema;
 pub mod engine;
 mod feed;
 mod generator;
+mod image_tokenizer;
 pub mod optimizer;
 mod plan;
 mod run_folder;
@@ -17,7 +18,7 @@ mod state;
 
 use crate::{
     config::{Config, Task as Kind},
-    error::{Result, ensure, failed},
+    error::{Result, ensure},
     nn::params::Params,
     report, runtime,
 };
@@ -79,6 +80,9 @@ pub trait Task {
     /// Takes back what [`Task::state`] gave.
     fn restore(&mut self, state: &Value) -> Result<()>;
 
+    /// Draws the sample picture with the given weights.
+    fn sample(&self, weights: HashMap<String, Tensor>, path: &Path) -> Result<()>;
+
     /// Writes the model folder with the given weights.
     fn publish(&self, weights: HashMap<String, Tensor>, folder: &Path) -> Result<()>;
 }
@@ -98,9 +102,7 @@ pub fn model_folder(config: &Config) -> PathBuf {
 fn task(config: &Config) -> Result<Box<dyn Task>> {
     Ok(match config.task {
         Kind::Generator => Box::new(generator::GeneratorTask::new(config)?),
-        Kind::ImageTokenizer => {
-            return Err(failed("the image tokenizer cannot be trained yet", "it comes with the next commits"));
-        }
+        Kind::ImageTokenizer => Box::new(image_tokenizer::ImageTokenizerTask::new(config)?),
     })
 }
 
@@ -149,6 +151,9 @@ fn train(config: &Config, task: &mut dyn Task, mut folder: RunFolder, resume: &R
         }
         if let Some(stopped) = stopped.filter(|_| !last) {
             return Err(stopped);
+        }
+        if due(run.step, settings.sample_every) || (last && settings.sample_every > 0) {
+            task.sample(run.published(task.params())?, &folder.sample(run.step))?;
         }
     }
     report::note(format_args!("{} steps done; the model is in {}", run.step, folder.model().display()));

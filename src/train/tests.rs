@@ -49,6 +49,10 @@ impl Task for ToyTask {
         Ok(())
     }
 
+    fn sample(&self, _weights: HashMap<String, Tensor>, _path: &Path) -> Result<()> {
+        Ok(())
+    }
+
     fn publish(&self, _weights: HashMap<String, Tensor>, _folder: &Path) -> Result<()> {
         Ok(())
     }
