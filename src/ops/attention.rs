@@ -1,17 +1,19 @@
-//! Sparse attention over listed keys: `softmax(q·k / √d) v` for the keys that a query may see, and only
-//! those. Nothing of size sequence × sequence is ever built; the backward pass recomputes a query's
-//! probabilities from its keys.
+//! Sparse attention: each query reads only the keys that its list names, in the forward and in the backward
+//! pass. Nothing of size n×n is built, and nothing is kept for the backward pass, which takes the
+//! probabilities of one query at a time again.
+//!
+//! One task is one head of one sample: its keys and values are gathered once into a contiguous block.
 
 use super::{
-    simd::{self, Real, multiversion},
-    slices::{by_dtype, slice, storage, tensor, view},
+    simd::{Real, axpy, dot, max, multiversion, sum},
+    slices::{Scatter, by_dtype, fresh, slice, storage, tensor, view},
 };
 use crate::error::{Result, ensure};
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, backend::BackendStorage};
+use candle_core::{CpuStorage, CustomOp1, D, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 use std::{ops::Range, sync::Arc};
 
-/// The key positions `start, start + stride, …`, `len` of them.
+/// The key positions `start`, `start + stride`, …, `len` of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Run {
     pub start: usize,
@@ -19,282 +21,304 @@ pub struct Run {
     pub stride: usize,
 }
 
-/// The keys of every query of a batch. All samples share one list; a sample with less text than the
-/// others leaves out what lies behind it.
+/// Which keys each query reads. All samples share the lists, but for the length of their source text.
 #[derive(Debug, Clone)]
 pub struct KeyRanges {
-    /// Query `q` reads `runs[offsets[q]..offsets[q + 1]]`.
+    /// The runs of query q are `runs[offsets[q]..offsets[q + 1]]`; no key may be listed twice.
     pub offsets: Vec<usize>,
-    /// Runs that do not overlap within a query.
     pub runs: Vec<Run>,
-    /// Positions that hold padded text.
+    /// Positions that hold the source text with its padding.
     pub text: Range<usize>,
-    /// Valid positions of `text` in each sample; `None`: all of them, or no padding that anyone sees.
+    /// Of each sample, the positions of `text` in use; nobody reads the rest. `None`: all of them.
     pub text_lengths: Option<Vec<usize>>,
 }
 
 impl KeyRanges {
-    /// Number of queries.
-    pub fn queries(&self) -> usize {
-        self.offsets.len().saturating_sub(1)
+    /// The runs of a query.
+    pub fn runs_of(&self, query: usize) -> &[Run] {
+        &self.runs[self.offsets[query]..self.offsets[query + 1]]
     }
 
-    /// The runs of a query, with those inside the padded text cut to the sample's length.
-    #[inline(always)]
-    fn runs_of(&self, sample: usize, query: usize) -> impl Iterator<Item = Run> + '_ {
-        let valid = self.text_lengths.as_ref().map(|lengths| self.text.start + lengths[sample]);
-        self.runs[self.offsets[query]..self.offsets[query + 1]].iter().map(move |run| match valid {
-            Some(end) if self.text.contains(&run.start) => {
-                let keys = end.saturating_sub(run.start).div_ceil(run.stride);
-                Run { len: run.len.min(keys), ..*run }
-            }
-            _ => *run,
-        })
-    }
-
-    fn check(&self, samples: usize, positions: usize) -> Result<()> {
-        ensure!(self.queries() == positions, "keys of {} queries for {positions} positions", self.queries());
-        let lengths = self.text_lengths.as_ref();
-        ensure!(lengths.is_none_or(|l| l.len() == samples), "text lengths of another batch");
-        ensure!(self.offsets.last().is_none_or(|end| *end <= self.runs.len()), "key offsets outside of the runs");
-        for run in &self.runs {
-            ensure!(run.stride > 0, "a run of keys with stride 0");
-            ensure!(run.len == 0 || run.start + (run.len - 1) * run.stride < positions, "keys outside of the sequence");
-            let crosses = run.start < self.text.end && run.start + run.len.max(1) > self.text.end;
-            ensure!(lengths.is_none() || !crosses, "a run of keys goes on behind the padded text");
+    /// Positions of padding in a sample.
+    fn padding(&self, sample: usize) -> Range<usize> {
+        match &self.text_lengths {
+            Some(lengths) => (self.text.start + lengths[sample]).min(self.text.end)..self.text.end,
+            None => 0..0,
         }
+    }
+
+    /// Replaces `keys` by the positions that a query of a sample reads.
+    fn list(&self, padding: &Range<usize>, query: usize, keys: &mut Vec<usize>) {
+        keys.clear();
+        for run in self.runs_of(query) {
+            let positions = (0..run.len).map(|i| run.start + i * run.stride);
+            keys.extend(positions.filter(|key| !padding.contains(key)));
+        }
+    }
+
+    /// Checks that the lists fit a batch.
+    fn check(&self, samples: usize, positions: usize) -> Result<()> {
+        let last = self.runs.iter().filter(|run| run.len > 0).map(|run| run.start + (run.len - 1) * run.stride).max();
+        ensure!(
+            self.offsets.len() == positions + 1
+                && self.offsets.is_sorted()
+                && self.offsets[positions] <= self.runs.len()
+                && last.is_none_or(|last| last < positions),
+            "attention: the lists of keys are not for {positions} positions"
+        );
+        let lengths = self.text_lengths.as_ref().map_or(samples, Vec::len);
+        ensure!(lengths == samples, "attention: {lengths} text lengths for {samples} samples");
         Ok(())
+    }
+
+    /// 1 where a query sees a key: (samples, queries, keys) u8. For the oracle only.
+    fn mask(&self, samples: usize, positions: usize) -> Vec<u8> {
+        let mut mask = vec![0; samples * positions * positions];
+        let mut keys = Vec::new();
+        for (row, mask) in mask.chunks_exact_mut(positions.max(1)).enumerate() {
+            self.list(&self.padding(row / positions), row % positions, &mut keys);
+            keys.iter().for_each(|&key| mask[key] = 1);
+        }
+        mask
     }
 }
 
-/// Attention of `qkv: (batch, length, 3, heads, head_dim)`; returns `(batch, length, heads · head_dim)`.
-/// A query without keys gives zeros.
-///
-/// # Errors
-/// The keys belong to another shape.
+/// `qkv (b, l, 3, heads, d)` → `(b, l, heads·d)`: softmax of q·k / √d over the listed keys, times v. A query
+/// without keys gives zeros.
 pub fn attention(qkv: &Tensor, keys: &Arc<KeyRanges>) -> Result<Tensor> {
-    let (batch, length, three, heads, head_dim) = qkv.dims5()?;
-    ensure!(three == 3, "queries, keys and values packed as {three}");
-    keys.check(batch, length)?;
+    let (samples, positions, three, _, _) = qkv.dims5()?;
+    ensure!(three == 3, "attention: expected queries, keys and values, got {three} parts");
+    keys.check(samples, positions)?;
     if !qkv.device().is_cpu() {
         return composed(qkv, keys);
     }
-    let shape = Heads { batch, length, heads, head_dim };
-    Ok(qkv.contiguous()?.apply_op1(Attention { keys: keys.clone(), shape })?)
+    Ok(qkv.contiguous()?.apply_op1(Attention { keys: keys.clone() })?)
 }
 
-/// The same from stock candle ops, through a full matrix of scores.
+/// The same with a full mask from stock candle ops.
 pub(crate) fn composed(qkv: &Tensor, keys: &KeyRanges) -> Result<Tensor> {
-    let (batch, length, _, heads, head_dim) = qkv.dims5()?;
-    let mut mask = vec![f32::NEG_INFINITY; batch * length * length];
-    let mut seen = vec![0f32; batch * length];
-    for row in 0..batch * length {
-        for run in keys.runs_of(row / length, row % length) {
-            for i in 0..run.len {
-                mask[row * length + run.start + i * run.stride] = 0.0;
-                seen[row] = 1.0;
-            }
-        }
-        if seen[row] == 0.0 {
-            mask[row * length] = 0.0; // any key will do: the row is multiplied by 0 below
-        }
-    }
-    let mask = Tensor::from_vec(mask, (batch, 1, length, length), qkv.device())?.to_dtype(qkv.dtype())?;
-    let seen = Tensor::from_vec(seen, (batch, length, 1), qkv.device())?.to_dtype(qkv.dtype())?;
+    let (b, l, _, heads, d) = qkv.dims5()?;
     let part = |i: usize| qkv.narrow(2, i, 1)?.squeeze(2)?.transpose(1, 2)?.contiguous();
     let (q, k, v) = (part(0)?, part(1)?, part(2)?);
-    let scores = (q.matmul(&k.t()?)? * (head_dim as f64).powf(-0.5))?.broadcast_add(&mask)?;
-    let exp = scores.broadcast_sub(&scores.max_keepdim(3)?.detach())?.exp()?;
-    let p = exp.broadcast_div(&exp.sum_keepdim(3)?)?;
-    let y = p.matmul(&v)?.transpose(1, 2)?.reshape((batch, length, heads * head_dim))?;
-    Ok(y.broadcast_mul(&seen)?)
+    let scores = (q.matmul(&k.t()?)? * (d as f64).powf(-0.5))?;
+    let mask = Tensor::from_vec(keys.mask(b, l), (b, 1, l, l), qkv.device())?.broadcast_as(scores.shape())?;
+    // Hidden scores are far below all others but finite: a row without keys must not become not-a-number.
+    let hidden = (scores.zeros_like()? - 1e30)?;
+    let scores = mask.where_cond(&scores, &hidden)?;
+    let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
+    let weights = (weights * mask.to_dtype(qkv.dtype())?)?;
+    let sums = weights.sum_keepdim(D::Minus1)?.maximum(1e-30)?;
+    let out = weights.broadcast_div(&sums)?.matmul(&v)?;
+    Ok(out.transpose(1, 2)?.reshape((b, l, heads * d))?)
 }
 
-#[derive(Clone, Copy)]
-struct Heads {
-    batch: usize,
-    length: usize,
-    heads: usize,
-    head_dim: usize,
+/// Sizes of a packed `qkv (samples, positions, 3, heads, d)`.
+#[derive(Debug, Clone, Copy)]
+pub struct Sizes {
+    pub samples: usize,
+    pub positions: usize,
+    pub heads: usize,
+    pub d: usize,
 }
 
-impl Heads {
-    fn row(&self) -> usize {
-        self.heads * self.head_dim
+impl Sizes {
+    fn of(shape: &Shape) -> candle_core::Result<Self> {
+        let (samples, positions, _, heads, d) = shape.dims5()?;
+        Ok(Self { samples, positions, heads, d })
     }
 
-    /// One head's `part` (0 query, 1 key, 2 value) of a sample as a contiguous `(length, head_dim)`.
-    fn gather<T: Real>(&self, qkv: &[T], sample: usize, head: usize, part: usize) -> Vec<T> {
-        let mut out = Vec::with_capacity(self.length * self.head_dim);
-        for position in 0..self.length {
-            let from = ((sample * self.length + position) * 3 + part) * self.row() + head * self.head_dim;
-            out.extend_from_slice(&qkv[from..from + self.head_dim]);
+    /// Elements of the output.
+    fn outputs(&self) -> usize {
+        self.samples * self.positions * self.heads * self.d
+    }
+
+    /// Where the row of a head starts in the output.
+    fn output_row(&self, sample: usize, position: usize, head: usize) -> usize {
+        ((sample * self.positions + position) * self.heads + head) * self.d
+    }
+
+    /// Where the query (`part` 0), key (1) or value (2) of a head starts in qkv.
+    fn row(&self, sample: usize, position: usize, part: usize, head: usize) -> usize {
+        (((sample * self.positions + position) * 3 + part) * self.heads + head) * self.d
+    }
+
+    /// All rows of a part of a head, gathered.
+    fn gather<T: Real>(&self, qkv: &[T], sample: usize, part: usize, head: usize) -> Vec<T> {
+        let rows = (0..self.positions).map(|position| self.row(sample, position, part, head));
+        rows.flat_map(|start| &qkv[start..start + self.d]).copied().collect()
+    }
+
+    /// Every (sample, head), in parallel.
+    fn heads(&self) -> impl ParallelIterator<Item = (usize, usize)> {
+        let heads = self.heads;
+        (0..self.samples * heads).into_par_iter().map(move |i| (i / heads, i % heads))
+    }
+}
+
+/// The output (samples, positions, heads, d).
+pub fn forward<T: Real>(qkv: &[T], keys: &KeyRanges, sizes: Sizes) -> Vec<T> {
+    let fill = |out: &mut [T]| {
+        let out = Scatter::new(out);
+        sizes.heads().for_each(|(sample, head)| forward_head(qkv, keys, sizes, sample, head, &out));
+    };
+    // SAFETY: the tasks write every row of every head.
+    unsafe { fresh(sizes.outputs(), fill) }
+}
+
+/// dqkv, from the gradient of the output.
+pub fn backward<T: Real>(qkv: &[T], dout: &[T], keys: &KeyRanges, sizes: Sizes) -> Vec<T> {
+    let fill = |dqkv: &mut [T]| {
+        let dqkv = Scatter::new(dqkv);
+        sizes.heads().for_each(|(sample, head)| backward_head(qkv, dout, keys, sizes, sample, head, &dqkv));
+    };
+    // SAFETY: the tasks write every row of every part of every head.
+    unsafe { fresh(3 * sizes.outputs(), fill) }
+}
+
+/// Keys that are worked on together: they share the loads of the query, and their sums are independent.
+const GROUP: usize = 4;
+
+/// The rows `keys` of a block of rows of length `d`.
+#[inline(always)]
+fn rows<'a, T>(block: &'a [T], d: usize, keys: &[usize]) -> [&'a [T]; GROUP] {
+    std::array::from_fn(|i| &block[keys[i] * d..][..d])
+}
+
+/// `out[i] = a · block[keys[i]]`.
+#[inline(always)]
+fn dots<T: Real, const FMA: bool>(out: &mut [T], a: &[T], block: &[T], keys: &[usize]) {
+    let d = a.len();
+    let whole = keys.len() / GROUP * GROUP;
+    for (out, keys) in out.chunks_exact_mut(GROUP).zip(keys.chunks_exact(GROUP)) {
+        out.copy_from_slice(&super::simd::dots::<T, FMA, GROUP>(a, rows(block, d, keys)));
+    }
+    for (out, &key) in out[whole..].iter_mut().zip(&keys[whole..]) {
+        *out = dot::<T, FMA>(a, &block[key * d..][..d]);
+    }
+}
+
+/// `out = Σᵢ weights[i] · block[keys[i]]`.
+#[inline(always)]
+fn mix<T: Real, const FMA: bool>(out: &mut [T], weights: &[T], block: &[T], keys: &[usize]) {
+    let d = out.len();
+    let whole = keys.len() / GROUP * GROUP;
+    out.fill(T::ZERO);
+    for (w, keys) in weights.chunks_exact(GROUP).zip(keys.chunks_exact(GROUP)) {
+        let [a, b, c, e] = rows(block, d, keys);
+        for i in 0..d {
+            let first = w[0].fma::<FMA>(a[i], w[1] * b[i]);
+            let second = w[2].fma::<FMA>(c[i], w[3].fma::<FMA>(e[i], out[i]));
+            out[i] = first + second;
         }
-        out
     }
+    for (&w, &key) in weights[whole..].iter().zip(&keys[whole..]) {
+        axpy::<T, FMA>(out, w, &block[key * d..][..d]);
+    }
+}
 
-    /// Runs `f(sample, head)` for all heads in parallel, in order of sample, then head.
-    fn each<R: Send>(&self, f: impl Fn(usize, usize) -> R + Sync) -> Vec<R> {
-        (0..self.batch * self.heads).into_par_iter().map(|i| f(i / self.heads, i % self.heads)).collect()
+/// Turns scores into probabilities.
+#[inline(always)]
+fn softmax<T: Real>(scores: &mut [T], scale: T) {
+    let largest = max(scores);
+    scores.iter_mut().for_each(|s| *s = Real::exp((*s - largest) * scale));
+    let normalise = T::ONE / sum(scores);
+    scores.iter_mut().for_each(|s| *s *= normalise);
+}
+
+multiversion! {
+    fn forward_head<T: Real, const FMA: bool>(
+        qkv: &[T],
+        keys: &KeyRanges,
+        sizes: Sizes,
+        sample: usize,
+        head: usize,
+        out: &Scatter<T>,
+    ) {
+        let d = sizes.d;
+        let (k, v) = (sizes.gather(qkv, sample, 1, head), sizes.gather(qkv, sample, 2, head));
+        let scale = T::ONE / T::from_f64(d as f64).sqrt();
+        let padding = keys.padding(sample);
+        let (mut list, mut p) = (Vec::new(), vec![T::ZERO; sizes.positions]);
+        for query in 0..sizes.positions {
+            keys.list(&padding, query, &mut list);
+            let p = &mut p[..list.len()];
+            dots::<T, FMA>(p, &qkv[sizes.row(sample, query, 0, head)..][..d], &k, &list);
+            softmax(p, scale);
+            // SAFETY: this row belongs to this task alone.
+            let row = unsafe { out.row(sizes.output_row(sample, query, head), d) };
+            mix::<T, FMA>(row, p, &v, &list);
+        }
+    }
+}
+
+multiversion! {
+    /// With p the probabilities of a query and dp = dout·v: ds = p (dp − Σ p dp), dq = ds·k / √d, dk += ds q / √d, dv += p dout.
+    fn backward_head<T: Real, const FMA: bool>(
+        qkv: &[T],
+        dout: &[T],
+        keys: &KeyRanges,
+        sizes: Sizes,
+        sample: usize,
+        head: usize,
+        dqkv: &Scatter<T>,
+    ) {
+        let Sizes { positions, d, .. } = sizes;
+        let (k, v) = (sizes.gather(qkv, sample, 1, head), sizes.gather(qkv, sample, 2, head));
+        let (mut dk, mut dv) = (vec![T::ZERO; positions * d], vec![T::ZERO; positions * d]);
+        let scale = T::ONE / T::from_f64(d as f64).sqrt();
+        let padding = keys.padding(sample);
+        let (mut list, mut p, mut dp) = (Vec::new(), vec![T::ZERO; positions], vec![T::ZERO; positions]);
+        for query in 0..positions {
+            keys.list(&padding, query, &mut list);
+            let (p, dp) = (&mut p[..list.len()], &mut dp[..list.len()]);
+            let q = &qkv[sizes.row(sample, query, 0, head)..][..d];
+            let dout = &dout[sizes.output_row(sample, query, head)..][..d];
+            dots::<T, FMA>(p, q, &k, &list);
+            softmax(p, scale);
+            dots::<T, FMA>(dp, dout, &v, &list);
+            let mean = dot::<T, FMA>(p, dp);
+            dp.iter_mut().zip(&*p).for_each(|(dp, &p)| *dp = (*dp - mean) * p * scale);
+            // SAFETY: the rows of a head belong to its task alone, here and below.
+            mix::<T, FMA>(unsafe { dqkv.row(sizes.row(sample, query, 0, head), d) }, dp, &k, &list);
+            for ((&key, &p), &ds) in list.iter().zip(&*p).zip(&*dp) {
+                let range = key * d..(key + 1) * d;
+                axpy::<T, FMA>(&mut dk[range.clone()], ds, q);
+                axpy::<T, FMA>(&mut dv[range], p, dout);
+            }
+        }
+        for position in 0..positions {
+            let range = position * d..(position + 1) * d;
+            // SAFETY: as above.
+            unsafe {
+                dqkv.row(sizes.row(sample, position, 1, head), d).copy_from_slice(&dk[range.clone()]);
+                dqkv.row(sizes.row(sample, position, 2, head), d).copy_from_slice(&dv[range]);
+            }
+        }
     }
 }
 
 struct Attention {
     keys: Arc<KeyRanges>,
-    shape: Heads,
-}
-
-/// The probabilities of a query over its keys, in order of the runs, into `p`.
-#[inline(always)]
-fn probabilities<T: Real, const FMA: bool>(
-    q: &[T],
-    k: &[T],
-    runs: impl Iterator<Item = Run>,
-    scale: T,
-    p: &mut Vec<T>,
-) {
-    p.clear();
-    let dim = q.len();
-    for run in runs {
-        for i in 0..run.len {
-            let key = (run.start + i * run.stride) * dim;
-            p.push(simd::dot::<T, FMA>(q, &k[key..key + dim]) * scale);
-        }
-    }
-    let Some(mut largest) = p.first().copied() else { return };
-    for x in p.iter() {
-        largest = if *x > largest { *x } else { largest };
-    }
-    for x in p.iter_mut() {
-        *x = (*x - largest).exp();
-    }
-    let factor = T::ONE / simd::sum(p);
-    for x in p.iter_mut() {
-        *x *= factor;
-    }
-}
-
-multiversion! {
-    fn forward<T: Real, const FMA: bool>(q: &[T], k: &[T], v: &[T], keys: &KeyRanges, sample: usize, dim: usize, y: &mut [T]) {
-        let scale = T::ONE / T::from_f64(dim as f64).sqrt();
-        let mut p = Vec::new();
-        for (query, (q, y)) in q.chunks_exact(dim).zip(y.chunks_exact_mut(dim)).enumerate() {
-            probabilities::<T, FMA>(q, k, keys.runs_of(sample, query), scale, &mut p);
-            let mut p = p.iter();
-            for run in keys.runs_of(sample, query) {
-                for (i, p) in (0..run.len).zip(&mut p) {
-                    let key = (run.start + i * run.stride) * dim;
-                    simd::axpy::<T, FMA>(y, *p, &v[key..key + dim]);
-                }
-            }
-        }
-    }
-}
-
-/// Queries, keys and values of one head, and room for their gradients.
-struct Head<T> {
-    q: Vec<T>,
-    k: Vec<T>,
-    v: Vec<T>,
-    dq: Vec<T>,
-    dk: Vec<T>,
-    dv: Vec<T>,
-}
-
-multiversion! {
-    /// `ds_j = p_j (dy·v_j - Σ_i p_i dy·v_i) / √d`; `dq += ds_j k_j`, `dk_j += ds_j q`, `dv_j += p_j dy`.
-    fn backward<T: Real, const FMA: bool>(head: &mut Head<T>, dy: &[T], keys: &KeyRanges, sample: usize, dim: usize) {
-        let Head { q, k, v, dq, dk, dv } = head;
-        let scale = T::ONE / T::from_f64(dim as f64).sqrt();
-        let (mut p, mut dp) = (Vec::new(), Vec::new());
-        for (query, ((q, dq), dy)) in q.chunks_exact(dim).zip(dq.chunks_exact_mut(dim)).zip(dy.chunks_exact(dim)).enumerate() {
-            probabilities::<T, FMA>(q, k, keys.runs_of(sample, query), scale, &mut p);
-            dp.clear();
-            for run in keys.runs_of(sample, query) {
-                for i in 0..run.len {
-                    let key = (run.start + i * run.stride) * dim;
-                    dp.push(simd::dot::<T, FMA>(dy, &v[key..key + dim]));
-                }
-            }
-            let mean = simd::dot::<T, FMA>(&p, &dp);
-            let mut entries = p.iter().zip(&dp);
-            for run in keys.runs_of(sample, query) {
-                for (i, (p, dp)) in (0..run.len).zip(&mut entries) {
-                    let key = (run.start + i * run.stride) * dim;
-                    let key = key..key + dim;
-                    let ds = *p * (*dp - mean) * scale;
-                    simd::axpy::<T, FMA>(dq, ds, &k[key.clone()]);
-                    simd::axpy::<T, FMA>(&mut dk[key.clone()], ds, q);
-                    simd::axpy::<T, FMA>(&mut dv[key], *p, dy);
-                }
-            }
-        }
-    }
-}
-
-impl Attention {
-    fn run<T: Real>(&self, qkv: &[T]) -> Vec<T> {
-        let shape = self.shape;
-        let outputs = shape.each(|sample, head| {
-            let part = |i| shape.gather(qkv, sample, head, i);
-            let mut y = vec![T::ZERO; shape.length * shape.head_dim];
-            forward(&part(0), &part(1), &part(2), &self.keys, sample, shape.head_dim, &mut y);
-            y
-        });
-        let mut y = vec![T::ZERO; shape.batch * shape.length * shape.row()];
-        let row = shape.row();
-        y.par_chunks_mut(row).enumerate().for_each(|(i, y)| {
-            let (sample, position) = (i / shape.length, i % shape.length);
-            for (head, y) in y.chunks_exact_mut(shape.head_dim).enumerate() {
-                let at = position * shape.head_dim;
-                y.copy_from_slice(&outputs[sample * shape.heads + head][at..at + shape.head_dim]);
-            }
-        });
-        y
-    }
-
-    fn gradient<T: Real>(&self, qkv: &[T], dy: &[T]) -> Vec<T> {
-        let shape = self.shape;
-        let (row, dim) = (shape.row(), shape.head_dim);
-        let heads = shape.each(|sample, head| {
-            let part = |i| shape.gather(qkv, sample, head, i);
-            let zeros = || vec![T::ZERO; shape.length * dim];
-            let mut state = Head { q: part(0), k: part(1), v: part(2), dq: zeros(), dk: zeros(), dv: zeros() };
-            let mut dy_head = Vec::with_capacity(shape.length * dim);
-            for position in 0..shape.length {
-                let from = (sample * shape.length + position) * row + head * dim;
-                dy_head.extend_from_slice(&dy[from..from + dim]);
-            }
-            backward(&mut state, &dy_head, &self.keys, sample, dim);
-            [state.dq, state.dk, state.dv]
-        });
-        let mut dqkv = vec![T::ZERO; qkv.len()];
-        dqkv.par_chunks_mut(3 * row).enumerate().for_each(|(i, out)| {
-            let (sample, position) = (i / shape.length, i % shape.length);
-            for (j, out) in out.chunks_exact_mut(dim).enumerate() {
-                let (part, head) = (j / shape.heads, j % shape.heads);
-                out.copy_from_slice(&heads[sample * shape.heads + head][part][position * dim..(position + 1) * dim]);
-            }
-        });
-        dqkv
-    }
 }
 
 impl CustomOp1 for Attention {
     fn name(&self) -> &'static str {
-        "sparse-attention"
+        "attention"
     }
 
     fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let shape = Shape::from((self.shape.batch, self.shape.length, self.shape.row()));
-        by_dtype!(qkv.dtype(), "attention", T => storage(self.run::<T>(slice(qkv, layout)?), shape))
+        let sizes = Sizes::of(layout.shape())?;
+        by_dtype!(qkv.dtype(), "attention", T => {
+            let out = forward::<T>(slice(qkv, layout)?, &self.keys, sizes);
+            storage(out, (sizes.samples, sizes.positions, sizes.heads * sizes.d))
+        })
     }
 
-    fn bwd(&self, qkv: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let dy = dy.contiguous()?;
+    fn bwd(&self, qkv: &Tensor, _out: &Tensor, dout: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let sizes = Sizes::of(qkv.shape())?;
+        let dout = dout.contiguous()?;
         by_dtype!(qkv.dtype(), "attention", T => {
-            let dqkv = self.gradient(&view::<T>(qkv)?, &view::<T>(&dy)?);
-            Ok(Some(tensor(dqkv, qkv.shape())?))
+            tensor(backward::<T>(&view(qkv)?, &view(&dout)?, &self.keys, sizes), qkv.shape()).map(Some)
         })
     }
 }
@@ -305,41 +329,89 @@ mod tests {
     use crate::{ops::testing::*, random::Random};
     use candle_core::DType;
 
-    /// A random list: half a text block with padding, then strided runs; query 0 sees nothing.
-    fn random_keys(length: usize, samples: usize, seed: u64) -> Arc<KeyRanges> {
+    /// Random lists, with empty ones, strides, and padded text at the front.
+    fn random_keys(samples: usize, positions: usize, seed: u64) -> Arc<KeyRanges> {
         let mut random = Random::keyed(seed, "keys", 0, 0);
-        let text = length / 2;
-        let (mut offsets, mut runs) = (vec![0, 0], Vec::new());
-        for _ in 1..length {
-            runs.push(Run { start: 0, len: text, stride: 1 });
-            let stride = 1 + random.below(3) as usize;
-            let start = text + random.below((length - text) as u64) as usize;
-            let most = (length - start).div_ceil(stride);
-            runs.push(Run { start, len: random.below(most as u64 + 1) as usize, stride });
+        let mut below = |n: usize| random.below(n as u64) as usize;
+        let text = 0..below(positions + 1);
+        let (mut offsets, mut runs) = (vec![0], Vec::new());
+        for query in 0..positions {
+            let mut next = 0; // ascending, so that no key is listed twice
+            for _ in 0..below(4) {
+                let start = next + below(3);
+                let stride = 1 + below(3);
+                if start < positions {
+                    let len = below((positions - 1 - start) / stride + 2);
+                    runs.push(Run { start, len, stride });
+                    next = start + len * stride;
+                }
+            }
+            if query % 5 == 4 {
+                runs.truncate(offsets[query]);
+            }
             offsets.push(runs.len());
         }
-        let lengths = (0..samples).map(|_| random.below(text as u64 + 1) as usize).collect();
-        Arc::new(KeyRanges { offsets, runs, text: 0..text, text_lengths: Some(lengths) })
+        let text_lengths = (seed % 3 > 0).then(|| (0..samples).map(|_| below(text.len() + 1)).collect());
+        Arc::new(KeyRanges { offsets, runs, text, text_lengths })
+    }
+
+    fn qkv(shape: [usize; 4], dtype: DType) -> [candle_core::Var; 1] {
+        let [b, l, heads, d] = shape;
+        [normal("qkv", &[b, l, 3, heads, d], dtype)]
     }
 
     #[test]
-    fn equals_composed_and_finite_differences_on_any_thread() -> Result<()> {
-        for (i, shape) in [[1, 1, 3, 1, 1], [2, 7, 3, 3, 5], [3, 40, 3, 2, 20]].iter().enumerate() {
-            let keys = random_keys(shape[1], shape[0], i as u64);
-            let qkv = [normal("qkv", shape, DType::F32)];
-            assert_same(&qkv, 2e-5, &|t| attention(&t[0], &keys), &|t| composed(&t[0], &keys))?;
-            assert_thread_independent(&qkv, &|t| attention(&t[0], &keys))?;
+    fn fused_is_composed() -> Result<()> {
+        for (seed, shape) in
+            [[1, 1, 1, 1], [2, 7, 3, 5], [1, 30, 2, 64], [3, 17, 1, 33], [2, 50, 4, 16], [1, 9, 2, 100]]
+                .iter()
+                .enumerate()
+        {
+            for seed in [seed as u64, seed as u64 + 100, seed as u64 + 200] {
+                let keys = random_keys(shape[0], shape[1], seed);
+                assert_same(&qkv(*shape, DType::F32), 1e-5, &|v| attention(&v[0], &keys), &|v| composed(&v[0], &keys))?;
+            }
         }
-        let keys = random_keys(6, 2, 9);
-        assert_gradients(&[normal("qkv", &[2, 6, 3, 2, 3], DType::F64)], &|t| attention(&t[0], &keys))
+        Ok(())
     }
 
     #[test]
-    fn keys_of_another_shape_are_refused() -> Result<()> {
-        let qkv = normal("qkv", &[2, 6, 3, 2, 3], DType::F32);
-        assert!(attention(&qkv, &random_keys(6, 2, 0)).is_ok());
-        assert!(attention(&qkv, &random_keys(5, 2, 0)).is_err());
-        assert!(attention(&qkv, &random_keys(6, 3, 0)).is_err());
+    fn gradients_are_finite_differences() -> Result<()> {
+        let keys = random_keys(2, 6, 1);
+        assert_gradients(&qkv([2, 6, 2, 3], DType::F64), &|v| attention(&v[0], &keys))
+    }
+
+    #[test]
+    fn threads_do_not_matter() -> Result<()> {
+        let keys = random_keys(3, 40, 2);
+        assert_thread_independent(&qkv([3, 40, 2, 32], DType::F32), &|v| attention(&v[0], &keys))
+    }
+
+    #[test]
+    fn padding_is_not_read_and_no_keys_give_zeros() -> Result<()> {
+        let runs = vec![Run { start: 0, len: 4, stride: 1 }];
+        let keys =
+            Arc::new(KeyRanges { offsets: vec![0, 1, 1, 1, 1], runs, text: 0..4, text_lengths: Some(vec![1, 0]) });
+        let [qkv] = qkv([2, 4, 1, 2], DType::F32);
+        let (all, out) = (values(&qkv), values(&attention(&qkv, &keys)?));
+        assert_eq!(out[..2], all[4..6], "the only key's value");
+        assert!(out[2..].iter().all(|&x| x == 0.0));
         Ok(())
+    }
+
+    #[test]
+    fn foreign_lists_are_errors() {
+        let [qkv] = qkv([2, 4, 1, 2], DType::F32);
+        let good = KeyRanges { offsets: vec![0; 5], runs: vec![], text: 0..0, text_lengths: None };
+        let run = Run { start: 3, len: 2, stride: 1 };
+        assert!(attention(&qkv, &Arc::new(good.clone())).is_ok());
+        for bad in [
+            KeyRanges { offsets: vec![0; 4], ..good.clone() },
+            KeyRanges { offsets: vec![0, 0, 0, 0, 1], ..good.clone() },
+            KeyRanges { offsets: vec![0, 0, 0, 0, 1], runs: vec![run], ..good.clone() },
+            KeyRanges { text_lengths: Some(vec![1]), ..good },
+        ] {
+            assert!(attention(&qkv, &Arc::new(bad)).is_err());
+        }
     }
 }

@@ -1,76 +1,108 @@
-//! Weighted cross-entropy: `Σ_i weight_i · (log Σ_j e^{x_ij} - x_{i,target_i})`.
+//! Weighted cross-entropy of rows of logits: `Σᵢ weightᵢ · (log Σⱼ e^logitᵢⱼ − logitᵢ,targetᵢ)`.
 
 use super::{
-    simd::{self, Real, multiversion},
-    slices::{by_dtype, slice, storage, tensor, view},
+    simd::{Real, multiversion, sum},
+    slices::{by_dtype, fresh, slice, storage, tensor, view},
 };
 use crate::error::{Result, ensure};
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, WithDType, backend::BackendStorage};
+use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
+use std::sync::OnceLock;
 
-/// The scalar sum of `weights · nll` for `logits: (rows, vocabulary)`, `targets: (rows)` of `u32` and
-/// `weights: (rows)` of `f32`; differentiable in the logits.
+/// `logits (rows, vocabulary)`, `targets (rows)` u32, `weights (rows)` → scalar, differentiable in the
+/// logits. A row of weight 0 costs nothing and has no gradient.
 ///
 /// # Errors
-/// A target lies outside the vocabulary.
+/// A target is outside the vocabulary, or shapes do not fit.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Result<Tensor> {
     let (rows, vocabulary) = logits.dims2()?;
-    let (target_ids, weight_values) = (targets.to_vec1::<u32>()?, weights.to_vec1::<f32>()?);
-    ensure!(target_ids.len() == rows && weight_values.len() == rows, "{rows} rows of logits need as many targets");
-    let outside = target_ids.iter().find(|t| **t as usize >= vocabulary);
-    ensure!(outside.is_none(), "target {} of a vocabulary of {vocabulary}", outside.copied().unwrap_or(0));
+    ensure!(
+        targets.dims() == [rows] && weights.dims() == [rows],
+        "cross-entropy: {rows} rows of logits, targets {:?}, weights {:?}",
+        targets.dims(),
+        weights.dims()
+    );
     if !logits.device().is_cpu() {
         return composed(logits, targets, weights);
     }
-    let op = CrossEntropy { targets: target_ids, weights: weight_values };
-    Ok(logits.contiguous()?.apply_op1(op)?)
+    let targets: Vec<u32> = targets.to_vec1()?;
+    if let Some(target) = targets.iter().find(|&&t| t as usize >= vocabulary) {
+        crate::error::bail!("cross-entropy: target {target} is outside the vocabulary of {vocabulary}");
+    }
+    let weights = weights.to_dtype(DType::F64)?.to_vec1()?;
+    Ok(logits.contiguous()?.apply_op1(CrossEntropy { targets, weights, log_sums: OnceLock::new() })?)
 }
 
 /// The same from stock candle ops.
 pub(crate) fn composed(logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Result<Tensor> {
-    let shifted = logits.broadcast_sub(&logits.max_keepdim(1)?.detach())?;
-    let log_p = shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(1)?.log()?)?;
-    let nll = log_p.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?.neg()?;
-    Ok((nll * weights.to_dtype(logits.dtype())?)?.sum_all()?)
+    let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
+    let log_sums = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
+    let nll = (log_sums - shifted.gather(&targets.unsqueeze(1)?, 1)?)?;
+    Ok((nll.squeeze(1)? * weights.to_dtype(logits.dtype())?.detach())?.sum_all()?)
+}
+
+/// log Σⱼ e^logitᵢⱼ of each row whose weight is not 0.
+pub fn log_sums<T: Real>(logits: &[T], vocabulary: usize, weights: &[f64]) -> Vec<f64> {
+    let row = |(logits, &weight): (&[T], &f64)| if weight == 0.0 { 0.0 } else { log_sum_exp(logits) };
+    logits.par_chunks(vocabulary.max(1)).zip(weights).with_min_len(8).map(row).collect()
+}
+
+/// dlogits = gradient · weight · (softmax − one-hot target).
+pub fn backward<T: Real>(
+    logits: &[T],
+    vocabulary: usize,
+    targets: &[u32],
+    weights: &[f64],
+    log_sums: &[f64],
+    gradient: f64,
+) -> Vec<T> {
+    let row = |((d, logits), ((&target, &weight), &log_sum)): ((&mut [T], &[T]), ((&u32, &f64), &f64))| {
+        let scale = T::from_f64(gradient * weight);
+        if weight == 0.0 {
+            d.fill(T::ZERO);
+        } else {
+            scaled_softmax(d, logits, log_sum, gradient * weight);
+            d[target as usize] -= scale;
+        }
+    };
+    let fill = |d: &mut [T]| {
+        let rows = d.par_chunks_mut(vocabulary.max(1)).zip(logits.par_chunks(vocabulary.max(1)));
+        rows.zip(targets.par_iter().zip(weights).zip(log_sums)).with_min_len(8).for_each(row);
+    };
+    // SAFETY: every row is written, with zeros or by `scaled_softmax`, before its target is read.
+    unsafe { fresh(logits.len(), fill) }
+}
+
+multiversion! {
+    /// log Σ e^xᵢ, in blocks that stay in cache so that nothing as long as the row is stored.
+    fn log_sum_exp<T: Real, const FMA: bool>(x: &[T]) -> f64 {
+        const BLOCK: usize = 256;
+        let max = super::simd::max(x);
+        let mut block = [T::ZERO; BLOCK];
+        let mut total = T::ZERO;
+        for x in x.chunks(BLOCK) {
+            let block = &mut block[..x.len()];
+            block.iter_mut().zip(x).for_each(|(e, &x)| *e = Real::exp(x - max));
+            total += sum(block);
+        }
+        max.to_f64() + total.to_f64().ln()
+    }
+}
+
+multiversion! {
+    /// d = scale · softmax(x). Shifted by the largest logit, not by the sum, whose rounding would show in large logits.
+    fn scaled_softmax<T: Real, const FMA: bool>(d: &mut [T], x: &[T], log_sum: f64, scale: f64) {
+        let max = super::simd::max(x);
+        let scale = T::from_f64(scale * (max.to_f64() - log_sum).exp());
+        d.iter_mut().zip(x).for_each(|(d, &x)| *d = scale * Real::exp(x - max));
+    }
 }
 
 struct CrossEntropy {
     targets: Vec<u32>,
-    weights: Vec<f32>,
-}
-
-/// Largest logit and `Σ_j e^{x_j - largest}` of a row.
-#[inline(always)]
-fn partition<T: Real>(x: &[T]) -> (T, T) {
-    let mut largest = x[0];
-    for x in x {
-        largest = if *x > largest { *x } else { largest };
-    }
-    let mut lanes = [T::ZERO; simd::LANES];
-    for chunk in x.chunks(simd::LANES) {
-        for (lane, x) in lanes.iter_mut().zip(chunk) {
-            *lane += (*x - largest).exp();
-        }
-    }
-    (largest, simd::sum(&lanes))
-}
-
-multiversion! {
-    fn nll<T: Real, const FMA: bool>(x: &[T], target: usize) -> T {
-        let (largest, sum) = partition(x);
-        sum.ln() + largest - x[target]
-    }
-}
-
-multiversion! {
-    fn gradient<T: Real, const FMA: bool>(x: &[T], target: usize, scale: T, dx: &mut [T]) {
-        let (largest, sum) = partition(x);
-        let factor = scale / sum;
-        for (dx, x) in dx.iter_mut().zip(x) {
-            *dx = (*x - largest).exp() * factor;
-        }
-        dx[target] -= scale;
-    }
+    weights: Vec<f64>,
+    /// Of the forward pass, kept for the backward pass.
+    log_sums: OnceLock<Vec<f64>>,
 }
 
 impl CustomOp1 for CrossEntropy {
@@ -78,25 +110,27 @@ impl CustomOp1 for CrossEntropy {
         "cross-entropy"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let (_, vocabulary) = layout.shape().dims2()?;
-        by_dtype!(x.dtype(), "cross entropy", T => {
-            let rows = slice::<T>(x, layout)?.par_chunks_exact(vocabulary).zip(&self.targets).zip(&self.weights);
-            let losses: Vec<f64> = rows.map(|((x, t), w)| nll(x, *t as usize).to_f64() * f64::from(*w)).collect();
-            storage(vec![T::from_f64(losses.iter().sum())], ())
+        by_dtype!(logits.dtype(), "cross-entropy", T => {
+            let logits = slice::<T>(logits, layout)?;
+            let log_sums = self.log_sums.get_or_init(|| log_sums(logits, vocabulary, &self.weights));
+            let rows = logits.chunks(vocabulary.max(1)).zip(&self.targets).zip(&self.weights).zip(log_sums);
+            let nll = rows.filter(|((_, weight), _)| **weight != 0.0).map(|(((logits, &target), weight), log_sum)| {
+                weight * (log_sum - f64::from(logits[target as usize]))
+            });
+            storage(vec![nll.sum::<f64>() as T], ())
         })
     }
 
-    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let (_, vocabulary) = x.dims2()?;
-        by_dtype!(x.dtype(), "cross entropy", T => {
-            let (xs, scale) = (view::<T>(x)?, dy.to_scalar::<T>()?);
-            let mut dx = vec![T::ZERO; xs.len()];
-            let inputs = xs.par_chunks_exact(vocabulary).zip(&self.targets).zip(&self.weights);
-            dx.par_chunks_exact_mut(vocabulary).zip(inputs).for_each(|(dx, ((x, t), w))| {
-                gradient(x, *t as usize, scale * T::from_f64(f64::from(*w)), dx);
-            });
-            Ok(Some(tensor(dx, x.shape())?))
+    fn bwd(&self, logits: &Tensor, _loss: &Tensor, gradient: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let (_, vocabulary) = logits.dims2()?;
+        let gradient: f64 = gradient.to_dtype(DType::F64)?.to_scalar()?;
+        by_dtype!(logits.dtype(), "cross-entropy", T => {
+            let values = view::<T>(logits)?;
+            let sums = self.log_sums.get_or_init(|| log_sums(&values, vocabulary, &self.weights));
+            let d = backward(&values, vocabulary, &self.targets, &self.weights, sums, gradient);
+            tensor(d, logits.shape()).map(Some)
         })
     }
 }
@@ -105,31 +139,52 @@ impl CustomOp1 for CrossEntropy {
 mod tests {
     use super::*;
     use crate::ops::testing::*;
-    use candle_core::{DType, Device};
+    use candle_core::{Device, Var};
 
-    fn targets_and_weights(rows: usize, vocabulary: usize) -> Result<(Tensor, Tensor)> {
-        let targets: Vec<u32> = (0..rows).map(|i| (i * 5 % vocabulary) as u32).collect();
-        let weights: Vec<f32> = (0..rows).map(|i| (i % 3) as f32 * 0.5).collect();
-        Ok((Tensor::new(targets, &Device::Cpu)?, Tensor::new(weights, &Device::Cpu)?))
+    fn case(rows: usize, vocabulary: usize, dtype: DType) -> Result<(Var, Tensor, Tensor)> {
+        let targets: Vec<u32> = (0..rows).map(|i| (i * 7 % vocabulary) as u32).collect();
+        let weights: Vec<f32> = (0..rows).map(|i| [0.5, 0.0, 2.0][i % 3]).collect();
+        let (targets, weights) = (Tensor::new(targets, &Device::Cpu)?, Tensor::new(weights, &Device::Cpu)?);
+        Ok((normal("logits", &[rows, vocabulary], dtype), targets, weights))
     }
 
     #[test]
-    fn equals_composed_and_finite_differences_on_any_thread() -> Result<()> {
-        for (rows, vocabulary) in [(1, 1), (7, 5), (40, 300)] {
-            let (t, w) = targets_and_weights(rows, vocabulary)?;
-            let logits = [normal("logits", &[rows, vocabulary], DType::F32)];
-            assert_same(&logits, 2e-5, &|x| cross_entropy(&x[0], &t, &w), &|x| composed(&x[0], &t, &w))?;
-            assert_thread_independent(&logits, &|x| cross_entropy(&x[0], &t, &w))?;
+    fn fused_is_composed() -> Result<()> {
+        for (rows, vocabulary) in [(1, 1), (1, 9), (7, 5), (40, 257), (9, 1000)] {
+            let (logits, targets, weights) = case(rows, vocabulary, DType::F32)?;
+            assert_same(&[logits], 1e-5, &|v| cross_entropy(&v[0], &targets, &weights), &|v| {
+                composed(&v[0], &targets, &weights)
+            })?;
         }
-        let (t, w) = targets_and_weights(4, 6)?;
-        assert_gradients(&[normal("logits", &[4, 6], DType::F64)], &|x| cross_entropy(&x[0], &t, &w))
+        Ok(())
     }
 
     #[test]
-    fn a_target_outside_the_vocabulary_is_an_error() -> Result<()> {
-        let (t, w) = targets_and_weights(4, 6)?;
-        assert!(cross_entropy(&normal("x", &[4, 6], DType::F32), &t, &w).is_ok());
-        assert!(cross_entropy(&normal("x", &[4, 5], DType::F32), &t, &w).is_err());
+    fn gradients_are_finite_differences() -> Result<()> {
+        let (logits, targets, weights) = case(4, 6, DType::F64)?;
+        assert_gradients(&[logits], &|v| Ok((cross_entropy(&v[0], &targets, &weights)? * 3.0)?))
+    }
+
+    #[test]
+    fn threads_do_not_matter() -> Result<()> {
+        let (logits, targets, weights) = case(100, 300, DType::F32)?;
+        assert_thread_independent(&[logits], &|v| cross_entropy(&v[0], &targets, &weights))
+    }
+
+    #[test]
+    fn large_logits_do_not_overflow() -> Result<()> {
+        let logits = Tensor::new(&[[1000f32, 990.0, -1e30], [-1000.0, -1000.0, -1000.0]], &Device::Cpu)?;
+        let (targets, weights) = (Tensor::new(&[1u32, 2], &Device::Cpu)?, Tensor::new(&[1f32, 1.0], &Device::Cpu)?);
+        let loss: f32 = cross_entropy(&logits, &targets, &weights)?.to_scalar()?;
+        assert!((loss - (10.000045 + 1.0986123)).abs() < 1e-5, "{loss}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_foreign_target_is_an_error() -> Result<()> {
+        let (logits, _, weights) = case(2, 3, DType::F32)?;
+        let error = cross_entropy(&logits, &Tensor::new(&[0u32, 3], &Device::Cpu)?, &weights).unwrap_err();
+        assert!(error.to_string().contains("target 3"), "{error}");
         Ok(())
     }
 }

@@ -1,52 +1,74 @@
-//! GELU, tanh approximation: `y = x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))` (arXiv 1606.08415).
+//! GELU in its tanh approximation: `x · ½ (1 + tanh(√(2/π) (x + 0.044715 x³)))` = `x · σ(2u)` with u the tanh's argument.
 
-use super::CHUNK;
 use super::{
+    CHUNK,
     simd::{Real, multiversion},
-    slices::{by_dtype, slice, storage, tensor, view},
+    slices::{by_dtype, fresh, slice, storage, tensor, view},
 };
 use crate::error::Result;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
-const SCALE: f64 = 0.797_884_560_802_865_4; // sqrt(2 / pi)
-const CUBE: f64 = 0.044_715;
-
-/// GELU of each element; any shape.
+/// Of any shape.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    Ok(if x.device().is_cpu() { x.contiguous()?.apply_op1(Gelu)? } else { x.gelu()? })
+    if !x.device().is_cpu() {
+        return composed(x);
+    }
+    Ok(x.contiguous()?.apply_op1(Gelu)?)
+}
+
+/// The same from stock candle ops; candle's own `gelu` rounds its constants to six digits in the gradient.
+pub(crate) fn composed(x: &Tensor) -> Result<Tensor> {
+    let u = ((x * &(x.sqr()? * CUBIC)?)? + x)?;
+    Ok((x * ((u * SLOPE)?.tanh()? + 1.0)?)?.affine(0.5, 0.0)?)
+}
+
+/// √(2/π)
+const SLOPE: f64 = 0.797_884_560_802_865_4;
+const CUBIC: f64 = 0.044715;
+
+/// y of x.
+pub fn forward<T: Real>(x: &[T]) -> Vec<T> {
+    let fill = |y: &mut [T]| y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| forward_chunk(y, x));
+    // SAFETY: `forward_chunk` writes every element.
+    unsafe { fresh(x.len(), fill) }
+}
+
+/// dx of x and dy.
+pub fn backward<T: Real>(x: &[T], dy: &[T]) -> Vec<T> {
+    let fill = |dx: &mut [T]| {
+        let chunks = dx.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).zip(dy.par_chunks(CHUNK));
+        chunks.for_each(|((dx, x), dy)| backward_chunk(dx, x, dy));
+    };
+    // SAFETY: `backward_chunk` writes every element.
+    unsafe { fresh(x.len(), fill) }
+}
+
+/// σ(2u) with u = √(2/π) (x + 0.044715 x³).
+#[inline(always)]
+fn gate<T: Real>(x: T) -> T {
+    let (linear, cubic) = (T::from_f64(-2.0 * SLOPE), T::from_f64(-2.0 * SLOPE * CUBIC));
+    T::ONE / (T::ONE + Real::exp(x * (linear + cubic * x * x)))
+}
+
+multiversion! {
+    fn forward_chunk<T: Real, const FMA: bool>(y: &mut [T], x: &[T]) {
+        y.iter_mut().zip(x).for_each(|(y, &x)| *y = x * gate(x));
+    }
+}
+
+multiversion! {
+    /// dx = dy · (s + x · s (1 − s) · 2u′) with s = σ(2u).
+    fn backward_chunk<T: Real, const FMA: bool>(dx: &mut [T], x: &[T], dy: &[T]) {
+        let (linear, cubic) = (T::from_f64(2.0 * SLOPE), T::from_f64(6.0 * SLOPE * CUBIC));
+        for ((dx, &x), &dy) in dx.iter_mut().zip(x).zip(dy) {
+            let s = gate(x);
+            *dx = dy * (s + x * s * (T::ONE - s) * (linear + cubic * x * x));
+        }
+    }
 }
 
 struct Gelu;
-
-/// Hyperbolic tangent through one vectorisable exponential.
-#[inline(always)]
-fn tanh<T: Real>(x: T) -> T {
-    T::ONE - (T::ONE + T::ONE) / ((x + x).exp() + T::ONE)
-}
-
-multiversion! {
-    fn forward<T: Real, const FMA: bool>(x: &[T], y: &mut [T]) {
-        let (scale, cube, half) = (T::from_f64(SCALE), T::from_f64(CUBE), T::from_f64(0.5));
-        for (y, x) in y.iter_mut().zip(x) {
-            let x = *x;
-            *y = half * x * (T::ONE + tanh(scale * (x + cube * x * x * x)));
-        }
-    }
-}
-
-multiversion! {
-    fn backward<T: Real, const FMA: bool>(x: &[T], dy: &[T], dx: &mut [T]) {
-        let (scale, cube, half) = (T::from_f64(SCALE), T::from_f64(CUBE), T::from_f64(0.5));
-        let three = T::from_f64(3.0);
-        for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
-            let x = *x;
-            let t = tanh(scale * (x + cube * x * x * x));
-            let inner = scale * (T::ONE + three * cube * x * x);
-            *dx = *dy * half * (T::ONE + t + x * (T::ONE - t * t) * inner);
-        }
-    }
-}
 
 impl CustomOp1 for Gelu {
     fn name(&self) -> &'static str {
@@ -54,23 +76,12 @@ impl CustomOp1 for Gelu {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        by_dtype!(x.dtype(), "gelu", T => {
-            let x = slice::<T>(x, layout)?;
-            let mut y = vec![T::ZERO; x.len()];
-            y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| forward(x, y));
-            storage(y, layout.shape())
-        })
+        by_dtype!(x.dtype(), "gelu", T => storage(forward::<T>(slice(x, layout)?), layout.shape()))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
-        by_dtype!(x.dtype(), "gelu", T => {
-            let (xs, dys) = (view::<T>(x)?, view::<T>(&dy)?);
-            let mut dx = vec![T::ZERO; xs.len()];
-            let inputs = xs.par_chunks(CHUNK).zip(dys.par_chunks(CHUNK));
-            dx.par_chunks_mut(CHUNK).zip(inputs).for_each(|(dx, (x, dy))| backward(x, dy, dx));
-            Ok(Some(tensor(dx, x.shape())?))
-        })
+        by_dtype!(x.dtype(), "gelu", T => tensor(backward::<T>(&view(x)?, &view(&dy)?), x.shape()).map(Some))
     }
 }
 
@@ -78,13 +89,46 @@ impl CustomOp1 for Gelu {
 mod tests {
     use super::*;
     use crate::ops::testing::*;
-    use candle_core::DType;
+    use candle_core::{DType, Device};
 
     #[test]
-    fn equals_composed_and_finite_differences_on_any_thread() -> Result<()> {
-        let large = [normal("x", &[3, 7, 1000], DType::F32)];
-        assert_same(&large, 2e-5, &|t| gelu(&t[0]), &|t| Ok(t[0].gelu()?))?;
-        assert_thread_independent(&large, &|t| gelu(&t[0]))?;
-        assert_gradients(&[normal("x", &[2, 9], DType::F64)], &|t| gelu(&t[0]))
+    fn fused_is_composed() -> Result<()> {
+        for shape in [&[1][..], &[7, 5], &[3, 5, 17], &[20_001]] {
+            let x = [normal("x", shape, DType::F32)];
+            assert_same(&x, 1e-6, &|v| gelu(&v[0]), &|v| composed(&v[0]))?;
+        }
+        Ok(())
+    }
+
+    /// From the formula in double precision (Python's `math.tanh`).
+    #[test]
+    fn known_values() -> Result<()> {
+        let x = Tensor::new(&[-3f32, -1.0, -0.1, 0.0, 0.5, 2.0], &Device::Cpu)?;
+        let expected = [-0.003_637_392, -0.158_808_01, -0.046_017_17, 0.0, 0.345_714, 1.954_597_7];
+        for (y, expected) in values(&gelu(&x)?).iter().zip(expected) {
+            assert!((y - expected).abs() < 3e-7, "{y} instead of {expected}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn far_out_it_is_the_identity_or_zero() -> Result<()> {
+        let x = candle_core::Var::new(&[-1e4f32, -30.0, 30.0, 1e4, f32::NAN], &Device::Cpu)?;
+        let y = gelu(&x)?;
+        let dx = values(y.sum_all()?.backward()?.get(&x).expect("a gradient"));
+        let y = values(&y);
+        assert!(y[0].abs() < 1e-30 && y[1].abs() < 1e-30 && y[2..4] == [30.0, 1e4] && y[4].is_nan(), "{y:?}");
+        assert!(dx[0].abs() < 1e-20 && dx[1].abs() < 1e-20 && dx[2..4] == [1.0, 1.0] && dx[4].is_nan(), "{dx:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn gradients_are_finite_differences() -> Result<()> {
+        assert_gradients(&[normal("x", &[5, 4], DType::F64)], &|v| gelu(&v[0]))
+    }
+
+    #[test]
+    fn threads_do_not_matter() -> Result<()> {
+        assert_thread_independent(&[normal("x", &[40_000], DType::F32)], &|v| gelu(&v[0]))
     }
 }

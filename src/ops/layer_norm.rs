@@ -1,18 +1,16 @@
-//! LayerNorm over the last dimension: `y = (x - mean) / √(var + ε) · w + b` (arXiv 1607.06450).
+//! `y = (x − mean) / sqrt(variance + eps) · weight + bias` over the last dimension.
+//!
+//! The backward pass takes mean and variance again: a row is in cache anyway, and nothing is kept.
 
-use super::linear::reduce_rows;
 use super::{
-    simd::{self, Real, multiversion},
-    slices::{by_dtype, slice, storage, tensor, view},
+    simd::{Real, dot, multiversion, sum},
+    slices::{by_dtype, fresh, slice, storage, tensor, view},
 };
 use crate::error::Result;
-use candle_core::{CpuStorage, CustomOp3, D, Layout, Shape, Tensor, WithDType, backend::BackendStorage};
+use candle_core::{CpuStorage, CustomOp3, D, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
-/// Rows a task of the row-wise loops takes.
-const ROWS: usize = 64;
-
-/// LayerNorm of `x: (.., channels)` with `weight` and `bias: (channels)`.
+/// `x (.., channels)`, `weight (channels)`, `bias (channels)` → like x.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     if !x.device().is_cpu() {
         return composed(x, weight, bias, eps);
@@ -27,105 +25,119 @@ pub(crate) fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> 
     Ok(centred.broadcast_div(&deviation)?.broadcast_mul(weight)?.broadcast_add(bias)?)
 }
 
+/// Rows that one task works on; fixed, so that the result does not depend on the number of threads.
+const ROWS: usize = 64;
+
+/// y (rows, channels) of x (rows, channels).
+pub fn forward<T: Real>(x: &[T], weight: &[T], bias: &[T], eps: f64) -> Vec<T> {
+    let chunk = weight.len().max(1) * ROWS;
+    let fill = |y: &mut [T]| {
+        let rows = y.par_chunks_mut(chunk).zip(x.par_chunks(chunk));
+        rows.for_each(|(y, x)| forward_rows(y, x, weight, bias, T::from_f64(eps)));
+    };
+    // SAFETY: `forward_rows` writes every element of its rows.
+    unsafe { fresh(x.len(), fill) }
+}
+
+/// dx (rows, channels), dweight and dbias (channels).
+pub fn backward<T: Real>(x: &[T], weight: &[T], dy: &[T], eps: f64) -> (Vec<T>, Vec<T>, Vec<T>) {
+    let channels = weight.len();
+    let chunk = channels.max(1) * ROWS;
+    let mut sums = vec![T::ZERO; x.len().div_ceil(chunk) * 2 * channels];
+    let fill = |dx: &mut [T]| {
+        let rows = dx.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).zip(dy.par_chunks(chunk));
+        rows.zip(sums.par_chunks_mut(2 * channels.max(1))).for_each(|(((dx, x), dy), sums)| {
+            let (dweight, dbias) = sums.split_at_mut(channels);
+            backward_rows(dx, x, dy, weight, dweight, dbias, T::from_f64(eps));
+        });
+    };
+    // SAFETY: `backward_rows` writes every element of its rows.
+    let dx = unsafe { fresh(x.len(), fill) };
+    let mut both = super::linear::column_sums(&sums, 2 * channels);
+    let dbias = both.split_off(channels);
+    (dx, both, dbias)
+}
+
+/// Mean and 1 / standard deviation of a row.
+#[inline(always)]
+fn moments<T: Real, const FMA: bool>(x: &[T], centred: &mut [T], eps: T) -> T {
+    let count = T::from_f64(x.len() as f64);
+    let mean = sum(x) / count;
+    centred.iter_mut().zip(x).for_each(|(c, &x)| *c = x - mean);
+    T::ONE / (dot::<T, FMA>(centred, centred) / count + eps).sqrt()
+}
+
+multiversion! {
+    fn forward_rows<T: Real, const FMA: bool>(y: &mut [T], x: &[T], weight: &[T], bias: &[T], eps: T) {
+        let channels = weight.len();
+        let bias = &bias[..channels];
+        for (y, x) in y.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {
+            let scale = moments::<T, FMA>(x, y, eps);
+            for i in 0..channels {
+                y[i] = (y[i] * scale).fma::<FMA>(weight[i], bias[i]);
+            }
+        }
+    }
+}
+
+multiversion! {
+    /// Writes dx and adds to dweight and dbias. With x̂ the normalised row and g = dy·weight:
+    /// dx = (g − mean(g) − x̂·mean(g·x̂)) / standard deviation.
+    fn backward_rows<T: Real, const FMA: bool>(
+        dx: &mut [T],
+        x: &[T],
+        dy: &[T],
+        weight: &[T],
+        dweight: &mut [T],
+        dbias: &mut [T],
+        eps: T,
+    ) {
+        let channels = weight.len();
+        let (dweight, dbias) = (&mut dweight[..channels], &mut dbias[..channels]);
+        let count = T::from_f64(channels as f64);
+        let (mut normed, mut g) = (vec![T::ZERO; channels], vec![T::ZERO; channels]);
+        let rows = dx.chunks_exact_mut(channels).zip(x.chunks_exact(channels)).zip(dy.chunks_exact(channels));
+        for ((dx, x), dy) in rows {
+            let scale = moments::<T, FMA>(x, &mut normed, eps);
+            for i in 0..channels {
+                normed[i] *= scale;
+                g[i] = dy[i] * weight[i];
+                dweight[i] = dy[i].fma::<FMA>(normed[i], dweight[i]);
+                dbias[i] += dy[i];
+            }
+            let mean = sum(&g) / count;
+            let slope = dot::<T, FMA>(&g, &normed) / count;
+            for i in 0..channels {
+                dx[i] = (g[i] - mean - normed[i] * slope) * scale;
+            }
+        }
+    }
+}
+
 struct LayerNorm {
     eps: f64,
 }
 
-/// Mean and 1/√(var + ε) of a row.
-#[inline(always)]
-fn moments<T: Real>(x: &[T], eps: T) -> (T, T) {
-    let count = T::from_f64(x.len() as f64);
-    let mean = simd::sum(x) / count;
-    let mut lanes = [T::ZERO; simd::LANES];
-    for chunk in x.chunks(simd::LANES) {
-        for (lane, x) in lanes.iter_mut().zip(chunk) {
-            *lane += (*x - mean) * (*x - mean);
-        }
-    }
-    (mean, T::ONE / (simd::sum(&lanes) / count + eps).sqrt())
-}
-
-multiversion! {
-    fn forward<T: Real, const FMA: bool>(x: &[T], weight: &[T], bias: &[T], eps: T, y: &mut [T]) {
-        for (x, y) in x.chunks_exact(weight.len()).zip(y.chunks_exact_mut(weight.len())) {
-            let (mean, scale) = moments(x, eps);
-            for (((y, x), w), b) in y.iter_mut().zip(x).zip(weight).zip(bias) {
-                *y = (*x - mean) * scale * *w + *b;
-            }
-        }
-    }
-}
-
-multiversion! {
-    /// `dx = s (g - mean(g) - x̂ mean(g x̂))` with `g = dy · w`, `x̂ = (x - mean) s`.
-    fn backward_x<T: Real, const FMA: bool>(x: &[T], weight: &[T], dy: &[T], eps: T, dx: &mut [T]) {
-        let width = weight.len();
-        let count = T::from_f64(width as f64);
-        let rows = x.chunks_exact(width).zip(dy.chunks_exact(width)).zip(dx.chunks_exact_mut(width));
-        for ((x, dy), dx) in rows {
-            let (mean, scale) = moments(x, eps);
-            for ((dx, dy), w) in dx.iter_mut().zip(dy).zip(weight) {
-                *dx = *dy * *w;
-            }
-            let mean_g = simd::sum(dx) / count;
-            let mean_gx = (simd::dot::<T, FMA>(dx, x) - simd::sum(dx) * mean) * scale / count;
-            for (dx, x) in dx.iter_mut().zip(x) {
-                *dx = scale * (*dx - mean_g - (*x - mean) * scale * mean_gx);
-            }
-        }
-    }
-}
-
-multiversion! {
-    /// Adds `dy · x̂` to the first half of `sums` and `dy` to the second.
-    fn backward_parameters<T: Real, const FMA: bool>(x: &[T], dy: &[T], eps: T, sums: &mut [T]) {
-        let width = sums.len() / 2;
-        let (dw, db) = sums.split_at_mut(width);
-        for (x, dy) in x.chunks_exact(width).zip(dy.chunks_exact(width)) {
-            let (mean, scale) = moments(x, eps);
-            for (((dw, db), x), dy) in dw.iter_mut().zip(db.iter_mut()).zip(x).zip(dy) {
-                *dw += *dy * (*x - mean) * scale;
-                *db += *dy;
-            }
-        }
-    }
-}
-
-fn backward<T: Real>(x: &[T], weight: &[T], dy: &[T], eps: f64) -> (Vec<T>, Vec<T>) {
-    let (width, eps) = (weight.len(), T::from_f64(eps));
-    let mut dx = vec![T::ZERO; x.len()];
-    let inputs = x.par_chunks(width * ROWS).zip(dy.par_chunks(width * ROWS));
-    dx.par_chunks_mut(width * ROWS).zip(inputs).for_each(|(dx, (x, dy))| backward_x(x, weight, dy, eps, dx));
-    let sums = reduce_rows(x.len() / width, 2 * width, |rows, sums| {
-        let rows = rows.start * width..rows.end * width;
-        backward_parameters(&x[rows.clone()], &dy[rows], eps, sums);
-    });
-    (dx, sums)
-}
-
 impl CustomOp3 for LayerNorm {
     fn name(&self) -> &'static str {
-        "layer-norm"
+        "layer norm"
     }
 
     fn cpu_fwd(
         &self,
         x: &CpuStorage,
         lx: &Layout,
-        w: &CpuStorage,
+        weight: &CpuStorage,
         lw: &Layout,
-        b: &CpuStorage,
+        bias: &CpuStorage,
         lb: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let width = lx.dims().last().copied().unwrap_or(0);
-        if lw.dims() != [width] || lb.dims() != [width] {
-            candle_core::bail!("layer norm: {:?} with weight {:?} and bias {:?}", lx.dims(), lw.dims(), lb.dims());
+        let channels = lx.dims().last().copied().unwrap_or(0);
+        if channels == 0 || lw.dims() != [channels] || lb.dims() != [channels] {
+            candle_core::bail!("layer norm: {:?}, {:?} and {:?} do not fit", lx.dims(), lw.dims(), lb.dims());
         }
         by_dtype!(x.dtype(), "layer norm", T => {
-            let (x, w, b) = (slice::<T>(x, lx)?, slice::<T>(w, lw)?, slice::<T>(b, lb)?);
-            let mut y = vec![T::ZERO; x.len()];
-            let rows = y.par_chunks_mut(width * ROWS).zip(x.par_chunks(width * ROWS));
-            rows.for_each(|(y, x)| forward(x, w, b, T::from_f64(self.eps), y));
+            let y = forward::<T>(slice(x, lx)?, slice(weight, lw)?, slice(bias, lb)?, self.eps);
             storage(y, lx.shape())
         })
     }
@@ -133,17 +145,16 @@ impl CustomOp3 for LayerNorm {
     fn bwd(
         &self,
         x: &Tensor,
-        w: &Tensor,
-        _b: &Tensor,
+        weight: &Tensor,
+        _bias: &Tensor,
         _y: &Tensor,
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
-        let width = w.elem_count();
         by_dtype!(x.dtype(), "layer norm", T => {
-            let (dx, sums) = backward(&view::<T>(x)?, &view::<T>(w)?, &view::<T>(&dy)?, self.eps);
-            let (dw, db) = (tensor(sums[..width].to_vec(), width)?, tensor(sums[width..].to_vec(), width)?);
-            Ok((Some(tensor(dx, x.shape())?), Some(dw), Some(db)))
+            let (dx, dw, db) = backward::<T>(&view(x)?, &view(weight)?, &view(&dy)?, self.eps);
+            let of = |d| tensor(d, weight.shape()).map(Some);
+            Ok((Some(tensor(dx, x.shape())?), of(dw)?, of(db)?))
         })
     }
 }
@@ -152,20 +163,32 @@ impl CustomOp3 for LayerNorm {
 mod tests {
     use super::*;
     use crate::ops::testing::*;
-    use candle_core::DType;
+    use candle_core::{DType, Var};
 
-    fn inputs(shape: &[usize; 3], dtype: DType) -> [candle_core::Var; 3] {
-        [normal("x", shape, dtype), normal("w", &shape[2..], dtype), normal("b", &shape[2..], dtype)]
+    fn vars(shape: &[usize], dtype: DType) -> [Var; 3] {
+        let channels = &shape[shape.len() - 1..];
+        [normal("x", shape, dtype), normal("w", channels, dtype), normal("b", channels, dtype)]
+    }
+
+    fn fused(v: &[Tensor]) -> Result<Tensor> {
+        layer_norm(&v[0], &v[1], &v[2], 1e-5)
     }
 
     #[test]
-    fn equals_composed_and_finite_differences_on_any_thread() -> Result<()> {
-        let fused = |t: &[Tensor]| layer_norm(&t[0], &t[1], &t[2], 1e-5);
-        for shape in [[1, 1, 3], [2, 5, 17], [3, 200, 64]] {
-            let vars = inputs(&shape, DType::F32);
-            assert_same(&vars, 5e-5, &fused, &|t| composed(&t[0], &t[1], &t[2], 1e-5))?;
-            assert_thread_independent(&vars, &fused)?;
+    fn fused_is_composed() -> Result<()> {
+        for shape in [&[1, 3][..], &[5, 33], &[2, 3, 64], &[200, 47], &[3, 1000]] {
+            assert_same(&vars(shape, DType::F32), 2e-5, &fused, &|v| composed(&v[0], &v[1], &v[2], 1e-5))?;
         }
-        assert_gradients(&inputs(&[2, 3, 5], DType::F64), &fused)
+        Ok(())
+    }
+
+    #[test]
+    fn gradients_are_finite_differences() -> Result<()> {
+        assert_gradients(&vars(&[2, 3, 5], DType::F64), &fused)
+    }
+
+    #[test]
+    fn threads_do_not_matter() -> Result<()> {
+        assert_thread_independent(&vars(&[700, 96], DType::F32), &fused)
     }
 }

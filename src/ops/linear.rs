@@ -9,7 +9,6 @@ use super::{
 use crate::error::Result;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
-use std::ops::Range;
 
 /// `x (.., in)`, `w (out, in)`, `b (out)` → `(.., out)`.
 pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
@@ -24,7 +23,7 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
 }
 
 /// The same from stock candle ops.
-pub fn composed(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+pub(crate) fn composed(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     let (outputs, inputs) = w.dims2()?;
     let rows = x.elem_count() / inputs;
     let mut y = x.reshape((rows, inputs))?.matmul(&w.t()?)?;
@@ -73,25 +72,17 @@ pub fn backward_weight<T: Real>(dy: &[T], x: &[T], rows: usize, inputs: usize, o
 /// Rows that one task adds up; fixed, so that the result does not depend on the number of threads.
 const SUM_ROWS: usize = 256;
 
-/// Reduces rows to one vector of `width`: `add(rows, sums)` adds some rows into zeroed sums, and the
-/// partial sums are added in order.
-pub(super) fn reduce_rows<T: Real>(rows: usize, width: usize, add: impl Fn(Range<usize>, &mut [T]) + Sync) -> Vec<T> {
-    let partial = |i: usize| {
-        let mut sums = vec![T::ZERO; width];
-        add(i * SUM_ROWS..((i + 1) * SUM_ROWS).min(rows), &mut sums);
-        sums
-    };
-    let partials: Vec<Vec<T>> = (0..rows.div_ceil(SUM_ROWS)).into_par_iter().map(partial).collect();
-    let mut total = vec![T::ZERO; width];
-    partials.iter().for_each(|p| add_rows(&mut total, p));
-    total
-}
-
 /// Sums of the columns of `x (rows, columns)`.
 pub fn column_sums<T: Real>(x: &[T], columns: usize) -> Vec<T> {
-    reduce_rows(x.len() / columns.max(1), columns, |rows, sums| {
-        add_rows(sums, &x[rows.start * columns..rows.end * columns]);
-    })
+    let mut total = vec![T::ZERO; columns];
+    let partial = |x: &[T]| {
+        let mut sums = vec![T::ZERO; columns];
+        add_rows(&mut sums, x);
+        sums
+    };
+    let partials: Vec<Vec<T>> = x.par_chunks(columns.max(1) * SUM_ROWS).map(partial).collect();
+    partials.iter().for_each(|p| add_rows(&mut total, p));
+    total
 }
 
 multiversion! {

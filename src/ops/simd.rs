@@ -13,6 +13,7 @@ use std::ops::Neg;
 pub trait Real: WithDType + Neg<Output = Self> {
     const ZERO: Self;
     const ONE: Self;
+    const NEG_INFINITY: Self;
 
     /// `self * b + c`, in one rounding where `FMA` says that the processor does it in one instruction.
     fn fma<const FMA: bool>(self, b: Self, c: Self) -> Self;
@@ -20,8 +21,6 @@ pub trait Real: WithDType + Neg<Output = Self> {
     /// e to this power. For `f32` a vectorisable approximation (2 ulp) that gives 0 below -87.3 and
     /// stays finite above 88.3.
     fn exp(self) -> Self;
-
-    fn ln(self) -> Self;
 
     fn sqrt(self) -> Self;
 
@@ -32,6 +31,7 @@ pub trait Real: WithDType + Neg<Output = Self> {
 impl Real for f32 {
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
+    const NEG_INFINITY: Self = f32::NEG_INFINITY;
 
     #[inline(always)]
     fn fma<const FMA: bool>(self, b: Self, c: Self) -> Self {
@@ -56,11 +56,6 @@ impl Real for f32 {
     }
 
     #[inline(always)]
-    fn ln(self) -> Self {
-        f32::ln(self)
-    }
-
-    #[inline(always)]
     fn sqrt(self) -> Self {
         f32::sqrt(self)
     }
@@ -73,6 +68,7 @@ impl Real for f32 {
 impl Real for f64 {
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
+    const NEG_INFINITY: Self = f64::NEG_INFINITY;
 
     #[inline(always)]
     fn fma<const FMA: bool>(self, b: Self, c: Self) -> Self {
@@ -82,11 +78,6 @@ impl Real for f64 {
     #[inline(always)]
     fn exp(self) -> Self {
         f64::exp(self)
-    }
-
-    #[inline(always)]
-    fn ln(self) -> Self {
-        f64::ln(self)
     }
 
     #[inline(always)]
@@ -167,12 +158,12 @@ macro_rules! multiversion {
 pub(crate) use multiversion;
 
 /// Independent sums that a reduction keeps, so that it fills vector registers.
-pub const LANES: usize = 32;
+const LANES: usize = 32;
 
 /// Adds up lanes pairwise.
 #[inline(always)]
-fn add_lanes<T: Real>(mut lanes: [T; LANES]) -> T {
-    let mut width = LANES / 2;
+fn add_lanes<T: Real, const N: usize>(mut lanes: [T; N]) -> T {
+    let mut width = N / 2;
     while width > 0 {
         for i in 0..width {
             lanes[i] += lanes[i + width];
@@ -201,6 +192,30 @@ pub fn dot<T: Real, const FMA: bool>(a: &[T], b: &[T]) -> T {
     total
 }
 
+/// a·b of several b, which share the loads of a and whose chains of additions overlap.
+#[inline(always)]
+pub fn dots<T: Real, const FMA: bool, const N: usize>(a: &[T], b: [&[T]; N]) -> [T; N] {
+    const WIDE: usize = 16;
+    let whole = a.len() / WIDE * WIDE;
+    let mut lanes = [[T::ZERO; WIDE]; N];
+    for start in (0..whole).step_by(WIDE) {
+        let a = &a[start..start + WIDE];
+        for (lanes, b) in lanes.iter_mut().zip(b) {
+            let b = &b[start..start + WIDE];
+            for i in 0..WIDE {
+                lanes[i] = a[i].fma::<FMA>(b[i], lanes[i]);
+            }
+        }
+    }
+    std::array::from_fn(|n| {
+        let mut total = add_lanes(lanes[n]);
+        for (&a, &b) in a[whole..].iter().zip(&b[n][whole..]) {
+            total = a.fma::<FMA>(b, total);
+        }
+        total
+    })
+}
+
 /// Σ xᵢ.
 #[inline(always)]
 pub fn sum<T: Real>(x: &[T]) -> T {
@@ -216,6 +231,20 @@ pub fn sum<T: Real>(x: &[T]) -> T {
         total += x;
     }
     total
+}
+
+/// The largest element, or -∞ of none; not-a-number is passed over.
+#[inline(always)]
+pub fn max<T: Real>(x: &[T]) -> T {
+    let mut lanes = [T::NEG_INFINITY; LANES];
+    let mut wide = x.chunks_exact(LANES);
+    for x in &mut wide {
+        for i in 0..LANES {
+            lanes[i] = if x[i] > lanes[i] { x[i] } else { lanes[i] };
+        }
+    }
+    let rest = wide.remainder().iter().chain(&lanes);
+    rest.fold(T::NEG_INFINITY, |m, &x| if x > m { x } else { m })
 }
 
 /// y += a·x.
@@ -283,6 +312,7 @@ pub mod tests {
                 let expected: f64 = a.iter().zip(&b).map(|(a, b)| a * b).sum();
                 assert_eq!(dot_dispatched(&a, &b), expected, "{level:?}, {n} elements");
                 assert_eq!(sum(&a), a.iter().sum::<f64>());
+                assert_eq!(max(&a), a.iter().copied().fold(f64::NEG_INFINITY, f64::max));
             }
         });
     }

@@ -111,6 +111,33 @@ pub unsafe fn fresh<T: Real>(len: usize, fill: impl FnOnce(&mut [T])) -> Vec<T> 
     vec
 }
 
+/// A slice whose rows several tasks write at once, each its own.
+pub struct Scatter<'a, T> {
+    start: *mut T,
+    len: usize,
+    slice: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: rows are handed out under `row`'s contract only.
+unsafe impl<T: Send> Sync for Scatter<'_, T> {}
+
+impl<'a, T> Scatter<'a, T> {
+    pub fn new(slice: &'a mut [T]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), slice: PhantomData }
+    }
+
+    /// The elements `start..start + len`.
+    ///
+    /// # Safety
+    /// While it lives, no other row overlaps it.
+    #[allow(clippy::mut_from_ref)] // the contract above is what makes it sound
+    pub unsafe fn row(&self, start: usize, len: usize) -> &mut [T] {
+        assert!(start + len <= self.len, "row out of bounds");
+        // SAFETY: in bounds by the assertion, not aliased by the contract.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}
+
 /// What a custom op's forward pass returns.
 pub fn storage<T: Real>(data: Vec<T>, shape: impl Into<Shape>) -> Result<(CpuStorage, Shape)> {
     Ok((T::to_cpu_storage_owned(data), shape.into()))
