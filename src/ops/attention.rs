@@ -5,83 +5,15 @@
 //! One task is one head of one sample: its keys and values are gathered once into a contiguous block.
 
 use super::{
-    simd::{Real, axpy, dot, max, multiversion, sum},
+    simd::{Real, add_lanes, axpy, dot, fma_lanes, fma_rest, max_lanes, multiversion},
     slices::{Scatter, by_dtype, fresh, slice, storage, tensor, view},
 };
 use crate::error::{Result, ensure};
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
-use std::{ops::Range, sync::Arc};
+use std::sync::Arc;
 
-/// The key positions `start`, `start + stride`, …, `len` of them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Run {
-    pub start: usize,
-    pub len: usize,
-    pub stride: usize,
-}
-
-/// Which keys each query reads. All samples share the lists, but for the length of their source text.
-#[derive(Debug, Clone)]
-pub struct KeyRanges {
-    /// The runs of query q are `runs[offsets[q]..offsets[q + 1]]`; no key may be listed twice.
-    pub offsets: Vec<usize>,
-    pub runs: Vec<Run>,
-    /// Positions that hold the source text with its padding.
-    pub text: Range<usize>,
-    /// Of each sample, the positions of `text` in use; nobody reads the rest. `None`: all of them.
-    pub text_lengths: Option<Vec<usize>>,
-}
-
-impl KeyRanges {
-    /// The runs of a query.
-    pub fn runs_of(&self, query: usize) -> &[Run] {
-        &self.runs[self.offsets[query]..self.offsets[query + 1]]
-    }
-
-    /// Positions of padding in a sample.
-    fn padding(&self, sample: usize) -> Range<usize> {
-        match &self.text_lengths {
-            Some(lengths) => (self.text.start + lengths[sample]).min(self.text.end)..self.text.end,
-            None => 0..0,
-        }
-    }
-
-    /// Replaces `keys` by the positions that a query of a sample reads.
-    fn list(&self, padding: &Range<usize>, query: usize, keys: &mut Vec<usize>) {
-        keys.clear();
-        for run in self.runs_of(query) {
-            let positions = (0..run.len).map(|i| run.start + i * run.stride);
-            keys.extend(positions.filter(|key| !padding.contains(key)));
-        }
-    }
-
-    /// Checks that the lists fit a batch.
-    fn check(&self, samples: usize, positions: usize) -> Result<()> {
-        let last = self.runs.iter().filter(|run| run.len > 0).map(|run| run.start + (run.len - 1) * run.stride).max();
-        ensure!(
-            self.offsets.len() == positions + 1
-                && self.offsets.is_sorted()
-                && self.offsets[positions] <= self.runs.len()
-                && last.is_none_or(|last| last < positions),
-            "attention: the lists of keys are not for {positions} positions"
-        );
-        let lengths = self.text_lengths.as_ref().map_or(samples, Vec::len);
-        ensure!(lengths == samples, "attention: {lengths} text lengths for {samples} samples");
-        Ok(())
-    }
-
-    /// 1 where a query sees a key: (samples, queries, keys) u8. For the oracle only.
-    fn mask(&self, samples: usize, positions: usize) -> Vec<u8> {
-        let mut mask = vec![0; samples * positions * positions];
-        let mut keys = Vec::new();
-        for (row, mask) in mask.chunks_exact_mut(positions.max(1)).enumerate() {
-            self.list(&self.padding(row / positions), row % positions, &mut keys);
-            keys.iter().for_each(|&key| mask[key] = 1);
-        }
-        mask
-    }
-}
+pub use super::key_ranges::{KeyRanges, Run};
 
 /// `qkv (b, l, 3, heads, d)` → `(b, l, heads·d)`: softmax of q·k / √d over the listed keys, times v. A query
 /// without keys gives zeros.
@@ -144,8 +76,11 @@ impl Sizes {
 
     /// All rows of a part of a head, gathered.
     fn gather<T: Real>(&self, qkv: &[T], sample: usize, part: usize, head: usize) -> Vec<T> {
-        let rows = (0..self.positions).map(|position| self.row(sample, position, part, head));
-        rows.flat_map(|start| &qkv[start..start + self.d]).copied().collect()
+        let mut rows = Vec::with_capacity(self.positions * self.d);
+        for position in 0..self.positions {
+            rows.extend_from_slice(&qkv[self.row(sample, position, part, head)..][..self.d]);
+        }
+        rows
     }
 
     /// Every (sample, head), in parallel.
@@ -175,54 +110,88 @@ pub fn backward<T: Real>(qkv: &[T], dout: &[T], keys: &KeyRanges, sizes: Sizes) 
     unsafe { fresh(3 * sizes.outputs(), fill) }
 }
 
-/// Keys that are worked on together: they share the loads of the query, and their sums are independent.
-const GROUP: usize = 4;
+/// Width of the vectors that scores and sums are kept in.
+const WIDE: usize = 16;
 
-/// The rows `keys` of a block of rows of length `d`.
-#[inline(always)]
-fn rows<'a, T>(block: &'a [T], d: usize, keys: &[usize]) -> [&'a [T]; GROUP] {
-    std::array::from_fn(|i| &block[keys[i] * d..][..d])
-}
-
-/// `out[i] = a · block[keys[i]]`.
+/// `out[i] = a · block[keys[i]]`. The lanes of a few keys go through memory before they are added up: left to
+/// itself the compiler vectorises across keys and shuffles every load.
 #[inline(always)]
 fn dots<T: Real, const FMA: bool>(out: &mut [T], a: &[T], block: &[T], keys: &[usize]) {
     let d = a.len();
-    let whole = keys.len() / GROUP * GROUP;
-    for (out, keys) in out.chunks_exact_mut(GROUP).zip(keys.chunks_exact(GROUP)) {
-        out.copy_from_slice(&super::simd::dots::<T, FMA, GROUP>(a, rows(block, d, keys)));
-    }
-    for (out, &key) in out[whole..].iter_mut().zip(&keys[whole..]) {
-        *out = dot::<T, FMA>(a, &block[key * d..][..d]);
+    let (a, a_rest) = a.as_chunks::<WIDE>();
+    let mut partial = [[T::ZERO; WIDE]; 8];
+    for (out, keys) in out.chunks_mut(8).zip(keys.chunks(8)) {
+        for (partial, &key) in partial.iter_mut().zip(keys) {
+            let mut lanes = [T::ZERO; WIDE];
+            for (a, b) in a.iter().zip(block[key * d..][..d].as_chunks().0) {
+                fma_lanes::<T, FMA, WIDE>(&mut lanes, a, b);
+            }
+            *partial = lanes;
+        }
+        for ((out, &partial), &key) in out.iter_mut().zip(&partial).zip(keys) {
+            let b_rest = &block[(key + 1) * d - a_rest.len()..(key + 1) * d];
+            *out = fma_rest::<T, FMA>(add_lanes(partial), a_rest, b_rest);
+        }
     }
 }
 
-/// `out = Σᵢ weights[i] · block[keys[i]]`.
+/// `out = Σᵢ weights[i] · block[keys[i]]`, four keys at a time so that `out` is read and written less.
 #[inline(always)]
 fn mix<T: Real, const FMA: bool>(out: &mut [T], weights: &[T], block: &[T], keys: &[usize]) {
     let d = out.len();
-    let whole = keys.len() / GROUP * GROUP;
+    let row = |key: usize| &block[key * d..][..d];
     out.fill(T::ZERO);
-    for (w, keys) in weights.chunks_exact(GROUP).zip(keys.chunks_exact(GROUP)) {
-        let [a, b, c, e] = rows(block, d, keys);
+    let ((weights, weights_rest), (keys, keys_rest)) = (weights.as_chunks::<4>(), keys.as_chunks::<4>());
+    for (w, keys) in weights.iter().zip(keys) {
+        let [a, b, c, e] = [row(keys[0]), row(keys[1]), row(keys[2]), row(keys[3])];
         for i in 0..d {
             let first = w[0].fma::<FMA>(a[i], w[1] * b[i]);
             let second = w[2].fma::<FMA>(c[i], w[3].fma::<FMA>(e[i], out[i]));
             out[i] = first + second;
         }
     }
-    for (&w, &key) in weights[whole..].iter().zip(&keys[whole..]) {
-        axpy::<T, FMA>(out, w, &block[key * d..][..d]);
+    for (&w, &key) in weights_rest.iter().zip(keys_rest) {
+        axpy::<T, FMA>(out, w, row(key));
     }
 }
 
-/// Turns scores into probabilities.
+/// The probabilities of query `q` over the listed keys of `k`, in `room`.
 #[inline(always)]
-fn softmax<T: Real>(scores: &mut [T], scale: T) {
-    let largest = max(scores);
-    scores.iter_mut().for_each(|s| *s = Real::exp((*s - largest) * scale));
-    let normalise = T::ONE / sum(scores);
-    scores.iter_mut().for_each(|s| *s *= normalise);
+fn probabilities<'a, T: Real, const FMA: bool>(
+    room: &'a mut [[T; WIDE]],
+    q: &[T],
+    k: &[T],
+    keys: &[usize],
+    scale: T,
+) -> &'a [T] {
+    let n = keys.len();
+    let room = &mut room[..n.div_ceil(WIDE)];
+    let scores = room.as_flattened_mut();
+    dots::<T, FMA>(&mut scores[..n], q, k, keys);
+    scores[n..].fill(T::NEG_INFINITY); // becomes 0 in the sum
+    softmax(room, scale);
+    &room.as_flattened()[..n]
+}
+
+/// softmax of `scale` · scores.
+#[inline(always)]
+fn softmax<T: Real>(scores: &mut [[T; WIDE]], scale: T) {
+    let mut lanes = [T::NEG_INFINITY; WIDE];
+    for s in scores.iter() {
+        for i in 0..WIDE {
+            lanes[i] = if s[i] > lanes[i] { s[i] } else { lanes[i] };
+        }
+    }
+    let largest = max_lanes(lanes);
+    let mut lanes = [T::ZERO; WIDE];
+    for s in scores.iter_mut() {
+        for i in 0..WIDE {
+            s[i] = Real::exp((s[i] - largest) * scale);
+            lanes[i] += s[i];
+        }
+    }
+    let factor = T::ONE / add_lanes(lanes);
+    scores.as_flattened_mut().iter_mut().for_each(|s| *s *= factor);
 }
 
 multiversion! {
@@ -234,25 +203,23 @@ multiversion! {
         head: usize,
         out: &Scatter<T>,
     ) {
-        let d = sizes.d;
+        let Sizes { positions, d, .. } = sizes;
         let (k, v) = (sizes.gather(qkv, sample, 1, head), sizes.gather(qkv, sample, 2, head));
         let scale = T::ONE / T::from_f64(d as f64).sqrt();
         let padding = keys.padding(sample);
-        let (mut list, mut p) = (Vec::new(), vec![T::ZERO; sizes.positions]);
-        for query in 0..sizes.positions {
+        let (mut list, mut room) = (Vec::new(), vec![[T::ZERO; WIDE]; positions.div_ceil(WIDE)]);
+        for query in 0..positions {
             keys.list(&padding, query, &mut list);
-            let p = &mut p[..list.len()];
-            dots::<T, FMA>(p, &qkv[sizes.row(sample, query, 0, head)..][..d], &k, &list);
-            softmax(p, scale);
+            let q = &qkv[sizes.row(sample, query, 0, head)..][..d];
+            let p = probabilities::<T, FMA>(&mut room, q, &k, &list, scale);
             // SAFETY: this row belongs to this task alone.
-            let row = unsafe { out.row(sizes.output_row(sample, query, head), d) };
-            mix::<T, FMA>(row, p, &v, &list);
+            mix::<T, FMA>(unsafe { out.row(sizes.output_row(sample, query, head), d) }, p, &v, &list);
         }
     }
 }
 
 multiversion! {
-    /// With p the probabilities of a query and dp = dout·v: ds = p (dp − Σ p dp), dq = ds·k / √d, dk += ds q / √d, dv += p dout.
+    /// With p the probabilities of a query and dp = dout·v: ds = p (dp − Σ p dp) / √d, dq = ds·k, dk += ds q, dv += p dout.
     fn backward_head<T: Real, const FMA: bool>(
         qkv: &[T],
         dout: &[T],
@@ -267,23 +234,22 @@ multiversion! {
         let (mut dk, mut dv) = (vec![T::ZERO; positions * d], vec![T::ZERO; positions * d]);
         let scale = T::ONE / T::from_f64(d as f64).sqrt();
         let padding = keys.padding(sample);
-        let (mut list, mut p, mut dp) = (Vec::new(), vec![T::ZERO; positions], vec![T::ZERO; positions]);
+        let (mut list, mut room) = (Vec::new(), vec![[T::ZERO; WIDE]; positions.div_ceil(WIDE)]);
+        let mut ds = vec![T::ZERO; positions];
         for query in 0..positions {
             keys.list(&padding, query, &mut list);
-            let (p, dp) = (&mut p[..list.len()], &mut dp[..list.len()]);
             let q = &qkv[sizes.row(sample, query, 0, head)..][..d];
             let dout = &dout[sizes.output_row(sample, query, head)..][..d];
-            dots::<T, FMA>(p, q, &k, &list);
-            softmax(p, scale);
-            dots::<T, FMA>(dp, dout, &v, &list);
-            let mean = dot::<T, FMA>(p, dp);
-            dp.iter_mut().zip(&*p).for_each(|(dp, &p)| *dp = (*dp - mean) * p * scale);
+            let p = probabilities::<T, FMA>(&mut room, q, &k, &list, scale);
+            let ds = &mut ds[..list.len()];
+            dots::<T, FMA>(ds, dout, &v, &list);
+            let mean = dot::<T, FMA>(p, ds);
+            ds.iter_mut().zip(p).for_each(|(ds, &p)| *ds = (*ds - mean) * p * scale);
             // SAFETY: the rows of a head belong to its task alone, here and below.
-            mix::<T, FMA>(unsafe { dqkv.row(sizes.row(sample, query, 0, head), d) }, dp, &k, &list);
-            for ((&key, &p), &ds) in list.iter().zip(&*p).zip(&*dp) {
-                let range = key * d..(key + 1) * d;
-                axpy::<T, FMA>(&mut dk[range.clone()], ds, q);
-                axpy::<T, FMA>(&mut dv[range], p, dout);
+            mix::<T, FMA>(unsafe { dqkv.row(sizes.row(sample, query, 0, head), d) }, ds, &k, &list);
+            for ((&key, &p), &ds) in list.iter().zip(p).zip(&*ds) {
+                axpy::<T, FMA>(&mut dk[key * d..][..d], ds, q);
+                axpy::<T, FMA>(&mut dv[key * d..][..d], p, dout);
             }
         }
         for position in 0..positions {

@@ -14,6 +14,7 @@ pub mod cross_entropy;
 pub mod gelu;
 pub mod gemm;
 pub mod group_norm;
+pub mod key_ranges;
 pub mod layer_norm;
 pub mod linear;
 pub mod nearest_code;

@@ -162,7 +162,7 @@ const LANES: usize = 32;
 
 /// Adds up lanes pairwise.
 #[inline(always)]
-fn add_lanes<T: Real, const N: usize>(mut lanes: [T; N]) -> T {
+pub fn add_lanes<T: Real, const N: usize>(mut lanes: [T; N]) -> T {
     let mut width = N / 2;
     while width > 0 {
         for i in 0..width {
@@ -173,61 +173,60 @@ fn add_lanes<T: Real, const N: usize>(mut lanes: [T; N]) -> T {
     lanes[0]
 }
 
-/// Σ aᵢ·bᵢ over the shorter length.
+/// The largest of the lanes.
 #[inline(always)]
-pub fn dot<T: Real, const FMA: bool>(a: &[T], b: &[T]) -> T {
-    let n = a.len().min(b.len());
-    let (a, b) = (&a[..n], &b[..n]);
-    let mut lanes = [T::ZERO; LANES];
-    let (mut wide_a, mut wide_b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    for (a, b) in (&mut wide_a).zip(&mut wide_b) {
-        for i in 0..LANES {
-            lanes[i] = a[i].fma::<FMA>(b[i], lanes[i]);
+pub fn max_lanes<T: Real, const N: usize>(mut lanes: [T; N]) -> T {
+    let mut width = N / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
         }
+        width /= 2;
     }
-    let mut total = add_lanes(lanes);
-    for (&a, &b) in wide_a.remainder().iter().zip(wide_b.remainder()) {
+    lanes[0]
+}
+
+/// lanes += a·b.
+#[inline(always)]
+pub fn fma_lanes<T: Real, const FMA: bool, const N: usize>(lanes: &mut [T; N], a: &[T; N], b: &[T; N]) {
+    for i in 0..N {
+        lanes[i] = a[i].fma::<FMA>(b[i], lanes[i]);
+    }
+}
+
+/// total + a·b, for what is left after whole lanes.
+#[inline(always)]
+pub fn fma_rest<T: Real, const FMA: bool>(mut total: T, a: &[T], b: &[T]) -> T {
+    for (&a, &b) in a.iter().zip(b) {
         total = a.fma::<FMA>(b, total);
     }
     total
 }
 
-/// a·b of several b, which share the loads of a and whose chains of additions overlap.
+/// Σ aᵢ·bᵢ over the shorter length.
 #[inline(always)]
-pub fn dots<T: Real, const FMA: bool, const N: usize>(a: &[T], b: [&[T]; N]) -> [T; N] {
-    const WIDE: usize = 16;
-    let whole = a.len() / WIDE * WIDE;
-    let mut lanes = [[T::ZERO; WIDE]; N];
-    for start in (0..whole).step_by(WIDE) {
-        let a = &a[start..start + WIDE];
-        for (lanes, b) in lanes.iter_mut().zip(b) {
-            let b = &b[start..start + WIDE];
-            for i in 0..WIDE {
-                lanes[i] = a[i].fma::<FMA>(b[i], lanes[i]);
-            }
-        }
+pub fn dot<T: Real, const FMA: bool>(a: &[T], b: &[T]) -> T {
+    let n = a.len().min(b.len());
+    let ((a, a_rest), (b, b_rest)) = (a[..n].as_chunks::<LANES>(), b[..n].as_chunks::<LANES>());
+    let mut lanes = [T::ZERO; LANES];
+    for (a, b) in a.iter().zip(b) {
+        fma_lanes::<T, FMA, LANES>(&mut lanes, a, b);
     }
-    std::array::from_fn(|n| {
-        let mut total = add_lanes(lanes[n]);
-        for (&a, &b) in a[whole..].iter().zip(&b[n][whole..]) {
-            total = a.fma::<FMA>(b, total);
-        }
-        total
-    })
+    fma_rest::<T, FMA>(add_lanes(lanes), a_rest, b_rest)
 }
 
 /// Σ xᵢ.
 #[inline(always)]
 pub fn sum<T: Real>(x: &[T]) -> T {
+    let (x, rest) = x.as_chunks::<LANES>();
     let mut lanes = [T::ZERO; LANES];
-    let mut wide = x.chunks_exact(LANES);
-    for x in &mut wide {
+    for x in x {
         for i in 0..LANES {
             lanes[i] += x[i];
         }
     }
     let mut total = add_lanes(lanes);
-    for &x in wide.remainder() {
+    for &x in rest {
         total += x;
     }
     total
@@ -236,15 +235,18 @@ pub fn sum<T: Real>(x: &[T]) -> T {
 /// The largest element, or -∞ of none; not-a-number is passed over.
 #[inline(always)]
 pub fn max<T: Real>(x: &[T]) -> T {
+    let (x, rest) = x.as_chunks::<LANES>();
     let mut lanes = [T::NEG_INFINITY; LANES];
-    let mut wide = x.chunks_exact(LANES);
-    for x in &mut wide {
+    for x in x {
         for i in 0..LANES {
             lanes[i] = if x[i] > lanes[i] { x[i] } else { lanes[i] };
         }
     }
-    let rest = wide.remainder().iter().chain(&lanes);
-    rest.fold(T::NEG_INFINITY, |m, &x| if x > m { x } else { m })
+    let mut largest = max_lanes(lanes);
+    for &x in rest {
+        largest = if x > largest { x } else { largest };
+    }
+    largest
 }
 
 /// y += a·x.

@@ -1,0 +1,80 @@
+//! Which keys each query of a batch reads, as data: a few runs a query.
+
+use crate::error::{Result, ensure};
+use std::ops::Range;
+
+/// The key positions `start`, `start + stride`, …, `len` of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    pub start: usize,
+    pub len: usize,
+    pub stride: usize,
+}
+
+/// Which keys each query reads. All samples share the lists, but for the length of their source text.
+#[derive(Debug, Clone)]
+pub struct KeyRanges {
+    /// The runs of query q are `runs[offsets[q]..offsets[q + 1]]`; no key may be listed twice.
+    pub offsets: Vec<usize>,
+    pub runs: Vec<Run>,
+    /// Positions that hold the source text with its padding.
+    pub text: Range<usize>,
+    /// Of each sample, the positions of `text` in use; nobody reads the rest. `None`: all of them.
+    pub text_lengths: Option<Vec<usize>>,
+}
+
+impl KeyRanges {
+    /// The runs of a query.
+    pub fn runs_of(&self, query: usize) -> &[Run] {
+        &self.runs[self.offsets[query]..self.offsets[query + 1]]
+    }
+
+    /// Positions of padding in a sample.
+    pub(super) fn padding(&self, sample: usize) -> Range<usize> {
+        match &self.text_lengths {
+            Some(lengths) => (self.text.start + lengths[sample]).min(self.text.end)..self.text.end,
+            None => 0..0,
+        }
+    }
+
+    /// Replaces `keys` by the positions that a query of a sample reads.
+    #[inline(always)]
+    pub(super) fn list(&self, padding: &Range<usize>, query: usize, keys: &mut Vec<usize>) {
+        keys.clear();
+        for run in self.runs_of(query) {
+            let mut key = run.start;
+            for _ in 0..run.len {
+                if key < padding.start || key >= padding.end {
+                    keys.push(key);
+                }
+                key += run.stride;
+            }
+        }
+    }
+
+    /// Checks that the lists fit a batch.
+    pub(super) fn check(&self, samples: usize, positions: usize) -> Result<()> {
+        let last = self.runs.iter().filter(|run| run.len > 0).map(|run| run.start + (run.len - 1) * run.stride).max();
+        ensure!(
+            self.offsets.len() == positions + 1
+                && self.offsets.is_sorted()
+                && self.offsets[positions] <= self.runs.len()
+                && last.is_none_or(|last| last < positions),
+            "attention: the lists of keys are not for {positions} positions"
+        );
+        let lengths = self.text_lengths.as_ref().map_or(samples, Vec::len);
+        ensure!(lengths == samples, "attention: {lengths} text lengths for {samples} samples");
+        Ok(())
+    }
+
+    /// 1 where a query sees a key: (samples, queries, keys) u8. For the oracle only.
+    pub(super) fn mask(&self, samples: usize, positions: usize) -> Vec<u8> {
+        let mut mask = vec![0; samples * positions * positions];
+        let mut keys = Vec::new();
+        for (row, mask) in mask.chunks_exact_mut(positions.max(1)).enumerate() {
+            self.list(&self.padding(row / positions), row % positions, &mut keys);
+            keys.iter().for_each(|&key| mask[key] = 1);
+        }
+        mask
+    }
+}
