@@ -1,5 +1,6 @@
 //! The command line: one file a command, each with its `Args` and a `run` that calls the floors below.
 
+mod caption;
 mod completions;
 mod config;
 mod data;
@@ -7,9 +8,12 @@ mod data_encode;
 mod data_inspect;
 mod data_vocab;
 mod doctor;
+mod eval;
 mod export;
 mod man;
+mod sampling;
 mod summary;
+mod t2i;
 mod train;
 
 use crate::error::{Error, Result, usage};
@@ -34,6 +38,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    #[command(name = "t2i")]
+    T2i(t2i::Args),
+    Caption(caption::Args),
+    Eval(eval::Args),
     Train(train::Args),
     Export(export::Args),
     Config(config::Args),
@@ -58,6 +66,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     crate::runtime::start_threads(cli.threads.map(usize::from))?;
     let json = cli.json;
     match cli.command {
+        Command::T2i(args) => t2i::run(args, json),
+        Command::Caption(args) => caption::run(args, json),
+        Command::Eval(args) => eval::run(args, json),
         Command::Train(args) => train::run(args, json),
         Command::Export(args) => export::run(args, json),
         Command::Config(args) => config::run(args, json),

@@ -1,1 +1,95 @@
-//! (in the making)
+//! How good a model is: what it paints is told apart from like pictures, what it says names the thing.
+
+pub mod caption;
+pub mod retrieval;
+
+use crate::{
+    config,
+    data::{BadCounts, Dataset, Kind},
+    error::{Result, ensure, failed},
+    random::Random,
+    report,
+};
+use serde::Serialize;
+
+/// Hits among tries.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Rate {
+    pub hits: usize,
+    pub of: usize,
+    pub rate: f64,
+    /// Bounds of Wilson's 95 % interval.
+    pub interval: [f64; 2],
+}
+
+impl Rate {
+    /// `hits` of `of` tries.
+    pub fn new(hits: usize, of: usize) -> Self {
+        let (n, z) = (of.max(1) as f64, 1.959_964);
+        let rate = hits as f64 / n;
+        let centre = rate + z * z / (2.0 * n);
+        let half = z * (rate * (1.0 - rate) / n + z * z / (4.0 * n * n)).sqrt();
+        let bound = |x: f64| (x / (1.0 + z * z / n)).clamp(0.0, 1.0);
+        Self { hits, of, rate, interval: [bound(centre - half), bound(centre + half)] }
+    }
+}
+
+/// `count` different indices below `from` (all where there are fewer), a keyed choice in keyed order.
+fn choose(count: usize, from: usize, seed: u64, purpose: &str, step: u64) -> Vec<usize> {
+    let mut all: Vec<usize> = (0..from).collect();
+    let count = count.min(from);
+    for i in 0..count {
+        let mut random = Random::keyed(seed, purpose, step, i as u64);
+        all.swap(i, i + random.below((from - i) as u64) as usize);
+    }
+    all.truncate(count);
+    all
+}
+
+/// Opens the samples at `path`.
+fn open(path: &str, kind: Kind) -> Result<Dataset> {
+    let source = config::Source { path: path.to_owned(), weight: 1.0 };
+    Dataset::open(&config::Data { sources: vec![source], ..config::Data::default() }, kind)
+}
+
+/// Says what could not be read; fails if that was everything.
+fn tell_bad(path: &str, bad: &BadCounts, good: usize) -> Result<()> {
+    let hint = "`vilg data inspect PATH` tells what is there";
+    ensure!(good > 0, failed(format_args!("nothing in `{path}` can be used: {bad}"), hint));
+    if bad.total() > 0 {
+        report::warn(format_args!("skipped in `{path}`: {bad}"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    /// Against statsmodels' proportion_confint(method="wilson"), rounded.
+    #[test]
+    fn wilson_s_interval() {
+        let close = |hits, of, low: f64, high: f64| {
+            let [l, h] = Rate::new(hits, of).interval;
+            assert!((l - low).abs() < 5e-4 && (h - high).abs() < 5e-4, "{hits}/{of}: {l} {h}");
+        };
+        close(20, 100, 0.1334, 0.2888);
+        close(0, 10, 0.0, 0.2775);
+        close(10, 10, 0.7225, 1.0);
+        close(1, 2, 0.0945, 0.9055);
+        assert_eq!(Rate::new(0, 0).rate, 0.0);
+    }
+
+    #[test]
+    fn choices_are_different_keyed_and_even() {
+        let set: BTreeSet<_> = choose(5, 9, 1, "a", 0).into_iter().collect();
+        assert!(set.len() == 5 && set.last() < Some(&9));
+        assert_eq!(choose(9, 5, 1, "a", 0).len(), 5);
+        assert_eq!(choose(5, 9, 1, "a", 0), choose(5, 9, 1, "a", 0));
+        assert_ne!(choose(50, 90, 1, "a", 0), choose(50, 90, 1, "a", 1));
+        let mut counts = [0; 6];
+        (0..6000).flat_map(|step| choose(2, 6, 1, "b", step)).for_each(|i| counts[i] += 1);
+        assert!(counts.iter().all(|count| (1850..2150).contains(count)), "{counts:?}");
+    }
+}

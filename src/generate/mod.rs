@@ -1,1 +1,43 @@
-//! (in the making)
+//! Painting and describing with a trained model.
+//!
+//! Reading order: [`sampling`] turns logits into tokens, [`paint`](self) and `caption` decode with them,
+//! `beam` searches for the likeliest caption, `score` measures one. All are methods of [`Models`].
+
+mod beam;
+mod caption;
+mod paint;
+pub mod sampling;
+mod score;
+#[cfg(test)]
+mod tests;
+
+pub use caption::{Caption, Decoding};
+pub use paint::{Job, Painting};
+pub use sampling::Sampling;
+
+use crate::{
+    bundle::Bundle, data::image::to_pixels, error::Result, model::Generator, text::WordPiece, tokenizer::ImageTokenizer,
+};
+use image::RgbImage;
+
+/// What it takes to go from text to pictures and back.
+pub struct Models {
+    pub generator: Generator,
+    pub image_tokenizer: ImageTokenizer,
+    pub text: WordPiece,
+}
+
+impl Models {
+    /// The parts of an opened model folder.
+    pub fn load(bundle: &Bundle) -> Result<Self> {
+        Ok(Self { generator: bundle.generator()?, image_tokenizer: bundle.image_tokenizer()?, text: bundle.text()? })
+    }
+
+    /// The codes of square pictures of [`ImageTokenizer::image_size`], in raster order.
+    pub fn encode(&self, pictures: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
+        if pictures.is_empty() {
+            return Ok(Vec::new());
+        }
+        Ok(self.image_tokenizer.encode(&to_pixels(pictures)?)?.to_vec2()?)
+    }
+}

@@ -1,0 +1,57 @@
+//! The options that commands which draw tokens share.
+
+use crate::{config, generate::Sampling};
+
+/// How codes are drawn; what is not given is taken from the model's configuration.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Divides the logits; lower is safer and plainer, 0 takes the likeliest code [default: the model's]
+    #[arg(long, value_name = "T", value_parser = from_0_to_100)]
+    pub temperature: Option<f64>,
+    /// Draw only from the K likeliest codes; 0: from all [default: the model's]
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Draw only from the likeliest codes that make up this probability; 1: from all [default: the model's]
+    #[arg(long, value_name = "P", value_parser = probability)]
+    pub top_p: Option<f64>,
+    /// Classifier-free guidance: 1 is none, more follows the prompt more closely [default: the model's]
+    #[arg(long, value_name = "S", value_parser = from_0_to_100)]
+    pub guidance: Option<f64>,
+}
+
+impl Options {
+    /// The options over a model's defaults.
+    pub fn over(&self, defaults: &config::Sample) -> Sampling {
+        Sampling {
+            temperature: self.temperature.unwrap_or(defaults.temperature),
+            top_k: self.top_k.unwrap_or(defaults.top_k),
+            top_p: self.top_p.unwrap_or(defaults.top_p),
+            guidance: self.guidance.unwrap_or(defaults.guidance),
+        }
+    }
+}
+
+/// A number from 0 to 100.
+pub fn from_0_to_100(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if (0.0..=100.0).contains(&number) { Ok(number) } else { Err("must be from 0 to 100".to_owned()) }
+}
+
+/// A number above 0, at most 1.
+pub fn probability(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if number > 0.0 && number <= 1.0 { Ok(number) } else { Err("must be above 0, at most 1".to_owned()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges() {
+        assert_eq!((from_0_to_100("0.5"), from_0_to_100("100")), (Ok(0.5), Ok(100.0)));
+        assert!(["-0.1", "100.1", "NaN", "inf", "", "1,5"].iter().all(|text| from_0_to_100(text).is_err()));
+        assert_eq!((probability("1"), probability("1e-3")), (Ok(1.0), Ok(1e-3)));
+        assert!(["0", "1.1", "NaN", "-1", "x"].iter().all(|text| probability(text).is_err()));
+    }
+}

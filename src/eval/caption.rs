@@ -1,0 +1,73 @@
+//! Captioning, measured: does the caption contain the name of what the picture shows?
+
+use super::{Rate, choose, open, tell_bad};
+use crate::{
+    data::Kind,
+    error::{Result, ensure, failed},
+    generate::{Decoding, Models},
+    report,
+};
+use image::RgbImage;
+
+/// Pictures described at once.
+const BATCH: usize = 64;
+
+/// A keyed choice of `samples` pictures (0: all) of `data` is described; each must have `name_zh` in its JSON.
+pub fn run(models: &Models, data: &str, samples: usize, decoding: &Decoding, seed: u64) -> Result<Rate> {
+    let dataset = open(data, Kind::Pictures(models.image_tokenizer.image_size() as u32))?;
+    let places: Vec<(usize, u64)> =
+        dataset.sources.iter().enumerate().flat_map(|(i, source)| (0..source.len()).map(move |n| (i, n))).collect();
+    let count = if samples == 0 { places.len() } else { samples };
+    let chosen = choose(count, places.len(), seed, "eval pairs", 0);
+    let (mut hits, mut of, mut nameless, mut bad) = (0, 0, 0, dataset.bad.clone());
+    let bar = report::bar(chosen.len() as u64, "describing");
+    for chunk in chosen.chunks(BATCH) {
+        let (mut pictures, mut names): (Vec<RgbImage>, Vec<String>) = Default::default();
+        for &i in chunk {
+            let (source, sample) = places[i];
+            match dataset.read(source, sample) {
+                Ok(record) => match (record.image, record.meta.get("name_zh").and_then(|name| name.as_str())) {
+                    (Some(picture), Some(name)) => {
+                        pictures.push(picture);
+                        names.push(name.to_owned());
+                    }
+                    _ => nameless += 1,
+                },
+                Err(e) => bad.add(e),
+            }
+        }
+        let captions = models.describe(&models.encode(&pictures)?, decoding, 1)?;
+        let said = names.iter().zip(&captions).filter(|(name, c)| c.first().is_some_and(|c| names_it(&c.text, name)));
+        hits += said.count();
+        of += names.len();
+        bar.inc(chunk.len() as u64);
+    }
+    bar.finish_and_clear();
+    tell_bad(data, &bad, of + nameless)?;
+    let hint = "the name of what a picture shows is `name_zh` in its JSON, as scripts/ makes it for the emoji";
+    ensure!(of > 0, failed(format_args!("no picture in `{data}` has a name"), hint));
+    if nameless > 0 {
+        report::warn(format_args!("{nameless} pictures have no `name_zh` and were left out"));
+    }
+    Ok(Rate::new(hits, of))
+}
+
+/// Whether `caption` contains `name`; case and spaces do not count, since a caption has neither.
+fn names_it(caption: &str, name: &str) -> bool {
+    let plain = |text: &str| text.to_lowercase().split_whitespace().collect::<String>();
+    let name = plain(name);
+    !name.is_empty() && plain(caption).contains(&name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::names_it;
+
+    #[test]
+    fn case_and_spaces_do_not_count() {
+        assert!(names_it("一个扁平风格的atm取款机图标", "ATM 取款机"));
+        assert!(names_it("弯月，扁平风格", "弯月"));
+        assert!(!names_it("月，扁平风格", "弯月"));
+        assert!(!names_it("弯月", " "));
+    }
+}

@@ -1,0 +1,264 @@
+//! Painting, measured: is the picture that the caption belongs to the nearest of many of its style?
+
+use super::{Rate, choose, open, tell_bad};
+use crate::{
+    data::{Kind, Record},
+    error::{Result, ensure, failed},
+    generate::{Job, Models, Sampling},
+    report,
+};
+use image::RgbImage;
+use rayon::prelude::*;
+use serde::Serialize;
+use std::collections::HashMap;
+
+/// Side to which pictures are reduced before they are compared.
+const SIDE: usize = 16;
+
+/// How near two pictures are.
+pub const DISTANCE: &str = "mean squared RGB difference after box-filtering both pictures to 16×16";
+
+/// What is painted, and among what it is looked for.
+#[derive(Debug)]
+pub struct Settings<'a> {
+    pub data: &'a str,
+    /// More pictures to be told apart from, for styles of which `data` has too few.
+    pub pool: Option<&'a str>,
+    /// Pairs that are tried; 0: all.
+    pub samples: usize,
+    /// Pictures among which the painted one's own is looked for, itself included.
+    pub candidates: usize,
+    pub sampling: Sampling,
+    pub best_of: usize,
+    pub seed: u64,
+}
+
+/// The result.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Retrieval {
+    pub candidates: usize,
+    pub distance: &'static str,
+    /// Its own picture is the nearest.
+    pub top1: Rate,
+    /// Its own picture is among the five nearest.
+    pub top5: Rate,
+    pub chance_top1: f64,
+    pub chance_top5: f64,
+}
+
+/// A picture that can be looked for.
+struct Candidate {
+    features: Vec<f32>,
+    caption: String,
+    style: usize,
+}
+
+/// Paints a keyed choice of captions and looks for each one's own picture.
+pub fn run(models: &Models, settings: &Settings) -> Result<Retrieval> {
+    ensure!(settings.candidates >= 2, "a picture is told apart from at least one other");
+    let mut styles = HashMap::new();
+    let mut pictures = read(models, settings.data, &mut styles)?;
+    let of_data = pictures.len();
+    if let Some(pool) = settings.pool {
+        pictures.extend(read(models, pool, &mut styles)?);
+    }
+    let count = if settings.samples == 0 { of_data } else { settings.samples };
+    let chosen = choose(count, of_data, settings.seed, "eval pairs", 0);
+    let shelf = Shelf::new(&pictures, of_data, styles.len());
+    let others = chosen.iter().map(|&own| shelf.others(own, settings.candidates - 1, settings.seed));
+    let others = others.collect::<Result<Vec<_>>>()?;
+
+    let job = |&i: &usize| Job { prompt: pictures[i].caption.clone(), seed: settings.seed.wrapping_add(i as u64) };
+    let jobs: Vec<Job> = chosen.iter().map(job).collect();
+    let codes = models.generator.grid().len() * settings.best_of * jobs.len();
+    let bar = report::bar(codes as u64, "painting");
+    let paintings = models.paint(&jobs, &settings.sampling, settings.best_of, |codes| bar.inc(codes))?;
+    bar.finish_and_clear();
+
+    let rank_of = |((&own, others), painting): ((&usize, &Vec<usize>), &crate::generate::Painting)| {
+        let others = others.iter().map(|&other| pictures[other].features.as_slice());
+        rank(&features(&painting.picture), &pictures[own].features, others)
+    };
+    let ranks: Vec<usize> = chosen.par_iter().zip(&others).zip(&paintings).map(rank_of).collect();
+    let among = |best: usize| Rate::new(ranks.iter().filter(|&&rank| rank <= best).count(), ranks.len());
+    Ok(Retrieval {
+        candidates: settings.candidates,
+        distance: DISTANCE,
+        top1: among(1),
+        top5: among(5),
+        chance_top1: 1.0 / settings.candidates as f64,
+        chance_top5: (5.0 / settings.candidates as f64).min(1.0),
+    })
+}
+
+fn read(models: &Models, path: &str, styles: &mut HashMap<String, usize>) -> Result<Vec<Candidate>> {
+    let dataset = open(path, Kind::Pairs(models.image_tokenizer.image_size() as u32))?;
+    let (mut found, mut bad) = (Vec::new(), dataset.bad.clone());
+    for (source, shares) in dataset.sources.iter().enumerate() {
+        let read = |sample| dataset.read(source, sample).map(reduce);
+        let read: Vec<_> = (0..shares.len()).into_par_iter().map(read).collect();
+        for result in read {
+            match result {
+                Ok((features, caption, style)) => {
+                    let next = styles.len();
+                    let style = *styles.entry(style).or_insert(next);
+                    found.push(Candidate { features, caption, style });
+                }
+                Err(e) => bad.add(e),
+            }
+        }
+    }
+    tell_bad(path, &bad, found.len())?;
+    Ok(found)
+}
+
+/// Features, caption and style of a sample; without `style` in its JSON it is of the nameless style.
+fn reduce(record: Record) -> (Vec<f32>, String, String) {
+    let style = record.meta.get("style").and_then(|style| style.as_str()).unwrap_or_default().to_owned();
+    (record.image.as_ref().map(features).unwrap_or_default(), record.caption, style)
+}
+
+/// Pictures by style.
+struct Shelf<'a> {
+    pictures: &'a [Candidate],
+    /// By style: pictures of the data, and pictures of the pool.
+    styles: Vec<[Vec<usize>; 2]>,
+}
+
+impl<'a> Shelf<'a> {
+    fn new(pictures: &'a [Candidate], of_data: usize, styles: usize) -> Self {
+        let mut shelf = vec![[Vec::new(), Vec::new()]; styles];
+        for (i, picture) in pictures.iter().enumerate() {
+            shelf[picture.style][usize::from(i >= of_data)].push(i);
+        }
+        Self { pictures, styles: shelf }
+    }
+
+    /// `count` other pictures of the same style: of the data first, then of the pool. A picture with the same
+    /// features is the same picture, not another.
+    fn others(&self, own: usize, count: usize, seed: u64) -> Result<Vec<usize>> {
+        let picture = &self.pictures[own];
+        let mut others = Vec::with_capacity(count);
+        for (part, purpose) in self.styles[picture.style].iter().zip(["eval others", "eval pool"]) {
+            for i in choose(part.len(), part.len(), seed, purpose, own as u64) {
+                if others.len() < count && self.pictures[part[i]].features != picture.features {
+                    others.push(part[i]);
+                }
+            }
+        }
+        let message = format!("only {} other pictures of one style, {count} are wanted", others.len());
+        let hint = "name more pictures with --pool, or lower --candidates";
+        ensure!(others.len() == count, failed(message, hint));
+        Ok(others)
+    }
+}
+
+/// The place of `own`, counted from 1, among all by distance from `painted`; ties count against it.
+fn rank<'a>(painted: &[f32], own: &[f32], others: impl Iterator<Item = &'a [f32]>) -> usize {
+    let own = distance(painted, own);
+    1 + others.filter(|other| distance(painted, other) <= own).count()
+}
+
+/// Mean squared difference.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let squares = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2));
+    squares.sum::<f64>() / a.len() as f64
+}
+
+/// A picture box-filtered to 16×16 RGB values of 0 to 255, row by row.
+fn features(picture: &RgbImage) -> Vec<f32> {
+    let (width, height) = (picture.width() as usize, picture.height() as usize);
+    let (columns, rows) = (spans(width), spans(height));
+    let mut values = Vec::with_capacity(SIDE * SIDE * 3);
+    for row in &rows {
+        for column in &columns {
+            let mut sum = [0.0; 3];
+            for &(y, vertical) in row {
+                for &(x, horizontal) in column {
+                    let pixel = picture.get_pixel(x as u32, y as u32).0;
+                    sum.iter_mut().zip(pixel).for_each(|(s, c)| *s += vertical * horizontal * f64::from(c));
+                }
+            }
+            values.extend(sum.map(|s| s as f32));
+        }
+    }
+    values
+}
+
+/// For each of [`SIDE`] equal parts of a side of `size` pixels: the pixels that it covers and their shares.
+fn spans(size: usize) -> Vec<Vec<(usize, f64)>> {
+    let part = size as f64 / SIDE as f64;
+    let span = |i: usize| {
+        let (start, end) = (i as f64 * part, (i + 1) as f64 * part);
+        let pixels = start as usize..(end.ceil() as usize).min(size);
+        let share = |x: usize| (end.min((x + 1) as f64) - start.max(x as f64)) / part;
+        pixels.map(|x| (x, share(x))).filter(|(_, share)| *share > 0.0).collect()
+    };
+    (0..SIDE).map(span).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::Rgb;
+
+    #[test]
+    fn box_filter_averages() {
+        let picture = RgbImage::from_fn(64, 32, |x, y| Rgb([(x * 4) as u8, (y * 8) as u8, 7]));
+        let values = features(&picture);
+        assert_eq!(values.len(), 16 * 16 * 3);
+        // Cell (row 2, column 3) covers x 12..16 and y 4..6.
+        let cell = &values[(2 * 16 + 3) * 3..][..3];
+        assert!((cell[0] - 54.0).abs() < 1e-4 && (cell[1] - 36.0).abs() < 1e-4 && (cell[2] - 7.0).abs() < 1e-4);
+    }
+
+    #[test]
+    fn spans_share_out_every_pixel() {
+        for size in [1, 5, 16, 17, 40, 64, 100] {
+            let mut covered = vec![0.0; size];
+            for span in spans(size) {
+                assert!((span.iter().map(|(_, share)| share).sum::<f64>() - 1.0).abs() < 1e-9, "{size}");
+                span.iter().for_each(|&(x, share)| covered[x] += share);
+            }
+            assert!(covered.iter().all(|c| (c - 16.0 / size as f64).abs() < 1e-9), "{size} {covered:?}");
+        }
+    }
+
+    #[test]
+    fn rank_counts_ties_against() {
+        let others: [&[f32]; 4] = [&[0.0, 9.0], &[2.0, 0.0], &[0.0, 2.0], &[5.0, 5.0]];
+        let rank = |painted: [f32; 2], own: [f32; 2]| rank(&painted, &own, others.into_iter());
+        assert_eq!(rank([0.0, 0.0], [1.0, 1.0]), 1);
+        assert_eq!(rank([0.0, 0.0], [2.0, 0.0]), 3, "two others are just as near");
+        assert_eq!(rank([0.0, 0.0], [9.0, 9.0]), 5);
+        assert_eq!(rank([9.0, 9.0], [9.0, 9.0]), 1);
+    }
+
+    fn candidate(style: usize, value: f32) -> Candidate {
+        Candidate { features: vec![value], caption: String::new(), style }
+    }
+
+    #[test]
+    fn others_are_of_the_style_never_the_same_picture_and_from_the_pool_only_where_needed() {
+        let mut pictures: Vec<Candidate> = (0..12).map(|i| candidate(i % 2, i as f32)).collect();
+        pictures.push(candidate(0, 4.0)); // a copy of picture 4
+        let of_data = pictures.len();
+        pictures.extend((0..6).map(|i| candidate(i % 2, 100.0 + i as f32)));
+        let shelf = Shelf::new(&pictures, of_data, 2);
+        for seed in 0..5 {
+            for (own, count) in [(4, 5), (4, 8), (5, 3), (1, 8)] {
+                let others = shelf.others(own, count, seed).unwrap();
+                let different: std::collections::BTreeSet<_> = others.iter().collect();
+                assert_eq!(different.len(), count);
+                for &other in &others {
+                    assert!(pictures[other].style == pictures[own].style);
+                    assert!(pictures[other].features != pictures[own].features);
+                    assert!(count > 5 || other < of_data);
+                }
+            }
+        }
+        assert_ne!(shelf.others(5, 3, 0).unwrap(), shelf.others(5, 3, 1).unwrap());
+        let error = shelf.others(4, 9, 0).unwrap_err();
+        assert!(error.to_string().contains("only 8"), "{error}");
+    }
+}

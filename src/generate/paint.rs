@@ -1,0 +1,140 @@
+//! Text to pictures (paper §2.4): codes one by one, then the image tokenizer's decoder.
+
+use super::{
+    Models,
+    sampling::{Sampling, guide},
+};
+use crate::{
+    data::image::from_pixels,
+    error::{Context, Result, ensure},
+    model::Source,
+    random::Random,
+    runtime,
+};
+use candle_core::{DType, Tensor};
+use image::RgbImage;
+use rayon::prelude::*;
+
+/// Pictures that are painted side by side.
+const BATCH: usize = 64;
+
+/// A picture to paint. What comes out depends on nothing beside it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Job {
+    pub prompt: String,
+    pub seed: u64,
+}
+
+/// A painted picture.
+#[derive(Debug, Clone)]
+pub struct Painting {
+    pub picture: RgbImage,
+    /// In raster order.
+    pub codes: Vec<u32>,
+    /// ln p(prompt | picture) by the same model, a token on average.
+    pub score: f64,
+}
+
+/// One candidate for one job.
+#[derive(Clone, Copy)]
+struct Draw {
+    job: usize,
+    seed: u64,
+    candidate: u64,
+}
+
+impl Models {
+    /// Paints every job: `best_of` candidates each, of which the one wins that the model itself finds the
+    /// likeliest to be described by its prompt. `advance` hears of painted codes: n for each candidate.
+    pub fn paint(
+        &self,
+        jobs: &[Job],
+        sampling: &Sampling,
+        best_of: usize,
+        mut advance: impl FnMut(u64),
+    ) -> Result<Vec<Painting>> {
+        let prompts = jobs.iter().map(|job| self.text.encode(&job.prompt, self.generator.max_text()));
+        let prompts = prompts.collect::<Result<Vec<_>>>()?;
+        let draw = |job, candidate| Draw { job, seed: jobs[job].seed, candidate: candidate as u64 };
+        let draws: Vec<Draw> = (0..jobs.len()).flat_map(|j| (0..best_of.max(1)).map(move |c| draw(j, c))).collect();
+        let mut best: Vec<Option<(f64, Vec<u32>)>> = vec![None; jobs.len()];
+        for chunk in draws.chunks(BATCH) {
+            let codes = self.paint_codes(&prompts, chunk, sampling, &mut advance)?;
+            let texts: Vec<&[u32]> = chunk.iter().map(|draw| prompts[draw.job].as_slice()).collect();
+            let scores = self.score(&codes, &texts)?;
+            for ((draw, codes), score) in chunk.iter().zip(codes).zip(scores) {
+                if best[draw.job].as_ref().is_none_or(|(other, _)| score > *other) {
+                    best[draw.job] = Some((score, codes));
+                }
+            }
+        }
+        let finish = |best: Option<(f64, Vec<u32>)>| {
+            let (score, codes) = best.context("a job without candidates")?;
+            Ok(Painting { picture: self.picture(&codes)?, codes, score })
+        };
+        best.into_iter().map(finish).collect()
+    }
+
+    /// The codes of each draw. Prompts are read once, however many candidates they have.
+    fn paint_codes(
+        &self,
+        prompts: &[Vec<u32>],
+        draws: &[Draw],
+        sampling: &Sampling,
+        advance: &mut impl FnMut(u64),
+    ) -> Result<Vec<Vec<u32>>> {
+        let (first, last) = (draws.first().map_or(0, |d| d.job), draws.last().map_or(0, |d| d.job));
+        let mut sources = prompts[first..=last].to_vec();
+        let mut rows: Vec<usize> = draws.iter().map(|draw| draw.job - first).collect();
+        let guided = sampling.guidance != 1.0;
+        if guided {
+            // A second half of rows paints the same codes without a prompt.
+            rows.extend(std::iter::repeat_n(sources.len(), draws.len()));
+            sources.push(self.text.encode("", self.generator.max_text())?);
+        }
+        let (mut state, logits) = self.generator.decode_start(Source::Text(&sources))?;
+        state.reorder(&rows)?;
+        let index = Tensor::new(rows.iter().map(|&row| row as u32).collect::<Vec<_>>(), logits.device())?;
+        let mut logits = logits.index_select(&index, 0)?;
+
+        let count = self.generator.grid().len();
+        let mut codes: Vec<Vec<u32>> = vec![Vec::with_capacity(count); draws.len()];
+        for position in 0..count {
+            let mut values = to_values(&logits)?;
+            let next = next_codes(&mut values, draws, sampling, position as u64)?;
+            codes.iter_mut().zip(&next).for_each(|(codes, &code)| codes.push(code));
+            advance(draws.len() as u64);
+            if position + 1 < count {
+                logits = state.logits_next(&if guided { next.repeat(2) } else { next })?;
+            }
+        }
+        Ok(codes)
+    }
+
+    /// The picture of codes in raster order. One at a time, so that a picture's bytes depend on no other.
+    fn picture(&self, codes: &[u32]) -> Result<RgbImage> {
+        let device = &runtime::device();
+        let pixels = self.image_tokenizer.decode(&Tensor::from_slice(codes, (1, codes.len()), device)?)?;
+        from_pixels(&pixels)?.pop().context("the decoder gave no picture")
+    }
+}
+
+/// logits (rows, vocabulary), with a second half of unconditional rows under guidance → the next code of each draw.
+fn next_codes(values: &mut [f32], draws: &[Draw], sampling: &Sampling, position: u64) -> Result<Vec<u32>> {
+    let guided = sampling.guidance != 1.0;
+    let vocabulary = values.len() / draws.len() / if guided { 2 } else { 1 };
+    ensure!(vocabulary > 0, "the model predicts nothing");
+    let (conditional, unconditional) = values.split_at_mut(draws.len() * vocabulary);
+    if guided {
+        guide(conditional, unconditional, sampling.guidance);
+    }
+    let draw = |(row, draw): (&[f32], &Draw)| {
+        sampling.draw(row, Random::keyed(draw.seed, "paint", draw.candidate, position).unit())
+    };
+    conditional.par_chunks(vocabulary).zip(draws).map(draw).collect()
+}
+
+/// The values of logits, row by row.
+pub(super) fn to_values(logits: &Tensor) -> Result<Vec<f32>> {
+    Ok(logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}

@@ -1,0 +1,233 @@
+//! From logits to a token: guidance, temperature, top-k, top-p. Pure functions over one row of logits.
+
+use crate::{
+    config,
+    error::{Result, ensure},
+};
+use std::cmp::Ordering;
+
+/// How tokens are drawn.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    /// Divides the logits; 0 takes the likeliest token.
+    pub temperature: f64,
+    /// Only the K likeliest tokens are drawn; 0: all.
+    pub top_k: usize,
+    /// Only the likeliest tokens that make up this probability are drawn; 1: all.
+    pub top_p: f64,
+    /// Classifier-free guidance scale; 1: none.
+    pub guidance: f64,
+}
+
+impl From<&config::Sample> for Sampling {
+    fn from(sample: &config::Sample) -> Self {
+        let config::Sample { temperature, top_k, top_p, guidance, .. } = *sample;
+        Self { temperature, top_k, top_p, guidance }
+    }
+}
+
+impl Sampling {
+    /// Always the likeliest token.
+    pub const GREEDY: Self = Self { temperature: 0.0, top_k: 0, top_p: 1.0, guidance: 1.0 };
+
+    /// Draws a token; `unit` in `0..1` decides. Tokens at −∞ are never drawn, and ties go to the lower token.
+    ///
+    /// # Errors
+    /// A logit is NaN or +∞, or all are −∞.
+    pub fn draw(&self, logits: &[f32], unit: f64) -> Result<u32> {
+        let sound = logits.iter().all(|l| !l.is_nan()) && greatest(logits).is_finite();
+        ensure!(sound, "the model's predictions are not finite numbers; its weights are damaged");
+        let keep = if self.temperature == 0.0 { 1 } else { self.top_k };
+        let mut kept: Vec<u32> = (0..logits.len() as u32).filter(|&i| logits[i as usize] > f32::NEG_INFINITY).collect();
+        if keep > 0 && keep < kept.len() {
+            kept.select_nth_unstable_by(keep - 1, likelier(logits));
+            kept.truncate(keep);
+            kept.sort_unstable();
+        }
+        let mut weights = self.weights(logits, &kept);
+        if self.top_p < 1.0 {
+            (kept, weights) = nucleus(kept, weights, self.top_p);
+        }
+        Ok(kept[pick(&weights, unit)])
+    }
+
+    /// exp((logit − greatest) / temperature) of the `kept` tokens.
+    fn weights(&self, logits: &[f32], kept: &[u32]) -> Vec<f64> {
+        let greatest = f64::from(greatest(logits));
+        let weight = |&token: &u32| match f64::from(logits[token as usize]) - greatest {
+            0.0 => 1.0,
+            below => (below / self.temperature).exp(),
+        };
+        kept.iter().map(weight).collect()
+    }
+}
+
+/// Classifier-free guidance: `conditional` becomes unconditional + scale · (conditional − unconditional).
+pub fn guide(conditional: &mut [f32], unconditional: &[f32], scale: f64) {
+    for (c, &u) in conditional.iter_mut().zip(unconditional) {
+        *c = u + scale as f32 * (*c - u);
+    }
+}
+
+/// ln p of each token: logits − ln Σ exp(logits).
+pub fn log_softmax(logits: &[f32]) -> Vec<f32> {
+    let greatest = f64::from(greatest(logits));
+    let sum: f64 = logits.iter().map(|&l| (f64::from(l) - greatest).exp()).sum();
+    let normalizer = greatest + sum.ln();
+    logits.iter().map(|&l| (f64::from(l) - normalizer) as f32).collect()
+}
+
+/// Orders tokens: the likelier first, of two equal ones the lower.
+pub fn likelier(logits: &[f32]) -> impl Fn(&u32, &u32) -> Ordering {
+    |&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b))
+}
+
+fn greatest(logits: &[f32]) -> f32 {
+    logits.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// The fewest likeliest tokens whose weights make up the share `p`; at least one.
+fn nucleus(tokens: Vec<u32>, weights: Vec<f64>, p: f64) -> (Vec<u32>, Vec<f64>) {
+    let total: f64 = weights.iter().sum();
+    let mut order: Vec<(u32, f64)> = tokens.into_iter().zip(weights).collect();
+    order.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    let mut mass = 0.0;
+    let before = order.iter().take_while(|(_, weight)| {
+        let wanted = mass < p * total;
+        mass += weight;
+        wanted
+    });
+    let count = before.count().max(1);
+    order.truncate(count);
+    order.into_iter().unzip()
+}
+
+/// The index at which the running sum of `weights` passes `unit` of their total.
+fn pick(weights: &[f64], unit: f64) -> usize {
+    let target = unit * weights.iter().sum::<f64>();
+    let mut sum = 0.0;
+    let passed = weights.iter().position(|weight| {
+        sum += weight;
+        sum > target
+    });
+    // Rounding may leave the sum a hair short; a weight of 0 must still not be taken.
+    passed.or_else(|| weights.iter().rposition(|&weight| weight > 0.0)).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Random;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    const ALL: Sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, guidance: 1.0 };
+
+    /// Every token that some `unit` draws (`steps` of them).
+    fn drawn(sampling: Sampling, logits: &[f32], steps: usize) -> BTreeSet<u32> {
+        (0..steps).map(|i| sampling.draw(logits, i as f64 / steps as f64).unwrap()).collect()
+    }
+
+    fn probabilities(logits: &[f32], temperature: f64) -> Vec<f64> {
+        let e: Vec<f64> = logits.iter().map(|&l| (f64::from(l) / temperature).exp()).collect();
+        let sum: f64 = e.iter().sum();
+        e.into_iter().map(|x| x / sum).collect()
+    }
+
+    fn sorted(logits: &[f32]) -> Vec<u32> {
+        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+        order.sort_by(|&a, &b| logits[b as usize].partial_cmp(&logits[a as usize]).unwrap()); // stable: ties by token
+        order
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn top_k_draws_from_the_k_likeliest(logits in prop::collection::vec(-2i8..2, 1..12), k in 1usize..14) {
+            let logits: Vec<f32> = logits.into_iter().map(|l| f32::from(l) / 2.0).collect();
+            let expected: BTreeSet<u32> = sorted(&logits).into_iter().take(k).collect();
+            prop_assert_eq!(drawn(Sampling { top_k: k, ..ALL }, &logits, 2000), expected);
+        }
+
+        #[test]
+        fn top_p_draws_from_the_smallest_set_that_makes_up_p(
+            logits in prop::collection::vec(-1.0f32..1.0, 1..12), p in 0.05f64..0.95, temperature in 0.7f64..2.0,
+        ) {
+            let probability = probabilities(&logits, temperature);
+            let (mut expected, mut mass) = (BTreeSet::new(), 0.0);
+            for token in sorted(&logits) {
+                prop_assume!((mass - p).abs() > 1e-9);
+                if mass >= p { break; }
+                expected.insert(token);
+                mass += probability[token as usize];
+            }
+            prop_assert_eq!(drawn(Sampling { top_p: p, temperature, ..ALL }, &logits, 2000), expected);
+        }
+
+        #[test]
+        fn temperature_0_takes_the_first_of_the_likeliest(logits in prop::collection::vec(-3i8..3, 1..12), unit in 0.0f64..1.0) {
+            let logits: Vec<f32> = logits.into_iter().map(f32::from).collect();
+            prop_assert_eq!(Sampling::GREEDY.draw(&logits, unit).unwrap(), sorted(&logits)[0]);
+        }
+
+        #[test]
+        fn log_softmax_sums_to_one(logits in prop::collection::vec(-80.0f32..80.0, 1..40)) {
+            let log_p = log_softmax(&logits);
+            let sum: f64 = log_p.iter().map(|&l| f64::from(l).exp()).sum();
+            prop_assert!((sum - 1.0).abs() < 1e-4);
+            prop_assert!(logits.iter().zip(&log_p).all(|(l, p)| ((l - p) - (logits[0] - log_p[0])).abs() < 1e-4));
+        }
+    }
+
+    #[test]
+    fn frequencies_are_the_probabilities() {
+        let logits = [0.5, f32::NEG_INFINITY, -1.0, 2.0, 1.0];
+        for (sampling, kept) in [
+            (ALL, vec![0, 2, 3, 4]),
+            (Sampling { temperature: 0.5, ..ALL }, vec![0, 2, 3, 4]),
+            (Sampling { temperature: 2.0, top_k: 3, ..ALL }, vec![0, 3, 4]),
+            (Sampling { top_p: 0.8, ..ALL }, vec![3, 4]),
+            (Sampling { top_k: 2, top_p: 0.7, ..ALL }, vec![3]),
+        ] {
+            let (mut random, mut counts) = (Random::keyed(3, "test", 0, 0), [0.0; 5]);
+            for _ in 0..40_000 {
+                counts[sampling.draw(&logits, random.unit()).unwrap() as usize] += 1.0 / 40_000.0;
+            }
+            let probability = probabilities(&logits, sampling.temperature);
+            let mass: f64 = kept.iter().map(|&i: &usize| probability[i]).sum();
+            for i in 0..5 {
+                let expected = if kept.contains(&i) { probability[i] / mass } else { 0.0 };
+                assert!((counts[i] - expected).abs() < 0.01, "{sampling:?} token {i}: {} {expected}", counts[i]);
+            }
+        }
+    }
+
+    #[test]
+    fn extremes() {
+        let logits = [1.0, 3.0, f32::NEG_INFINITY, 3.0];
+        for unit in [0.0, 0.3, 1.0 - f64::EPSILON] {
+            let draw = |sampling: Sampling| sampling.draw(&logits, unit).unwrap();
+            assert_ne!(draw(Sampling { temperature: 1e-300, ..ALL }), 0);
+            assert_ne!(draw(Sampling { temperature: 1e300, ..ALL }), 2);
+            assert_eq!(draw(Sampling { top_p: 1e-300, ..ALL }), 1);
+            assert_ne!(draw(Sampling { top_k: usize::MAX, ..ALL }), 2);
+        }
+        assert_eq!(ALL.draw(&[-1e30, 1e30], 0.999).unwrap(), 1);
+        for broken in [&[f32::NEG_INFINITY; 3][..], &[], &[0.0, f32::NAN], &[0.0, f32::INFINITY]] {
+            assert!(ALL.draw(broken, 0.5).is_err() && Sampling::GREEDY.draw(broken, 0.5).is_err(), "{broken:?}");
+        }
+    }
+
+    #[test]
+    fn guidance_moves_away_from_the_unconditional() {
+        let guided = |scale| {
+            let mut row = [1.0, -2.0, 0.5];
+            guide(&mut row, &[0.0, 1.0, 0.5], scale);
+            row
+        };
+        assert_eq!(guided(0.0), [0.0, 1.0, 0.5]);
+        assert_eq!(guided(1.0), [1.0, -2.0, 0.5]);
+        assert_eq!(guided(3.0), [3.0, -8.0, 0.5]);
+    }
+}

@@ -1,0 +1,42 @@
+//! How likely the model finds a text for a picture.
+
+use super::{Models, paint::to_values, sampling::log_softmax};
+use crate::{
+    error::{Result, ensure},
+    model::{Batch, Direction, pad},
+    runtime,
+};
+use rayon::prelude::*;
+
+/// Pairs measured at once: their logits over the whole vocabulary are in memory together.
+const BATCH: usize = 16;
+
+impl Models {
+    /// ln p(text | picture) a token, `[SEP]` among them, for each pair of codes and `[CLS]` tokens `[SEP]`.
+    pub fn score(&self, codes: &[Vec<u32>], texts: &[&[u32]]) -> Result<Vec<f64>> {
+        ensure!(codes.len() == texts.len(), "{} pictures and {} texts", codes.len(), texts.len());
+        let mut scores = Vec::with_capacity(codes.len());
+        for (codes, texts) in codes.chunks(BATCH).zip(texts.chunks(BATCH)) {
+            scores.extend(self.score_batch(codes, texts)?);
+        }
+        Ok(scores)
+    }
+
+    fn score_batch(&self, codes: &[Vec<u32>], texts: &[&[u32]]) -> Result<Vec<f64>> {
+        let device = &runtime::device();
+        let rows: Vec<Vec<u32>> = texts.iter().map(|text| text.to_vec()).collect();
+        let width = rows.iter().map(Vec::len).max().unwrap_or(0);
+        let (text, text_lengths) = pad(&rows, width, self.text.pad(), device)?;
+        let (codes, _) = pad(codes, self.generator.grid().len(), 0, device)?;
+        let batch = Batch { direction: Direction::ImageToText, text, text_lengths, codes, loss_scale: 1.0 };
+        let logits = self.generator.logits(&batch)?;
+        let vocabulary = logits.dim(2)?;
+        let values = to_values(&logits)?;
+        let score = |(text, values): (&Vec<u32>, &[f32])| {
+            let targets = &text[1..];
+            let log_p = targets.iter().zip(values.chunks(vocabulary)).map(|(&t, row)| log_softmax(row)[t as usize]);
+            log_p.map(f64::from).sum::<f64>() / targets.len() as f64
+        };
+        Ok(rows.par_iter().zip(values.par_chunks((width - 1) * vocabulary)).map(score).collect())
+    }
+}

@@ -1,0 +1,200 @@
+//! Decoding with a small random model.
+
+use super::*;
+use crate::{config::Config, model::Source, nn::params::Scope, runtime};
+use candle_core::{DType, Tensor};
+
+const VOCAB: &str = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n一\n弯\n月\n星\n，\n##d\n";
+
+/// A model of 3 × 3 codes whose predictions are far from flat.
+pub(crate) fn tiny() -> Models {
+    let mut config = Config::default();
+    config.text.max_tokens = 6;
+    config.model.layers = 3;
+    config.model.hidden = 8;
+    config.model.heads = 2;
+    config.model.conv_size = 3;
+    let tokenizer = &mut config.image_tokenizer;
+    tokenizer.image_size = 12;
+    tokenizer.channels = 32;
+    tokenizer.channel_multipliers = vec![1, 1, 1];
+    tokenizer.residual_blocks = 1;
+    tokenizer.attention_sides = vec![];
+    tokenizer.latent_channels = 4;
+    tokenizer.codebook_size = 17;
+    tokenizer.code_dim = 4;
+    let text = WordPiece::parse(VOCAB).unwrap();
+    let scope = Scope::from_seed(5, DType::F32, &runtime::device());
+    let generator = Generator::new(&scope, &config, text.vocab_size(), 17, (3, 3)).unwrap();
+    for (name, var) in scope.params() {
+        if !name.contains("norm") {
+            var.set(&(var.as_tensor() * 25.0).unwrap()).unwrap();
+        }
+    }
+    let scope = Scope::from_seed(6, DType::F32, &runtime::device());
+    Models { generator, image_tokenizer: ImageTokenizer::new(&scope, &config.image_tokenizer).unwrap(), text }
+}
+
+fn jobs(prompts: &[&str], seed: u64) -> Vec<Job> {
+    prompts.iter().zip(seed..).map(|(prompt, seed)| Job { prompt: prompt.to_string(), seed }).collect()
+}
+
+const SAMPLING: Sampling = Sampling { temperature: 0.8, top_k: 9, top_p: 0.95, guidance: 1.5 };
+
+#[test]
+fn a_picture_depends_on_its_own_prompt_and_seed_alone() {
+    let models = tiny();
+    let prompts = ["一弯月", "月", "星，一弯月星月", "", "月"];
+    let paint = |jobs: &[Job], best_of| models.paint(jobs, &SAMPLING, best_of, |_| {}).unwrap();
+    for best_of in [1, 3] {
+        let together = paint(&jobs(&prompts, 3), best_of);
+        for (i, job) in jobs(&prompts, 3).into_iter().enumerate() {
+            let alone = paint(&[job], best_of).remove(0);
+            assert_eq!((&alone.codes, &alone.picture), (&together[i].codes, &together[i].picture), "{i} {best_of}");
+            assert!((alone.score - together[i].score).abs() < 1e-4);
+        }
+        assert!(together[1].codes != together[4].codes, "another seed is another picture");
+    }
+    assert!(models.paint(&[], &SAMPLING, 1, |_| {}).unwrap().is_empty());
+}
+
+#[test]
+fn more_pictures_than_a_batch_holds() {
+    let (models, mut codes) = (tiny(), 0);
+    let many = jobs(&["月"; 70], 0);
+    let painted = models.paint(&many, &SAMPLING, 2, |n| codes += n).unwrap();
+    assert_eq!((painted.len(), codes), (70, 70 * 2 * 9));
+    assert_eq!(painted[69].codes, models.paint(&many[69..], &SAMPLING, 2, |_| {}).unwrap()[0].codes);
+}
+
+/// Cached, guided, greedy decoding against whole forward passes.
+#[test]
+fn greedy_guided_painting_follows_the_logits() {
+    let models = tiny();
+    let sampling = Sampling { guidance: 2.0, ..Sampling::GREEDY };
+    let painted = models.paint(&jobs(&["弯月"], 0), &sampling, 1, |_| {}).unwrap().remove(0);
+    let logits = |prompt: &str| -> Vec<Vec<f32>> {
+        let text = models.text.encode(prompt, 6).unwrap();
+        let device = &runtime::device();
+        let batch = crate::model::Batch {
+            direction: crate::model::Direction::TextToImage,
+            text_lengths: vec![text.len()],
+            text: Tensor::new(vec![text], device).unwrap(),
+            codes: Tensor::new(vec![painted.codes.clone()], device).unwrap(),
+            loss_scale: 1.0,
+        };
+        models.generator.logits(&batch).unwrap().squeeze(0).unwrap().to_vec2().unwrap()
+    };
+    for (position, (mut row, without)) in logits("弯月").into_iter().zip(logits("")).enumerate() {
+        sampling::guide(&mut row, &without, 2.0);
+        assert_eq!(Sampling::GREEDY.draw(&row, 0.0).unwrap(), painted.codes[position], "position {position}");
+    }
+}
+
+#[test]
+fn the_best_of_many_is_the_best() {
+    let models = tiny();
+    let jobs = jobs(&["一弯月", "星", "月，一"], 9);
+    let scores = |best_of| -> Vec<f64> {
+        models.paint(&jobs, &SAMPLING, best_of, |_| {}).unwrap().iter().map(|painting| painting.score).collect()
+    };
+    let (one, two, twenty) = (scores(1), scores(2), scores(20));
+    assert!((0..3).all(|i| one[i] <= two[i] + 1e-5 && two[i] <= twenty[i] + 1e-5), "{one:?} {two:?} {twenty:?}");
+    assert!((0..3).any(|i| one[i] < twenty[i] - 0.01), "{one:?} {twenty:?}");
+}
+
+fn pictures(models: &Models) -> Vec<Vec<u32>> {
+    models.paint(&jobs(&["一", "月星", "弯"], 1), &SAMPLING, 1, |_| {}).unwrap().into_iter().map(|p| p.codes).collect()
+}
+
+#[test]
+fn captions_hold_no_special_tokens_and_their_scores_are_the_model_s() {
+    let models = tiny();
+    let codes = pictures(&models);
+    let hot = Sampling { temperature: 5.0, ..Sampling::GREEDY };
+    for decoding in [
+        Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 },
+        Decoding::Sample { sampling: hot, seed: 4 },
+        Decoding::Beam { width: 1 },
+        Decoding::Beam { width: 5 },
+    ] {
+        let captions = models.describe(&codes, &decoding, 5).unwrap();
+        assert_eq!(captions.len(), 3);
+        for (codes, captions) in codes.iter().zip(captions) {
+            assert_eq!(captions.len(), if decoding == (Decoding::Beam { width: 1 }) { 1 } else { 5 });
+            assert!(captions.windows(2).all(|pair| pair[0].score >= pair[1].score), "best first");
+            for caption in captions {
+                let (first, rest) = (caption.tokens[0], &caption.tokens[1..]);
+                assert!(first == 2 && rest.last() == Some(&3) && caption.tokens.len() <= 6, "{caption:?}");
+                assert!(rest.len() > 1 && rest[..rest.len() - 1].iter().all(|&token| token > 4), "{caption:?}");
+                assert_eq!(caption.text, models.text.decode(&caption.tokens));
+                let score = models.score(&[codes.clone()], &[&caption.tokens]).unwrap()[0];
+                assert!((score - caption.score).abs() < 1e-4, "{decoding:?}: {score} {caption:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn captions_depend_on_their_own_picture_alone() {
+    let models = tiny();
+    let codes = pictures(&models);
+    let hot = Sampling { temperature: 3.0, ..Sampling::GREEDY };
+    for decoding in [Decoding::Sample { sampling: hot, seed: 4 }, Decoding::Beam { width: 3 }] {
+        let together = models.describe(&codes, &decoding, 3).unwrap();
+        for (codes, captions) in codes.iter().zip(together) {
+            let alone = models.describe(std::slice::from_ref(codes), &decoding, 3).unwrap().remove(0);
+            let tokens = |captions: Vec<Caption>| captions.into_iter().map(|c| c.tokens).collect::<Vec<_>>();
+            assert_eq!(tokens(alone), tokens(captions));
+        }
+    }
+}
+
+#[test]
+fn greedy_is_a_beam_of_one_and_follows_the_logits() {
+    let models = tiny();
+    for codes in pictures(&models) {
+        let describe = |decoding| models.describe(&[codes.clone()], &decoding, 1).unwrap()[0][0].tokens.clone();
+        let greedy = describe(Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 });
+        assert_eq!(describe(Decoding::Beam { width: 1 }), greedy);
+        let source = Source::Image { codes: &[codes.clone()], cls: 2 };
+        let (mut state, mut logits) = models.generator.decode_start(source).unwrap();
+        for (i, &token) in greedy[1..].iter().enumerate() {
+            let mut row: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
+            let closed: &[usize] = if i == 0 { &[0, 1, 2, 3, 4] } else { &[0, 1, 2, 4] };
+            closed.iter().for_each(|&t| row[t] = f32::NEG_INFINITY);
+            if i + 1 < 5 {
+                assert_eq!(Sampling::GREEDY.draw(&row, 0.0).unwrap(), token);
+                logits = state.logits_next(&[token]).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn scores_do_not_depend_on_padding() {
+    let models = tiny();
+    let codes = pictures(&models);
+    let texts: Vec<Vec<u32>> =
+        ["月", "一弯月，星", ""].iter().map(|text| models.text.encode(text, 6).unwrap()).collect();
+    let texts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
+    let together = models.score(&codes, &texts).unwrap();
+    for i in 0..3 {
+        let alone = models.score(&codes[i..=i], &texts[i..=i]).unwrap()[0];
+        assert!((alone - together[i]).abs() < 1e-5 && alone < 0.0, "{alone} {}", together[i]);
+    }
+}
+
+#[test]
+fn a_damaged_model_is_an_error() {
+    let models = tiny();
+    let codes = vec![vec![0; 9]];
+    for param in models.generator.segments().last().unwrap().params().values() {
+        param.set(&(param.as_tensor() * f64::NAN).unwrap()).unwrap();
+    }
+    let error = models.paint(&jobs(&["月"], 0), &SAMPLING, 1, |_| {}).unwrap_err();
+    assert!(error.to_string().contains("damaged"), "{error}");
+    for decoding in [Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 }, Decoding::Beam { width: 2 }] {
+        assert!(models.describe(&codes, &decoding, 1).unwrap_err().to_string().contains("damaged"));
+    }
+}
