@@ -22,12 +22,13 @@ use std::{
     `score`, the model itself judges: the mean log-probability of a token of the prompt, given the picture."
 )]
 pub struct Args {
-    /// What to paint, e.g. 一轮弯月，扁平风格
-    text: String,
+    /// What to paint, e.g. 一轮弯月，扁平风格; several prompts go into one grid
+    #[arg(required = true, value_name = "TEXT")]
+    texts: Vec<String>,
     /// The PNG file to write
     #[arg(short, long, value_name = "FILE", default_value = "picture.png")]
     output: PathBuf,
-    /// Number of pictures; more than one are laid out in a grid
+    /// Number of pictures of each prompt; more than one are laid out in a grid
     #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     number: u32,
     /// Write each picture to a file of its own: FILE-1.png, FILE-2.png, …
@@ -38,7 +39,7 @@ pub struct Args {
     best_of: u32,
     #[command(flatten)]
     sampling: Options,
-    /// Seed of the first picture; the others count up from it
+    /// Seed of each prompt's first picture; the others count up from it
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Model folder, or `demo`
@@ -47,18 +48,19 @@ pub struct Args {
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
-    ensure!(!args.text.trim().is_empty(), empty_prompt());
+    ensure!(args.texts.iter().all(|text| !text.trim().is_empty()), empty_prompt());
     let png = args.output.extension().is_some_and(|e| e.eq_ignore_ascii_case("png"));
     let message = format!("-o {}: pictures are written as PNG files", args.output.display());
     ensure!(png, usage(message, format_args!("name it {}", args.output.with_extension("png").display())));
     let bundle = Bundle::open(&args.model)?;
     let models = Models::load(&bundle)?;
-    check_prompt(&models, &args.text)?;
+    args.texts.iter().try_for_each(|text| check_prompt(&models, text))?;
 
-    let seeds = (0..u64::from(args.number)).map(|i| args.seed.wrapping_add(i));
-    let jobs: Vec<Job> = seeds.map(|seed| Job { prompt: args.text.clone(), seed }).collect();
+    let seeds = || (0..u64::from(args.number)).map(|i| args.seed.wrapping_add(i));
+    let job = |prompt: &String, seed| Job { prompt: prompt.clone(), seed };
+    let jobs: Vec<Job> = args.texts.iter().flat_map(|text| seeds().map(move |seed| job(text, seed))).collect();
     let sampling = args.sampling.over(&bundle.config.sample);
-    let codes = models.generator.grid().len() as u64 * u64::from(args.number) * u64::from(args.best_of);
+    let codes = models.generator.grid().len() as u64 * jobs.len() as u64 * u64::from(args.best_of);
     let bar = report::bar(codes, "painting");
     let begun = Instant::now();
     let paintings = models.paint(&jobs, &sampling, args.best_of as usize, |codes| bar.inc(codes))?;
@@ -67,9 +69,9 @@ pub fn run(args: Args, json: bool) -> Result<()> {
 
     let paths = write(&args, &paintings)?;
     if json {
-        let image = |((path, job), painting): ((&PathBuf, &Job), &Painting)| json!({ "path": path, "seed": job.seed, "score": painting.score });
+        let image = |((path, job), painting): ((&PathBuf, &Job), &Painting)| json!({ "path": path, "prompt": job.prompt, "seed": job.seed, "score": painting.score });
         let images: Vec<_> = paths.iter().zip(&jobs).zip(&paintings).map(image).collect();
-        report::json(&json!({ "prompt": args.text, "images": images, "tokens_per_second": tokens_per_second }));
+        report::json(&json!({ "images": images, "tokens_per_second": tokens_per_second }));
     } else {
         let mut shown = paths;
         shown.dedup();
