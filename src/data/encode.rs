@@ -176,8 +176,12 @@ fn write_whole(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<(
     name.push(".tmp");
     let temporary = PathBuf::from(name);
     let mut file = BufWriter::new(File::create(&temporary)?);
-    write(&mut file)?;
-    file.into_inner()?.sync_all()?;
+    let written = write(&mut file).and_then(|()| Ok(file.into_inner()?.sync_all()?));
+    if let Err(error) = written {
+        // What stopped the writing is worth telling; that it cannot be cleared away is not.
+        let _ = fs::remove_file(&temporary);
+        return Err(error);
+    }
     fs::rename(&temporary, path)?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     // Makes the new name itself durable; not every file system can.

@@ -8,6 +8,8 @@ mod bad;
 mod codes;
 mod dataset;
 mod encode;
+#[cfg(test)]
+mod encode_tests;
 pub mod image;
 #[cfg(test)]
 mod image_tests;
