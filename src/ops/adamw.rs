@@ -7,7 +7,7 @@ use super::{
     with_slice,
 };
 use crate::error::{Result, ensure};
-use candle_core::{Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
 
 /// The numbers of one step.
@@ -24,47 +24,63 @@ pub struct AdamW {
 }
 
 /// The factors of the inner loop, in the kernel's precision.
-struct Factors {
-    keep: f32,
-    rate: f32,
-    beta1: f32,
-    beta2: f32,
-    scale: f32,
-    eps: f32,
-    root_correction2: f32,
+struct Factors<T> {
+    keep: T,
+    rate: T,
+    beta1: T,
+    one_minus_beta1: T,
+    beta2: T,
+    one_minus_beta2: T,
+    scale: T,
+    eps: T,
+    root_correction2: T,
+}
+
+impl<T: Real> Factors<T> {
+    fn of(hyper: &AdamW, scale: f64) -> Self {
+        let AdamW { learning_rate, beta1, beta2, eps, weight_decay, step } = *hyper;
+        let steps = i32::try_from(step).unwrap_or(i32::MAX);
+        Self {
+            keep: T::from_f64(1.0 - learning_rate * weight_decay),
+            rate: T::from_f64(learning_rate / (1.0 - beta1.powi(steps))),
+            beta1: T::from_f64(beta1),
+            one_minus_beta1: T::from_f64(1.0 - beta1),
+            beta2: T::from_f64(beta2),
+            one_minus_beta2: T::from_f64(1.0 - beta2),
+            scale: T::from_f64(scale),
+            eps: T::from_f64(eps),
+            root_correction2: T::from_f64(1.0 / (1.0 - beta2.powi(steps)).sqrt()),
+        }
+    }
 }
 
 multiversion! {
-    fn update<T: Real, const FMA: bool>(w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], f: &Factors, _unit: T) {
+    fn update<T: Real, const FMA: bool>(w: &mut [T], g: &[T], m: &mut [T], v: &mut [T], f: &Factors<T>) {
         for (((w, g), m), v) in w.iter_mut().zip(g).zip(m.iter_mut()).zip(v.iter_mut()) {
             let g = *g * f.scale;
-            *m = f.beta1 * *m + (1.0 - f.beta1) * g;
-            *v = f.beta2 * *v + (1.0 - f.beta2) * g * g;
+            *m = f.beta1 * *m + f.one_minus_beta1 * g;
+            *v = f.beta2 * *v + f.one_minus_beta2 * g * g;
             *w = *w * f.keep - f.rate * *m / (v.sqrt() * f.root_correction2 + f.eps);
         }
     }
 }
 
-/// Updates `param` and its moments with `scale · grad` (the scale clips the global norm).
+/// Updates `param` and its moments with `scale · grad` (the scale clips the global norm). The moments are on
+/// the host whatever the device.
 pub fn adamw_step(param: &Var, grad: &Tensor, m: &mut [f32], v: &mut [f32], hyper: &AdamW, scale: f64) -> Result<()> {
     let count = param.elem_count();
     ensure!(grad.elem_count() == count && m.len() == count && v.len() == count, "sizes of an AdamW step");
-    let steps = i32::try_from(hyper.step).unwrap_or(i32::MAX);
-    let factors = Factors {
-        keep: (1.0 - hyper.learning_rate * hyper.weight_decay) as f32,
-        rate: (hyper.learning_rate / (1.0 - hyper.beta1.powi(steps))) as f32,
-        beta1: hyper.beta1 as f32,
-        beta2: hyper.beta2 as f32,
-        scale: scale as f32,
-        eps: hyper.eps as f32,
-        root_correction2: (1.0 / (1.0 - hyper.beta2.powi(steps)).sqrt()) as f32,
-    };
-    let grad = grad.contiguous()?;
-    with_slice(&grad, |g: &[f32]| {
+    if !param.device().is_cpu() {
+        let host = Var::from_tensor(&param.to_device(&Device::Cpu)?)?;
+        adamw_step(&host, &grad.to_device(&Device::Cpu)?, m, v, hyper, scale)?;
+        return Ok(param.set(&host.to_device(param.device())?)?);
+    }
+    let factors = Factors::of(hyper, scale);
+    with_slice(grad, |g: &[f32]| {
         with_slice_mut(param, |w: &mut [f32]| {
             let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
             let chunks = w.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK)).zip(moments);
-            chunks.for_each(|((w, g), (m, v))| update(w, g, m, v, &factors, 0f32));
+            chunks.for_each(|((w, g), (m, v))| update(w, g, m, v, &factors));
         })
     })??;
     Ok(())

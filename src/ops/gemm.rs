@@ -55,7 +55,6 @@ const SERIAL_WORK: usize = 1 << 18;
 /// C = alpha·A·B (+ C), on all threads when there is enough work. `c` is row-major `a.rows × b.columns`.
 pub fn gemm<T: Real>(c: &mut [T], onto: Onto, alpha: f64, a: Matrix<T>, b: Matrix<T>) {
     let work = a.rows * a.columns * b.columns;
-    // A call from inside a rayon task is usually one of many: let the outer loop do the sharing.
     let serial = work < SERIAL_WORK || rayon::current_num_threads() == 1;
     let columns = b.columns;
     product(c, columns, onto, alpha, a, b, if serial { Parallelism::None } else { Parallelism::Rayon(0) });

@@ -233,8 +233,9 @@ mod tests {
 
     #[test]
     fn threads_do_not_matter() -> Result<()> {
-        for rows in [1, 7, 700] {
-            assert_thread_independent(&vars(&[rows, 96], 200, DType::F32), &|v| linear(&v[0], &v[1], Some(&v[2])))?;
+        for (rows, inputs, outputs) in [(1, 96, 200), (7, 96, 200), (700, 96, 200), (3000, 33, 1), (37, 3000, 65)] {
+            let vars = vars(&[rows, inputs], outputs, DType::F32);
+            assert_thread_independent(&vars, &|v| linear(&v[0], &v[1], Some(&v[2])))?;
         }
         Ok(())
     }

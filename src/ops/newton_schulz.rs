@@ -15,6 +15,9 @@ const COEFFICIENTS: (f32, f32, f32) = (3.4445, -4.7750, 2.0315);
 /// vectors of `matrix: (rows, columns)`, which is `f32`.
 pub fn newton_schulz(matrix: &Tensor) -> Result<Tensor> {
     let (rows, columns) = matrix.dims2()?;
+    if !matrix.device().is_cpu() {
+        return composed(matrix);
+    }
     // The products are of the shorter side: work on the flat orientation.
     let tall = rows > columns;
     let flat = if tall { matrix.t()?.contiguous()? } else { matrix.contiguous()? };
@@ -22,6 +25,19 @@ pub fn newton_schulz(matrix: &Tensor) -> Result<Tensor> {
     let orthogonal = with_slice(&flat, |x: &[f32]| iterate(x, short, long))?;
     let orthogonal = Tensor::from_vec(orthogonal, (short, long), matrix.device())?;
     Ok(if tall { orthogonal.t()?.contiguous()? } else { orthogonal })
+}
+
+/// The same from stock candle ops.
+fn composed(matrix: &Tensor) -> Result<Tensor> {
+    let (a, b, c) = COEFFICIENTS;
+    let norm = (matrix.sqr()?.sum_all()?.sqrt()? + 1e-7)?;
+    let mut x = matrix.broadcast_div(&norm)?;
+    for _ in 0..STEPS {
+        let gram = x.t()?.matmul(&x)?;
+        let step = ((&gram * f64::from(b))? + (gram.matmul(&gram)? * f64::from(c))?)?;
+        x = ((&x * f64::from(a))? + x.matmul(&step)?)?;
+    }
+    Ok(x)
 }
 
 /// `X ← a X + (b A + c A²) X` with `A = X Xᵀ`.
@@ -48,8 +64,19 @@ fn iterate(start: &[f32], short: usize, long: usize) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::testing::normal;
+    use crate::ops::testing::{normal, values};
     use candle_core::DType;
+
+    #[test]
+    fn fused_is_composed() -> Result<()> {
+        for shape in [[1, 1], [5, 24], [40, 17], [16, 16]] {
+            let x = normal("x", &shape, DType::F32);
+            for (a, b) in values(&newton_schulz(&x)?).iter().zip(values(&composed(&x)?)) {
+                assert!((a - b).abs() < 1e-4, "{shape:?}: {a} instead of {b}");
+            }
+        }
+        Ok(())
+    }
 
     #[test]
     fn singular_values_come_close_to_one() -> Result<()> {

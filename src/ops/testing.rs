@@ -1,5 +1,6 @@
 //! Checks that every op passes: fused ≡ composed, gradient ≡ finite differences, one thread ≡ many.
 
+use super::simd::{Level, level, tests::FORCED};
 use crate::{error::Result, random::Random};
 use candle_core::{DType, Device, Tensor, Var};
 
@@ -82,6 +83,19 @@ pub fn assert_thread_independent(vars: &[Var], f: &(dyn Fn(&[Tensor]) -> Result<
     let (one, four) = (on(1)?, on(4)?);
     for (i, (a, b)) in one.iter().zip(&four).enumerate() {
         assert!(a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits()), "part {i} depends on the threads");
+    }
+    Ok(())
+}
+
+/// Runs a check with the kernels of every instruction set that this processor has.
+pub fn at_each_level(check: impl Fn() -> Result<()> + Sync) -> Result<()> {
+    for forced in [Level::Baseline, Level::Avx2, Level::Avx512].into_iter().filter(|&l| l <= level()) {
+        // One thread, so that all tasks run where the level is forced.
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
+        pool.install(|| {
+            FORCED.set(Some(forced));
+            check()
+        })?;
     }
     Ok(())
 }
