@@ -128,7 +128,7 @@ fn captions_hold_no_special_tokens_and_their_scores_are_the_model_s() {
                 assert!(first == 2 && rest.last() == Some(&3) && caption.tokens.len() <= 6, "{caption:?}");
                 assert!(rest.len() > 1 && rest[..rest.len() - 1].iter().all(|&token| token > 4), "{caption:?}");
                 assert_eq!(caption.text, models.text.decode(&caption.tokens));
-                let score = models.score(&[codes.clone()], &[&caption.tokens]).unwrap()[0];
+                let score = models.score(std::slice::from_ref(codes), &[&caption.tokens]).unwrap()[0];
                 assert!((score - caption.score).abs() < 1e-4, "{decoding:?}: {score} {caption:?}");
             }
         }
@@ -154,10 +154,11 @@ fn captions_depend_on_their_own_picture_alone() {
 fn greedy_is_a_beam_of_one_and_follows_the_logits() {
     let models = tiny();
     for codes in pictures(&models) {
-        let describe = |decoding| models.describe(&[codes.clone()], &decoding, 1).unwrap()[0][0].tokens.clone();
+        let describe =
+            |decoding| models.describe(std::slice::from_ref(&codes), &decoding, 1).unwrap()[0][0].tokens.clone();
         let greedy = describe(Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 });
         assert_eq!(describe(Decoding::Beam { width: 1 }), greedy);
-        let source = Source::Image { codes: &[codes.clone()], cls: 2 };
+        let source = Source::Image { codes: std::slice::from_ref(&codes), cls: 2 };
         let (mut state, mut logits) = models.generator.decode_start(source).unwrap();
         for (i, &token) in greedy[1..].iter().enumerate() {
             let mut row: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();

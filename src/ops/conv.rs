@@ -164,7 +164,9 @@ mod tests {
     const DOWN: Padding = Padding { top: 0, bottom: 1, left: 0, right: 1 };
 
     /// Input shape, outputs, kernel, stride, padding.
-    const CASES: [([usize; 4], usize, [usize; 2], usize, Padding); 9] = [
+    type Case = ([usize; 4], usize, [usize; 2], usize, Padding);
+
+    const CASES: [Case; 9] = [
         ([1, 1, 1, 1], 1, [1, 1], 1, Padding::same(0)),
         ([2, 5, 7, 3], 4, [3, 3], 1, Padding::same(1)),
         ([2, 6, 6, 4], 3, [3, 3], 2, DOWN),
