@@ -273,3 +273,103 @@ pub fn attribution_of(sources: &[crate::config::Source]) -> String {
     }
     texts.join("\n")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::task_tests::generator_config;
+
+    fn message(error: &crate::error::Error) -> String {
+        format!("{error:#}")
+    }
+
+    /// A generator's model folder with fresh weights.
+    fn model(folder: &Path) -> PathBuf {
+        let config = generator_config(folder);
+        let tokenizer = Bundle::open(&config.image_tokenizer.path).unwrap();
+        let text = WordPiece::load(&config.text.vocab).unwrap();
+        let scope = Scope::from_seed(1, DType::F32, &runtime::device());
+        let settings = &config.image_tokenizer;
+        Generator::new(&scope, &config, text.vocab_size(), settings.codebook_size, settings.grid()).unwrap();
+        let weights = scope.params().into_iter().map(|(name, var)| (name, var.as_tensor().clone())).collect();
+        let parts = Parts {
+            config: &config,
+            weights,
+            vocab: Some(text.vocab_text()),
+            attribution: "Ours.".into(),
+            image_tokenizer: Some(tokenizer),
+        };
+        let path = folder.join("model");
+        write(&path, &parts, Dtype::F32).unwrap();
+        // A second one replaces the first.
+        write(&path, &parts, Dtype::F32).unwrap();
+        path
+    }
+
+    fn open(path: &Path) -> Result<Bundle> {
+        Bundle::open(path.to_str().unwrap())
+    }
+
+    /// Opens everything that a model folder holds.
+    fn open_all(path: &Path) -> Result<()> {
+        let bundle = open(path)?;
+        bundle.generator()?;
+        bundle.image_tokenizer()?;
+        Ok(())
+    }
+
+    #[test]
+    fn written_exported_and_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = model(folder.path());
+        let text = fs::read_to_string(path.join(CONFIG)).unwrap();
+        assert!(!text.contains(folder.path().to_str().unwrap()), "a path of this machine");
+        open_all(&path).unwrap();
+        let small = folder.path().join("small");
+        open(&path).unwrap().export(&small, Dtype::BF16).unwrap();
+        open_all(&small).unwrap();
+        let size = |path: &Path| fs::metadata(path.join(WEIGHTS)).unwrap().len();
+        assert!(size(&small) < size(&path) * 3 / 4);
+        let (a, b) = (open(&path).unwrap().weights().unwrap(), open(&small).unwrap().weights().unwrap());
+        for (name, a) in &a {
+            let gap = (a - &b[name]).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(gap < 4e-3, "{name}: {gap}");
+        }
+        assert_eq!(open(&small).unwrap().attribution(), "Ours.");
+        let tokenizer = path.join(IMAGE_TOKENIZER);
+        assert!(message(&open(&tokenizer).unwrap().generator().err().unwrap()).contains("not a generator"));
+    }
+
+    #[test]
+    fn missing_truncated_and_foreign_files_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = model(folder.path());
+        for file in [CONFIG, WEIGHTS, VOCAB, "image-tokenizer/config.toml", "image-tokenizer/model.safetensors"] {
+            let whole = fs::read(path.join(file)).unwrap();
+            fs::remove_file(path.join(file)).unwrap();
+            let error = message(&open_all(&path).unwrap_err());
+            assert!(error.contains("lacks") && error.contains(file), "{error}");
+            if file != CONFIG && !file.ends_with("toml") {
+                fs::write(path.join(file), &whole[..whole.len() / 2]).unwrap();
+                assert!(message(&open_all(&path).unwrap_err()).contains(file));
+            }
+            fs::write(path.join(file), b"\x89PNG\r\n\x1a\n and more that is no model").unwrap();
+            assert!(message(&open_all(&path).unwrap_err()).contains(file));
+            fs::write(path.join(file), whole).unwrap();
+        }
+        fs::copy(path.join("image-tokenizer/model.safetensors"), path.join(WEIGHTS)).unwrap();
+        assert!(message(&open_all(&path).unwrap_err()).contains("does not fit its config.toml"));
+        assert!(message(&open(&folder.path().join("nowhere")).unwrap_err()).contains("no model folder"));
+    }
+
+    #[test]
+    fn another_folder_is_never_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = model(folder.path());
+        let mine = folder.path().join("mine");
+        fs::create_dir(&mine).unwrap();
+        fs::write(mine.join("letter.txt"), "dear").unwrap();
+        assert!(open(&path).unwrap().export(&mine, Dtype::F32).is_err());
+        assert_eq!(fs::read_to_string(mine.join("letter.txt")).unwrap(), "dear");
+    }
+}

@@ -68,6 +68,13 @@ pub fn save(
     write_folder(&path, config, state, tensors)
         .hint(format!("cannot write the checkpoint {}", path.display()), "older checkpoints are untouched")?;
     let mut steps = list(folder)?;
+    // What an earlier crash left half written.
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "tmp") {
+            remove(&path)?;
+        }
+    }
     steps.truncate(steps.len().saturating_sub(keep.max(2)));
     for (_, old) in steps {
         fs::remove_dir_all(&old).with_context(|| format!("cannot delete {}", old.display()))?;

@@ -30,3 +30,25 @@ pub fn update(average: &mut Average, params: &Params, decay: f64, step: u64) -> 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::engine::tests as toy;
+
+    #[test]
+    fn follows_the_formula() {
+        let (params, _) = toy::chain(1, 1);
+        let weights = params.values().next().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let mut average = start(&params).unwrap();
+        assert_eq!(average.values().next().unwrap(), &weights);
+        average.values_mut().for_each(|values| values.fill(0.0));
+        update(&mut average, &params, 0.5, 1).unwrap();
+        update(&mut average, &params, 0.5, 1000).unwrap();
+        // d = 2 / 11 at step 1, then 0.5: what is missing shrinks by both.
+        let expected = 1.0 - (2.0 / 11.0) * 0.5;
+        for (a, w) in average.values().next().unwrap().iter().zip(&weights) {
+            assert!((a - w * expected).abs() < 1e-6, "{a} {w}");
+        }
+    }
+}

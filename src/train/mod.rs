@@ -156,6 +156,9 @@ fn train(config: &Config, task: &mut dyn Task, mut folder: RunFolder, resume: &R
             task.sample(run.published(task.params())?, &folder.sample(run.step))?;
         }
     }
+    if !folder.model().exists() {
+        task.publish(run.published(task.params())?, &folder.model())?;
+    }
     report::note(format_args!("{} steps done; the model is in {}", run.step, folder.model().display()));
     Ok(())
 }
@@ -196,5 +199,7 @@ fn log(
     folder.log(&line)
 }
 
+#[cfg(test)]
+pub(crate) mod task_tests;
 #[cfg(test)]
 mod tests;

@@ -142,3 +142,110 @@ fn sum_of_squares(chunk: &[f32]) -> f64 {
 pub fn clip_scale(norm: f64, clip: f64) -> f64 {
     if clip > 0.0 && norm > clip { clip / norm } else { 1.0 }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        nn::params::{Init, Scope},
+        train::engine::tests as toy,
+    };
+    use candle_core::{DType, Device};
+
+    #[test]
+    fn groups_go_by_name_and_shape() {
+        let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
+        let group = |name: &str, shape: &[usize]| {
+            let (path, last) = name.rsplit_once('.').unwrap_or(("", name));
+            let scope = if path.is_empty() { scope.clone() } else { scope.at(path) };
+            scope.get(last, shape, Init::Zeros).unwrap();
+            let var = &scope.params()[name];
+            (decays(name, var), is_block_matrix(name, var))
+        };
+        assert_eq!(group("blocks.0.attention.qkv.weight", &[6, 2]), (true, true));
+        assert_eq!(group("blocks.0.attention.qkv.bias", &[6]), (false, false));
+        assert_eq!(group("blocks.0.norm1.weight", &[2]), (false, false));
+        assert_eq!(group("text_head.weight", &[5, 2]), (true, false));
+        assert_eq!(group("encoder.conv_in.weight", &[2, 3, 3, 3]), (true, false));
+        for table in ["text_embedding", "text_position", "image_embedding", "image_row", "image_column"] {
+            assert_eq!(group(&format!("{table}.weight"), &[5, 2]), (false, false));
+        }
+        assert_eq!(group("quantize.embedding.weight", &[5, 2]), (false, false));
+        assert_eq!(group("image_start", &[2]), (false, false));
+    }
+
+    fn rows(tensor: &Tensor, from: usize, count: usize) -> Vec<f32> {
+        tensor.narrow(0, from, count).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn muon_treats_packed_matrices_one_by_one() {
+        let mut random = crate::random::Random::keyed(1, "muon", 0, 0);
+        let values: Vec<f32> = (0..6 * 12 * 6).map(|_| random.normal() as f32).collect();
+        let packed = Tensor::from_vec(values, (3 * 24, 6), &Device::Cpu).unwrap();
+        let mut momentum = vec![0.0; 3 * 24 * 6];
+        let update = muon_update("blocks.0.attention.qkv.weight", &packed, &mut momentum, 1.0).unwrap();
+        for third in 0..3 {
+            let alone = packed.narrow(0, third * 24, 24).unwrap().contiguous().unwrap();
+            let expected = muon_update("blocks.0.mlp.fc1.weight", &alone, &mut [0.0; 24 * 6], 1.0).unwrap();
+            assert_eq!(rows(&update, third * 24, 24), rows(&expected, 0, 24));
+            // 24 x 6: the columns are nearly orthonormal, times sqrt(24 / 6).
+            let gram = (expected.t().unwrap().matmul(&expected).unwrap() / 4.0).unwrap();
+            for (i, row) in gram.to_vec2::<f32>().unwrap().iter().enumerate() {
+                assert!((0.4..1.6).contains(&row[i]), "{row:?}");
+            }
+        }
+        let whole = muon_update("blocks.0.mlp.fc1.weight", &packed, &mut [0.0; 3 * 24 * 6], 1.0).unwrap();
+        assert_ne!(rows(&update, 0, 24), rows(&whole, 0, 24));
+    }
+
+    #[test]
+    fn muon_carries_nesterov_momentum_and_clips() {
+        let first = Tensor::new(&[[1f32, 0.0], [0.0, 2.0]], &Device::Cpu).unwrap();
+        let second = Tensor::new(&[[0f32, 4.0], [-8.0, 0.0]], &Device::Cpu).unwrap();
+        let mut momentum = vec![0.0; 4];
+        muon_update("w", &first, &mut momentum, 1.0).unwrap();
+        let update = muon_update("w", &second, &mut momentum, 0.5).unwrap();
+        let expected = [0.0475, 0.1, -0.2, 0.095];
+        assert!(momentum.iter().zip(expected).all(|(m, e)| (m - e).abs() < 1e-6), "{momentum:?}");
+        let direction = [0.045125, 0.195, -0.39, 0.09025f32];
+        let direction = ops::newton_schulz(&Tensor::new(&direction, &Device::Cpu).unwrap().reshape((2, 2)).unwrap());
+        let gap = (update - direction.unwrap()).unwrap().abs().unwrap().max_all().unwrap();
+        assert!(gap.to_scalar::<f32>().unwrap() < 1e-5);
+    }
+
+    #[test]
+    fn a_step_moves_every_parameter_by_its_own_rule() {
+        for kind in [MatrixOptimizer::Adamw, MatrixOptimizer::Muon] {
+            let (params, chain) = toy::chain(1, 2);
+            let before: Vec<Vec<f32>> = params.values().map(|v| rows(v, 0, 4)).collect();
+            let mut gradients = Gradients::default();
+            let segments = toy::segments(&chain);
+            super::super::engine::accumulate(&segments, &toy::inputs(1), false, &mut gradients).unwrap();
+            let config = Train { matrix_optimizer: kind, weight_decay: 0.0, learning_rate: 0.1, ..Train::default() };
+            let mut optimizer = Optimizer::new(&params, &config);
+            optimizer.step(&params, &gradients, &config, 1, 0.5, 1.0).unwrap();
+            for (var, before) in params.values().zip(&before) {
+                let moved: Vec<f32> = rows(var, 0, 4).iter().zip(before).map(|(a, b)| (a - b).abs()).collect();
+                let (least, most) = moved.iter().fold((1f32, 0f32), |(l, m), x| (l.min(*x), m.max(*x)));
+                match kind {
+                    // AdamW's first step is the learning rate, whatever the gradient.
+                    MatrixOptimizer::Adamw => assert!(least > 0.049 && most < 0.051, "{least} {most}"),
+                    // Muon's is a near-rotation of size 0.02 * 0.5.
+                    MatrixOptimizer::Muon => assert!(most > 1e-3 && most < 0.0125, "{least} {most}"),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn norm_and_clip() {
+        let (_, chain) = toy::chain(1, 2);
+        let mut gradients = Gradients::default();
+        super::super::engine::accumulate(&toy::segments(&chain), &toy::inputs(1), false, &mut gradients).unwrap();
+        let squares = |(_, g): (&String, &Tensor)| g.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+        let expected = f64::from(gradients.iter().map(squares).sum::<f32>()).sqrt();
+        assert!((global_norm(&gradients).unwrap() - expected).abs() < 1e-6 * expected);
+        assert_eq!([clip_scale(8.0, 2.0), clip_scale(1.0, 2.0), clip_scale(8.0, 0.0)], [0.25, 1.0, 1.0]);
+    }
+}

@@ -1,0 +1,250 @@
+//! Both tasks on tiny data: stopped and resumed ≡ uninterrupted, parts of a step ≡ the whole step.
+
+use super::{generator::GeneratorTask, image_tokenizer::ImageTokenizerTask, *};
+use crate::{
+    bundle::Bundle,
+    config::{self, MatrixOptimizer, Model, Source, Text},
+    data::{CODES_FILE, CodesInfo, npy},
+    random::Random,
+};
+use std::fs;
+
+const CAPTIONS: [&str; 4] = ["红苹果", "一轮弯月，扁平风格", "小狗", "消防车与小狗"];
+
+/// Ten noisy pictures with captions.
+fn pictures(folder: &Path) -> Source {
+    fs::create_dir_all(folder).unwrap();
+    for i in 0..10 {
+        let mut random = Random::keyed(1, "picture", i, 0);
+        let picture = image::RgbImage::from_fn(8, 8, |_, _| image::Rgb(std::array::from_fn(|_| random.bits() as u8)));
+        picture.save(folder.join(format!("{i}.png"))).unwrap();
+        fs::write(folder.join(format!("{i}.txt")), CAPTIONS[i as usize % 4]).unwrap();
+    }
+    fs::write(folder.join("ATTRIBUTION.md"), "Drawn by chance.\n").unwrap();
+    Source { path: folder.display().to_string(), weight: 1.0 }
+}
+
+fn tokenizer_config(folder: &Path) -> Config {
+    Config {
+        name: "tokenizer".into(),
+        task: Kind::ImageTokenizer,
+        seed: 3,
+        data: config::Data { sources: vec![pictures(&folder.join("pictures"))], ..Default::default() },
+        image_tokenizer: config::ImageTokenizer {
+            image_size: 8,
+            channels: 32,
+            channel_multipliers: vec![1, 1],
+            residual_blocks: 1,
+            attention_sides: vec![4],
+            latent_channels: 8,
+            codebook_size: 12,
+            code_dim: 4,
+            l2_normalize: true,
+            l1_weight: 1.0,
+            restart_after: 2,
+            ..Default::default()
+        },
+        train: config::Train {
+            steps: 5,
+            batch_size: 3,
+            accumulation: 2,
+            warmup_steps: 1,
+            checkpoint_every: 2,
+            sample_every: 5,
+            ..Default::default()
+        },
+        ..Default::default()
+    }
+}
+
+/// A shard of ten samples with codes of the tokenizer in `model`.
+fn codes(folder: &Path, model: &Path) -> Source {
+    fs::create_dir_all(folder).unwrap();
+    let mut shard = tar::Builder::new(fs::File::create(folder.join("00000.tar")).unwrap());
+    let mut add = |name: String, bytes: &[u8]| {
+        let mut header = tar::Header::new_ustar();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        shard.append_data(&mut header, name, bytes).unwrap();
+    };
+    for i in 0..10 {
+        let mut random = Random::keyed(2, "codes", i, 0);
+        let codes: Vec<u16> = (0..16).map(|_| random.below(12) as u16).collect();
+        add(format!("{i}.npy"), &npy([4, 4], &codes));
+        add(format!("{i}.txt"), CAPTIONS[i as usize % 4].as_bytes());
+    }
+    shard.finish().unwrap();
+    let tokenizer = Bundle::open(model.to_str().unwrap()).unwrap().digest().unwrap();
+    let info = CodesInfo { tokenizer, grid: [4, 4], codebook_size: 12 };
+    fs::write(folder.join(CODES_FILE), serde_json::to_vec(&info).unwrap()).unwrap();
+    Source { path: folder.display().to_string(), weight: 1.0 }
+}
+
+/// A generator's configuration over a tokenizer that was not trained at all.
+pub(crate) fn generator_config(folder: &Path) -> Config {
+    let tokenizer = tokenizer_config(folder);
+    let task = ImageTokenizerTask::new(&tokenizer).unwrap();
+    let model = folder.join("tokenizer-model");
+    task.publish(weights(task.params()), &model).unwrap();
+    let vocab = folder.join("vocab.txt");
+    fs::write(&vocab, crate::text::train(CAPTIONS, 40).unwrap()).unwrap();
+    Config {
+        name: "generator".into(),
+        task: Kind::Generator,
+        seed: 4,
+        data: config::Data { sources: vec![codes(&folder.join("codes"), &model)], ..Default::default() },
+        text: Text { vocab: vocab.display().to_string(), max_tokens: 8 },
+        image_tokenizer: config::ImageTokenizer { path: model.display().to_string(), ..tokenizer.image_tokenizer },
+        model: Model { layers: 3, hidden: 16, heads: 2, conv_size: 3, ..Default::default() },
+        train: config::Train {
+            caption_batch_size: 4,
+            condition_dropout: 0.3,
+            text_loss_weight: 0.5,
+            matrix_optimizer: MatrixOptimizer::Muon,
+            sample_every: 0,
+            ..tokenizer.train
+        },
+        ..Default::default()
+    }
+}
+
+pub(crate) fn weights(params: &Params) -> HashMap<String, Tensor> {
+    params.iter().map(|(name, var)| (name.clone(), var.as_tensor().copy().unwrap())).collect()
+}
+
+/// Trains to the end with a stop after each step of `stops`; gives metrics and the last checkpoint.
+fn lives(parent: &Path, config: &Config, stops: &[u64]) -> (Vec<Value>, Vec<u8>, Vec<u8>) {
+    fs::create_dir_all(parent).unwrap();
+    for stop_at in stops.iter().map(Some).chain([None]) {
+        let mut config = config.clone();
+        if let Some(stop_at) = stop_at {
+            // Ending at a smaller `steps` would bend the schedule: decay_start keeps it flat.
+            config.train.steps = *stop_at;
+        }
+        let folder = RunFolder::open(parent, &config).unwrap();
+        train(&config, task(&config).unwrap().as_mut(), folder, &Resume::Auto, &Stop::default()).unwrap();
+    }
+    let run = parent.join("runs").join(&config.name);
+    let last = run.join(format!("checkpoints/step-{}", config.train.steps));
+    let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let line = |line: &str| {
+        let mut line: Value = serde_json::from_str(line).unwrap();
+        for timing in ["seconds", "per_second", "memory_bytes"] {
+            line.as_object_mut().unwrap().remove(timing);
+        }
+        line
+    };
+    let read = |name: &str| fs::read(last.join(name)).unwrap();
+    (metrics.lines().map(line).collect(), read("state.safetensors"), read("state.json"))
+}
+
+fn resumes_bit_by_bit(mut config: Config, folder: &Path) {
+    config.train.decay_start = 1.0;
+    let whole = lives(&folder.join("whole"), &config, &[]);
+    let again = lives(&folder.join("again"), &config, &[]);
+    let parts = lives(&folder.join("parts"), &config, &[1, 3]);
+    assert_eq!(whole.0.len(), 5);
+    assert!(whole == again, "two runs with one seed differ: {:#?} {:#?}", whole.0, again.0);
+    assert!(whole == parts, "a resumed run differs: {:#?} {:#?}", whole.0, parts.0);
+    let other = lives(&folder.join("other"), &Config { seed: config.seed + 1, ..config }, &[]);
+    assert!(whole.1 != other.1, "the seed changes nothing");
+}
+
+#[test]
+fn the_image_tokenizer_resumes_bit_by_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    resumes_bit_by_bit(tokenizer_config(folder.path()), folder.path());
+    let run = folder.path().join("whole/runs/tokenizer");
+    let sheet = image::open(run.join("samples/step-0000005.png")).unwrap();
+    assert_eq!((sheet.width(), sheet.height()), (8 * 8 + 7 * 4, 4 * 8 + 3 * 4));
+    let model = Bundle::open(run.join("model").to_str().unwrap()).unwrap();
+    assert_eq!(model.attribution(), "Drawn by chance.\n");
+    assert_eq!(model.image_tokenizer().unwrap().grid(), (4, 4));
+}
+
+#[test]
+fn the_generator_resumes_bit_by_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    resumes_bit_by_bit(generator_config(folder.path()), folder.path());
+    let model = Bundle::open(folder.path().join("whole/runs/generator/model").to_str().unwrap()).unwrap();
+    assert_eq!(model.generator().unwrap().max_text(), 8);
+    assert_eq!(model.image_tokenizer().unwrap().grid(), (4, 4));
+}
+
+/// Largest difference of two steps' gradients, and the largest gradient.
+fn difference(a: &Gradients, b: &Gradients) -> (f32, f32) {
+    let largest = |t: &Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+    let pairs = a.iter().map(|(name, a)| (largest(&(a - b.get(name).unwrap()).unwrap()), largest(a)));
+    pairs.fold((0.0, 0.0), |(d, l), (x, y)| (d.max(x), l.max(y)))
+}
+
+fn step_in_parts(mut config: Config, make: impl Fn(&Config) -> Box<dyn Task>) {
+    let mut of = |accumulation, recompute| {
+        config.train.accumulation = accumulation;
+        config.train.recompute = recompute;
+        let mut gradients = Gradients::default();
+        let measured = make(&config).gradients(1, &mut gradients).unwrap();
+        (gradients, measured.losses)
+    };
+    let (whole, losses) = of(1, false);
+    for parts in [2, 3] {
+        let (gradients, part_losses) = of(parts, false);
+        let (difference, largest) = difference(&whole, &gradients);
+        assert!(difference < 1e-5 * largest, "{parts} parts: {difference} of {largest}");
+        for ((name, a), (_, b)) in losses.iter().zip(part_losses).filter(|((name, _), _)| *name != "perplexity") {
+            assert!((a - b).abs() < 1e-4 * a.abs(), "{name}: {a} {b}");
+        }
+    }
+    assert_eq!(difference(&whole, &of(1, true).0).0, 0.0, "recomputation changes the gradients");
+}
+
+#[test]
+fn parts_of_a_step_add_up_to_the_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    step_in_parts(tokenizer_config(folder.path()), |c| Box::new(ImageTokenizerTask::new(c).unwrap()));
+    step_in_parts(generator_config(folder.path()), |c| Box::new(GeneratorTask::new(c).unwrap()));
+}
+
+#[test]
+fn one_direction_alone_passes_the_gate() {
+    let folder = tempfile::tempdir().unwrap();
+    for (image, text) in [(1.0, 0.0), (0.0, 1.0)] {
+        let mut config = generator_config(folder.path());
+        config.train.image_loss_weight = image;
+        config.train.text_loss_weight = text;
+        let mut task = GeneratorTask::new(&config).unwrap();
+        let mut gradients = Gradients::default();
+        let measured = task.gradients(1, &mut gradients).unwrap();
+        assert_eq!(measured.losses.len(), 1);
+        gradients.check_complete(task.params().keys().filter(|name| !task.idle(name))).unwrap();
+        assert!(gradients.check_complete(task.params().keys()).is_err());
+    }
+}
+
+#[test]
+fn codes_of_another_tokenizer_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = generator_config(folder.path());
+    let file = folder.path().join("codes").join(CODES_FILE);
+    let mut info: CodesInfo = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    info.tokenizer = "another".into();
+    fs::write(&file, serde_json::to_vec(&info).unwrap()).unwrap();
+    let error = GeneratorTask::new(&config).err().unwrap();
+    assert!(error.to_string().contains("not of the tokenizer"), "{error:#}");
+}
+
+#[test]
+fn another_vocabulary_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = generator_config(folder.path());
+    let run = |config: &Config| {
+        let run_folder = RunFolder::open(folder.path(), config)?;
+        train(config, task(config)?.as_mut(), run_folder, &Resume::Auto, &Stop::default())
+    };
+    run(&config).unwrap();
+    let vocab = fs::read_to_string(&config.text.vocab).unwrap();
+    let (last, rest) = vocab.trim_end().rsplit_once('\n').map(|(a, b)| (b, a)).unwrap();
+    fs::write(&config.text.vocab, format!("{rest}\n{last}龘\n")).unwrap();
+    let error = run(&config).unwrap_err();
+    assert!(error.to_string().contains("another vocabulary"), "{error:#}");
+}

@@ -1,0 +1,86 @@
+//! `vilg train` from outside: killed, stopped and started again, it ends with the same bits.
+
+use signal_hook::consts::{SIGINT, SIGKILL, SIGTERM, SIGUSR1};
+use std::{
+    fs,
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+const CONFIG: &str = r#"
+name = "tiny"
+task = "image-tokenizer"
+seed = 7
+data.sources = [{ path = "pictures" }]
+
+[image_tokenizer]
+image_size = 8
+channels = 32
+channel_multipliers = [1, 1]
+residual_blocks = 1
+attention_sides = []
+latent_channels = 8
+codebook_size = 16
+code_dim = 4
+restart_after = 3
+
+[train]
+steps = 60
+batch_size = 2
+warmup_steps = 4
+checkpoint_every = 5
+sample_every = 0
+"#;
+
+fn prepare(folder: &Path) {
+    fs::create_dir_all(folder.join("pictures")).unwrap();
+    fs::write(folder.join("tiny.toml"), CONFIG).unwrap();
+    for i in 0..7u8 {
+        let pixel = |x: u32, y: u32| image::Rgb([(x as u8) * 30, (y as u8) * 30, i * 36]);
+        image::RgbImage::from_fn(8, 8, pixel).save(folder.join(format!("pictures/{i}.png"))).unwrap();
+    }
+}
+
+fn train(folder: &Path) -> Child {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vilg"));
+    command.args(["--threads", "2", "train", "--config", "tiny.toml"]).current_dir(folder);
+    command.stderr(Stdio::null()).spawn().unwrap()
+}
+
+fn steps(folder: &Path) -> usize {
+    fs::read_to_string(folder.join("runs/tiny/metrics.jsonl")).map_or(0, |text| text.lines().count())
+}
+
+/// Sends `signal` once some more steps are done; gives the exit code.
+fn interrupt(folder: &Path, signal: i32) -> Option<i32> {
+    let mut child = train(folder);
+    let (before, begun) = (steps(folder), Instant::now());
+    // A resumed run first takes back the steps after its checkpoint.
+    while steps(folder) < before.max(5) + 4 && begun.elapsed() < Duration::from_secs(60) {
+        sleep(Duration::from_millis(2));
+    }
+    // SAFETY: kill has no memory effects; the child is ours and not yet waited for.
+    assert_eq!(unsafe { libc::kill(child.id() as i32, signal) }, 0);
+    child.wait().unwrap().code()
+}
+
+#[test]
+fn survives_signals_bit_by_bit() {
+    let (whole, cut) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for folder in [&whole, &cut] {
+        prepare(folder.path());
+    }
+    assert_eq!(train(whole.path()).wait().unwrap().code(), Some(0));
+    for (signal, code) in [(SIGTERM, Some(75)), (SIGKILL, None), (SIGINT, Some(130)), (SIGUSR1, Some(75))] {
+        assert_eq!(interrupt(cut.path(), signal), code, "signal {signal}");
+    }
+    assert!(steps(cut.path()) < 60, "the run ended before the signals did");
+    assert_eq!(train(cut.path()).wait().unwrap().code(), Some(0));
+    assert_eq!(steps(cut.path()), 60);
+    for file in ["checkpoints/step-60/state.safetensors", "checkpoints/step-60/state.json", "model/model.safetensors"] {
+        let read = |folder: &Path| fs::read(folder.join("runs/tiny").join(file)).unwrap();
+        assert!(read(whole.path()) == read(cut.path()), "{file} differs");
+    }
+}
