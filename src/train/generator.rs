@@ -8,8 +8,9 @@ use super::{
 use crate::{
     bundle::{self, Bundle, Parts},
     config::{Config, Task as Kind},
-    data,
+    data::{self, picture},
     error::{Context, Result, ensure, failed, usage},
+    generate::{Job, Models},
     model::{Batch, Direction, Generator, pad},
     nn::params::{Params, Scope},
     random::Random,
@@ -54,8 +55,7 @@ impl GeneratorTask {
         ensure!(ours, failed("the codes in data.sources are not of the tokenizer in image_tokenizer.path", hint));
 
         let scope = Scope::from_seed(config.seed, DType::F32, &runtime::device());
-        let tokenizer = &config.image_tokenizer;
-        let model = Generator::new(&scope, &config, text.vocab_size(), tokenizer.codebook_size, tokenizer.grid())?;
+        let model = build(&scope, &config, &text)?;
         Ok(Self { model, params: scope.params(), text, image_tokenizer, feed, config })
     }
 
@@ -97,6 +97,11 @@ impl GeneratorTask {
             Direction::ImageToText => self.config.train.text_loss_weight,
         }
     }
+}
+
+fn build(scope: &Scope, config: &Config, text: &WordPiece) -> Result<Generator> {
+    let tokenizer = &config.image_tokenizer;
+    Generator::new(scope, config, text.vocab_size(), tokenizer.codebook_size, tokenizer.grid())
 }
 
 impl Task for GeneratorTask {
@@ -149,8 +154,23 @@ impl Task for GeneratorTask {
         Ok(())
     }
 
-    fn sample(&self, _weights: HashMap<String, Tensor>, _path: &Path) -> Result<()> {
-        Ok(())
+    /// One picture a prompt.
+    fn sample(&self, weights: HashMap<String, Tensor>, path: &Path) -> Result<()> {
+        let settings = &self.config.sample;
+        let scope = Scope::from_tensors(weights, DType::F32, &runtime::device());
+        let models = Models {
+            generator: build(&scope, &self.config, &self.text)?,
+            image_tokenizer: self.image_tokenizer.image_tokenizer()?,
+            text: WordPiece::parse(&self.text.vocab_text())?,
+        };
+        let jobs: Vec<Job> =
+            settings.prompts.iter().map(|prompt| Job { prompt: prompt.clone(), seed: self.config.seed }).collect();
+        if jobs.is_empty() {
+            return Ok(());
+        }
+        let paintings = models.paint(&jobs, &settings.into(), 1, |_| {})?;
+        let pictures: Vec<_> = paintings.into_iter().map(|painting| painting.picture).collect();
+        picture::write_png(path, &picture::grid(&pictures, 0))
     }
 
     fn publish(&self, weights: HashMap<String, Tensor>, folder: &Path) -> Result<()> {

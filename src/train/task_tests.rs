@@ -101,9 +101,9 @@ pub(crate) fn generator_config(folder: &Path) -> Config {
             condition_dropout: 0.3,
             text_loss_weight: 0.5,
             matrix_optimizer: MatrixOptimizer::Muon,
-            sample_every: 0,
             ..tokenizer.train
         },
+        sample: config::Sample { prompts: vec!["红苹果".into(), "小狗".into()], ..Default::default() },
         ..Default::default()
     }
 }
@@ -166,6 +166,8 @@ fn the_image_tokenizer_resumes_bit_by_bit() {
 fn the_generator_resumes_bit_by_bit() {
     let folder = tempfile::tempdir().unwrap();
     resumes_bit_by_bit(generator_config(folder.path()), folder.path());
+    let sheet = image::open(folder.path().join("whole/runs/generator/samples/step-0000005.png")).unwrap();
+    assert_eq!((sheet.width(), sheet.height()), (2 * 8 + 4, 8));
     let model = Bundle::open(folder.path().join("whole/runs/generator/model").to_str().unwrap()).unwrap();
     assert_eq!(model.generator().unwrap().max_text(), 8);
     assert_eq!(model.image_tokenizer().unwrap().grid(), (4, 4));
