@@ -1,11 +1,13 @@
 //! What a run would do, without doing it: `vilg train --dry-run`.
 
 use crate::{
+    bundle::Bundle,
     config::{Config, Task},
     data::{Dataset, Kind},
     error::Result,
 };
 use serde::Serialize;
+use std::path::Path;
 
 /// A run's plan.
 #[derive(Debug, Serialize)]
@@ -35,12 +37,17 @@ pub struct SourcePlan {
 /// A source is missing or empty.
 pub fn plan(config: &Config) -> Result<Plan> {
     let settings = &config.train;
-    let (height, width) = config.image_tokenizer.grid();
+    let path = &config.image_tokenizer.path;
+    // The tokenizer's own settings count where its folder is there already.
+    let tokenizer = if config.task == Task::Generator && Path::new(path).is_dir() {
+        Bundle::open(path)?.config.image_tokenizer
+    } else {
+        config.image_tokenizer.clone()
+    };
+    let (height, width) = tokenizer.grid();
     let painted = settings.batch_size * height * width;
     let (kind, samples, tokens) = match config.task {
-        Task::ImageTokenizer => {
-            (Kind::Pictures(config.image_tokenizer.image_size as u32), settings.batch_size, painted)
-        }
+        Task::ImageTokenizer => (Kind::Pictures(tokenizer.image_size as u32), settings.batch_size, painted),
         Task::Generator => {
             let described = settings.caption_batch_size * (config.text.max_tokens - 1);
             (Kind::Codes, settings.batch_size + settings.caption_batch_size, painted + described)
