@@ -36,8 +36,8 @@ pub struct ImageTokenizerTask {
     feed: Feed,
     /// The step at which each code was last chosen, for the restart of dead codes.
     last_used: Vec<u64>,
-    /// What the parts of the current step left behind.
-    statistics: Vec<Statistics>,
+    /// What the current step saw.
+    seen: Option<Statistics>,
 }
 
 impl ImageTokenizerTask {
@@ -49,24 +49,19 @@ impl ImageTokenizerTask {
         let scope = Scope::from_seed(config.seed, DType::F32, &runtime::device());
         let model = ImageTokenizer::new(&scope, settings)?;
         let last_used = vec![0; settings.codebook_size];
-        Ok(Self { config: config.clone(), model, params: scope.params(), feed, last_used, statistics: Vec::new() })
+        Ok(Self { config: config.clone(), model, params: scope.params(), feed, last_used, seen: None })
     }
+}
 
-    /// Losses of the whole step: the parts' means, weighed by their pictures.
-    fn losses(&self) -> Vec<(&'static str, f64)> {
-        let total: usize = self.statistics.iter().map(|s| s.codes.len()).sum();
-        let mean = |f: &dyn Fn(&Statistics) -> f64| {
-            self.statistics.iter().map(|s| f(s) * s.codes.len() as f64 / total as f64).sum::<f64>()
-        };
-        vec![
-            ("l1", mean(&|s| s.l1)),
-            ("l2", mean(&|s| s.l2)),
-            ("codebook", mean(&|s| s.codebook)),
-            ("commitment", mean(&|s| s.commitment)),
-            ("psnr", mean(&Statistics::psnr)),
-            ("perplexity", mean(&Statistics::perplexity)),
-        ]
-    }
+/// What the parts of a step saw, as if they had been one: their means weighed by their pictures.
+fn merge(parts: Vec<(f64, Statistics)>) -> Result<Statistics> {
+    let mean = |f: &dyn Fn(&Statistics) -> f64| parts.iter().map(|(share, part)| share * f(part)).sum();
+    let (l1, l2) = (mean(&|s| s.l1), mean(&|s| s.l2));
+    let (codebook, commitment) = (mean(&|s| s.codebook), mean(&|s| s.commitment));
+    let latents: Vec<&Tensor> = parts.iter().map(|(_, part)| &part.latents).collect();
+    let latents = Tensor::cat(&latents, 0)?;
+    let codes = parts.iter().flat_map(|(_, part)| part.codes.iter().copied()).collect();
+    Ok(Statistics { l1, l2, codebook, commitment, codes, latents })
 }
 
 impl Task for ImageTokenizerTask {
@@ -81,22 +76,31 @@ impl Task for ImageTokenizerTask {
     fn gradients(&mut self, step: u64, gradients: &mut Gradients) -> Result<Measured> {
         let records = self.feed.next(step)?;
         let segments = self.model.segments();
-        self.statistics.clear();
+        let mut parts = Vec::new();
         for part in records.chunks(records.len().div_ceil(self.config.train.accumulation)) {
-            let batch = PixelBatch::new(pixels(part)?, part.len() as f64 / records.len() as f64);
+            let share = part.len() as f64 / records.len() as f64;
+            let batch = PixelBatch::new(pixels(part)?, share);
             engine::accumulate(&segments, &batch, self.config.train.recompute, gradients)?;
-            self.statistics.extend(batch.statistics.into_inner());
+            parts.push((share, batch.statistics.into_inner().context("the tokenizer left no statistics")?));
         }
-        Ok(Measured { losses: self.losses(), amount: records.len(), unit: "images" })
+        let seen = merge(parts)?;
+        let losses = vec![
+            ("l1", seen.l1),
+            ("l2", seen.l2),
+            ("codebook", seen.codebook),
+            ("commitment", seen.commitment),
+            ("psnr", seen.psnr()),
+            ("perplexity", seen.perplexity()),
+        ];
+        self.seen = Some(seen);
+        Ok(Measured { losses, amount: records.len(), unit: "images" })
     }
 
     fn after_step(&mut self, step: u64) -> Result<()> {
-        let (config, quantizer) = (&self.config, self.model.quantizer());
-        let codes: Vec<u32> = self.statistics.iter().flat_map(|s| s.codes.iter().copied()).collect();
-        let latents: Vec<&Tensor> = self.statistics.iter().map(|s| &s.latents).collect();
-        let latents = Tensor::cat(&latents, 0)?;
-        let after = config.image_tokenizer.restart_after;
-        quantizer.restart_dead_codes(&mut self.last_used, &latents, &codes, after, config.seed, step)?;
+        let Some(seen) = self.seen.take() else { return Ok(()) };
+        let (after, seed) = (self.config.image_tokenizer.restart_after, self.config.seed);
+        let quantizer = self.model.quantizer();
+        quantizer.restart_dead_codes(&mut self.last_used, &seen.latents, &seen.codes, after, seed, step)?;
         Ok(())
     }
 
