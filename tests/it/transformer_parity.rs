@@ -1,0 +1,125 @@
+//! The generator against PyTorch: logits of both directions, every gradient, ten training losses.
+//!
+//! `tests/golden/transformer.safetensors` is written by `scripts/golden_transformer.py`, which shares no code with us.
+
+use candle_core::{DType, Device, Tensor, safetensors};
+use std::collections::HashMap;
+use vilg::{
+    config::{Config, ConvBorder, Model, RowExtent, Train},
+    error::{Context, Result},
+    model::{Batch, Direction, Generator},
+    nn::params::{Params, Scope},
+    train::{engine, optimizer},
+};
+
+const DIRECTIONS: [(Direction, &str); 2] = [(Direction::TextToImage, "image"), (Direction::ImageToText, "text")];
+
+struct Golden(HashMap<String, Tensor>);
+
+impl Golden {
+    fn load() -> Result<Self> {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/transformer.safetensors");
+        Ok(Self(safetensors::load(path, &Device::Cpu)?))
+    }
+
+    fn get(&self, name: &str) -> Result<&Tensor> {
+        self.0.get(name).with_context(|| format!("the golden file has no `{name}`"))
+    }
+
+    fn batch(&self, direction: Direction) -> Result<Batch> {
+        let lengths = self.get("text_lengths")?.to_vec1::<i64>()?;
+        let mut batch = Batch {
+            direction,
+            text: self.get("text")?.to_dtype(DType::U32)?,
+            text_lengths: lengths.into_iter().map(|length| length as usize).collect(),
+            codes: self.get("codes")?.to_dtype(DType::U32)?,
+            loss_scale: 1.0,
+        };
+        batch.loss_scale /= batch.targets() as f64;
+        Ok(batch)
+    }
+
+    fn generator(&self, variant: &str, config: &Config) -> Result<(Generator, Params)> {
+        let prefix = format!("{variant}.weight.");
+        let weights = self.0.iter().filter_map(|(name, t)| Some((name.strip_prefix(&prefix)?.to_owned(), t.clone())));
+        let scope = Scope::from_tensors(weights.collect(), DType::F32, &Device::Cpu);
+        let generator = Generator::new(&scope, config, 23, 17, (3, 5))?;
+        scope.finish()?;
+        Ok((generator, scope.params()))
+    }
+}
+
+/// The script's variants.
+fn variants() -> [(&'static str, Config); 2] {
+    let mut plain = Config::default();
+    plain.text.max_tokens = 7;
+    plain.model = Model { layers: 4, hidden: 32, heads: 4, mlp_ratio: 2, conv_size: 3, ..Model::default() };
+    plain.train =
+        Train { learning_rate: 3e-3, betas: [0.9, 0.96], weight_decay: 0.2, clip_norm: 1.5, ..Train::default() };
+    let mut options = plain.clone();
+    options.model = Model {
+        layers: 2,
+        conv_size: 5,
+        row_extent: RowExtent::SameRow,
+        conv_border: ConvBorder::RasterWrap,
+        qk_norm: true,
+        sandwich_norm: true,
+        ..plain.model.clone()
+    };
+    [("plain", plain), ("options", options)]
+}
+
+/// |a − b| against the largest |b|, or against 1e-3 where nothing is as large: the bias of the keys' norm has no
+/// effect, so its gradient is rounding error on both sides.
+fn error(a: &Tensor, b: &Tensor) -> Result<f64> {
+    let largest = |t: &Tensor| t.abs()?.flatten_all()?.max(0)?.to_dtype(DType::F64)?.to_scalar::<f64>();
+    assert_eq!(a.dims(), b.dims());
+    Ok(largest(&(a - b)?)? / largest(b)?.max(1e-3))
+}
+
+/// Gradients of the summed loss over both directions, and the loss.
+fn gradients(golden: &Golden, generator: &Generator) -> Result<(engine::Gradients, f64)> {
+    let (mut gradients, mut loss) = (engine::Gradients::default(), 0.0);
+    for (direction, _) in DIRECTIONS {
+        let batch = golden.batch(direction)?;
+        loss += engine::accumulate(&generator.segments(), &batch, false, &mut gradients)?;
+    }
+    Ok((gradients, loss))
+}
+
+#[test]
+fn logits_and_every_gradient_are_pytorchs() -> Result<()> {
+    let golden = Golden::load()?;
+    for (variant, config) in variants() {
+        let (generator, params) = golden.generator(variant, &config)?;
+        for (direction, name) in DIRECTIONS {
+            let logits = generator.logits(&golden.batch(direction)?)?;
+            let error = error(&logits, golden.get(&format!("{variant}.logits.{name}"))?)?;
+            assert!(error < 1e-5, "{variant} {direction:?}: {error:e}");
+        }
+        let (gradients, _) = gradients(&golden, &generator)?;
+        for name in params.keys() {
+            let ours = gradients.get(name).with_context(|| format!("`{name}` has no gradient"))?;
+            let expected = golden.get(&format!("{variant}.gradient.{name}"))?;
+            let error = error(ours, expected)?;
+            assert!(error < 5e-5, "{variant} {name}: {error:e}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn ten_training_losses_are_pytorchs() -> Result<()> {
+    let golden = Golden::load()?;
+    for (variant, config) in variants() {
+        let (generator, params) = golden.generator(variant, &config)?;
+        let mut adam = optimizer::Optimizer::new(&params, &config.train);
+        for (step, expected) in golden.get(&format!("{variant}.losses"))?.to_vec1::<f64>()?.into_iter().enumerate() {
+            let (gradients, loss) = gradients(&golden, &generator)?;
+            assert!((loss - expected).abs() < 1e-5 * expected, "{variant} step {step}: {loss} {expected}");
+            let scale = optimizer::clip_scale(optimizer::global_norm(&gradients)?, config.train.clip_norm);
+            adam.step(&params, &gradients, &config.train, step as u64 + 1, 1.0, scale)?;
+        }
+    }
+    Ok(())
+}
