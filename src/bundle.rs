@@ -3,7 +3,7 @@
 
 use crate::{
     config::{Config, ImageTokenizer, Task},
-    error::{Context, Hint, Result, ensure, failed, usage},
+    error::{Context, Hint, Result, ensure, usage},
     model::Generator,
     nn::{
         params::Scope,
@@ -28,8 +28,20 @@ const VOCAB: &str = "vocab.txt";
 const ATTRIBUTION: &str = "ATTRIBUTION.md";
 const IMAGE_TOKENIZER: &str = "image-tokenizer";
 
-/// The files of the demo model by path in its folder; empty in a build that carries none.
-static DEMO: &[(&str, &[u8])] = &[];
+macro_rules! demo {
+    ($($path:literal),* $(,)?) => { &[$(($path, include_bytes!(concat!("demo/", $path)))),*] };
+}
+
+/// The files of the demo model by path in its folder.
+static DEMO: &[(&str, &[u8])] = demo![
+    "config.toml",
+    "model.safetensors",
+    "vocab.txt",
+    "ATTRIBUTION.md",
+    "image-tokenizer/config.toml",
+    "image-tokenizer/model.safetensors",
+    "image-tokenizer/ATTRIBUTION.md",
+];
 
 /// The name of the demo model.
 pub const DEMO_NAME: &str = "demo";
@@ -58,8 +70,6 @@ impl Bundle {
         if model != DEMO_NAME {
             return Self::at(Place::Folder(model.into()));
         }
-        let hint = "train a model, and name its folder: --model runs/NAME/model";
-        ensure!(!DEMO.is_empty(), failed("this build carries no demo model", hint));
         Self::at(Place::Demo(""))
     }
 

@@ -1,10 +1,6 @@
 //! `vilg doctor`
 
-use crate::{
-    bundle::{Bundle, DEMO_NAME},
-    error::Result,
-    report, runtime,
-};
+use crate::{bundle::DEMO_NAME, error::Result, report, runtime};
 
 /// Show what this machine offers and what this build contains
 #[derive(clap::Args)]
@@ -12,8 +8,7 @@ pub struct Args {}
 
 pub fn run(_args: Args, json: bool) -> Result<()> {
     let mut facts = runtime::facts();
-    let demo = if Bundle::open(DEMO_NAME).is_ok() { "in the program" } else { "not in this build" };
-    facts.push(("demo model", demo.to_owned()));
+    facts.push(("demo model", format!("in the program: --model {DEMO_NAME}")));
     if json {
         let object: serde_json::Map<_, _> = facts.into_iter().map(|(k, v)| (k.into(), v.into())).collect();
         report::json(&object);
