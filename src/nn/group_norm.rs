@@ -1,7 +1,10 @@
 //! GroupNorm (arXiv 1803.08494) over `(batch, height, width, channels)`, as VQGAN has it.
 
 use super::params::{Init, Scope};
-use crate::{error::Result, ops};
+use crate::{
+    error::{Result, ensure},
+    ops,
+};
 use candle_core::Tensor;
 
 /// taming-transformers normalises in 32 groups, so channels come in multiples of 32.
@@ -15,7 +18,10 @@ pub struct GroupNorm {
 }
 
 impl GroupNorm {
+    /// # Errors
+    /// The channels are no multiple of [`GROUPS`].
     pub fn new(scope: &Scope, channels: usize) -> Result<Self> {
+        ensure!(channels.is_multiple_of(GROUPS), "{channels} channels are not a multiple of the norm's {GROUPS} groups");
         Ok(Self { weight: scope.get("weight", channels, Init::Ones)?, bias: scope.get("bias", channels, Init::Zeros)? })
     }
 

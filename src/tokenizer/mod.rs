@@ -2,6 +2,8 @@
 
 pub mod quantizer;
 pub mod segments;
+#[cfg(test)]
+mod tests;
 pub mod vqgan;
 
 pub use segments::{PixelBatch, Statistics};

@@ -1,0 +1,179 @@
+use super::*;
+use crate::{config, error::Context, nn::weights, ops::testing::values};
+use candle_core::{DType, Device, Var, backprop::GradStore};
+use std::collections::HashMap;
+
+const GOLDEN: &[u8] = include_bytes!("../../tests/golden/taming_vqgan.safetensors");
+
+/// The model that `scripts/golden_taming.py` made.
+fn golden_config() -> config::ImageTokenizer {
+    config::ImageTokenizer {
+        image_size: 16,
+        channels: 32,
+        channel_multipliers: vec![2, 1],
+        residual_blocks: 1,
+        attention_sides: vec![8],
+        latent_channels: 16,
+        codebook_size: 64,
+        code_dim: 6,
+        l1_weight: 1.0,
+        ..config::ImageTokenizer::default()
+    }
+}
+
+/// taming-transformers' weights under its names, and its answers.
+fn golden() -> Result<(HashMap<String, Tensor>, HashMap<String, Tensor>)> {
+    let all = weights::parse(GOLDEN, "taming_vqgan.safetensors")?;
+    let (answers, weights) = all.into_iter().partition::<HashMap<_, _>, _>(|(name, _)| name.starts_with("golden."));
+    let short = |(name, tensor): (String, Tensor)| (name.trim_start_matches("golden.").to_owned(), tensor);
+    Ok((weights, answers.into_iter().map(short).collect()))
+}
+
+fn nhwc(x: &Tensor) -> Result<Tensor> {
+    Ok(x.permute((0, 2, 3, 1))?.contiguous()?)
+}
+
+fn assert_close(what: &str, ours: &Tensor, theirs: &Tensor, tolerance: f64) {
+    assert_eq!(ours.dims(), theirs.dims(), "{what}");
+    for (i, (a, b)) in values(ours).into_iter().zip(values(theirs)).enumerate() {
+        assert!((a - b).abs() < tolerance, "{what}, element {i}: {a} instead of {b}");
+    }
+}
+
+/// The loss of both segments, its gradients and what was left for the log.
+fn train_step(tokenizer: &ImageTokenizer, pixels: &Tensor) -> Result<(f64, GradStore, Statistics)> {
+    let batch = PixelBatch::new(pixels.clone(), 1.0);
+    let mut x = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
+    for segment in tokenizer.segments() {
+        x = segment.forward(&x, &batch)?;
+    }
+    let statistics = batch.statistics.take().context("the last segment leaves statistics")?;
+    Ok((values(&x)[0], x.backward()?, statistics))
+}
+
+#[test]
+fn answers_as_taming_transformers_does() -> Result<()> {
+    let (weights, golden) = golden()?;
+    let scope = Scope::from_tensors(weights, DType::F32, &Device::Cpu);
+    let tokenizer = ImageTokenizer::new(&scope, &golden_config())?;
+    scope.finish()?;
+    let pixels = nhwc(&golden["x"])?;
+    assert_close("latents", &tokenizer.latents(&pixels)?, &nhwc(&golden["z"])?, 1e-4);
+    let codes = tokenizer.encode(&pixels)?;
+    assert_eq!(values(&codes.flatten_all()?), values(&golden["codes"]));
+    assert_close("reconstruction", &tokenizer.decode(&codes)?, &nhwc(&golden["y"])?, 1e-4);
+    Ok(())
+}
+
+#[test]
+fn losses_and_gradients_are_pytorchs() -> Result<()> {
+    let (weights, golden) = golden()?;
+    let number = |name: &str| values(&golden[name])[0];
+    let scope = Scope::from_tensors(weights.clone(), DType::F32, &Device::Cpu);
+    let tokenizer = ImageTokenizer::new(&scope, &golden_config())?;
+    let (loss, gradients, statistics) = train_step(&tokenizer, &nhwc(&golden["x"])?)?;
+    assert!((loss - number("loss")).abs() < 1e-5, "{loss}");
+    assert!((statistics.codebook + statistics.commitment - number("codebook_loss")).abs() < 1e-6);
+    assert!((statistics.l1 + statistics.l2 + number("codebook_loss") - loss).abs() < 1e-5);
+    for (name, var) in scope.params() {
+        let gradient = values(gradients.get(var.as_tensor()).with_context(|| name.clone())?);
+        let theirs = values(&golden[&format!("gradient.{name}")]);
+        let norm = gradient.iter().map(|g| g * g).sum::<f64>().sqrt();
+        let waves: f64 = gradient.iter().enumerate().map(|(i, g)| g * ((i % 1000) as f64).cos()).sum();
+        // The bias of a key shifts all scores of a query alike: its true gradient is 0.
+        let tolerance = 2e-4 * theirs[0] + 1e-7;
+        assert!((norm - theirs[0]).abs() < tolerance, "norm of {name}: {norm}, {theirs:?}");
+        assert!((waves - theirs[1]).abs() < tolerance, "{name}: {waves}, {theirs:?}");
+    }
+
+    let scope = Scope::from_tensors(weights, DType::F32, &Device::Cpu);
+    let legacy = ImageTokenizer::new(&scope, &config::ImageTokenizer { legacy_beta: true, ..golden_config() })?;
+    let (_, _, statistics) = train_step(&legacy, &nhwc(&golden["x"])?)?;
+    assert!((statistics.codebook + statistics.commitment - number("legacy_loss")).abs() < 1e-6);
+    Ok(())
+}
+
+fn fresh(config: &config::ImageTokenizer) -> Result<(ImageTokenizer, Scope)> {
+    let scope = Scope::from_seed(5, DType::F32, &Device::Cpu);
+    Ok((ImageTokenizer::new(&scope, config)?, scope))
+}
+
+#[test]
+fn a_downsampling_tokenizer_has_the_grid_of_its_multipliers() -> Result<()> {
+    let config = config::ImageTokenizer {
+        image_size: 24,
+        channel_multipliers: vec![1, 1, 1],
+        attention_sides: vec![],
+        l2_normalize: true,
+        ..golden_config()
+    };
+    let (tokenizer, _) = fresh(&config)?;
+    assert_eq!((tokenizer.grid(), tokenizer.codebook_size()?), ((6, 6), 64));
+    let pixels = Tensor::rand(-1f32, 1.0, (2, 24, 24, 3), &Device::Cpu)?;
+    let codes = tokenizer.encode(&pixels)?;
+    assert_eq!(codes.dims(), [2, 36]);
+    assert_eq!(tokenizer.decode(&codes)?.dims(), [2, 24, 24, 3]);
+    assert!(tokenizer.decode(&codes.narrow(1, 0, 35)?).is_err(), "a code too few");
+    assert!(tokenizer.decode(&Tensor::full(64u32, (1, 36), &Device::Cpu)?).is_err(), "a code that does not exist");
+    assert!(fresh(&config::ImageTokenizer { image_size: 25, ..config }).is_err(), "a side that 4 does not divide");
+    Ok(())
+}
+
+#[test]
+fn unusable_channels_are_named() {
+    let config = config::ImageTokenizer { channels: 48, ..golden_config() };
+    let error = fresh(&config).err().map(|e| format!("{e:#}")).unwrap_or_default();
+    assert!(error.contains("48") && error.contains("32"), "{error}");
+}
+
+#[test]
+fn normalised_codes_see_directions_only() -> Result<()> {
+    let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
+    let config = config::ImageTokenizer { l2_normalize: true, ..golden_config() };
+    let quantizer = Quantizer::new(&scope, &config)?;
+    let z = Tensor::randn(0f32, 1.0, (50, 6), &Device::Cpu)?;
+    let codes = quantizer.encode(&z)?;
+    assert_eq!(values(&codes), values(&quantizer.encode(&(z * 17.0)?)?));
+    for norm in values(&quantizer.lookup(&codes)?.sqr()?.sum(1)?) {
+        assert!((norm - 1.0).abs() < 1e-5);
+    }
+    Ok(())
+}
+
+#[test]
+fn only_dead_codes_restart_from_latents() -> Result<()> {
+    let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
+    let quantizer = Quantizer::new(&scope, &config::ImageTokenizer { codebook_size: 5, ..golden_config() })?;
+    let book = scope.params()["embedding.weight"].as_tensor().clone();
+    let rows = || book.to_vec2::<f32>();
+    let (before, z) = (rows()?, Tensor::randn(3f32, 1.0, (1, 2, 2, 6), &Device::Cpu)?);
+    let latents = z.reshape((4, 6))?.to_vec2::<f32>()?;
+    let mut last_used = vec![9, 0, 9, 1, 2];
+    assert_eq!(quantizer.restart_dead_codes(&mut last_used.clone(), &z, &[0], 0, 7, 10)?, 0, "turned off");
+    assert_eq!(quantizer.restart_dead_codes(&mut last_used, &z, &[0, 4, 4], 9, 7, 10)?, 2);
+    assert_eq!(last_used, [10, 10, 9, 10, 10]);
+    let after = rows()?;
+    for code in 0..5 {
+        if [1, 3].contains(&code) {
+            assert!(latents.contains(&after[code]), "code {code} is a latent of the batch");
+        } else {
+            assert_eq!(before[code], after[code]);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_step_along_the_gradient_helps() -> Result<()> {
+    let (tokenizer, scope) = fresh(&golden_config())?;
+    let pixels = Tensor::rand(-1f32, 1.0, (2, 16, 16, 3), &Device::Cpu)?;
+    let (before, gradients, _) = train_step(&tokenizer, &pixels)?;
+    let moved = |var: &Var| -> Result<()> {
+        let gradient = gradients.get(var.as_tensor()).context("a gradient")?;
+        Ok(var.set(&(var.as_tensor().detach() - (gradient * 1e-3)?)?)?)
+    };
+    scope.params().values().try_for_each(moved)?;
+    let (after, _, _) = train_step(&tokenizer, &pixels)?;
+    assert!(after < before, "{before} -> {after}");
+    Ok(())
+}
