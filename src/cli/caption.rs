@@ -3,24 +3,16 @@
 use super::sampling::{from_0_to_100, probability};
 use crate::{
     bundle::Bundle,
-    data::image::decode_square,
-    error::{Context, Result, bail, ensure, failed},
+    data::image::open_square,
+    error::{Result, ensure, failed},
     generate::{Caption, Decoding, Models, Sampling},
     report,
 };
-use image::RgbImage;
 use serde_json::json;
-use std::{
-    fs::File,
-    io::Read,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 /// Pictures read and described at once.
 const BATCH: usize = 64;
-
-/// Largest picture file that is read.
-const MAX_FILE: u64 = 64 << 20;
 
 /// Describe pictures in Chinese
 #[derive(clap::Args)]
@@ -74,7 +66,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     for paths in args.images.chunks(BATCH) {
         let (mut read, mut pictures) = (Vec::new(), Vec::new());
         for path in paths {
-            match read_picture(path, models.image_tokenizer.image_size()) {
+            match open_square(path, models.image_tokenizer.image_size()) {
                 Ok(picture) => {
                     read.push(path);
                     pictures.push(picture);
@@ -103,18 +95,5 @@ fn print(path: &Path, caption: &Caption, args: &Args, json: bool) {
         report::result(format_args!("{}\t{}", path.display(), caption.text));
     } else {
         report::result(&caption.text);
-    }
-}
-
-/// A picture file as a square of `size` pixels.
-fn read_picture(path: &Path, size: usize) -> Result<RgbImage> {
-    let place = || format!("{}", path.display());
-    let mut bytes = Vec::new();
-    // Not by the file's size: a pipe has none.
-    File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes)).with_context(place)?;
-    ensure!(bytes.len() as u64 <= MAX_FILE, "{}: larger than {} MB", place(), MAX_FILE >> 20);
-    match decode_square(&bytes, size as u32) {
-        Ok(picture) => Ok(picture),
-        Err(bad) => bail!("{}: {}: {}", place(), bad.cause, bad.place),
     }
 }

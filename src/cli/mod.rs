@@ -11,9 +11,11 @@ mod doctor;
 mod eval;
 mod export;
 mod man;
+mod reconstruct;
 mod sampling;
 mod summary;
 mod t2i;
+mod tokenize;
 mod train;
 
 use crate::error::{Error, Result, usage};
@@ -43,6 +45,8 @@ enum Command {
     Caption(caption::Args),
     Eval(eval::Args),
     Train(train::Args),
+    Tokenize(tokenize::Args),
+    Reconstruct(reconstruct::Args),
     Export(export::Args),
     Config(config::Args),
     Data(data::Args),
@@ -70,6 +74,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Command::Caption(args) => caption::run(args, json),
         Command::Eval(args) => eval::run(args, json),
         Command::Train(args) => train::run(args, json),
+        Command::Tokenize(args) => tokenize::run(args, json),
+        Command::Reconstruct(args) => reconstruct::run(args, json),
         Command::Export(args) => export::run(args, json),
         Command::Config(args) => config::run(args, json),
         Command::Data(args) => data::run(args, json),

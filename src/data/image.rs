@@ -1,19 +1,23 @@
 //! Picture files to square RGB pictures, and pictures to tensors and back.
 
 use super::bad::{Bad, Cause};
-use crate::error::{Context, Result, ensure};
+use crate::error::{Context, Hint, Result, ensure, failed};
 use candle_core::{Device, Tensor};
 use image::{
     DynamicImage, ImageDecoder, ImageError, ImageReader, Limits, RgbImage,
     imageops::{self, FilterType},
 };
 use std::{
-    io::Cursor,
+    fs::File,
+    io::{Cursor, Read},
     panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
 };
 
 /// Most pixels of a picture that is decoded.
 const MAX_PIXELS: u64 = 100_000_000;
+/// Largest picture file that is read.
+const MAX_FILE: u64 = 64 << 20;
 /// Most bytes that a decoder may allocate.
 const MAX_BYTES: u64 = 512 << 20;
 
@@ -27,6 +31,19 @@ pub fn decode(bytes: &[u8]) -> Result<RgbImage, Bad> {
 /// Decodes a picture and makes it a square of `size` pixels: centre crop, then resize.
 pub fn decode_square(bytes: &[u8], size: u32) -> Result<RgbImage, Bad> {
     Ok(square(decode(bytes)?, size))
+}
+
+/// Reads a picture file that the user named and makes it a square of `size` pixels.
+pub fn open_square(path: &Path, size: usize) -> Result<RgbImage> {
+    let name = path.display();
+    let mut bytes = Vec::new();
+    // Not by the file's size: a pipe has none.
+    let read = File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes));
+    read.hint(format_args!("cannot read {name}"), "name a picture file")?;
+    ensure!(bytes.len() as u64 <= MAX_FILE, "{name} is larger than {} MB", MAX_FILE >> 20);
+    let hint = "PNG, JPEG, WebP, GIF, BMP and TIFF are read";
+    let unusable = |bad: Bad| failed(format_args!("{name} is no usable picture: {} ({})", bad.cause, bad.place), hint);
+    decode_square(&bytes, size as u32).map_err(unusable)
 }
 
 fn decode_unguarded(bytes: &[u8]) -> Result<RgbImage, Bad> {

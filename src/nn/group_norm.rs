@@ -21,7 +21,10 @@ impl GroupNorm {
     /// # Errors
     /// The channels are no multiple of [`GROUPS`].
     pub fn new(scope: &Scope, channels: usize) -> Result<Self> {
-        ensure!(channels.is_multiple_of(GROUPS), "{channels} channels are not a multiple of the norm's {GROUPS} groups");
+        ensure!(
+            channels.is_multiple_of(GROUPS),
+            "{channels} channels are not a multiple of the norm's {GROUPS} groups"
+        );
         Ok(Self { weight: scope.get("weight", channels, Init::Ones)?, bias: scope.get("bias", channels, Init::Zeros)? })
     }
 

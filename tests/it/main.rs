@@ -4,3 +4,4 @@ mod commands;
 mod house;
 mod train;
 mod transformer_parity;
+mod tokenizer;

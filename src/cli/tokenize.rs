@@ -1,0 +1,49 @@
+//! `vilg tokenize`
+
+use crate::{
+    bundle::{Bundle, DEMO_NAME},
+    data::image::{open_square, to_pixels},
+    error::{Result, ensure, failed},
+    report,
+};
+use serde_json::json;
+use std::path::PathBuf;
+
+/// Show pictures as the image codes that the transformer reads and writes
+#[derive(clap::Args)]
+#[command(
+    after_help = "Prints a line a picture: its name and its codes row by row. A picture that cannot be read is reported \
+    and the others go on; the exit code is then 1."
+)]
+pub struct Args {
+    /// Picture files; their centred square is taken
+    #[arg(required = true, value_name = "IMAGE")]
+    images: Vec<PathBuf>,
+    /// Model folder with the image tokenizer
+    #[arg(short, long, value_name = "DIR|NAME", default_value = DEMO_NAME)]
+    model: String,
+}
+
+pub fn run(args: Args, json: bool) -> Result<()> {
+    let tokenizer = Bundle::open(&args.model)?.image_tokenizer()?;
+    let mut unread = 0;
+    for path in &args.images {
+        let codes = match open_square(path, tokenizer.image_size()) {
+            Ok(picture) => tokenizer.encode(&to_pixels([&picture])?)?.flatten_all()?.to_vec1::<u32>()?,
+            Err(e) => {
+                report::error(&e);
+                unread += 1;
+                continue;
+            }
+        };
+        if json {
+            report::json(&json!({ "image": path, "grid": tokenizer.grid(), "codes": codes }));
+        } else {
+            let codes: Vec<String> = codes.iter().map(u32::to_string).collect();
+            report::result(format_args!("{}\t{}", path.display(), codes.join(" ")));
+        }
+    }
+    let message = format!("{unread} of {} pictures cannot be read", args.images.len());
+    ensure!(unread == 0, failed(message, "the codes of the others are complete"));
+    Ok(())
+}
