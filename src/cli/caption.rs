@@ -33,13 +33,13 @@ pub struct Args {
         conflicts_with_all = ["temperature", "top_k", "top_p", "seed"])]
     beam: Option<u32>,
     /// Divides the logits; 0 takes the likeliest token [default: 0 for one caption, 1 for several]
-    #[arg(long, value_name = "T", value_parser = from_0_to_100)]
+    #[arg(long, value_name = "T", value_parser = from_0_to_100, allow_negative_numbers = true)]
     temperature: Option<f64>,
     /// Draw only from the K likeliest tokens; 0: from all
     #[arg(long, value_name = "K", default_value_t = 0)]
     top_k: usize,
     /// Draw only from the likeliest tokens that make up this probability; 1: from all
-    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability, allow_negative_numbers = true)]
     top_p: f64,
     /// Seed of the sampling
     #[arg(long, default_value_t = 0)]
@@ -90,7 +90,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
 
 fn print(path: &Path, caption: &Caption, args: &Args, json: bool) {
     if json {
-        report::json(&json!({ "image": path, "caption": caption.text, "score": caption.score }));
+        report::json(&json!({ "image": path.display().to_string(), "caption": caption.text, "score": caption.score }));
     } else if args.images.len() > 1 {
         report::result(format_args!("{}\t{}", path.display(), caption.text));
     } else {

@@ -6,16 +6,16 @@ use crate::{config, generate::Sampling};
 #[derive(clap::Args)]
 pub struct Options {
     /// Divides the logits; lower is safer and plainer, 0 takes the likeliest code [default: the model's]
-    #[arg(long, value_name = "T", value_parser = from_0_to_100)]
+    #[arg(long, value_name = "T", value_parser = from_0_to_100, allow_negative_numbers = true)]
     pub temperature: Option<f64>,
     /// Draw only from the K likeliest codes; 0: from all [default: the model's]
     #[arg(long, value_name = "K")]
     pub top_k: Option<usize>,
     /// Draw only from the likeliest codes that make up this probability; 1: from all [default: the model's]
-    #[arg(long, value_name = "P", value_parser = probability)]
+    #[arg(long, value_name = "P", value_parser = probability, allow_negative_numbers = true)]
     pub top_p: Option<f64>,
     /// Classifier-free guidance: 1 is none, more follows the prompt more closely [default: the model's]
-    #[arg(long, value_name = "S", value_parser = from_0_to_100)]
+    #[arg(long, value_name = "S", value_parser = from_0_to_100, allow_negative_numbers = true)]
     pub guidance: Option<f64>,
 }
 

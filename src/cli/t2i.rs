@@ -69,7 +69,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
 
     let paths = write(&args, &paintings)?;
     if json {
-        let image = |((path, job), painting): ((&PathBuf, &Job), &Painting)| json!({ "path": path, "prompt": job.prompt, "seed": job.seed, "score": painting.score });
+        let image = |((path, job), painting): ((&PathBuf, &Job), &Painting)| json!({ "path": path.display().to_string(), "prompt": job.prompt, "seed": job.seed, "score": painting.score });
         let images: Vec<_> = paths.iter().zip(&jobs).zip(&paintings).map(image).collect();
         report::json(&json!({ "images": images, "tokens_per_second": tokens_per_second }));
     } else {
@@ -112,14 +112,18 @@ fn check_prompt(models: &Models, prompt: &str) -> Result<()> {
     let seen = text.encode(prompt, longest)?;
     let tokens = &seen[1..seen.len() - 1];
     ensure!(!tokens.is_empty(), empty_prompt());
+    let quoted = match prompt.char_indices().nth(20) {
+        Some((end, _)) => format!("“{}…”", &prompt[..end]),
+        None => format!("“{prompt}”"),
+    };
     if text.encode(prompt, longest + 1)?.len() > longest {
-        report::warn(format_args!("the prompt is longer than {} tokens; the rest is not seen", longest - 2));
+        report::warn(format_args!("{quoted} is longer than {} tokens; the rest is not seen", longest - 2));
     }
     let unknown = tokens.iter().filter(|&&token| token == text.unk()).count();
     if unknown == tokens.len() {
-        report::warn("the model knows no word of the prompt; it was trained on Chinese");
+        report::warn(format_args!("the model knows no word of {quoted}; it was trained on Chinese"));
     } else if unknown > 0 {
-        report::warn(format_args!("the model does not know {unknown} of the prompt's {} tokens", tokens.len()));
+        report::warn(format_args!("the model does not know {unknown} of the {} tokens of {quoted}", tokens.len()));
     }
     Ok(())
 }

@@ -12,6 +12,9 @@ use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::HashMap;
 
+/// Captions painted at once.
+const BATCH: usize = 64;
+
 /// Side to which pictures are reduced before they are compared.
 const SIDE: usize = 16;
 
@@ -68,18 +71,19 @@ pub fn run(models: &Models, settings: &Settings) -> Result<Retrieval> {
     let others = chosen.iter().map(|&own| shelf.others(own, settings.candidates - 1, settings.seed));
     let others = others.collect::<Result<Vec<_>>>()?;
 
-    let job = |&i: &usize| Job { prompt: pictures[i].caption.clone(), seed: settings.seed.wrapping_add(i as u64) };
-    let jobs: Vec<Job> = chosen.iter().map(job).collect();
-    let codes = models.generator.grid().len() * settings.best_of * jobs.len();
-    let bar = report::bar(codes as u64, "painting");
-    let paintings = models.paint(&jobs, &settings.sampling, settings.best_of, |codes| bar.inc(codes))?;
+    let bar = report::bar(chosen.len() as u64, "painting");
+    let mut ranks = Vec::with_capacity(chosen.len());
+    for (chosen, others) in chosen.chunks(BATCH).zip(others.chunks(BATCH)) {
+        let job = |&i: &usize| Job { prompt: pictures[i].caption.clone(), seed: settings.seed.wrapping_add(i as u64) };
+        let jobs: Vec<Job> = chosen.iter().map(job).collect();
+        let paintings = models.paint(&jobs, &settings.sampling, settings.best_of, |_| {})?;
+        for ((&own, others), painting) in chosen.iter().zip(others).zip(paintings) {
+            let others = others.iter().map(|&other| pictures[other].features.as_slice());
+            ranks.push(rank(&features(&painting.picture), &pictures[own].features, others));
+        }
+        bar.inc(chosen.len() as u64);
+    }
     bar.finish_and_clear();
-
-    let rank_of = |((&own, others), painting): ((&usize, &Vec<usize>), &crate::generate::Painting)| {
-        let others = others.iter().map(|&other| pictures[other].features.as_slice());
-        rank(&features(&painting.picture), &pictures[own].features, others)
-    };
-    let ranks: Vec<usize> = chosen.par_iter().zip(&others).zip(&paintings).map(rank_of).collect();
     let among = |best: usize| Rate::new(ranks.iter().filter(|&&rank| rank <= best).count(), ranks.len());
     Ok(Retrieval {
         candidates: settings.candidates,

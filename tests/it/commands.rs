@@ -2,7 +2,7 @@
 
 use std::process::{Command, Stdio};
 
-fn vilg(args: &[&str]) -> Command {
+pub(crate) fn vilg(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vilg"));
     command.args(args);
     command

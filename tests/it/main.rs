@@ -1,6 +1,7 @@
 //! The one integration binary (each further one would link candle again).
 
 mod commands;
+mod generate;
 mod house;
 mod train;
 mod transformer_parity;

@@ -1,0 +1,230 @@
+//! Painting, describing and measuring from outside, with a small untrained model.
+
+use crate::commands::vilg;
+use image::{Rgb, RgbImage};
+use serde_json::Value;
+use std::{fs, path::Path, process::Output};
+use tempfile::TempDir;
+use vilg::{
+    bundle::{self, Bundle, Parts},
+    config::{Config, Task},
+    data::picture::{png, write_png},
+    model::Generator,
+    nn::params::Scope,
+    text::WordPiece,
+    tokenizer::ImageTokenizer,
+};
+
+const VOCAB: &str = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n一\n弯\n月\n星\n红\n，\n";
+
+/// A folder with a model in `model/`.
+fn folder() -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = Config { task: Task::ImageTokenizer, ..Config::default() };
+    config.text.max_tokens = 8;
+    (config.model.layers, config.model.hidden, config.model.heads) = (2, 8, 2);
+    let tokenizer = &mut config.image_tokenizer;
+    (tokenizer.image_size, tokenizer.channels, tokenizer.channel_multipliers) = (16, 32, vec![1, 1, 1]);
+    (tokenizer.residual_blocks, tokenizer.attention_sides) = (1, vec![]);
+    (tokenizer.latent_channels, tokenizer.code_dim, tokenizer.codebook_size) = (4, 4, 16);
+    let scope = || Scope::from_seed(1, candle_core::DType::F32, &candle_core::Device::Cpu);
+    let weights =
+        |scope: &Scope| scope.params().into_iter().map(|(name, var)| (name, var.as_tensor().clone())).collect();
+    let write = |name: &str, config: &Config, scope: &Scope, image_tokenizer: Option<Bundle>| {
+        let vocab = image_tokenizer.is_some().then(|| VOCAB.to_owned());
+        let parts = Parts { config, weights: weights(scope), vocab, attribution: String::new(), image_tokenizer };
+        bundle::write(&folder.path().join(name), &parts, safetensors::Dtype::F32).unwrap();
+    };
+    let of_tokenizer = scope();
+    ImageTokenizer::new(&of_tokenizer, &config.image_tokenizer).unwrap();
+    write("tokenizer", &config, &of_tokenizer, None);
+    config.task = Task::Generator;
+    let of_generator = scope();
+    let words = WordPiece::parse(VOCAB).unwrap().vocab_size();
+    Generator::new(&of_generator, &config, words, 16, config.image_tokenizer.grid()).unwrap();
+    let tokenizer = Bundle::open(folder.path().join("tokenizer").to_str().unwrap()).unwrap();
+    write("model", &config, &of_generator, Some(tokenizer));
+    folder
+}
+
+/// Runs `vilg` in `folder` with its model.
+fn run(folder: &Path, args: &[&str]) -> (Output, String, String) {
+    let output = vilg(args).args(["--model", "model"]).current_dir(folder).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+    (output, stdout, stderr)
+}
+
+fn lines(stdout: &str) -> Vec<Value> {
+    stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn picture(shade: u8) -> RgbImage {
+    RgbImage::from_fn(16, 16, |x, y| Rgb([shade, x as u8 * 16, y as u8 * 16]))
+}
+
+#[test]
+fn painting() {
+    let folder = folder();
+    let at = folder.path();
+    let paint = |more: &[&str]| {
+        let (output, stdout, stderr) = run(at, &[&["t2i", "一弯月，红", "--json"], more].concat());
+        assert!(output.status.success() && stderr.is_empty(), "{stderr}");
+        lines(&stdout).remove(0)
+    };
+    let one = paint(&["-o", "one.png", "--seed", "5"]);
+    assert_eq!(one["images"][0]["path"], "one.png");
+    assert_eq!(one["images"][0]["seed"], 5);
+    assert!(one["images"][0]["score"].as_f64().unwrap() < 0.0 && one["tokens_per_second"].as_f64().unwrap() > 0.0);
+    paint(&["-o", "again.png", "--seed", "5"]);
+    assert_eq!(fs::read(at.join("one.png")).unwrap(), fs::read(at.join("again.png")).unwrap());
+
+    let nine = paint(&["-o", "new/nine.png", "--seed", "1", "-n", "9", "--guidance", "2", "--top-k", "5"]);
+    assert_eq!(nine["images"].as_array().unwrap().len(), 9);
+    assert_eq!(image::open(at.join("new/nine.png")).unwrap().width(), 3 * 16 + 2 * 4);
+
+    let two = paint(&["红月", "-n", "2", "-o", "two.png"]);
+    let seeds: Vec<_> =
+        two["images"].as_array().unwrap().iter().map(|i| (i["prompt"].as_str(), i["seed"].as_u64())).collect();
+    let (first, second) = (Some("一弯月，红"), Some("红月"));
+    assert_eq!(seeds, [(first, Some(0)), (first, Some(1)), (second, Some(0)), (second, Some(1))]);
+
+    let each = paint(&["-o", "each.png", "--seed", "3", "-n", "3", "--each", "--best-of", "2"]);
+    assert_eq!(each["images"][2]["path"], "each-3.png");
+    paint(&["-o", "fifth.png", "--seed", "5", "--best-of", "2"]);
+    assert_eq!(fs::read(at.join("each-3.png")).unwrap(), fs::read(at.join("fifth.png")).unwrap());
+}
+
+#[test]
+fn odd_prompts() {
+    let folder = folder();
+    let paint = |prompt: &str| {
+        let (output, stdout, stderr) = run(folder.path(), &["t2i", prompt, "-o", "odd.png"]);
+        (output.status.code().unwrap(), stdout, stderr)
+    };
+    for empty in ["", " \t　", "\u{200b}\u{1}"] {
+        let (code, _, stderr) = paint(empty);
+        assert!(code == 2 && stderr.contains("empty") && stderr.contains("hint: "), "{empty:?} {stderr}");
+    }
+    let warnings = [
+        ("月", ""),
+        ("a blue moon", "no word"),
+        ("🌙 ไทย", "no word"),
+        ("月 moon", "does not know 1 of the 2"),
+        (&"一弯月".repeat(10_000), "longer than 6 tokens"),
+    ];
+    for (prompt, warning) in warnings {
+        let (code, stdout, stderr) = paint(prompt);
+        assert!((code, stdout.as_str()) == (0, "odd.png\n"), "{stderr}");
+        assert!(if warning.is_empty() { stderr.is_empty() } else { stderr.contains(warning) }, "{prompt}: {stderr}");
+    }
+}
+
+#[test]
+fn bad_options_are_usage_errors() {
+    let folder = folder();
+    let bad: [&[&str]; 11] = [
+        &["--temperature", "-1"],
+        &["--temperature", "nan"],
+        &["--top-p", "0"],
+        &["--top-p", "1.5"],
+        &["--top-k", "-3"],
+        &["--guidance", "1000"],
+        &["-n", "0"],
+        &["--best-of", "0"],
+        &["--seed", "-1"],
+        &["-o", "moon.jpg"],
+        &["--sed", "1"],
+    ];
+    for args in bad {
+        let (output, stdout, stderr) = run(folder.path(), &[&["t2i", "月"], args].concat());
+        assert_eq!((output.status.code(), stdout.as_str()), (Some(2), ""), "{args:?} {stderr}");
+        assert!(stderr.starts_with("error: ") && stderr.contains("hint: "), "{args:?} {stderr}");
+    }
+    for args in [&["--beam", "2", "--seed", "1"][..], &["--beam", "0"], &["-n", "0"], &["--temperature", "x"], &[]] {
+        let image = if args.is_empty() { vec![] } else { vec!["a.png"] };
+        let (output, _, stderr) = run(folder.path(), &[&["caption"], image.as_slice(), args].concat());
+        assert!(output.status.code() == Some(2) && stderr.contains("hint: "), "{args:?} {stderr}");
+    }
+}
+
+#[test]
+fn describing_goes_on_past_bad_pictures() {
+    let folder = folder();
+    let at = folder.path();
+    let good = png(&picture(200)).unwrap();
+    write_png(&at.join("b.png"), &picture(90)).unwrap();
+    fs::write(at.join("a.png"), &good).unwrap();
+    fs::write(at.join("cut.png"), &good[..good.len() / 2]).unwrap();
+    fs::write(at.join("text.png"), "not a picture").unwrap();
+    fs::write(at.join("empty.png"), "").unwrap();
+    let mut huge = good.clone();
+    huge[16..24].copy_from_slice(&[0, 0, 255, 255, 0, 0, 255, 255]); // the header's width and height
+    fs::write(at.join("huge.png"), huge).unwrap();
+    let all = ["caption", "a.png", "cut.png", "text.png", "none.png", "empty.png", "huge.png", ".", "b.png"];
+
+    let (output, stdout, stderr) = run(at, &[&all[..], &["--json"]].concat());
+    let captions = lines(&stdout);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!((captions.len(), &captions[0]["image"], &captions[1]["image"]), (2, &"a.png".into(), &"b.png".into()));
+    assert!(captions.iter().all(|c| c["score"].as_f64().unwrap() < 0.0 && !c["caption"].as_str().unwrap().is_empty()));
+    for name in ["cut.png", "text.png", "none.png", "empty.png", "huge.png", "6 of 8"] {
+        assert!(stderr.contains(name), "{name}: {stderr}");
+    }
+
+    let (_, stdout, _) = run(at, &["caption", "a.png", "b.png", "-n", "3", "--beam", "4"]);
+    assert_eq!(stdout.lines().filter(|line| line.starts_with("a.png\t")).count(), 3);
+    let (output, alone, _) = run(at, &["caption", "a.png"]);
+    assert!(output.status.success());
+    assert_eq!(alone.trim_end(), captions[0]["caption"].as_str().unwrap());
+    let sampled = |seed: &str| run(at, &["caption", "a.png", "-n", "5", "--seed", seed]).1;
+    assert!(sampled("1") == sampled("1") && sampled("1") != sampled("2"));
+}
+
+/// Pairs of two styles; `sixth.png` has broken JSON, `seventh.png` is no picture.
+fn pairs(folder: &Path, count: u8) {
+    fs::create_dir(folder).unwrap();
+    for i in 0..count {
+        write_png(&folder.join(format!("{i}.png")), &picture(i * 6)).unwrap();
+        let json = format!(r#"{{"caption": "一弯月", "style": "s{}", "name_zh": "月"}}"#, i % 2);
+        fs::write(folder.join(format!("{i}.json")), json).unwrap();
+    }
+    fs::write(folder.join("6.json"), "{").unwrap();
+    fs::write(folder.join("7.png"), "x").unwrap();
+}
+
+#[test]
+fn measuring() {
+    let folder = folder();
+    let at = folder.path();
+    pairs(&at.join("pairs"), 20);
+    let retrieval = |more: &[&str]| run(at, &[&["eval", "retrieval", "--data", "pairs", "--json"], more].concat());
+    let (output, stdout, stderr) = retrieval(&["--candidates", "5", "--samples", "10", "--best-of", "2"]);
+    assert!(output.status.success(), "{stderr}");
+    assert!(stderr.contains("bad-json") && stderr.contains("bad-image"), "{stderr}");
+    let result = &lines(&stdout)[0]["result"];
+    let number = |pointer: &str| result.pointer(pointer).and_then(Value::as_f64).unwrap();
+    assert_eq!((number("/top1/of"), number("/top5/rate"), number("/chance_top1")), (10.0, 1.0, 0.2));
+    assert!(number("/top1/interval/0") <= number("/top1/rate") && number("/top1/interval/1") <= 1.0);
+    assert!(result["distance"].as_str().unwrap().contains("16×16"));
+    assert_eq!(retrieval(&["--candidates", "5", "--samples", "10", "--best-of", "2"]).1, stdout, "keyed by the seed");
+
+    let (output, _, stderr) = retrieval(&["--candidates", "15"]);
+    assert!(output.status.code() == Some(1) && stderr.contains("--pool"), "{stderr}");
+    pairs(&at.join("pool"), 30);
+    for i in 0..30 {
+        write_png(&at.join(format!("pool/{i}.png")), &picture(200 - i * 3)).unwrap();
+    }
+    let (output, _, stderr) = retrieval(&["--candidates", "15", "--pool", "pool"]);
+    assert!(output.status.success(), "{stderr}");
+
+    let (output, stdout, _) = run(at, &["eval", "caption", "--data", "pairs", "--samples", "0", "--json"]);
+    let accuracy = &lines(&stdout)[0]["accuracy"];
+    assert!(output.status.success() && accuracy["of"] == 18, "{stdout}");
+    let (_, stdout, _) = run(at, &["eval", "caption", "--data", "pairs", "--beam", "2"]);
+    assert!(stdout.contains(" of 18, 95 % interval "), "{stdout}");
+    for source in ["nowhere", "model"] {
+        let (output, _, stderr) = run(at, &["eval", "caption", "--data", source]);
+        assert!(matches!(output.status.code(), Some(1 | 2)) && stderr.contains("hint: "), "{stderr}");
+    }
+}
