@@ -15,11 +15,11 @@ use std::{
 };
 
 /// Most pixels of a picture that is decoded.
-const MAX_PIXELS: u64 = 100_000_000;
+const MAX_PIXELS: u64 = 8192 * 8192;
 /// Largest picture file that is read.
 const MAX_FILE: u64 = 64 << 20;
 /// Most bytes that a decoder may allocate.
-const MAX_BYTES: u64 = 512 << 20;
+const MAX_BYTES: u64 = 256 << 20;
 
 /// Decodes a picture: first frame, EXIF orientation applied, alpha laid onto white, 8 bits, RGB.
 pub fn decode(bytes: &[u8]) -> Result<RgbImage, Bad> {

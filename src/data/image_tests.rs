@@ -101,6 +101,14 @@ fn huge_pictures_are_refused_before_they_are_allocated() {
     let mut jpeg = encode(&gradient().into(), ImageFormat::Jpeg);
     let sof = jpeg.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
     jpeg[sof + 5..sof + 9].copy_from_slice(&[0xff; 4]);
+    let mut tiff = encode(&gradient().into(), ImageFormat::Tiff);
+    for tag in [0x00, 0x01] {
+        // ImageWidth and ImageLength; whatever the type of the entry, its value stands in the last 4 of 12 bytes.
+        let entry = tiff.windows(2).rposition(|pair| pair == [tag, 0x01]).unwrap();
+        tiff[entry + 8..entry + 12].copy_from_slice(&[0xff, 0xff, 0, 0]);
+    }
+    // Its strips do not fit the new size, which is noticed first.
+    assert_eq!(decode(&tiff).unwrap_err().cause, Cause::BadImage);
     for (name, bytes) in [("png", png), ("bmp", bmp), ("gif", gif), ("jpeg", jpeg)] {
         let bad = decode(&bytes).unwrap_err();
         assert_eq!(bad.cause, Cause::HugeImage, "{name}: {}", bad.place);

@@ -1,6 +1,6 @@
 //! Samples: found, indexed, read in a repeatable order, and delivered in batches.
 //!
-//! Reading order: [`Dataset`] finds and indexes shards ([`tar`], [`paths`](self)), [`Sampler`] says which sample
+//! Reading order: `paths` and `tar` find and index shards, [`Dataset`] holds them, [`Sampler`] says which sample
 //! stands where, [`Record`] is one sample, [`Loader`] reads ahead in threads. What is wrong with a sample
 //! is a [`Bad`], counted in [`BadCounts`].
 

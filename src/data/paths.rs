@@ -1,7 +1,7 @@
 //! From what a user writes as a source to a list of shards: brace lists, globs, folders.
 
 use super::record::IMAGE_EXTENSIONS;
-use crate::error::{Context, Hint, Result, ensure, failed};
+use crate::error::{Context, Hint, Result, ensure, failed, usage};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -23,7 +23,9 @@ pub struct Found {
 /// are searched with their subfolders (names that begin with a dot are left out).
 pub fn find(source: &str) -> Result<Found> {
     let mut found = Found::default();
-    for path in braces(source)? {
+    // A name with braces that stands there is meant as it is.
+    let patterns = if Path::new(source).exists() { vec![source.to_owned()] } else { braces(source)? };
+    for path in patterns {
         let before = found.tars.len() + found.images.len();
         for path in glob(&path)? {
             add(&path, &mut found)?;
@@ -35,15 +37,19 @@ pub fn find(source: &str) -> Result<Found> {
 
 fn failed_to_find(path: &str) -> crate::error::Error {
     let hint = "name tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), a folder of them, or a folder of pictures";
-    failed(format_args!("no shards or pictures at `{path}`"), hint)
+    usage(format_args!("no shards or pictures at `{path}`"), hint)
 }
 
 fn add(path: &Path, found: &mut Found) -> Result<()> {
     if path.is_dir() {
         return add_folder(path, path, found);
     }
-    let name = path.file_name().map(PathBuf::from).unwrap_or_default();
-    found.tars.push((path.to_path_buf(), name));
+    if is_picture(path) {
+        found.images.push(path.to_path_buf());
+    } else {
+        let name = path.file_name().map(PathBuf::from).unwrap_or_default();
+        found.tars.push((path.to_path_buf(), name));
+    }
     Ok(())
 }
 
@@ -52,17 +58,22 @@ fn add_folder(root: &Path, folder: &Path, found: &mut Found) -> Result<()> {
         // Links to folders are not followed: they can run in circles.
         if path.is_dir() && !path.is_symlink() {
             add_folder(root, &path, found)?;
-        } else if path.is_file() {
-            let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
-            if extension == "tar" {
-                let below = path.strip_prefix(root).unwrap_or(&path).to_path_buf();
-                found.tars.push((path, below));
-            } else if IMAGE_EXTENSIONS.contains(&extension.as_str()) {
-                found.images.push(path);
-            }
+        } else if path.is_file() && extension(&path) == "tar" {
+            let below = path.strip_prefix(root).unwrap_or(&path).to_path_buf();
+            found.tars.push((path, below));
+        } else if path.is_file() && is_picture(&path) {
+            found.images.push(path);
         }
     }
     Ok(())
+}
+
+fn extension(path: &Path) -> String {
+    path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase()
+}
+
+fn is_picture(path: &Path) -> bool {
+    IMAGE_EXTENSIONS.contains(&extension(path).as_str())
 }
 
 /// The entries of a folder by name, without those whose name begins with a dot.

@@ -216,6 +216,8 @@ fn a_folder_of_pairs_is_read() {
     assert_eq!((keys, bad), (vec!["a".into(), "b".into()], serde_json::json!({"bad-image": 1})));
     let captions: Vec<_> = dataset.records(1).flatten().map(|record| record.caption).collect();
     assert_eq!(captions, ["甲", "乙"]);
+    let one = Dataset::open(&config(&[(&dir.path().join("a.*g"), 1.0)]), Kind::Pairs(4)).unwrap();
+    assert_eq!(read_all(&one).0, ["a"]);
 }
 
 #[test]
