@@ -80,7 +80,8 @@ impl Sampler {
     /// The order for sources of (samples, weight). `purpose` tells streams of one run apart.
     pub fn new(seed: u64, purpose: &str, sources: &[(u64, f64)]) -> Self {
         let share = |&(samples, weight): &(u64, f64)| {
-            let wanted = (samples as f64 * weight).round() as u64;
+            // The bound keeps the sum over the sources in range whatever the weights.
+            let wanted = ((samples as f64 * weight).round() as u64).min(1 << 48);
             Share { samples, shown: if samples == 0 || weight <= 0.0 { 0 } else { wanted.max(1) } }
         };
         let sources: Vec<Share> = sources.iter().map(share).collect();
