@@ -25,6 +25,6 @@ else
     echo "cargo-deny cannot be installed here: licences are not checked"
 fi
 step cargo clippy --locked --all-targets -- -D warnings
-RUSTDOCFLAGS="-D warnings" step cargo doc --locked --no-deps
+RUSTDOCFLAGS="-D warnings" step cargo doc --locked --no-deps --document-private-items
 step cargo test --locked --doc
 step cargo test --locked --lib --bins --tests

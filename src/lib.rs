@@ -13,6 +13,8 @@
 //! | 5 | [`train`] [`generate`] [`eval`] [`bundle`] | the engine; decoding; measures; model folders |
 //! | 6 | [`cli`] | one short function a command |
 
+#![allow(rustdoc::private_intra_doc_links, reason = "these pages are for who reads the code: --document-private-items")]
+
 pub mod bundle;
 pub mod cli;
 pub mod config;

@@ -1,7 +1,7 @@
 //! Attention against a full mask: the oracle that the block and the cached implementation are held to.
 //!
 //! One contract, three implementations: this one (n×n scores, stock candle ops),
-//! [`ops::attention`](crate::ops::attention) (training: only the keys a pattern lists) and
+//! [`ops::attention`](fn@crate::ops::attention) (training: only the keys a pattern lists) and
 //! [`Cache`](super::cache::Cache) (decoding: only the keys a pattern can still need).
 
 use crate::error::Result;

@@ -168,3 +168,14 @@ fn nothing_is_left_undone_or_silenced() {
         }
     }
 }
+
+#[test]
+fn dependencies_are_used() {
+    let manifest = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml")).unwrap();
+    let manifest: toml::Table = manifest.parse().unwrap();
+    let all: String = sources().iter().map(|s| s.text.as_str()).collect();
+    for name in manifest["dependencies"].as_table().unwrap().keys() {
+        let krate = name.replace('-', "_");
+        assert!(all.contains(&format!("{krate}::")), "dependency {name} is not used");
+    }
+}
