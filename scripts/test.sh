@@ -27,4 +27,4 @@ fi
 step cargo clippy --locked --all-targets -- -D warnings
 RUSTDOCFLAGS="-D warnings" step cargo doc --locked --no-deps --document-private-items
 step cargo test --locked --doc
-step cargo test --locked --lib --bins --tests
+step cargo test --locked --lib --test it

@@ -3,6 +3,6 @@
 mod commands;
 mod generate;
 mod house;
+mod tokenizer;
 mod train;
 mod transformer_parity;
-mod tokenizer;
