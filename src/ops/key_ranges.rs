@@ -78,3 +78,26 @@ impl KeyRanges {
         mask
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// By hand: fused and composed attention both read these lists, so neither can check the other here.
+    #[test]
+    fn padding_ends_where_the_text_ends() {
+        let runs = vec![Run { start: 0, len: 6, stride: 1 }, Run { start: 0, len: 3, stride: 2 }];
+        let text_lengths = Some(vec![1, 3, 9]);
+        let keys = KeyRanges { offsets: vec![0, 1, 2, 2], runs, text: 1..4, text_lengths };
+        let list = |sample, query| {
+            let mut list = vec![99];
+            keys.list(&keys.padding(sample), query, &mut list);
+            list
+        };
+        assert_eq!(list(0, 0), [0, 1, 4, 5]);
+        assert_eq!(list(0, 1), [0, 4]);
+        assert_eq!(list(1, 0), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(list(2, 1), [0, 2, 4], "a length behind the text hides nothing else");
+        assert!(list(0, 2).is_empty());
+    }
+}
