@@ -12,7 +12,7 @@ cargo build --release --locked
 vilg=${CARGO_TARGET_DIR:-target}/release/vilg
 
 mkdir -p out
-"$vilg" t2i "$prompt" -o out/painting.png
+"$vilg" t2i -o out/painting.png -- "$prompt"
 caption=$("$vilg" caption src/demo/sample.png)
 
 printf '\npainted “%s”: %s\n' "$prompt" "$PWD/out/painting.png"
