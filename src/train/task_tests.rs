@@ -104,7 +104,6 @@ pub(crate) fn generator_config(folder: &Path) -> Config {
             ..tokenizer.train
         },
         sample: config::Sample { prompts: vec!["红苹果".into(), "小狗".into()], ..Default::default() },
-        ..Default::default()
     }
 }
 
