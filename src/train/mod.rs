@@ -89,8 +89,9 @@ pub trait Task {
 
 /// Trains what the configuration says, in `runs/NAME` below the current folder.
 pub fn run(config: &Config, resume: &Resume) -> Result<()> {
-    let folder = RunFolder::open(Path::new(""), config)?;
+    // The task first: a configuration that cannot be trained leaves no run folder behind.
     let mut task = task(config)?;
+    let folder = RunFolder::open(Path::new(""), config)?;
     train(config, task.as_mut(), folder, resume, &Stop::on_signals()?)
 }
 
