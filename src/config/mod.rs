@@ -219,8 +219,10 @@ pub struct Train {
     pub clip_norm: f64,
     /// Decay a step of the moving average of the weights; 0 turns it off.
     pub ema_decay: f64,
-    /// Run each segment forward again in the backward pass instead of keeping its activations.
-    pub recompute: bool,
+    /// Every so-manieth segment forgets its activations and runs forward again in the backward pass: 1 all, 0 none.
+    pub recompute: usize,
+    /// Of matrix products; weights, gradients and sums stay f32.
+    pub precision: Precision,
     /// A checkpoint every so many steps.
     pub checkpoint_every: u64,
     /// Newest checkpoints that are kept; at least 2.
@@ -242,6 +244,15 @@ pub enum MatrixOptimizer {
 pub enum Decay {
     Cosine,
     Linear,
+}
+
+/// The numbers that matrix products multiply; they add up in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    F32,
+    /// Rounded to bf16 where the processor has AMX; f32 elsewhere, which is faster there.
+    Bf16,
 }
 
 /// Sampling defaults.
@@ -348,7 +359,8 @@ impl Default for Train {
             final_lr_ratio: 0.0,
             clip_norm: 4.0,
             ema_decay: 0.999,
-            recompute: false,
+            recompute: 0,
+            precision: Precision::F32,
             checkpoint_every: 1000,
             keep_checkpoints: 2,
             sample_every: 1000,

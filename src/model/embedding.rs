@@ -7,21 +7,21 @@ use crate::{
     nn::{
         params::{Init, Params, Scope},
         pattern::Grid,
-        segment::Segment,
+        segment::Taped,
     },
 };
 use candle_core::{Device, Tensor};
 
 /// The first segment.
 pub struct Embedding {
-    text: Tensor,
-    text_position: Tensor,
-    image: Tensor,
-    image_row: Tensor,
-    image_column: Tensor,
-    image_start: Tensor,
+    pub(super) text: Tensor,
+    pub(super) text_position: Tensor,
+    pub(super) image: Tensor,
+    pub(super) image_row: Tensor,
+    pub(super) image_column: Tensor,
+    pub(super) image_start: Tensor,
     pub(super) grid: Grid,
-    params: Params,
+    pub(super) params: Params,
 }
 
 impl Embedding {
@@ -38,6 +38,15 @@ impl Embedding {
             grid,
             params: scope.params(),
         })
+    }
+
+    /// Checks that a batch's texts and codes belong together and to this grid.
+    pub(super) fn check(&self, batch: &Batch) -> Result<()> {
+        let ((b, m), (codes_b, n)) = (batch.text.dims2()?, batch.codes.dims2()?);
+        let (cells, room) = (self.grid.len(), self.text_position.dim(0)?);
+        ensure!(b == codes_b && n == cells, "{b} texts with {codes_b}×{n} codes for a grid of {cells}");
+        ensure!((1..=room).contains(&m), "a text of {m} positions, for {room} at most");
+        Ok(())
     }
 
     pub(super) fn device(&self) -> &Device {
@@ -68,7 +77,7 @@ impl Embedding {
     }
 }
 
-impl Segment<Batch> for Embedding {
+impl Taped<Batch> for Embedding {
     fn name(&self) -> &str {
         "embedding"
     }
@@ -78,13 +87,9 @@ impl Segment<Batch> for Embedding {
     }
 
     /// → (b, positions, hidden).
-    fn forward(&self, _: &Tensor, batch: &Batch) -> Result<Tensor> {
-        let ((b, m), (codes_b, n)) = (batch.text.dims2()?, batch.codes.dims2()?);
-        ensure!(
-            b == codes_b && n == self.grid.len(),
-            "{b} texts with {codes_b}×{n} codes for a grid of {}",
-            self.grid.len()
-        );
+    fn taped(&self, _: &Tensor, batch: &Batch) -> Result<Tensor> {
+        self.check(batch)?;
+        let ((b, m), (_, n)) = (batch.text.dims2()?, batch.codes.dims2()?);
         let x = match batch.direction {
             Direction::TextToImage => {
                 let text = self.text(&batch.text, 0)?;

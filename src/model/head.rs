@@ -7,7 +7,7 @@ use crate::{
         linear::Linear,
         norm::LayerNorm,
         params::{Params, Scope},
-        segment::Segment,
+        segment::Taped,
     },
     ops,
 };
@@ -15,10 +15,10 @@ use candle_core::Tensor;
 
 /// The last segment: final norm, one head a modality, cross-entropy over the target.
 pub struct Head {
-    norm: LayerNorm,
+    pub(super) norm: LayerNorm,
     text: Linear,
     image: Linear,
-    params: Params,
+    pub(super) params: Params,
 }
 
 impl Head {
@@ -34,10 +34,14 @@ impl Head {
 
     /// x (.., hidden) at target positions → logits (.., vocabulary of the target's modality).
     pub fn logits(&self, x: &Tensor, direction: Direction) -> Result<Tensor> {
-        let x = self.norm.forward(x)?;
+        self.linear(direction).forward(&self.norm.forward(x)?)
+    }
+
+    /// The layer that predicts a direction's target.
+    pub(super) fn linear(&self, direction: Direction) -> &Linear {
         match direction {
-            Direction::TextToImage => self.image.forward(&x),
-            Direction::ImageToText => self.text.forward(&x),
+            Direction::TextToImage => &self.image,
+            Direction::ImageToText => &self.text,
         }
     }
 
@@ -52,7 +56,7 @@ impl Head {
     }
 }
 
-impl Segment<Batch> for Head {
+impl Taped<Batch> for Head {
     fn name(&self) -> &str {
         "head"
     }
@@ -62,7 +66,7 @@ impl Segment<Batch> for Head {
     }
 
     /// → the scalar loss.
-    fn forward(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+    fn taped(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
         let (targets, weights) = batch.outputs()?;
         let logits = self.target_logits(x, batch)?.flatten_to(1)?;
         ops::cross_entropy(&logits, &targets, &weights)

@@ -3,6 +3,7 @@
 mod decode;
 mod embedding;
 mod head;
+mod native;
 mod sequence;
 pub mod size;
 mod transformer;

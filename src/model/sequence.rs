@@ -86,6 +86,11 @@ pub struct Layout {
 }
 
 impl Layout {
+    /// Of the sequences of a batch.
+    pub fn of(batch: &Batch, grid: Grid) -> Result<Self> {
+        Ok(Self { direction: batch.direction, text: batch.text.dim(1)?, grid })
+    }
+
     /// Positions of the source; the target begins there.
     pub fn source(&self) -> usize {
         match self.direction {

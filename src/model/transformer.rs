@@ -3,30 +3,40 @@
 use super::{
     embedding::Embedding,
     head::Head,
+    native::{NativeEmbedding, NativeHead, NativeLayer},
     sequence::{Batch, Direction, Layout},
 };
 use crate::{
-    config::Config,
+    config::{Config, Precision},
     error::{Result, ensure},
     nn::{
         block::Block,
         params::{Params, Scope},
         pattern::{Grid, Pattern},
-        segment::Segment,
+        segment::{Segment, Taped},
     },
+    ops::attention::KeyRanges,
 };
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
+use std::sync::Arc;
 
 /// A transformer block and the pattern that its number gives it.
 pub struct Layer {
     pub(super) block: Block,
     pub(super) pattern: Pattern,
     grid: Grid,
-    name: String,
-    params: Params,
+    pub(super) name: String,
+    pub(super) params: Params,
 }
 
-impl Segment<Batch> for Layer {
+impl Layer {
+    /// Who sees whom in this layer.
+    pub(super) fn keys(&self, batch: &Batch) -> Result<Arc<KeyRanges>> {
+        Ok(Layout::of(batch, self.grid)?.keys(self.pattern, &batch.text_lengths))
+    }
+}
+
+impl Taped<Batch> for Layer {
     fn name(&self) -> &str {
         &self.name
     }
@@ -35,9 +45,8 @@ impl Segment<Batch> for Layer {
         &self.params
     }
 
-    fn forward(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
-        let layout = Layout { direction: batch.direction, text: batch.text.dim(1)?, grid: self.grid };
-        self.block.forward(x, &layout.keys(self.pattern, &batch.text_lengths))
+    fn taped(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+        self.block.forward(x, &self.keys(batch)?)
     }
 }
 
@@ -48,6 +57,7 @@ pub struct Generator {
     pub(super) head: Head,
     pub(super) max_text: usize,
     pub(super) heads: usize,
+    precision: Precision,
 }
 
 impl Generator {
@@ -74,7 +84,14 @@ impl Generator {
         };
         let layers = (0..model.layers).map(layer).collect::<Result<_>>()?;
         let head = Head::new(scope, model.hidden, vocab_size, codebook_size)?;
-        Ok(Self { embedding, layers, head, max_text: config.text.max_tokens, heads: model.heads })
+        Ok(Self {
+            embedding,
+            layers,
+            head,
+            max_text: config.text.max_tokens,
+            heads: model.heads,
+            precision: config.train.precision,
+        })
     }
 
     /// The grid of image codes.
@@ -87,20 +104,34 @@ impl Generator {
         self.max_text
     }
 
-    /// The chain that training runs; its output is the loss.
-    pub fn segments(&self) -> Vec<&dyn Segment<Batch>> {
-        let layers = self.layers.iter().map(|layer| layer as &dyn Segment<Batch>);
-        std::iter::once(&self.embedding as &dyn Segment<Batch>)
+    /// The chain that training runs; its output is the loss. By hand on a CPU in f32, taped elsewhere.
+    pub fn segments(&self) -> Vec<Box<dyn Segment<Batch> + '_>> {
+        let table = &self.embedding.text;
+        if !table.device().is_cpu() || table.dtype() != DType::F32 {
+            return self.taped_segments();
+        }
+        let precision = self.precision;
+        let layers = self.layers.iter().map(|layer| Box::new(NativeLayer { layer, precision }) as Box<_>);
+        std::iter::once(Box::new(NativeEmbedding(&self.embedding)) as Box<dyn Segment<Batch>>)
             .chain(layers)
-            .chain(std::iter::once(&self.head as &dyn Segment<Batch>))
+            .chain([Box::new(NativeHead { head: &self.head, precision }) as Box<_>])
+            .collect()
+    }
+
+    /// The same chain written with candle's ops.
+    pub fn taped_segments(&self) -> Vec<Box<dyn Segment<Batch> + '_>> {
+        let layers = self.layers.iter().map(|layer| Box::new(layer) as Box<_>);
+        std::iter::once(Box::new(&self.embedding) as Box<dyn Segment<Batch>>)
+            .chain(layers)
+            .chain([Box::new(&self.head) as Box<_>])
             .collect()
     }
 
     /// What the model predicts at each target position: (b, n, codebook) or (b, m − 1, vocabulary).
     pub fn logits(&self, batch: &Batch) -> Result<Tensor> {
-        let mut x = self.embedding.forward(&batch.codes, batch)?;
+        let mut x = self.embedding.taped(&batch.codes, batch)?;
         for layer in &self.layers {
-            x = layer.forward(&x, batch)?;
+            x = layer.taped(&x, batch)?;
         }
         self.head.target_logits(&x, batch)
     }

@@ -16,16 +16,16 @@ use std::sync::Arc;
 
 /// A pre-LN block: `x + attention(norm1(x))`, then `x + mlp(norm2(x))`.
 pub struct Block {
-    norm1: LayerNorm,
-    qkv: Linear,
-    proj: Linear,
+    pub(super) norm1: LayerNorm,
+    pub(super) qkv: Linear,
+    pub(super) proj: Linear,
     /// LayerNorms on each head's queries and keys, shared by the heads (arXiv 2405.09818).
-    qk_norm: Option<(LayerNorm, LayerNorm)>,
-    norm2: LayerNorm,
-    fc1: Linear,
-    fc2: Linear,
+    pub(super) qk_norm: Option<(LayerNorm, LayerNorm)>,
+    pub(super) norm2: LayerNorm,
+    pub(super) fc1: Linear,
+    pub(super) fc2: Linear,
     /// LayerNorms at the end of the two residual branches (sandwich-LN, arXiv 2105.13290).
-    post: Option<(LayerNorm, LayerNorm)>,
+    pub(super) post: Option<(LayerNorm, LayerNorm)>,
     heads: usize,
 }
 
@@ -56,6 +56,11 @@ impl Block {
             },
             heads,
         })
+    }
+
+    /// Attention heads.
+    pub fn heads(&self) -> usize {
+        self.heads
     }
 
     /// Whole sequences: x (b, l, hidden) → (b, l, hidden).

@@ -1,12 +1,24 @@
 //! `y = x Wᵀ + b`.
 
-use super::params::{Init, Scope};
-use crate::{error::Result, ops};
+use super::{
+    gradients::Gradients,
+    params::{Init, Scope},
+};
+use crate::{
+    config::Precision,
+    error::Result,
+    ops::{
+        self,
+        linear::{self, Epilogue},
+        slices::view,
+    },
+};
 use candle_core::Tensor;
 
 /// A linear layer with bias.
 #[derive(Debug, Clone)]
 pub struct Linear {
+    name: String,
     weight: Tensor,
     bias: Tensor,
 }
@@ -16,11 +28,45 @@ impl Linear {
     pub fn new(scope: &Scope, inputs: usize, outputs: usize, std: f64) -> Result<Self> {
         let weight = scope.get("weight", (outputs, inputs), Init::Normal(std))?;
         let bias = scope.get("bias", outputs, Init::Zeros)?;
-        Ok(Self { weight, bias })
+        Ok(Self { name: scope.name().to_owned(), weight, bias })
+    }
+
+    /// Size of the last dimension of what comes out.
+    pub fn outputs(&self) -> usize {
+        self.bias.elem_count()
     }
 
     /// (.., inputs) → (.., outputs).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::linear(x, &self.weight, Some(&self.bias))
+    }
+
+    /// x (rows, inputs) → (rows, outputs), with `residual` (rows, outputs) added.
+    pub fn native(&self, precision: Precision, x: &[f32], residual: Option<&[f32]>) -> Result<Vec<f32>> {
+        let (weight, bias) = (view(&self.weight)?, view(&self.bias)?);
+        let epilogue = Epilogue { bias: Some(&bias), residual };
+        Ok(linear::forward_in(precision, x, &weight, self.sizes(x.len())?, epilogue))
+    }
+
+    /// Adds the gradients of weight and bias for x (rows, inputs) and dy (rows, outputs); returns dx.
+    pub fn native_backward(
+        &self,
+        precision: Precision,
+        x: &[f32],
+        dy: &[f32],
+        gradients: &mut Gradients,
+    ) -> Result<Vec<f32>> {
+        let sizes = self.sizes(x.len())?;
+        gradients.accumulate(&format!("{}.weight", self.name), self.weight.shape(), |dw, onto| {
+            linear::weight_gradient(precision, dw, onto, dy, x, sizes);
+        })?;
+        gradients.accumulate_vector(&format!("{}.bias", self.name), linear::column_sums(dy, sizes[2]))?;
+        Ok(linear::input_gradient(precision, dy, &view(&self.weight)?, sizes))
+    }
+
+    /// Rows of x, inputs, outputs.
+    fn sizes(&self, elements: usize) -> Result<[usize; 3]> {
+        let (outputs, inputs) = self.weight.dims2()?;
+        Ok([elements / inputs, inputs, outputs])
     }
 }

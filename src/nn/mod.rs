@@ -2,8 +2,10 @@
 
 pub mod attention;
 pub mod block;
+pub mod block_native;
 pub mod cache;
 pub mod conv;
+pub mod gradients;
 pub mod group_norm;
 pub mod linear;
 pub mod norm;

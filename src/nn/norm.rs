@@ -1,12 +1,19 @@
 //! Layer normalisation.
 
-use super::params::{Init, Scope};
-use crate::{error::Result, ops};
+use super::{
+    gradients::Gradients,
+    params::{Init, Scope},
+};
+use crate::{
+    error::Result,
+    ops::{self, layer_norm, slices::view},
+};
 use candle_core::Tensor;
 
 /// LayerNorm over the last dimension with a learned scale and shift.
 #[derive(Debug, Clone)]
 pub struct LayerNorm {
+    name: String,
     weight: Tensor,
     bias: Tensor,
 }
@@ -17,11 +24,25 @@ impl LayerNorm {
 
     /// `weight` (size), one; `bias` (size), zero.
     pub fn new(scope: &Scope, size: usize) -> Result<Self> {
-        Ok(Self { weight: scope.get("weight", size, Init::Ones)?, bias: scope.get("bias", size, Init::Zeros)? })
+        let (weight, bias) = (scope.get("weight", size, Init::Ones)?, scope.get("bias", size, Init::Zeros)?);
+        Ok(Self { name: scope.name().to_owned(), weight, bias })
     }
 
     /// (.., size) → (.., size).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::layer_norm(x, &self.weight, &self.bias, Self::EPS)
+    }
+
+    /// x (rows, size) → (rows, size).
+    pub fn native(&self, x: &[f32]) -> Result<Vec<f32>> {
+        Ok(layer_norm::forward(x, &view(&self.weight)?, &view(&self.bias)?, Self::EPS))
+    }
+
+    /// Adds the gradients of weight and bias for x and dy (rows, size); returns dx.
+    pub fn native_backward(&self, x: &[f32], dy: &[f32], gradients: &mut Gradients) -> Result<Vec<f32>> {
+        let (dx, dweight, dbias) = layer_norm::backward(x, &view(&self.weight)?, dy, Self::EPS);
+        gradients.accumulate_vector(&format!("{}.weight", self.name), dweight)?;
+        gradients.accumulate_vector(&format!("{}.bias", self.name), dbias)?;
+        Ok(dx)
     }
 }

@@ -66,6 +66,11 @@ impl Scope {
         Self { store: self.store.clone(), prefix: self.full_name(name) }
     }
 
+    /// The full name of this place.
+    pub fn name(&self) -> &str {
+        &self.prefix
+    }
+
     fn full_name(&self, name: impl Display) -> String {
         if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) }
     }

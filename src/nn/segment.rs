@@ -1,11 +1,17 @@
 //! The contract between a model and the training engine: a model is a chain of segments.
 //!
-//! The engine runs a segment forward, may forget what happened inside it, and runs it forward again
-//! under the tape when its gradient is due (activation recomputation, paper §3.2).
+//! A segment has one contract and two implementations, and the engine does not know which it drives.
+//! *Taped*: the forward pass is written with candle ops and candle's tape gives the gradients; it runs on any
+//! device and is the oracle. *Native*: forward and backward are written by hand over slices, for the CPU.
+//! Dropping what forward saved and running it again is activation recomputation (paper §3.2).
 
-use super::params::Params;
-use crate::error::Result;
-use candle_core::Tensor;
+use super::{gradients::Gradients, params::Params};
+use crate::error::{Context, Result};
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, Var};
+use std::any::Any;
+
+/// What a forward pass keeps for its backward pass; only the segment knows what it is.
+pub type Saved = Box<dyn Any>;
 
 /// One link of the chain embedding → block 1 … block L → head with loss.
 ///
@@ -18,6 +24,107 @@ pub trait Segment<B> {
     /// Its trainable parameters by full name.
     fn params(&self) -> &Params;
 
+    /// y of x, and what [`Segment::backward`] needs of this pass.
+    fn forward(&self, x: &Tensor, batch: &B) -> Result<(Tensor, Saved)>;
+
+    /// Adds the parameters' gradients to `gradients` and returns that of x, where y depends on it.
+    /// `dy` is `None` for the last segment, whose y is the loss.
+    fn backward(
+        &self,
+        x: &Tensor,
+        batch: &B,
+        saved: Saved,
+        dy: Option<Tensor>,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>>;
+}
+
+/// A segment whose gradients candle's tape finds.
+pub trait Taped<B> {
+    /// As [`Segment::name`].
+    fn name(&self) -> &str;
+
+    /// As [`Segment::params`].
+    fn params(&self) -> &Params;
+
     /// The segment's output for its input, differentiable in both `x` and the parameters.
-    fn forward(&self, x: &Tensor, batch: &B) -> Result<Tensor>;
+    fn taped(&self, x: &Tensor, batch: &B) -> Result<Tensor>;
+}
+
+impl<B, S: Taped<B>> Taped<B> for &S {
+    fn name(&self) -> &str {
+        (*self).name()
+    }
+
+    fn params(&self) -> &Params {
+        (*self).params()
+    }
+
+    fn taped(&self, x: &Tensor, batch: &B) -> Result<Tensor> {
+        (*self).taped(x, batch)
+    }
+}
+
+impl<B, S: Taped<B>> Segment<B> for S {
+    fn name(&self) -> &str {
+        Taped::name(self)
+    }
+
+    fn params(&self) -> &Params {
+        Taped::params(self)
+    }
+
+    fn forward(&self, x: &Tensor, batch: &B) -> Result<(Tensor, Saved)> {
+        let input = Var::from_tensor(x)?;
+        let y = self.taped(&input, batch)?;
+        Ok((y.detach(), Box::new((input, y))))
+    }
+
+    fn backward(
+        &self,
+        _: &Tensor,
+        _: &B,
+        saved: Saved,
+        dy: Option<Tensor>,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let (input, y) = *saved.downcast::<(Var, Tensor)>().ok().context("the tape of another segment")?;
+        let mut store = match dy {
+            None => y.backward()?,
+            Some(dy) => seeded(&y, dy)?.backward()?,
+        };
+        drop(y);
+        for (name, var) in Taped::params(self) {
+            if let Some(gradient) = store.remove(var) {
+                gradients.add(name, gradient)?;
+            }
+        }
+        Ok(store.remove(&input))
+    }
+}
+
+/// A scalar whose gradient with respect to `y` is `dy`.
+fn seeded(y: &Tensor, dy: Tensor) -> Result<Tensor> {
+    if y.device().is_cpu() {
+        // Hands `dy` over as it is; the product's sum would pass over it six times.
+        Ok(y.apply_op1(Seed(dy))?)
+    } else {
+        Ok((y * dy)?.sum_all()?)
+    }
+}
+
+struct Seed(Tensor);
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    fn bwd(&self, _arg: &Tensor, _res: &Tensor, _grad_res: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
 }

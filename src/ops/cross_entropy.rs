@@ -72,6 +72,34 @@ pub fn backward<T: Real>(
     unsafe { fresh(logits.len(), fill) }
 }
 
+/// The loss of rows of logits, which become its gradient in their place.
+///
+/// # Panics
+/// A target is outside the vocabulary (a defect of the caller, who checks them).
+pub fn loss_and_gradient(logits: &mut [f32], vocabulary: usize, targets: &[u32], weights: &[f32]) -> f64 {
+    let row = |((row, &target), &weight): ((&mut [f32], &u32), &f32)| {
+        let logit = f64::from(row[target as usize]);
+        let log_sum = softmax_in_place(row, f64::from(weight));
+        row[target as usize] -= weight;
+        f64::from(weight) * (log_sum - logit)
+    };
+    let rows = logits.par_chunks_mut(vocabulary.max(1)).zip(targets).zip(weights);
+    let losses: Vec<f64> = rows.with_min_len(8).map(row).collect();
+    losses.iter().sum()
+}
+
+multiversion! {
+    /// x = scale · softmax(x); returns log Σ e^xᵢ.
+    fn softmax_in_place<T: Real, const FMA: bool>(x: &mut [T], scale: f64) -> f64 {
+        let max = super::simd::max(x);
+        x.iter_mut().for_each(|x| *x = Real::exp(*x - max));
+        let total = sum(x).to_f64();
+        let factor = T::from_f64(scale / total);
+        x.iter_mut().for_each(|x| *x *= factor);
+        max.to_f64() + total.ln()
+    }
+}
+
 multiversion! {
     /// log Σ e^xᵢ, in blocks that stay in cache so that nothing as long as the row is stored.
     fn log_sum_exp<T: Real, const FMA: bool>(x: &[T]) -> f64 {
@@ -137,7 +165,7 @@ impl CustomOp1 for CrossEntropy {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::testing::*;
+    use crate::{error::Context, ops::testing::*};
     use candle_core::{Device, Var};
 
     fn case(rows: usize, vocabulary: usize, dtype: DType) -> Result<(Var, Tensor, Tensor)> {
@@ -153,6 +181,26 @@ mod tests {
             let (logits, targets, weights) = case(rows, vocabulary, DType::F32)?;
             let (logits, fused) = ([logits], |v: &[Tensor]| cross_entropy(&v[0], &targets, &weights));
             at_each_level(|| assert_same(&logits, 1e-5, &fused, &|v| composed(&v[0], &targets, &weights)))?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn in_place_is_fused() -> Result<()> {
+        for (rows, vocabulary) in [(1, 1), (7, 5), (40, 257), (9, 1000)] {
+            let (logits, targets, weights) = case(rows, vocabulary, DType::F32)?;
+            at_each_level(|| {
+                let loss = cross_entropy(&logits, &targets, &weights)?;
+                let expected = values(loss.backward()?.get(&logits).context("a gradient")?);
+                let (targets, weights) = (targets.to_vec1()?, weights.to_vec1()?);
+                let mut ours = logits.flatten_all()?.to_vec1()?;
+                let in_place = loss_and_gradient(&mut ours, vocabulary, &targets, &weights);
+                assert!((in_place - values(&loss)[0]).abs() < 1e-5 * (1.0 + in_place.abs()));
+                for (a, b) in ours.iter().zip(expected) {
+                    assert!((f64::from(*a) - b).abs() < 1e-6, "{a} instead of {b}");
+                }
+                Ok(())
+            })?;
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! General matrix product on slices, through the `gemm` crate (packed, AVX-512 where there is one).
 
 use super::simd::Real;
+use crate::config::Precision;
 use gemm::Parallelism;
 
 /// A matrix in a slice: element (i, j) is at `i * row_stride + j * column_stride`.
@@ -58,6 +59,13 @@ pub fn gemm<T: Real>(c: &mut [T], onto: Onto, alpha: f64, a: Matrix<T>, b: Matri
     let serial = work < SERIAL_WORK || rayon::current_num_threads() == 1;
     let columns = b.columns;
     product(c, columns, onto, alpha, a, b, if serial { Parallelism::None } else { Parallelism::Rayon(0) });
+}
+
+/// [`gemm`] of f32 matrices, computed in `precision`.
+pub fn gemm_in(precision: Precision, c: &mut [f32], onto: Onto, alpha: f32, a: Matrix<f32>, b: Matrix<f32>) {
+    match precision {
+        Precision::F32 | Precision::Bf16 => gemm(c, onto, f64::from(alpha), a, b),
+    }
 }
 
 /// The same on the calling thread only, for loops that are parallel outside; rows of C are `stride` apart.

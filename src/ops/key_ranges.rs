@@ -53,7 +53,7 @@ impl KeyRanges {
     }
 
     /// Checks that the lists fit a batch.
-    pub(super) fn check(&self, samples: usize, positions: usize) -> Result<()> {
+    pub fn check(&self, samples: usize, positions: usize) -> Result<()> {
         let last = self.runs.iter().filter(|run| run.len > 0).map(|run| run.start + (run.len - 1) * run.stride).max();
         ensure!(
             self.offsets.len() == positions + 1

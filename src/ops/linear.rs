@@ -2,11 +2,11 @@
 //! with its `bwd`, `composed` from stock ops for other devices and as the oracle, and a function that chooses.
 
 use super::{
-    gemm::{Matrix, Onto, gemm},
+    gemm::{Matrix, Onto, gemm, gemm_in},
     simd::{Real, multiversion},
     slices::{by_dtype, fresh, slice, storage, tensor, view},
 };
-use crate::error::Result;
+use crate::{config::Precision, error::Result};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
@@ -40,16 +40,8 @@ pub(crate) fn composed(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Ten
 /// `y (rows, out) = x (rows, in) · w (out, in)ᵀ + b`.
 pub fn forward<T: Real>(x: &[T], w: &[T], b: Option<&[T]>, rows: usize, inputs: usize, outputs: usize) -> Vec<T> {
     let fill = |y: &mut [T]| {
-        let (x, w) = (Matrix::new(x, rows, inputs), Matrix::new(w, outputs, inputs).t());
-        match b {
-            Some(b) => {
-                y.par_chunks_mut(outputs.max(1) * 64).for_each(|rows| {
-                    rows.chunks_exact_mut(outputs.max(1)).for_each(|row| row.copy_from_slice(b));
-                });
-                gemm(y, Onto::Old, 1.0, x, w);
-            }
-            None => gemm(y, Onto::Nothing, 1.0, x, w),
-        }
+        let onto = start(y, outputs, Epilogue { bias: b, residual: None });
+        gemm(y, onto, 1.0, Matrix::new(x, rows, inputs), Matrix::new(w, outputs, inputs).t());
     };
     // SAFETY: the bias, or the product itself, is written to every element before anything is read.
     unsafe { fresh(rows * outputs, fill) }
@@ -67,6 +59,72 @@ pub fn backward_weight<T: Real>(dy: &[T], x: &[T], rows: usize, inputs: usize, o
     let (dy, x) = (Matrix::new(dy, rows, outputs).t(), Matrix::new(x, rows, inputs));
     // SAFETY: a product onto nothing writes every element.
     unsafe { fresh(outputs * inputs, |dw| gemm(dw, Onto::Nothing, 1.0, dy, x)) }
+}
+
+/// What is added to a product while it is written.
+#[derive(Clone, Copy)]
+pub struct Epilogue<'a, T> {
+    /// (out), added to every row.
+    pub bias: Option<&'a [T]>,
+    /// (rows, out), added element by element.
+    pub residual: Option<&'a [T]>,
+}
+
+/// `y (rows, out) = x (rows, in) · w (out, in)ᵀ + bias + residual`, computed in `precision`.
+pub fn forward_in(
+    precision: Precision,
+    x: &[f32],
+    w: &[f32],
+    [rows, inputs, outputs]: [usize; 3],
+    epilogue: Epilogue<f32>,
+) -> Vec<f32> {
+    let fill = |y: &mut [f32]| {
+        let onto = start(y, outputs, epilogue);
+        gemm_in(precision, y, onto, 1.0, Matrix::new(x, rows, inputs), Matrix::new(w, outputs, inputs).t());
+    };
+    // SAFETY: the epilogue, or the product itself, is written to every element before anything is read.
+    unsafe { fresh(rows * outputs, fill) }
+}
+
+/// Writes what the product is added to, if there is something.
+fn start<T: Real>(y: &mut [T], outputs: usize, epilogue: Epilogue<T>) -> Onto {
+    let chunk = outputs.max(1) * 64;
+    match (epilogue.bias, epilogue.residual) {
+        (None, None) => return Onto::Nothing,
+        (None, Some(residual)) => {
+            y.par_chunks_mut(chunk).zip(residual.par_chunks(chunk)).for_each(|(y, r)| y.copy_from_slice(r));
+        }
+        (Some(bias), None) => y.par_chunks_mut(chunk).for_each(|rows| {
+            rows.chunks_exact_mut(outputs.max(1)).for_each(|row| row.copy_from_slice(bias));
+        }),
+        (Some(bias), Some(residual)) => {
+            y.par_chunks_mut(chunk).zip(residual.par_chunks(chunk)).for_each(|(y, r)| {
+                for (y, r) in y.chunks_exact_mut(outputs.max(1)).zip(r.chunks_exact(outputs.max(1))) {
+                    y.iter_mut().zip(r).zip(bias).for_each(|((y, &r), &b)| *y = r + b);
+                }
+            });
+        }
+    }
+    Onto::Old
+}
+
+/// dx (rows, in) = dy (rows, out) · w (out, in), computed in `precision`.
+pub fn input_gradient(precision: Precision, dy: &[f32], w: &[f32], [rows, inputs, outputs]: [usize; 3]) -> Vec<f32> {
+    let (dy, w) = (Matrix::new(dy, rows, outputs), Matrix::new(w, outputs, inputs));
+    // SAFETY: a product onto nothing writes every element.
+    unsafe { fresh(rows * inputs, |dx| gemm_in(precision, dx, Onto::Nothing, 1.0, dy, w)) }
+}
+
+/// dw (out, in) (+)= dy (rows, out)ᵀ · x (rows, in), computed in `precision`.
+pub fn weight_gradient(
+    precision: Precision,
+    dw: &mut [f32],
+    onto: Onto,
+    dy: &[f32],
+    x: &[f32],
+    [rows, inputs, outputs]: [usize; 3],
+) {
+    gemm_in(precision, dw, onto, 1.0, Matrix::new(dy, rows, outputs).t(), Matrix::new(x, rows, inputs));
 }
 
 /// Rows that one task adds up; fixed, so that the result does not depend on the number of threads.

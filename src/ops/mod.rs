@@ -19,6 +19,7 @@ pub mod layer_norm;
 pub mod linear;
 pub mod nearest_code;
 pub mod newton_schulz;
+pub mod scatter;
 pub mod simd;
 pub mod slices;
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use super::simd::Real;
 use candle_core::{CpuStorage, Error, InplaceOp1, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType, bail};
+use rayon::prelude::*;
 use std::{cell::RefCell, marker::PhantomData, ops::Deref, ops::Range};
 
 /// Runs `$body` with the type `$T` standing for the element type of `$dtype` (`F32` or `F64`).
@@ -109,6 +110,12 @@ pub unsafe fn fresh<T: Real>(len: usize, fill: impl FnOnce(&mut [T])) -> Vec<T> 
     // SAFETY: as above.
     unsafe { vec.set_len(len) };
     vec
+}
+
+/// y += x.
+pub fn add(y: &mut [f32], x: &[f32]) {
+    let parts = y.par_chunks_mut(super::CHUNK).zip(x.par_chunks(super::CHUNK));
+    parts.for_each(|(y, x)| y.iter_mut().zip(x).for_each(|(y, x)| *y += x));
 }
 
 /// A slice whose rows several tasks write at once, each its own.

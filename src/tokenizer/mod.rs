@@ -11,10 +11,11 @@ pub use segments::{PixelBatch, Statistics};
 use crate::{
     config,
     error::{Result, ensure},
-    nn::{conv::Conv2d, params::Scope},
+    nn::{conv::Conv2d, params::Scope, segment::Segment},
 };
 use candle_core::Tensor;
 use quantizer::Quantizer;
+use segments::{Decode, Encode};
 use std::rc::Rc;
 use vqgan::{Decoder, Encoder};
 
@@ -22,7 +23,7 @@ use vqgan::{Decoder, Encoder};
 pub struct ImageTokenizer {
     encoder: Rc<EncoderHalf>,
     decoder: Rc<DecoderHalf>,
-    segments: [Box<dyn crate::nn::segment::Segment<PixelBatch>>; 2],
+    segments: (Encode, Decode),
     grid: usize,
     image_size: usize,
 }
@@ -91,8 +92,8 @@ impl ImageTokenizer {
     }
 
     /// The chain that the training engine runs.
-    pub fn segments(&self) -> Vec<&dyn crate::nn::segment::Segment<PixelBatch>> {
-        self.segments.iter().map(|s| s.as_ref()).collect()
+    pub fn segments(&self) -> Vec<Box<dyn Segment<PixelBatch> + '_>> {
+        vec![Box::new(&self.segments.0), Box::new(&self.segments.1)]
     }
 
     /// The codebook.

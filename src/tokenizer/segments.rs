@@ -6,7 +6,7 @@ use crate::{
     error::Result,
     nn::{
         params::{Params, Scope},
-        segment::Segment,
+        segment::Taped,
     },
 };
 use candle_core::Tensor;
@@ -60,12 +60,12 @@ impl Statistics {
     }
 }
 
-struct Encode {
+pub(super) struct Encode {
     half: Rc<EncoderHalf>,
     params: Params,
 }
 
-impl Segment<PixelBatch> for Encode {
+impl Taped<PixelBatch> for Encode {
     fn name(&self) -> &str {
         "encoder"
     }
@@ -74,19 +74,19 @@ impl Segment<PixelBatch> for Encode {
         &self.params
     }
 
-    fn forward(&self, _x: &Tensor, batch: &PixelBatch) -> Result<Tensor> {
+    fn taped(&self, _x: &Tensor, batch: &PixelBatch) -> Result<Tensor> {
         self.half.forward(&batch.pixels)
     }
 }
 
-struct Decode {
+pub(super) struct Decode {
     half: Rc<DecoderHalf>,
     params: Params,
     l1_weight: f64,
     l2_weight: f64,
 }
 
-impl Segment<PixelBatch> for Decode {
+impl Taped<PixelBatch> for Decode {
     fn name(&self) -> &str {
         "quantizer and decoder"
     }
@@ -96,7 +96,7 @@ impl Segment<PixelBatch> for Decode {
     }
 
     /// Scalar loss (eq. 1-2); the place where perceptual and adversarial terms join the sum.
-    fn forward(&self, z: &Tensor, batch: &PixelBatch) -> Result<Tensor> {
+    fn taped(&self, z: &Tensor, batch: &PixelBatch) -> Result<Tensor> {
         let quantized = self.half.quantize.forward(z)?;
         let error = (self.half.decode(&quantized.z_q)? - &batch.pixels)?;
         let (l1, l2) = (error.abs()?.mean_all()?, error.sqr()?.mean_all()?);
@@ -120,15 +120,14 @@ pub(super) fn of(
     config: &config::ImageTokenizer,
     encoder: &Rc<EncoderHalf>,
     decoder: &Rc<DecoderHalf>,
-) -> [Box<dyn Segment<PixelBatch>>; 2] {
+) -> (Encode, Decode) {
     let params = |names: &[&str]| names.iter().flat_map(|name| scope.at(name).params()).collect::<Params>();
-    [
-        Box::new(Encode { half: encoder.clone(), params: params(&["encoder", "quant_conv"]) }),
-        Box::new(Decode {
-            half: decoder.clone(),
-            params: params(&["quantize", "post_quant_conv", "decoder"]),
-            l1_weight: config.l1_weight,
-            l2_weight: config.l2_weight,
-        }),
-    ]
+    let encode = Encode { half: encoder.clone(), params: params(&["encoder", "quant_conv"]) };
+    let decode = Decode {
+        half: decoder.clone(),
+        params: params(&["quantize", "post_quant_conv", "decoder"]),
+        l1_weight: config.l1_weight,
+        l2_weight: config.l2_weight,
+    };
+    (encode, decode)
 }

@@ -1,5 +1,10 @@
 use super::*;
-use crate::{config, error::Context, nn::weights, ops::testing::values};
+use crate::{
+    config,
+    error::Context,
+    nn::{segment::Taped, weights},
+    ops::testing::values,
+};
 use candle_core::{DType, Device, Var, backprop::GradStore};
 use std::collections::HashMap;
 
@@ -44,9 +49,8 @@ fn assert_close(what: &str, ours: &Tensor, theirs: &Tensor, tolerance: f64) {
 fn train_step(tokenizer: &ImageTokenizer, pixels: &Tensor) -> Result<(f64, GradStore, Statistics)> {
     let batch = PixelBatch::new(pixels.clone(), 1.0);
     let mut x = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
-    for segment in tokenizer.segments() {
-        x = segment.forward(&x, &batch)?;
-    }
+    x = tokenizer.segments.0.taped(&x, &batch)?;
+    x = tokenizer.segments.1.taped(&x, &batch)?;
     let statistics = batch.statistics.take().context("the last segment leaves statistics")?;
     Ok((values(&x)[0], x.backward()?, statistics))
 }

@@ -1,10 +1,6 @@
 //! The task `generator`: both directions in every step, the summed loss (paper §2.2).
 
-use super::{
-    Measured, Task,
-    engine::{self, Gradients},
-    feed::Feed,
-};
+use super::{Measured, Task, engine, feed::Feed};
 use crate::{
     bundle::{self, Bundle, Parts},
     config::{Config, Task as Kind},
@@ -12,7 +8,10 @@ use crate::{
     error::{Context, Result, ensure, failed, usage},
     generate::{Job, Models},
     model::{Batch, Direction, Generator, pad},
-    nn::params::{Params, Scope},
+    nn::{
+        gradients::Gradients,
+        params::{Params, Scope},
+    },
     random::Random,
     runtime,
     text::WordPiece,

@@ -1,10 +1,6 @@
 //! The task `image-tokenizer`: pictures through encoder, quantiser and decoder (paper §2.1).
 
-use super::{
-    Measured, Task,
-    engine::{self, Gradients},
-    feed::Feed,
-};
+use super::{Measured, Task, engine, feed::Feed};
 use crate::{
     bundle::{self, Parts},
     config::Config,
@@ -14,7 +10,10 @@ use crate::{
         picture,
     },
     error::{Context, Result, ensure},
-    nn::params::{Params, Scope},
+    nn::{
+        gradients::Gradients,
+        params::{Params, Scope},
+    },
     runtime,
     tokenizer::{ImageTokenizer, PixelBatch, Statistics},
 };

@@ -19,11 +19,10 @@ mod state;
 use crate::{
     config::{Config, Task as Kind},
     error::{Result, ensure},
-    nn::params::Params,
+    nn::{gradients::Gradients, params::Params},
     report, runtime,
 };
 use candle_core::Tensor;
-use engine::Gradients;
 pub use plan::{Plan, plan};
 use run_folder::RunFolder;
 use serde_json::{Value, json};
@@ -118,10 +117,11 @@ fn train(config: &Config, task: &mut dyn Task, mut folder: RunFolder, resume: &R
         // Before the first step, so that a full disk shows at once.
         run.save(config, task, &folder.checkpoints())?;
     }
+    let mut gradients = Gradients::default();
     while run.step < settings.steps {
         let begun = Instant::now();
         run.step += 1;
-        let mut gradients = Gradients::default();
+        gradients.clear();
         let measured = task.gradients(run.step, &mut gradients)?;
         if run.step == 1 {
             gradients.check_complete(task.params().keys().filter(|name| !task.idle(name)))?;
@@ -141,7 +141,6 @@ fn train(config: &Config, task: &mut dyn Task, mut folder: RunFolder, resume: &R
             report::warn(format_args!("step {}: the gradient is not finite; its update is skipped", run.step));
             ensure!(run.skipped < MAX_SKIPPED, "{MAX_SKIPPED} steps in a row had a gradient that is not finite");
         }
-        drop(gradients);
         log(&mut folder, settings, &run, &measured, norm, rate * settings.learning_rate, begun)?;
 
         let stopped = stop.requested(run.step);

@@ -2,11 +2,10 @@
 //!
 //! Moments are plain f32 vectors in order of name, whatever the weights' dtype and device.
 
-use super::engine::Gradients;
 use crate::{
     config::{MatrixOptimizer, Train},
     error::{Context, Result},
-    nn::params::Params,
+    nn::{gradients::Gradients, params::Params},
     ops,
 };
 use candle_core::{Tensor, Var};
@@ -221,7 +220,7 @@ mod tests {
             let before: Vec<Vec<f32>> = params.values().map(|v| rows(v, 0, 4)).collect();
             let mut gradients = Gradients::default();
             let segments = toy::segments(&chain);
-            super::super::engine::accumulate(&segments, &toy::inputs(1), false, &mut gradients).unwrap();
+            super::super::engine::accumulate(&segments, &toy::inputs(1), 0, &mut gradients).unwrap();
             let config = Train { matrix_optimizer: kind, weight_decay: 0.0, learning_rate: 0.1, ..Train::default() };
             let mut optimizer = Optimizer::new(&params, &config);
             optimizer.step(&params, &gradients, &config, 1, 0.5, 1.0).unwrap();
@@ -242,7 +241,7 @@ mod tests {
     fn norm_and_clip() {
         let (_, chain) = toy::chain(1, 2);
         let mut gradients = Gradients::default();
-        super::super::engine::accumulate(&toy::segments(&chain), &toy::inputs(1), false, &mut gradients).unwrap();
+        super::super::engine::accumulate(&toy::segments(&chain), &toy::inputs(1), 0, &mut gradients).unwrap();
         let squares = |(_, g): (&String, &Tensor)| g.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
         let expected = f64::from(gradients.iter().map(squares).sum::<f32>()).sqrt();
         assert!((global_norm(&gradients).unwrap() - expected).abs() < 1e-6 * expected);

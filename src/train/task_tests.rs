@@ -187,16 +187,16 @@ fn step_in_parts(mut config: Config, make: impl Fn(&Config) -> Box<dyn Task>) {
         let measured = make(&config).gradients(1, &mut gradients).unwrap();
         (gradients, measured.losses)
     };
-    let (whole, losses) = of(1, false);
+    let (whole, losses) = of(1, 0);
     for parts in [2, 3] {
-        let (gradients, part_losses) = of(parts, false);
+        let (gradients, part_losses) = of(parts, 0);
         let (difference, largest) = difference(&whole, &gradients);
         assert!(difference < 1e-5 * largest, "{parts} parts: {difference} of {largest}");
         for ((name, a), (_, b)) in losses.iter().zip(part_losses) {
             assert!((a - b).abs() < 1e-4 * a.abs(), "{name}: {a} {b}");
         }
     }
-    assert_eq!(difference(&whole, &of(1, true).0).0, 0.0, "recomputation changes the gradients");
+    assert_eq!(difference(&whole, &of(1, 1).0).0, 0.0, "recomputation changes the gradients");
 }
 
 #[test]

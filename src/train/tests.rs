@@ -28,7 +28,7 @@ impl Task for ToyTask {
     }
 
     fn gradients(&mut self, step: u64, gradients: &mut Gradients) -> Result<Measured> {
-        let loss = engine::accumulate(&toy::segments(&self.chain), &toy::inputs(step), false, gradients)?;
+        let loss = engine::accumulate(&toy::segments(&self.chain), &toy::inputs(step), 0, gradients)?;
         self.total += loss;
         if let Some((_, stop)) = self.stop.as_ref().filter(|(at, _)| *at == step) {
             stop.request();

@@ -8,7 +8,10 @@ use vilg::{
     config::{Config, ConvBorder, Model, RowExtent, Train},
     error::{Context, Result},
     model::{Batch, Direction, Generator},
-    nn::params::{Params, Scope},
+    nn::{
+        gradients::Gradients,
+        params::{Params, Scope},
+    },
     train::{engine, optimizer},
 };
 
@@ -78,11 +81,11 @@ fn error(a: &Tensor, b: &Tensor) -> Result<f64> {
 }
 
 /// Gradients of the summed loss over both directions, and the loss.
-fn gradients(golden: &Golden, generator: &Generator) -> Result<(engine::Gradients, f64)> {
-    let (mut gradients, mut loss) = (engine::Gradients::default(), 0.0);
+fn gradients(golden: &Golden, generator: &Generator) -> Result<(Gradients, f64)> {
+    let (mut gradients, mut loss) = (Gradients::default(), 0.0);
     for (direction, _) in DIRECTIONS {
         let batch = golden.batch(direction)?;
-        loss += engine::accumulate(&generator.segments(), &batch, false, &mut gradients)?;
+        loss += engine::accumulate(&generator.segments(), &batch, 0, &mut gradients)?;
     }
     Ok((gradients, loss))
 }

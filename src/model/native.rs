@@ -1,0 +1,261 @@
+//! The generator's segments by hand, for the CPU in f32; a test holds them equal to the taped ones.
+
+use super::{
+    embedding::Embedding,
+    head::Head,
+    sequence::{Batch, Layout, Slot},
+    transformer::Layer,
+};
+use crate::{
+    config::Precision,
+    error::{Context, Result, ensure},
+    nn::{
+        block_native::Activations,
+        gradients::Gradients,
+        params::Params,
+        segment::{Saved, Segment},
+    },
+    ops::{attention::Sizes, cross_entropy, scatter::scatter_add, slices::view},
+};
+use candle_core::Tensor;
+
+/// [`Embedding`] by hand.
+pub struct NativeEmbedding<'g>(pub &'g Embedding);
+
+/// The rows of the tables that a batch looks up: (row of the table, position of the batch).
+#[derive(Default)]
+struct Lookups {
+    text: Vec<(usize, usize)>,
+    text_position: Vec<(usize, usize)>,
+    image_start: Vec<(usize, usize)>,
+    image: Vec<(usize, usize)>,
+    image_row: Vec<(usize, usize)>,
+    image_column: Vec<(usize, usize)>,
+}
+
+impl Lookups {
+    fn of(batch: &Batch, layout: Layout) -> Result<Self> {
+        let (text, codes) = (batch.text.to_vec2::<u32>()?, batch.codes.to_vec2::<u32>()?);
+        let mut lookups = Self::default();
+        for (sample, (text, codes)) in text.iter().zip(&codes).enumerate() {
+            for i in 0..layout.positions() {
+                let position = sample * layout.positions() + i;
+                match layout.slot(i) {
+                    Slot::Text(i) => {
+                        lookups.text.push((text[i] as usize, position));
+                        lookups.text_position.push((i, position));
+                    }
+                    Slot::Start => lookups.image_start.push((0, position)),
+                    Slot::Image(place) => {
+                        lookups.image.push((codes[place] as usize, position));
+                        lookups.image_row.push((place / layout.grid.width, position));
+                        lookups.image_column.push((place % layout.grid.width, position));
+                    }
+                }
+            }
+        }
+        Ok(lookups)
+    }
+
+    /// With the table and its name in the checkpoint.
+    fn tables<'a>(&'a self, embedding: &'a Embedding) -> [(&'static str, &'a Tensor, &'a [(usize, usize)]); 6] {
+        [
+            ("text_embedding.weight", &embedding.text, &self.text),
+            ("text_position.weight", &embedding.text_position, &self.text_position),
+            ("image_start", &embedding.image_start, &self.image_start),
+            ("image_embedding.weight", &embedding.image, &self.image),
+            ("image_row.weight", &embedding.image_row, &self.image_row),
+            ("image_column.weight", &embedding.image_column, &self.image_column),
+        ]
+    }
+}
+
+impl Segment<Batch> for NativeEmbedding<'_> {
+    fn name(&self) -> &str {
+        "embedding"
+    }
+
+    fn params(&self) -> &Params {
+        &self.0.params
+    }
+
+    /// → (b, positions, hidden).
+    fn forward(&self, _: &Tensor, batch: &Batch) -> Result<(Tensor, Saved)> {
+        self.0.check(batch)?;
+        let layout = Layout::of(batch, self.0.grid)?;
+        let lookups = Lookups::of(batch, layout)?;
+        let (b, l, hidden) = (batch.text.dim(0)?, layout.positions(), self.0.image_start.elem_count());
+        let mut x = vec![0f32; b * l * hidden];
+        for (name, table, lookups) in lookups.tables(self.0) {
+            let rows = table.elem_count() / hidden;
+            ensure!(lookups.iter().all(|&(row, _)| row < rows), "a token is outside of the {rows} rows of {name}");
+            let table = view::<f32>(table)?;
+            for &(row, position) in lookups {
+                let x = &mut x[position * hidden..][..hidden];
+                x.iter_mut().zip(&table[row * hidden..][..hidden]).for_each(|(x, t)| *x += t);
+            }
+        }
+        Ok((Tensor::from_vec(x, (b, l, hidden), batch.text.device())?, Box::new(lookups)))
+    }
+
+    fn backward(
+        &self,
+        _: &Tensor,
+        _: &Batch,
+        saved: Saved,
+        dy: Option<Tensor>,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let (lookups, dy) = (unpack::<Lookups>(saved)?, dy.context("the embedding is not the last segment")?);
+        let hidden = dy.dim(2)?;
+        let dy = view::<f32>(&dy)?;
+        for (name, table, lookups) in lookups.tables(self.0).into_iter().filter(|(_, _, lookups)| !lookups.is_empty()) {
+            gradients.accumulate(name, table.shape(), |sum, onto| scatter_add(sum, onto, hidden, &dy, lookups))?;
+        }
+        Ok(None)
+    }
+}
+
+/// [`Layer`] by hand.
+pub struct NativeLayer<'g> {
+    pub layer: &'g Layer,
+    pub precision: Precision,
+}
+
+impl NativeLayer<'_> {
+    fn sizes(&self, x: &Tensor) -> Result<Sizes> {
+        let (samples, positions, hidden) = x.dims3()?;
+        let heads = self.layer.block.heads();
+        Ok(Sizes { samples, positions, heads, d: hidden / heads })
+    }
+}
+
+impl Segment<Batch> for NativeLayer<'_> {
+    fn name(&self) -> &str {
+        &self.layer.name
+    }
+
+    fn params(&self) -> &Params {
+        &self.layer.params
+    }
+
+    /// (b, positions, hidden) → the same.
+    fn forward(&self, x: &Tensor, batch: &Batch) -> Result<(Tensor, Saved)> {
+        let (keys, sizes) = (self.layer.keys(batch)?, self.sizes(x)?);
+        keys.check(sizes.samples, sizes.positions)?;
+        let (y, saved) = self.layer.block.native(self.precision, &view(x)?, &keys, sizes)?;
+        Ok((Tensor::from_vec(y, x.shape(), x.device())?, Box::new(saved)))
+    }
+
+    fn backward(
+        &self,
+        x: &Tensor,
+        batch: &Batch,
+        saved: Saved,
+        dy: Option<Tensor>,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let (saved, dy) = (unpack::<Activations>(saved)?, dy.context("a block is not the last segment")?);
+        let (keys, sizes) = (self.layer.keys(batch)?, self.sizes(x)?);
+        let block = &self.layer.block;
+        let dx = block.native_backward(self.precision, &view(x)?, (&keys, sizes), saved, &view(&dy)?, gradients)?;
+        Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
+    }
+}
+
+/// [`Head`] by hand. The loss ends the chain: its gradient is known as soon as the logits are, so the forward pass
+/// takes it at once, some rows at a time, and the logits of a whole batch are never in memory together.
+pub struct NativeHead<'g> {
+    pub head: &'g Head,
+    pub precision: Precision,
+}
+
+/// Rows whose logits are in memory together.
+const ROWS: usize = 512;
+
+/// The gradients, found in the forward pass.
+struct Found {
+    gradients: Gradients,
+    /// (b, positions, hidden)
+    dx: Vec<f32>,
+}
+
+/// The rows of a batch that count in the loss: their place in (b, positions), targets and weights.
+struct Predicted {
+    rows: Vec<usize>,
+    targets: Vec<u32>,
+    weights: Vec<f32>,
+}
+
+impl Predicted {
+    /// Of b samples with `positions` positions, whose targets stand last.
+    fn of(batch: &Batch, b: usize, positions: usize) -> Result<Self> {
+        let (targets, weights) = batch.outputs()?;
+        let (targets, weights) = (targets.to_vec1::<u32>()?, weights.to_vec1::<f32>()?);
+        let each = targets.len() / b.max(1);
+        ensure!(each <= positions && each * b == targets.len(), "{positions} positions for {each} targets a sample");
+        let mut predicted = Self { rows: Vec::new(), targets: Vec::new(), weights: Vec::new() };
+        for (i, (target, weight)) in targets.into_iter().zip(weights).enumerate().filter(|(_, (_, w))| *w != 0.0) {
+            predicted.rows.push((i / each) * positions + positions - each + i % each);
+            predicted.targets.push(target);
+            predicted.weights.push(weight);
+        }
+        Ok(predicted)
+    }
+}
+
+impl Segment<Batch> for NativeHead<'_> {
+    fn name(&self) -> &str {
+        "head"
+    }
+
+    fn params(&self) -> &Params {
+        &self.head.params
+    }
+
+    /// (b, positions, hidden) → the scalar loss.
+    fn forward(&self, x: &Tensor, batch: &Batch) -> Result<(Tensor, Saved)> {
+        let (b, positions, hidden) = x.dims3()?;
+        let predicted = Predicted::of(batch, b, positions)?;
+        let linear = self.head.linear(batch.direction);
+        let vocabulary = linear.outputs();
+        let foreign = predicted.targets.iter().find(|&&target| target as usize >= vocabulary);
+        ensure!(foreign.is_none(), "target {foreign:?} is outside the vocabulary of {vocabulary}");
+
+        let values = view::<f32>(x)?;
+        let mut found = Found { gradients: Gradients::default(), dx: vec![0.0; values.len()] };
+        let mut loss = 0.0;
+        for part in 0..predicted.rows.len().div_ceil(ROWS) {
+            let range = part * ROWS..predicted.rows.len().min((part + 1) * ROWS);
+            let rows = &predicted.rows[range.clone()];
+            let x: Vec<f32> = rows.iter().flat_map(|&row| &values[row * hidden..][..hidden]).copied().collect();
+            let normed = self.head.norm.native(&x)?;
+            let mut logits = linear.native(self.precision, &normed, None)?;
+            let (targets, weights) = (&predicted.targets[range.clone()], &predicted.weights[range]);
+            loss += cross_entropy::loss_and_gradient(&mut logits, vocabulary, targets, weights);
+            let dnormed = linear.native_backward(self.precision, &normed, &logits, &mut found.gradients)?;
+            let dx = self.head.norm.native_backward(&x, &dnormed, &mut found.gradients)?;
+            for (&row, dx) in rows.iter().zip(dx.chunks_exact(hidden)) {
+                found.dx[row * hidden..][..hidden].copy_from_slice(dx);
+            }
+        }
+        Ok((Tensor::new(loss as f32, x.device())?, Box::new(found)))
+    }
+
+    fn backward(
+        &self,
+        x: &Tensor,
+        _: &Batch,
+        saved: Saved,
+        _: Option<Tensor>,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let found = unpack::<Found>(saved)?;
+        gradients.merge(found.gradients)?;
+        Ok(Some(Tensor::from_vec(found.dx, x.shape(), x.device())?))
+    }
+}
+
+fn unpack<T: 'static>(saved: Saved) -> Result<T> {
+    saved.downcast().map(|saved| *saved).ok().context("what another segment saved")
+}

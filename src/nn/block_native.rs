@@ -1,0 +1,158 @@
+//! The transformer block by hand: forward and backward over slices, for the CPU.
+//!
+//! What is cheap to make again is not kept: norms and GELU run once more in the backward pass, and attention takes
+//! its probabilities again. Kept are ten hidden sizes a position: qkv, what attention gave, the stream between the
+//! branches, the inner layer before GELU. A test holds the pass equal to [`Block::forward`] under candle's tape.
+
+use super::{block::Block, gradients::Gradients, norm::LayerNorm};
+use crate::{
+    config::Precision,
+    error::Result,
+    ops::{
+        attention::{self, KeyRanges, Sizes},
+        gelu, slices,
+    },
+};
+
+/// What the backward pass needs beside the block's input; l positions in all.
+pub struct Activations {
+    /// (l, 3, heads, d), before the norms of queries and keys.
+    qkv: Vec<f32>,
+    /// (l, hidden)
+    attended: Vec<f32>,
+    /// The attention branch before its last norm, if it has one.
+    branch1: Option<Vec<f32>>,
+    /// The residual stream between the two branches.
+    middle: Vec<f32>,
+    /// (l, mlp_ratio · hidden), before GELU.
+    inner: Vec<f32>,
+    /// The second branch before its last norm, if it has one.
+    branch2: Option<Vec<f32>>,
+}
+
+impl Block {
+    /// x (l, hidden) → (l, hidden).
+    pub fn native(
+        &self,
+        precision: Precision,
+        x: &[f32],
+        keys: &KeyRanges,
+        sizes: Sizes,
+    ) -> Result<(Vec<f32>, Activations)> {
+        let qkv = self.qkv.native(precision, &self.norm1.native(x)?, None)?;
+        let attended = match self.normed_native(&qkv, sizes)? {
+            Some(normed) => attention::forward(&normed, keys, sizes),
+            None => attention::forward(&qkv, keys, sizes),
+        };
+        let (norm1_post, norm2_post) = self.post.as_ref().map(|(a, b)| (a, b)).unzip();
+        let residual = norm1_post.is_none().then_some(x);
+        let (middle, branch1) = close(self.proj.native(precision, &attended, residual)?, norm1_post, x)?;
+        let inner = self.fc1.native(precision, &self.norm2.native(&middle)?, None)?;
+        let residual = norm2_post.is_none().then_some(middle.as_slice());
+        let (y, branch2) = close(self.fc2.native(precision, &gelu::forward(&inner), residual)?, norm2_post, &middle)?;
+        Ok((y, Activations { qkv, attended, branch1, middle, inner, branch2 }))
+    }
+
+    /// Adds the parameters' gradients and returns dx (l, hidden).
+    pub fn native_backward(
+        &self,
+        precision: Precision,
+        x: &[f32],
+        (keys, sizes): (&KeyRanges, Sizes),
+        saved: Activations,
+        dy: &[f32],
+        gradients: &mut Gradients,
+    ) -> Result<Vec<f32>> {
+        let Activations { qkv, attended, branch1, middle, inner, branch2 } = saved;
+        let (norm1_post, norm2_post) = self.post.as_ref().map(|(a, b)| (a, b)).unzip();
+
+        let dbranch = open(norm2_post, branch2, dy, gradients)?;
+        let dbranch = dbranch.as_deref().unwrap_or(dy);
+        let activated = gelu::forward(&inner);
+        let dactivated = self.fc2.native_backward(precision, &activated, dbranch, gradients)?;
+        drop(activated);
+        let dinner = gelu::backward(&inner, &dactivated);
+        drop((inner, dactivated));
+        let dnormed = self.fc1.native_backward(precision, &self.norm2.native(&middle)?, &dinner, gradients)?;
+        drop(dinner);
+        let mut dmiddle = self.norm2.native_backward(&middle, &dnormed, gradients)?;
+        slices::add(&mut dmiddle, dy);
+        drop((middle, dnormed));
+
+        let dbranch = open(norm1_post, branch1, &dmiddle, gradients)?;
+        let dbranch = dbranch.as_deref().unwrap_or(&dmiddle);
+        let dattended = self.proj.native_backward(precision, &attended, dbranch, gradients)?;
+        drop(attended);
+        let dqkv = match self.normed_native(&qkv, sizes)? {
+            Some(normed) => {
+                let dnormed = attention::backward(&normed, &dattended, keys, sizes);
+                self.normed_backward(&qkv, dnormed, sizes, gradients)?
+            }
+            None => attention::backward(&qkv, &dattended, keys, sizes),
+        };
+        drop((qkv, dattended));
+        let dnormed = self.qkv.native_backward(precision, &self.norm1.native(x)?, &dqkv, gradients)?;
+        drop(dqkv);
+        let mut dx = self.norm1.native_backward(x, &dnormed, gradients)?;
+        slices::add(&mut dx, &dmiddle);
+        Ok(dx)
+    }
+
+    /// qkv with its queries and keys normed, where the block does that.
+    fn normed_native(&self, qkv: &[f32], sizes: Sizes) -> Result<Option<Vec<f32>>> {
+        let Some((q_norm, k_norm)) = &self.qk_norm else { return Ok(None) };
+        let mut normed = qkv.to_vec();
+        for (part, norm) in [q_norm, k_norm].into_iter().enumerate() {
+            put_part(&mut normed, &norm.native(&take_part(qkv, part, sizes))?, part, sizes);
+        }
+        Ok(Some(normed))
+    }
+
+    /// dqkv, from the gradient of the normed one.
+    fn normed_backward(
+        &self,
+        qkv: &[f32],
+        mut dqkv: Vec<f32>,
+        sizes: Sizes,
+        gradients: &mut Gradients,
+    ) -> Result<Vec<f32>> {
+        let Some((q_norm, k_norm)) = &self.qk_norm else { return Ok(dqkv) };
+        for (part, norm) in [q_norm, k_norm].into_iter().enumerate() {
+            let dy = take_part(&dqkv, part, sizes);
+            let dx = norm.native_backward(&take_part(qkv, part, sizes), &dy, gradients)?;
+            put_part(&mut dqkv, &dx, part, sizes);
+        }
+        Ok(dqkv)
+    }
+}
+
+/// The end of a residual branch: the stream behind it, and the branch where its norm will need it again.
+fn close(branch: Vec<f32>, norm: Option<&LayerNorm>, stream: &[f32]) -> Result<(Vec<f32>, Option<Vec<f32>>)> {
+    let Some(norm) = norm else { return Ok((branch, None)) };
+    let mut y = norm.native(&branch)?;
+    slices::add(&mut y, stream);
+    Ok((y, Some(branch)))
+}
+
+/// The gradient of a branch before its last norm, if it has one.
+fn open(
+    norm: Option<&LayerNorm>,
+    branch: Option<Vec<f32>>,
+    dy: &[f32],
+    gradients: &mut Gradients,
+) -> Result<Option<Vec<f32>>> {
+    norm.zip(branch).map(|(norm, branch)| norm.native_backward(&branch, dy, gradients)).transpose()
+}
+
+/// Queries (0) or keys (1) of qkv (l, 3, heads, d) as (l, heads, d).
+fn take_part(qkv: &[f32], part: usize, sizes: Sizes) -> Vec<f32> {
+    let hidden = sizes.heads * sizes.d;
+    qkv.chunks_exact(3 * hidden).flat_map(|row| &row[part * hidden..][..hidden]).copied().collect()
+}
+
+fn put_part(qkv: &mut [f32], values: &[f32], part: usize, sizes: Sizes) {
+    let hidden = sizes.heads * sizes.d;
+    for (row, values) in qkv.chunks_exact_mut(3 * hidden).zip(values.chunks_exact(hidden)) {
+        row[part * hidden..][..hidden].copy_from_slice(values);
+    }
+}

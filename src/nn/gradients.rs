@@ -1,0 +1,135 @@
+//! Gradients of a step, added up over its micro-batches and segments.
+
+use crate::{
+    error::{Result, ensure},
+    ops::{gemm::Onto, with_slice_mut},
+};
+use candle_core::{DType, Device, Shape, Tensor};
+use std::collections::BTreeMap;
+
+/// Gradients of a step by parameter name, in f32. The buffers stay from step to step.
+#[derive(Default)]
+pub struct Gradients(BTreeMap<String, Gradient>);
+
+struct Gradient {
+    sum: Tensor,
+    /// Whether `sum` is of this step; otherwise it is only room.
+    live: bool,
+}
+
+impl Gradients {
+    /// Forgets all gradients but keeps their memory for the next step.
+    pub fn clear(&mut self) {
+        self.0.values_mut().for_each(|gradient| gradient.live = false);
+    }
+
+    /// Adds a gradient that is there as a tensor.
+    pub fn add(&mut self, name: &str, gradient: Tensor) -> Result<()> {
+        let gradient = gradient.to_dtype(DType::F32)?;
+        let sum = match self.get(name) {
+            Some(sum) => sum.add(&gradient)?,
+            None => gradient.contiguous()?,
+        };
+        self.0.insert(name.to_owned(), Gradient { sum: sum.detach(), live: true });
+        Ok(())
+    }
+
+    /// Adds a gradient in place: `f` writes it ([`Onto::Nothing`]: over whatever lies there) or adds it to the sum.
+    pub fn accumulate(&mut self, name: &str, shape: &Shape, f: impl FnOnce(&mut [f32], Onto)) -> Result<()> {
+        if self.0.get(name).is_none_or(|gradient| gradient.sum.shape() != shape) {
+            let sum = Tensor::zeros(shape, DType::F32, &Device::Cpu)?;
+            self.0.insert(name.to_owned(), Gradient { sum, live: false });
+        }
+        let Some(gradient) = self.0.get_mut(name) else { return Ok(()) };
+        let onto = if gradient.live { Onto::Old } else { Onto::Nothing };
+        gradient.live = true;
+        Ok(with_slice_mut(&gradient.sum, |sum| f(sum, onto))?)
+    }
+
+    /// Adds a short gradient that is there as a vector: that of a bias.
+    pub fn accumulate_vector(&mut self, name: &str, values: Vec<f32>) -> Result<()> {
+        self.accumulate(name, &Shape::from(values.len()), |sum, onto| match onto {
+            Onto::Nothing => sum.copy_from_slice(&values),
+            Onto::Old => sum.iter_mut().zip(&values).for_each(|(s, v)| *s += v),
+        })
+    }
+
+    /// Adds all gradients of `other`.
+    pub fn merge(&mut self, other: Self) -> Result<()> {
+        let live = other.0.into_iter().filter(|(_, gradient)| gradient.live);
+        live.map(|(name, gradient)| self.add(&name, gradient.sum)).collect()
+    }
+
+    /// The gradient of the parameter `name`, if the step's loss depends on it.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.0.get(name).filter(|gradient| gradient.live).map(|gradient| &gradient.sum)
+    }
+
+    /// All gradients in order of name.
+    pub fn iter(&self) -> impl Iterator<Item = (&String, &Tensor)> {
+        self.0.iter().filter(|(_, gradient)| gradient.live).map(|(name, gradient)| (name, &gradient.sum))
+    }
+
+    /// Checks that each of these parameters has a finite gradient that is not zero everywhere. candle cuts
+    /// some gradients silently and the loss still falls, so this gate runs at the first step.
+    ///
+    /// # Errors
+    /// Names every parameter that fails and why.
+    pub fn check_complete<'a>(&self, names: impl IntoIterator<Item = &'a String>) -> Result<()> {
+        let mut bad = Vec::new();
+        for name in names {
+            let Some(gradient) = self.get(name) else {
+                bad.push(format!("`{name}` has none"));
+                continue;
+            };
+            let size = gradient.abs()?.sum_all()?.to_scalar::<f32>()?;
+            if !size.is_finite() {
+                bad.push(format!("`{name}` is not finite"));
+            } else if size == 0.0 {
+                bad.push(format!("`{name}` is zero"));
+            }
+        }
+        ensure!(bad.is_empty(), "gradients are wrong after the first step: {}", bad.join(", "));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(gradients: &Gradients, name: &str) -> Vec<f32> {
+        gradients.get(name).unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn what_is_added_in_place_and_as_a_tensor_adds_up() {
+        let mut gradients = Gradients::default();
+        let write = |gradients: &mut Gradients, value: f32| {
+            let f = |sum: &mut [f32], onto| match onto {
+                Onto::Nothing => sum.fill(value),
+                Onto::Old => sum.iter_mut().for_each(|s| *s += value),
+            };
+            gradients.accumulate("a", &Shape::from(2), f).unwrap();
+        };
+        write(&mut gradients, 1.0);
+        write(&mut gradients, 2.0);
+        gradients.add("a", Tensor::new(&[10f32, 20.0], &Device::Cpu).unwrap()).unwrap();
+        assert_eq!(values(&gradients, "a"), [13.0, 23.0]);
+        gradients.clear();
+        assert!(gradients.get("a").is_none() && gradients.iter().next().is_none());
+        write(&mut gradients, 4.0);
+        assert_eq!(values(&gradients, "a"), [4.0, 4.0], "what was there before is overwritten");
+    }
+
+    #[test]
+    fn the_gate_names_missing_zero_and_infinite_gradients() {
+        let mut gradients = Gradients::default();
+        gradients.add("b", Tensor::zeros((4, 4), DType::F32, &Device::Cpu).unwrap()).unwrap();
+        gradients.add("c", Tensor::new(&[f32::NAN, 1.0], &Device::Cpu).unwrap()).unwrap();
+        let message = gradients.check_complete(&["a", "b", "c"].map(String::from)).unwrap_err().to_string();
+        for part in ["`a` has none", "`b` is zero", "`c` is not finite"] {
+            assert!(message.contains(part), "{message}");
+        }
+    }
+}
