@@ -2,7 +2,7 @@
 
 use crate::error::{Context, Result};
 use candle_core::Device;
-use std::fs::read_to_string;
+use std::{fs::read_to_string, sync::OnceLock};
 
 /// Keeps freed memory in the process. A training step frees and allocates the same buffers over and
 /// over; glibc would give each back to the kernel and fault it in again (a third of the time of a step).
@@ -56,11 +56,53 @@ fn vector_units() -> Vec<&'static str> {
             ("fma", is_x86_feature_detected!("fma")),
             ("avx512f", is_x86_feature_detected!("avx512f")),
             ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
+            ("amx-bf16", amx_bf16()),
         ];
         found.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect()
     }
     #[cfg(not(target_arch = "x86_64"))]
     vec!["baseline"]
+}
+
+/// Whether this process may use AMX tiles with bf16. Asked once: the processor, whether the system saves the tiles, and
+/// (Linux) for the permission that a process needs before it touches their 8 KiB of state.
+pub fn amx_bf16() -> bool {
+    static USABLE: OnceLock<bool> = OnceLock::new();
+    *USABLE.get_or_init(|| {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        return amx::present() && amx::permitted();
+        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+        false
+    })
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx {
+    use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
+
+    /// Number of the tiles' data among the parts of a processor's extended state; 17 is their configuration.
+    const TILE_DATA: u32 = 18;
+
+    /// The processor has AMX with bf16, and the system has enabled it.
+    pub fn present() -> bool {
+        const OSXSAVE: u32 = 1 << 27;
+        const AMX_BF16: u32 = 1 << 22;
+        const AMX_TILE: u32 = 1 << 24;
+        if __cpuid(0).eax < 7 || __cpuid(1).ecx & OSXSAVE == 0 {
+            return false;
+        }
+        let wanted = AMX_BF16 | AMX_TILE;
+        // SAFETY: OSXSAVE says that the instruction is there.
+        let enabled = unsafe { _xgetbv(0) } >> (TILE_DATA - 1) & 0b11 == 0b11;
+        __cpuid_count(7, 0).edx & wanted == wanted && enabled
+    }
+
+    /// Linux gives the tiles' state to processes that ask for it.
+    pub fn permitted() -> bool {
+        const ARCH_REQ_XCOMP_PERM: libc::c_int = 0x1023;
+        // SAFETY: this request only marks the process; it has no pointer arguments.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0 }
+    }
 }
 
 /// The first value of `name` in one of Linux's `name : value` files.

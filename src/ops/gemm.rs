@@ -7,11 +7,11 @@ use gemm::Parallelism;
 /// A matrix in a slice: element (i, j) is at `i * row_stride + j * column_stride`.
 #[derive(Clone, Copy)]
 pub struct Matrix<'a, T> {
-    data: &'a [T],
-    rows: usize,
-    columns: usize,
-    row_stride: usize,
-    column_stride: usize,
+    pub(super) data: &'a [T],
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) row_stride: usize,
+    pub(super) column_stride: usize,
 }
 
 impl<'a, T> Matrix<'a, T> {
@@ -51,7 +51,7 @@ pub enum Onto {
 }
 
 /// Below this many multiplications a product stays on the calling thread.
-const SERIAL_WORK: usize = 1 << 18;
+pub(super) const SERIAL_WORK: usize = 1 << 18;
 
 /// C = alpha·A·B (+ C), on all threads when there is enough work. `c` is row-major `a.rows × b.columns`.
 pub fn gemm<T: Real>(c: &mut [T], onto: Onto, alpha: f64, a: Matrix<T>, b: Matrix<T>) {

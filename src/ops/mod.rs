@@ -5,14 +5,20 @@
 //! against finite differences in double precision. Results do not depend on the number of threads.
 
 pub mod adamw;
+pub mod amx;
+#[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+pub mod amx_emulator;
 pub mod attention;
 pub mod conv;
 mod conv_kernel;
 mod conv_loops;
 mod conv_tiles;
 pub mod cross_entropy;
+pub mod epilogue;
 pub mod gelu;
 pub mod gemm;
+pub mod gemm_bf16;
+mod gemm_bf16_pack;
 pub mod group_norm;
 pub mod key_ranges;
 pub mod layer_norm;
