@@ -7,11 +7,7 @@ use super::{
 use crate::{
     config::Precision,
     error::Result,
-    ops::{
-        self,
-        linear::{self, Epilogue},
-        slices::view,
-    },
+    ops::{self, epilogue::Epilogue, linear, slices::view},
 };
 use candle_core::Tensor;
 
@@ -44,7 +40,7 @@ impl Linear {
     /// x (rows, inputs) → (rows, outputs), with `residual` (rows, outputs) added.
     pub fn native(&self, precision: Precision, x: &[f32], residual: Option<&[f32]>) -> Result<Vec<f32>> {
         let (weight, bias) = (view(&self.weight)?, view(&self.bias)?);
-        let epilogue = Epilogue { bias: Some(&bias), residual };
+        let epilogue = Epilogue { bias: Some(&bias), residual, gelu: None };
         Ok(linear::forward_in(precision, x, &weight, self.sizes(x.len())?, epilogue))
     }
 

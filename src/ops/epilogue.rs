@@ -4,12 +4,10 @@ use super::{
     gelu::gate,
     simd::{Real, multiversion},
 };
-use rayon::prelude::*;
 use std::marker::PhantomData;
 
 /// C = A·B + bias + residual, and beside it gelu(C).
-#[derive(Default)]
-pub struct Epilogue<'a, T = f32> {
+pub struct Epilogue<'a, T> {
     /// One number a column of C.
     pub bias: Option<&'a [T]>,
     /// Of C's shape.
@@ -18,29 +16,9 @@ pub struct Epilogue<'a, T = f32> {
     pub gelu: Option<&'a mut [T]>,
 }
 
-/// Rows that one task finishes.
-const ROWS: usize = 32;
-
-impl<T: Real> Epilogue<'_, T> {
-    /// Finishes a product `c (rows, columns)` that lies there already.
-    pub fn apply(self, c: &mut [T], columns: usize) {
-        self.check(c.len(), columns);
-        if self.bias.is_none() && self.residual.is_none() && self.gelu.is_none() || c.is_empty() {
-            return;
-        }
-        let run = ROWS * columns;
-        let finish = |i: usize, c: &mut [T], gelu: Option<&mut [T]>| {
-            let residual = self.residual.map(|r| Rows { start: &r[i * run..][..c.len()], stride: columns });
-            finish_part(&mut Part::of(c, columns), self.bias, residual, gelu.map(|g| Part::of(g, columns)));
-        };
-        match self.gelu {
-            Some(gelu) => {
-                let runs = c.par_chunks_mut(run).zip(gelu.par_chunks_mut(run)).enumerate();
-                runs.for_each(|(i, (c, gelu))| finish(i, c, Some(gelu)));
-            }
-            None => c.par_chunks_mut(run).enumerate().for_each(|(i, c)| finish(i, c, None)),
-        }
-    }
+impl<T> Epilogue<'_, T> {
+    /// Nothing follows.
+    pub const NONE: Self = Self { bias: None, residual: None, gelu: None };
 
     /// # Panics
     /// A part does not fit C (a defect of the caller).
@@ -61,14 +39,9 @@ pub(super) struct Part<'a, T> {
     matrix: PhantomData<&'a mut T>,
 }
 
-impl<'a, T> Part<'a, T> {
-    pub fn of(matrix: &'a mut [T], columns: usize) -> Self {
-        let rows = matrix.len() / columns.max(1);
-        Self { start: matrix.as_mut_ptr(), rows, columns, stride: columns, matrix: PhantomData }
-    }
-
+impl<T> Part<'_, T> {
     /// # Safety
-    /// `rows` runs of `columns` elements, `stride` apart from `start` on, are valid for `'a`, and nobody else touches them.
+    /// `rows` runs of `columns` elements, `stride` apart from `start` on, are valid, and nobody else touches them.
     pub unsafe fn new(start: *mut T, rows: usize, columns: usize, stride: usize) -> Self {
         Self { start, rows, columns, stride, matrix: PhantomData }
     }

@@ -29,9 +29,14 @@ const CUBIC: f64 = 0.044715;
 
 /// y of x.
 pub fn forward<T: Real>(x: &[T]) -> Vec<T> {
-    let fill = |y: &mut [T]| y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| forward_chunk(y, x));
-    // SAFETY: `forward_chunk` writes every element.
-    unsafe { fresh(x.len(), fill) }
+    // SAFETY: `forward_into` writes every element.
+    unsafe { fresh(x.len(), |y| forward_into(y, x)) }
+}
+
+/// The same into `y`, of x's length.
+pub fn forward_into<T: Real>(y: &mut [T], x: &[T]) {
+    assert_eq!(y.len(), x.len());
+    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| forward_chunk(y, x));
 }
 
 /// dx of x and dy.

@@ -69,10 +69,10 @@ pub fn gemm_bf16(
     amx: Amx,
     c: &mut [f32],
     onto: Onto,
-    alpha: f64,
+    alpha: f32,
     a: Matrix<f32>,
     b: Matrix<f32>,
-    epilogue: Epilogue,
+    epilogue: Epilogue<f32>,
 ) {
     gemm_packed(amx, c, onto, alpha, a, &PackedB::new(amx, b), epilogue);
 }
@@ -82,10 +82,10 @@ pub fn gemm_packed(
     amx: Amx,
     c: &mut [f32],
     onto: Onto,
-    alpha: f64,
+    alpha: f32,
     a: Matrix<f32>,
     b: &PackedB,
-    mut epilogue: Epilogue,
+    mut epilogue: Epilogue<f32>,
 ) {
     let (m, n) = (a.rows, b.columns);
     assert_eq!(a.columns, b.rows, "inner sizes differ");
@@ -97,7 +97,7 @@ pub fn gemm_packed(
     let product = Product {
         amx,
         onto,
-        alpha: alpha as f32,
+        alpha,
         a,
         b,
         c: c.as_mut_ptr(),

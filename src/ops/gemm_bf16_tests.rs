@@ -1,5 +1,5 @@
 use super::*;
-use crate::ops::{amx_emulator::with_amx, simd::tests::FORCED, simd::Level, simd::level};
+use crate::ops::{amx_emulator::with_amx, simd::Level, simd::level, simd::tests::FORCED};
 use half::bf16;
 use proptest::prelude::*;
 use rayon::ThreadPoolBuilder;
@@ -23,7 +23,7 @@ struct Case {
     sizes: [usize; 3],
     transposed: [bool; 2],
     onto: bool,
-    alpha: f64,
+    alpha: f32,
     epilogue: [bool; 3],
 }
 
@@ -75,7 +75,7 @@ impl Case {
 
         for i in 0..m {
             for j in 0..n {
-                let terms = (0..k).map(|s| rounded(at(a, i, s) * alpha as f32) * rounded(at(b, s, j)));
+                let terms = (0..k).map(|s| rounded(at(a, i, s) * alpha) * rounded(at(b, s, j)));
                 let (mut sum, mut size) = terms.fold((0.0, 0.0), |(sum, size), t| (sum + t, size + t.abs()));
                 for (there, x) in [(onto, old[i * n + j]), (biased, bias[j]), (residual, added[i * n + j])] {
                     if there {
@@ -115,7 +115,8 @@ proptest! {
 }
 
 /// More rows, columns and steps than one block takes, and sizes with and without tails.
-const LARGE: [[usize; 3]; 6] = [[320, 64, 64], [300, 33, 40], [40, 40, 2100], [16, 64, 1100], [140, 32, 1057], [64, 96, 96]];
+const LARGE: [[usize; 3]; 6] =
+    [[320, 64, 64], [300, 33, 40], [40, 40, 2100], [16, 64, 1100], [140, 32, 1057], [64, 96, 96]];
 
 #[test]
 fn blocks_meet_without_seams() {
@@ -161,7 +162,7 @@ fn not_a_number_and_infinity_go_where_they_belong() {
     with_amx(|| {
         let amx = Amx::get().expect("AMX, if only in software");
         let (a, b) = (Matrix::new(&a, 40, 40), Matrix::new(&b, 40, 40));
-        gemm_bf16(amx, &mut c, Onto::Nothing, 1.0, a, b, Epilogue::default());
+        gemm_bf16(amx, &mut c, Onto::Nothing, 1.0, a, b, Epilogue::NONE);
     });
     for (i, row) in c.chunks_exact(40).enumerate() {
         let expected: fn(&f32) -> bool = match i {
@@ -230,8 +231,8 @@ fn a_packed_factor_serves_many_products() {
         for m in [1, 16, 17, 33] {
             let x = numbers(8, m * k);
             let (mut once, mut again) = (vec![0.0; m * n], vec![0.0; m * n]);
-            gemm_bf16(amx, &mut once, Onto::Nothing, 1.0, Matrix::new(&x, m, k), weight, Epilogue::default());
-            gemm_packed(amx, &mut again, Onto::Nothing, 1.0, Matrix::new(&x, m, k), &packed, Epilogue::default());
+            gemm_bf16(amx, &mut once, Onto::Nothing, 1.0, Matrix::new(&x, m, k), weight, Epilogue::NONE);
+            gemm_packed(amx, &mut again, Onto::Nothing, 1.0, Matrix::new(&x, m, k), &packed, Epilogue::NONE);
             assert_eq!(once, again);
         }
     });
