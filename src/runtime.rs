@@ -68,12 +68,7 @@ fn vector_units() -> Vec<&'static str> {
 /// (Linux) for the permission that a process needs before it touches their 8 KiB of state.
 pub fn amx_bf16() -> bool {
     static USABLE: OnceLock<bool> = OnceLock::new();
-    *USABLE.get_or_init(|| {
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        return amx::present() && amx::permitted();
-        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-        false
-    })
+    *USABLE.get_or_init(amx::usable)
 }
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -83,25 +78,40 @@ mod amx {
     /// Number of the tiles' data among the parts of a processor's extended state; 17 is their configuration.
     const TILE_DATA: u32 = 18;
 
+    pub fn usable() -> bool {
+        present() && permitted()
+    }
+
     /// The processor has AMX with bf16, and the system has enabled it.
-    pub fn present() -> bool {
+    #[allow(unused_unsafe, reason = "cpuid is an unsafe function in older compilers that we support")]
+    fn present() -> bool {
         const OSXSAVE: u32 = 1 << 27;
         const AMX_BF16: u32 = 1 << 22;
         const AMX_TILE: u32 = 1 << 24;
-        if __cpuid(0).eax < 7 || __cpuid(1).ecx & OSXSAVE == 0 {
+        // SAFETY: every x86-64 processor has cpuid.
+        let (largest, first) = unsafe { (__cpuid(0).eax, __cpuid(1)) };
+        if largest < 7 || first.ecx & OSXSAVE == 0 {
             return false;
         }
         let wanted = AMX_BF16 | AMX_TILE;
         // SAFETY: OSXSAVE says that the instruction is there.
         let enabled = unsafe { _xgetbv(0) } >> (TILE_DATA - 1) & 0b11 == 0b11;
-        __cpuid_count(7, 0).edx & wanted == wanted && enabled
+        // SAFETY: as above, and it answers leaf 7.
+        unsafe { __cpuid_count(7, 0) }.edx & wanted == wanted && enabled
     }
 
     /// Linux gives the tiles' state to processes that ask for it.
-    pub fn permitted() -> bool {
+    fn permitted() -> bool {
         const ARCH_REQ_XCOMP_PERM: libc::c_int = 0x1023;
         // SAFETY: this request only marks the process; it has no pointer arguments.
         unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0 }
+    }
+}
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+mod amx {
+    pub fn usable() -> bool {
+        false
     }
 }
 
