@@ -16,7 +16,7 @@ const HIDDEN: usize = 512;
 
 fn normal(shape: &[usize]) -> Var {
     let mut random = Random::keyed(1, "kernels", shape.len() as u64, 0);
-    let values: Vec<f32> = (0..shape.iter().product()).map(|_| random.normal() as f32).collect();
+    let values: Vec<f32> = (0..shape.iter().product::<usize>()).map(|_| random.normal() as f32).collect();
     Var::from_vec(values, shape, &Device::Cpu).unwrap()
 }
 

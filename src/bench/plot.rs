@@ -3,7 +3,7 @@
 use super::attention::Cost;
 use crate::error::{Result, anyhow};
 use plotters::prelude::*;
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 /// Milliseconds over codes, a line a pattern, both axes logarithmic.
 ///
@@ -20,6 +20,9 @@ fn draw(costs: &[Cost], path: &Path) -> std::result::Result<(), Box<dyn std::err
     let milliseconds = |cost: &Cost| cost.seconds.median * 1e3;
     let (least, most) = bounds(costs.iter().map(milliseconds)).ok_or("nothing was measured")?;
     let (fewest, largest) = bounds(costs.iter().map(|cost| cost.codes as f64)).ok_or("nothing was measured")?;
+    let sizes: BTreeSet<usize> = costs.iter().map(|cost| cost.codes).collect();
+    let ticks: Vec<f64> = sizes.into_iter().map(|codes| codes as f64).collect();
+    let x = (fewest / 1.3..largest * 1.3).log_scale().with_key_points(ticks);
     let root = SVGBackend::new(path, (640, 400)).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
@@ -27,10 +30,16 @@ fn draw(costs: &[Cost], path: &Path) -> std::result::Result<(), Box<dyn std::err
         .margin(12)
         .x_label_area_size(42)
         .y_label_area_size(64)
-        .build_cartesian_2d((fewest / 1.3..largest * 1.3).log_scale(), (least / 2.0..most * 2.0).log_scale())?;
-    chart.configure_mesh().x_desc("image codes").y_desc("milliseconds").light_line_style(TRANSPARENT).draw()?;
+        .build_cartesian_2d(x, (least / 2.0..most * 2.0).log_scale())?;
+    chart
+        .configure_mesh()
+        .x_desc("image codes")
+        .y_desc("milliseconds")
+        .x_label_formatter(&f64::to_string)
+        .y_label_formatter(&f64::to_string)
+        .light_line_style(TRANSPARENT)
+        .draw()?;
     let mut names: Vec<&str> = Vec::new();
-    names.extend(costs.iter().map(|cost| cost.pattern).filter(|name| *name == "dense").take(1));
     for cost in costs {
         if !names.contains(&cost.pattern) {
             names.push(cost.pattern);
