@@ -148,6 +148,26 @@ fn gigabytes(bytes: u64) -> String {
 
 /// Memory of this process that is in RAM, in bytes; 0 where the system does not say.
 pub fn resident_bytes() -> u64 {
-    let line = field("/proc/self/status", "VmRSS");
-    line.and_then(|line| line.strip_suffix(" kB")?.trim().parse::<u64>().ok()).unwrap_or(0) * 1024
+    status_bytes("VmRSS").unwrap_or(0)
+}
+
+/// The most memory that this process has had in RAM, in bytes, since it began or since [`restart_peak`].
+pub fn peak_bytes() -> Option<u64> {
+    status_bytes("VmHWM")
+}
+
+fn status_bytes(name: &str) -> Option<u64> {
+    let line = field("/proc/self/status", name)?;
+    Some(line.strip_suffix(" kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+/// Gives freed memory back, lets [`peak_bytes`] begin anew and returns what is in RAM now; `None` where the system cannot.
+pub fn restart_peak() -> Option<u64> {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: malloc_trim only returns memory that nobody uses.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+    std::fs::write("/proc/self/clear_refs", "5").ok()?;
+    status_bytes("VmRSS")
 }

@@ -1,5 +1,6 @@
 //! The command line: one file a command, each with its `Args` and a `run` that calls the floors below.
 
+mod bench;
 mod caption;
 mod completions;
 mod config;
@@ -50,6 +51,7 @@ enum Command {
     Export(export::Args),
     Config(config::Args),
     Data(data::Args),
+    Bench(bench::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -79,6 +81,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Command::Export(args) => export::run(args, json),
         Command::Config(args) => config::run(args, json),
         Command::Data(args) => data::run(args, json),
+        Command::Bench(args) => bench::run(args, json),
         Command::Doctor(args) => doctor::run(args, json),
         Command::Completions(args) => completions::run(args, json),
         Command::Man(args) => man::run(args, json),

@@ -25,6 +25,7 @@ pub mod layer_norm;
 pub mod linear;
 pub mod nearest_code;
 pub mod newton_schulz;
+pub mod peak;
 pub mod scatter;
 pub mod simd;
 pub mod slices;
@@ -43,6 +44,7 @@ pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use nearest_code::nearest_code;
 pub use newton_schulz::newton_schulz;
+pub use peak::peak_flops;
 pub use slices::{with_slice, with_slice_mut};
 pub use upsample::upsample_nearest2x;
 

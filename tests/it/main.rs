@@ -1,5 +1,6 @@
 //! The one integration binary (each further one would link candle again).
 
+mod bench;
 mod commands;
 mod generate;
 mod house;

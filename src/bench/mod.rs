@@ -1,0 +1,104 @@
+//! `vilg bench`: speed and memory of the real thing on synthetic data.
+//!
+//! A measurement is one warm-up and then repetitions, each timed as a whole; medians and spread are reported beside
+//! every single value. Shares of the machine's speed refer to [`ops::peak_flops`], measured in the same run.
+
+pub mod attention;
+mod flops;
+mod plot;
+mod shapes;
+mod statistics;
+mod work;
+
+pub use plot::plot;
+pub use shapes::{SHAPES, Shape};
+pub use statistics::Spread;
+
+use crate::{config::Precision, error::Result, ops, runtime};
+use serde::Serialize;
+use std::time::Instant;
+
+/// What a measurement of one kind of work found.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    pub work: &'static str,
+    pub shape: &'static str,
+    pub precision: Precision,
+    pub batch: usize,
+    pub threads: usize,
+    pub parameters: usize,
+    /// Of one repetition.
+    pub seconds: Spread,
+    /// What one repetition goes through.
+    pub amount: usize,
+    pub unit: &'static str,
+    /// `amount` / median.
+    pub per_second: f64,
+    /// Useful operations of one repetition.
+    pub flops: f64,
+    pub flops_per_second: f64,
+    /// f32 multiply-adds in registers on all threads.
+    pub peak_flops_per_second: f64,
+    pub share_of_peak: f64,
+    /// Largest memory of this process so far, in bytes.
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// Repeatable work on synthetic data.
+struct Work<'a> {
+    name: &'static str,
+    run: Box<dyn FnMut() -> Result<()> + 'a>,
+    parameters: usize,
+    amount: usize,
+    unit: &'static str,
+    flops: f64,
+}
+
+/// Whole training steps of the generator: forward, backward, clipping, update.
+pub fn train(shape: &Shape, repeat: usize) -> Result<Report> {
+    report(shape, repeat, work::train(shape)?)
+}
+
+/// Whole training steps of the image tokenizer.
+pub fn tokenizer(shape: &Shape, repeat: usize) -> Result<Report> {
+    report(shape, repeat, work::tokenizer(shape)?)
+}
+
+/// Painting the codes of one picture a sequence, the likeliest code each time.
+pub fn decode(shape: &Shape, repeat: usize) -> Result<Report> {
+    report(shape, repeat, work::decode(shape)?)
+}
+
+fn report(shape: &Shape, repeat: usize, mut work: Work) -> Result<Report> {
+    let seconds = seconds(repeat, &mut work.run)?;
+    let peak_memory_bytes = runtime::peak_bytes();
+    let peak = ops::peak_flops();
+    Ok(Report {
+        work: work.name,
+        shape: shape.name,
+        precision: shape.config.train.precision,
+        batch: shape.batch,
+        threads: rayon::current_num_threads(),
+        parameters: work.parameters,
+        amount: work.amount,
+        unit: work.unit,
+        per_second: work.amount as f64 / seconds.median,
+        flops: work.flops,
+        flops_per_second: work.flops / seconds.median,
+        peak_flops_per_second: peak,
+        share_of_peak: work.flops / seconds.median / peak,
+        peak_memory_bytes,
+        seconds,
+    })
+}
+
+/// Seconds of each of `repeat` repetitions after one that does not count.
+fn seconds(repeat: usize, run: &mut dyn FnMut() -> Result<()>) -> Result<Spread> {
+    run()?;
+    let timed = |_| {
+        let begun = Instant::now();
+        run()?;
+        Ok(begun.elapsed().as_secs_f64())
+    };
+    Ok(Spread::of((0..repeat).map(timed).collect::<Result<_>>()?))
+}

@@ -1,0 +1,128 @@
+//! The sizes that are measured, by name.
+
+use crate::{
+    config::{Config, ImageTokenizer, Model},
+    error::{Result, bail},
+};
+
+/// Names that [`Shape::named`] knows.
+pub const SHAPES: [&str; 4] = ["perf", "emoji", "10b-layer", "tiny"];
+
+/// A generator and an image tokenizer, and how much of each goes through a step.
+#[derive(Debug, Clone)]
+pub struct Shape {
+    pub name: &'static str,
+    /// `model`, `text.max_tokens`, `train` and `image_tokenizer` count here.
+    pub config: Config,
+    pub vocabulary: usize,
+    /// Codes that the generator knows; the tokenizer has its own number.
+    pub codebook: usize,
+    /// Height and width of the generator's grid of codes.
+    pub grid: (usize, usize),
+    /// Sequences or pictures a step.
+    pub batch: usize,
+}
+
+impl Shape {
+    /// - `perf`: 8 layers of 512, 32 + 256 positions, 12 288 codes (38.0 M parameters), 16 sequences; a tokenizer of
+    ///   4.0 M over 64 × 64 pixels.
+    /// - `emoji`: the demo's.
+    /// - `10b-layer`: layers as in the paper's 10 B model, 64 + 1024 positions, few tokens.
+    /// - `tiny`: for tests.
+    ///
+    /// # Errors
+    /// The name is not among [`SHAPES`].
+    pub fn named(name: &str) -> Result<Self> {
+        Ok(match name {
+            "perf" => Self {
+                name: "perf",
+                config: config(model(8, 512, 8), 32, tokenizer(64, &[1, 2, 2], 64, 1024, 64, 64)),
+                vocabulary: 128,
+                codebook: 12288,
+                grid: (16, 16),
+                batch: 16,
+            },
+            "emoji" => Self {
+                name: "emoji",
+                config: config(model(6, 256, 4), 32, tokenizer(32, &[1, 1, 2, 4], 64, 2048, 8, 64)),
+                vocabulary: 2206,
+                codebook: 2048,
+                grid: (8, 8),
+                batch: 16,
+            },
+            "10b-layer" => Self {
+                name: "10b-layer",
+                config: config(model(3, 4096, 64), 64, tokenizer(128, &[1, 1, 2, 4], 256, 8192, 256, 256)),
+                vocabulary: 128,
+                codebook: 128,
+                grid: (32, 32),
+                batch: 1,
+            },
+            "tiny" => Self {
+                name: "tiny",
+                config: config(model(2, 32, 2), 4, tokenizer(32, &[1, 1], 8, 16, 4, 8)),
+                vocabulary: 16,
+                codebook: 32,
+                grid: (4, 4),
+                batch: 2,
+            },
+            _ => bail!("no shape is called `{name}`"),
+        })
+    }
+}
+
+fn model(layers: usize, hidden: usize, heads: usize) -> Model {
+    Model { layers, hidden, heads, ..Model::default() }
+}
+
+fn tokenizer(
+    channels: usize,
+    multipliers: &[usize],
+    latent_channels: usize,
+    codebook_size: usize,
+    code_dim: usize,
+    image_size: usize,
+) -> ImageTokenizer {
+    ImageTokenizer {
+        image_size,
+        channels,
+        channel_multipliers: multipliers.to_vec(),
+        residual_blocks: 1,
+        attention_sides: Vec::new(),
+        latent_channels,
+        codebook_size,
+        code_dim,
+        l1_weight: 1.0,
+        ..ImageTokenizer::default()
+    }
+}
+
+fn config(model: Model, max_tokens: usize, image_tokenizer: ImageTokenizer) -> Config {
+    let mut config = Config { model, image_tokenizer, ..Config::default() };
+    config.text.max_tokens = max_tokens;
+    // Small steps: repeated on one random batch, larger ones would leave the range of normal training.
+    config.train.learning_rate = 1e-4;
+    config
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::size;
+
+    #[test]
+    fn every_name_is_a_shape_and_the_measured_ones_have_their_parameters() {
+        for name in SHAPES {
+            assert_eq!(Shape::named(name).unwrap().name, name);
+        }
+        assert!(Shape::named("huge").is_err());
+        let perf = Shape::named("perf").unwrap();
+        let generator = size::generator(&perf.config, perf.vocabulary, perf.codebook, perf.grid);
+        let tokenizer = size::image_tokenizer(&perf.config.image_tokenizer);
+        let total = |parts: Vec<size::Part>| parts.iter().map(|(_, count)| count).sum::<u64>() as f64 / 1e6;
+        assert_eq!(
+            (format!("{:.1}", total(generator)), format!("{:.1}", total(tokenizer))),
+            ("38.0".into(), "4.0".into())
+        );
+    }
+}

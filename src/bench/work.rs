@@ -1,0 +1,138 @@
+//! The work that is measured: the same calls as training and painting make, on random tokens and pixels.
+
+use super::{Work, flops, shapes::Shape};
+use crate::{
+    config,
+    error::Result,
+    generate::Sampling,
+    model::{Batch, Direction, Generator, Source},
+    nn::{
+        gradients::Gradients,
+        params::{Params, Scope},
+    },
+    random::Random,
+    runtime,
+    tokenizer::{ImageTokenizer, PixelBatch},
+    train::{
+        engine::{self, Chain},
+        optimizer::{self, Optimizer},
+    },
+};
+use candle_core::{DType, Tensor};
+use rayon::prelude::*;
+
+/// Whole steps on one batch of text→image sequences without padding.
+pub fn train(shape: &Shape) -> Result<Work<'static>> {
+    let (generator, params) = generator(shape)?;
+    let batch = batch(shape)?;
+    let (amount, flops) = (batch.targets(), flops::train(shape));
+    let parameters = count(&params);
+    let mut step = Step::new(shape, params);
+    let run = Box::new(move || step.take(&generator.segments(), &batch));
+    Ok(Work { name: "train", run, parameters, amount, unit: "tokens", flops })
+}
+
+/// Whole steps on one batch of pictures.
+pub fn tokenizer(shape: &Shape) -> Result<Work<'static>> {
+    let config = &shape.config.image_tokenizer;
+    let scope = Scope::from_seed(1, DType::F32, &runtime::device());
+    let (model, params) = (ImageTokenizer::new(&scope, config)?, scope.params());
+    let side = config.image_size;
+    let mut random = Random::keyed(1, "pixels", 0, 0);
+    let pixels = (0..shape.batch * side * side * 3).map(|_| random.unit() as f32 * 2.0 - 1.0).collect();
+    let pixels = Tensor::from_vec(pixels, (shape.batch, side, side, 3), &runtime::device())?;
+    let parameters = count(&params);
+    let mut step = Step::new(shape, params);
+    let run = Box::new(move || step.take(&model.segments(), &PixelBatch::new(pixels.clone(), 1.0)));
+    let flops = flops::tokenizer(config, shape.batch);
+    Ok(Work { name: "tokenizer", run, parameters, amount: shape.batch, unit: "images", flops })
+}
+
+/// What a step of `vilg train` does between reading and logging.
+struct Step {
+    params: Params,
+    optimizer: Optimizer,
+    settings: config::Train,
+    gradients: Gradients,
+    number: u64,
+}
+
+impl Step {
+    fn new(shape: &Shape, params: Params) -> Self {
+        let settings = shape.config.train.clone();
+        let optimizer = Optimizer::new(&params, &settings);
+        Self { params, optimizer, settings, gradients: Gradients::default(), number: 0 }
+    }
+
+    fn take<B>(&mut self, chain: &Chain<B>, batch: &B) -> Result<()> {
+        let Self { params, optimizer, settings, gradients, number } = self;
+        *number += 1;
+        forward_backward(chain, batch, gradients)?;
+        let scale = optimizer::clip_scale(optimizer::global_norm(gradients)?, settings.clip_norm);
+        optimizer.step(params, gradients, settings, *number, 1.0, scale)
+    }
+}
+
+/// Forward and backward through a chain, with the gradients in memory that the last pass used.
+pub fn forward_backward<B>(chain: &Chain<B>, batch: &B, gradients: &mut Gradients) -> Result<()> {
+    gradients.clear();
+    engine::accumulate(chain, batch, 0, gradients)?;
+    Ok(())
+}
+
+/// All codes of one picture for each text.
+pub fn decode(shape: &Shape) -> Result<Work<'static>> {
+    let (generator, params) = generator(shape)?;
+    let texts = texts(shape);
+    let codes = shape.grid.0 * shape.grid.1;
+    let run = Box::new(move || paint(&generator, &texts, codes));
+    let (parameters, amount) = (count(&params), shape.batch * codes);
+    Ok(Work { name: "decode", run, parameters, amount, unit: "tokens", flops: flops::decode(shape) })
+}
+
+fn paint(generator: &Generator, texts: &[Vec<u32>], codes: usize) -> Result<()> {
+    let (mut state, mut logits) = generator.decode_start(Source::Text(texts))?;
+    for position in 0..codes {
+        let values: Vec<f32> = logits.flatten_all()?.to_vec1()?;
+        let next: Vec<u32> = values
+            .par_chunks(values.len() / texts.len())
+            .map(|row| Sampling::GREEDY.draw(row, 0.0))
+            .collect::<Result<_>>()?;
+        if position + 1 < codes {
+            logits = state.logits_next(&next)?;
+        }
+    }
+    Ok(())
+}
+
+/// A fresh generator and its parameters.
+pub fn generator(shape: &Shape) -> Result<(Generator, Params)> {
+    let scope = Scope::from_seed(1, DType::F32, &runtime::device());
+    let generator = Generator::new(&scope, &shape.config, shape.vocabulary, shape.codebook, shape.grid)?;
+    Ok((generator, scope.params()))
+}
+
+/// Random text→image sequences.
+pub fn batch(shape: &Shape) -> Result<Batch> {
+    let device = runtime::device();
+    let (texts, length, codes) = (texts(shape), shape.config.text.max_tokens, shape.grid.0 * shape.grid.1);
+    let text = Tensor::from_vec(texts.concat(), (shape.batch, length), &device)?;
+    let codes = Tensor::from_vec(tokens("codes", shape.codebook, shape.batch * codes), (shape.batch, codes), &device)?;
+    let loss_scale = 1.0 / codes.elem_count() as f64;
+    let text_lengths = vec![length; shape.batch];
+    Ok(Batch { direction: Direction::TextToImage, text, text_lengths, codes, loss_scale })
+}
+
+fn texts(shape: &Shape) -> Vec<Vec<u32>> {
+    let length = shape.config.text.max_tokens;
+    tokens("texts", shape.vocabulary, shape.batch * length).chunks(length).map(<[u32]>::to_vec).collect()
+}
+
+fn tokens(purpose: &str, vocabulary: usize, count: usize) -> Vec<u32> {
+    let mut random = Random::keyed(1, purpose, 0, 0);
+    (0..count).map(|_| random.below(vocabulary as u64) as u32).collect()
+}
+
+fn count(params: &Params) -> usize {
+    params.values().map(|var| var.elem_count()).sum()
+}

@@ -1,0 +1,175 @@
+//! `vilg bench`
+
+use crate::{
+    bench::{self, Report, SHAPES, Shape, attention::Cost},
+    config::{AttentionKind, Precision},
+    error::Result,
+    report,
+};
+use clap::{Subcommand, ValueEnum, builder::PossibleValuesParser};
+use serde_json::json;
+use std::path::PathBuf;
+
+/// Measure speed and memory on this machine
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Whole training steps of the generator: forward, backward, clipping, update
+    Train(WorkArgs),
+    /// Whole training steps of the image tokenizer
+    Tokenizer(WorkArgs),
+    /// Painting: the codes of one picture a sequence, the likeliest each time
+    Decode(WorkArgs),
+    Attention(AttentionArgs),
+}
+
+#[derive(clap::Args)]
+#[command(
+    after_help = "Data and weights are random. One repetition warms up and does not count. The share of the peak \
+    refers to f32 multiply-adds that never leave the registers, measured in the same run; peak memory is that of the \
+    whole process."
+)]
+struct WorkArgs {
+    #[command(flatten)]
+    common: Common,
+    /// Sequences or pictures at once [default: the shape's]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    batch: Option<u16>,
+    /// Numbers that matrix products multiply
+    #[arg(long, value_name = "P", default_value = "f32")]
+    precision: Numbers,
+    /// Attention of the generator's layers
+    #[arg(long, value_name = "KIND", default_value = "sparse")]
+    attention: Kind,
+}
+
+/// Attention forward and backward for each pattern, against the number of codes
+#[derive(clap::Args)]
+#[command(
+    after_help = "Memory is what the work adds to what the process held before. `dense n×n` builds the whole matrix \
+    of scores; the others never do."
+)]
+struct AttentionArgs {
+    #[command(flatten)]
+    common: Common,
+    /// Sides of the square grids of codes
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "16,32,64",
+        value_parser = clap::value_parser!(u16).range(1..=256))]
+    sides: Vec<u16>,
+    /// Measure one whole block of the shape instead, on the shape's own grid
+    #[arg(long, conflicts_with_all = ["sides", "plot"])]
+    block: bool,
+    /// Draw the times as SVG
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+struct Common {
+    /// Sizes of the model
+    #[arg(long, value_name = "NAME", default_value = "perf", value_parser = PossibleValuesParser::new(SHAPES))]
+    shape: String,
+    /// Repetitions that count
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    repeat: u16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Numbers {
+    F32,
+    /// Rounded to bf16 where the processor has AMX
+    Bf16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Kind {
+    Sparse,
+    Dense,
+}
+
+pub fn run(args: Args, json: bool) -> Result<()> {
+    match args.command {
+        Command::Train(args) => run_work(&args, bench::train, json),
+        Command::Tokenizer(args) => run_work(&args, bench::tokenizer, json),
+        Command::Decode(args) => run_work(&args, bench::decode, json),
+        Command::Attention(args) => run_attention(&args, json),
+    }
+}
+
+fn run_work(args: &WorkArgs, measure: fn(&Shape, usize) -> Result<Report>, json: bool) -> Result<()> {
+    let mut shape = Shape::named(&args.common.shape)?;
+    shape.batch = args.batch.map_or(shape.batch, usize::from);
+    shape.config.train.precision = match args.precision {
+        Numbers::F32 => Precision::F32,
+        Numbers::Bf16 => Precision::Bf16,
+    };
+    shape.config.model.attention = match args.attention {
+        Kind::Sparse => AttentionKind::Sparse,
+        Kind::Dense => AttentionKind::Dense,
+    };
+    let measured = measure(&shape, usize::from(args.common.repeat))?;
+    if json {
+        report::json(&measured);
+    } else {
+        report::table(&[], &rows(&measured));
+    }
+    Ok(())
+}
+
+fn rows(r: &Report) -> Vec<Vec<String>> {
+    let seconds = &r.seconds;
+    let giga = |x: f64| format!("{:.1}", x / 1e9);
+    let spread = format!("{:.4} to {:.4}, median deviation {:.4}", seconds.min, seconds.max, seconds.mad);
+    let lines = [
+        ("work", format!("{} {}, batch {}, {} threads", r.shape, r.work, r.batch, r.threads)),
+        ("parameters", format!("{:.1} M", r.parameters as f64 / 1e6)),
+        ("seconds", format!("{:.4} (median of {})", seconds.median, seconds.all.len())),
+        ("spread", spread),
+        ("speed", format!("{:.1} {}/s", r.per_second, r.unit)),
+        ("GFLOP/s", format!("{}, {:.0} % of the peak", giga(r.flops_per_second), 100.0 * r.share_of_peak)),
+        ("peak GFLOP/s", giga(r.peak_flops_per_second)),
+        ("peak memory", memory(r.peak_memory_bytes)),
+    ];
+    lines.map(|(name, value)| vec![name.to_owned(), value]).to_vec()
+}
+
+fn run_attention(args: &AttentionArgs, json: bool) -> Result<()> {
+    let (shape, repeat) = (Shape::named(&args.common.shape)?, usize::from(args.common.repeat));
+    let sides: Vec<usize> = args.sides.iter().map(|&side| usize::from(side)).collect();
+    let costs = match args.block {
+        true => bench::attention::block(&shape, repeat)?,
+        false => bench::attention::attention(&shape, &sides, repeat)?,
+    };
+    if let Some(path) = &args.plot {
+        bench::plot(&costs, path)?;
+    }
+    if json {
+        report::json(&json!({ "work": if args.block { "block" } else { "attention" }, "shape": shape.name,
+            "threads": rayon::current_num_threads(), "costs": costs }));
+    } else {
+        let header = ["codes", "pattern", "milliseconds", "GFLOP/s", "times faster", "memory", "of dense"];
+        report::table(&header, &costs.iter().map(row).collect::<Vec<_>>());
+    }
+    Ok(())
+}
+
+fn row(cost: &Cost) -> Vec<String> {
+    vec![
+        cost.codes.to_string(),
+        cost.pattern.to_owned(),
+        format!("{:.2}", cost.seconds.median * 1e3),
+        format!("{:.1}", cost.flops / cost.seconds.median / 1e9),
+        format!("{:.2}", cost.speedup),
+        memory(cost.memory_bytes),
+        cost.memory_share.map_or(String::new(), |share| format!("{:.0} %", 100.0 * share)),
+    ]
+}
+
+fn memory(bytes: Option<u64>) -> String {
+    bytes.map_or("unknown".to_owned(), |bytes| format!("{:.3} GB", bytes as f64 / 1e9))
+}

@@ -1,0 +1,45 @@
+//! `vilg bench` from outside, at a size at which only the form of the result means anything.
+
+use crate::commands::vilg;
+use serde_json::Value;
+
+fn measured(args: &[&str]) -> Value {
+    let output = vilg(args).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn works_report_speed_and_memory() {
+    for (work, unit, amount) in [("train", "tokens", 32), ("tokenizer", "images", 2), ("decode", "tokens", 32)] {
+        let value = measured(&["bench", work, "--shape", "tiny", "--repeat", "2", "--json"]);
+        let number = |key: &str| value[key].as_f64().unwrap_or_else(|| panic!("{work}: no {key} in {value}"));
+        assert_eq!((&value["work"], &value["shape"], &value["unit"]), (&work.into(), &"tiny".into(), &unit.into()));
+        assert_eq!(value["amount"], amount, "{work}");
+        let seconds = &value["seconds"];
+        assert_eq!(seconds["all"].as_array().unwrap().len(), 2);
+        let median = seconds["median"].as_f64().unwrap();
+        assert!(median > 0.0 && seconds["min"].as_f64() <= Some(median) && seconds["max"].as_f64() >= Some(median));
+        assert!((number("per_second") * median / number("amount") - 1.0).abs() < 1e-9);
+        let share = number("flops") / median / number("peak_flops_per_second");
+        assert!((number("share_of_peak") / share - 1.0).abs() < 1e-9 && share < 1.0, "{work}: {value}");
+        assert!(number("parameters") > 1e4 && (!cfg!(target_os = "linux") || number("peak_memory_bytes") > 1e6));
+    }
+}
+
+#[test]
+fn attention_is_compared_with_dense_and_drawn() {
+    let folder = tempfile::tempdir().unwrap();
+    let plot = folder.path().join("attention.svg");
+    let args = ["bench", "attention", "--shape", "tiny", "--sides", "2,4", "--repeat", "1", "--json", "--plot"];
+    let value = measured(&[&args[..], &[plot.to_str().unwrap()]].concat());
+    let costs = value["costs"].as_array().unwrap();
+    let rows: Vec<(u64, &str)> =
+        costs.iter().map(|c| (c["codes"].as_u64().unwrap(), c["pattern"].as_str().unwrap())).collect();
+    let patterns = ["dense", "row", "column", "conv", "dense n×n"];
+    assert_eq!(rows, [4, 16].iter().flat_map(|&codes| patterns.map(|p| (codes, p))).collect::<Vec<_>>());
+    assert_eq!(costs[0]["speedup"], 1.0);
+    assert!(std::fs::read_to_string(plot).unwrap().contains("<svg"));
+    let block = measured(&["bench", "attention", "--block", "--shape", "tiny", "--repeat", "1", "--json"]);
+    assert_eq!(block["costs"].as_array().unwrap().len(), 4);
+}
