@@ -1,15 +1,22 @@
 //! Sparse attention: each query reads only the keys that its list names, in the forward and in the backward
-//! pass. Nothing of size n×n is built, and nothing is kept for the backward pass, which takes the
-//! probabilities of one query at a time again.
+//! pass. Nothing of size n×n is built; the backward pass takes the probabilities again from the log-sum-exp of
+//! each query.
 //!
-//! One task is one head of one sample: its keys and values are gathered once into a contiguous block.
+//! One task is one head of one sample: its keys and values are gathered once, columns of codes together
+//! (`plan`), and blocks of neighbouring queries meet the union of their keys in register-blocked products
+//! (`products`, `kernel`), with a softmax that goes over the keys once (Dao et al., arXiv 2205.14135).
 
-use super::{
-    simd::{Real, add_lanes, axpy, dot, fma_lanes, fma_rest, max_lanes, multiversion},
-    slices::{Scatter, by_dtype, fresh, slice, storage, tensor, view},
-};
+mod heads;
+mod kernel;
+mod plan;
+mod products;
+
+use super::slices::{Scatter, by_dtype, fresh, slice, storage, tensor, view};
 use crate::error::{Result, ensure};
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Shape, Tensor, backend::BackendStorage};
+use heads::{Head, Inputs, Scratch, backward_head, forward_head};
+use kernel::Element;
+use plan::Plan;
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -74,193 +81,64 @@ impl Sizes {
         (((sample * self.positions + position) * 3 + part) * self.heads + head) * self.d
     }
 
-    /// All rows of a part of a head, gathered.
-    fn gather<T: Real>(&self, qkv: &[T], sample: usize, part: usize, head: usize) -> Vec<T> {
-        let mut rows = Vec::with_capacity(self.positions * self.d);
-        for position in 0..self.positions {
-            rows.extend_from_slice(&qkv[self.row(sample, position, part, head)..][..self.d]);
-        }
-        rows
+    /// Every head of every sample, in parallel, with room that tasks share.
+    fn each_head<R>(
+        &self,
+        keys: &KeyRanges,
+        room: impl Fn() -> R + Sync + Send,
+        task: impl Fn(&mut R, Head) + Sync + Send,
+    ) {
+        (0..self.samples * self.heads).into_par_iter().for_each_init(room, |room, i| {
+            let sample = i / self.heads;
+            task(room, Head { sample, head: i % self.heads, padding: keys.padding(sample) });
+        });
     }
+}
 
-    /// Every (sample, head), in parallel.
-    fn heads(&self) -> impl ParallelIterator<Item = (usize, usize)> {
-        let heads = self.heads;
-        (0..self.samples * heads).into_par_iter().map(move |i| (i / heads, i % heads))
-    }
+/// Writes the output (samples, positions, heads, d), and the logarithm of the sum of e^score of each query
+/// (samples, heads, positions), which the backward pass needs; 0 of a query without keys.
+pub fn forward_into<T: Element>(out: &mut [T], lse: &mut [T], qkv: &[T], keys: &KeyRanges, sizes: Sizes) {
+    let plan = Plan::new(keys);
+    let inputs = Inputs { qkv, plan: &plan, sizes, shape: products::Shape::new(sizes.d) };
+    let (out, lse) = (Scatter::new(out), Scatter::new(lse));
+    let room = || Scratch::forward(sizes.positions, inputs.shape);
+    sizes.each_head(keys, room, |room, head| forward_head(&out, &lse, inputs, head, room));
+}
+
+/// Writes dqkv, from what the forward pass wrote and the gradient of its output.
+pub fn backward_into<T: Element>(
+    dqkv: &mut [T],
+    qkv: &[T],
+    (out, lse): (&[T], &[T]),
+    dout: &[T],
+    keys: &KeyRanges,
+    sizes: Sizes,
+) {
+    let plan = Plan::new(keys);
+    let inputs = Inputs { qkv, plan: &plan, sizes, shape: products::Shape::new(sizes.d) };
+    let dqkv = Scatter::new(dqkv);
+    let room = || Scratch::backward(sizes.positions, inputs.shape);
+    sizes.each_head(keys, room, |room, head| backward_head(&dqkv, inputs, out, lse, dout, head, room));
+}
+
+/// The output and the log-sum-exp, see [`forward_into`].
+fn forward_saved<T: Element>(qkv: &[T], keys: &KeyRanges, sizes: Sizes) -> (Vec<T>, Vec<T>) {
+    let mut lse = vec![T::ZERO; sizes.samples * sizes.heads * sizes.positions];
+    // SAFETY: the tasks write every row of every head.
+    let out = unsafe { fresh(sizes.outputs(), |out| forward_into(out, &mut lse, qkv, keys, sizes)) };
+    (out, lse)
 }
 
 /// The output (samples, positions, heads, d).
-pub fn forward<T: Real>(qkv: &[T], keys: &KeyRanges, sizes: Sizes) -> Vec<T> {
-    let fill = |out: &mut [T]| {
-        let out = Scatter::new(out);
-        sizes.heads().for_each(|(sample, head)| forward_head(qkv, keys, sizes, sample, head, &out));
-    };
-    // SAFETY: the tasks write every row of every head.
-    unsafe { fresh(sizes.outputs(), fill) }
+pub fn forward<T: Element>(qkv: &[T], keys: &KeyRanges, sizes: Sizes) -> Vec<T> {
+    forward_saved(qkv, keys, sizes).0
 }
 
-/// dqkv, from the gradient of the output.
-pub fn backward<T: Real>(qkv: &[T], dout: &[T], keys: &KeyRanges, sizes: Sizes) -> Vec<T> {
-    let fill = |dqkv: &mut [T]| {
-        let dqkv = Scatter::new(dqkv);
-        sizes.heads().for_each(|(sample, head)| backward_head(qkv, dout, keys, sizes, sample, head, &dqkv));
-    };
+/// dqkv, from the gradient of the output; runs the forward pass again ([`backward_into`] does not).
+pub fn backward<T: Element>(qkv: &[T], dout: &[T], keys: &KeyRanges, sizes: Sizes) -> Vec<T> {
+    let (out, lse) = forward_saved(qkv, keys, sizes);
     // SAFETY: the tasks write every row of every part of every head.
-    unsafe { fresh(3 * sizes.outputs(), fill) }
-}
-
-/// Width of the vectors that scores and sums are kept in.
-const WIDE: usize = 16;
-
-/// `out[i] = a · block[keys[i]]`. The lanes of a few keys go through memory before they are added up: left to
-/// itself the compiler vectorises across keys and shuffles every load.
-#[inline(always)]
-fn dots<T: Real, const FMA: bool>(out: &mut [T], a: &[T], block: &[T], keys: &[usize]) {
-    let d = a.len();
-    let (a, a_rest) = a.as_chunks::<WIDE>();
-    let mut partial = [[T::ZERO; WIDE]; 8];
-    for (out, keys) in out.chunks_mut(8).zip(keys.chunks(8)) {
-        for (partial, &key) in partial.iter_mut().zip(keys) {
-            let mut lanes = [T::ZERO; WIDE];
-            for (a, b) in a.iter().zip(block[key * d..][..d].as_chunks().0) {
-                fma_lanes::<T, FMA, WIDE>(&mut lanes, a, b);
-            }
-            *partial = lanes;
-        }
-        for ((out, &partial), &key) in out.iter_mut().zip(&partial).zip(keys) {
-            let b_rest = &block[(key + 1) * d - a_rest.len()..(key + 1) * d];
-            *out = fma_rest::<T, FMA>(add_lanes(partial), a_rest, b_rest);
-        }
-    }
-}
-
-/// `out = Σᵢ weights[i] · block[keys[i]]`, four keys at a time so that `out` is read and written less.
-#[inline(always)]
-fn mix<T: Real, const FMA: bool>(out: &mut [T], weights: &[T], block: &[T], keys: &[usize]) {
-    let d = out.len();
-    let row = |key: usize| &block[key * d..][..d];
-    out.fill(T::ZERO);
-    let ((weights, weights_rest), (keys, keys_rest)) = (weights.as_chunks::<4>(), keys.as_chunks::<4>());
-    for (w, keys) in weights.iter().zip(keys) {
-        let [a, b, c, e] = [row(keys[0]), row(keys[1]), row(keys[2]), row(keys[3])];
-        for i in 0..d {
-            let first = w[0].fma::<FMA>(a[i], w[1] * b[i]);
-            let second = w[2].fma::<FMA>(c[i], w[3].fma::<FMA>(e[i], out[i]));
-            out[i] = first + second;
-        }
-    }
-    for (&w, &key) in weights_rest.iter().zip(keys_rest) {
-        axpy::<T, FMA>(out, w, row(key));
-    }
-}
-
-/// The probabilities of query `q` over the listed keys of `k`, in `room`.
-#[inline(always)]
-fn probabilities<'a, T: Real, const FMA: bool>(
-    room: &'a mut [[T; WIDE]],
-    q: &[T],
-    k: &[T],
-    keys: &[usize],
-    scale: T,
-) -> &'a [T] {
-    let n = keys.len();
-    let room = &mut room[..n.div_ceil(WIDE)];
-    let scores = room.as_flattened_mut();
-    dots::<T, FMA>(&mut scores[..n], q, k, keys);
-    scores[n..].fill(T::NEG_INFINITY); // becomes 0 in the sum
-    softmax(room, scale);
-    &room.as_flattened()[..n]
-}
-
-/// softmax of `scale` · scores.
-#[inline(always)]
-fn softmax<T: Real>(scores: &mut [[T; WIDE]], scale: T) {
-    let mut lanes = [T::NEG_INFINITY; WIDE];
-    for s in scores.iter() {
-        for i in 0..WIDE {
-            lanes[i] = if s[i] > lanes[i] { s[i] } else { lanes[i] };
-        }
-    }
-    let largest = max_lanes(lanes);
-    let mut lanes = [T::ZERO; WIDE];
-    for s in scores.iter_mut() {
-        for i in 0..WIDE {
-            s[i] = Real::exp((s[i] - largest) * scale);
-            lanes[i] += s[i];
-        }
-    }
-    let factor = T::ONE / add_lanes(lanes);
-    scores.as_flattened_mut().iter_mut().for_each(|s| *s *= factor);
-}
-
-multiversion! {
-    fn forward_head<T: Real, const FMA: bool>(
-        qkv: &[T],
-        keys: &KeyRanges,
-        sizes: Sizes,
-        sample: usize,
-        head: usize,
-        out: &Scatter<T>,
-    ) {
-        let Sizes { positions, d, .. } = sizes;
-        let (k, v) = (sizes.gather(qkv, sample, 1, head), sizes.gather(qkv, sample, 2, head));
-        let scale = T::ONE / T::from_f64(d as f64).sqrt();
-        let padding = keys.padding(sample);
-        let (mut list, mut room) = (Vec::new(), vec![[T::ZERO; WIDE]; positions.div_ceil(WIDE)]);
-        for query in 0..positions {
-            keys.list(&padding, query, &mut list);
-            let q = &qkv[sizes.row(sample, query, 0, head)..][..d];
-            let p = probabilities::<T, FMA>(&mut room, q, &k, &list, scale);
-            // SAFETY: this row belongs to this task alone.
-            mix::<T, FMA>(unsafe { out.row(sizes.output_row(sample, query, head), d) }, p, &v, &list);
-        }
-    }
-}
-
-multiversion! {
-    /// With p the probabilities of a query and dp = dout·v: ds = p (dp − Σ p dp) / √d, dq = ds·k, dk += ds q, dv += p dout.
-    fn backward_head<T: Real, const FMA: bool>(
-        qkv: &[T],
-        dout: &[T],
-        keys: &KeyRanges,
-        sizes: Sizes,
-        sample: usize,
-        head: usize,
-        dqkv: &Scatter<T>,
-    ) {
-        let Sizes { positions, d, .. } = sizes;
-        let (k, v) = (sizes.gather(qkv, sample, 1, head), sizes.gather(qkv, sample, 2, head));
-        let (mut dk, mut dv) = (vec![T::ZERO; positions * d], vec![T::ZERO; positions * d]);
-        let scale = T::ONE / T::from_f64(d as f64).sqrt();
-        let padding = keys.padding(sample);
-        let (mut list, mut room) = (Vec::new(), vec![[T::ZERO; WIDE]; positions.div_ceil(WIDE)]);
-        let mut ds = vec![T::ZERO; positions];
-        for query in 0..positions {
-            keys.list(&padding, query, &mut list);
-            let q = &qkv[sizes.row(sample, query, 0, head)..][..d];
-            let dout = &dout[sizes.output_row(sample, query, head)..][..d];
-            let p = probabilities::<T, FMA>(&mut room, q, &k, &list, scale);
-            let ds = &mut ds[..list.len()];
-            dots::<T, FMA>(ds, dout, &v, &list);
-            let mean = dot::<T, FMA>(p, ds);
-            ds.iter_mut().zip(p).for_each(|(ds, &p)| *ds = (*ds - mean) * p * scale);
-            // SAFETY: the rows of a head belong to its task alone, here and below.
-            mix::<T, FMA>(unsafe { dqkv.row(sizes.row(sample, query, 0, head), d) }, ds, &k, &list);
-            for ((&key, &p), &ds) in list.iter().zip(p).zip(&*ds) {
-                axpy::<T, FMA>(&mut dk[key * d..][..d], ds, q);
-                axpy::<T, FMA>(&mut dv[key * d..][..d], p, dout);
-            }
-        }
-        for position in 0..positions {
-            let range = position * d..(position + 1) * d;
-            // SAFETY: as above.
-            unsafe {
-                dqkv.row(sizes.row(sample, position, 1, head), d).copy_from_slice(&dk[range.clone()]);
-                dqkv.row(sizes.row(sample, position, 2, head), d).copy_from_slice(&dv[range]);
-            }
-        }
-    }
+    unsafe { fresh(3 * sizes.outputs(), |dqkv| backward_into(dqkv, qkv, (&out, &lse), dout, keys, sizes)) }
 }
 
 struct Attention {
@@ -337,6 +215,37 @@ mod tests {
                 let (keys, qkv) = (random_keys(shape[0], shape[1], seed), qkv(*shape, DType::F32));
                 at_each_level(|| assert_same(&qkv, 1e-5, &|v| attention(&v[0], &keys), &|v| composed(&v[0], &keys)))?;
             }
+        }
+        Ok(())
+    }
+
+    /// Text, then a grid in columns, rows and neighbourhoods, causal or not: longer than a chunk, with the orders
+    /// and alignments that random lists do not bring up.
+    #[test]
+    fn grids_are_composed() -> Result<()> {
+        let (text, width, height) = (5, 12, 13);
+        let positions = text + width * height;
+        for (pattern, causal) in (0..4).flat_map(|pattern| [(pattern, false), (pattern, true)]) {
+            let (mut offsets, mut runs) = (vec![0], Vec::new());
+            for query in 0..positions {
+                runs.push(Run { start: 0, len: text, stride: 1 });
+                let last = if causal { query } else { positions - 1 };
+                let code = query.saturating_sub(text);
+                let (start, stride) = match pattern {
+                    0 => (0, 1),
+                    1 => (code.saturating_sub(width), 1),
+                    2 => (code - code % width, 1),
+                    _ => (code % width, width),
+                };
+                let end = if pattern == 1 { last.min(query + width) } else { last };
+                if query >= text {
+                    runs.push(Run { start: text + start, len: (end - text - start) / stride + 1, stride });
+                }
+                offsets.push(runs.len());
+            }
+            let keys = Arc::new(KeyRanges { offsets, runs, text: 0..text, text_lengths: Some(vec![3, 5]) });
+            let qkv = qkv([2, positions, 1, 20], DType::F32);
+            at_each_level(|| assert_same(&qkv, 1e-5, &|v| attention(&v[0], &keys), &|v| composed(&v[0], &keys)))?;
         }
         Ok(())
     }

@@ -1,0 +1,280 @@
+//! One head of one sample, forward and backward: blocks of queries against chunks of keys. The largest thing
+//! held is a row for each key; the scores exist for one chunk at a time.
+
+use super::{
+    Sizes,
+    kernel::{Element, LANES, Part},
+    plan::Plan,
+    products::{CHUNK, Chunks, Lanes, Piece, Shape},
+};
+use crate::ops::{
+    simd::{Real, dot, multiversion},
+    slices::Scatter,
+};
+use std::ops::Range;
+
+/// What all tasks of a call read.
+#[derive(Clone, Copy)]
+pub(super) struct Inputs<'a, T> {
+    pub qkv: &'a [T],
+    pub plan: &'a Plan,
+    pub sizes: Sizes,
+    pub shape: Shape<T>,
+}
+
+/// The head of a task, and the places that its sample pads.
+pub(super) struct Head {
+    pub sample: usize,
+    pub head: usize,
+    pub padding: Range<usize>,
+}
+
+impl<T: Element> Inputs<'_, T> {
+    /// Rows of a part of qkv, times `factor`.
+    #[inline(always)]
+    fn gather(&self, to: &mut [T], positions: &[usize], part: usize, head: &Head, factor: T) {
+        for (to, &position) in to.chunks_exact_mut(self.shape.row).zip(positions) {
+            let from = &self.qkv[self.sizes.row(head.sample, position, part, head.head)..][..self.sizes.d];
+            to.iter_mut().zip(from).for_each(|(to, &from)| *to = from * factor);
+        }
+    }
+
+    fn scale(&self) -> T {
+        T::ONE / T::from_f64(self.sizes.d as f64).sqrt()
+    }
+
+    fn chunks(&self, spans: &Range<usize>, head: &Head) -> Chunks<'_> {
+        Chunks { spans: &self.plan.spans[spans.clone()], padding: head.padding.clone(), done: 0 }
+    }
+}
+
+/// Room that tasks reuse. Columns beyond d are zeros and stay so.
+pub(super) struct Scratch<T> {
+    /// Of all places.
+    keys: Vec<T>,
+    values: Vec<T>,
+    dkeys: Vec<T>,
+    dvalues: Vec<T>,
+    /// Of a block of queries.
+    queries: Vec<T>,
+    douts: Vec<T>,
+    queries_t: Vec<Lanes<T>>,
+    douts_t: Vec<Lanes<T>>,
+    out: Vec<T>,
+    /// Of a chunk of keys.
+    scores: Vec<Lanes<T>>,
+    dscores: Vec<Lanes<T>>,
+    pieces: Vec<Piece>,
+    parts: Vec<Part>,
+}
+
+impl<T: Element> Scratch<T> {
+    pub fn forward(positions: usize, shape: Shape<T>) -> Self {
+        let rows = |n: usize| vec![T::ZERO; n * shape.row];
+        Self {
+            keys: rows(positions),
+            values: rows(positions),
+            queries: rows(LANES),
+            queries_t: vec![[T::ZERO; LANES]; shape.d],
+            out: rows(LANES),
+            scores: vec![[T::ZERO; LANES]; CHUNK],
+            dkeys: vec![],
+            dvalues: vec![],
+            douts: vec![],
+            douts_t: vec![],
+            dscores: vec![],
+            pieces: vec![],
+            parts: vec![],
+        }
+    }
+
+    pub fn backward(positions: usize, shape: Shape<T>) -> Self {
+        let forward = Self::forward(positions, shape);
+        Self {
+            dkeys: forward.keys.clone(),
+            dvalues: forward.keys.clone(),
+            douts: forward.queries.clone(),
+            douts_t: forward.queries_t.clone(),
+            dscores: forward.scores.clone(),
+            ..forward
+        }
+    }
+}
+
+#[inline(always)]
+fn transpose<T: Real>(out: &mut [Lanes<T>], rows: &[T], row: usize) {
+    for (i, out) in out.iter_mut().enumerate() {
+        for lane in 0..LANES {
+            out[lane] = rows[lane * row + i];
+        }
+    }
+}
+
+/// Sets the scores of the queries that do not see a key.
+#[inline(always)]
+fn hide<T: Real>(scores: &mut [Lanes<T>], pieces: &[Piece], hidden: T) {
+    for piece in pieces.iter().filter(|piece| piece.lanes != u16::MAX) {
+        for s in &mut scores[piece.row..][..piece.len] {
+            for i in 0..LANES {
+                s[i] = if piece.lanes >> i & 1 == 1 { s[i] } else { hidden };
+            }
+        }
+    }
+}
+
+/// The softmax so far of each query of a block.
+struct Softmax<T> {
+    largest: Lanes<T>,
+    sums: Lanes<T>,
+}
+
+impl<T: Real> Softmax<T> {
+    /// Turns the scores of a chunk into weights relative to the largest score so far; gives the factors by which
+    /// what was summed before shrinks.
+    #[inline(always)]
+    fn add(&mut self, scores: &mut [Lanes<T>]) -> Lanes<T> {
+        let old = self.largest;
+        let mut largest = old;
+        for s in &*scores {
+            for i in 0..LANES {
+                largest[i] = if s[i] > largest[i] { s[i] } else { largest[i] };
+            }
+        }
+        self.largest = largest;
+        let (mut base, mut factors) = (largest, [T::ZERO; LANES]);
+        for i in 0..LANES {
+            // ∞ − ∞ is not a number: a query that has not seen a key yet gets weights of 0 from any other base.
+            base[i] = if base[i] == T::NEG_INFINITY { T::ZERO } else { base[i] };
+            factors[i] = Real::exp(old[i] - base[i]);
+        }
+        let mut sums = self.sums;
+        for i in 0..LANES {
+            sums[i] *= factors[i];
+        }
+        for s in scores {
+            for i in 0..LANES {
+                s[i] = Real::exp(s[i] - base[i]);
+                sums[i] += s[i];
+            }
+        }
+        self.sums = sums;
+        factors
+    }
+}
+
+multiversion! {
+    /// Writes the rows of a head in `out` (samples, positions, heads, d) and in `lse` (samples, heads, positions).
+    pub(super) fn forward_head<T: Element, const FMA: bool>(
+        out: &Scatter<T>,
+        lse: &Scatter<T>,
+        inputs: Inputs<T>,
+        head: Head,
+        room: &mut Scratch<T>,
+    ) {
+        let Inputs { plan, sizes, shape, .. } = inputs;
+        inputs.gather(&mut room.keys, &plan.order, 1, &head, T::ONE);
+        inputs.gather(&mut room.values, &plan.order, 2, &head, T::ONE);
+        // SAFETY: the rows of a head belong to its task alone, here and below.
+        let lse = unsafe { lse.row((head.sample * sizes.heads + head.head) * sizes.positions, sizes.positions) };
+        for block in &plan.blocks {
+            let queries = &plan.order[block.queries.clone()];
+            inputs.gather(&mut room.queries, queries, 0, &head, inputs.scale());
+            transpose(&mut room.queries_t, &room.queries, shape.row);
+            let mut chunks = inputs.chunks(&block.spans, &head);
+            let mut softmax = Softmax { largest: [T::NEG_INFINITY; LANES], sums: [T::ZERO; LANES] };
+            room.out.fill(T::ZERO);
+            loop {
+                let rows = chunks.next(&mut room.pieces);
+                if rows == 0 {
+                    break;
+                }
+                let scores = &mut room.scores[..rows];
+                shape.score(scores, &room.pieces, &room.keys, &room.queries_t);
+                hide(scores, &room.pieces, T::NEG_INFINITY);
+                let factors = softmax.add(scores);
+                for (out, factor) in room.out.chunks_exact_mut(shape.row).zip(factors) {
+                    out.iter_mut().for_each(|out| *out *= factor);
+                }
+                shape.mix(&mut room.out, true, &room.pieces, scores, &room.values, &mut room.parts);
+            }
+            for (lane, &position) in queries.iter().enumerate() {
+                let (sum, none) = (softmax.sums[lane], softmax.sums[lane] == T::ZERO);
+                let factor = if none { T::ZERO } else { T::ONE / sum };
+                let from = &room.out[lane * shape.row..][..sizes.d];
+                // SAFETY: as above.
+                let to = unsafe { out.row(sizes.output_row(head.sample, position, head.head), sizes.d) };
+                to.iter_mut().zip(from).for_each(|(to, &from)| *to = from * factor);
+                let log = T::from_f64(Real::to_f64(sum).ln());
+                lse[position] = if none { T::ZERO } else { softmax.largest[lane] + log };
+            }
+        }
+    }
+}
+
+multiversion! {
+    /// With p the probabilities and dp = dout·v: ds = p (dp − dout·out), dq = ds·k / √d, dk += ds q / √d, dv += p dout.
+    pub(super) fn backward_head<T: Element, const FMA: bool>(
+        dqkv: &Scatter<T>,
+        inputs: Inputs<T>,
+        out: &[T],
+        lse: &[T],
+        dout: &[T],
+        head: Head,
+        room: &mut Scratch<T>,
+    ) {
+        let Inputs { plan, sizes, shape, .. } = inputs;
+        inputs.gather(&mut room.keys, &plan.order, 1, &head, T::ONE);
+        inputs.gather(&mut room.values, &plan.order, 2, &head, T::ONE);
+        room.dkeys.fill(T::ZERO);
+        room.dvalues.fill(T::ZERO);
+        let lse = &lse[(head.sample * sizes.heads + head.head) * sizes.positions..][..sizes.positions];
+        for block in &plan.blocks {
+            let queries = &plan.order[block.queries.clone()];
+            inputs.gather(&mut room.queries, queries, 0, &head, inputs.scale());
+            let (mut base, mut means) = ([T::ZERO; LANES], [T::ZERO; LANES]);
+            for (lane, &position) in queries.iter().enumerate() {
+                let row = sizes.output_row(head.sample, position, head.head);
+                let (out, dout) = (&out[row..][..sizes.d], &dout[row..][..sizes.d]);
+                room.douts[lane * shape.row..][..sizes.d].copy_from_slice(dout);
+                (base[lane], means[lane]) = (lse[position], dot::<T, FMA>(dout, out));
+            }
+            transpose(&mut room.queries_t, &room.queries, shape.row);
+            transpose(&mut room.douts_t, &room.douts, shape.row);
+            room.out.fill(T::ZERO);
+            let mut chunks = inputs.chunks(&block.spans, &head);
+            loop {
+                let rows = chunks.next(&mut room.pieces);
+                if rows == 0 {
+                    break;
+                }
+                let (p, ds) = (&mut room.scores[..rows], &mut room.dscores[..rows]);
+                shape.score(p, &room.pieces, &room.keys, &room.queries_t);
+                shape.score(ds, &room.pieces, &room.values, &room.douts_t);
+                hide(p, &room.pieces, T::NEG_INFINITY);
+                hide(ds, &room.pieces, T::ZERO);
+                for (p, ds) in p.iter_mut().zip(&mut *ds) {
+                    for i in 0..LANES {
+                        p[i] = Real::exp(p[i] - base[i]);
+                        ds[i] = p[i] * (ds[i] - means[i]);
+                    }
+                }
+                shape.mix(&mut room.out, true, &room.pieces, ds, &room.keys, &mut room.parts);
+                shape.spread(&mut room.dkeys, &room.pieces, ds, &room.queries);
+                shape.spread(&mut room.dvalues, &room.pieces, p, &room.douts);
+            }
+            for (lane, &position) in queries.iter().enumerate() {
+                let from = &room.out[lane * shape.row..][..sizes.d];
+                // SAFETY: the rows of a head belong to its task alone, here and below.
+                let to = unsafe { dqkv.row(sizes.row(head.sample, position, 0, head.head), sizes.d) };
+                to.iter_mut().zip(from).for_each(|(to, &from)| *to = from * inputs.scale());
+            }
+        }
+        for (part, sums) in [(1, &room.dkeys), (2, &room.dvalues)] {
+            for (from, &position) in sums.chunks_exact(shape.row).zip(&plan.order) {
+                // SAFETY: as above.
+                let to = unsafe { dqkv.row(sizes.row(head.sample, position, part, head.head), sizes.d) };
+                to.copy_from_slice(&from[..sizes.d]);
+            }
+        }
+    }
+}
