@@ -252,6 +252,7 @@ fn write_parts(folder: &Path, parts: &Parts, dtype: Dtype) -> Result<()> {
     // Paths of the training machine mean nothing elsewhere.
     let mut config = parts.config.clone();
     config.data.sources.clear();
+    config.train.init_from.clear();
     config.text.vocab = parts.vocab.as_ref().map_or(String::new(), |_| VOCAB.into());
     config.image_tokenizer.path = parts.image_tokenizer.as_ref().map_or(String::new(), |_| IMAGE_TOKENIZER.into());
     fs::write(folder.join(CONFIG), config.to_toml()?)?;

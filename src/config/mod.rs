@@ -183,6 +183,8 @@ pub enum ConvBorder {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Train {
+    /// Model folder (or `demo`) whose weights a new run starts from; empty: random weights.
+    pub init_from: String,
     /// Optimizer steps.
     pub steps: u64,
     /// Samples a step: pictures (image tokenizer) or text→image sequences (generator).
@@ -341,6 +343,7 @@ impl Default for Model {
 impl Default for Train {
     fn default() -> Self {
         Self {
+            init_from: String::new(),
             steps: 100_000,
             batch_size: 64,
             caption_batch_size: 64,

@@ -168,9 +168,27 @@ pub fn load(path: &Path) -> Result<Loaded> {
     };
     Ok(Loaded {
         state: serde_json::from_slice(&file(STATE)?).context(STATE)?,
-        config: serde_json::from_slice(&file(CONFIG)?).context(CONFIG)?,
+        config: over_defaults(serde_json::from_slice(&file(CONFIG)?).context(CONFIG)?)?,
         tensors: weights::parse(&file(TENSORS)?, TENSORS)?,
     })
+}
+
+/// A stored configuration with the defaults of keys that did not exist when it was written: a new key's default
+/// is what was done before.
+fn over_defaults(stored: serde_json::Value) -> Result<serde_json::Value> {
+    fn lay(value: serde_json::Value, onto: &mut serde_json::Value) {
+        match (value, onto) {
+            (serde_json::Value::Object(values), serde_json::Value::Object(onto)) => {
+                values
+                    .into_iter()
+                    .for_each(|(key, value)| lay(value, onto.entry(key).or_insert(serde_json::Value::Null)));
+            }
+            (value, onto) => *onto = value,
+        }
+    }
+    let mut all = serde_json::to_value(Config::default())?;
+    lay(stored, &mut all);
+    Ok(all)
 }
 
 /// The newest checkpoint of `folder` that is whole; damaged ones are named and passed over.
@@ -261,4 +279,23 @@ fn difference(prefix: &str, was: &serde_json::Value, is: &serde_json::Value) -> 
         }
         difference(&name, a.get(key).unwrap_or(&missing), b.get(key).unwrap_or(&missing))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn keys_younger_than_a_checkpoint_have_their_defaults() {
+        let mut old = serde_json::to_value(Config::default()).unwrap();
+        old["train"]["steps"] = json!(7);
+        let expected = old.clone();
+        let train = old["train"].as_object_mut().unwrap();
+        assert!(train.remove("ema_decay").is_some());
+        assert_eq!(difference("", &over_defaults(old.clone()).unwrap(), &expected), None);
+        old["train"]["gone"] = json!(1);
+        let (key, was, is) = difference("", &over_defaults(old).unwrap(), &expected).unwrap();
+        assert_eq!([key.as_str(), &was, &is], ["train.gone", "1", "null"]);
+    }
 }

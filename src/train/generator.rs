@@ -103,6 +103,13 @@ fn build(scope: &Scope, config: &Config, text: &WordPiece) -> Result<Generator> 
     Generator::new(scope, config, text.vocab_size(), tokenizer.codebook_size, tokenizer.grid())
 }
 
+/// Digests of what a generator's weights belong to: its vocabulary and its image tokenizer.
+pub fn identity(text: &WordPiece, image_tokenizer: &Bundle) -> Result<BTreeMap<String, String>> {
+    let vocabulary = blake3::hash(text.vocab_text().as_bytes()).to_hex().to_string();
+    let image_tokenizer = image_tokenizer.digest()?;
+    Ok(BTreeMap::from([("vocabulary".into(), vocabulary), ("image tokenizer".into(), image_tokenizer)]))
+}
+
 impl Task for GeneratorTask {
     fn params(&self) -> &Params {
         &self.params
@@ -116,9 +123,7 @@ impl Task for GeneratorTask {
     }
 
     fn identity(&self) -> Result<BTreeMap<String, String>> {
-        let vocabulary = blake3::hash(self.text.vocab_text().as_bytes()).to_hex().to_string();
-        let image_tokenizer = self.image_tokenizer.digest()?;
-        Ok(BTreeMap::from([("vocabulary".into(), vocabulary), ("image tokenizer".into(), image_tokenizer)]))
+        identity(&self.text, &self.image_tokenizer)
     }
 
     fn gradients(&mut self, step: u64, gradients: &mut Gradients) -> Result<Measured> {

@@ -9,6 +9,7 @@ pub mod engine;
 mod feed;
 mod generator;
 mod image_tokenizer;
+mod init;
 pub mod optimizer;
 mod plan;
 mod run_folder;
@@ -88,10 +89,19 @@ pub trait Task {
 
 /// Trains what the configuration says, in `runs/NAME` below the current folder.
 pub fn run(config: &Config, resume: &Resume) -> Result<()> {
-    // The task first: a configuration that cannot be trained leaves no run folder behind.
-    let mut task = task(config)?;
-    let folder = RunFolder::open(Path::new(""), config)?;
+    let (mut task, folder) = prepare(Path::new(""), config, resume)?;
     train(config, task.as_mut(), folder, resume, &Stop::on_signals()?)
+}
+
+/// The task, with the weights to start from where nothing was trained yet, and the run's folder below `parent`.
+fn prepare(parent: &Path, config: &Config, resume: &Resume) -> Result<(Box<dyn Task>, RunFolder)> {
+    // The task first: a configuration that cannot be trained leaves no run folder behind.
+    let task = task(config)?;
+    let resumes = matches!(resume, Resume::From(_)) || checkpoint::any(&run_folder::checkpoints(parent, config))?;
+    if !resumes {
+        init::take_weights(config, task.as_ref())?;
+    }
+    Ok((task, RunFolder::open(parent, config)?))
 }
 
 /// Where a run of this configuration leaves its model.

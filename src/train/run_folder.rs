@@ -19,13 +19,22 @@ pub struct RunFolder {
     _lock: File,
 }
 
+fn root(parent: &Path, config: &Config) -> PathBuf {
+    parent.join("runs").join(&config.name)
+}
+
+/// Where the checkpoints of the run lie, or would lie.
+pub fn checkpoints(parent: &Path, config: &Config) -> PathBuf {
+    root(parent, config).join("checkpoints")
+}
+
 impl RunFolder {
     /// Opens or makes `runs/NAME` below `parent`.
     ///
     /// # Errors
     /// Another process trains in it, or it cannot be written.
     pub fn open(parent: &Path, config: &Config) -> Result<Self> {
-        let root = parent.join("runs").join(&config.name);
+        let root = root(parent, config);
         for folder in ["samples", "checkpoints"] {
             let folder = root.join(folder);
             fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
