@@ -22,15 +22,18 @@ use candle_core::Tensor;
 /// [`Embedding`] by hand.
 pub struct NativeEmbedding<'g>(pub &'g Embedding);
 
-/// The rows of the tables that a batch looks up: (row of the table, position of the batch).
+/// (row of a table, position of the batch that it is added to)
+type Lookup = (usize, usize);
+
+/// The rows of the tables that a batch looks up.
 #[derive(Default)]
 struct Lookups {
-    text: Vec<(usize, usize)>,
-    text_position: Vec<(usize, usize)>,
-    image_start: Vec<(usize, usize)>,
-    image: Vec<(usize, usize)>,
-    image_row: Vec<(usize, usize)>,
-    image_column: Vec<(usize, usize)>,
+    text: Vec<Lookup>,
+    text_position: Vec<Lookup>,
+    image_start: Vec<Lookup>,
+    image: Vec<Lookup>,
+    image_row: Vec<Lookup>,
+    image_column: Vec<Lookup>,
 }
 
 impl Lookups {
@@ -58,7 +61,7 @@ impl Lookups {
     }
 
     /// With the table and its name in the checkpoint.
-    fn tables<'a>(&'a self, embedding: &'a Embedding) -> [(&'static str, &'a Tensor, &'a [(usize, usize)]); 6] {
+    fn tables<'a>(&'a self, embedding: &'a Embedding) -> [(&'static str, &'a Tensor, &'a [Lookup]); 6] {
         [
             ("text_embedding.weight", &embedding.text, &self.text),
             ("text_position.weight", &embedding.text_position, &self.text_position),

@@ -20,6 +20,8 @@ pub struct Activations {
     qkv: Vec<f32>,
     /// (l, hidden)
     attended: Vec<f32>,
+    /// Of the scores that attention saw, (samples, heads, positions).
+    log_sums: Vec<f32>,
     /// The attention branch before its last norm, if it has one.
     branch1: Option<Vec<f32>>,
     /// The residual stream between the two branches.
@@ -40,17 +42,15 @@ impl Block {
         sizes: Sizes,
     ) -> Result<(Vec<f32>, Activations)> {
         let qkv = self.qkv.native(precision, &self.norm1.native(x)?, None)?;
-        let attended = match self.normed_native(&qkv, sizes)? {
-            Some(normed) => attention::forward(&normed, keys, sizes),
-            None => attention::forward(&qkv, keys, sizes),
-        };
+        let normed = self.normed_native(&qkv, sizes)?;
+        let (attended, log_sums) = attention::forward_saved(normed.as_deref().unwrap_or(&qkv), keys, sizes);
         let (norm1_post, norm2_post) = self.post.as_ref().map(|(a, b)| (a, b)).unzip();
         let residual = norm1_post.is_none().then_some(x);
         let (middle, branch1) = close(self.proj.native(precision, &attended, residual)?, norm1_post, x)?;
-        let inner = self.fc1.native(precision, &self.norm2.native(&middle)?, None)?;
+        let (inner, activated) = self.fc1.native_gelu(precision, &self.norm2.native(&middle)?)?;
         let residual = norm2_post.is_none().then_some(middle.as_slice());
-        let (y, branch2) = close(self.fc2.native(precision, &gelu::forward(&inner), residual)?, norm2_post, &middle)?;
-        Ok((y, Activations { qkv, attended, branch1, middle, inner, branch2 }))
+        let (y, branch2) = close(self.fc2.native(precision, &activated, residual)?, norm2_post, &middle)?;
+        Ok((y, Activations { qkv, attended, log_sums, branch1, middle, inner, branch2 }))
     }
 
     /// Adds the parameters' gradients and returns dx (l, hidden).
@@ -63,7 +63,7 @@ impl Block {
         dy: &[f32],
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
-        let Activations { qkv, attended, branch1, middle, inner, branch2 } = saved;
+        let Activations { qkv, attended, log_sums, branch1, middle, inner, branch2 } = saved;
         let (norm1_post, norm2_post) = self.post.as_ref().map(|(a, b)| (a, b)).unzip();
 
         let dbranch = open(norm2_post, branch2, dy, gradients)?;
@@ -82,15 +82,11 @@ impl Block {
         let dbranch = open(norm1_post, branch1, &dmiddle, gradients)?;
         let dbranch = dbranch.as_deref().unwrap_or(&dmiddle);
         let dattended = self.proj.native_backward(precision, &attended, dbranch, gradients)?;
-        drop(attended);
-        let dqkv = match self.normed_native(&qkv, sizes)? {
-            Some(normed) => {
-                let dnormed = attention::backward(&normed, &dattended, keys, sizes);
-                self.normed_backward(&qkv, dnormed, sizes, gradients)?
-            }
-            None => attention::backward(&qkv, &dattended, keys, sizes),
-        };
-        drop((qkv, dattended));
+        let normed = self.normed_native(&qkv, sizes)?;
+        let (saved, queried) = ((attended.as_slice(), log_sums.as_slice()), normed.as_deref().unwrap_or(&qkv));
+        let dqkv = attention::backward_saved(queried, saved, &dattended, keys, sizes);
+        let dqkv = self.normed_backward(&qkv, dqkv, sizes, gradients)?;
+        drop((qkv, normed, attended, dattended));
         let dnormed = self.qkv.native_backward(precision, &self.norm1.native(x)?, &dqkv, gradients)?;
         drop(dqkv);
         let mut dx = self.norm1.native_backward(x, &dnormed, gradients)?;

@@ -56,8 +56,10 @@ impl Gradients {
 
     /// Adds all gradients of `other`.
     pub fn merge(&mut self, other: Self) -> Result<()> {
-        let live = other.0.into_iter().filter(|(_, gradient)| gradient.live);
-        live.map(|(name, gradient)| self.add(&name, gradient.sum)).collect()
+        for (name, gradient) in other.0.into_iter().filter(|(_, gradient)| gradient.live) {
+            self.add(&name, gradient.sum)?;
+        }
+        Ok(())
     }
 
     /// The gradient of the parameter `name`, if the step's loss depends on it.

@@ -44,6 +44,12 @@ impl Linear {
         Ok(linear::forward_in(precision, x, &weight, self.sizes(x.len())?, epilogue))
     }
 
+    /// y of x (rows, inputs), and gelu(y).
+    pub fn native_gelu(&self, precision: Precision, x: &[f32]) -> Result<(Vec<f32>, Vec<f32>)> {
+        let (weight, bias) = (view(&self.weight)?, view(&self.bias)?);
+        Ok(linear::forward_gelu(precision, x, &weight, &bias, self.sizes(x.len())?))
+    }
+
     /// Adds the gradients of weight and bias for x (rows, inputs) and dy (rows, outputs); returns dx.
     pub fn native_backward(
         &self,

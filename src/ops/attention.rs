@@ -122,7 +122,7 @@ pub fn backward_into<T: Element>(
 }
 
 /// The output and the log-sum-exp, see [`forward_into`].
-fn forward_saved<T: Element>(qkv: &[T], keys: &KeyRanges, sizes: Sizes) -> (Vec<T>, Vec<T>) {
+pub fn forward_saved<T: Element>(qkv: &[T], keys: &KeyRanges, sizes: Sizes) -> (Vec<T>, Vec<T>) {
     let mut lse = vec![T::ZERO; sizes.samples * sizes.heads * sizes.positions];
     // SAFETY: the tasks write every row of every head.
     let out = unsafe { fresh(sizes.outputs(), |out| forward_into(out, &mut lse, qkv, keys, sizes)) };
@@ -134,11 +134,22 @@ pub fn forward<T: Element>(qkv: &[T], keys: &KeyRanges, sizes: Sizes) -> Vec<T> 
     forward_saved(qkv, keys, sizes).0
 }
 
-/// dqkv, from the gradient of the output; runs the forward pass again ([`backward_into`] does not).
+/// dqkv, from the gradient of the output; runs the forward pass again ([`backward_saved`] does not).
 pub fn backward<T: Element>(qkv: &[T], dout: &[T], keys: &KeyRanges, sizes: Sizes) -> Vec<T> {
     let (out, lse) = forward_saved(qkv, keys, sizes);
+    backward_saved(qkv, (&out, &lse), dout, keys, sizes)
+}
+
+/// dqkv, from what [`forward_saved`] gave and the gradient of the output.
+pub fn backward_saved<T: Element>(
+    qkv: &[T],
+    saved: (&[T], &[T]),
+    dout: &[T],
+    keys: &KeyRanges,
+    sizes: Sizes,
+) -> Vec<T> {
     // SAFETY: the tasks write every row of every part of every head.
-    unsafe { fresh(3 * sizes.outputs(), |dqkv| backward_into(dqkv, qkv, (&out, &lse), dout, keys, sizes)) }
+    unsafe { fresh(3 * sizes.outputs(), |dqkv| backward_into(dqkv, qkv, saved, dout, keys, sizes)) }
 }
 
 struct Attention {

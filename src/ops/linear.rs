@@ -87,6 +87,23 @@ pub fn forward_in(
     unsafe { fresh(rows * outputs, fill) }
 }
 
+/// `y = x · wᵀ + bias` and gelu(y), both (rows, out), computed in `precision`.
+pub fn forward_gelu(
+    precision: Precision,
+    x: &[f32],
+    w: &[f32],
+    bias: &[f32],
+    sizes: [usize; 3],
+) -> (Vec<f32>, Vec<f32>) {
+    let mut y = Vec::new();
+    let fill = |gelu: &mut [f32]| {
+        y = forward_in(precision, x, w, sizes, Epilogue { bias: Some(bias), residual: None, gelu: Some(gelu) });
+    };
+    // SAFETY: the epilogue writes gelu of every element.
+    let gelu = unsafe { fresh(sizes[0] * sizes[2], fill) };
+    (y, gelu)
+}
+
 /// Writes what the product is added to, if there is something.
 fn start<T: Real>(y: &mut [T], outputs: usize, bias: Option<&[T]>, residual: Option<&[T]>) -> Onto {
     let chunk = outputs.max(1) * 64;

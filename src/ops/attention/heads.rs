@@ -204,7 +204,7 @@ multiversion! {
                 // SAFETY: as above.
                 let to = unsafe { out.row(sizes.output_row(head.sample, position, head.head), sizes.d) };
                 to.iter_mut().zip(from).for_each(|(to, &from)| *to = from * factor);
-                let log = T::from_f64(Real::to_f64(sum).ln());
+                let log = T::from_f64(sum.to_f64().ln());
                 lse[position] = if none { T::ZERO } else { softmax.largest[lane] + log };
             }
         }
