@@ -1,8 +1,11 @@
 //! The paper's generator: sequence layout and masks, transformer, two-way loss, decoding.
 
+mod composed;
 mod decode;
 mod embedding;
+mod fused;
 mod head;
+mod packed;
 mod sequence;
 pub mod size;
 mod transformer;

@@ -1,6 +1,7 @@
 //! The generator: one transformer, two directions, as a chain of segments embedding → blocks → head.
 
 use super::{
+    decode::Decoding,
     embedding::Embedding,
     head::Head,
     sequence::{Batch, Direction, Layout},
@@ -48,6 +49,7 @@ pub struct Generator {
     pub(super) head: Head,
     pub(super) max_text: usize,
     pub(super) heads: usize,
+    pub(super) decoding: Decoding,
 }
 
 impl Generator {
@@ -74,7 +76,7 @@ impl Generator {
         };
         let layers = (0..model.layers).map(layer).collect::<Result<_>>()?;
         let head = Head::new(scope, model.hidden, vocab_size, codebook_size)?;
-        Ok(Self { embedding, layers, head, max_text: config.text.max_tokens, heads: model.heads })
+        Ok(Self { embedding, layers, head, max_text: config.text.max_tokens, heads: model.heads, decoding: Decoding::default() })
     }
 
     /// The grid of image codes.

@@ -46,7 +46,7 @@ pub fn backward<T: Real>(x: &[T], dy: &[T]) -> Vec<T> {
 
 /// σ(2u) with u = √(2/π) (x + 0.044715 x³).
 #[inline(always)]
-fn gate<T: Real>(x: T) -> T {
+pub(super) fn gate<T: Real>(x: T) -> T {
     let (linear, cubic) = (T::from_f64(-2.0 * SLOPE), T::from_f64(-2.0 * SLOPE * CUBIC));
     T::ONE / (T::ONE + Real::exp(x * (linear + cubic * x * x)))
 }

@@ -6,6 +6,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod cached_attention;
 pub mod conv;
 mod conv_kernel;
 mod conv_loops;
@@ -19,8 +20,11 @@ pub mod layer_norm;
 pub mod linear;
 pub mod nearest_code;
 pub mod newton_schulz;
+pub mod packed;
+mod packed_kernel;
 pub mod simd;
 pub mod slices;
+pub mod softmax;
 #[cfg(test)]
 pub mod testing;
 pub mod upsample;
