@@ -224,7 +224,8 @@ mod tests {
     #[test]
     fn frequencies_over_many_tokens() {
         let mut random = Random::keyed(3, "many", 0, 0);
-        let logits: Vec<f32> = (0..300).map(|i| if i % 7 == 3 { f32::NEG_INFINITY } else { random.unit() as f32 }).collect();
+        let logits: Vec<f32> =
+            (0..300).map(|i| if i % 7 == 3 { f32::NEG_INFINITY } else { random.unit() as f32 }).collect();
         let probability = probabilities(&logits, 0.5);
         let frequencies = |sampling: Sampling| {
             let mut counts = vec![0.0; 300];

@@ -242,7 +242,9 @@ fn reordered_sequences_go_on_as_copies() -> Result<()> {
         }
         let (mut state, _) = generator.decode_start(Source::Text(&texts))?;
         assert!(state.reorder(&[3]).is_err() && state.reorder(&[]).is_err() && state.logits_next(&[0]).is_err());
-        assert!(state.logits_next(&[0, 0, CODEBOOK as u32]).is_err() && generator.decode_start(Source::Text(&[])).is_err());
+        assert!(
+            state.logits_next(&[0, 0, CODEBOOK as u32]).is_err() && generator.decode_start(Source::Text(&[])).is_err()
+        );
     }
     Ok(())
 }

@@ -76,7 +76,14 @@ impl Generator {
         };
         let layers = (0..model.layers).map(layer).collect::<Result<_>>()?;
         let head = Head::new(scope, model.hidden, vocab_size, codebook_size)?;
-        Ok(Self { embedding, layers, head, max_text: config.text.max_tokens, heads: model.heads, decoding: Decoding::default() })
+        Ok(Self {
+            embedding,
+            layers,
+            head,
+            max_text: config.text.max_tokens,
+            heads: model.heads,
+            decoding: Decoding::default(),
+        })
     }
 
     /// The grid of image codes.

@@ -15,7 +15,9 @@ use rayon::prelude::*;
 /// What packed weights are stored in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
+    /// As they are.
     F32,
+    /// Eight bits of mantissa.
     Bf16,
     /// Eight bits and a scale for each output.
     Int8,
