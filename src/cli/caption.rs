@@ -1,11 +1,13 @@
 //! `vilg caption`
 
-use super::sampling::{from_0_to_100, probability};
+use super::{
+    model,
+    sampling::{from_0_to_100, probability},
+};
 use crate::{
-    bundle::Bundle,
     data::image::open_square,
     error::{Result, ensure, failed},
-    generate::{Caption, Decoding, Models, Sampling},
+    generate::{Caption, Decoding, Sampling},
     report,
 };
 use serde_json::json;
@@ -44,9 +46,8 @@ pub struct Args {
     /// Seed of the sampling
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Model folder, or `demo`
-    #[arg(long, value_name = "DIR|NAME", default_value = crate::bundle::DEMO_NAME)]
-    model: String,
+    #[command(flatten)]
+    model: model::Options,
 }
 
 impl Args {
@@ -61,7 +62,7 @@ impl Args {
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
-    let models = Models::load(&Bundle::open(&args.model)?)?;
+    let (_, models) = args.model.load()?;
     let (decoding, mut unread) = (args.decoding(), 0);
     for paths in args.images.chunks(BATCH) {
         let (mut read, mut pictures) = (Vec::new(), Vec::new());

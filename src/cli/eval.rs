@@ -1,11 +1,10 @@
 //! `vilg eval`
 
-use super::sampling::Options;
+use super::{model, sampling::Options};
 use crate::{
-    bundle::Bundle,
     error::Result,
     eval::{self, Rate, retrieval},
-    generate::{Decoding, Models, Sampling},
+    generate::{Decoding, Sampling},
     report,
 };
 use clap::Subcommand;
@@ -69,9 +68,8 @@ struct Common {
     /// Seed of the choice of pairs and of the sampling
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Model folder, or `demo`
-    #[arg(long, value_name = "DIR|NAME", default_value = crate::bundle::DEMO_NAME)]
-    model: String,
+    #[command(flatten)]
+    model: model::Options,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
@@ -83,7 +81,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
 
 fn run_retrieval(args: &RetrievalArgs, json: bool) -> Result<()> {
     let common = &args.common;
-    let bundle = Bundle::open(&common.model)?;
+    let (bundle, models) = common.model.load()?;
     let sampling = args.sampling.over(&bundle.config.sample);
     let settings = retrieval::Settings {
         data: &common.data,
@@ -94,7 +92,7 @@ fn run_retrieval(args: &RetrievalArgs, json: bool) -> Result<()> {
         best_of: args.best_of as usize,
         seed: common.seed,
     };
-    let result = retrieval::run(&Models::load(&bundle)?, &settings)?;
+    let result = retrieval::run(&models, &settings)?;
     if json {
         let Sampling { temperature, top_k, top_p, guidance } = sampling;
         let drawn = json!({ "temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance,
@@ -110,7 +108,7 @@ fn run_retrieval(args: &RetrievalArgs, json: bool) -> Result<()> {
 
 fn run_caption(args: &CaptionArgs, json: bool) -> Result<()> {
     let common = &args.common;
-    let models = Models::load(&Bundle::open(&common.model)?)?;
+    let (_, models) = common.model.load()?;
     let decoding = match args.beam {
         Some(width) => Decoding::Beam { width: width as usize },
         None => Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 },

@@ -12,6 +12,7 @@ mod doctor;
 mod eval;
 mod export;
 mod man;
+mod model;
 mod reconstruct;
 mod sampling;
 mod summary;

@@ -1,8 +1,7 @@
 //! `vilg t2i`
 
-use super::sampling::Options;
+use super::{model, sampling::Options};
 use crate::{
-    bundle::Bundle,
     data::picture::{grid, write_png},
     error::{Result, ensure, usage},
     generate::{Job, Models, Painting},
@@ -42,9 +41,8 @@ pub struct Args {
     /// Seed of each prompt's first picture; the others count up from it
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Model folder, or `demo`
-    #[arg(long, value_name = "DIR|NAME", default_value = crate::bundle::DEMO_NAME)]
-    model: String,
+    #[command(flatten)]
+    model: model::Options,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
@@ -52,8 +50,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let png = args.output.extension().is_some_and(|e| e.eq_ignore_ascii_case("png"));
     let message = format!("-o {}: pictures are written as PNG files", args.output.display());
     ensure!(png, usage(message, format_args!("name it {}", args.output.with_extension("png").display())));
-    let bundle = Bundle::open(&args.model)?;
-    let models = Models::load(&bundle)?;
+    let (bundle, models) = args.model.load()?;
     args.texts.iter().try_for_each(|text| check_prompt(&models, text))?;
 
     let seeds = || (0..u64::from(args.number)).map(|i| args.seed.wrapping_add(i));

@@ -3,12 +3,12 @@
 use super::{
     Models,
     beam::Beam,
-    paint::to_values,
     sampling::{Sampling, log_softmax},
 };
 use crate::{
     error::{Result, ensure},
     model::Source,
+    ops::softmax::log_sum_exp,
     random::Random,
 };
 use rayon::prelude::*;
@@ -96,23 +96,23 @@ impl Models {
         count: usize,
         allowed: &Allowed,
     ) -> Result<Vec<Vec<Caption>>> {
-        let (mut state, logits) = self.generator.decode_start(Source::Image { codes, cls: self.text.cls() })?;
+        let (mut state, mut first) = self.generator.decode_start(Source::Image { codes, cls: self.text.cls() })?;
         let mut rows: Vec<usize> = (0..codes.len() * count).map(|line| line / count).collect();
         state.reorder(&rows)?;
-        let mut values = to_values(&logits)?;
-        let vocabulary = logits.dim(1)?;
+        let vocabulary = state.vocabulary();
+        let mut logits = first.as_mut_slice();
         let mut lines = vec![Line::default(); rows.len()];
         loop {
             let go_on = |(i, line): (usize, &mut Line)| -> Result<()> {
                 if line.tokens.last() == Some(&allowed.sep) {
                     return Ok(());
                 }
-                let row = &values[rows[i] * vocabulary..][..vocabulary];
+                let row = &logits[rows[i] * vocabulary..][..vocabulary];
                 let (mut choice, position) = (row.to_vec(), line.tokens.len());
                 allowed.mask(&mut choice, position);
                 let unit = Random::keyed(seed, "caption", (i % count) as u64, position as u64).unit();
                 let token = sampling.draw(&choice, unit)?;
-                line.log_p += f64::from(log_softmax(row)[token as usize]);
+                line.log_p += f64::from(row[token as usize]) - log_sum_exp(row);
                 line.tokens.push(token);
                 Ok(())
             };
@@ -122,7 +122,7 @@ impl Models {
             }
             // Finished lines go along; what follows their [SEP] is not read.
             let last: Vec<u32> = lines.iter().map(|line| line.tokens.last().copied().unwrap_or(allowed.sep)).collect();
-            values = to_values(&state.logits_next(&last)?)?;
+            logits = state.logits_next(&last)?;
             rows = (0..lines.len()).collect();
         }
         let caption = |line: &Line| self.finish(&line.tokens, line.log_p / line.tokens.len() as f64);
@@ -132,12 +132,11 @@ impl Models {
     }
 
     fn search(&self, codes: &[Vec<u32>], width: usize, count: usize, allowed: &Allowed) -> Result<Vec<Vec<Caption>>> {
-        let (mut state, mut logits) = self.generator.decode_start(Source::Image { codes, cls: self.text.cls() })?;
+        let (mut state, mut first) = self.generator.decode_start(Source::Image { codes, cls: self.text.cls() })?;
+        let (vocabulary, mut logits) = (state.vocabulary(), first.as_mut_slice());
         let mut beams: Vec<Beam> = codes.iter().map(|_| Beam::new(width, allowed.sep)).collect();
         loop {
-            let vocabulary = logits.dim(1)?;
-            let values = to_values(&logits)?;
-            let mut log_p: Vec<Vec<f32>> = values.par_chunks(vocabulary).map(log_softmax).collect();
+            let mut log_p: Vec<Vec<f32>> = logits.par_chunks(vocabulary).map(log_softmax).collect();
             let (mut first, mut index, mut tokens) = (0, Vec::new(), Vec::new());
             for beam in &mut beams {
                 let live = beam.live().len();

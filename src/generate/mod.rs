@@ -16,7 +16,8 @@ pub use paint::{Job, Painting};
 pub use sampling::Sampling;
 
 use crate::{
-    bundle::Bundle, data::image::to_pixels, error::Result, model::Generator, text::WordPiece, tokenizer::ImageTokenizer,
+    bundle::Bundle, data::image::to_pixels, error::Result, model::Generator, ops::packed::Format, text::WordPiece,
+    tokenizer::ImageTokenizer,
 };
 use image::RgbImage;
 
@@ -28,9 +29,10 @@ pub struct Models {
 }
 
 impl Models {
-    /// The parts of an opened model folder.
-    pub fn load(bundle: &Bundle) -> Result<Self> {
-        Ok(Self { generator: bundle.generator()?, image_tokenizer: bundle.image_tokenizer()?, text: bundle.text()? })
+    /// The parts of an opened model folder; the generator decodes with weights stored in `format`.
+    pub fn load(bundle: &Bundle, format: Format) -> Result<Self> {
+        let generator = bundle.generator()?.decode_in(format);
+        Ok(Self { generator, image_tokenizer: bundle.image_tokenizer()?, text: bundle.text()? })
     }
 
     /// The codes of square pictures of [`ImageTokenizer::image_size`], in raster order.

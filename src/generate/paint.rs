@@ -11,7 +11,7 @@ use crate::{
     random::Random,
     runtime,
 };
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use image::RgbImage;
 use rayon::prelude::*;
 
@@ -92,16 +92,16 @@ impl Models {
             rows.extend(std::iter::repeat_n(sources.len(), draws.len()));
             sources.push(self.text.encode("", self.generator.max_text())?);
         }
-        let (mut state, logits) = self.generator.decode_start(Source::Text(&sources))?;
+        let (mut state, first) = self.generator.decode_start(Source::Text(&sources))?;
         state.reorder(&rows)?;
-        let index = Tensor::new(rows.iter().map(|&row| row as u32).collect::<Vec<_>>(), logits.device())?;
-        let mut logits = logits.index_select(&index, 0)?;
+        let of_source: Vec<&[f32]> = first.chunks_exact(state.vocabulary()).collect();
+        let mut first: Vec<f32> = rows.iter().flat_map(|&row| of_source[row]).copied().collect();
+        let mut logits = first.as_mut_slice();
 
         let count = self.generator.grid().len();
         let mut codes: Vec<Vec<u32>> = vec![Vec::with_capacity(count); draws.len()];
         for position in 0..count {
-            let mut values = to_values(&logits)?;
-            let next = next_codes(&mut values, draws, sampling, position as u64)?;
+            let next = next_codes(logits, draws, sampling, position as u64)?;
             codes.iter_mut().zip(&next).for_each(|(codes, &code)| codes.push(code));
             advance(draws.len() as u64);
             if position + 1 < count {
@@ -132,9 +132,4 @@ fn next_codes(values: &mut [f32], draws: &[Draw], sampling: &Sampling, position:
         sampling.draw(row, Random::keyed(draw.seed, "paint", draw.candidate, position).unit())
     };
     conditional.par_chunks(vocabulary).zip(draws).map(draw).collect()
-}
-
-/// The values of logits, row by row.
-pub(super) fn to_values(logits: &Tensor) -> Result<Vec<f32>> {
-    Ok(logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
 }

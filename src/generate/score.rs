@@ -1,11 +1,13 @@
 //! How likely the model finds a text for a picture.
 
-use super::{Models, paint::to_values, sampling::log_softmax};
+use super::Models;
 use crate::{
     error::{Result, ensure},
     model::{Batch, Direction, pad},
+    ops::softmax::log_sum_exp,
     runtime,
 };
+use candle_core::DType;
 use rayon::prelude::*;
 
 /// Pairs measured at once: their logits over the whole vocabulary are in memory together.
@@ -31,11 +33,12 @@ impl Models {
         let batch = Batch { direction: Direction::ImageToText, text, text_lengths, codes, loss_scale: 1.0 };
         let logits = self.generator.logits(&batch)?;
         let vocabulary = logits.dim(2)?;
-        let values = to_values(&logits)?;
+        let values: Vec<f32> = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
         let score = |(text, values): (&Vec<u32>, &[f32])| {
             let targets = &text[1..];
-            let log_p = targets.iter().zip(values.chunks(vocabulary)).map(|(&t, row)| log_softmax(row)[t as usize]);
-            log_p.map(f64::from).sum::<f64>() / targets.len() as f64
+            let rows = targets.iter().zip(values.chunks(vocabulary));
+            let log_p = rows.map(|(&token, row)| f64::from(row[token as usize]) - log_sum_exp(row));
+            log_p.sum::<f64>() / targets.len() as f64
         };
         Ok(rows.par_iter().zip(values.par_chunks((width - 1) * vocabulary)).map(score).collect())
     }

@@ -161,12 +161,12 @@ fn greedy_is_a_beam_of_one_and_follows_the_logits() {
         let source = Source::Image { codes: std::slice::from_ref(&codes), cls: 2 };
         let (mut state, mut logits) = models.generator.decode_start(source).unwrap();
         for (i, &token) in greedy[1..].iter().enumerate() {
-            let mut row: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
+            let mut row = logits.clone();
             let closed: &[usize] = if i == 0 { &[0, 1, 2, 3, 4] } else { &[0, 1, 2, 4] };
             closed.iter().for_each(|&t| row[t] = f32::NEG_INFINITY);
             if i + 1 < 5 {
                 assert_eq!(Sampling::GREEDY.draw(&row, 0.0).unwrap(), token);
-                logits = state.logits_next(&[token]).unwrap();
+                logits = state.logits_next(&[token]).unwrap().to_vec();
             }
         }
     }
@@ -197,5 +197,53 @@ fn a_damaged_model_is_an_error() {
     assert!(error.to_string().contains("damaged"), "{error}");
     for decoding in [Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 }, Decoding::Beam { width: 2 }] {
         assert!(models.describe(&codes, &decoding, 1).unwrap_err().to_string().contains("damaged"));
+    }
+}
+
+/// What the formats cost the demo: the gap of the logits in standard deviations of theirs, and how often the likeliest
+/// token and whole greedy captions stay what they are in f32.
+#[test]
+fn the_demo_says_the_same_in_every_format() {
+    let bundle = Bundle::open(crate::bundle::DEMO_NAME).unwrap();
+    let text = bundle.text().unwrap();
+    let prompts =
+        ["一轮弯月，扁平风格", "红苹果，立体风格", "小狗的脸，扁平风格", "消防车，复古风格", "立体风格的笑脸", "猫脸"];
+    let prompts: Vec<Vec<u32>> = prompts.iter().map(|prompt| text.encode(prompt, 28).unwrap()).collect();
+    let [exact, bf16, int8] = [Format::F32, Format::Bf16, Format::Int8].map(|f| Models::load(&bundle, f).unwrap());
+    let likeliest = |row: &[f32]| Sampling::GREEDY.draw(row, 0.0).unwrap();
+    // Logits along the codes that are the likeliest in f32.
+    let (mut codes, mut expected) = (vec![Vec::new(); prompts.len()], Vec::new());
+    let (mut state, first) = exact.generator.decode_start(Source::Text(&prompts)).unwrap();
+    expected.push(first);
+    for i in 0..64 {
+        let next: Vec<u32> = expected[i].chunks(state.vocabulary()).map(likeliest).collect();
+        codes.iter_mut().zip(&next).for_each(|(codes, &code)| codes.push(code));
+        if i < 63 {
+            expected.push(state.logits_next(&next).unwrap().to_vec());
+        }
+    }
+    let captions = |models: &Models| -> Vec<String> {
+        let greedy = Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 };
+        models.describe(&codes, &greedy, 1).unwrap().into_iter().map(|mut c| c.remove(0).text).collect()
+    };
+    let said = captions(&exact);
+    for (models, bound, same_bound, caption_bound) in [(&bf16, 0.01, 0.99, 6), (&int8, 0.1, 0.9, 4)] {
+        let (mut state, mut logits) = models.generator.decode_start(Source::Text(&prompts)).unwrap();
+        let (mut gap, mut spread, mut same) = (0.0, 0.0, 0);
+        for i in 0..64 {
+            if i > 0 {
+                let tokens: Vec<u32> = codes.iter().map(|codes| codes[i - 1]).collect();
+                logits = state.logits_next(&tokens).unwrap().to_vec();
+            }
+            for (a, b) in logits.chunks(state.vocabulary()).zip(expected[i].chunks(state.vocabulary())) {
+                let mean = b.iter().sum::<f32>() / b.len() as f32;
+                gap += a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+                spread += b.iter().map(|b| f64::from(b - mean).powi(2)).sum::<f64>();
+                same += usize::from(likeliest(a) == likeliest(b));
+            }
+        }
+        let (gap, same) = ((gap / spread).sqrt(), same as f64 / (64 * prompts.len()) as f64);
+        let alike = captions(models).iter().zip(&said).filter(|(a, b)| a == b).count();
+        assert!(gap < bound && same >= same_bound && alike >= caption_bound, "{gap} {same} {alike}");
     }
 }

@@ -1,9 +1,12 @@
 //! The paper's generator: sequence layout and masks, transformer, two-way loss, decoding.
 
+mod composed;
 mod decode;
 mod embedding;
+mod fused;
 mod head;
 mod native;
+mod packed;
 mod sequence;
 pub mod size;
 mod transformer;

@@ -1,6 +1,7 @@
 //! The generator: one transformer, two directions, as a chain of segments embedding → blocks → head.
 
 use super::{
+    decode::Decoding,
     embedding::Embedding,
     head::Head,
     native::{NativeEmbedding, NativeHead, NativeLayer},
@@ -58,6 +59,7 @@ pub struct Generator {
     pub(super) max_text: usize,
     pub(super) heads: usize,
     precision: Precision,
+    pub(super) decoding: Decoding,
 }
 
 impl Generator {
@@ -91,6 +93,7 @@ impl Generator {
             max_text: config.text.max_tokens,
             heads: model.heads,
             precision: config.train.precision,
+            decoding: Decoding::default(),
         })
     }
 

@@ -1,4 +1,5 @@
-//! Attention of one new position at a time over the keys and values of earlier ones.
+//! Attention of one new position at a time over the keys and values of earlier ones, from stock candle ops: what
+//! decoding does on any device, and the oracle of [`slot_cache`](super::slot_cache).
 //!
 //! Each layer keeps only what its pattern can still need: a row window a ring of `width + 1` codes, a
 //! conv neighbourhood a ring of `size / 2` rows and a bit, a column layer all codes, laid out so that a
@@ -33,7 +34,8 @@ pub fn slots(pattern: Pattern, grid: Grid) -> usize {
     }
 }
 
-fn slot_of(pattern: Pattern, grid: Grid, code: usize) -> usize {
+/// The slot of a code.
+pub fn slot_of(pattern: Pattern, grid: Grid, code: usize) -> usize {
     match pattern {
         Pattern::Column => (code % grid.width) * grid.height + code / grid.width,
         _ => code % slots(pattern, grid),
@@ -41,25 +43,12 @@ fn slot_of(pattern: Pattern, grid: Grid, code: usize) -> usize {
 }
 
 /// The slots that hold what the newest code may see.
-enum Seen {
-    Stretch { start: usize, len: usize },
-    List(Vec<u32>),
-}
-
-fn seen(pattern: Pattern, grid: Grid, query: usize) -> Seen {
-    match pattern {
-        Pattern::Dense => Seen::Stretch { start: 0, len: query + 1 },
-        Pattern::Row(RowExtent::Window) => Seen::Stretch { start: 0, len: (query + 1).min(slots(pattern, grid)) },
-        Pattern::Row(RowExtent::SameRow) => Seen::Stretch { start: 0, len: query % grid.width + 1 },
-        Pattern::Column => Seen::Stretch { start: (query % grid.width) * grid.height, len: query / grid.width + 1 },
-        Pattern::Conv { .. } => {
-            let mut list = Vec::new();
-            pattern.runs(grid, true, query, |start, len, stride| {
-                list.extend((0..len).map(|i| slot_of(pattern, grid, start + i * stride) as u32));
-            });
-            Seen::List(list)
-        }
-    }
+fn seen(pattern: Pattern, grid: Grid, query: usize) -> Vec<u32> {
+    let mut list = Vec::new();
+    pattern.runs(grid, true, query, |start, len, stride| {
+        list.extend((0..len).map(|i| slot_of(pattern, grid, start + i * stride) as u32));
+    });
+    list
 }
 
 /// Keys and values in numbered slots, each (b·heads, slots, d).
@@ -78,12 +67,9 @@ impl Store {
         Ok(self.values.slice_set(value, 1, slot)?)
     }
 
-    fn read(&self, seen: &Seen) -> Result<(Tensor, Tensor)> {
-        let read = |tensor: &Tensor| match seen {
-            Seen::Stretch { start, len } => tensor.narrow(1, *start, *len),
-            Seen::List(list) => tensor.index_select(&Tensor::new(list.as_slice(), tensor.device())?, 1),
-        };
-        Ok((read(&self.keys)?, read(&self.values)?))
+    fn read(&self, slots: &[u32]) -> Result<(Tensor, Tensor)> {
+        let slots = Tensor::new(slots, self.keys.device())?;
+        Ok((self.keys.index_select(&slots, 1)?, self.values.index_select(&slots, 1)?))
     }
 
     fn reorder(&mut self, index: &Tensor, heads: usize) -> Result<()> {
@@ -162,7 +148,8 @@ impl Cache {
             (Place::Image(_), None) => crate::error::bail!("this cache has no room for image codes"),
         };
         let query = (query * (d as f64).powf(-0.5))?;
-        let (keys, values) = self.dense.read(&Seen::Stretch { start: 0, len: self.filled })?;
+        let dense = |tensor: &Tensor| tensor.narrow(1, 0, self.filled);
+        let (keys, values) = (dense(&self.dense.keys)?, dense(&self.dense.values)?);
         let mut scores = query.matmul(&keys.t()?)?;
         if let Some((keys, _)) = &image {
             scores = Tensor::cat(&[scores, query.matmul(&keys.t()?)?], 2)?;
@@ -234,11 +221,8 @@ mod tests {
                 let mut held = vec![None; slots(pattern, grid)];
                 for query in 0..grid.len() {
                     held[slot_of(pattern, grid, query)] = Some(query);
-                    let slots: Vec<usize> = match seen(pattern, grid, query) {
-                        Seen::Stretch { start, len } => (start..start + len).collect(),
-                        Seen::List(list) => list.iter().map(|&slot| slot as usize).collect(),
-                    };
-                    let mut keys: Vec<_> = slots.into_iter().map(|slot| held[slot]).collect();
+                    let slots = seen(pattern, grid, query);
+                    let mut keys: Vec<_> = slots.into_iter().map(|slot| held[slot as usize]).collect();
                     keys.sort_unstable();
                     let visible = (0..=query).filter(|&key| pattern.visible(grid, true, query, key)).map(Some);
                     assert_eq!(keys, visible.collect::<Vec<_>>(), "{pattern:?} {grid:?} {query}");

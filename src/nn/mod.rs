@@ -12,4 +12,5 @@ pub mod norm;
 pub mod params;
 pub mod pattern;
 pub mod segment;
+pub mod slot_cache;
 pub mod weights;

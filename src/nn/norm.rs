@@ -20,7 +20,7 @@ pub struct LayerNorm {
 
 impl LayerNorm {
     /// PyTorch's default.
-    const EPS: f64 = 1e-5;
+    pub const EPS: f64 = 1e-5;
 
     /// `weight` (size), one; `bias` (size), zero.
     pub fn new(scope: &Scope, size: usize) -> Result<Self> {

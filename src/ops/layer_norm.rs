@@ -68,7 +68,8 @@ fn moments<T: Real, const FMA: bool>(x: &[T], centred: &mut [T], eps: T) -> T {
 }
 
 multiversion! {
-    fn forward_rows<T: Real, const FMA: bool>(y: &mut [T], x: &[T], weight: &[T], bias: &[T], eps: T) {
+    /// y (rows, channels) of x (rows, channels) on the calling thread.
+    pub fn forward_rows<T: Real, const FMA: bool>(y: &mut [T], x: &[T], weight: &[T], bias: &[T], eps: T) {
         let channels = weight.len();
         let bias = &bias[..channels];
         for (y, x) in y.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {

@@ -9,6 +9,7 @@ pub mod amx;
 #[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
 pub mod amx_emulator;
 pub mod attention;
+pub mod cached_attention;
 pub mod conv;
 mod conv_kernel;
 mod conv_loops;
@@ -25,10 +26,13 @@ pub mod layer_norm;
 pub mod linear;
 pub mod nearest_code;
 pub mod newton_schulz;
+pub mod packed;
+mod packed_kernel;
 pub mod peak;
 pub mod scatter;
 pub mod simd;
 pub mod slices;
+pub mod softmax;
 #[cfg(test)]
 pub mod testing;
 pub mod upsample;

@@ -83,6 +83,11 @@ fn painting() {
     assert_eq!(nine["images"].as_array().unwrap().len(), 9);
     assert_eq!(image::open(at.join("new/nine.png")).unwrap().width(), 3 * 16 + 2 * 4);
 
+    for format in ["f32", "bf16", "int8"] {
+        let painted = paint(&["-o", "format.png", "--precision", format]);
+        assert!(painted["images"][0]["score"].as_f64().unwrap() < 0.0, "{format}");
+    }
+
     let two = paint(&["红月", "-n", "2", "-o", "two.png"]);
     let seeds: Vec<_> =
         two["images"].as_array().unwrap().iter().map(|i| (i["prompt"].as_str(), i["seed"].as_u64())).collect();
@@ -123,7 +128,8 @@ fn odd_prompts() {
 #[test]
 fn bad_options_are_usage_errors() {
     let folder = folder();
-    let bad: [&[&str]; 11] = [
+    let bad: [&[&str]; 12] = [
+        &["--precision", "int4"],
         &["--temperature", "-1"],
         &["--temperature", "nan"],
         &["--top-p", "0"],
