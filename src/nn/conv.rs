@@ -1,16 +1,31 @@
 //! Convolution over `(batch, height, width, channels)`; the weight keeps PyTorch's `(out, in, k, k)`.
 
-use super::params::{Init, Scope};
+use super::{
+    features::Features,
+    gradients::Gradients,
+    params::{Init, Scope},
+};
 use crate::{
     error::Result,
-    ops::{self, conv::Padding},
+    ops::{
+        self,
+        conv::{self, Geometry, Padding},
+        conv_upsample,
+        gemm::Onto,
+        linear::column_sums,
+        slices::view,
+    },
 };
 use candle_core::Tensor;
 
 /// A square convolution with bias.
+///
+/// [`Conv2d::forward`] is written with candle ops. The methods on [`Features`] are the native pass: forward,
+/// the gradient of the input, and those of weight and bias.
 pub struct Conv2d {
     weight: Tensor,
     bias: Tensor,
+    name: String,
     stride: usize,
     padding: Padding,
 }
@@ -39,11 +54,90 @@ impl Conv2d {
         // PyTorch's default for convolutions.
         let init = Init::Uniform(((inputs * kernel * kernel) as f64).powf(-0.5));
         let weight = scope.get("weight", (outputs, inputs, kernel, kernel), init)?;
-        Ok(Self { weight, bias: scope.get("bias", outputs, init)?, stride, padding })
+        let bias = scope.get("bias", outputs, init)?;
+        Ok(Self { weight, bias, name: scope.name().to_owned(), stride, padding })
     }
 
     /// `(batch, height, width, in)` → `(batch, height / stride, width / stride, out)`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::conv2d(x, &self.weight, Some(&self.bias), self.stride, self.padding)
+    }
+
+    fn geometry(&self, input: [usize; 4]) -> Result<Geometry> {
+        let (outputs, inputs, height, width) = self.weight.dims4()?;
+        Ok(Geometry::new(input, [outputs, inputs, height, width], self.stride, self.padding))
+    }
+
+    /// Shape of the output for an input of this shape.
+    pub fn output(&self, input: [usize; 4]) -> Result<[usize; 4]> {
+        Ok(self.geometry(input)?.output())
+    }
+
+    /// Writes the output, `residual` added, to `y`.
+    pub fn run(&self, x: &Features, residual: Option<&Features>, y: &mut Features) -> Result<()> {
+        let (w, b) = (view::<f32>(&self.weight)?, view::<f32>(&self.bias)?);
+        let residual = residual.map(|r| r.data.as_slice());
+        conv::forward(&x.data, &w, Some(&b), residual, &mut y.data, self.geometry(x.shape)?);
+        Ok(())
+    }
+
+    /// Writes the gradient of an input to `dx`.
+    pub fn input_gradient(&self, dy: &Features, dx: &mut Features) -> Result<()> {
+        let w = view::<f32>(&self.weight)?;
+        conv::input_gradient(&dy.data, &w, &mut dx.data, self.geometry(dx.shape)?);
+        Ok(())
+    }
+
+    /// Adds the gradients of weight and bias.
+    pub fn gradients(&self, x: &Features, dy: &Features, gradients: &mut Gradients) -> Result<()> {
+        let geometry = self.geometry(x.shape)?;
+        self.accumulate(dy, gradients, |dw| conv::weight_gradient(&x.data, &dy.data, dw, geometry))
+    }
+
+    fn accumulate(&self, dy: &Features, gradients: &mut Gradients, add: impl FnOnce(&mut [f32])) -> Result<()> {
+        gradients.accumulate(&format!("{}.weight", self.name), self.weight.shape(), |dw, onto| {
+            if onto == Onto::Nothing {
+                dw.fill(0.0);
+            }
+            add(dw);
+        })?;
+        gradients.accumulate_vector(&format!("{}.bias", self.name), column_sums(&dy.data, dy.channels()))
+    }
+}
+
+/// A 3×3 convolution after nearest-neighbour upsampling by 2.
+pub struct Upsample {
+    conv: Conv2d,
+}
+
+impl Upsample {
+    pub fn new(scope: &Scope, channels: usize) -> Result<Self> {
+        Ok(Self { conv: Conv2d::same(&scope.at("conv"), channels, channels, 3)? })
+    }
+
+    /// `(batch, height, width, c)` → `(batch, 2 height, 2 width, c)`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.conv.forward(&ops::upsample_nearest2x(x)?)
+    }
+
+    /// Writes the output to `y`.
+    pub fn run(&self, x: &Features, y: &mut Features) -> Result<()> {
+        let (w, b) = (view::<f32>(&self.conv.weight)?, view::<f32>(&self.conv.bias)?);
+        conv_upsample::forward(&x.data, x.shape, &w, &b, &mut y.data);
+        Ok(())
+    }
+
+    /// Writes the gradient of an input to `dx`.
+    pub fn input_gradient(&self, dy: &Features, dx: &mut Features) -> Result<()> {
+        let w = view::<f32>(&self.conv.weight)?;
+        conv_upsample::input_gradient(&dy.data, &w, dy.channels(), &mut dx.data, dx.shape);
+        Ok(())
+    }
+
+    /// Adds the gradients of weight and bias.
+    pub fn gradients(&self, x: &Features, dy: &Features, gradients: &mut Gradients) -> Result<()> {
+        self.conv.accumulate(dy, gradients, |dw| {
+            conv_upsample::weight_gradient(&x.data, x.shape, &dy.data, dy.channels(), dw);
+        })
     }
 }

@@ -1,9 +1,17 @@
 //! GroupNorm (arXiv 1803.08494) over `(batch, height, width, channels)`, as VQGAN has it.
 
-use super::params::{Init, Scope};
+use super::{
+    features::Features,
+    gradients::Gradients,
+    params::{Init, Scope},
+};
 use crate::{
     error::{Result, ensure},
-    ops,
+    ops::{
+        self,
+        group_norm::{GroupNorm as Kernel, Statistics},
+        slices::view,
+    },
 };
 use candle_core::Tensor;
 
@@ -12,9 +20,12 @@ pub const GROUPS: usize = 32;
 const EPS: f64 = 1e-6;
 
 /// GroupNorm in 32 groups with a scale and a shift a channel.
+///
+/// The methods on [`Features`] are the native pass.
 pub struct GroupNorm {
     weight: Tensor,
     bias: Tensor,
+    name: String,
 }
 
 impl GroupNorm {
@@ -25,7 +36,11 @@ impl GroupNorm {
             channels.is_multiple_of(GROUPS),
             "{channels} channels are not a multiple of the norm's {GROUPS} groups"
         );
-        Ok(Self { weight: scope.get("weight", channels, Init::Ones)?, bias: scope.get("bias", channels, Init::Zeros)? })
+        Ok(Self {
+            weight: scope.get("weight", channels, Init::Ones)?,
+            bias: scope.get("bias", channels, Init::Zeros)?,
+            name: scope.name().to_owned(),
+        })
     }
 
     /// The normalised input, same shape.
@@ -37,4 +52,38 @@ impl GroupNorm {
     pub fn silu(&self, x: &Tensor) -> Result<Tensor> {
         ops::group_norm(x, &self.weight, &self.bias, GROUPS, EPS, true)
     }
+
+    /// What [`GroupNorm::run`] and [`GroupNorm::backward`] need to know of an input.
+    pub fn statistics(&self, x: &Features) -> Statistics<f32> {
+        kernel(false).statistics(&x.data, x.channels(), x.image())
+    }
+
+    /// Writes the normalised input to `y`, through SiLU if asked for.
+    pub fn run(&self, x: &Features, statistics: &Statistics<f32>, silu: bool, y: &mut Features) -> Result<()> {
+        let (w, b) = (view::<f32>(&self.weight)?, view::<f32>(&self.bias)?);
+        kernel(silu).forward(&x.data, &w, &b, statistics, &mut y.data);
+        Ok(())
+    }
+
+    /// Turns the gradient of the output, in `d`, into that of the input, adds `plus` to it, and the gradients of
+    /// weight and bias to `gradients`.
+    pub fn backward(
+        &self,
+        x: &Features,
+        statistics: &Statistics<f32>,
+        silu: bool,
+        d: &mut Features,
+        plus: Option<&Features>,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let (w, b) = (view::<f32>(&self.weight)?, view::<f32>(&self.bias)?);
+        let plus = plus.map(|plus| plus.data.as_slice());
+        let [dw, db] = kernel(silu).backward(&x.data, &w, &b, statistics, &mut d.data, plus);
+        gradients.accumulate_vector(&format!("{}.weight", self.name), dw)?;
+        gradients.accumulate_vector(&format!("{}.bias", self.name), db)
+    }
+}
+
+fn kernel(silu: bool) -> Kernel {
+    Kernel { groups: GROUPS, eps: EPS, silu }
 }

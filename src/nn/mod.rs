@@ -5,6 +5,7 @@ pub mod block;
 pub mod block_native;
 pub mod cache;
 pub mod conv;
+pub mod features;
 pub mod gradients;
 pub mod group_norm;
 pub mod linear;

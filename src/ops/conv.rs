@@ -2,14 +2,17 @@
 //!
 //! Pictures are cut into tiles of rows that fit the cache ([`super::conv_tiles`]); a tile is copied once into a
 //! padded buffer, which the micro-kernel of [`super::conv_kernel`] then reads in place (no im2col). The input's
-//! gradient is the same convolution over the output's gradient with flipped weights; where the stride is 2 the
-//! copy into the padded buffer spreads its pixels.
+//! gradient is the same convolution over the output's gradient with flipped weights; where the stride is 2, four of
+//! them, one for each remainder of row and column. Where it can, [`super::winograd`] takes over.
 
+pub use super::conv_tiles::Geometry;
 use super::{
-    conv_loops::{convolve, weight_gradient},
-    conv_tiles::Geometry,
+    conv_kernel::Element,
+    conv_loops,
     linear::column_sums,
-    slices::{by_dtype, slice, storage, tensor, view},
+    simd::Real,
+    slices::{by_dtype, fresh, slice, storage, tensor, view},
+    winograd,
 };
 use crate::error::{Result, ensure};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor, backend::BackendStorage};
@@ -59,6 +62,33 @@ pub fn composed(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stride: usize, paddi
     })
 }
 
+/// `y (b, h', w', out)` = convolution of `x (b, h, w, in)` with `w (out, in, kh, kw)`, + bias, + residual.
+pub fn forward<T: Element>(x: &[T], w: &[T], b: Option<&[T]>, residual: Option<&[T]>, y: &mut [T], g: Geometry) {
+    if winograd::fits::<T>(&g) {
+        winograd::convolve(x, w, b, residual, y, g, false);
+    } else {
+        conv_loops::convolve(x, w, b, residual, y, g);
+    }
+}
+
+/// Writes the gradient of `x`.
+pub fn input_gradient<T: Element>(dy: &[T], w: &[T], dx: &mut [T], g: Geometry) {
+    if winograd::fits::<T>(&g.transposed()) {
+        winograd::convolve(dy, w, None, None, dx, g.transposed(), true);
+    } else {
+        conv_loops::convolve_transposed(dy, w, None, dx, g);
+    }
+}
+
+/// Adds the gradient of `w` to `dw`.
+pub fn weight_gradient<T: Element>(x: &[T], dy: &[T], dw: &mut [T], g: Geometry) {
+    if winograd::fits::<T>(&g) {
+        winograd::weight_gradient(x, dy, dw, g);
+    } else {
+        conv_loops::weight_gradient(x, dy, dw, g);
+    }
+}
+
 #[derive(Clone, Copy)]
 struct Conv {
     stride: usize,
@@ -66,13 +96,21 @@ struct Conv {
 }
 
 impl Conv {
+    fn geometry(&self, x: &Shape, w: &Shape) -> candle_core::Result<Geometry> {
+        let ((b, height, width, inputs), (outputs, w_inputs, kh, kw)) = (x.dims4()?, w.dims4()?);
+        if inputs != w_inputs {
+            candle_core::bail!("conv2d: input {x:?} does not fit the weight {w:?}");
+        }
+        Ok(Geometry::new([b, height, width, inputs], [outputs, inputs, kh, kw], self.stride, self.padding))
+    }
+
     fn fwd(
         &self,
         (x, lx): (&CpuStorage, &Layout),
         (w, lw): (&CpuStorage, &Layout),
         b: Option<(&CpuStorage, &Layout)>,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let g = Geometry::new(lx.shape(), lw.shape(), self.stride, self.padding)?;
+        let g = self.geometry(lx.shape(), lw.shape())?;
         if let Some((_, lb)) = b
             && lb.dims() != [g.outputs]
         {
@@ -80,19 +118,28 @@ impl Conv {
         }
         by_dtype!(x.dtype(), "conv2d", T => {
             let b = b.map(|(b, lb)| slice::<T>(b, lb)).transpose()?;
-            let y = convolve::<T>(slice(x, lx)?, slice(w, lw)?, b, g, false);
-            storage(y, (g.images, g.out_height, g.out_width, g.outputs))
+            let (x, w) = (slice::<T>(x, lx)?, slice(w, lw)?);
+            // SAFETY: a convolution writes every element of its output.
+            let y = unsafe { fresh(g.output().iter().product(), |y| forward(x, w, b, None, y, g)) };
+            storage(y, g.output().to_vec())
         })
     }
 
     /// Gradients of x, w and b.
     fn bwd(&self, x: &Tensor, w: &Tensor, dy: &Tensor) -> candle_core::Result<[Option<Tensor>; 3]> {
-        let g = Geometry::new(x.shape(), w.shape(), self.stride, self.padding)?;
+        let g = self.geometry(x.shape(), w.shape())?;
         let dy = dy.contiguous()?;
         by_dtype!(x.dtype(), "conv2d", T => {
             let (xs, ws, dys) = (view::<T>(x)?, view::<T>(w)?, view::<T>(&dy)?);
-            let dx = x.track_op().then(|| tensor(convolve(&dys, &ws, None, g.transposed(), true), x.shape()));
-            let dw = w.track_op().then(|| tensor(weight_gradient(&xs, &dys, g), w.shape()));
+            // SAFETY: the gradient is written to every element.
+            let dx = || unsafe { fresh(x.elem_count(), |dx| input_gradient(&dys, &ws, dx, g)) };
+            let dw = || {
+                let mut dw = vec![<T as Real>::ZERO; w.elem_count()];
+                weight_gradient(&xs, &dys, &mut dw, g);
+                dw
+            };
+            let dx = x.track_op().then(|| tensor(dx(), x.shape()));
+            let dw = w.track_op().then(|| tensor(dw(), w.shape()));
             let db = tensor(column_sums(&dys, g.outputs), g.outputs)?;
             Ok([dx.transpose()?, dw.transpose()?, Some(db)])
         })

@@ -11,11 +11,13 @@
 use super::{
     simd::{Level, Real, level},
     vector::{Portable, Vector},
+    winograd_transforms::Transforms,
 };
 
 /// One product. Strides are in elements; C has `m` rows and the width of one panel ([`Kernel::width`]).
+/// `fresh`: C's old content is not added to, and may be anything.
 #[derive(Clone, Copy)]
-pub(super) struct Product<T> {
+pub struct Product<T> {
     pub m: usize,
     pub outer: usize,
     pub inner: usize,
@@ -28,17 +30,21 @@ pub(super) struct Product<T> {
     pub b_inner: usize,
     pub c: *mut T,
     pub c_m: usize,
+    pub fresh: bool,
 }
 
 /// Numbers that convolutions run on.
-pub(super) trait Element: Real {
+pub trait Element: Real {
     /// The kernel for products with `n` columns.
     fn kernel(n: usize) -> Kernel<Self>;
+
+    /// The transforms around the products of [`super::winograd`].
+    fn transforms() -> Transforms<Self>;
 }
 
 /// A micro-kernel and the number of columns it computes at once.
 #[derive(Clone, Copy)]
-pub(super) struct Kernel<T> {
+pub struct Kernel<T> {
     /// Columns of B and C that one call touches.
     pub width: usize,
     /// # Safety
@@ -49,6 +55,10 @@ pub(super) struct Kernel<T> {
 impl Element for f64 {
     fn kernel(_: usize) -> Kernel<f64> {
         Kernel { width: 8, run: run::<Portable<f64>, 4, 2> }
+    }
+
+    fn transforms() -> Transforms<f64> {
+        Transforms::portable()
     }
 }
 
@@ -66,6 +76,10 @@ impl Element for f32 {
             _ => Kernel { width: 8, run: run::<Portable<f32>, 4, 2> },
         }
     }
+
+    fn transforms() -> Transforms<f32> {
+        Transforms::at(level())
+    }
 }
 
 macro_rules! specialise {
@@ -78,10 +92,10 @@ macro_rules! specialise {
         }
     };
 }
-// Accumulators fill about half of the registers: enough to hide the latency of a fused multiply-add.
+// Enough accumulators to hide the latency of a fused multiply-add: 12 of 16 registers, or half of 32.
 specialise!(avx512_wide, "avx512f", __m512, 8, 2);
 specialise!(avx512_narrow, "avx512f", __m512, 8, 1);
-specialise!(avx2_wide, "avx2,fma", __m256, 4, 2);
+specialise!(avx2_wide, "avx2,fma", __m256, 6, 2);
 specialise!(avx2_narrow, "avx2,fma", __m256, 8, 1);
 
 /// Walks over the rows of C, `M` at a time.
@@ -89,9 +103,14 @@ specialise!(avx2_narrow, "avx2,fma", __m256, 8, 1);
 unsafe fn run<V: Vector, const M: usize, const N: usize>(mut product: Product<V::Element>) {
     // SAFETY: the caller's promise; `advance` stays within `m`.
     unsafe {
-        while product.m >= M {
+        // Two rows alone would wait for their own sums: 4 + 4 beats 6 + 2.
+        while product.m >= M && product.m != M + 2 {
             tile::<V, M, N>(&product);
             advance(&mut product, M);
+        }
+        while product.m >= 4 {
+            tile::<V, 4, N>(&product);
+            advance(&mut product, 4);
         }
         while product.m >= 2 {
             tile::<V, 2, N>(&product);
@@ -118,10 +137,12 @@ unsafe fn advance<T>(product: &mut Product<T>, rows: usize) {
 unsafe fn tile<V: Vector, const M: usize, const N: usize>(p: &Product<V::Element>) {
     // SAFETY: the caller's promise.
     unsafe {
-        let mut sums = [[V::load(p.c); N]; M];
-        for (m, row) in sums.iter_mut().enumerate() {
-            for (n, sum) in row.iter_mut().enumerate() {
-                *sum = V::load(p.c.add(m * p.c_m + n * V::LANES));
+        let mut sums = [[V::zero(); N]; M];
+        if !p.fresh {
+            for (m, row) in sums.iter_mut().enumerate() {
+                for (n, sum) in row.iter_mut().enumerate() {
+                    *sum = V::load(p.c.add(m * p.c_m + n * V::LANES));
+                }
             }
         }
         for outer in 0..p.outer {

@@ -3,7 +3,6 @@
 use super::{
     conv_kernel::{Element, Kernel, Product},
     conv_tiles::{Geometry, Tile},
-    slices::fresh,
 };
 use rayon::prelude::*;
 
@@ -14,17 +13,19 @@ const WEIGHT_PIXELS: usize = 128;
 /// not depend on the number of threads.
 const WEIGHT_TASKS: usize = 8;
 
+/// An ordinary convolution whose outputs are every `step`-th pixel of a picture, from (`row`, `column`) on.
+/// A convolution is one of step 1; the gradient of its input is `stride²` of them, one for each remainder.
+struct Phase<T> {
+    g: Geometry,
+    row: usize,
+    column: usize,
+    weights: Vec<T>,
+}
+
 /// Weights in panels of the kernel's width: (panel, kernel row, kernel column, input, lane), zeros beyond the
 /// last output.
-fn pack<T: Element>(w: &[T], g: Geometry, flipped: bool, width: usize) -> Vec<T> {
+fn pack<T: Element>(g: Geometry, width: usize, at: impl Fn(usize, usize, usize, usize) -> T + Sync) -> Vec<T> {
     let (kh, kw, panels) = (g.kernel_height, g.kernel_width, g.outputs.div_ceil(width));
-    let at = |output: usize, ky: usize, kx: usize, input: usize| {
-        if flipped {
-            w[((input * g.outputs + output) * kh + kh - 1 - ky) * kw + kw - 1 - kx]
-        } else {
-            w[((output * g.inputs + input) * kh + ky) * kw + kx]
-        }
-    };
     let mut packed = vec![T::ZERO; panels * kh * g.taps() * width];
     packed.par_chunks_mut(g.inputs * width).enumerate().for_each(|(i, chunk)| {
         let (panel, ky, kx) = (i / (kh * kw), i / kw % kh, i % kw);
@@ -37,36 +38,121 @@ fn pack<T: Element>(w: &[T], g: Geometry, flipped: bool, width: usize) -> Vec<T>
     packed
 }
 
-/// `y (b, h', w', out)`; `flipped` for the input's gradient.
-pub(super) fn convolve<T: Element>(x: &[T], w: &[T], b: Option<&[T]>, g: Geometry, flipped: bool) -> Vec<T> {
-    let kernel = T::kernel(g.outputs);
-    let packed = pack(w, g, flipped, kernel.width);
-    let image = g.out_height * g.out_row();
-    let fill = |y: &mut [T]| {
-        let tiles = y.par_chunks_mut(image.max(1)).enumerate().flat_map(|(i, y)| {
-            y.par_chunks_mut(g.tile_rows() * g.out_row()).enumerate().map(move |(j, y)| (g.tile(i, j), y))
-        });
-        tiles.for_each_init(Vec::new, |buffer, (tile, y)| {
-            match b {
-                Some(b) => y.chunks_exact_mut(g.outputs).for_each(|y| y.copy_from_slice(b)),
-                None => y.fill(T::ZERO),
-            }
-            convolve_tile(g.padded(x, &tile, buffer), &packed, y, g, kernel);
-        });
+/// `y (b, h', w', out)`: convolution, bias and residual.
+pub(super) fn convolve<T: Element>(
+    x: &[T],
+    w: &[T],
+    b: Option<&[T]>,
+    residual: Option<&[T]>,
+    y: &mut [T],
+    g: Geometry,
+) {
+    let at = |output, ky, kx, input| w[((output * g.inputs + input) * g.kernel_height + ky) * g.kernel_width + kx];
+    let weights = pack(g, T::kernel(g.outputs).width, at);
+    run(x, &[Phase { g, row: 0, column: 0, weights }], 1, b, residual, (y, g.out_height, g.out_width));
+}
+
+/// `dx (b, h, w, in)` of `dy (b, h', w', out)`: with the bias, a transposed convolution of `dy`.
+pub(super) fn convolve_transposed<T: Element>(dy: &[T], w: &[T], b: Option<&[T]>, dx: &mut [T], g: Geometry) {
+    let phases: Vec<_> = (0..g.stride * g.stride).filter_map(|i| phase(w, g, i / g.stride, i % g.stride)).collect();
+    run(dy, &phases, g.stride, b, None, (dx, g.height, g.width));
+}
+
+/// The pixels of `dx` whose row and column leave these remainders: pixel r is reached from `(r + top - k) / stride`
+/// by the kernel rows k that make this a whole number.
+fn phase<T: Element>(w: &[T], g: Geometry, row: usize, column: usize) -> Option<Phase<T>> {
+    let line = |first: usize, padding: isize, kernel: usize, length: usize| {
+        let at = first as isize + padding;
+        let k = at.rem_euclid(g.stride as isize) as usize;
+        let taps = kernel.saturating_sub(k).div_ceil(g.stride);
+        let before = taps as isize - 1 - at.div_euclid(g.stride as isize);
+        (k, taps, before, length.saturating_sub(first).div_ceil(g.stride))
     };
-    // SAFETY: every tile is filled before it is added to, and the tiles cover the output.
-    unsafe { fresh(g.images * image, fill) }
+    let (ky, kernel_height, top, out_height) = line(row, g.top, g.kernel_height, g.height);
+    let (kx, kernel_width, left, out_width) = line(column, g.left, g.kernel_width, g.width);
+    let sizes = Geometry {
+        images: g.images,
+        height: g.out_height,
+        width: g.out_width,
+        inputs: g.outputs,
+        out_height,
+        out_width,
+        outputs: g.inputs,
+        kernel_height,
+        kernel_width,
+        stride: 1,
+        top,
+        left,
+    };
+    if kernel_height * kernel_width * out_height * out_width == 0 {
+        return None;
+    }
+    let at = |output, y, x, input| {
+        let (y, x) = (ky + g.stride * (kernel_height - 1 - y), kx + g.stride * (kernel_width - 1 - x));
+        w[((input * g.inputs + output) * g.kernel_height + y) * g.kernel_width + x]
+    };
+    let weights = pack(sizes, T::kernel(g.inputs).width, at);
+    Some(Phase { g: sizes, row, column, weights })
+}
+
+/// All phases over the same picture, tile by tile; `y` is `(images, height, width, outputs)`.
+fn run<T: Element>(
+    x: &[T],
+    phases: &[Phase<T>],
+    step: usize,
+    b: Option<&[T]>,
+    residual: Option<&[T]>,
+    (y, height, width): (&mut [T], usize, usize),
+) {
+    let Some(Phase { g, .. }) = phases.first() else { return y.fill(T::ZERO) };
+    let (outputs, row, tile_rows) = (g.outputs, width * g.outputs, g.tile_rows());
+    let tiles = y.par_chunks_mut(height * row).enumerate().flat_map(|(image, y)| {
+        y.par_chunks_mut(step * tile_rows * row).enumerate().map(move |(i, y)| (image, i * tile_rows, y))
+    });
+    tiles.for_each_init(Vec::new, |buffer, (image, first, y)| {
+        let from = (image * height + first * step) * row;
+        start(y, b, residual.map(|r| &r[from..]), outputs);
+        for phase in phases {
+            let rows = (y.len() / row).saturating_sub(phase.row).div_ceil(step);
+            if rows > 0 {
+                let tile = Tile { image, rows: first..first + rows };
+                let place = Place { row: step * row, pixel: step * outputs };
+                let y = &mut y[phase.row * row + phase.column * outputs..];
+                convolve_tile(phase.g.padded(x, &tile, buffer), &phase.weights, (y, place, rows), phase.g);
+            }
+        }
+    });
+}
+
+/// What a convolution is added to.
+fn start<T: Element>(y: &mut [T], b: Option<&[T]>, residual: Option<&[T]>, outputs: usize) {
+    match residual {
+        Some(residual) => y.copy_from_slice(&residual[..y.len()]),
+        None => y.fill(T::ZERO),
+    }
+    if let Some(b) = b {
+        y.chunks_exact_mut(outputs).for_each(|y| y.iter_mut().zip(b).for_each(|(y, b)| *y += *b));
+    }
+}
+
+/// Distances of the output's rows and pixels.
+#[derive(Clone, Copy)]
+struct Place {
+    row: usize,
+    pixel: usize,
 }
 
 /// Adds the convolution of one padded tile to its rows of the output.
-fn convolve_tile<T: Element>(padded: &[T], packed: &[T], y: &mut [T], g: Geometry, kernel: Kernel<T>) {
+fn convolve_tile<T: Element>(padded: &[T], packed: &[T], (y, place, rows): (&mut [T], Place, usize), g: Geometry) {
+    let kernel = T::kernel(g.outputs);
     let width = kernel.width;
     let mut partial = vec![T::ZERO; if g.outputs.is_multiple_of(width) { 0 } else { g.out_width * width }];
     for (panel, weights) in packed.chunks_exact(g.kernel_height * g.taps() * width).enumerate() {
         let lanes = width.min(g.outputs - panel * width);
-        for (row, y) in y.chunks_exact_mut(g.out_row()).enumerate() {
+        for row in 0..rows {
             let whole = lanes == width;
-            let (c, c_m) = if whole { (&mut y[panel * width..], g.outputs) } else { (&mut partial[..], width) };
+            let y = &mut y[row * place.row + panel * width..];
+            let (c, c_m) = if whole { (&mut *y, place.pixel) } else { (&mut partial[..], width) };
             let a = &padded[row * g.stride * g.padded_row()..];
             assert!(
                 a.len() >= (g.kernel_height - 1) * g.padded_row() + (g.out_width - 1) * g.stride * g.inputs + g.taps()
@@ -85,85 +171,110 @@ fn convolve_tile<T: Element>(padded: &[T], packed: &[T], y: &mut [T], g: Geometr
                 b_inner: width,
                 c: c.as_mut_ptr(),
                 c_m,
+                fresh: !whole,
             };
             // SAFETY: the assertions above for A and C; a panel of weights has kernel_height · taps · width elements.
             unsafe { (kernel.run)(product) };
             if !whole {
-                for (y, partial) in y.chunks_exact_mut(g.outputs).zip(partial.chunks_exact_mut(width)) {
-                    y[panel * width..].iter_mut().zip(&*partial).for_each(|(y, p)| *y += *p);
-                    partial.fill(T::ZERO);
+                for (y, partial) in y.chunks_mut(place.pixel).zip(partial.chunks_exact(width)) {
+                    y.iter_mut().zip(&partial[..lanes]).for_each(|(y, p)| *y += *p);
                 }
             }
         }
     }
 }
 
-/// The weights' gradient `(out, in, kh, kw)`.
-pub(super) fn weight_gradient<T: Element>(x: &[T], dy: &[T], g: Geometry) -> Vec<T> {
+/// Adds the weights' gradient to `dw (out, in, kh, kw)`.
+pub(super) fn weight_gradient<T: Element>(x: &[T], dy: &[T], dw: &mut [T], g: Geometry) {
     let kernel = T::kernel(g.outputs);
     let columns = g.outputs.next_multiple_of(kernel.width);
     let size = g.kernel_height * g.taps() * columns;
     let tiles = g.tiles();
     let partial = |tiles: &[Tile]| {
-        let (mut sum, mut padded, mut widened) = (vec![T::ZERO; size], Vec::new(), Vec::new());
+        let (mut sum, mut padded, mut panels) = (vec![T::ZERO; size], Vec::new(), Vec::new());
         for tile in tiles {
             let first = (tile.image * g.out_height + tile.rows.start) * g.out_row();
-            let dy = widen(&dy[first..][..tile.rows.len() * g.out_row()], g.outputs, columns, &mut widened);
-            weight_gradient_tile(g.padded(x, tile, &mut padded), dy, &mut sum, g, kernel);
+            let dy = &dy[first..][..tile.rows.len() * g.out_row()];
+            weight_gradient_tile(g.padded(x, tile, &mut padded), dy, &mut panels, &mut sum, g, kernel);
         }
         sum
     };
     let share = tiles.len().div_ceil(WEIGHT_TASKS).max(1);
     let partials: Vec<Vec<T>> = tiles.par_chunks(share).map(partial).collect();
-    let mut gradient = vec![T::ZERO; g.outputs * g.kernel_height * g.taps()];
-    let area = g.kernel_height * g.kernel_width;
-    gradient.par_chunks_mut((g.inputs * area).max(1)).enumerate().for_each(|(output, gradient)| {
-        for (i, value) in gradient.iter_mut().enumerate() {
-            let at = (i % area * g.inputs + i / area) * columns + output;
-            partials.iter().for_each(|partial| *value += partial[at]);
+    let sums = sum_partials(partials);
+    let (area, filter) = (g.kernel_height * g.kernel_width, g.kernel_height * g.taps());
+    dw.par_chunks_mut((BLOCK * filter).max(1)).enumerate().for_each(|(block, dw)| {
+        for (at, sums) in sums.chunks_exact(columns).enumerate() {
+            let to = at % g.inputs * area + at / g.inputs;
+            let sums = &sums[block * BLOCK..];
+            dw.chunks_exact_mut(filter).zip(sums).for_each(|(dw, sum)| dw[to] += *sum);
         }
     });
-    gradient
 }
 
-/// Rows of `from` elements as rows of `to`, filled up with zeros.
-fn widen<'a, T: Element>(rows: &'a [T], from: usize, to: usize, buffer: &'a mut Vec<T>) -> &'a [T] {
-    if from == to {
-        return rows;
+/// Outputs whose gradients one task puts in their place: neighbours in the sums.
+pub(super) const BLOCK: usize = 16;
+
+/// Adds up what the tasks found, always in the same order.
+pub(super) fn sum_partials<T: Element>(mut partials: Vec<Vec<T>>) -> Vec<T> {
+    const CHUNK: usize = 1 << 14;
+    let Some(mut total) = partials.pop() else { return Vec::new() };
+    total.par_chunks_mut(CHUNK).enumerate().for_each(|(i, total)| {
+        for partial in &partials {
+            total.iter_mut().zip(&partial[i * CHUNK..]).for_each(|(t, p)| *t += *p);
+        }
+    });
+    total
+}
+
+/// Rows of `outputs` elements as panels of `width` columns, (panel, row, lane), filled up with zeros: neighbours in
+/// the order in which the kernel reads them.
+fn into_panels<T: Element>(rows: &[T], outputs: usize, width: usize, panels: &mut Vec<T>) {
+    let count = rows.len() / outputs;
+    panels.resize(count * outputs.next_multiple_of(width), T::ZERO);
+    for (panel, lanes) in panels.chunks_exact_mut(count * width).enumerate() {
+        let used = panel * width..outputs.min((panel + 1) * width);
+        for (lanes, row) in lanes.chunks_exact_mut(width).zip(rows.chunks_exact(outputs)) {
+            lanes[..used.len()].copy_from_slice(&row[used.clone()]);
+            lanes[used.len()..].fill(T::ZERO);
+        }
     }
-    buffer.clear();
-    buffer.resize(rows.len() / from * to, T::ZERO);
-    for (wide, row) in buffer.chunks_exact_mut(to).zip(rows.chunks_exact(from)) {
-        wide[..from].copy_from_slice(row);
-    }
-    buffer
 }
 
 /// Adds one tile's share of the weights' gradient to `sum` (kernel row, kernel column, input; output).
-fn weight_gradient_tile<T: Element>(padded: &[T], dy: &[T], sum: &mut [T], g: Geometry, kernel: Kernel<T>) {
-    let columns = g.outputs.next_multiple_of(kernel.width);
-    let dy_row = g.out_width * columns;
-    let (rows, step) = (dy.len() / dy_row, (WEIGHT_PIXELS / g.out_width).max(1));
-    let needed = ((rows - 1) * g.stride + g.kernel_height - 1) * g.padded_row() + g.padded_row();
+fn weight_gradient_tile<T: Element>(
+    padded: &[T],
+    dy: &[T],
+    panels: &mut Vec<T>,
+    sum: &mut [T],
+    g: Geometry,
+    kernel: Kernel<T>,
+) {
+    let (columns, width) = (g.outputs.next_multiple_of(kernel.width), kernel.width);
+    let (rows, step) = (dy.len() / g.out_row(), (WEIGHT_PIXELS / g.out_width).max(1));
+    let needed = ((rows - 1) * g.stride + g.kernel_height) * g.padded_row();
     assert!(padded.len() >= needed && sum.len() >= g.kernel_height * g.taps() * columns);
-    for first in (0..rows).step_by(step) {
+    for (i, dy) in dy.chunks(step * g.out_row()).enumerate() {
+        into_panels(dy, g.outputs, width, panels);
+        let pixels = dy.len() / g.outputs;
         for ky in 0..g.kernel_height {
-            for column in (0..columns).step_by(kernel.width) {
+            for (column, panel) in panels.chunks_exact(pixels * width).enumerate() {
                 let product = Product {
                     m: g.taps(),
-                    outer: step.min(rows - first),
+                    outer: pixels / g.out_width,
                     inner: g.out_width,
-                    a: padded[(first * g.stride + ky) * g.padded_row()..].as_ptr(),
+                    a: padded[(i * step * g.stride + ky) * g.padded_row()..].as_ptr(),
                     a_m: 1,
                     a_outer: g.stride * g.padded_row(),
                     a_inner: g.stride * g.inputs,
-                    b: dy[first * dy_row + column..].as_ptr(),
-                    b_outer: dy_row,
-                    b_inner: columns,
-                    c: sum[ky * g.taps() * columns + column..].as_mut_ptr(),
+                    b: panel.as_ptr(),
+                    b_outer: g.out_width * width,
+                    b_inner: width,
+                    c: sum[ky * g.taps() * columns + column * width..].as_mut_ptr(),
                     c_m: columns,
+                    fresh: false,
                 };
-                // SAFETY: the assertion above for A and C; `dy` holds `rows` rows of `out_width · columns`.
+                // SAFETY: the assertion above for A and C; a panel holds `width` lanes of every pixel.
                 unsafe { (kernel.run)(product) };
             }
         }

@@ -1,12 +1,11 @@
 //! The sizes of a convolution and the tiles of rows that its pictures are cut into.
 
 use super::{conv::Padding, conv_kernel::Element};
-use candle_core::Shape;
 use std::ops::Range;
 
-/// The sizes of one convolution, or of the one that gives its input's gradient.
-#[derive(Clone, Copy)]
-pub(super) struct Geometry {
+/// The sizes of one convolution.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Geometry {
     pub(super) images: usize,
     pub(super) height: usize,
     pub(super) width: usize,
@@ -20,8 +19,6 @@ pub(super) struct Geometry {
     /// Padded rows above and columns left of the picture; negative where the picture is cut.
     pub(super) top: isize,
     pub(super) left: isize,
-    /// Distance of the picture's pixels in the padded buffer; more than 1 in the gradient of a strided convolution.
-    pub(super) spread: usize,
 }
 
 /// Elements of the padded buffer that a tile aims at: a quarter of a megabyte, so that L2 holds it beside
@@ -36,13 +33,15 @@ pub(super) struct Tile {
 }
 
 impl Geometry {
-    pub(super) fn new(x: &Shape, w: &Shape, stride: usize, padding: Padding) -> candle_core::Result<Self> {
-        let (images, height, width, inputs) = x.dims4()?;
-        let (outputs, w_inputs, kernel_height, kernel_width) = w.dims4()?;
-        if inputs != w_inputs {
-            candle_core::bail!("conv2d: input {x:?} does not fit the weight {w:?}");
-        }
-        Ok(Self {
+    /// `x (b, h, w, in)`, `w (out, in, kh, kw)`; the padded picture is no smaller than the kernel.
+    pub fn new(
+        [images, height, width, inputs]: [usize; 4],
+        [outputs, w_inputs, kernel_height, kernel_width]: [usize; 4],
+        stride: usize,
+        padding: Padding,
+    ) -> Self {
+        assert_eq!(inputs, w_inputs, "input channels of a convolution");
+        Self {
             images,
             height,
             width,
@@ -55,11 +54,21 @@ impl Geometry {
             stride,
             top: padding.top as isize,
             left: padding.left as isize,
-            spread: 1,
-        })
+        }
     }
 
-    /// The convolution (of the output's gradient, with flipped weights) that gives the input's gradient.
+    /// Shape of the output.
+    pub fn output(&self) -> [usize; 4] {
+        [self.images, self.out_height, self.out_width, self.outputs]
+    }
+
+    /// Shape of the input.
+    pub fn input(&self) -> [usize; 4] {
+        [self.images, self.height, self.width, self.inputs]
+    }
+
+    /// The convolution (of the output's gradient, with flipped weights) that gives the input's gradient where the
+    /// stride is 1.
     pub(super) fn transposed(self) -> Self {
         Self {
             height: self.out_height,
@@ -68,10 +77,8 @@ impl Geometry {
             out_height: self.height,
             out_width: self.width,
             outputs: self.inputs,
-            stride: 1,
             top: self.kernel_height as isize - 1 - self.top,
             left: self.kernel_width as isize - 1 - self.left,
-            spread: self.stride,
             ..self
         }
     }
@@ -107,16 +114,18 @@ impl Geometry {
     /// The part of the padded picture that a tile reads: the picture itself where nothing is padded.
     pub(super) fn padded<'a, T: Element>(&self, x: &'a [T], tile: &Tile, buffer: &'a mut Vec<T>) -> &'a [T] {
         let image = &x[tile.image * self.height * self.width * self.inputs..][..self.height * self.width * self.inputs];
-        if self.kernel_height * self.kernel_width * self.stride * self.spread == 1 && (self.top, self.left) == (0, 0) {
+        if self.kernel_height * self.kernel_width * self.stride == 1 && (self.top, self.left) == (0, 0) {
             return &image[tile.rows.start * self.padded_row()..tile.rows.end * self.padded_row()];
         }
         let rows = (tile.rows.len() - 1) * self.stride + self.kernel_height;
         buffer.resize(rows * self.padded_row(), T::ZERO);
         for (i, out) in buffer.chunks_exact_mut(self.padded_row()).enumerate() {
             let row = (tile.rows.start * self.stride + i) as isize - self.top;
-            match source(row, self.spread, self.height) {
-                Some(row) => self.pad_row(&image[row * self.width * self.inputs..][..self.width * self.inputs], out),
-                None => out.fill(T::ZERO),
+            match usize::try_from(row) {
+                Ok(row) if row < self.height => {
+                    self.pad_row(&image[row * self.width * self.inputs..][..self.width * self.inputs], out);
+                }
+                _ => out.fill(T::ZERO),
             }
         }
         buffer
@@ -124,15 +133,6 @@ impl Geometry {
 
     fn pad_row<T: Element>(&self, row: &[T], out: &mut [T]) {
         let inputs = self.inputs;
-        if self.spread > 1 {
-            for (i, out) in out.chunks_exact_mut(inputs).enumerate() {
-                match source(i as isize - self.left, self.spread, self.width) {
-                    Some(column) => out.copy_from_slice(&row[column * inputs..][..inputs]),
-                    None => out.fill(T::ZERO),
-                }
-            }
-            return;
-        }
         let (before, cut) = (self.left.max(0) as usize * inputs, (-self.left).max(0) as usize * inputs);
         let row = &row[cut.min(row.len())..];
         let before = before.min(out.len());
@@ -141,10 +141,4 @@ impl Geometry {
         out[before..before + copied].copy_from_slice(&row[..copied]);
         out[before + copied..].fill(T::ZERO);
     }
-}
-
-/// The row or column of the picture that lies at `position` of the spread one, if there is one.
-fn source(position: isize, spread: usize, length: usize) -> Option<usize> {
-    let position = usize::try_from(position).ok()?;
-    (position.is_multiple_of(spread) && position / spread < length).then_some(position / spread)
 }

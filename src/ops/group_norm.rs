@@ -57,7 +57,7 @@ fn sum_chunks(channels: usize, chunks: impl IndexedParallelIterator<Item = Sums>
 }
 
 /// Mean and 1/sqrt(var + eps) of each channel's group, of one image.
-fn statistics<T: Real>(x: &[T], channels: usize, groups: usize, eps: f64) -> [Vec<T>; 2] {
+fn moments_of_image<T: Real>(x: &[T], channels: usize, groups: usize, eps: f64) -> [Vec<T>; 2] {
     let chunk = ROWS * channels;
     let count = (x.len() / groups) as f64;
     let spread = |sums: &[f64]| -> Vec<f64> {
@@ -66,40 +66,39 @@ fn statistics<T: Real>(x: &[T], channels: usize, groups: usize, eps: f64) -> [Ve
     };
     // Two passes over a picture in cache: the difference of large sums would lose the variance.
     let zeros = vec![T::ZERO; channels];
-    let sums = sum_chunks(channels, x.par_chunks(chunk).map(|x| moments(x, &zeros)));
+    let sums = sum_chunks(channels, x.par_chunks(chunk).map(|x| products(x, &zeros, x, &zeros)));
     let mean: Vec<T> = spread(&sums[..channels]).into_iter().map(T::from_f64).collect();
-    let sums = sum_chunks(channels, x.par_chunks(chunk).map(|x| moments(x, &mean)));
+    let sums = sum_chunks(channels, x.par_chunks(chunk).map(|x| products(x, &mean, x, &mean)));
     let deviation = spread(&sums[channels..]).into_iter().map(|v| T::from_f64(1.0 / (v + eps).sqrt())).collect();
     [mean, deviation]
 }
 
 multiversion! {
-    /// Sums over the rows of `x - centre` and of its square.
-    fn moments<T: Real, const FMA: bool>(x: &[T], centre: &[T]) -> Sums {
-        let channels = centre.len();
+    /// Sums over the rows of `a - c` and of `(a - c)(b - d)`, where c and d are numbers a channel.
+    fn products<T: Real, const FMA: bool>(a: &[T], c: &[T], b: &[T], d: &[T]) -> Sums {
+        let channels = c.len();
         let mut sums = vec![0.0; 2 * channels];
         for first in (0..channels).step_by(BLOCK) {
-            let width = BLOCK.min(channels - first);
+            let at = first..channels.min(first + BLOCK);
             let (mut one, mut two) = ([T::ZERO; BLOCK], [T::ZERO; BLOCK]);
-            let mut shift = [T::ZERO; BLOCK];
-            shift[..width].copy_from_slice(&centre[first..first + width]);
-            for row in x.chunks_exact(channels) {
-                let block = &row[first..first + width];
-                if let Ok(block) = <&[T; BLOCK]>::try_from(block) {
+            let [mut shift, mut shift2] = [[T::ZERO; BLOCK]; 2];
+            shift[..at.len()].copy_from_slice(&c[at.clone()]);
+            shift2[..at.len()].copy_from_slice(&d[at.clone()]);
+            for (a, b) in a.chunks_exact(channels).zip(b.chunks_exact(channels)) {
+                let (a, b) = (&a[at.clone()], &b[at.clone()]);
+                if let (Ok(a), Ok(b)) = (<&[T; BLOCK]>::try_from(a), <&[T; BLOCK]>::try_from(b)) {
                     for i in 0..BLOCK {
-                        let v = block[i] - shift[i];
-                        one[i] += v;
-                        two[i] = v.fma::<FMA>(v, two[i]);
+                        one[i] += a[i] - shift[i];
+                        two[i] = (a[i] - shift[i]).fma::<FMA>(b[i] - shift2[i], two[i]);
                     }
                 } else {
-                    for (i, &v) in block.iter().enumerate() {
-                        let v = v - shift[i];
-                        one[i] += v;
-                        two[i] = v.fma::<FMA>(v, two[i]);
+                    for i in 0..at.len() {
+                        one[i] += a[i] - shift[i];
+                        two[i] = (a[i] - shift[i]).fma::<FMA>(b[i] - shift2[i], two[i]);
                     }
                 }
             }
-            for i in 0..width {
+            for i in 0..at.len() {
                 sums[first + i] = one[i].to_f64();
                 sums[channels + first + i] = two[i].to_f64();
             }
@@ -131,18 +130,52 @@ multiversion! {
     }
 }
 
-fn forward<T: Real>(x: &[T], weight: &[T], bias: &[T], op: GroupNorm, image: usize) -> Vec<T> {
-    let channels = weight.len();
-    let fill = |y: &mut [T]| {
-        x.par_chunks(image).zip(y.par_chunks_mut(image)).for_each(|(x, y)| {
-            let [mean, deviation] = statistics(x, channels, op.groups, op.eps);
-            let (scale, shift) = affine(&mean, &deviation, weight, bias);
-            let chunk = ROWS * channels;
-            x.par_chunks(chunk).zip(y.par_chunks_mut(chunk)).for_each(|(x, y)| apply(x, y, &scale, &shift, op.silu));
+/// Mean and 1/sqrt(var + eps) of each channel's group, image by image: all that backward needs beside x.
+pub struct Statistics<T>(Vec<[Vec<T>; 2]>);
+
+impl GroupNorm {
+    /// The statistics of `x`, whose images have `image` elements.
+    pub fn statistics<T: Real>(&self, x: &[T], channels: usize, image: usize) -> Statistics<T> {
+        Statistics(x.par_chunks(image).map(|x| moments_of_image(x, channels, self.groups, self.eps)).collect())
+    }
+
+    /// Writes the normalised `x`, from its statistics.
+    pub fn forward<T: Real>(&self, x: &[T], weight: &[T], bias: &[T], statistics: &Statistics<T>, y: &mut [T]) {
+        let image = x.len() / statistics.0.len();
+        let images = x.par_chunks(image).zip(y.par_chunks_mut(image)).zip(&statistics.0);
+        images.for_each(|((x, y), [mean, deviation])| {
+            let (scale, shift) = affine(mean, deviation, weight, bias);
+            let chunk = ROWS * weight.len();
+            x.par_chunks(chunk).zip(y.par_chunks_mut(chunk)).for_each(|(x, y)| apply(x, y, &scale, &shift, self.silu));
         });
-    };
-    // SAFETY: `apply` writes every element.
-    unsafe { fresh(x.len(), fill) }
+    }
+
+    /// Turns the output's gradient in `dx` into the input's, and adds `plus` to it (the gradient that reaches `x` on
+    /// another way). Returns the gradients of weight and bias.
+    pub fn backward<T: Real>(
+        &self,
+        x: &[T],
+        weight: &[T],
+        bias: &[T],
+        statistics: &Statistics<T>,
+        dx: &mut [T],
+        plus: Option<&[T]>,
+    ) -> [Vec<T>; 2] {
+        let (channels, image) = (weight.len(), x.len() / statistics.0.len());
+        let images = x.par_chunks(image).zip(dx.par_chunks_mut(image)).zip(&statistics.0).enumerate();
+        let per_image: Vec<Sums> = images
+            .map(|(i, ((x, dx), statistics))| {
+                let plus = plus.map(|plus| &plus[i * image..(i + 1) * image]);
+                backward_image(x, weight, bias, statistics, dx, plus, *self)
+            })
+            .collect();
+        let mut total = vec![0.0; 2 * channels];
+        for sums in per_image {
+            total.iter_mut().zip(sums).for_each(|(t, s)| *t += s);
+        }
+        let cast = |sums: &[f64]| sums.iter().map(|&s| T::from_f64(s)).collect();
+        [cast(&total[channels..]), cast(&total[..channels])]
+    }
 }
 
 /// `x̂ · w + b` as `x · scale + shift`.
@@ -153,91 +186,58 @@ fn affine<T: Real>(mean: &[T], deviation: &[T], weight: &[T], bias: &[T]) -> (Ve
 }
 
 multiversion! {
-    /// The gradient in u, written to `du`, and its sums: over the rows of `du` and of `du · x`.
-    fn through_silu<T: Real, const FMA: bool>(
-        x: &[T], dy: &[T], du: &mut [T], scale: &[T], shift: &[T], mean: &[T], silu: bool
-    ) -> Sums {
+    /// Turns dy in `du` into the gradient in u.
+    fn through_silu<T: Real, const FMA: bool>(x: &[T], du: &mut [T], scale: &[T], shift: &[T]) {
         let channels = scale.len();
-        if silu {
-            let rows = x.chunks_exact(channels).zip(dy.chunks_exact(channels)).zip(du.chunks_exact_mut(channels));
-            for ((x, dy), du) in rows {
-                for ((du, (&x, &dy)), (&scale, &shift)) in du.iter_mut().zip(x.iter().zip(dy)).zip(scale.iter().zip(shift)) {
-                    let u = x.fma::<FMA>(scale, shift);
-                    let s = sigmoid(u);
-                    *du = dy * s * (T::ONE + u * (T::ONE - s));
-                }
-            }
-        } else {
-            du.copy_from_slice(dy);
-        }
-        let mut sums = vec![0.0; 2 * channels];
-        for first in (0..channels).step_by(BLOCK) {
-            let width = BLOCK.min(channels - first);
-            let (mut one, mut two) = ([T::ZERO; BLOCK], [T::ZERO; BLOCK]);
-            let mut centre = [T::ZERO; BLOCK];
-            centre[..width].copy_from_slice(&mean[first..first + width]);
-            for (x, du) in x.chunks_exact(channels).zip(du.chunks_exact(channels)) {
-                let (x, du) = (&x[first..first + width], &du[first..first + width]);
-                if let (Ok(x), Ok(du)) = (<&[T; BLOCK]>::try_from(x), <&[T; BLOCK]>::try_from(du)) {
-                    for i in 0..BLOCK {
-                        one[i] += du[i];
-                        two[i] = du[i].fma::<FMA>(x[i] - centre[i], two[i]);
-                    }
-                } else {
-                    for i in 0..width {
-                        one[i] += du[i];
-                        two[i] = du[i].fma::<FMA>(x[i] - centre[i], two[i]);
-                    }
-                }
-            }
-            for i in 0..width {
-                sums[first + i] = one[i].to_f64();
-                sums[channels + first + i] = two[i].to_f64();
+        for (x, du) in x.chunks_exact(channels).zip(du.chunks_exact_mut(channels)) {
+            for ((du, &x), (&scale, &shift)) in du.iter_mut().zip(x).zip(scale.iter().zip(shift)) {
+                let u = x.fma::<FMA>(scale, shift);
+                let s = sigmoid(u);
+                *du = *du * s * (T::ONE + u * (T::ONE - s));
             }
         }
-        sums
     }
 }
 
 multiversion! {
-    /// `dx = du · scale + x · slope + offset`, where `dx` holds du.
-    fn combine<T: Real, const FMA: bool>(x: &[T], dx: &mut [T], scale: &[T], slope: &[T], offset: &[T]) {
+    /// `dx = du · scale + x · slope + offset + plus`, where `dx` holds du.
+    fn combine<T: Real, const FMA: bool>(
+        x: &[T], dx: &mut [T], scale: &[T], slope: &[T], offset: &[T], plus: Option<&[T]>
+    ) {
         let channels = scale.len();
-        for (x, dx) in x.chunks_exact(channels).zip(dx.chunks_exact_mut(channels)) {
+        for (i, (x, dx)) in x.chunks_exact(channels).zip(dx.chunks_exact_mut(channels)).enumerate() {
             for ((dx, &x), ((&scale, &slope), &offset)) in dx.iter_mut().zip(x).zip(scale.iter().zip(slope).zip(offset)) {
                 *dx = dx.fma::<FMA>(scale, x.fma::<FMA>(slope, offset));
+            }
+            if let Some(plus) = plus {
+                dx.iter_mut().zip(&plus[i * channels..]).for_each(|(dx, &plus)| *dx += plus);
             }
         }
     }
 }
 
-/// Gradients of x, weight and bias.
-fn backward<T: Real>(x: &[T], weight: &[T], bias: &[T], dy: &[T], op: GroupNorm, image: usize) -> [Vec<T>; 3] {
-    let channels = weight.len();
-    let mut per_image = Vec::new();
-    let fill = |dx: &mut [T]| {
-        let images = x.par_chunks(image).zip(dy.par_chunks(image)).zip(dx.par_chunks_mut(image));
-        per_image = images.map(|((x, dy), dx)| backward_image(x, weight, bias, dy, dx, op)).collect::<Vec<Sums>>();
-    };
-    // SAFETY: `through_silu` writes every element before `combine` reads it.
-    let dx = unsafe { fresh(x.len(), fill) };
-    let mut total = vec![0.0; 2 * channels];
-    for sums in per_image {
-        total.iter_mut().zip(sums).for_each(|(t, s)| *t += s);
-    }
-    let cast = |sums: &[f64]| sums.iter().map(|&s| T::from_f64(s)).collect();
-    [dx, cast(&total[channels..]), cast(&total[..channels])]
-}
-
-/// Writes one image's dx; its share of the gradients of bias (first) and weight.
-fn backward_image<T: Real>(x: &[T], weight: &[T], bias: &[T], dy: &[T], dx: &mut [T], op: GroupNorm) -> Sums {
+/// Turns one image's dy into its dx; its share of the gradients of bias (first) and weight.
+fn backward_image<T: Real>(
+    x: &[T],
+    weight: &[T],
+    bias: &[T],
+    [mean, deviation]: &[Vec<T>; 2],
+    dx: &mut [T],
+    plus: Option<&[T]>,
+    op: GroupNorm,
+) -> Sums {
     let (channels, chunk) = (weight.len(), ROWS * weight.len());
-    let [mean, deviation] = statistics(x, channels, op.groups, op.eps);
-    let (scale, shift) = affine(&mean, &deviation, weight, bias);
-    let parts = x.par_chunks(chunk).zip(dy.par_chunks(chunk)).zip(dx.par_chunks_mut(chunk));
-    let mut sums =
-        sum_chunks(channels, parts.map(|((x, dy), du)| through_silu(x, dy, du, &scale, &shift, &mean, op.silu)));
-    for (sum, deviation) in sums[channels..].iter_mut().zip(&deviation) {
+    let (scale, shift) = affine(mean, deviation, weight, bias);
+    let parts = x.par_chunks(chunk).zip(dx.par_chunks_mut(chunk));
+    let zeros = vec![T::ZERO; channels];
+    let chunk_sums = parts.map(|(x, du)| {
+        if op.silu {
+            through_silu(x, du, &scale, &shift);
+        }
+        products(du, &zeros, x, mean)
+    });
+    let mut sums = sum_chunks(channels, chunk_sums);
+    for (sum, deviation) in sums[channels..].iter_mut().zip(deviation) {
         *sum *= deviation.to_f64();
     }
     // dx̂ = du · w; dx = (dx̂ - mean(dx̂) - x̂ · mean(dx̂ · x̂)) / sqrt(var + eps), means over the group.
@@ -251,15 +251,19 @@ fn backward_image<T: Real>(x: &[T], weight: &[T], bias: &[T], dy: &[T], dx: &mut
         slope.push(T::from_f64(-two * d * d));
         offset.push(T::from_f64((two * d * mean[c].to_f64() - one) * d));
     }
-    x.par_chunks(chunk).zip(dx.par_chunks_mut(chunk)).for_each(|(x, dx)| combine(x, dx, &scale, &slope, &offset));
+    x.par_chunks(chunk).zip(dx.par_chunks_mut(chunk)).enumerate().for_each(|(i, (x, dx))| {
+        combine(x, dx, &scale, &slope, &offset, plus.map(|plus| &plus[i * chunk..]));
+    });
     sums
 }
 
-#[derive(Clone, Copy)]
-struct GroupNorm {
-    groups: usize,
-    eps: f64,
-    silu: bool,
+/// The numbers of a normalisation.
+#[derive(Debug, Clone, Copy)]
+pub struct GroupNorm {
+    pub groups: usize,
+    pub eps: f64,
+    /// Followed by SiLU.
+    pub silu: bool,
 }
 
 /// Elements of one image, after checking the shapes.
@@ -287,7 +291,10 @@ impl CustomOp3 for GroupNorm {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let image = image_size(lx.shape(), lw.shape(), lb.shape())?;
         by_dtype!(x.dtype(), "group norm", T => {
-            storage(forward::<T>(slice(x, lx)?, slice(w, lw)?, slice(b, lb)?, *self, image), lx.shape())
+            let (x, w, b) = (slice::<T>(x, lx)?, slice(w, lw)?, slice(b, lb)?);
+            let statistics = self.statistics(x, w.len(), image);
+            // SAFETY: every element is written.
+            storage(unsafe { fresh(x.len(), |y| self.forward(x, w, b, &statistics, y)) }, lx.shape())
         })
     }
 
@@ -303,7 +310,9 @@ impl CustomOp3 for GroupNorm {
         let dy = dy.contiguous()?;
         by_dtype!(x.dtype(), "group norm", T => {
             let (xs, ws, bs, dys) = (view::<T>(x)?, view::<T>(w)?, view::<T>(b)?, view::<T>(&dy)?);
-            let [dx, dw, db] = backward(&xs, &ws, &bs, &dys, *self, image);
+            let statistics = self.statistics(&xs, ws.len(), image);
+            let mut dx = dys.to_vec();
+            let [dw, db] = self.backward(&xs, &ws, &bs, &statistics, &mut dx, None);
             Ok((Some(tensor(dx, x.shape())?), Some(tensor(dw, w.shape())?), Some(tensor(db, b.shape())?)))
         })
     }

@@ -1,6 +1,8 @@
 //! The vector register of the convolution micro-kernel: AVX-512, AVX2 with FMA, or portable lanes,
 //! chosen at run time.
 
+use super::simd::Real;
+
 /// A register of `LANES` numbers.
 ///
 /// # Safety
@@ -11,15 +13,18 @@ pub(super) trait Vector: Copy {
     unsafe fn load(p: *const Self::Element) -> Self;
     unsafe fn store(self, p: *mut Self::Element);
     unsafe fn splat(x: Self::Element) -> Self;
+    unsafe fn zero() -> Self;
     /// `self * factor + addend`.
     unsafe fn mul_add(self, factor: Self, addend: Self) -> Self;
+    unsafe fn add(self, other: Self) -> Self;
+    unsafe fn sub(self, other: Self) -> Self;
 }
 
 /// Lanes without a particular instruction set: what `f64` (used by gradient checks only) and other processors get.
 #[derive(Clone, Copy)]
 pub(super) struct Portable<T>([T; 4]);
 
-impl<T: Copy + std::ops::Mul<Output = T> + std::ops::Add<Output = T>> Vector for Portable<T> {
+impl<T: Real> Vector for Portable<T> {
     type Element = T;
     const LANES: usize = 4;
 
@@ -41,8 +46,23 @@ impl<T: Copy + std::ops::Mul<Output = T> + std::ops::Add<Output = T>> Vector for
     }
 
     #[inline(always)]
+    unsafe fn zero() -> Self {
+        Self([T::ZERO; 4])
+    }
+
+    #[inline(always)]
     unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
         Self(std::array::from_fn(|i| self.0[i] * factor.0[i] + addend.0[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] + other.0[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] - other.0[i]))
     }
 }
 
@@ -52,7 +72,7 @@ mod x86 {
     use std::arch::x86_64::*;
 
     macro_rules! vector {
-        ($register:ty, $lanes:literal, $load:ident, $store:ident, $splat:ident, $fma:ident) => {
+        ($register:ty, $lanes:literal, $load:ident, $store:ident, $splat:ident, $fma:ident, $add:ident, $sub:ident) => {
             impl Vector for $register {
                 type Element = f32;
                 const LANES: usize = $lanes;
@@ -76,13 +96,49 @@ mod x86 {
                 }
 
                 #[inline(always)]
+                unsafe fn zero() -> Self {
+                    // SAFETY: the caller's promise.
+                    unsafe { $splat(0.0) }
+                }
+
+                #[inline(always)]
                 unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
                     // SAFETY: the caller's promise.
                     unsafe { $fma(self, factor, addend) }
                 }
+
+                #[inline(always)]
+                unsafe fn add(self, other: Self) -> Self {
+                    // SAFETY: the caller's promise.
+                    unsafe { $add(self, other) }
+                }
+
+                #[inline(always)]
+                unsafe fn sub(self, other: Self) -> Self {
+                    // SAFETY: the caller's promise.
+                    unsafe { $sub(self, other) }
+                }
             }
         };
     }
-    vector!(__m512, 16, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_set1_ps, _mm512_fmadd_ps);
-    vector!(__m256, 8, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_set1_ps, _mm256_fmadd_ps);
+    vector!(
+        __m512,
+        16,
+        _mm512_loadu_ps,
+        _mm512_storeu_ps,
+        _mm512_set1_ps,
+        _mm512_fmadd_ps,
+        _mm512_add_ps,
+        _mm512_sub_ps
+    );
+    vector!(
+        __m256,
+        8,
+        _mm256_loadu_ps,
+        _mm256_storeu_ps,
+        _mm256_set1_ps,
+        _mm256_fmadd_ps,
+        _mm256_add_ps,
+        _mm256_sub_ps
+    );
 }

@@ -1,5 +1,6 @@
 //! The image tokenizer (paper §2.1): pixels to a grid of codes and back.
 
+mod native;
 pub mod quantizer;
 pub mod segments;
 #[cfg(test)]
@@ -11,9 +12,10 @@ pub use segments::{PixelBatch, Statistics};
 use crate::{
     config,
     error::{Result, ensure},
-    nn::{conv::Conv2d, params::Scope, segment::Segment},
+    nn::{conv::Conv2d, features::Buffers, params::Scope, segment::Segment},
 };
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
+use native::{Layer, segments::Native};
 use quantizer::Quantizer;
 use segments::{Decode, Encode};
 use std::rc::Rc;
@@ -24,6 +26,9 @@ pub struct ImageTokenizer {
     encoder: Rc<EncoderHalf>,
     decoder: Rc<DecoderHalf>,
     segments: (Encode, Decode),
+    /// Whether the hand-written pass can run: f32 on a CPU.
+    native: bool,
+    buffers: Buffers,
     grid: usize,
     image_size: usize,
 }
@@ -38,6 +43,13 @@ impl EncoderHalf {
     fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         self.quant_conv.forward(&self.encoder.forward(pixels)?)
     }
+
+    /// The first convolution, which reads pixels, and all that follows it.
+    fn native_layers(&self) -> (&Conv2d, Vec<&dyn Layer>) {
+        let (first, mut rest) = self.encoder.layers();
+        rest.push(&self.quant_conv);
+        (first, rest)
+    }
 }
 
 /// Quantisation, and code vectors to pixels.
@@ -50,6 +62,13 @@ pub(crate) struct DecoderHalf {
 impl DecoderHalf {
     fn decode(&self, z_q: &Tensor) -> Result<Tensor> {
         self.decoder.forward(&self.post_quant_conv.forward(z_q)?)
+    }
+
+    /// All layers after the quantiser.
+    fn native_layers(&self) -> Vec<&dyn Layer> {
+        let mut layers: Vec<&dyn Layer> = vec![&self.post_quant_conv];
+        layers.extend(self.decoder.layers());
+        layers
     }
 }
 
@@ -73,7 +92,10 @@ impl ImageTokenizer {
             decoder: Decoder::new(&scope.at("decoder"), config)?,
         });
         let segments = segments::of(scope, config, &encoder, &decoder);
-        Ok(Self { encoder, decoder, segments, grid: config.image_size / factor, image_size: config.image_size })
+        let codebook = decoder.quantize.codebook();
+        let native = codebook.device().is_cpu() && codebook.dtype() == DType::F32;
+        let (grid, buffers) = (config.image_size / factor, Buffers::default());
+        Ok(Self { encoder, decoder, segments, native, buffers, grid, image_size: config.image_size })
     }
 
     /// Height and width of the grid of codes.
@@ -93,6 +115,18 @@ impl ImageTokenizer {
 
     /// The chain that the training engine runs.
     pub fn segments(&self) -> Vec<Box<dyn Segment<PixelBatch> + '_>> {
+        let (encode, decode) = &self.segments;
+        if self.native {
+            let buffers = &self.buffers;
+            let native = Native { segment: encode, buffers };
+            vec![Box::new(native), Box::new(Native { segment: decode, buffers })]
+        } else {
+            self.taped_segments()
+        }
+    }
+
+    /// The same by candle's tape.
+    fn taped_segments(&self) -> Vec<Box<dyn Segment<PixelBatch> + '_>> {
         vec![Box::new(&self.segments.0), Box::new(&self.segments.1)]
     }
 
@@ -103,7 +137,7 @@ impl ImageTokenizer {
 
     /// Latents before quantisation: pixels `(batch, side, side, 3)` → `(batch, h, w, code_dim)`.
     pub fn latents(&self, pixels: &Tensor) -> Result<Tensor> {
-        self.encoder.forward(pixels)
+        if self.native { self.encoder.infer(pixels) } else { self.encoder.forward(pixels) }
     }
 
     /// Pixels `(batch, side, side, 3)` in \[-1, 1\] → codes `(batch, h·w)` of `u32`.
@@ -117,6 +151,7 @@ impl ImageTokenizer {
         let (batch, count) = codes.dims2()?;
         ensure!(count == self.grid * self.grid, "{count} codes for a grid of {0} x {0}", self.grid);
         let z_q = self.decoder.quantize.lookup(&codes.flatten_all()?)?;
-        self.decoder.decode(&z_q.reshape((batch, self.grid, self.grid, ()))?)
+        let z_q = z_q.reshape((batch, self.grid, self.grid, ()))?;
+        if self.native { self.decoder.infer(&z_q) } else { self.decoder.decode(&z_q) }
     }
 }

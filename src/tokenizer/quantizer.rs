@@ -10,9 +10,13 @@ use crate::{
 };
 use candle_core::{D, Tensor};
 
+/// Added to a squared length before its root.
+pub(super) const NORM_EPS: f64 = 1e-12;
+
 /// The codebook.
 pub struct Quantizer {
     codebook: Tensor,
+    name: String,
     l2_normalize: bool,
     commitment: f64,
     legacy_beta: bool,
@@ -36,6 +40,7 @@ impl Quantizer {
         let init = if config.l2_normalize { Init::Normal(1.0) } else { Init::Uniform(1.0 / codes as f64) };
         Ok(Self {
             codebook: scope.get("embedding.weight", (codes, dim), init)?,
+            name: format!("{}.embedding.weight", scope.name()),
             l2_normalize: config.l2_normalize,
             commitment: config.commitment,
             legacy_beta: config.legacy_beta,
@@ -47,11 +52,32 @@ impl Quantizer {
         Ok(self.codebook.dim(0)?)
     }
 
-    fn normalized(&self, x: &Tensor) -> Result<Tensor> {
+    /// The codebook's vectors, `(codes, dim)`.
+    pub(super) fn codebook(&self) -> &Tensor {
+        &self.codebook
+    }
+
+    /// The codebook's name among the parameters.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether codes are compared by cosine.
+    pub(super) fn l2_normalize(&self) -> bool {
+        self.l2_normalize
+    }
+
+    /// Weights of codebook and commitment loss.
+    pub(super) fn weights(&self) -> (f64, f64) {
+        if self.legacy_beta { (self.commitment, 1.0) } else { (1.0, self.commitment) }
+    }
+
+    /// Vectors as they are compared.
+    pub(super) fn normalized(&self, x: &Tensor) -> Result<Tensor> {
         if !self.l2_normalize {
             return Ok(x.clone());
         }
-        let norm = (x.sqr()?.sum_keepdim(D::Minus1)? + 1e-12)?.sqrt()?;
+        let norm = (x.sqr()?.sum_keepdim(D::Minus1)? + NORM_EPS)?.sqrt()?;
         Ok(x.broadcast_div(&norm)?)
     }
 
@@ -77,8 +103,7 @@ impl Quantizer {
         let z = self.normalized(z)?;
         let codes = self.encode(&z)?;
         let z_q = self.lookup(&codes)?.reshape(z.shape())?;
-        let (codebook_weight, commitment_weight) =
-            if self.legacy_beta { (self.commitment, 1.0) } else { (1.0, self.commitment) };
+        let (codebook_weight, commitment_weight) = self.weights();
         Ok(Quantized {
             codebook_loss: ((&z_q - z.detach())?.sqr()?.mean_all()? * codebook_weight)?,
             commitment_loss: ((&z - z_q.detach())?.sqr()?.mean_all()? * commitment_weight)?,

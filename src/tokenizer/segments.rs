@@ -61,7 +61,7 @@ impl Statistics {
 }
 
 pub(super) struct Encode {
-    half: Rc<EncoderHalf>,
+    pub(super) half: Rc<EncoderHalf>,
     params: Params,
 }
 
@@ -80,10 +80,10 @@ impl Taped<PixelBatch> for Encode {
 }
 
 pub(super) struct Decode {
-    half: Rc<DecoderHalf>,
+    pub(super) half: Rc<DecoderHalf>,
     params: Params,
-    l1_weight: f64,
-    l2_weight: f64,
+    pub(super) l1_weight: f64,
+    pub(super) l2_weight: f64,
 }
 
 impl Taped<PixelBatch> for Decode {

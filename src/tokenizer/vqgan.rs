@@ -1,21 +1,25 @@
 //! VQGAN's encoder and decoder (arXiv 2012.09841), with the names and shapes of taming-transformers, so
 //! that its checkpoints load. Activations are `(batch, height, width, channels)`.
 
+use super::native::Layer;
 use crate::{
     config,
     error::Result,
-    nn::{conv::Conv2d, group_norm::GroupNorm, params::Scope},
-    ops,
+    nn::{
+        conv::{Conv2d, Upsample},
+        group_norm::GroupNorm,
+        params::Scope,
+    },
 };
 use candle_core::{D, Tensor};
 
 /// `x + conv(swish(norm(conv(swish(norm(x))))))`, with a 1×1 shortcut where the channels change.
-struct ResnetBlock {
-    norm1: GroupNorm,
-    conv1: Conv2d,
-    norm2: GroupNorm,
-    conv2: Conv2d,
-    nin_shortcut: Option<Conv2d>,
+pub(super) struct ResnetBlock {
+    pub(super) norm1: GroupNorm,
+    pub(super) conv1: Conv2d,
+    pub(super) norm2: GroupNorm,
+    pub(super) conv2: Conv2d,
+    pub(super) nin_shortcut: Option<Conv2d>,
 }
 
 impl ResnetBlock {
@@ -42,12 +46,12 @@ impl ResnetBlock {
 }
 
 /// One head of self-attention over all positions.
-struct AttnBlock {
-    norm: GroupNorm,
-    q: Conv2d,
-    k: Conv2d,
-    v: Conv2d,
-    proj_out: Conv2d,
+pub(super) struct AttnBlock {
+    pub(super) norm: GroupNorm,
+    pub(super) q: Conv2d,
+    pub(super) k: Conv2d,
+    pub(super) v: Conv2d,
+    pub(super) proj_out: Conv2d,
 }
 
 impl AttnBlock {
@@ -76,11 +80,26 @@ impl AttnBlock {
     }
 }
 
+/// `conv(swish(norm(x)))`, the end of encoder and decoder.
+pub(super) struct Head {
+    pub(super) norm: GroupNorm,
+    pub(super) conv: Conv2d,
+}
+
+impl Head {
+    fn new(scope: &Scope, inputs: usize, outputs: usize) -> Result<Self> {
+        let norm = GroupNorm::new(&scope.at("norm_out"), inputs)?;
+        Ok(Self { norm, conv: Conv2d::same(&scope.at("conv_out"), inputs, outputs, 3)? })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.conv.forward(&self.norm.silu(x)?)
+    }
+}
+
 /// The residual blocks of one resolution, each followed by attention where the config asks for it.
 struct Level {
     blocks: Vec<(ResnetBlock, Option<AttnBlock>)>,
-    /// Down- or upsampling to the next level.
-    resample: Option<Conv2d>,
 }
 
 impl Level {
@@ -92,7 +111,7 @@ impl Level {
             blocks.push((block, attn));
             inputs = outputs;
         }
-        Ok(Self { blocks, resample: None })
+        Ok(Self { blocks })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
@@ -104,6 +123,13 @@ impl Level {
             }
         }
         Ok(h)
+    }
+
+    fn layers(&self) -> impl Iterator<Item = &dyn Layer> {
+        self.blocks.iter().flat_map(|(block, attn)| {
+            let attn = attn.as_ref().map(|attn| attn as &dyn Layer);
+            std::iter::once(block as &dyn Layer).chain(attn)
+        })
     }
 }
 
@@ -126,15 +152,19 @@ impl Middle {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.block_2.forward(&self.attn_1.forward(&self.block_1.forward(x)?)?)
     }
+
+    fn layers(&self) -> [&dyn Layer; 3] {
+        [&self.block_1, &self.attn_1, &self.block_2]
+    }
 }
 
 /// Pixels `(batch, side, side, 3)` → latents `(batch, side / f, side / f, latent_channels)`.
 pub struct Encoder {
     conv_in: Conv2d,
-    down: Vec<Level>,
+    /// Each level and the step down to the next one.
+    down: Vec<(Level, Option<Conv2d>)>,
     mid: Middle,
-    norm_out: GroupNorm,
-    conv_out: Conv2d,
+    out: Head,
 }
 
 impl Encoder {
@@ -145,32 +175,39 @@ impl Encoder {
         for (i, &outputs) in widths.iter().enumerate() {
             let scope = scope.at("down").at(i);
             let attention = config.attention_sides.contains(&side);
-            let mut level = Level::new(&scope, inputs, outputs, config.residual_blocks, attention)?;
-            if i + 1 < widths.len() {
-                level.resample = Some(Conv2d::down(&scope.at("downsample.conv"), outputs)?);
-                side /= 2;
-            }
-            down.push(level);
+            let level = Level::new(&scope, inputs, outputs, config.residual_blocks, attention)?;
+            let downsample = i + 1 < widths.len();
+            let downsample = downsample.then(|| Conv2d::down(&scope.at("downsample.conv"), outputs)).transpose()?;
+            side /= 2;
+            down.push((level, downsample));
             inputs = outputs;
         }
         Ok(Self {
             conv_in,
             down,
             mid: Middle::new(&scope.at("mid"), inputs)?,
-            norm_out: GroupNorm::new(&scope.at("norm_out"), inputs)?,
-            conv_out: Conv2d::same(&scope.at("conv_out"), inputs, config.latent_channels, 3)?,
+            out: Head::new(scope, inputs, config.latent_channels)?,
         })
     }
 
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         let mut h = self.conv_in.forward(pixels)?;
-        for level in &self.down {
+        for (level, downsample) in &self.down {
             h = level.forward(&h)?;
-            if let Some(downsample) = &level.resample {
+            if let Some(downsample) = downsample {
                 h = downsample.forward(&h)?;
             }
         }
-        self.conv_out.forward(&self.norm_out.silu(&self.mid.forward(&h)?)?)
+        self.out.forward(&self.mid.forward(&h)?)
+    }
+
+    /// The first convolution, which reads pixels, and all that follows it.
+    pub(super) fn layers(&self) -> (&Conv2d, Vec<&dyn Layer>) {
+        let down = self.down.iter().flat_map(|(level, downsample)| {
+            level.layers().chain(downsample.as_ref().map(|downsample| downsample as &dyn Layer))
+        });
+        let end: [&dyn Layer; 1] = [&self.out];
+        (&self.conv_in, down.chain(self.mid.layers()).chain(end).collect())
     }
 }
 
@@ -178,10 +215,9 @@ impl Encoder {
 pub struct Decoder {
     conv_in: Conv2d,
     mid: Middle,
-    /// Indexed by level, as taming does: the last one runs first.
-    up: Vec<Level>,
-    norm_out: GroupNorm,
-    conv_out: Conv2d,
+    /// Each level and the step up to the one before it. Indexed by level, as taming does: the last one runs first.
+    up: Vec<(Level, Option<Upsample>)>,
+    out: Head,
 }
 
 impl Decoder {
@@ -195,31 +231,33 @@ impl Decoder {
         for (i, &outputs) in widths.iter().enumerate().rev() {
             let scope = scope.at("up").at(i);
             let attention = config.attention_sides.contains(&side);
-            let mut level = Level::new(&scope, inputs, outputs, config.residual_blocks + 1, attention)?;
-            if i > 0 {
-                level.resample = Some(Conv2d::same(&scope.at("upsample.conv"), outputs, outputs, 3)?);
-                side *= 2;
-            }
-            up.insert(0, level);
+            let level = Level::new(&scope, inputs, outputs, config.residual_blocks + 1, attention)?;
+            let upsample = (i > 0).then(|| Upsample::new(&scope.at("upsample"), outputs)).transpose()?;
+            side *= 2;
+            up.insert(0, (level, upsample));
             inputs = outputs;
         }
-        Ok(Self {
-            conv_in,
-            mid,
-            up,
-            norm_out: GroupNorm::new(&scope.at("norm_out"), inputs)?,
-            conv_out: Conv2d::same(&scope.at("conv_out"), inputs, 3, 3)?,
-        })
+        Ok(Self { conv_in, mid, up, out: Head::new(scope, inputs, 3)? })
     }
 
     pub fn forward(&self, latents: &Tensor) -> Result<Tensor> {
         let mut h = self.mid.forward(&self.conv_in.forward(latents)?)?;
-        for level in self.up.iter().rev() {
+        for (level, upsample) in self.up.iter().rev() {
             h = level.forward(&h)?;
-            if let Some(conv) = &level.resample {
-                h = conv.forward(&ops::upsample_nearest2x(&h)?)?;
+            if let Some(upsample) = upsample {
+                h = upsample.forward(&h)?;
             }
         }
-        self.conv_out.forward(&self.norm_out.silu(&h)?)
+        self.out.forward(&h)
+    }
+
+    /// All layers in order.
+    pub(super) fn layers(&self) -> Vec<&dyn Layer> {
+        let start: [&dyn Layer; 1] = [&self.conv_in];
+        let up = self.up.iter().rev().flat_map(|(level, upsample)| {
+            level.layers().chain(upsample.as_ref().map(|upsample| upsample as &dyn Layer))
+        });
+        let end: [&dyn Layer; 1] = [&self.out];
+        start.into_iter().chain(self.mid.layers()).chain(up).chain(end).collect()
     }
 }

@@ -1,0 +1,358 @@
+//! 3×3 convolutions of stride 1 by Winograd's F(2×2, 3×3) (arXiv 1509.09308): 16 products of matrices in the place
+//! of 36, for each 2×2 pixels of the output; errors stay those of f32 sums, as the transforms only add and halve.
+//!
+//! A task takes a strip of the output, transforms its patches into cache, multiplies point by point, and
+//! transforms back; nothing of the picture's size is ever built.
+
+use super::{
+    conv_kernel::{Element, Kernel, Product},
+    conv_loops::{BLOCK, sum_partials},
+    conv_region::{Picture, Region},
+    conv_tiles::Geometry,
+    winograd_transforms::{Output, POINTS, Patch, Transforms},
+};
+use rayon::prelude::*;
+
+/// Patches that are transformed at once: what L2 holds beside the filters.
+const FORWARD_PATCHES: usize = 32;
+/// More of them where each point's sums pass through the cache once a strip.
+const GRADIENT_PATCHES: usize = 64;
+/// Channels come in multiples of this.
+const GROUP: usize = 16;
+/// Tasks that add up the filters' gradient: fixed, so that the result does not depend on the number of threads.
+const TASKS: usize = 8;
+
+/// Whether this module can do a convolution; the kernel is the one for its outputs.
+pub(super) fn fits<T: Element>(g: &Geometry) -> bool {
+    let square = (g.kernel_height, g.kernel_width, g.stride) == (3, 3, 1);
+    let whole = |channels: usize| channels > 0 && channels.is_multiple_of(GROUP);
+    square && whole(g.inputs) && whole(g.outputs) && g.outputs.is_multiple_of(T::kernel(g.outputs).width)
+}
+
+/// Where the transforms of a strip lie: 16 points of `patches · channels`, a little apart so that they do not
+/// fall on the same lines of the cache.
+fn point_stride(patches: usize, channels: usize) -> usize {
+    patches * channels + GROUP
+}
+
+/// Cuts columns of patches into strips: (rows, columns) of patches in one.
+fn strip(g: &Geometry, patches: usize) -> (usize, usize) {
+    let (rows, columns) = (g.out_height.div_ceil(2), g.out_width.div_ceil(2).max(1));
+    let columns = columns.min(patches);
+    ((patches / columns).clamp(1, rows.max(1)), columns)
+}
+
+/// Transforms patches of `size` pixels, 2 apart, in layout (point, group, patch, channel of the group).
+fn transform<T: Element>(
+    f: unsafe fn(Patch<T>),
+    region: &Region<T>,
+    size: usize,
+    (rows, columns, channels): (usize, usize, usize),
+    group: usize,
+    to: &mut Vec<T>,
+) {
+    let (patches, point) = (rows * columns, point_stride(rows * columns, channels));
+    to.resize(POINTS * point, T::ZERO);
+    let needed = (2 * (rows - 1) + size - 1) * region.row + (2 * (columns - 1) + size) * channels;
+    assert!(region.pixels.len() >= needed && channels.is_multiple_of(group));
+    for i in 0..patches {
+        let start = 2 * (i / columns) * region.row + 2 * (i % columns) * channels;
+        let patch = Patch {
+            pixels: region.pixels[start..].as_ptr(),
+            row: region.row,
+            channels,
+            to: to[i * group..].as_mut_ptr(),
+            point,
+            group,
+            group_stride: patches * group,
+        };
+        // SAFETY: the assertion for the pixels; `to` holds 16 points of `patches · channels` and more.
+        unsafe { f(patch) };
+    }
+}
+
+/// Buffers of one task.
+struct Scratch<T> {
+    pixels: Vec<T>,
+    input: Vec<T>,
+    other: Vec<T>,
+}
+
+impl<T> Scratch<T> {
+    fn new() -> Self {
+        Self { pixels: Vec::new(), input: Vec::new(), other: Vec::new() }
+    }
+}
+
+/// `y (b, h', w', out)`: the convolution, the bias and the residual; `flipped` for the input's gradient.
+pub(super) fn convolve<T: Element>(
+    x: &[T],
+    w: &[T],
+    bias: Option<&[T]>,
+    residual: Option<&[T]>,
+    y: &mut [T],
+    g: Geometry,
+    flipped: bool,
+) {
+    let (kernel, transforms) = (T::kernel(g.outputs), T::transforms());
+    let filters = transform_filters(w, g, flipped, kernel.width);
+    let zeros = vec![T::ZERO; if bias.is_some() { 0 } else { g.outputs }];
+    let bias = bias.unwrap_or(&zeros);
+    let (strip_rows, strip_columns) = strip(&g, FORWARD_PATCHES);
+    let out_image = g.out_height * g.out_row();
+    let strips = y.par_chunks_mut(out_image).enumerate().flat_map(|(i, y)| {
+        y.par_chunks_mut(2 * strip_rows * g.out_row()).enumerate().map(move |(j, y)| (i, 2 * j * strip_rows, y))
+    });
+    strips.for_each_init(Scratch::new, |scratch, (i, top, y)| {
+        let picture = Picture::new(x, i, g.height, g.width, g.inputs);
+        let residual = residual.map(|r| &r[i * out_image + top * g.out_row()..][..y.len()]);
+        for left in (0..g.out_width).step_by(2 * strip_columns) {
+            let rows = (y.len() / g.out_row()).div_ceil(2);
+            let columns = strip_columns.min((g.out_width - left).div_ceil(2));
+            let corner = (top as isize - g.top, left as isize - g.left);
+            let region = picture.region(corner, (2 * rows + 2, 2 * columns + 2), &mut scratch.pixels);
+            let shape = (rows, columns, g.inputs);
+            transform(transforms.input, &region, 4, shape, g.inputs, &mut scratch.input);
+            multiply(&scratch.input, &filters, &mut scratch.other, rows * columns, g, kernel);
+            let strip = Strip { products: &scratch.other, rows, columns, left, bias, residual };
+            put(strip, y, g, transforms);
+        }
+    });
+}
+
+/// (G g Gᵀ) of all filters: (panel of outputs, point, input, output of the panel).
+fn transform_filters<T: Element>(w: &[T], g: Geometry, flipped: bool, width: usize) -> Vec<T> {
+    let mut filters = vec![T::ZERO; POINTS * g.inputs * g.outputs];
+    let half = T::from_f64(0.5);
+    let line = |g: [T; 3]| [g[0], (g[0] + g[1] + g[2]) * half, (g[0] - g[1] + g[2]) * half, g[2]];
+    let point = g.inputs * width;
+    filters.par_chunks_mut(POINTS * point).enumerate().for_each(|(panel, filters)| {
+        for (input, lane) in (0..g.inputs).flat_map(|input| (0..width).map(move |lane| (input, lane))) {
+            let output = panel * width + lane;
+            let at = if flipped { input * g.outputs + output } else { output * g.inputs + input } * 9;
+            let filter = |i: usize, j: usize| w[at + if flipped { 8 - (3 * i + j) } else { 3 * i + j }];
+            let rows: [[T; 4]; 3] = std::array::from_fn(|i| line([filter(i, 0), filter(i, 1), filter(i, 2)]));
+            for j in 0..4 {
+                for (i, v) in line([rows[0][j], rows[1][j], rows[2][j]]).into_iter().enumerate() {
+                    filters[(4 * i + j) * point + input * width + lane] = v;
+                }
+            }
+        }
+    });
+    filters
+}
+
+/// At each point, (patches, inputs) · (inputs, outputs).
+fn multiply<T: Element>(
+    input: &[T],
+    filters: &[T],
+    products: &mut Vec<T>,
+    patches: usize,
+    g: Geometry,
+    kernel: Kernel<T>,
+) {
+    let (from, to) = (point_stride(patches, g.inputs), point_stride(patches, g.outputs));
+    products.resize(POINTS * to, T::ZERO);
+    assert!(input.len() >= POINTS * from && filters.len() == POINTS * g.inputs * g.outputs);
+    for point in 0..POINTS {
+        for column in (0..g.outputs).step_by(kernel.width) {
+            let product = Product {
+                m: patches,
+                outer: 1,
+                inner: g.inputs,
+                a: input[point * from..].as_ptr(),
+                a_m: g.inputs,
+                a_outer: 0,
+                a_inner: 1,
+                b: filters[(column * POINTS + point * kernel.width) * g.inputs..].as_ptr(),
+                b_outer: 0,
+                b_inner: kernel.width,
+                c: products[point * to + column..].as_mut_ptr(),
+                c_m: g.outputs,
+                fresh: true,
+            };
+            // SAFETY: the assertion for A and B, the size given to `products` for C.
+            unsafe { (kernel.run)(product) };
+        }
+    }
+}
+
+/// The products of a strip and what is added to them.
+struct Strip<'a, T> {
+    products: &'a [T],
+    rows: usize,
+    columns: usize,
+    left: usize,
+    bias: &'a [T],
+    residual: Option<&'a [T]>,
+}
+
+/// Transforms products back into the pixels of the strip; those beyond the picture's edge are dropped.
+fn put<T: Element>(strip: Strip<T>, y: &mut [T], g: Geometry, transforms: Transforms<T>) {
+    let point = point_stride(strip.rows * strip.columns, g.outputs);
+    let height = y.len() / g.out_row();
+    assert!(strip.products.len() >= POINTS * point && strip.bias.len() == g.outputs);
+    assert!(strip.residual.is_none_or(|r| r.len() == y.len()));
+    for i in 0..strip.rows * strip.columns {
+        let (top, left) = (2 * (i / strip.columns), strip.left + 2 * (i % strip.columns));
+        let start = top * g.out_row() + left * g.outputs;
+        let output = Output {
+            products: strip.products[i * g.outputs..].as_ptr(),
+            point,
+            channels: g.outputs,
+            bias: strip.bias.as_ptr(),
+            residual: strip.residual.map_or(std::ptr::null(), |r| r[start..].as_ptr()),
+            y: y[start..].as_mut_ptr(),
+            row: g.out_row(),
+            rows: (height - top).min(2),
+            columns: (g.out_width - left).min(2),
+        };
+        // SAFETY: the assertions above; `rows` and `columns` end at the picture's edge.
+        unsafe { (transforms.output)(output) };
+    }
+}
+
+/// Adds the gradient of the filters `(out, in, 3, 3)` to `dw`.
+pub(super) fn weight_gradient<T: Element>(x: &[T], dy: &[T], dw: &mut [T], g: Geometry) {
+    let (kernel, transforms) = (T::kernel(g.outputs), T::transforms());
+    let (strip_rows, strip_columns) = strip(&g, GRADIENT_PATCHES);
+    let per_image = g.out_height.div_ceil(2 * strip_rows);
+    let strips = g.images * per_image;
+    let tasks = TASKS.min(strips);
+    let partial = |task: usize| {
+        let mut sums = vec![T::ZERO; POINTS * g.inputs * g.outputs];
+        let (mut scratch, mut dy_pixels) = (Scratch::new(), Vec::new());
+        for strip in strips * task / tasks..strips * (task + 1) / tasks {
+            let (image, top) = (strip / per_image, strip % per_image * 2 * strip_rows);
+            let x = Picture::new(x, image, g.height, g.width, g.inputs);
+            let dy = Picture::new(dy, image, g.out_height, g.out_width, g.outputs);
+            let rows = strip_rows.min((g.out_height - top).div_ceil(2));
+            for left in (0..g.out_width).step_by(2 * strip_columns) {
+                let columns = strip_columns.min((g.out_width - left).div_ceil(2));
+                let corner = (top as isize - g.top, left as isize - g.left);
+                let region = x.region(corner, (2 * rows + 2, 2 * columns + 2), &mut scratch.pixels);
+                transform(transforms.input, &region, 4, (rows, columns, g.inputs), GROUP, &mut scratch.input);
+                let corner = (top as isize, left as isize);
+                let region = dy.region(corner, (2 * rows, 2 * columns), &mut dy_pixels);
+                let shape = (rows, columns, g.outputs);
+                transform(transforms.gradient, &region, 2, shape, kernel.width, &mut scratch.other);
+                add_products(&scratch, &mut sums, rows * columns, g, kernel);
+            }
+        }
+        sums
+    };
+    let partials: Vec<Vec<T>> = (0..tasks).into_par_iter().map(partial).collect();
+    let sums = sum_partials(partials);
+    dw.par_chunks_mut(BLOCK * 9 * g.inputs).enumerate().for_each(|(block, dw)| {
+        let outputs = dw.len() / (9 * g.inputs);
+        // Neighbouring outputs share lines of the sums.
+        for (input, output) in (0..g.inputs).flat_map(|input| (0..outputs).map(move |output| (input, output))) {
+            let at = |point: usize| sums[(point * g.inputs + input) * g.outputs + block * BLOCK + output];
+            add_filter_gradient(std::array::from_fn(at), &mut dw[(output * g.inputs + input) * 9..][..9]);
+        }
+    });
+}
+
+/// At each point, (inputs, patches) · (patches, outputs) onto the sums (point, input, output).
+fn add_products<T: Element>(scratch: &Scratch<T>, sums: &mut [T], patches: usize, g: Geometry, kernel: Kernel<T>) {
+    let (a, b) = (point_stride(patches, g.inputs), point_stride(patches, g.outputs));
+    assert!(scratch.input.len() >= POINTS * a && scratch.other.len() >= POINTS * b);
+    assert!(sums.len() == POINTS * g.inputs * g.outputs);
+    for point in 0..POINTS {
+        for input in (0..g.inputs).step_by(GROUP) {
+            for column in (0..g.outputs).step_by(kernel.width) {
+                let product = Product {
+                    m: GROUP,
+                    outer: 1,
+                    inner: patches,
+                    a: scratch.input[point * a + input * patches..].as_ptr(),
+                    a_m: 1,
+                    a_outer: 0,
+                    a_inner: GROUP,
+                    b: scratch.other[point * b + column * patches..].as_ptr(),
+                    b_outer: 0,
+                    b_inner: kernel.width,
+                    c: sums[(point * g.inputs + input) * g.outputs + column..].as_mut_ptr(),
+                    c_m: g.outputs,
+                    fresh: false,
+                };
+                // SAFETY: the assertions above.
+                unsafe { (kernel.run)(product) };
+            }
+        }
+    }
+}
+
+/// Adds Gᵀ s G.
+fn add_filter_gradient<T: Element>(s: [T; POINTS], dw: &mut [T]) {
+    let half = T::from_f64(0.5);
+    let line = |s: [T; 4]| [s[0] + (s[1] + s[2]) * half, (s[1] - s[2]) * half, (s[1] + s[2]) * half + s[3]];
+    let rows: [[T; 3]; 4] = std::array::from_fn(|i| line([s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]]));
+    for j in 0..3 {
+        for (i, v) in line([rows[0][j], rows[1][j], rows[2][j], rows[3][j]]).into_iter().enumerate() {
+            dw[3 * i + j] += v;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        error::Result,
+        ops::{
+            conv::Padding,
+            conv_loops,
+            testing::{at_each_level, normal, values},
+        },
+    };
+    use candle_core::DType;
+
+    fn numbers(name: &str, count: usize) -> Vec<f32> {
+        values(&normal(name, &[count], DType::F32)).into_iter().map(|x| x as f32).collect()
+    }
+
+    fn assert_close(what: &str, ours: &[f32], theirs: &[f32]) {
+        let scale = theirs.iter().fold(1e-3, |m: f32, x| m.max(x.abs()));
+        for (a, b) in ours.iter().zip(theirs) {
+            assert!((a - b).abs() < 3e-6 * scale, "{what}: {a} instead of {b}");
+        }
+    }
+
+    #[test]
+    fn equals_the_direct_convolution_at_every_level() -> Result<()> {
+        let uneven = Padding { top: 2, bottom: 0, left: 0, right: 1 };
+        let cases = [
+            ([1, 1, 1, 32], 32, Padding::same(1)),
+            ([2, 7, 9, 32], 64, Padding::same(1)),
+            ([1, 3, 70, 64], 32, Padding::same(1)),
+            ([3, 140, 3, 32], 32, uneven),
+            ([1, 6, 5, 32], 32, Padding::same(0)),
+        ];
+        at_each_level(|| {
+            for (x, outputs, padding) in cases {
+                let g = Geometry::new(x, [outputs, x[3], 3, 3], 1, padding);
+                assert!(fits::<f32>(&g) && fits::<f32>(&g.transposed()));
+                let (count, out_count) = (x.iter().product(), g.output().iter().product());
+                let (w, b) = (numbers("w", outputs * x[3] * 9), numbers("b", outputs));
+                let (x, dy, residual) = (numbers("x", count), numbers("dy", out_count), numbers("r", out_count));
+
+                let [mut ours, mut theirs] = [f32::NAN, 7.0].map(|any| vec![any; out_count]);
+                convolve(&x, &w, Some(&b), Some(&residual), &mut ours, g, false);
+                conv_loops::convolve(&x, &w, Some(&b), Some(&residual), &mut theirs, g);
+                assert_close("y", &ours, &theirs);
+
+                let [mut ours, mut theirs] = [f32::NAN, 7.0].map(|any| vec![any; count]);
+                convolve(&dy, &w, None, None, &mut ours, g.transposed(), true);
+                conv_loops::convolve_transposed(&dy, &w, None, &mut theirs, g);
+                assert_close("dx", &ours, &theirs);
+
+                let [mut ours, mut theirs] = [vec![1.0; w.len()], vec![1.0; w.len()]];
+                weight_gradient(&x, &dy, &mut ours, g);
+                conv_loops::weight_gradient(&x, &dy, &mut theirs, g);
+                assert_close("dw", &ours, &theirs);
+            }
+            Ok(())
+        })
+    }
+}

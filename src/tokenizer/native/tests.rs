@@ -1,0 +1,108 @@
+//! Native ≡ taped, for small tokenizers of every kind.
+
+use crate::{
+    config,
+    error::{Context, Result},
+    nn::{gradients::Gradients, params::Scope, segment::Segment},
+    ops::testing::{normal, values},
+    tokenizer::{ImageTokenizer, PixelBatch},
+};
+use candle_core::{DType, Device, Tensor};
+
+type Chain<'a> = Vec<Box<dyn Segment<PixelBatch> + 'a>>;
+
+/// Adds a batch's gradients; loss, codes and errors.
+fn accumulate(chain: &Chain, batch: &PixelBatch, gradients: &mut Gradients) -> Result<(Vec<f64>, Vec<u32>)> {
+    let x = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
+    let (z, encoded) = chain[0].forward(&x, batch)?;
+    let (loss, decoded) = chain[1].forward(&z, batch)?;
+    let dz = chain[1].backward(&z, batch, decoded, None, gradients)?;
+    chain[0].backward(&x, batch, encoded, dz, gradients)?;
+    let statistics = batch.statistics.take().context("the last segment leaves statistics")?;
+    assert_eq!(values(&statistics.latents), values(&z));
+    let numbers = vec![values(&loss)[0], statistics.l1, statistics.l2, statistics.codebook, statistics.commitment];
+    Ok((numbers, statistics.codes))
+}
+
+fn pixels(side: usize, name: &str) -> Result<Tensor> {
+    Ok(normal(name, &[2, side, side, 3], DType::F32).tanh()?)
+}
+
+fn small() -> config::ImageTokenizer {
+    config::ImageTokenizer {
+        image_size: 16,
+        channels: 64,
+        channel_multipliers: vec![1, 2],
+        residual_blocks: 1,
+        attention_sides: vec![],
+        latent_channels: 16,
+        codebook_size: 40,
+        code_dim: 6,
+        l1_weight: 0.7,
+        l2_weight: 1.3,
+        ..config::ImageTokenizer::default()
+    }
+}
+
+fn tokenizer(config: &config::ImageTokenizer) -> Result<(ImageTokenizer, Scope)> {
+    let scope = Scope::from_seed(5, DType::F32, &Device::Cpu);
+    Ok((ImageTokenizer::new(&scope, config)?, scope))
+}
+
+fn norm(x: &[f64]) -> f64 {
+    x.iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+/// Each parameter's to 1e-5 of its norm. Some are 0 but for rounding (a bias that a norm or a softmax takes away
+/// again): they may differ by what f32 rounds of the whole gradient.
+fn assert_same_gradients<'a>(native: &Gradients, taped: &Gradients, names: impl Iterator<Item = &'a String>) {
+    let whole = norm(&taped.iter().map(|(_, gradient)| norm(&values(gradient))).collect::<Vec<_>>());
+    let check = |name: &String| {
+        let [ours, theirs] = [native, taped].map(|gradients| gradients.get(name).map(values).unwrap_or_default());
+        let difference: Vec<f64> = ours.iter().zip(&theirs).map(|(a, b)| a - b).collect();
+        let same = ours.len() == theirs.len() && norm(&difference) <= 1e-5 * norm(&theirs) + 1e-7 * whole;
+        let counts = !ours.is_empty();
+        (!same || !counts).then(|| format!("{name}: {:.1e} of {:.1e}", norm(&difference), norm(&theirs)))
+    };
+    let wrong: Vec<String> = names.filter_map(check).collect();
+    assert!(wrong.is_empty(), "of {whole:.1e}: {wrong:?}");
+}
+
+#[test]
+fn equals_the_tape() -> Result<()> {
+    let with_attention = config::ImageTokenizer { attention_sides: vec![8, 16], l2_normalize: true, ..small() };
+    let deep = config::ImageTokenizer { image_size: 20, channel_multipliers: vec![1, 1, 2], ..small() };
+    let one_level = config::ImageTokenizer { image_size: 5, channel_multipliers: vec![2], ..small() };
+    let blocks = config::ImageTokenizer { residual_blocks: 2, legacy_beta: true, l2_normalize: true, ..small() };
+    let legacy = config::ImageTokenizer { legacy_beta: true, channel_multipliers: vec![2, 1], ..small() };
+    for config in [small(), with_attention, deep, one_level, blocks, legacy] {
+        let (tokenizer, scope) = tokenizer(&config)?;
+        let [mut native, mut taped] = [Gradients::default(), Gradients::default()];
+        // Two parts of a step: gradients add up, and the second one runs in used buffers.
+        for (name, share) in [("first", 0.25), ("second", 0.75)] {
+            let batch = PixelBatch::new(pixels(config.image_size, name)?, share);
+            let (ours, codes) = accumulate(&tokenizer.segments(), &batch, &mut native)?;
+            let (theirs, expected) = accumulate(&tokenizer.taped_segments(), &batch, &mut taped)?;
+            assert_eq!(codes, expected);
+            assert!(ours.iter().zip(&theirs).all(|(a, b)| (a - b).abs() < 1e-5 * b.abs()), "{ours:?} {theirs:?}");
+        }
+        assert_same_gradients(&native, &taped, scope.params().keys());
+    }
+    Ok(())
+}
+
+#[test]
+fn threads_do_not_matter() -> Result<()> {
+    let config = config::ImageTokenizer { image_size: 40, ..small() };
+    let on = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+        pool.install(|| -> Result<Vec<Vec<f64>>> {
+            let (tokenizer, scope) = tokenizer(&config)?;
+            let mut gradients = Gradients::default();
+            accumulate(&tokenizer.segments(), &PixelBatch::new(pixels(40, "x")?, 1.0), &mut gradients)?;
+            Ok(scope.params().keys().map(|name| gradients.get(name).map(values).unwrap_or_default()).collect())
+        })
+    };
+    assert!(on(1)? == on(3)?);
+    Ok(())
+}
