@@ -14,7 +14,11 @@ pub use plot::plot;
 pub use shapes::{SHAPES, Shape};
 pub use statistics::Spread;
 
-use crate::{config::Precision, error::Result, ops, runtime};
+use crate::{
+    error::Result,
+    ops::{self, packed::Format},
+    runtime,
+};
 use serde::Serialize;
 use std::time::Instant;
 
@@ -23,7 +27,7 @@ use std::time::Instant;
 pub struct Report {
     pub work: &'static str,
     pub shape: &'static str,
-    pub precision: Precision,
+    pub precision: &'static str,
     pub batch: usize,
     pub threads: usize,
     pub parameters: usize,
@@ -47,6 +51,7 @@ pub struct Report {
 /// Repeatable work on synthetic data.
 struct Work<'a> {
     name: &'static str,
+    precision: &'static str,
     run: Box<dyn FnMut() -> Result<()> + 'a>,
     parameters: usize,
     amount: usize,
@@ -64,9 +69,9 @@ pub fn tokenizer(shape: &Shape, repeat: usize) -> Result<Report> {
     report(shape, repeat, work::tokenizer(shape)?)
 }
 
-/// Painting the codes of one picture a sequence, the likeliest code each time.
-pub fn decode(shape: &Shape, repeat: usize) -> Result<Report> {
-    report(shape, repeat, work::decode(shape)?)
+/// Painting the codes of one picture a sequence, the likeliest code each time, with weights kept in `format`.
+pub fn decode(shape: &Shape, format: Format, repeat: usize) -> Result<Report> {
+    report(shape, repeat, work::decode(shape, format)?)
 }
 
 fn report(shape: &Shape, repeat: usize, mut work: Work) -> Result<Report> {
@@ -76,7 +81,7 @@ fn report(shape: &Shape, repeat: usize, mut work: Work) -> Result<Report> {
     Ok(Report {
         work: work.name,
         shape: shape.name,
-        precision: shape.config.train.precision,
+        precision: work.precision,
         batch: shape.batch,
         threads: rayon::current_num_threads(),
         parameters: work.parameters,

@@ -10,6 +10,7 @@ use crate::{
         gradients::Gradients,
         params::{Params, Scope},
     },
+    ops::packed::Format,
     random::Random,
     runtime,
     tokenizer::{ImageTokenizer, PixelBatch},
@@ -29,7 +30,15 @@ pub fn train(shape: &Shape) -> Result<Work<'static>> {
     let parameters = count(&params);
     let mut step = Step::new(shape, params);
     let run = Box::new(move || step.take(&generator.segments(), &batch));
-    Ok(Work { name: "train", run, parameters, amount, unit: "tokens", flops })
+    Ok(Work {
+        name: "train",
+        precision: shape.config.train.precision.name(),
+        run,
+        parameters,
+        amount,
+        unit: "tokens",
+        flops,
+    })
 }
 
 /// Whole steps on one batch of pictures.
@@ -45,7 +54,15 @@ pub fn tokenizer(shape: &Shape) -> Result<Work<'static>> {
     let mut step = Step::new(shape, params);
     let run = Box::new(move || step.take(&model.segments(), &PixelBatch::new(pixels.clone(), 1.0)));
     let flops = flops::tokenizer(config, shape.batch);
-    Ok(Work { name: "tokenizer", run, parameters, amount: shape.batch, unit: "images", flops })
+    Ok(Work {
+        name: "tokenizer",
+        precision: shape.config.train.precision.name(),
+        run,
+        parameters,
+        amount: shape.batch,
+        unit: "images",
+        flops,
+    })
 }
 
 /// What a step of `vilg train` does between reading and logging.
@@ -81,26 +98,26 @@ pub fn forward_backward<B>(chain: &Chain<B>, batch: &B, gradients: &mut Gradient
 }
 
 /// All codes of one picture for each text.
-pub fn decode(shape: &Shape) -> Result<Work<'static>> {
+pub fn decode(shape: &Shape, format: Format) -> Result<Work<'static>> {
     let (generator, params) = generator(shape)?;
+    let generator = generator.decode_in(format);
     let texts = texts(shape);
     let codes = shape.grid.0 * shape.grid.1;
     let run = Box::new(move || paint(&generator, &texts, codes));
     let (parameters, amount) = (count(&params), shape.batch * codes);
-    Ok(Work { name: "decode", run, parameters, amount, unit: "tokens", flops: flops::decode(shape) })
+    let precision = format.name();
+    Ok(Work { name: "decode", precision, run, parameters, amount, unit: "tokens", flops: flops::decode(shape) })
 }
 
 fn paint(generator: &Generator, texts: &[Vec<u32>], codes: usize) -> Result<()> {
-    let (mut state, mut logits) = generator.decode_start(Source::Text(texts))?;
-    for position in 0..codes {
-        let values: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-        let next: Vec<u32> = values
-            .par_chunks(values.len() / texts.len())
-            .map(|row| Sampling::GREEDY.draw(row, 0.0))
-            .collect::<Result<_>>()?;
-        if position + 1 < codes {
-            logits = state.logits_next(&next)?;
-        }
+    let draw = |logits: &[f32]| -> Result<Vec<u32>> {
+        let rows = logits.par_chunks(logits.len() / texts.len());
+        rows.map(|row| Sampling::GREEDY.draw(row, 0.0)).collect()
+    };
+    let (mut state, logits) = generator.decode_start(Source::Text(texts))?;
+    let mut next = draw(&logits)?;
+    for _ in 1..codes {
+        next = draw(state.logits_next(&next)?)?;
     }
     Ok(())
 }

@@ -4,6 +4,7 @@ use crate::{
     bench::{self, Report, SHAPES, Shape, attention::Cost},
     config::{AttentionKind, Precision},
     error::Result,
+    ops::packed::Format,
     report,
 };
 use clap::{Subcommand, ValueEnum, builder::PossibleValuesParser};
@@ -20,11 +21,11 @@ pub struct Args {
 #[derive(Subcommand)]
 enum Command {
     /// Whole training steps of the generator: forward, backward, clipping, update
-    Train(WorkArgs),
+    Train(WorkArgs<Numbers>),
     /// Whole training steps of the image tokenizer
-    Tokenizer(WorkArgs),
+    Tokenizer(WorkArgs<Numbers>),
     /// Painting: the codes of one picture a sequence, the likeliest each time
-    Decode(WorkArgs),
+    Decode(WorkArgs<Format>),
     Attention(AttentionArgs),
 }
 
@@ -34,15 +35,15 @@ enum Command {
     refers to f32 multiply-adds that never leave the registers, measured in the same run; peak memory is that of the \
     whole process."
 )]
-struct WorkArgs {
+struct WorkArgs<P: ValueEnum + Clone + Send + Sync + 'static> {
     #[command(flatten)]
     common: Common,
     /// Sequences or pictures at once [default: the shape's]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     batch: Option<u16>,
-    /// Numbers that matrix products multiply
+    /// Numbers that matrix products multiply; what the weights are kept in while decoding
     #[arg(long, value_name = "P", default_value = "f32")]
-    precision: Numbers,
+    precision: P,
     /// Attention of the generator's layers
     #[arg(long, value_name = "KIND", default_value = "sparse")]
     attention: Kind,
@@ -94,29 +95,45 @@ enum Kind {
 
 pub fn run(args: Args, json: bool) -> Result<()> {
     match args.command {
-        Command::Train(args) => run_work(&args, bench::train, json),
-        Command::Tokenizer(args) => run_work(&args, bench::tokenizer, json),
-        Command::Decode(args) => run_work(&args, bench::decode, json),
+        Command::Train(args) => show(&bench::train(&args.training()?, args.repeat())?, json),
+        Command::Tokenizer(args) => show(&bench::tokenizer(&args.training()?, args.repeat())?, json),
+        Command::Decode(args) => show(&bench::decode(&args.shape()?, args.precision, args.repeat())?, json),
         Command::Attention(args) => run_attention(&args, json),
     }
 }
 
-fn run_work(args: &WorkArgs, measure: fn(&Shape, usize) -> Result<Report>, json: bool) -> Result<()> {
-    let mut shape = Shape::named(&args.common.shape)?;
-    shape.batch = args.batch.map_or(shape.batch, usize::from);
-    shape.config.train.precision = match args.precision {
-        Numbers::F32 => Precision::F32,
-        Numbers::Bf16 => Precision::Bf16,
-    };
-    shape.config.model.attention = match args.attention {
-        Kind::Sparse => AttentionKind::Sparse,
-        Kind::Dense => AttentionKind::Dense,
-    };
-    let measured = measure(&shape, usize::from(args.common.repeat))?;
+impl<P: ValueEnum + Clone + Send + Sync + 'static> WorkArgs<P> {
+    fn shape(&self) -> Result<Shape> {
+        let mut shape = Shape::named(&self.common.shape)?;
+        shape.batch = self.batch.map_or(shape.batch, usize::from);
+        shape.config.model.attention = match self.attention {
+            Kind::Sparse => AttentionKind::Sparse,
+            Kind::Dense => AttentionKind::Dense,
+        };
+        Ok(shape)
+    }
+
+    fn repeat(&self) -> usize {
+        usize::from(self.common.repeat)
+    }
+}
+
+impl WorkArgs<Numbers> {
+    fn training(&self) -> Result<Shape> {
+        let mut shape = self.shape()?;
+        shape.config.train.precision = match self.precision {
+            Numbers::F32 => Precision::F32,
+            Numbers::Bf16 => Precision::Bf16,
+        };
+        Ok(shape)
+    }
+}
+
+fn show(measured: &Report, json: bool) -> Result<()> {
     if json {
-        report::json(&measured);
+        report::json(measured);
     } else {
-        report::table(&[], &rows(&measured));
+        report::table(&[], &rows(measured));
     }
     Ok(())
 }

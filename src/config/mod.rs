@@ -257,6 +257,16 @@ pub enum Precision {
     Bf16,
 }
 
+impl Precision {
+    /// As the configuration names it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
 /// Sampling defaults.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

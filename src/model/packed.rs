@@ -125,7 +125,8 @@ impl Named {
 impl PackedGenerator {
     /// A copy of the generator's weights, its matrices in `format`; embeddings, norms and biases stay f32.
     pub fn new(generator: &Generator, format: Format) -> Result<Self> {
-        let params = generator.segments().into_iter().flat_map(|segment| segment.params());
+        let segments = generator.segments();
+        let params = segments.iter().flat_map(|segment| segment.params());
         let named = Named(params.map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
         let image_start = named.values("image_start")?;
         let table = |name| named.table(name, image_start.len());

@@ -58,7 +58,7 @@ pub struct Generator {
     pub(super) head: Head,
     pub(super) max_text: usize,
     pub(super) heads: usize,
-    precision: Precision,
+    pub(super) precision: Precision,
     pub(super) decoding: Decoding,
 }
 

@@ -23,6 +23,17 @@ pub enum Format {
     Int8,
 }
 
+impl Format {
+    /// As options name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+        }
+    }
+}
+
 enum Lines {
     F32(Vec<F32Line>),
     Bf16(Vec<Bf16Line>),
