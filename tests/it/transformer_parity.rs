@@ -126,3 +126,34 @@ fn ten_training_losses_are_pytorchs() -> Result<()> {
     }
     Ok(())
 }
+
+/// Training by hand-written and by taped segments stays together for as long as a short run lasts.
+#[test]
+fn two_hundred_losses_are_the_tapes() -> Result<()> {
+    let golden = Golden::load()?;
+    for (variant, config) in variants() {
+        let losses = |native: bool| -> Result<Vec<f64>> {
+            let (generator, params) = golden.generator(variant, &config)?;
+            let mut adam = optimizer::Optimizer::new(&params, &config.train);
+            let mut gradients = Gradients::default();
+            let step = |step: u64| {
+                gradients.clear();
+                let mut loss = 0.0;
+                for (direction, _) in DIRECTIONS {
+                    let chain = if native { generator.segments() } else { generator.taped_segments() };
+                    loss += engine::accumulate(&chain, &golden.batch(direction)?, 0, &mut gradients)?;
+                }
+                let scale = optimizer::clip_scale(optimizer::global_norm(&gradients)?, config.train.clip_norm);
+                adam.step(&params, &gradients, &config.train, step, 1.0, scale)?;
+                Ok(loss)
+            };
+            (1..=200).map(step).collect()
+        };
+        let (native, taped) = (losses(true)?, losses(false)?);
+        assert!(native[199] < 0.5 * native[0], "{variant}: nothing is learned: {native:?}");
+        for (step, (a, b)) in native.iter().zip(&taped).enumerate() {
+            assert!((a - b).abs() < 1e-3 * b.abs().max(0.1), "{variant} step {step}: {a} and {b}");
+        }
+    }
+    Ok(())
+}
