@@ -1,7 +1,7 @@
 //! `vilg caption`
 
 use super::{
-    model,
+    model::ModelOptions,
     sampling::{from_0_to_100, probability},
 };
 use crate::{
@@ -47,7 +47,7 @@ pub struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     #[command(flatten)]
-    model: model::Options,
+    model: ModelOptions,
 }
 
 impl Args {

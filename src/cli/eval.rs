@@ -1,6 +1,6 @@
 //! `vilg eval`
 
-use super::{model, sampling::Options};
+use super::{model::ModelOptions, sampling::Options};
 use crate::{
     error::Result,
     eval::{self, Rate, retrieval},
@@ -69,7 +69,7 @@ struct Common {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     #[command(flatten)]
-    model: model::Options,
+    model: ModelOptions,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {

@@ -9,7 +9,7 @@ use crate::{
 
 /// Which model runs, and how.
 #[derive(clap::Args)]
-pub struct Options {
+pub struct ModelOptions {
     /// Model folder, or `demo`
     #[arg(long, value_name = "DIR|NAME", default_value = DEMO_NAME)]
     model: String,
@@ -18,7 +18,7 @@ pub struct Options {
     precision: Format,
 }
 
-impl Options {
+impl ModelOptions {
     /// Opens the model folder and loads what is in it.
     pub fn load(&self) -> Result<(Bundle, Models)> {
         let bundle = Bundle::open(&self.model)?;

@@ -1,6 +1,6 @@
 //! `vilg t2i`
 
-use super::{model, sampling::Options};
+use super::{model::ModelOptions, sampling::Options};
 use crate::{
     data::picture::{grid, write_png},
     error::{Result, ensure, usage},
@@ -42,7 +42,7 @@ pub struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     #[command(flatten)]
-    model: model::Options,
+    model: ModelOptions,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {

@@ -68,7 +68,7 @@ impl<'g> Fused<'g> {
                 Direction::ImageToText => Own { dense: layout.target(), image: None },
             };
             let blocks = |slots| Blocks::new(sources.len(), weights.heads, slots, d);
-            Cache { sources: blocks(longest), own: blocks(slots.len()), slots }
+            Cache { sources: blocks(longest), own: blocks(slots.count()), slots }
         };
         let mut state = Self {
             weights,

@@ -315,8 +315,8 @@ fn a_sequence_depends_on_itself_alone() -> Result<()> {
             let texts: Vec<_> = rows.iter().map(|&row| texts[row].clone()).collect();
             let (mut state, first) = generator.decode_start(Source::Text(&texts))?;
             let mut all: Vec<Vec<f32>> = first.chunks(CODEBOOK).map(<[f32]>::to_vec).collect();
-            for i in 0..5 {
-                let tokens: Vec<u32> = rows.iter().map(|&row| codes[row][i]).collect();
+            for columns in (0..5).map(|i| codes.iter().map(|row| row[i]).collect::<Vec<_>>()) {
+                let tokens: Vec<u32> = rows.iter().map(|&row| columns[row]).collect();
                 let logits = state.logits_next(&tokens)?.chunks(CODEBOOK);
                 all.iter_mut().zip(logits).for_each(|(all, logits)| all.extend(logits));
             }

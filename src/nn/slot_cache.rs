@@ -70,13 +70,13 @@ pub struct Own {
 
 impl Own {
     /// Number of slots.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.dense + self.image.map_or(0, |(pattern, grid)| slots(pattern, grid))
     }
 
     /// Slots that positions up to `place` may have written, of which `fed` came before.
     pub fn used(&self, fed: usize) -> usize {
-        if fed > self.dense { self.len() } else { fed }
+        if fed > self.dense { self.count() } else { fed }
     }
 
     /// Replaces `seen` by the slots that the newest position may see, itself among them; returns its own slot. `fed`
