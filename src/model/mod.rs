@@ -16,4 +16,6 @@ pub use sequence::{Batch, Direction, Layout, pad};
 pub use transformer::Generator;
 
 #[cfg(test)]
+mod native_tests;
+#[cfg(test)]
 mod tests;

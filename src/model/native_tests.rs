@@ -1,0 +1,67 @@
+//! native ≡ taped, forward and gradient.
+
+use super::{
+    tests::{CODEBOOK, VOCAB, case},
+    *,
+};
+use crate::{
+    error::Result,
+    nn::{gradients::Gradients, params::Scope, segment::Segment},
+};
+use candle_core::{DType, Device, Tensor};
+
+fn norm(a: &Tensor) -> Result<f64> {
+    Ok(a.to_dtype(DType::F64)?.sqr()?.sum_all()?.sqrt()?.to_scalar::<f64>()?)
+}
+
+/// Forward and backward through a chain: the loss, and the gradients of all parameters.
+fn run(chain: &[Box<dyn Segment<Batch> + '_>], batch: &Batch, gradients: &mut Gradients) -> Result<f64> {
+    let mut x = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
+    let mut passed = Vec::new();
+    for segment in chain {
+        let (y, saved) = segment.forward(&x, batch)?;
+        passed.push((segment, x, saved));
+        x = y;
+    }
+    let mut dy = None;
+    for (segment, input, saved) in passed.into_iter().rev() {
+        dy = segment.backward(&input, batch, saved, dy, gradients)?;
+    }
+    Ok(x.to_dtype(DType::F64)?.to_scalar::<f64>()?)
+}
+
+/// Against the tape in double precision: to 1e-5, or twice the tape's own error in f32 where a small model with norms
+/// of four elements magnifies rounding.
+#[test]
+fn native_segments_are_the_taped_ones() -> Result<()> {
+    for index in 0..24 {
+        let mut case = case(index);
+        (case.config.model.qk_norm, case.config.model.sandwich_norm) = (index % 2 == 0, index % 4 > 1);
+        let (generator, params) = case.generator(DType::F32)?;
+        let weights = params.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+        let scope = Scope::from_tensors(weights, DType::F64, &Device::Cpu);
+        let exact = Generator::new(&scope, &case.config, VOCAB, CODEBOOK, case.grid)?;
+        let (texts, codes) = (case.texts(), case.codes());
+        let [mut native, mut taped, mut truth] = [(); 3].map(|()| Gradients::default());
+        // Both directions onto the same sums: the second adds to what the first wrote.
+        for direction in [Direction::TextToImage, Direction::ImageToText] {
+            let batch = case.batch(direction, &texts, &codes)?;
+            let ours = run(&generator.segments(), &batch, &mut native)?;
+            run(&generator.taped_segments(), &batch, &mut taped)?;
+            let expected = run(&exact.taped_segments(), &batch, &mut truth)?;
+            assert!((ours - expected).abs() < 1e-5 * expected.abs(), "case {index} {direction:?}: {ours} {expected}");
+            for name in params.keys() {
+                let (Some(ours), Some(taped), Some(truth)) = (native.get(name), taped.get(name), truth.get(name))
+                else {
+                    assert_eq!(native.get(name).is_some(), truth.get(name).is_some(), "case {index} {name}");
+                    continue;
+                };
+                // The bias of the keys' norm has no effect: its gradient is rounding error.
+                let scale = if name.ends_with("k_norm.bias") { 0.1 } else { norm(truth)?.max(1e-2) };
+                let [ours, taped] = [norm(&(ours - truth)?)? / scale, norm(&(taped - truth)?)? / scale];
+                assert!(ours < f64::max(1e-5, 2.0 * taped), "case {index} {direction:?} {name}: {ours:e} ({taped:e})");
+            }
+        }
+    }
+    Ok(())
+}
