@@ -126,8 +126,9 @@ unsafe fn input<V: Vector>(p: Patch<V::Element>) {
                 *row = input_line(d);
             }
             let to = p.to.add(c / p.group * p.group_stride + c % p.group);
+            let column = |j: usize| rows.map(|row| row[j]);
             for j in 0..4 {
-                for (i, v) in input_line([rows[0][j], rows[1][j], rows[2][j], rows[3][j]]).into_iter().enumerate() {
+                for (i, v) in input_line(column(j)).into_iter().enumerate() {
                     v.store(to.add((4 * i + j) * p.point));
                 }
             }
@@ -150,8 +151,9 @@ unsafe fn gradient<V: Vector>(p: Patch<V::Element>) {
             let load = |i: usize| gradient_line([V::load(at.add(i * p.row)), V::load(at.add(i * p.row + p.channels))]);
             let rows = [load(0), load(1)];
             let to = p.to.add(c / p.group * p.group_stride + c % p.group);
+            let column = |j: usize| rows.map(|row| row[j]);
             for j in 0..4 {
-                for (i, v) in gradient_line([rows[0][j], rows[1][j]]).into_iter().enumerate() {
+                for (i, v) in gradient_line(column(j)).into_iter().enumerate() {
                     v.store(to.add((4 * i + j) * p.point));
                 }
             }
@@ -177,9 +179,9 @@ unsafe fn output<V: Vector>(p: Output<V::Element>) {
                 *row = output_line(m);
             }
             let bias = V::load(p.bias.add(c));
+            let column = |j: usize| rows.map(|row| row[j]);
             for j in 0..p.columns {
-                let column = output_line([rows[0][j], rows[1][j], rows[2][j], rows[3][j]]);
-                for (i, v) in column.into_iter().enumerate().take(p.rows) {
+                for (i, v) in output_line(column(j)).into_iter().enumerate().take(p.rows) {
                     let offset = i * p.row + j * p.channels + c;
                     let mut v = v.add(bias);
                     if !p.residual.is_null() {

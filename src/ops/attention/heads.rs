@@ -115,8 +115,8 @@ fn transpose<T: Real>(out: &mut [Lanes<T>], rows: &[T], row: usize) {
 fn hide<T: Real>(scores: &mut [Lanes<T>], pieces: &[Piece], hidden: T) {
     for piece in pieces.iter().filter(|piece| piece.lanes != u16::MAX) {
         for s in &mut scores[piece.row..][..piece.len] {
-            for i in 0..LANES {
-                s[i] = if piece.lanes >> i & 1 == 1 { s[i] } else { hidden };
+            for (i, s) in s.iter_mut().enumerate() {
+                *s = if piece.lanes >> i & 1 == 1 { *s } else { hidden };
             }
         }
     }
