@@ -34,6 +34,7 @@ def parse():
     parser.add_argument("--python", required=True, help="command that starts a Python with PyTorch")
     parser.add_argument("--vilg", required=True, help="command that starts vilg")
     parser.add_argument("--works", default=",".join(WORKS), help="some of: %(default)s")
+    parser.add_argument("--precisions", default="f32,bf16,int8", help="some of: %(default)s")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=300, help="seconds after which a setting of PyTorch is given up")
     parser.add_argument("--compile", action="store_true", help="try torch.compile as well")
@@ -65,7 +66,7 @@ def vilg_commands(args, work):
     if "--precision" not in help_text:
         return {"f32": command}
     precisions = ["f32", "bf16", "int8"] if "int8" in help_text else ["f32", "bf16"]
-    return {p: [*command, "--precision", p] for p in precisions}
+    return {p: [*command, "--precision", p] for p in precisions if p in args.precisions.split(",")}
 
 
 def speed(result):
@@ -100,7 +101,8 @@ def fastest(tried, precision):
 
 def compare(args, name):
     ours, theirs, settings = WORKS[name]
-    tried = choose(args, theirs, settings)
+    # A setting less exact than all of ours would never be compared.
+    tried = choose(args, theirs, [s for s in settings if s[1] in args.precisions.split(",")])
     commands = {("vilg", p): command for p, command in vilg_commands(args, ours).items()}
     peers = {p: fastest(tried, p) for _, p in commands}
     commands |= {("PyTorch", shlex.join(s)): torch_command(args, theirs, s) for s in peers.values()}

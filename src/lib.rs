@@ -10,7 +10,7 @@
 //! | 2 | [`nn`] | layers: linear, norm, attention with its patterns and cache, conv blocks |
 //! | 3 | [`text`] [`tokenizer`] [`data`] | WordPiece; the image tokenizer; samples, shards, batches |
 //! | 4 | [`model`] | the paper: sequence layout, transformer, two-way loss |
-//! | 5 | [`train`] [`generate`] [`eval`] [`bench`] [`bundle`] | the engine; decoding; measures; speed; model folders |
+//! | 5 | [`train`] [`generate`] [`eval`] [`bench`](mod@bench) [`bundle`] | the engine; decoding; measures; speed; model folders |
 //! | 6 | [`cli`] | one short function a command |
 
 #![allow(rustdoc::private_intra_doc_links, reason = "these pages are for who reads the code: --document-private-items")]

@@ -65,3 +65,28 @@ fn native_segments_are_the_taped_ones() -> Result<()> {
     }
     Ok(())
 }
+
+/// The same bits on one thread and on four, for a batch large enough to be shared out.
+#[test]
+fn native_gradients_do_not_depend_on_the_threads() -> Result<()> {
+    let gradients = |threads: usize| -> Result<Vec<(String, Vec<u32>)>> {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build()?.install(|| {
+            let mut case = case(5);
+            (case.batch, case.grid) = (8, (9, 9));
+            (case.config.model.heads, case.config.model.hidden, case.config.model.layers) = (3, 96, 4);
+            let (generator, _) = case.generator(DType::F32)?;
+            let (texts, codes) = (case.texts(), case.codes());
+            let mut gradients = Gradients::default();
+            for direction in [Direction::TextToImage, Direction::ImageToText] {
+                run(&generator.segments(), &case.batch(direction, &texts, &codes)?, &mut gradients)?;
+            }
+            let bits = |(name, g): (&String, &Tensor)| -> Result<(String, Vec<u32>)> {
+                let values: Vec<f32> = g.flatten_all()?.to_vec1()?;
+                Ok((name.clone(), values.into_iter().map(f32::to_bits).collect()))
+            };
+            gradients.iter().map(bits).collect()
+        })
+    };
+    assert!(gradients(1)? == gradients(4)?);
+    Ok(())
+}

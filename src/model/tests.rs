@@ -21,7 +21,7 @@ pub(super) const CODEBOOK: usize = 11;
 pub(super) struct Case {
     pub(super) config: Config,
     pub(super) grid: (usize, usize),
-    batch: usize,
+    pub(super) batch: usize,
     random: Random,
 }
 

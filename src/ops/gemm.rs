@@ -61,7 +61,7 @@ pub fn gemm<T: Real>(c: &mut [T], onto: Onto, alpha: f64, a: Matrix<T>, b: Matri
     product(c, columns, onto, alpha, a, b, if serial { Parallelism::None } else { Parallelism::Rayon(0) });
 }
 
-/// [`gemm`] of f32 matrices, computed in `precision`: bf16 only where there is AMX, see [`bf16_unit`].
+/// [`gemm()`] of f32 matrices, computed in `precision`: bf16 only where there is AMX, see [`bf16_unit`].
 pub fn gemm_in(precision: Precision, c: &mut [f32], onto: Onto, alpha: f32, a: Matrix<f32>, b: Matrix<f32>) {
     match bf16_unit(precision) {
         Some(amx) => gemm_bf16(amx, c, onto, alpha, a, b, Epilogue::NONE),
