@@ -1,10 +1,10 @@
 //! Matrix products at the shapes of a training step of the 8 × 512 transformer (16 sequences of 288 tokens).
-//! `cargo bench --bench gemm`; bf16 only where the processor has AMX.
+//! `cargo bench --bench gemm`; bf16 only where the processor has a unit for it.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::{hint::black_box, time::Duration};
 use vilg::ops::{
-    amx::Amx,
+    bf16_unit::Bf16Unit,
     epilogue::Epilogue,
     gemm::{Matrix, Onto, gemm},
     gemm_bf16::{PackedB, gemm_bf16, gemm_packed},
@@ -42,13 +42,13 @@ fn products(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::new("f32", name), |bench| {
             bench.iter(|| gemm(black_box(&mut c), Onto::Nothing, 1.0, a, b));
         });
-        let Some(amx) = Amx::get() else { continue };
+        let Some(unit) = Bf16Unit::get() else { continue };
         group.bench_function(BenchmarkId::new("bf16", name), |bench| {
-            bench.iter(|| gemm_bf16(amx, black_box(&mut c), Onto::Nothing, 1.0, a, b, Epilogue::NONE));
+            bench.iter(|| gemm_bf16(unit, black_box(&mut c), Onto::Nothing, 1.0, a, b, Epilogue::NONE));
         });
-        let packed = PackedB::new(amx, b);
+        let packed = PackedB::new(unit, b);
         group.bench_function(BenchmarkId::new("bf16 packed", name), |bench| {
-            bench.iter(|| gemm_packed(amx, black_box(&mut c), Onto::Nothing, 1.0, a, &packed, Epilogue::NONE));
+            bench.iter(|| gemm_packed(unit, black_box(&mut c), Onto::Nothing, 1.0, a, &packed, Epilogue::NONE));
         });
     }
     group.finish();

@@ -64,6 +64,16 @@ fn vector_units() -> Vec<&'static str> {
     vec!["baseline"]
 }
 
+/// Whether AMD made the processor.
+#[cfg(target_arch = "x86_64")]
+#[allow(unused_unsafe, reason = "cpuid is an unsafe function in older compilers that we support")]
+pub fn amd() -> bool {
+    // SAFETY: every x86-64 processor has cpuid.
+    let maker = unsafe { std::arch::x86_64::__cpuid(0) };
+    let [b, d, c] = [maker.ebx, maker.edx, maker.ecx].map(u32::to_le_bytes);
+    [b, d, c].as_flattened() == b"AuthenticAMD"
+}
+
 /// Whether this process may use AMX tiles with bf16. Asked once: the processor, whether the system saves the tiles, and
 /// (Linux) for the permission that a process needs before it touches their 8 KiB of state.
 pub fn amx_bf16() -> bool {

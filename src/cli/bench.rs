@@ -22,7 +22,7 @@ pub struct Args {
 enum Command {
     /// Whole training steps of the generator: forward, backward, clipping, update
     Train(WorkArgs<Numbers>),
-    /// Whole training steps of the image tokenizer
+    /// Whole training steps of the image tokenizer, in f32 whatever the precision
     Tokenizer(WorkArgs<Numbers>),
     /// Painting: the codes of one picture a sequence, the likeliest each time
     Decode(WorkArgs<Format>),
@@ -83,7 +83,7 @@ struct Common {
 #[derive(Clone, Copy, ValueEnum)]
 enum Numbers {
     F32,
-    /// Rounded to bf16 where the processor has AMX
+    /// Rounded to bf16 where the processor multiplies that faster
     Bf16,
 }
 

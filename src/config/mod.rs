@@ -253,7 +253,7 @@ pub enum Decay {
 #[serde(rename_all = "kebab-case")]
 pub enum Precision {
     F32,
-    /// Rounded to bf16 where the processor has AMX; f32 elsewhere, which is faster there.
+    /// Rounded to bf16 where the processor multiplies it faster (AMX, AVX-512 BF16); f32 elsewhere.
     Bf16,
 }
 

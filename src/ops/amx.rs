@@ -2,22 +2,11 @@
 //! bf16 pairs into a tile of f32. Instructions as in Intel's Software Developer's Manual, volume 2; written in
 //! assembly, because Rust's intrinsics for them are not stable.
 
-use super::gemm::Onto;
+use super::{
+    bf16_unit::{LINES, Panel, Tile},
+    gemm::Onto,
+};
 use std::marker::PhantomData;
-
-/// Rows of a tile, and pairs of bf16 in a row.
-pub(super) const LINES: usize = 16;
-/// Steps along the inner dimension of a product that one tile holds: two in a pair.
-pub(super) const STEPS: usize = 32;
-/// Rows and columns that [`Tiles::square`] computes at once.
-pub(super) const SIDE: usize = 2 * LINES;
-
-/// The memory of one tile of bf16. A pair is a number of the even step in the low half and its neighbour of the odd
-/// step in the high half. A tile of the left factor has a row for each of its rows and a column for each pair; a tile
-/// of the right factor has a row for each pair and a column for each of its columns.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub(super) struct Tile(pub [[u32; LINES]; LINES]);
 
 /// Proof that AMX with bf16 may be used. Without the processor there is none, on other architectures never.
 #[derive(Clone, Copy)]
@@ -85,9 +74,6 @@ impl Drop for Tiles {
         unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) }
     }
 }
-
-/// A packed factor's next steps: for each [`STEPS`] of them two tiles of [`LINES`] rows of A or columns of B.
-pub(super) type Panel = [[Tile; 2]];
 
 #[cfg(target_arch = "x86_64")]
 impl Tiles {

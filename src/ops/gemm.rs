@@ -1,6 +1,6 @@
 //! General matrix product on slices, through the `gemm` crate (packed, AVX-512 where there is one).
 
-use super::{amx::Amx, epilogue::Epilogue, gemm_bf16::gemm_bf16, simd::Real};
+use super::{bf16_unit::Bf16Unit, epilogue::Epilogue, gemm_bf16::gemm_bf16, simd::Real};
 use crate::config::Precision;
 use gemm::Parallelism;
 
@@ -61,19 +61,11 @@ pub fn gemm<T: Real>(c: &mut [T], onto: Onto, alpha: f64, a: Matrix<T>, b: Matri
     product(c, columns, onto, alpha, a, b, if serial { Parallelism::None } else { Parallelism::Rayon(0) });
 }
 
-/// [`gemm()`] of f32 matrices, computed in `precision`: bf16 only where there is AMX, see [`bf16_unit`].
+/// [`gemm()`] of f32 matrices, computed in `precision`: bf16 only where there is a [`Bf16Unit`].
 pub fn gemm_in(precision: Precision, c: &mut [f32], onto: Onto, alpha: f32, a: Matrix<f32>, b: Matrix<f32>) {
-    match bf16_unit(precision) {
-        Some(amx) => gemm_bf16(amx, c, onto, alpha, a, b, Epilogue::NONE),
+    match Bf16Unit::for_precision(precision) {
+        Some(unit) => gemm_bf16(unit, c, onto, alpha, a, b, Epilogue::NONE),
         None => gemm(c, onto, f64::from(alpha), a, b),
-    }
-}
-
-/// The unit that multiplies in bf16 where that is asked for and possible.
-pub fn bf16_unit(precision: Precision) -> Option<Amx> {
-    match precision {
-        Precision::F32 => None,
-        Precision::Bf16 => Amx::get(),
     }
 }
 

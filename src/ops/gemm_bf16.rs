@@ -1,4 +1,4 @@
-//! Matrix product in bf16 on AMX: f32 in and out, factors rounded to bf16, sums in f32.
+//! Matrix product in bf16: f32 in and out, factors rounded to bf16, sums in f32.
 //!
 //! B is packed once as a whole. C is cut into blocks of rows, a task each, which packs its rows of A for so many steps
 //! as a core's second-level cache holds. Inside, a panel of 32 columns of B stays in the first-level cache while
@@ -6,7 +6,7 @@
 //! the cut, so that the result does not depend on the number of threads.
 
 use super::{
-    amx::{Amx, LINES, Panel, SIDE, STEPS, Tile},
+    bf16_unit::{Bf16Unit, LINES, Panel, SIDE, STEPS, Tile},
     epilogue::{Epilogue, Part, Rows, finish_part},
     gemm::{Matrix, Onto, SERIAL_WORK},
     gemm_bf16_pack::{Factor, pack},
@@ -30,7 +30,7 @@ pub struct PackedB {
 }
 
 impl PackedB {
-    pub fn new(_: Amx, b: Matrix<f32>) -> Self {
+    pub fn new(_: Bf16Unit, b: Matrix<f32>) -> Self {
         let (blocks, panels) = (b.rows.div_ceil(STEPS).max(1), b.columns.div_ceil(SIDE));
         let tiles = packed(blocks * panels, |tiles| {
             tiles.par_chunks_mut(blocks).enumerate().for_each(|(i, panel)| {
@@ -66,7 +66,7 @@ fn packed<const N: usize>(len: usize, fill: impl FnOnce(&mut [[Tile; N]])) -> Ve
 
 /// C = alpha·A·B (+ C), then the epilogue. `c` is row-major `a.rows × b.columns`; alpha multiplies A before it is rounded.
 pub fn gemm_bf16(
-    amx: Amx,
+    unit: Bf16Unit,
     c: &mut [f32],
     onto: Onto,
     alpha: f32,
@@ -74,12 +74,12 @@ pub fn gemm_bf16(
     b: Matrix<f32>,
     epilogue: Epilogue<f32>,
 ) {
-    gemm_packed(amx, c, onto, alpha, a, &PackedB::new(amx, b), epilogue);
+    gemm_packed(unit, c, onto, alpha, a, &PackedB::new(unit, b), epilogue);
 }
 
 /// The same with a right factor that is packed already.
 pub fn gemm_packed(
-    amx: Amx,
+    unit: Bf16Unit,
     c: &mut [f32],
     onto: Onto,
     alpha: f32,
@@ -95,7 +95,7 @@ pub fn gemm_packed(
         return;
     }
     let product = Product {
-        amx,
+        unit,
         onto,
         alpha,
         a,
@@ -105,17 +105,17 @@ pub fn gemm_packed(
         bias: epilogue.bias,
         residual: epilogue.residual,
     };
+    // Rows are cut so that every thread has some tasks, and columns only where that is not enough: each cut of the
+    // columns packs the same rows of A again.
+    let tasks = 4 * rayon::current_num_threads();
     let height = if m <= LINES {
         LINES
-    } else if b.blocks <= DEPTH / 2 {
-        8 * SIDE
     } else {
-        4 * SIDE
+        let most = if b.blocks <= DEPTH / 2 { 8 } else { 4 };
+        (m / tasks / SIDE).clamp(1, most) * SIDE
     };
-    // Few rows: columns are cut as well, so that every thread has some tasks.
     let (heights, panels) = (m.div_ceil(height), b.panels());
-    let cuts = (4 * rayon::current_num_threads()).div_ceil(heights).min(panels);
-    let width = panels.div_ceil(cuts);
+    let width = panels.div_ceil(tasks.div_ceil(heights));
     let cuts = panels.div_ceil(width);
     let run = |task: usize| {
         let (row, panel) = (task / cuts * height, task % cuts * width);
@@ -131,7 +131,7 @@ pub fn gemm_packed(
 
 /// A product at work.
 struct Product<'a> {
-    amx: Amx,
+    unit: Bf16Unit,
     onto: Onto,
     alpha: f32,
     a: Matrix<'a, f32>,
@@ -163,11 +163,11 @@ impl Product<'_> {
     /// For a left factor of at most 16 rows (decoding): all steps at once, so that B passes by once.
     unsafe fn flat_block(&self, panels: Range<usize>) {
         let (m, a) = (self.a.rows, self.pack_left::<1>(0, LINES, 0..self.b.blocks));
-        let tiles = self.amx.tiles(m);
+        let unit = self.unit.ready(m);
         for panel in panels {
             let multiply = |c: *mut f32, stride| {
-                // SAFETY: the tiles are set up for the m rows of C.
-                unsafe { tiles.flat(&a, self.b.panel(panel), c, stride, self.onto) }
+                // SAFETY: the unit is ready for the m rows of C.
+                unsafe { unit.flat(&a, self.b.panel(panel), c, stride, self.onto) }
             };
             // SAFETY: passed on.
             unsafe { self.tile(0, panel, self.onto, true, multiply) }
@@ -175,7 +175,7 @@ impl Product<'_> {
     }
 
     unsafe fn square_block(&self, rows: Range<usize>, panels: Range<usize>) {
-        let tiles = self.amx.tiles(LINES);
+        let unit = self.unit.ready(LINES);
         for start in (0..self.b.blocks).step_by(DEPTH) {
             let depth = DEPTH.min(self.b.blocks - start);
             let a = self.pack_left::<2>(rows.start, rows.len(), start..start + depth);
@@ -185,9 +185,9 @@ impl Product<'_> {
                     let b = &self.b.panel(panel)[start + near..start + end];
                     let onto = if start + near == 0 { self.onto } else { Onto::Old };
                     for (i, a) in a.chunks_exact(depth).enumerate() {
-                        // SAFETY: the tiles are set up for 16 rows, the rest is passed on.
+                        // SAFETY: the unit is ready for 16 rows, the rest is passed on.
                         unsafe {
-                            let multiply = |c: *mut f32, stride| tiles.square(&a[near..end], b, c, stride, onto);
+                            let multiply = |c: *mut f32, stride| unit.square(&a[near..end], b, c, stride, onto);
                             self.tile(rows.start + i * SIDE, panel, onto, start + end == self.b.blocks, multiply);
                         }
                     }

@@ -1,7 +1,7 @@
-//! Rounds a matrix to bf16 and lays it out in AMX tiles, padded with zeros to whole tiles.
+//! Rounds a matrix to bf16 and lays it out in tiles, padded with zeros to whole tiles.
 
 use super::{
-    amx::{LINES, STEPS, Tile},
+    bf16_unit::{LINES, STEPS, Tile},
     gemm::Matrix,
     simd::{Level, level},
 };
@@ -85,7 +85,10 @@ impl Source<'_> {
     fn along_lines(self, tile: &mut Tile, line: usize, step: usize) {
         for (i, row) in tile.0.iter_mut().enumerate() {
             let run: [f32; STEPS] = self.run(line + i, step);
-            let halves: [u16; STEPS] = std::array::from_fn(|j| (round(run[j] * self.scale) >> 16) as u16);
+            let mut halves = [0u16; STEPS];
+            for (half, x) in halves.iter_mut().zip(run) {
+                *half = (round(x * self.scale) >> 16) as u16;
+            }
             for (j, pair) in row.iter_mut().enumerate() {
                 *pair = u32::from(halves[2 * j]) | u32::from(halves[2 * j + 1]) << 16;
             }
@@ -113,6 +116,8 @@ impl Source<'_> {
         }
         let length = if column_stride == 1 { columns - step } else { rows - line };
         let start = &data[line * row_stride + step * column_stride..];
+        // Tiles of the next steps: long strides defeat the processor's own foresight.
+        prefetch(start.as_ptr().wrapping_add(AHEAD * column_stride), W);
         match start.first_chunk::<W>() {
             Some(run) if length >= W => *run,
             _ => {
@@ -122,6 +127,20 @@ impl Source<'_> {
                 run
             }
         }
+    }
+}
+
+/// Steps that memory is asked for ahead of their use.
+const AHEAD: usize = STEPS;
+
+/// Asks for the cache lines of `count` numbers, wherever that is.
+#[inline(always)]
+fn prefetch(start: *const f32, count: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for i in (0..count).step_by(16) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint; it never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(i).cast()) }
     }
 }
 

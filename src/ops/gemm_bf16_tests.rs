@@ -1,8 +1,21 @@
 use super::*;
-use crate::ops::{amx_emulator::with_amx, simd::Level, simd::level, simd::tests::FORCED};
+use crate::ops::{
+    amx::Amx,
+    amx_emulator::with_amx,
+    avx512_bf16::Avx512Bf16,
+    simd::{Level, level, tests::FORCED},
+};
 use half::bf16;
 use proptest::prelude::*;
 use rayon::ThreadPoolBuilder;
+
+/// AMX, if only in software, and what this processor has besides.
+fn with_each_unit(test: impl Fn(Bf16Unit)) {
+    with_amx(|| test(Bf16Unit::Amx(Amx::get().expect("AMX, if only in software"))));
+    if let Some(unit) = Avx512Bf16::get() {
+        test(Bf16Unit::Avx512(unit));
+    }
+}
 
 /// Numbers that need rounding.
 fn numbers(seed: u32, len: usize) -> Vec<f32> {
@@ -52,7 +65,7 @@ fn gelu(x: f64) -> f64 {
 
 impl Case {
     /// C and gelu(C) by the kernel, checked against plain loops in f64, and for what it must not touch.
-    fn check(self) -> (Vec<f32>, Vec<f32>) {
+    fn check(self, unit: Bf16Unit) -> (Vec<f32>, Vec<f32>) {
         const UNTOUCHED: f32 = 1234.5;
         const MARGIN: usize = 40;
         let Self { sizes: [m, n, k], transposed: [ta, tb], onto, alpha, epilogue: [biased, residual, gelued] } = self;
@@ -70,8 +83,7 @@ impl Case {
             gelu: gelued.then_some(&mut g[inside.clone()]),
         };
         let how = if onto { Onto::Old } else { Onto::Nothing };
-        let amx = Amx::get().expect("AMX, if only in software");
-        gemm_bf16(amx, &mut c[inside.clone()], how, alpha, a, b, epilogue);
+        gemm_bf16(unit, &mut c[inside.clone()], how, alpha, a, b, epilogue);
 
         for i in 0..m {
             for j in 0..n {
@@ -110,7 +122,9 @@ proptest! {
         alpha in prop_oneof![Just(1.0), Just(-0.7)],
         epilogue: [bool; 3],
     ) {
-        with_amx(|| Case { sizes, transposed, onto, alpha, epilogue }.check());
+        with_each_unit(|unit| {
+            Case { sizes, transposed, onto, alpha, epilogue }.check(unit);
+        });
     }
 }
 
@@ -122,7 +136,9 @@ const LARGE: [[usize; 3]; 6] =
 fn blocks_meet_without_seams() {
     for sizes in LARGE {
         for onto in [false, true] {
-            with_amx(|| Case { sizes, transposed: [onto; 2], onto, alpha: 1.0, epilogue: [true; 3] }.check());
+            with_each_unit(|unit| {
+                Case { sizes, transposed: [onto; 2], onto, alpha: 1.0, epilogue: [true; 3] }.check(unit);
+            });
         }
     }
 }
@@ -132,8 +148,10 @@ fn threads_do_not_matter() {
     for sizes in LARGE {
         let case = Case { sizes, transposed: [true, false], onto: false, alpha: 1.0, epilogue: [false, true, true] };
         let on = |threads| {
+            let results = std::sync::Mutex::new(Vec::new());
             let pool = ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
-            pool.install(|| with_amx(|| case.check()))
+            pool.install(|| with_each_unit(|unit| results.lock().expect("no panic").push(case.check(unit))));
+            results.into_inner().expect("no panic")
         };
         assert!(on(1) == on(5), "{sizes:?}");
     }
@@ -141,13 +159,13 @@ fn threads_do_not_matter() {
 
 #[test]
 fn sizes_of_zero_are_a_sum_of_nothing() {
-    with_amx(|| {
+    with_each_unit(|unit| {
         for sizes in [[0, 3, 4], [3, 0, 4]] {
-            Case { sizes, transposed: [false; 2], onto: false, alpha: 1.0, epilogue: [true; 3] }.check();
+            Case { sizes, transposed: [false; 2], onto: false, alpha: 1.0, epilogue: [true; 3] }.check(unit);
         }
         for onto in [false, true] {
             for rows in [3, 20] {
-                Case { sizes: [rows, 5, 0], transposed: [false; 2], onto, alpha: 1.0, epilogue: [true; 3] }.check();
+                Case { sizes: [rows, 5, 0], transposed: [false; 2], onto, alpha: 1.0, epilogue: [true; 3] }.check(unit);
             }
         }
     });
@@ -158,20 +176,19 @@ fn not_a_number_and_infinity_go_where_they_belong() {
     let mut a = numbers(1, 40 * 40);
     let b = vec![1.0; 40 * 40];
     (a[3 * 40 + 7], a[5 * 40], a[39 * 40 + 39]) = (f32::NAN, f32::INFINITY, f32::from_bits(0x7f80_0001));
-    let mut c = vec![0.0; 40 * 40];
-    with_amx(|| {
-        let amx = Amx::get().expect("AMX, if only in software");
+    with_each_unit(|unit| {
+        let mut c = vec![0.0; 40 * 40];
         let (a, b) = (Matrix::new(&a, 40, 40), Matrix::new(&b, 40, 40));
-        gemm_bf16(amx, &mut c, Onto::Nothing, 1.0, a, b, Epilogue::NONE);
+        gemm_bf16(unit, &mut c, Onto::Nothing, 1.0, a, b, Epilogue::NONE);
+        for (i, row) in c.chunks_exact(40).enumerate() {
+            let expected: fn(&f32) -> bool = match i {
+                3 | 39 => |x| x.is_nan(),
+                5 => |&x| x == f32::INFINITY,
+                _ => |x| x.is_finite(),
+            };
+            assert!(row.iter().all(expected), "row {i}");
+        }
     });
-    for (i, row) in c.chunks_exact(40).enumerate() {
-        let expected: fn(&f32) -> bool = match i {
-            3 | 39 => |x| x.is_nan(),
-            5 => |&x| x == f32::INFINITY,
-            _ => |x| x.is_finite(),
-        };
-        assert!(row.iter().all(expected), "row {i}");
-    }
 }
 
 fn at_each_level(test: impl Fn(Level)) {
@@ -223,16 +240,15 @@ fn packing_rounds_and_lays_out_right_at_every_level() {
 fn a_packed_factor_serves_many_products() {
     let (k, n) = (70, 50);
     let w = numbers(7, n * k);
-    with_amx(|| {
-        let amx = Amx::get().expect("AMX, if only in software");
+    with_each_unit(|unit| {
         let weight = Matrix::new(&w, n, k).t();
-        let packed = PackedB::new(amx, weight);
+        let packed = PackedB::new(unit, weight);
         assert_eq!(packed.bytes(), 3 * 2 * 2048);
         for m in [1, 16, 17, 33] {
             let x = numbers(8, m * k);
             let (mut once, mut again) = (vec![0.0; m * n], vec![0.0; m * n]);
-            gemm_bf16(amx, &mut once, Onto::Nothing, 1.0, Matrix::new(&x, m, k), weight, Epilogue::NONE);
-            gemm_packed(amx, &mut again, Onto::Nothing, 1.0, Matrix::new(&x, m, k), &packed, Epilogue::NONE);
+            gemm_bf16(unit, &mut once, Onto::Nothing, 1.0, Matrix::new(&x, m, k), weight, Epilogue::NONE);
+            gemm_packed(unit, &mut again, Onto::Nothing, 1.0, Matrix::new(&x, m, k), &packed, Epilogue::NONE);
             assert_eq!(once, again);
         }
     });

@@ -2,9 +2,10 @@
 //! with its `bwd`, `composed` from stock ops for other devices and as the oracle, and a function that chooses.
 
 use super::{
+    bf16_unit::Bf16Unit,
     epilogue::Epilogue,
     gelu,
-    gemm::{Matrix, Onto, bf16_unit, gemm, gemm_in},
+    gemm::{Matrix, Onto, gemm, gemm_in},
     gemm_bf16::gemm_bf16,
     simd::{Real, multiversion},
     slices::{by_dtype, fresh, slice, storage, tensor, view},
@@ -73,8 +74,8 @@ pub fn forward_in(
     epilogue: Epilogue<f32>,
 ) -> Vec<f32> {
     let (x, w) = (Matrix::new(x, rows, inputs), Matrix::new(w, outputs, inputs).t());
-    let fill = |y: &mut [f32]| match bf16_unit(precision) {
-        Some(amx) => gemm_bf16(amx, y, Onto::Nothing, 1.0, x, w, epilogue),
+    let fill = |y: &mut [f32]| match Bf16Unit::for_precision(precision) {
+        Some(unit) => gemm_bf16(unit, y, Onto::Nothing, 1.0, x, w, epilogue),
         None => {
             let onto = start(y, outputs, epilogue.bias, epilogue.residual);
             gemm(y, onto, 1.0, x, w);

@@ -9,6 +9,8 @@ pub mod amx;
 #[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
 pub mod amx_emulator;
 pub mod attention;
+pub mod avx512_bf16;
+pub mod bf16_unit;
 pub mod cached_attention;
 pub mod conv;
 mod conv_kernel;
