@@ -25,9 +25,6 @@ pub struct Optimizer {
     pub moments: BTreeMap<String, Moments>,
 }
 
-/// Muon's momentum (Jordan et al. 2024; nesterov).
-const MOMENTUM: f64 = 0.95;
-
 impl Optimizer {
     /// Zero moments for every parameter.
     pub fn new(params: &Params, config: &Train) -> Self {
@@ -53,9 +50,15 @@ impl Optimizer {
         rate: f64,
         scale: f64,
     ) -> Result<()> {
-        for (name, var) in params {
-            let Some(gradient) = gradients.get(name) else { continue };
-            let moments = self.moments.get_mut(name).with_context(|| format!("`{name}` has no moments"))?;
+        let mut updates = Vec::with_capacity(params.len());
+        for (name, moments) in &mut self.moments {
+            let var =
+                params.get(name).with_context(|| format!("there are moments of `{name}`, which is no parameter"))?;
+            if let Some(gradient) = gradients.get(name) {
+                updates.push((name, var, gradient, moments));
+            }
+        }
+        let update = |(name, var, gradient, moments): (&String, &Var, &Tensor, &mut Moments)| {
             let weight_decay = if decays(name, var) { config.weight_decay } else { 0.0 };
             match moments {
                 Moments::AdamW { m, v } => {
@@ -67,39 +70,28 @@ impl Optimizer {
                         weight_decay,
                         step,
                     };
-                    ops::adamw_step(var, gradient, m, v, &hyper, scale)?;
+                    ops::adamw_step(var, gradient, m, v, &hyper, scale)
                 }
                 Moments::Muon { momentum } => {
-                    let update = muon_update(name, gradient, momentum, scale)?;
-                    let learning_rate = config.muon_learning_rate * rate;
-                    let kept = (var.as_tensor() * (1.0 - learning_rate * weight_decay))?;
-                    var.set(&(kept - (update * learning_rate)?)?)?;
+                    let hyper = ops::Muon {
+                        learning_rate: config.muon_learning_rate * rate,
+                        weight_decay,
+                        // The packed query, key and value matrices are three matrices.
+                        parts: if name.ends_with(".qkv.weight") { 3 } else { 1 },
+                        precision: config.precision,
+                    };
+                    ops::muon_step(var, gradient, momentum, &hyper, scale)
                 }
             }
-        }
-        Ok(())
+        };
+        let (small, large): (Vec<_>, Vec<_>) = updates.into_iter().partition(|(_, var, ..)| var.elem_count() < LARGE);
+        small.into_par_iter().try_for_each(update)?;
+        large.into_iter().try_for_each(update)
     }
 }
 
-/// Muon's direction for one matrix (rows, columns): the orthogonalised nesterov momentum, scaled by
-/// `sqrt(max(1, rows / columns))`. The packed query, key and value matrices are three matrices.
-fn muon_update(name: &str, gradient: &Tensor, momentum: &mut [f32], scale: f64) -> Result<Tensor> {
-    let (rows, columns) = gradient.dims2()?;
-    let (scale, beta) = (scale as f32, MOMENTUM as f32);
-    let mut direction = vec![0.0; momentum.len()];
-    ops::with_slice(gradient, |gradient: &[f32]| {
-        for ((d, m), g) in direction.iter_mut().zip(momentum).zip(gradient) {
-            let g = g * scale;
-            *m = beta * *m + (1.0 - beta) * g;
-            *d = beta * *m + (1.0 - beta) * g;
-        }
-    })?;
-    let parts = if name.ends_with(".qkv.weight") { 3 } else { 1 };
-    let direction = Tensor::from_vec(direction, (rows, columns), gradient.device())?;
-    let orthogonal: Vec<_> = direction.chunk(parts, 0)?.iter().map(ops::newton_schulz).collect::<Result<_>>()?;
-    let ratio = (rows / parts) as f64 / columns as f64;
-    Ok((Tensor::cat(&orthogonal, 0)? * ratio.max(1.0).sqrt())?)
-}
+/// Elements from which a parameter has all threads for itself; below, parameters are updated side by side.
+const LARGE: usize = 1 << 22;
 
 /// A matrix of a transformer block: what Muon is for.
 fn is_block_matrix(name: &str, var: &Var) -> bool {
@@ -175,42 +167,6 @@ mod tests {
 
     fn rows(tensor: &Tensor, from: usize, count: usize) -> Vec<f32> {
         tensor.narrow(0, from, count).unwrap().flatten_all().unwrap().to_vec1().unwrap()
-    }
-
-    #[test]
-    fn muon_treats_packed_matrices_one_by_one() {
-        let mut random = crate::random::Random::keyed(1, "muon", 0, 0);
-        let values: Vec<f32> = (0..6 * 12 * 6).map(|_| random.normal() as f32).collect();
-        let packed = Tensor::from_vec(values, (3 * 24, 6), &Device::Cpu).unwrap();
-        let mut momentum = vec![0.0; 3 * 24 * 6];
-        let update = muon_update("blocks.0.attention.qkv.weight", &packed, &mut momentum, 1.0).unwrap();
-        for third in 0..3 {
-            let alone = packed.narrow(0, third * 24, 24).unwrap().contiguous().unwrap();
-            let expected = muon_update("blocks.0.mlp.fc1.weight", &alone, &mut [0.0; 24 * 6], 1.0).unwrap();
-            assert_eq!(rows(&update, third * 24, 24), rows(&expected, 0, 24));
-            // 24 x 6: the columns are nearly orthonormal, times sqrt(24 / 6).
-            let gram = (expected.t().unwrap().matmul(&expected).unwrap() / 4.0).unwrap();
-            for (i, row) in gram.to_vec2::<f32>().unwrap().iter().enumerate() {
-                assert!((0.4..1.6).contains(&row[i]), "{row:?}");
-            }
-        }
-        let whole = muon_update("blocks.0.mlp.fc1.weight", &packed, &mut [0.0; 3 * 24 * 6], 1.0).unwrap();
-        assert_ne!(rows(&update, 0, 24), rows(&whole, 0, 24));
-    }
-
-    #[test]
-    fn muon_carries_nesterov_momentum_and_clips() {
-        let first = Tensor::new(&[[1f32, 0.0], [0.0, 2.0]], &Device::Cpu).unwrap();
-        let second = Tensor::new(&[[0f32, 4.0], [-8.0, 0.0]], &Device::Cpu).unwrap();
-        let mut momentum = vec![0.0; 4];
-        muon_update("w", &first, &mut momentum, 1.0).unwrap();
-        let update = muon_update("w", &second, &mut momentum, 0.5).unwrap();
-        let expected = [0.0475, 0.1, -0.2, 0.095];
-        assert!(momentum.iter().zip(expected).all(|(m, e)| (m - e).abs() < 1e-6), "{momentum:?}");
-        let direction = [0.045125, 0.195, -0.39, 0.09025f32];
-        let direction = ops::newton_schulz(&Tensor::new(&direction, &Device::Cpu).unwrap().reshape((2, 2)).unwrap());
-        let gap = (update - direction.unwrap()).unwrap().abs().unwrap().max_all().unwrap();
-        assert!(gap.to_scalar::<f32>().unwrap() < 1e-5);
     }
 
     #[test]
