@@ -73,6 +73,14 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     crate::runtime::start_threads(cli.threads.map(usize::from))?;
     let json = cli.json;
     match cli.command {
+        // Its own threads hand work to the pool; on one thread it would wait for itself.
+        Command::Data(args) => data::run(args, json),
+        command => crate::runtime::on_threads(|| dispatch(command, json)),
+    }
+}
+
+fn dispatch(command: Command, json: bool) -> Result<()> {
+    match command {
         Command::T2i(args) => t2i::run(args, json),
         Command::Caption(args) => caption::run(args, json),
         Command::Eval(args) => eval::run(args, json),
