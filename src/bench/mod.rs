@@ -15,6 +15,7 @@ pub use shapes::{SHAPES, Shape};
 pub use statistics::Spread;
 
 use crate::{
+    config::Precision,
     error::Result,
     ops::{self, packed::Format},
     runtime,
@@ -41,7 +42,7 @@ pub struct Report {
     /// Useful operations of one repetition.
     pub flops: f64,
     pub flops_per_second: f64,
-    /// f32 multiply-adds in registers on all threads.
+    /// Of multiply-adds as the work's products do them, on all threads.
     pub peak_flops_per_second: f64,
     pub share_of_peak: f64,
     /// Largest memory of this process so far, in bytes.
@@ -52,6 +53,8 @@ pub struct Report {
 struct Work<'a> {
     name: &'static str,
     precision: &'static str,
+    /// What its products multiply.
+    factors: Precision,
     run: Box<dyn FnMut() -> Result<()> + 'a>,
     parameters: usize,
     amount: usize,
@@ -77,7 +80,7 @@ pub fn decode(shape: &Shape, format: Format, repeat: usize) -> Result<Report> {
 fn report(shape: &Shape, repeat: usize, mut work: Work) -> Result<Report> {
     let seconds = seconds(repeat, &mut work.run)?;
     let peak_memory_bytes = runtime::peak_bytes();
-    let peak = ops::peak_flops();
+    let peak = ops::peak_flops(work.factors);
     Ok(Report {
         work: work.name,
         shape: shape.name,

@@ -2,7 +2,7 @@
 
 use super::{Work, flops, shapes::Shape};
 use crate::{
-    config,
+    config::{self, Precision},
     error::Result,
     generate::Sampling,
     model::{Batch, Direction, Generator, Source},
@@ -33,6 +33,7 @@ pub fn train(shape: &Shape) -> Result<Work<'static>> {
     Ok(Work {
         name: "train",
         precision: shape.config.train.precision.name(),
+        factors: shape.config.train.precision,
         run,
         parameters,
         amount,
@@ -56,7 +57,8 @@ pub fn tokenizer(shape: &Shape) -> Result<Work<'static>> {
     let flops = flops::tokenizer(config, shape.batch);
     Ok(Work {
         name: "tokenizer",
-        precision: shape.config.train.precision.name(),
+        precision: Precision::F32.name(),
+        factors: Precision::F32,
         run,
         parameters,
         amount: shape.batch,
@@ -105,8 +107,17 @@ pub fn decode(shape: &Shape, format: Format) -> Result<Work<'static>> {
     let codes = shape.grid.0 * shape.grid.1;
     let run = Box::new(move || paint(&generator, &texts, codes));
     let (parameters, amount) = (count(&params), shape.batch * codes);
-    let precision = format.name();
-    Ok(Work { name: "decode", precision, run, parameters, amount, unit: "tokens", flops: flops::decode(shape) })
+    Ok(Work {
+        name: "decode",
+        precision: format.name(),
+        // Weights are widened on the way.
+        factors: Precision::F32,
+        run,
+        parameters,
+        amount,
+        unit: "tokens",
+        flops: flops::decode(shape),
+    })
 }
 
 fn paint(generator: &Generator, texts: &[Vec<u32>], codes: usize) -> Result<()> {

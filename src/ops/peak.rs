@@ -1,15 +1,50 @@
-//! The machine's speed limit: f32 multiply-adds that never leave the registers.
+//! The machine's speed limit: multiply-adds on numbers that never leave the registers or the first-level cache.
 
-use super::simd::{Real, multiversion};
+use super::{
+    bf16_unit::{Bf16Unit, LINES, SIDE, STEPS, Tile},
+    gemm::{Matrix, Onto, gemm_serial},
+    simd::{Real, multiversion},
+};
+use crate::config::Precision;
 use std::{hint::black_box, time::Instant};
 
-/// f32 operations a second (a multiply-add counts two) on all threads of the pool together; the best of a few short tries.
-pub fn peak_flops() -> f64 {
-    (0..TRIES).map(|_| narrow_and_wide()).fold(0.0, f64::max)
+/// Operations a second (a multiply-add counts two) of products in `precision`, on all threads of the pool together;
+/// the best of a few short tries.
+pub fn peak_flops(precision: Precision) -> f64 {
+    let run: fn(Bf16Unit) -> f64 = tiles;
+    let unit = Bf16Unit::for_precision(precision);
+    (0..TRIES).map(|_| unit.map_or_else(|| narrow_and_wide().max(product()), run)).fold(0.0, f64::max)
 }
 
 const TRIES: usize = 5;
 const ROUNDS: usize = 1 << 20;
+
+/// Squares of C whose factors fit the first-level cache.
+fn tiles(unit: Bf16Unit) -> f64 {
+    const BLOCKS: usize = 8;
+    let rounds = ROUNDS / (BLOCKS * STEPS);
+    on_all_threads(2.0 * (SIDE * SIDE * STEPS * BLOCKS * rounds) as f64, || {
+        let panel = [[Tile([[0; LINES]; LINES]); 2]; BLOCKS];
+        let mut c = [0f32; SIDE * SIDE];
+        let ready = unit.ready(LINES);
+        for _ in 0..rounds {
+            // SAFETY: ready for 16 rows; `c` has 32 rows of 32.
+            unsafe { ready.square(black_box(&panel), &panel, c.as_mut_ptr(), SIDE, Onto::Nothing) }
+        }
+        black_box(&c);
+    })
+}
+
+/// A matrix product that fits the second-level cache: what the compiler cannot spoil.
+fn product() -> f64 {
+    const SIDE: usize = 192;
+    let rounds = ROUNDS / SIDE / 64;
+    on_all_threads(2.0 * (SIDE * SIDE * SIDE * rounds) as f64, || {
+        let (a, mut c) = ([1f32; SIDE * SIDE], [0f32; SIDE * SIDE]);
+        let a = Matrix::new(&a, SIDE, SIDE);
+        (0..rounds).for_each(|_| gemm_serial(black_box(&mut c), SIDE, Onto::Nothing, 1.0, a, a));
+    })
+}
 
 fn narrow_and_wide() -> f64 {
     measure(96, chains_of_96::<f32>).max(measure(256, chains_of_256::<f32>))
@@ -17,10 +52,16 @@ fn narrow_and_wide() -> f64 {
 
 /// Each thread runs `chains` on `width` values for itself.
 fn measure(width: usize, chains: fn(f32, f32, usize) -> f32) -> f64 {
+    on_all_threads(2.0 * (width * ROUNDS) as f64, || {
+        black_box(chains(black_box(0.999), black_box(0.001), ROUNDS));
+    })
+}
+
+/// Operations a second when each thread does so many.
+fn on_all_threads(operations: f64, run: impl Fn() + Sync) -> f64 {
     let begun = Instant::now();
-    rayon::broadcast(|_| black_box(chains(black_box(0.999), black_box(0.001), ROUNDS)));
-    let operations = 2.0 * (width * ROUNDS * rayon::current_num_threads()) as f64;
-    operations / begun.elapsed().as_secs_f64()
+    rayon::broadcast(|_| run());
+    operations * rayon::current_num_threads() as f64 / begun.elapsed().as_secs_f64()
 }
 
 multiversion! {
@@ -57,6 +98,6 @@ mod tests {
     fn chains_compute_and_the_peak_is_positive() {
         assert_eq!(chains_of_96::<f64>(0.5, 1.0, 2), 96.0 * 1.75);
         assert_eq!(chains_of_256::<f64>(0.5, 1.0, 1), 256.0 * 1.5);
-        assert!(peak_flops() > 0.0);
+        assert!(peak_flops(Precision::F32) > 0.0 && peak_flops(Precision::Bf16) > 0.0);
     }
 }
