@@ -37,10 +37,8 @@ impl Avx512Bf16 {
     /// # Safety
     /// C may be read (onto the old) and written; its rows are `stride` floats apart.
     pub(super) unsafe fn square(self, a: &Panel, b: &Panel, c: *mut f32, stride: usize, onto: Onto) {
-        for first in (0..2 * LINES).step_by(ROWS) {
-            // SAFETY: rows of the caller's C.
-            unsafe { self.pass(a, first, ROWS, b, c.add(first * stride), stride, onto) }
-        }
+        // SAFETY: passed on.
+        unsafe { self.lines(a, 2 * LINES, b, c, stride, onto) }
     }
 
     /// The same for the first `rows ≤ 16` rows.
@@ -48,55 +46,56 @@ impl Avx512Bf16 {
     /// # Safety
     /// As above.
     pub(super) unsafe fn flat(self, a: &[[Tile; 1]], rows: usize, b: &Panel, c: *mut f32, stride: usize, onto: Onto) {
-        assert!(rows <= LINES, "a tile has 16 rows");
-        for first in (0..rows).step_by(ROWS) {
-            // SAFETY: rows of the caller's C.
-            unsafe { self.pass(a, first, ROWS.min(rows - first), b, c.add(first * stride), stride, onto) }
-        }
+        // SAFETY: passed on.
+        unsafe { self.lines(a, rows, b, c, stride, onto) }
     }
 
-    /// `rows` rows of C, of which A has at least [`ROWS`] from row `first` on.
-    unsafe fn pass<const N: usize>(
+    unsafe fn lines<const N: usize>(
         self,
         a: &[[Tile; N]],
-        first: usize,
         rows: usize,
         b: &Panel,
         c: *mut f32,
         stride: usize,
         onto: Onto,
     ) {
-        assert!(first + ROWS <= N * LINES && rows <= ROWS && a.len() == b.len(), "the factors do not fit");
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: `self` proves that the instructions exist; the rest is the caller's promise.
-        unsafe {
-            pass(a, first, rows, b, c, stride, onto);
+        assert!(rows <= N * LINES && a.len() == b.len(), "the factors do not fit");
+        for first in (0..rows).step_by(ROWS) {
+            let c = Lines { start: c.wrapping_add(first * stride), stride, rows: ROWS.min(rows - first), onto };
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `self` proves that the instructions exist, and the rows are the caller's. Tiles have a multiple of
+            // `ROWS` rows.
+            unsafe {
+                pass(a, first, b, &c);
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            match self.0 {}
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        match self.0 {}
     }
 }
 
+/// Up to [`ROWS`] rows of C.
+struct Lines {
+    start: *mut f32,
+    stride: usize,
+    rows: usize,
+    onto: Onto,
+}
+
+/// Rows `first..first + ROWS` of A, which has them all, times B: as many of them as C wants.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn pass<const N: usize>(
-    a: &[[Tile; N]],
-    first: usize,
-    rows: usize,
-    b: &Panel,
-    c: *mut f32,
-    stride: usize,
-    onto: Onto,
-) {
+unsafe fn pass<const N: usize>(a: &[[Tile; N]], first: usize, b: &Panel, c: &Lines) {
     use std::arch::x86_64::*;
     // SAFETY: any 64 bytes are 32 bf16 numbers.
     let pairs = |words: __m512i| unsafe { std::mem::transmute::<__m512i, __m512bh>(words) };
     let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
-    // SAFETY: C's first `rows` rows of 32 floats are the caller's; rows of a tile are 64 bytes long.
+    // SAFETY: the rows of C are the caller's, 32 floats each; rows of a tile are 64 bytes long.
     unsafe {
-        if onto == Onto::Old {
-            for (i, sums) in sums.iter_mut().enumerate().take(rows) {
-                *sums = [_mm512_loadu_ps(c.add(i * stride)), _mm512_loadu_ps(c.add(i * stride + LINES))];
+        if c.onto == Onto::Old {
+            for (i, sums) in sums.iter_mut().enumerate().take(c.rows) {
+                let row = c.start.add(i * c.stride);
+                *sums = [_mm512_loadu_ps(row), _mm512_loadu_ps(row.add(LINES))];
             }
         }
         let (tile, first) = (first / LINES, first % LINES);
@@ -111,9 +110,10 @@ unsafe fn pass<const N: usize>(
                 }
             }
         }
-        for (i, sums) in sums.iter().enumerate().take(rows) {
-            _mm512_storeu_ps(c.add(i * stride), sums[0]);
-            _mm512_storeu_ps(c.add(i * stride + LINES), sums[1]);
+        for (i, sums) in sums.iter().enumerate().take(c.rows) {
+            let row = c.start.add(i * c.stride);
+            _mm512_storeu_ps(row, sums[0]);
+            _mm512_storeu_ps(row.add(LINES), sums[1]);
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Muon (K. Jordan et al. 2024): momentum, orthogonalised, for the matrices of a network's middle.
 
 use super::{
-    CHUNK, newton_schulz,
+    CHUNK,
+    newton_schulz::newton_schulz,
     slices::{with_slice, with_slice_mut},
 };
 use crate::{

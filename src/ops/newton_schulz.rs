@@ -14,7 +14,7 @@ const COEFFICIENTS: (f32, f32, f32) = (3.4445, -4.7750, 2.0315);
 
 /// Replaces X (rows, columns) by an approximately orthogonal matrix (all singular values within about 0.7..1.2) with
 /// the same singular vectors. Products are in `precision`: the iteration corrects its own rounding.
-pub fn newton_schulz(precision: Precision, x: &mut [f32], rows: usize, columns: usize) {
+pub(super) fn newton_schulz(precision: Precision, x: &mut [f32], rows: usize, columns: usize) {
     let (a, b, c) = COEFFICIENTS;
     let squares: Vec<f64> = x.par_chunks(CHUNK).map(|x| f64::from(sum_of_squares(x))).collect();
     let scale = 1.0 / (squares.iter().sum::<f64>().sqrt() as f32 + 1e-7);
