@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs what is missing, builds vilg, paints a line of Chinese and describes a picture.
-#   ./scripts/quickstart.sh "一轮弯月，扁平风格"
+#   ./scripts/quickstart.sh "细腻风格的女宇航员"
 set -euo pipefail
-prompt=${1:-一轮弯月，扁平风格}
+prompt=${1:-细腻风格的女宇航员}
 cd "$(dirname "$0")/.."
 
 ./scripts/setup.sh

@@ -44,7 +44,7 @@ impl Shape {
             },
             "emoji" => Self {
                 name: "emoji",
-                config: config(model(6, 256, 4), 32, tokenizer(32, &[1, 1, 2, 4], 64, 2048, 8, 64)),
+                config: config(model(7, 320, 5), 32, tokenizer(32, &[1, 1, 2, 4], 64, 2048, 8, 64)),
                 vocabulary: 2206,
                 codebook: 2048,
                 grid: (8, 8),

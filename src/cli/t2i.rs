@@ -21,7 +21,7 @@ use std::{
     `score`, the model itself judges: the mean log-probability of a token of the prompt, given the picture."
 )]
 pub struct Args {
-    /// What to paint, e.g. 一轮弯月，扁平风格; several prompts go into one grid
+    /// What to paint, e.g. 细腻风格的女宇航员; several prompts go into one grid
     #[arg(required = true, value_name = "TEXT")]
     texts: Vec<String>,
     /// The PNG file to write
@@ -100,7 +100,7 @@ fn numbered(path: &Path, number: usize) -> PathBuf {
 }
 
 fn empty_prompt() -> crate::error::Error {
-    usage("the prompt is empty", "say what to paint: vilg t2i 一轮弯月")
+    usage("the prompt is empty", "say what to paint: vilg t2i 现代风格的彩虹")
 }
 
 /// Warns of what the model will not see of the prompt.
