@@ -71,11 +71,10 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Err(error) => return Err(usage_error(&error, &args)),
     };
     crate::runtime::start_threads(cli.threads.map(usize::from))?;
-    let json = cli.json;
     match cli.command {
-        // Its own threads hand work to the pool; on one thread it would wait for itself.
-        Command::Data(args) => data::run(args, json),
-        command => crate::runtime::on_threads(|| dispatch(command, json)),
+        // Its own threads hand work to the pool; with one thread it would wait for itself there.
+        Command::Data(_) => dispatch(cli.command, cli.json),
+        _ => crate::runtime::on_threads(|| dispatch(cli.command, cli.json)),
     }
 }
 

@@ -11,9 +11,11 @@ use std::{hint::black_box, time::Instant};
 /// Operations a second (a multiply-add counts two) of products in `precision`, on all threads of the pool together;
 /// the best of a few short tries.
 pub fn peak_flops(precision: Precision) -> f64 {
-    let run: fn(Bf16Unit) -> f64 = tiles;
-    let unit = Bf16Unit::for_precision(precision);
-    (0..TRIES).map(|_| unit.map_or_else(|| narrow_and_wide().max(product()), run)).fold(0.0, f64::max)
+    let once = || match Bf16Unit::for_precision(precision) {
+        Some(unit) => tiles(unit),
+        None => narrow_and_wide().max(product()),
+    };
+    (0..TRIES).map(|_| once()).fold(0.0, f64::max)
 }
 
 const TRIES: usize = 5;
