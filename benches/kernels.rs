@@ -45,12 +45,13 @@ fn elementwise(c: &mut Criterion) {
 
 fn adamw(c: &mut Criterion) {
     let count = 12288 * HIDDEN;
-    let (param, gradient) = (normal(&[count]), normal(&[count]));
+    let numbers = || normal(&[count]).to_vec1::<f32>().unwrap();
+    let (mut weights, gradient) = (numbers(), numbers());
     let (mut m, mut v) = (vec![0f32; count], vec![0f32; count]);
     let hyper = AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.96, eps: 1e-8, weight_decay: 0.045, step: 10 };
     let mut group = c.benchmark_group("update");
     group.throughput(Throughput::Elements(count as u64));
-    let mut step = || ops::adamw_step(&param, &gradient, &mut m, &mut v, &hyper, 0.5).unwrap();
+    let mut step = || ops::adamw_step(&mut weights, &gradient, &mut m, &mut v, &hyper, 0.5).unwrap();
     group.bench_function("adamw", |b| b.iter(&mut step));
     group.finish();
 }

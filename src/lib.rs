@@ -6,7 +6,7 @@
 //! | floor | modules | what |
 //! | --- | --- | --- |
 //! | 0 | [`error`] [`report`] [`random`] [`runtime`] [`config`] | hints and exit codes; the only printer; keyed random numbers; threads and memory; the configuration |
-//! | 1 | [`ops`] | maths that candle lacks or does slowly, forward and backward |
+//! | 1 | [`ops`] [`dist`] | maths that candle lacks or does slowly, forward and backward; ranks and their collectives |
 //! | 2 | [`nn`] | layers: linear, norm, attention with its patterns and cache, conv blocks |
 //! | 3 | [`text`] [`tokenizer`] [`data`] | WordPiece; the image tokenizer; samples, shards, batches |
 //! | 4 | [`model`] | the paper: sequence layout, transformer, two-way loss |
@@ -20,6 +20,7 @@ pub mod bundle;
 pub mod cli;
 pub mod config;
 pub mod data;
+pub mod dist;
 pub mod error;
 pub mod eval;
 pub mod generate;

@@ -1,6 +1,6 @@
 //! The only place that prints: results go to stdout, talk goes to stderr. No colour anywhere.
 
-use crate::error::{Error, hint_of};
+use crate::error::{Error, Exit, hint_of};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::{fmt::Display, io::ErrorKind, io::Write};
@@ -74,6 +74,12 @@ pub fn error(error: &Error) {
     if let Some(hint) = hint_of(error) {
         note(format_args!("hint: {hint}"));
     }
+}
+
+/// Says why and ends the program (exit code 1): for what cannot return, since a thread hangs.
+pub fn give_up(reason: Option<&Error>) -> ! {
+    reason.into_iter().for_each(error);
+    std::process::exit(Exit::Failed as i32)
 }
 
 /// A progress bar on stderr; hidden where stderr is not a terminal.

@@ -39,6 +39,15 @@ pub fn on_threads<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| f())
 }
 
+/// Runs `f` on one of `threads` compute threads that are `f`'s alone: a rank's share of the machine.
+///
+/// # Errors
+/// The threads cannot be started.
+pub fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> Result<R> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK).build();
+    Ok(pool.context("cannot start the compute threads of a rank")?.install(f))
+}
+
 /// What this machine offers and what this build contains, as (name, value).
 pub fn facts() -> Vec<(&'static str, String)> {
     let build = if cfg!(debug_assertions) { "debug (slow: build with --release)" } else { "release" };

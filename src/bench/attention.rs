@@ -5,13 +5,11 @@ use crate::{
     config::{AttentionKind, ConvBorder, RowExtent},
     error::{Context, Result},
     model::Layout,
-    nn::{
-        gradients::Gradients,
-        pattern::{Grid, Pattern},
-    },
+    nn::pattern::{Grid, Pattern},
     ops,
     random::Random,
     runtime,
+    train::shards::Shards,
 };
 use candle_core::{Tensor, Var};
 use serde::Serialize;
@@ -99,8 +97,8 @@ pub fn block(shape: &Shape, repeat: usize) -> Result<Vec<Cost>> {
             chain.drain(1..1 + i);
             let pattern = Pattern::of_layer(i + 1, &shape.config.model);
             let flops = 3.0 * shape.batch as f64 * flops::block(&shape.config.model, &layout, pattern);
-            let mut gradients = Gradients::default();
-            let mut run = || work::forward_backward(&chain, &batch, &mut gradients);
+            let mut shards = Shards::alone(&chain)?;
+            let mut run = || work::forward_backward(&chain, &batch, &mut shards);
             costs.push(Cost::measure(name, layout.grid.len(), flops, repeat, &mut run)?);
         }
     }

@@ -6,10 +6,7 @@ use crate::{
     error::Result,
     generate::Sampling,
     model::{Batch, Direction, Generator, Source},
-    nn::{
-        gradients::Gradients,
-        params::{Params, Scope},
-    },
+    nn::params::{Params, Scope},
     ops::packed::Format,
     random::Random,
     runtime,
@@ -17,6 +14,7 @@ use crate::{
     train::{
         engine::{self, Chain},
         optimizer::{self, Optimizer},
+        shards::Shards,
     },
 };
 use candle_core::{DType, Tensor};
@@ -28,7 +26,7 @@ pub fn train(shape: &Shape) -> Result<Work<'static>> {
     let batch = batch(shape)?;
     let (amount, flops) = (batch.targets(), flops::train(shape));
     let parameters = count(&params);
-    let mut step = Step::new(shape, params);
+    let mut step = Step::new(shape, &generator.segments())?;
     let run = Box::new(move || step.take(&generator.segments(), &batch));
     Ok(Work {
         name: "train",
@@ -52,7 +50,7 @@ pub fn tokenizer(shape: &Shape) -> Result<Work<'static>> {
     let pixels = (0..shape.batch * side * side * 3).map(|_| random.unit() as f32 * 2.0 - 1.0).collect();
     let pixels = Tensor::from_vec(pixels, (shape.batch, side, side, 3), &runtime::device())?;
     let parameters = count(&params);
-    let mut step = Step::new(shape, params);
+    let mut step = Step::new(shape, &model.segments())?;
     let run = Box::new(move || step.take(&model.segments(), &PixelBatch::new(pixels.clone(), 1.0)));
     let flops = flops::tokenizer(config, shape.batch);
     Ok(Work {
@@ -69,34 +67,34 @@ pub fn tokenizer(shape: &Shape) -> Result<Work<'static>> {
 
 /// What a step of `vilg train` does between reading and logging.
 struct Step {
-    params: Params,
+    shards: Shards<'static>,
     optimizer: Optimizer,
     settings: config::Train,
-    gradients: Gradients,
     number: u64,
 }
 
 impl Step {
-    fn new(shape: &Shape, params: Params) -> Self {
+    fn new<B>(shape: &Shape, chain: &Chain<B>) -> Result<Self> {
         let settings = shape.config.train.clone();
-        let optimizer = Optimizer::new(&params, &settings);
-        Self { params, optimizer, settings, gradients: Gradients::default(), number: 0 }
+        let shards = Shards::alone(chain)?;
+        let optimizer = Optimizer::new(&shards, &settings);
+        Ok(Self { shards, optimizer, settings, number: 0 })
     }
 
     fn take<B>(&mut self, chain: &Chain<B>, batch: &B) -> Result<()> {
-        let Self { params, optimizer, settings, gradients, number } = self;
+        let Self { shards, optimizer, settings, number } = self;
         *number += 1;
-        forward_backward(chain, batch, gradients)?;
-        let scale = optimizer::clip_scale(optimizer::global_norm(gradients)?, settings.clip_norm);
-        optimizer.step(params, gradients, settings, *number, 1.0, scale)
+        forward_backward(chain, batch, shards)?;
+        let scale = optimizer::clip_scale(optimizer::squares(shards.reduced())?.sqrt(), settings.clip_norm);
+        optimizer.step(shards, settings, *number, 1.0, scale)
     }
 }
 
 /// Forward and backward through a chain, with the gradients in memory that the last pass used.
-pub fn forward_backward<B>(chain: &Chain<B>, batch: &B, gradients: &mut Gradients) -> Result<()> {
-    gradients.clear();
-    engine::accumulate(chain, batch, 0, gradients)?;
-    Ok(())
+pub fn forward_backward<B>(chain: &Chain<B>, batch: &B, shards: &mut Shards) -> Result<()> {
+    shards.begin(0);
+    engine::accumulate(chain, batch, 0, shards)?;
+    shards.finish()
 }
 
 /// All codes of one picture for each text.

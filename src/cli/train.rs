@@ -8,6 +8,7 @@ use crate::{
     train::{self, Plan, Resume},
 };
 use serde_json::json;
+use std::num::NonZeroUsize;
 
 /// Train what the configuration's `task` says; the results lie in runs/NAME
 #[derive(clap::Args)]
@@ -21,6 +22,9 @@ pub struct Args {
     /// auto: from the newest whole checkpoint; never: only from the beginning; or a checkpoint's folder
     #[arg(long, value_name = "auto|never|PATH", default_value = "auto")]
     resume: String,
+    /// Ranks that train together on this machine, each on its share of the threads; `train.shard_stage` says what they split
+    #[arg(long, value_name = "N", default_value_t = NonZeroUsize::MIN)]
+    nproc: NonZeroUsize,
     /// Print parameters, tokens a step and the sources found, and train nothing
     #[arg(long)]
     dry_run: bool,
@@ -38,7 +42,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         "never" => Resume::Never,
         path => Resume::From(path.into()),
     };
-    train::run(&config, &resume)?;
+    train::run(&config, &resume, args.nproc.get())?;
     if json {
         report::json(&json!({ "model": train::model_folder(&config), "steps": config.train.steps }));
     }

@@ -223,6 +223,10 @@ pub struct Train {
     pub ema_decay: f64,
     /// Every so-manieth segment forgets its activations and runs forward again in the backward pass: 1 all, 0 none.
     pub recompute: usize,
+    /// What several ranks split among them: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights.
+    pub shard_stage: u8,
+    /// Seconds that a rank waits for the others before the run ends.
+    pub rank_timeout: u64,
     /// Of matrix products; weights, gradients and sums stay f32.
     pub precision: Precision,
     /// A checkpoint every so many steps.
@@ -373,6 +377,8 @@ impl Default for Train {
             clip_norm: 4.0,
             ema_decay: 0.999,
             recompute: 0,
+            shard_stage: 1,
+            rank_timeout: 600,
             precision: Precision::F32,
             checkpoint_every: 1000,
             keep_checkpoints: 2,

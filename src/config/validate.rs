@@ -197,6 +197,9 @@ fn train(check: &mut Check, t: &Train) {
         "be from 0 to below 1",
         "0.999, or 0 to turn it off",
     );
+    let hint = "0: nothing is split over the ranks; 3: optimizer state, gradients and weights are";
+    check.that(t.shard_stage <= 3, "train.shard_stage", "be from 0 to 3", hint);
+    check.that(t.rank_timeout >= 1, "train.rank_timeout", "be at least 1", "600 s are usual");
     let hint = "a run that stops between two checkpoints repeats the steps since the last";
     check.that(t.checkpoint_every >= 1, "train.checkpoint_every", "be at least 1", hint);
     let hint = "should the newest be damaged, a run goes on from the one before";
@@ -252,6 +255,8 @@ mod tests {
             "train.decay_start=1.1",
             "train.clip_norm=nan",
             "train.ema_decay=1",
+            "train.shard_stage=4",
+            "train.rank_timeout=0",
             "train.checkpoint_every=0",
             "train.keep_checkpoints=1",
             "sample.temperature=-0.5",

@@ -11,6 +11,7 @@ use crate::{
     error::{Context, Result},
 };
 use std::{
+    ops::Range,
     sync::{
         Arc,
         mpsc::{Receiver, sync_channel},
@@ -21,7 +22,7 @@ use std::{
 /// Bad samples in a row that one position may meet.
 const MAX_ATTEMPTS: u64 = 100;
 
-/// Batches of samples, read ahead by worker threads.
+/// Batches of samples, or this rank's samples of each, read ahead by worker threads.
 ///
 /// Worker `w` of `W` makes the batches `w, w + W, …` and has a bounded queue of its own; taking from the
 /// queues in turn gives the exact order whatever the number of workers. Dropping the loader ends its threads.
@@ -29,7 +30,6 @@ pub struct Loader {
     queues: Vec<Receiver<Batch>>,
     workers: Vec<JoinHandle<()>>,
     taken: usize,
-    position: u64,
     read: u64,
     bad: BadCounts,
     max_bad_ratio: f64,
@@ -42,25 +42,27 @@ struct Batch {
 }
 
 impl Loader {
-    /// Batches of `batch_size` samples from `position` (samples consumed before) on.
+    /// Batches of `batch_size` samples from `position` (samples consumed before) on, of each the samples `mine`.
     pub fn new(
         dataset: &Arc<Dataset>,
         config: &config::Data,
         sampler: Sampler,
         batch_size: usize,
+        mine: Vec<Range<usize>>,
         position: u64,
     ) -> Result<Self> {
+        let mine: Arc<[Range<usize>]> = mine.into();
         let count = config.workers.max(1);
         let depth = config.prefetch.div_ceil(count).max(1);
         let (mut queues, mut workers) = (Vec::new(), Vec::new());
         for worker in 0..count {
             let (sender, receiver) = sync_channel(depth);
-            let (dataset, sampler) = (dataset.clone(), sampler.clone());
+            let (dataset, sampler, mine) = (dataset.clone(), sampler.clone(), mine.clone());
             let work = move || {
                 for batch in (worker as u64..).step_by(count) {
                     let start = position + batch * batch_size as u64;
                     // Nobody listens any more: the loader was dropped.
-                    if sender.send(read_batch(&dataset, &sampler, start, batch_size)).is_err() {
+                    if sender.send(read_batch(&dataset, &sampler, start, &mine)).is_err() {
                         return;
                     }
                 }
@@ -70,7 +72,7 @@ impl Loader {
             queues.push(receiver);
         }
         let (bad, max_bad_ratio) = (BadCounts::default(), config.max_bad_ratio);
-        Ok(Self { queues, workers, taken: 0, position, read: 0, bad, max_bad_ratio })
+        Ok(Self { queues, workers, taken: 0, read: 0, bad, max_bad_ratio })
     }
 
     /// The next batch. Bad samples are replaced and counted; too many of them are an error.
@@ -78,17 +80,11 @@ impl Loader {
         let queue = self.queues.get(self.taken % self.queues.len()).context("a loader without workers")?;
         let batch = queue.recv().context("a data thread ended")?;
         self.taken += 1;
-        self.position += batch.records.len() as u64;
         self.read += (batch.records.len() + batch.bad.len()) as u64;
         batch.bad.into_iter().for_each(|bad| self.bad.add(bad));
         self.bad.check(self.read, self.max_bad_ratio)?;
         let records: Option<Vec<Record>> = batch.records.into_iter().collect();
         records.with_context(|| format!("{MAX_ATTEMPTS} bad samples in a row: {}", self.bad))
-    }
-
-    /// Samples consumed: the position to go on from.
-    pub fn position(&self) -> u64 {
-        self.position
     }
 
     /// Bad samples met so far.
@@ -107,9 +103,10 @@ impl Drop for Loader {
     }
 }
 
-fn read_batch(dataset: &Dataset, sampler: &Sampler, start: u64, size: usize) -> Batch {
+fn read_batch(dataset: &Dataset, sampler: &Sampler, start: u64, mine: &[Range<usize>]) -> Batch {
     let mut bad = Vec::new();
-    let records = (start..start + size as u64).map(|position| read_one(dataset, sampler, position, &mut bad)).collect();
+    let positions = mine.iter().cloned().flatten().map(|offset| start + offset as u64);
+    let records = positions.map(|position| read_one(dataset, sampler, position, &mut bad)).collect();
     Batch { records, bad }
 }
 

@@ -62,6 +62,11 @@ impl Gradients {
         Ok(())
     }
 
+    /// Forgets a gradient and frees its memory.
+    pub fn free(&mut self, name: &str) {
+        self.0.remove(name);
+    }
+
     /// The gradient of the parameter `name`, if the step's loss depends on it.
     pub fn get(&self, name: &str) -> Option<&Tensor> {
         self.0.get(name).filter(|gradient| gradient.live).map(|gradient| &gradient.sum)
@@ -72,28 +77,31 @@ impl Gradients {
         self.0.iter().filter(|(_, gradient)| gradient.live).map(|(name, gradient)| (name, &gradient.sum))
     }
 
-    /// Checks that each of these parameters has a finite gradient that is not zero everywhere. candle cuts
-    /// some gradients silently and the loss still falls, so this gate runs at the first step.
-    ///
-    /// # Errors
-    /// Names every parameter that fails and why.
-    pub fn check_complete<'a>(&self, names: impl IntoIterator<Item = &'a String>) -> Result<()> {
-        let mut bad = Vec::new();
-        for name in names {
-            let Some(gradient) = self.get(name) else {
-                bad.push(format!("`{name}` has none"));
-                continue;
-            };
-            let size = gradient.abs()?.sum_all()?.to_scalar::<f32>()?;
-            if !size.is_finite() {
-                bad.push(format!("`{name}` is not finite"));
-            } else if size == 0.0 {
-                bad.push(format!("`{name}` is zero"));
-            }
-        }
-        ensure!(bad.is_empty(), "gradients are wrong after the first step: {}", bad.join(", "));
-        Ok(())
+    /// The sum of absolute values of each of these gradients; `None` where there is no gradient.
+    pub fn sizes(&self, names: &[&String]) -> Result<Vec<Option<f64>>> {
+        let size = |name: &&String| {
+            let Some(gradient) = self.get(name) else { return Ok(None) };
+            Ok(Some(f64::from(gradient.abs()?.sum_all()?.to_scalar::<f32>()?)))
+        };
+        names.iter().map(size).collect()
     }
+}
+
+/// Checks by their [`Gradients::sizes`] that all gradients are there, finite and not zero everywhere. candle cuts some
+/// gradients silently and the loss still falls, so this gate runs at the first step.
+///
+/// # Errors
+/// Names every parameter that fails and why.
+pub fn check_complete(names: &[&String], sizes: &[Option<f64>]) -> Result<()> {
+    let problem = |(name, size): (&&String, &Option<f64>)| match size {
+        None => Some(format!("`{name}` has none")),
+        Some(size) if !size.is_finite() => Some(format!("`{name}` is not finite")),
+        Some(0.0) => Some(format!("`{name}` is zero")),
+        Some(_) => None,
+    };
+    let bad: Vec<String> = names.iter().zip(sizes).filter_map(problem).collect();
+    ensure!(bad.is_empty(), "gradients are wrong after the first step: {}", bad.join(", "));
+    Ok(())
 }
 
 #[cfg(test)]
@@ -129,7 +137,9 @@ mod tests {
         let mut gradients = Gradients::default();
         gradients.add("b", Tensor::zeros((4, 4), DType::F32, &Device::Cpu).unwrap()).unwrap();
         gradients.add("c", Tensor::new(&[f32::NAN, 1.0], &Device::Cpu).unwrap()).unwrap();
-        let message = gradients.check_complete(&["a", "b", "c"].map(String::from)).unwrap_err().to_string();
+        let names = ["a", "b", "c"].map(String::from);
+        let names: Vec<&String> = names.iter().collect();
+        let message = check_complete(&names, &gradients.sizes(&names).unwrap()).unwrap_err().to_string();
         for part in ["`a` has none", "`b` is zero", "`c` is not finite"] {
             assert!(message.contains(part), "{message}");
         }

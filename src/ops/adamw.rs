@@ -3,11 +3,8 @@
 use super::{
     CHUNK,
     simd::{Real, multiversion},
-    slices::with_slice_mut,
-    with_slice,
 };
 use crate::error::{Result, ensure};
-use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
 
 /// The numbers of one step.
@@ -65,46 +62,40 @@ multiversion! {
     }
 }
 
-/// Updates `param` and its moments with `scale · grad` (the scale clips the global norm). The moments are on
-/// the host whatever the device.
-pub fn adamw_step(param: &Var, grad: &Tensor, m: &mut [f32], v: &mut [f32], hyper: &AdamW, scale: f64) -> Result<()> {
-    let count = param.elem_count();
-    ensure!(grad.elem_count() == count && m.len() == count && v.len() == count, "sizes of an AdamW step");
-    if !param.device().is_cpu() {
-        let host = Var::from_tensor(&param.to_device(&Device::Cpu)?)?;
-        adamw_step(&host, &grad.to_device(&Device::Cpu)?, m, v, hyper, scale)?;
-        return Ok(param.set(&host.to_device(param.device())?)?);
-    }
+/// Updates the weights `w` and their moments with `scale · g` (the scale clips the global norm).
+///
+/// # Errors
+/// The four are not of one length.
+pub fn adamw_step(w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], hyper: &AdamW, scale: f64) -> Result<()> {
+    ensure!([g.len(), m.len(), v.len()] == [w.len(); 3], "sizes of an AdamW step");
     let factors = Factors::of(hyper, scale);
-    with_slice(grad, |g: &[f32]| {
-        with_slice_mut(param, |w: &mut [f32]| {
-            let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
-            let chunks = w.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK)).zip(moments);
-            chunks.for_each(|((w, g), (m, v))| update(w, g, m, v, &factors));
-        })
-    })??;
+    let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
+    let chunks = w.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK)).zip(moments);
+    chunks.for_each(|((w, g), (m, v))| update(w, g, m, v, &factors));
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ops::testing::normal, random::Random};
-    use candle_core::DType;
+    use crate::random::Random;
 
     /// The formulas of the paper, one number at a time, in f64.
     #[test]
     fn equals_the_formulas() -> Result<()> {
         let count = 2 * CHUNK + 77;
-        let param = normal("param", &[count], DType::F32);
-        let mut expected: Vec<f64> = param.to_dtype(DType::F64)?.to_vec1()?;
+        let normal = |purpose, step| {
+            let mut random = Random::keyed(5, purpose, step, 0);
+            (0..count).map(|_| random.normal() as f32).collect::<Vec<f32>>()
+        };
+        let mut w = normal("weights", 0);
+        let mut expected: Vec<f64> = w.iter().copied().map(f64::from).collect();
         let (mut m, mut v) = (vec![0f32; count], vec![0f32; count]);
         let (mut em, mut ev) = (vec![0f64; count], vec![0f64; count]);
         for step in 1..=4 {
-            let mut random = Random::keyed(5, "adamw", step, 0);
-            let g: Vec<f32> = (0..count).map(|_| random.normal() as f32).collect();
+            let g = normal("gradient", step);
             let hyper = AdamW { learning_rate: 0.01, beta1: 0.9, beta2: 0.96, eps: 1e-8, weight_decay: 0.1, step };
-            adamw_step(&param, &Tensor::new(g.as_slice(), param.device())?, &mut m, &mut v, &hyper, 0.5)?;
+            adamw_step(&mut w, &g, &mut m, &mut v, &hyper, 0.5)?;
             for i in 0..count {
                 let g = f64::from(g[i]) * 0.5;
                 em[i] = 0.9 * em[i] + 0.1 * g;
@@ -114,7 +105,7 @@ mod tests {
                 expected[i] -= 0.01 * mh / (vh.sqrt() + 1e-8);
             }
         }
-        for (a, b) in param.to_vec1::<f32>()?.iter().zip(&expected) {
+        for (a, b) in w.iter().zip(&expected) {
             assert!((f64::from(*a) - b).abs() < 1e-5, "{a} {b}");
         }
         Ok(())

@@ -57,7 +57,7 @@ pub use linear::linear;
 pub use muon::{Muon, muon_step};
 pub use nearest_code::nearest_code;
 pub use peak::peak_flops;
-pub use slices::{with_slice, with_slice_mut};
+pub use slices::{replace, with_slice, with_slice_mut};
 pub use upsample::upsample_nearest2x;
 
 /// Elements that one task of a parallel elementwise loop takes.

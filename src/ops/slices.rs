@@ -98,6 +98,28 @@ pub fn with_slice_mut<T: Real, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> R
     edit.0.into_inner().1.ok_or_else(|| Error::Msg("the tensor has no elements to edit".into()).bt())
 }
 
+/// Gives a CPU tensor's storage `elements` and returns those it had. An empty vector frees its memory: until it is
+/// given elements again, no kernel may read the tensor or one that shares its storage.
+pub fn replace(tensor: &Tensor, elements: Vec<f32>) -> Result<Vec<f32>> {
+    struct Replace(RefCell<Vec<f32>>);
+
+    impl InplaceOp1 for Replace {
+        fn name(&self) -> &'static str {
+            "replace the elements"
+        }
+
+        fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
+            let CpuStorage::F32(old) = storage else { bail!("replace the elements: expected f32") };
+            std::mem::swap(old, &mut *self.0.borrow_mut());
+            Ok(())
+        }
+    }
+
+    let elements = Replace(RefCell::new(elements));
+    tensor.inplace_op1(&elements)?;
+    Ok(elements.0.into_inner())
+}
+
 /// A new vector that `fill` writes, without the pass over memory that fills it with zeros first.
 ///
 /// # Safety

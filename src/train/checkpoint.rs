@@ -3,17 +3,19 @@
 //! Written as `step-N.tmp/` (files, fsync, then `manifest.json` with their digests, fsync), renamed,
 //! and the parent folder synced: whatever moment a crash picks, the newest folder that loads is a
 //! whole old one or the whole new one.
+//!
+//! Every rank writes what it owns into a file of its own; see [`reshard`] for how others read it.
 
+use super::reshard::{self, Parts};
 use crate::{
     config::Config,
+    dist::Group,
     error::{Context, Hint, Result, bail, ensure, failed},
-    nn::weights::{self, Values},
     report,
 };
-use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     fs::{self, File},
     io::Write,
     path::{Path, PathBuf},
@@ -21,8 +23,16 @@ use std::{
 
 const FORMAT: u32 = 1;
 const STATE: &str = "state.json";
-const TENSORS: &str = "state.safetensors";
 const CONFIG: &str = "config.json";
+const TENSORS: &str = ".safetensors";
+
+/// The file of one rank's tensors.
+fn tensors_of(group: &Group) -> String {
+    match group.world_size() {
+        1 => format!("state{TENSORS}"),
+        world_size => format!("state-{:05}-of-{world_size:05}{TENSORS}", group.rank()),
+    }
+}
 
 /// Everything but tensors and configuration that a run needs to go on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -44,7 +54,7 @@ struct Manifest {
     files: BTreeMap<String, FileInfo>,
 }
 
-#[derive(Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Serialize, Deserialize, PartialEq)]
 struct FileInfo {
     bytes: u64,
     blake3: String,
@@ -56,25 +66,34 @@ impl FileInfo {
     }
 }
 
-/// Writes the checkpoint of `state.step` into `folder` and deletes all but the `keep` newest.
+/// Writes the checkpoint of `state.step` into `folder`, each rank `parts` of it, and deletes all but the `keep` newest.
 pub fn save(
+    group: &Group,
     folder: &Path,
     config: &Config,
     state: &State,
-    tensors: &BTreeMap<String, Values<'_>>,
+    parts: &Parts<'_>,
     keep: usize,
 ) -> Result<()> {
     let path = folder.join(format!("step-{}", state.step));
-    write_folder(&path, config, state, tensors)
-        .hint(format!("cannot write the checkpoint {}", path.display()), "older checkpoints are untouched")?;
-    let mut steps = list(folder)?;
-    // What an earlier crash left half written.
+    let hint = "older checkpoints are untouched";
+    write_folder(group, &path, config, state, parts)
+        .hint(format!("cannot write the checkpoint {}", path.display()), hint)?;
+    if group.leads() {
+        prune(folder, keep)?;
+    }
+    Ok(())
+}
+
+/// Deletes what an earlier crash left half written, and all but the `keep` newest checkpoints.
+fn prune(folder: &Path, keep: usize) -> Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension == "tmp") {
             remove(&path)?;
         }
     }
+    let mut steps = list(folder)?;
     steps.truncate(steps.len().saturating_sub(keep.max(2)));
     for (_, old) in steps {
         fs::remove_dir_all(&old).with_context(|| format!("cannot delete {}", old.display()))?;
@@ -82,27 +101,33 @@ pub fn save(
     Ok(())
 }
 
-fn write_folder(path: &Path, config: &Config, state: &State, tensors: &BTreeMap<String, Values<'_>>) -> Result<()> {
+fn write_folder(group: &Group, path: &Path, config: &Config, state: &State, parts: &Parts<'_>) -> Result<()> {
     let tmp = path.with_extension("tmp");
-    remove(&tmp)?;
-    fs::create_dir_all(&tmp)?;
-    let contents = [
-        (TENSORS, weights::encode(tensors)?),
-        (STATE, serde_json::to_vec_pretty(state)?),
-        (CONFIG, serde_json::to_vec_pretty(config)?),
-    ];
-    let mut files = BTreeMap::new();
-    for (name, bytes) in &contents {
+    let write = |name: &str, bytes: &[u8]| -> Result<(String, FileInfo)> {
         write_synced(&tmp.join(name), bytes)?;
-        files.insert((*name).to_owned(), FileInfo::of(bytes));
+        Ok((name.to_owned(), FileInfo::of(bytes)))
+    };
+    if group.leads() {
+        remove(&tmp)?;
+        fs::create_dir_all(&tmp)?;
     }
-    sync(&tmp)?;
-    write_synced(&tmp.join("manifest.json"), &serde_json::to_vec_pretty(&Manifest { format: FORMAT, files })?)?;
-    sync(&tmp)?;
-    // Only a damaged folder, or one of a run that was taken back, can be in the way.
-    remove(path)?;
-    fs::rename(&tmp, path)?;
-    sync(path.parent().unwrap_or(path))
+    group.barrier()?;
+    let mut ours = vec![write(&tensors_of(group), &reshard::encode(parts)?)?];
+    if group.leads() {
+        ours.push(write(STATE, &serde_json::to_vec_pretty(state)?)?);
+        ours.push(write(CONFIG, &serde_json::to_vec_pretty(config)?)?);
+    }
+    let files = group.gather(ours)?.iter().flat_map(|files| files.iter().cloned()).collect();
+    if group.leads() {
+        sync(&tmp)?;
+        write("manifest.json", &serde_json::to_vec_pretty(&Manifest { format: FORMAT, files })?)?;
+        sync(&tmp)?;
+        // Only a damaged folder, or one of a run that was taken back, can be in the way.
+        remove(path)?;
+        fs::rename(&tmp, path)?;
+        sync(path.parent().unwrap_or(path))?;
+    }
+    group.barrier()
 }
 
 /// Writes a file and waits until it is on the disk.
@@ -139,14 +164,16 @@ fn list(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(steps)
 }
 
-/// A checkpoint that was read and checked.
+/// A checkpoint whose files are whole.
 pub struct Loaded {
     pub state: State,
-    pub tensors: HashMap<String, Tensor>,
     config: serde_json::Value,
+    path: PathBuf,
+    /// Names of the files that hold tensors.
+    tensors: Vec<String>,
 }
 
-/// Reads the checkpoint at `path`.
+/// Checks the checkpoint at `path` and reads all but its tensors.
 ///
 /// # Errors
 /// Names the file that is missing or differs from its digest.
@@ -166,10 +193,14 @@ pub fn load(path: &Path) -> Result<Loaded> {
         ensure!(FileInfo::of(&bytes) == *info, "{name} differs from its digest");
         Ok(bytes)
     };
+    let tensors: Vec<String> = manifest.files.keys().filter(|name| name.ends_with(TENSORS)).cloned().collect();
+    ensure!(!tensors.is_empty(), "manifest.json lists no tensors");
+    tensors.iter().try_for_each(|name| file(name).map(drop))?;
     Ok(Loaded {
         state: serde_json::from_slice(&file(STATE)?).context(STATE)?,
         config: over_defaults(serde_json::from_slice(&file(CONFIG)?).context(CONFIG)?)?,
-        tensors: weights::parse(&file(TENSORS)?, TENSORS)?,
+        path: path.to_owned(),
+        tensors,
     })
 }
 
@@ -229,13 +260,15 @@ pub fn set_aside_after(folder: &Path, step: u64) -> Result<()> {
 }
 
 /// Keys that a resumed run may change: they move no number of the steps already done.
-const FREE: [&str; 11] = [
+const FREE: [&str; 13] = [
     "name",
     "data.prefetch",
     "data.workers",
     "data.max_bad_ratio",
     "train.steps",
     "train.recompute",
+    "train.shard_stage",
+    "train.rank_timeout",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.sample_every",
@@ -244,6 +277,15 @@ const FREE: [&str; 11] = [
 ];
 
 impl Loaded {
+    /// Fills `wanted` from the tensors' files, one file in memory at a time.
+    ///
+    /// # Errors
+    /// A tensor is missing, unknown, or of another size.
+    pub fn read(&self, wanted: &mut Parts<'_>) -> Result<()> {
+        let files = self.tensors.iter().map(|name| Ok((name.as_str(), fs::read(self.path.join(name))?)));
+        reshard::fill(wanted, files)
+    }
+
     /// Checks that the checkpoint belongs to this configuration, vocabulary and image tokenizer.
     ///
     /// # Errors

@@ -1,25 +1,25 @@
 //! A moving average of the weights: what is published, sampled and evaluated.
 
-use crate::{error::Result, nn::params::Params, ops};
+use super::shards::Shards;
+use crate::error::Result;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 
-/// The averaged weights by parameter name.
+/// The averaged weights that this rank owns, by parameter name.
 pub type Average = BTreeMap<String, Vec<f32>>;
 
 /// The average before the first step: the weights themselves.
-pub fn start(params: &Params) -> Result<Average> {
-    params.iter().map(|(name, var)| Ok((name.clone(), var.flatten_all()?.to_vec1::<f32>()?))).collect()
+pub fn start(shards: &Shards) -> Result<Average> {
+    shards.owned().keys().map(|name| Ok((name.clone(), shards.part(name)?))).collect()
 }
 
 /// `average += (1 - d) (weights - average)` with `d = min(decay, (1 + step) / (10 + step))`, so that the
 /// random start is forgotten early in a run.
-pub fn update(average: &mut Average, params: &Params, decay: f64, step: u64) -> Result<()> {
+pub fn update(average: &mut Average, shards: &Shards, decay: f64, step: u64) -> Result<()> {
     let step = step as f64;
     let rate = (1.0 - decay.min((1.0 + step) / (10.0 + step))) as f32;
-    for (name, var) in params {
-        let Some(average) = average.get_mut(name) else { continue };
-        ops::with_slice(var, |weights: &[f32]| {
+    for (name, average) in average {
+        shards.with_part(name, |weights| {
             let parts = average.par_chunks_mut(1 << 14).zip(weights.par_chunks(1 << 14));
             parts.for_each(|(average, weights)| {
                 for (a, w) in average.iter_mut().zip(weights) {
@@ -38,13 +38,14 @@ mod tests {
 
     #[test]
     fn follows_the_formula() {
-        let (params, _) = toy::chain(1, 1);
+        let (params, chain) = toy::chain(1, 1);
+        let shards = Shards::alone(&toy::segments(&chain)).unwrap();
         let weights = params.values().next().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        let mut average = start(&params).unwrap();
+        let mut average = start(&shards).unwrap();
         assert_eq!(average.values().next().unwrap(), &weights);
         average.values_mut().for_each(|values| values.fill(0.0));
-        update(&mut average, &params, 0.5, 1).unwrap();
-        update(&mut average, &params, 0.5, 1000).unwrap();
+        update(&mut average, &shards, 0.5, 1).unwrap();
+        update(&mut average, &shards, 0.5, 1000).unwrap();
         // d = 2 / 11 at step 1, then 0.5: what is missing shrinks by both.
         let expected = 1.0 - (2.0 / 11.0) * 0.5;
         for (a, w) in average.values().next().unwrap().iter().zip(&weights) {

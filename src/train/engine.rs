@@ -2,15 +2,13 @@
 //!
 //! Forward runs segment by segment; backward goes through the chain from its end. `recompute` decides
 //! whether what a segment saved is kept between the two or made again from its input; both give the same
-//! bits. Everything that a sharded run must move passes through two places here: a segment's parameters are
-//! needed only inside [`forward`] and [`backward`], and a gradient is final only when [`Gradients`] has it.
+//! bits. A segment's weights are needed only while it runs, and its gradients of this micro-batch are complete when its
+//! backward pass ends: that is where [`Shards`] moves them in a sharded run.
 
+use super::shards::Shards;
 use crate::{
     error::{Context, Result, ensure},
-    nn::{
-        gradients::Gradients,
-        segment::{Saved, Segment},
-    },
+    nn::segment::{Saved, Segment},
 };
 use candle_core::{DType, Tensor};
 
@@ -24,37 +22,45 @@ struct Link {
     saved: Option<Saved>,
 }
 
-/// Adds the gradients of one micro-batch to `gradients` and returns its loss. Every `recompute`-th segment
+/// Adds the gradients of one micro-batch to those in `shards` and returns its loss. Every `recompute`-th segment
 /// forgets what it saved and runs forward again in the backward pass; 0: none does, 1: all do.
-pub fn accumulate<B>(chain: &Chain<B>, batch: &B, recompute: usize, gradients: &mut Gradients) -> Result<f64> {
-    let (links, loss) = forward(chain, batch, recompute)?;
+pub fn accumulate<B>(chain: &Chain<B>, batch: &B, recompute: usize, shards: &mut Shards) -> Result<f64> {
+    let (links, loss) = forward(chain, batch, recompute, shards)?;
     let loss = loss.to_dtype(DType::F64)?.to_scalar::<f64>().context("the last segment must return a scalar")?;
-    backward(chain, batch, links, gradients)?;
+    backward(chain, batch, links, shards)?;
     Ok(loss)
 }
 
-fn forward<B>(chain: &Chain<B>, batch: &B, recompute: usize) -> Result<(Vec<Link>, Tensor)> {
+fn forward<B>(chain: &Chain<B>, batch: &B, recompute: usize, shards: &mut Shards) -> Result<(Vec<Link>, Tensor)> {
     let mut links = Vec::with_capacity(chain.len());
     let mut x = Tensor::zeros(0, DType::F32, &crate::runtime::device())?;
     for (i, segment) in chain.iter().enumerate() {
+        shards.gather(i)?;
         let (y, saved) = segment.forward(&x, batch).with_context(|| format!("segment `{}`", segment.name()))?;
         // The last segment's backward comes at once: nothing is saved by forgetting what it needs.
-        let keep = recompute == 0 || !(i + 1).is_multiple_of(recompute) || i + 1 == chain.len();
+        let last = i + 1 == chain.len();
+        if !last {
+            shards.release(i)?;
+        }
+        let keep = recompute == 0 || !(i + 1).is_multiple_of(recompute) || last;
         links.push(Link { input: x, saved: keep.then_some(saved) });
         x = y;
     }
     Ok((links, x))
 }
 
-fn backward<B>(chain: &Chain<B>, batch: &B, mut links: Vec<Link>, gradients: &mut Gradients) -> Result<()> {
+fn backward<B>(chain: &Chain<B>, batch: &B, mut links: Vec<Link>, shards: &mut Shards) -> Result<()> {
     let mut dy = None;
-    for segment in chain.iter().rev() {
+    for (i, segment) in chain.iter().enumerate().rev() {
         let Some(Link { input, saved }) = links.pop() else { break };
+        shards.gather(i)?;
         let saved = match saved {
             Some(saved) => saved,
             None => segment.forward(&input, batch)?.1,
         };
-        dy = segment.backward(&input, batch, saved, dy, gradients)?;
+        dy = segment.backward(&input, batch, saved, dy, shards.gradients())?;
+        shards.release(i)?;
+        shards.reduce(i)?;
         ensure!(
             dy.is_some() || links.is_empty(),
             "segment `{}` passes no gradient on to the one before it",
@@ -68,6 +74,7 @@ fn backward<B>(chain: &Chain<B>, batch: &B, mut links: Vec<Link>, gradients: &mu
 pub(super) mod tests {
     use super::*;
     use crate::nn::{
+        gradients::{Gradients, check_complete},
         params::{Init, Params, Scope},
         segment::Taped,
     };
@@ -113,6 +120,11 @@ pub(super) mod tests {
         toys.iter().map(|toy| Box::new(toy) as Box<dyn Segment<Tensor>>).collect()
     }
 
+    /// The parameter names by segment.
+    pub fn units(toys: &[Toy]) -> Vec<Vec<String>> {
+        toys.iter().map(|toy| toy.params.keys().cloned().collect()).collect()
+    }
+
     pub fn inputs(seed: u64) -> Tensor {
         let mut random = crate::random::Random::keyed(seed, "inputs", 0, 0);
         Tensor::from_vec((0..12).map(|_| random.normal() as f32).collect(), (3, 4), &Device::Cpu).unwrap()
@@ -128,8 +140,9 @@ pub(super) mod tests {
     fn equals_one_tape_over_the_whole_chain() {
         let (params, toys) = chain(1, 3);
         let x = inputs(2);
-        let mut gradients = Gradients::default();
-        let loss = accumulate(&segments(&toys), &x, 0, &mut gradients).unwrap();
+        let mut shards = Shards::alone(&segments(&toys)).unwrap();
+        let loss = accumulate(&segments(&toys), &x, 0, &mut shards).unwrap();
+        let gradients = shards.reduced();
         let mut y = x.clone();
         for toy in &toys {
             y = toy.taped(&y, &x).unwrap();
@@ -140,24 +153,24 @@ pub(super) mod tests {
             let difference = (gradients.get(name).unwrap() - store.get(var).unwrap()).unwrap();
             assert!(difference.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap() < 1e-7, "{name}");
         }
-        gradients.check_complete(params.keys()).unwrap();
+        let names: Vec<&String> = params.keys().collect();
+        check_complete(&names, &gradients.sizes(&names).unwrap()).unwrap();
     }
 
     #[test]
     fn recomputation_changes_no_bit_and_micro_batches_add_up() {
         let (_, toys) = chain(3, 4);
-        let run = |recompute| {
-            let mut gradients = Gradients::default();
-            for seed in 0..2 {
-                accumulate(&segments(&toys), &inputs(seed), recompute, &mut gradients).unwrap();
+        let run_over = |seeds: std::ops::Range<u64>, recompute| {
+            let mut shards = Shards::alone(&segments(&toys)).unwrap();
+            for seed in seeds {
+                accumulate(&segments(&toys), &inputs(seed), recompute, &mut shards).unwrap();
             }
-            bits(&gradients)
+            bits(shards.reduced())
         };
+        let run = |recompute| run_over(0..2, recompute);
         for every in 1..5 {
             assert_eq!(run(every), run(0), "every {every}");
         }
-        let mut one = Gradients::default();
-        accumulate(&segments(&toys), &inputs(0), 0, &mut one).unwrap();
-        assert_ne!(run(0), bits(&one));
+        assert_ne!(run(0), run_over(0..1, 0));
     }
 }

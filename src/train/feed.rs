@@ -1,40 +1,54 @@
 //! The samples of each step: position `(step - 1) · samples a step` of the sampler's order, so that the
-//! step alone says where the data goes on.
+//! step alone says where the data goes on. Each rank reads a range of its own of every batch.
 
 use crate::{
     config::Config,
     data::{Dataset, Kind, Loader, Record, Sampler},
+    dist::{self, Group},
     error::Result,
     report,
 };
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 /// Reads a run's samples ahead, from any step on.
 pub struct Feed {
     dataset: Arc<Dataset>,
     config: crate::config::Data,
     sampler: Sampler,
+    /// Of a step on all ranks.
     samples: usize,
+    /// This rank's samples among them, batch by batch.
+    mine: Vec<Range<usize>>,
     loader: Option<(u64, Loader)>,
     bad: u64,
 }
 
 impl Feed {
-    /// `samples` samples a step of the configuration's sources.
-    pub fn new(config: &Config, kind: Kind, samples: usize) -> Result<Self> {
+    /// Steps of batches of these sizes, from the configuration's sources.
+    pub fn new(config: &Config, kind: Kind, batches: &[usize], group: &Group) -> Result<Self> {
         let dataset = Arc::new(Dataset::open(&config.data, kind)?);
         let sampler = Sampler::new(config.seed, "train", &dataset.shares());
-        let length = sampler.epoch_length();
-        report::note(format_args!(
-            "data: {} samples in {} sources; an epoch shows {length} in {} steps",
-            dataset.shares().iter().map(|(count, _)| count).sum::<u64>(),
-            dataset.sources.len(),
-            length.div_ceil(samples.max(1) as u64),
-        ));
-        if dataset.bad.total() > 0 {
-            report::warn(format_args!("damaged shards: {}", dataset.bad));
+        let (length, samples) = (sampler.epoch_length(), batches.iter().sum::<usize>());
+        if group.leads() {
+            report::note(format_args!(
+                "data: {} samples in {} sources; an epoch shows {length} in {} steps",
+                dataset.shares().iter().map(|(count, _)| count).sum::<u64>(),
+                dataset.sources.len(),
+                length.div_ceil(samples.max(1) as u64),
+            ));
+            if dataset.bad.total() > 0 {
+                report::warn(format_args!("damaged shards: {}", dataset.bad));
+            }
         }
-        Ok(Self { dataset, config: config.data.clone(), sampler, samples, loader: None, bad: 0 })
+        let mut first = 0;
+        let mine = batches.iter().map(|size| {
+            let part = dist::part(*size, group.rank(), group.world_size());
+            let mine = first + part.start..first + part.end;
+            first += size;
+            mine
+        });
+        let mine = mine.collect();
+        Ok(Self { dataset, config: config.data.clone(), sampler, samples, mine, loader: None, bad: 0 })
     }
 
     /// What was found.
@@ -48,21 +62,29 @@ impl Feed {
         draws.filter_map(|draw| self.dataset.read(draw.source, draw.sample).ok()).collect()
     }
 
-    /// The samples of `step` (counted from 1).
-    pub fn next(&mut self, step: u64) -> Result<Vec<Record>> {
+    /// This rank's samples of `step` (counted from 1), batch by batch, each with the position of its first one.
+    pub fn next(&mut self, step: u64) -> Result<Vec<(u64, Vec<Record>)>> {
         let mut loader = match self.loader.take() {
             Some((next, loader)) if next == step => loader,
             _ => {
                 let position = (step - 1) * self.samples as u64;
-                Loader::new(&self.dataset, &self.config, self.sampler.clone(), self.samples, position)?
+                Loader::new(
+                    &self.dataset,
+                    &self.config,
+                    self.sampler.clone(),
+                    self.samples,
+                    self.mine.clone(),
+                    position,
+                )?
             }
         };
-        let records = loader.next_batch()?;
+        let mut records = loader.next_batch()?.into_iter();
         if loader.bad().total() > self.bad {
             self.bad = loader.bad().total();
             report::warn(format_args!("bad samples were replaced so far: {}", loader.bad()));
         }
         self.loader = Some((step + 1, loader));
-        Ok(records)
+        let batch = |mine: &Range<usize>| (mine.start as u64, records.by_ref().take(mine.len()).collect());
+        Ok(self.mine.iter().map(batch).collect())
     }
 }

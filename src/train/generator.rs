@@ -1,17 +1,19 @@
 //! The task `generator`: both directions in every step, the summed loss (paper §2.2).
 
-use super::{Measured, Task, engine, feed::Feed};
+use super::{
+    Measured, Task, engine,
+    feed::Feed,
+    shards::{Shards, names},
+};
 use crate::{
     bundle::{self, Bundle, Parts},
     config::{Config, Task as Kind},
     data::{self, picture},
+    dist::{self, Group},
     error::{Context, Result, ensure, failed, usage},
     generate::{Job, Models},
     model::{Batch, Direction, Generator, pad},
-    nn::{
-        gradients::Gradients,
-        params::{Params, Scope},
-    },
+    nn::params::{Params, Scope},
     random::Random,
     runtime,
     text::WordPiece,
@@ -39,7 +41,7 @@ impl GeneratorTask {
     ///
     /// # Errors
     /// One of the three is missing, or the codes are of another tokenizer.
-    pub fn new(config: &Config) -> Result<Self> {
+    pub fn new(config: &Config, group: &Group) -> Result<Self> {
         let mut config = config.clone();
         let text = WordPiece::load(&config.text.vocab)?;
         let image_tokenizer = Bundle::open(&config.image_tokenizer.path).context("image_tokenizer.path")?;
@@ -47,7 +49,8 @@ impl GeneratorTask {
         let kind = image_tokenizer.config.task;
         ensure!(kind == Kind::ImageTokenizer, usage("image_tokenizer.path is not an image tokenizer", hint));
         config.image_tokenizer = image_tokenizer.config.image_tokenizer.clone();
-        let feed = Feed::new(&config, data::Kind::Codes, config.train.batch_size + config.train.caption_batch_size)?;
+        let batches = [config.train.batch_size, config.train.caption_batch_size];
+        let feed = Feed::new(&config, data::Kind::Codes, &batches, group)?;
         let digest = image_tokenizer.digest()?;
         let ours = feed.dataset().codes().is_some_and(|codes| codes.tokenizer == digest);
         let hint = "encode the pictures again with `vilg data encode`, or name the tokenizer that made the codes";
@@ -58,15 +61,23 @@ impl GeneratorTask {
         Ok(Self { model, params: scope.params(), text, image_tokenizer, feed, config })
     }
 
-    /// The parts of one direction's samples; their losses add up to `weight` · mean over all target tokens.
-    fn batches(&self, direction: Direction, records: &[data::Record], step: u64) -> Result<Vec<Batch>> {
+    /// The parts of one direction's samples, which begin at position `first` of the step; the losses of all ranks add up
+    /// to `weight` · mean over all target tokens.
+    fn batches(
+        &self,
+        direction: Direction,
+        first: u64,
+        records: &[data::Record],
+        step: u64,
+        group: &Group,
+    ) -> Result<Vec<Batch>> {
         let settings = &self.config.train;
         let weight = self.weight(direction);
         if records.is_empty() || weight == 0.0 {
             return Ok(Vec::new());
         }
-        let mut indices = 0..records.len() as u64;
-        let part = |records: &[data::Record]| -> Result<Batch> {
+        let mut indices = first..;
+        let mut part = |records: &[data::Record]| -> Result<Batch> {
             let mut rows = Vec::with_capacity(records.len());
             let mut codes = Vec::new();
             for (record, index) in records.iter().zip(&mut indices) {
@@ -83,10 +94,12 @@ impl GeneratorTask {
             let codes = Tensor::from_vec(codes, (rows.len(), self.model.grid().len()), &device)?;
             Ok(Batch { direction, text, text_lengths, codes, loss_scale: 0.0 })
         };
-        let size = records.len().div_ceil(settings.accumulation);
-        let mut batches = records.chunks(size).map(part).collect::<Result<Vec<_>>>()?;
+        let parts = settings.accumulation.min(records.len());
+        let parts = (0..parts).map(|i| part(&records[dist::part(records.len(), i, parts)]));
+        let mut batches = parts.collect::<Result<Vec<_>>>()?;
         let tokens: usize = batches.iter().map(Batch::targets).sum();
-        batches.iter_mut().for_each(|batch| batch.loss_scale = weight / tokens as f64);
+        let tokens = group.sum(&[tokens as f64])?[0];
+        batches.iter_mut().for_each(|batch| batch.loss_scale = weight / tokens);
         Ok(batches)
     }
 
@@ -126,22 +139,28 @@ impl Task for GeneratorTask {
         identity(&self.text, &self.image_tokenizer)
     }
 
-    fn gradients(&mut self, step: u64, gradients: &mut Gradients) -> Result<Measured> {
-        let records = self.feed.next(step)?;
-        let (painted, described) = records.split_at(self.config.train.batch_size.min(records.len()));
+    fn units(&self) -> Vec<Vec<String>> {
+        names(&self.model.segments())
+    }
+
+    fn gradients(&mut self, step: u64, shards: &mut Shards) -> Result<Measured> {
+        let samples = self.feed.next(step)?;
         let segments = self.model.segments();
         let mut measured = Measured { losses: Vec::new(), amount: 0, unit: "tokens" };
-        let directions = [("image", Direction::TextToImage, painted), ("text", Direction::ImageToText, described)];
-        for (name, direction, records) in directions {
-            let mut loss = 0.0;
-            let batches = self.batches(direction, records, step)?;
+        let directions = [("image", Direction::TextToImage), ("text", Direction::ImageToText)];
+        for ((name, direction), (first, records)) in directions.into_iter().zip(&samples) {
+            let batches = self.batches(direction, *first, records, step, shards.group())?;
+            if batches.is_empty() {
+                continue;
+            }
+            let (mut loss, mut tokens) = (0.0, 0);
             for batch in &batches {
-                loss += engine::accumulate(&segments, batch, self.config.train.recompute, gradients)?;
-                measured.amount += batch.targets();
+                loss += engine::accumulate(&segments, batch, self.config.train.recompute, shards)?;
+                tokens += batch.targets();
             }
-            if !batches.is_empty() {
-                measured.losses.push((name, loss / self.weight(direction)));
-            }
+            let sums = shards.group().sum(&[loss, tokens as f64])?;
+            measured.losses.push((name, sums[0] / self.weight(direction)));
+            measured.amount += sums[1] as usize;
         }
         Ok(measured)
     }

@@ -1,6 +1,10 @@
 //! The task `image-tokenizer`: pictures through encoder, quantiser and decoder (paper §2.1).
 
-use super::{Measured, Task, engine, feed::Feed};
+use super::{
+    Measured, Task, engine,
+    feed::Feed,
+    shards::{Shards, names},
+};
 use crate::{
     bundle::{self, Parts},
     config::Config,
@@ -9,11 +13,9 @@ use crate::{
         image::{from_pixels, to_pixels},
         picture,
     },
-    error::{Context, Result, ensure},
-    nn::{
-        gradients::Gradients,
-        params::{Params, Scope},
-    },
+    dist::{self, Group},
+    error::{Context, Result, ensure, usage},
+    nn::params::{Params, Scope},
     runtime,
     tokenizer::{ImageTokenizer, PixelBatch, Statistics},
 };
@@ -41,10 +43,13 @@ pub struct ImageTokenizerTask {
 
 impl ImageTokenizerTask {
     /// A fresh tokenizer over the configuration's pictures.
-    pub fn new(config: &Config) -> Result<Self> {
+    pub fn new(config: &Config, group: &Group) -> Result<Self> {
         let settings = &config.image_tokenizer;
+        let hint = "its codebook is restarted in place on every rank: set train.shard_stage to 2";
+        let sharded = config.train.shard_stage == 3 && group.world_size() > 1;
+        ensure!(!sharded, usage("train.shard_stage = 3 is not for image tokenizers", hint));
         let kind = Kind::Pictures(u32::try_from(settings.image_size)?);
-        let feed = Feed::new(config, kind, config.train.batch_size)?;
+        let feed = Feed::new(config, kind, &[config.train.batch_size], group)?;
         let scope = Scope::from_seed(config.seed, DType::F32, &runtime::device());
         let model = ImageTokenizer::new(&scope, settings)?;
         let last_used = vec![0; settings.codebook_size];
@@ -63,6 +68,17 @@ fn merge(parts: Vec<(f64, Statistics)>) -> Result<Statistics> {
     Ok(Statistics { l1, l2, codebook, commitment, codes, latents })
 }
 
+/// What all ranks saw, from what each saw: its means are its share of the step's.
+fn gather(group: &Group, ours: Statistics) -> Result<Statistics> {
+    let means = group.sum(&[ours.l1, ours.l2, ours.codebook, ours.commitment])?;
+    let codes = group.gather(ours.codes)?.iter().flat_map(|codes| codes.iter().copied()).collect();
+    let (_, height, width, dim) = ours.latents.dims4()?;
+    let latents: Vec<f32> =
+        group.gather(ours.latents.flatten_all()?.to_vec1()?)?.iter().flat_map(|part| part.iter().copied()).collect();
+    let latents = Tensor::from_vec(latents, ((), height, width, dim), ours.latents.device())?;
+    Ok(Statistics { l1: means[0], l2: means[1], codebook: means[2], commitment: means[3], codes, latents })
+}
+
 impl Task for ImageTokenizerTask {
     fn params(&self) -> &Params {
         &self.params
@@ -72,17 +88,23 @@ impl Task for ImageTokenizerTask {
         Ok(BTreeMap::new())
     }
 
-    fn gradients(&mut self, step: u64, gradients: &mut Gradients) -> Result<Measured> {
-        let records = self.feed.next(step)?;
+    fn units(&self) -> Vec<Vec<String>> {
+        names(&self.model.segments())
+    }
+
+    fn gradients(&mut self, step: u64, shards: &mut Shards) -> Result<Measured> {
+        let records = self.feed.next(step)?.swap_remove(0).1;
         let segments = self.model.segments();
-        let mut parts = Vec::new();
-        for part in records.chunks(records.len().div_ceil(self.config.train.accumulation)) {
-            let share = part.len() as f64 / records.len() as f64;
+        let (settings, mut seen) = (&self.config.train, Vec::new());
+        let parts = settings.accumulation.min(records.len());
+        for i in 0..parts {
+            let part = &records[dist::part(records.len(), i, parts)];
+            let share = part.len() as f64 / settings.batch_size as f64;
             let batch = PixelBatch::new(pixels(part)?, share);
-            engine::accumulate(&segments, &batch, self.config.train.recompute, gradients)?;
-            parts.push((share, batch.statistics.into_inner().context("the tokenizer left no statistics")?));
+            engine::accumulate(&segments, &batch, settings.recompute, shards)?;
+            seen.push((share, batch.statistics.into_inner().context("the tokenizer left no statistics")?));
         }
-        let seen = merge(parts)?;
+        let seen = gather(shards.group(), merge(seen)?)?;
         let losses = vec![
             ("l1", seen.l1),
             ("l2", seen.l2),
@@ -92,7 +114,7 @@ impl Task for ImageTokenizerTask {
             ("perplexity", seen.perplexity()),
         ];
         self.seen = Some(seen);
-        Ok(Measured { losses, amount: records.len(), unit: "images" })
+        Ok(Measured { losses, amount: settings.batch_size, unit: "images" })
     }
 
     fn after_step(&mut self, step: u64) -> Result<()> {

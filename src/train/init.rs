@@ -71,6 +71,7 @@ fn check_meaning(config: &Config, task: &dyn Task, bundle: &Bundle) -> Result<()
 mod tests {
     use super::*;
     use crate::{
+        dist::Group,
         error::{Exit, exit_of},
         nn::params::Params,
         train::{Resume, Stop, prepare, task_tests::generator_config, train},
@@ -87,8 +88,8 @@ mod tests {
     }
 
     fn live(parent: &Path, config: &Config) -> crate::error::Result<()> {
-        let (mut task, folder) = prepare(parent, config, &Resume::Auto)?;
-        train(config, task.as_mut(), folder, &Resume::Auto, &Stop::default())
+        let (mut task, folder) = prepare(parent, config, &Resume::Auto, &Group::alone())?;
+        train(&Group::alone(), config, task.as_mut(), folder, &Resume::Auto, &Stop::default())
     }
 
     fn values(params: &Params) -> Vec<Vec<f32>> {
@@ -99,7 +100,7 @@ mod tests {
     fn a_fresh_run_starts_with_the_model_s_weights_and_a_resumed_one_with_its_own() {
         let folder = tempfile::tempdir().unwrap();
         let mut config = model(folder.path());
-        let (task, _) = prepare(folder.path(), &config, &Resume::Auto).unwrap();
+        let (task, _) = prepare(folder.path(), &config, &Resume::Auto, &Group::alone()).unwrap();
         let stored = Bundle::open(&config.train.init_from).unwrap().weights().unwrap();
         for (name, var) in task.params() {
             let bits = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -130,7 +131,7 @@ mod tests {
         config.data = generator_config(folder.path()).data;
         config.data.sources[0].path = folder.path().join("pictures").display().to_string();
         config.train.init_from = "demo".into();
-        let (task, _) = prepare(folder.path(), &config, &Resume::Auto).unwrap();
+        let (task, _) = prepare(folder.path(), &config, &Resume::Auto, &Group::alone()).unwrap();
         let stored = Bundle::open("demo").unwrap().image_tokenizer_folder().unwrap().weights().unwrap();
         let name = "decoder.conv_out.weight";
         let gap = (task.params()[name].as_tensor() - &stored[name]).unwrap().sqr().unwrap().sum_all().unwrap();
@@ -144,11 +145,11 @@ mod tests {
         let refusal = |change: &dyn Fn(&mut Config)| {
             let mut config = config.clone();
             change(&mut config);
-            let before = super::super::task(&config).unwrap();
-            let task = super::super::task(&config).unwrap();
+            let before = super::super::task(&config, &Group::alone()).unwrap();
+            let task = super::super::task(&config, &Group::alone()).unwrap();
             assert!(take_weights(&config, task.as_ref()).is_err());
             assert_eq!(values(before.params()), values(task.params()), "half taken over");
-            let error = prepare(&folder.path().join("refused"), &config, &Resume::Auto).err().unwrap();
+            let error = prepare(&folder.path().join("refused"), &config, &Resume::Auto, &Group::alone()).err().unwrap();
             assert_eq!(exit_of(&error), Exit::Usage);
             assert!(!folder.path().join("refused").exists());
             format!("{error:#}")

@@ -1,7 +1,7 @@
 //! Training: one loop for every task, over the engine of [`engine`].
 //!
-//! Read [`train`] first: a step from top to bottom. Then [`engine`] (gradients), [`optimizer`],
-//! [`schedule`], [`ema`], [`checkpoint`]. A [`Task`] says what a batch is and which segments it runs through.
+//! Read [`train`] first: a step from top to bottom. Then [`engine`] (gradients), [`shards`] (what each rank holds),
+//! [`optimizer`], [`schedule`], [`ema`], [`checkpoint`]. A [`Task`] says what a batch is and which segments it runs through.
 
 pub mod checkpoint;
 pub mod ema;
@@ -10,29 +10,34 @@ mod feed;
 mod generator;
 mod image_tokenizer;
 mod init;
+mod layout;
 pub mod optimizer;
 mod plan;
+mod reshard;
 mod run_folder;
 pub mod schedule;
+pub mod shards;
 mod signals;
 mod state;
 
 use crate::{
     config::{Config, Task as Kind},
-    error::{Result, ensure},
-    nn::{gradients::Gradients, params::Params},
+    dist::{self, Group},
+    error::{Result, ensure, usage},
+    nn::{gradients, params::Params},
     report, runtime,
 };
-use candle_core::Tensor;
+use candle_core::{Tensor, Var};
 pub use plan::{Plan, plan};
 use run_folder::RunFolder;
 use serde_json::{Value, json};
+use shards::Shards;
 use signals::Stop;
 use state::RunState;
 use std::{
     collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Where a run starts.
@@ -68,10 +73,14 @@ pub trait Task {
         false
     }
 
-    /// Adds the gradients of step `step` (counted from 1) to `gradients`.
-    fn gradients(&mut self, step: u64, gradients: &mut Gradients) -> Result<Measured>;
+    /// The names of the parameters of each segment of the chain.
+    fn units(&self) -> Vec<Vec<String>>;
 
-    /// Changes that no gradient makes, after the optimizer's update.
+    /// Adds the gradients of this rank's samples of step `step` (counted from 1) to those in `shards`. What was measured
+    /// is of all ranks.
+    fn gradients(&mut self, step: u64, shards: &mut Shards) -> Result<Measured>;
+
+    /// Changes that no gradient makes, after the optimizer's update; the same on all ranks.
     fn after_step(&mut self, step: u64) -> Result<()>;
 
     /// What the task must remember across a restart, beside its parameters.
@@ -88,20 +97,40 @@ pub trait Task {
 }
 
 /// Trains what the configuration says, in `runs/NAME` below the current folder.
-pub fn run(config: &Config, resume: &Resume) -> Result<()> {
-    let (mut task, folder) = prepare(Path::new(""), config, resume)?;
-    train(config, task.as_mut(), folder, resume, &Stop::on_signals()?)
+pub fn run(config: &Config, resume: &Resume, ranks: usize) -> Result<()> {
+    check_ranks(config, ranks)?;
+    let stop = Stop::on_signals()?;
+    let patience = Duration::from_secs(config.train.rank_timeout);
+    dist::launch(ranks, patience, |group| {
+        let (mut task, folder) = prepare(Path::new(""), config, resume, group)?;
+        train(group, config, task.as_mut(), folder, resume, &stop)
+    })?;
+    Ok(())
+}
+
+/// Every rank needs at least one sample of each part of a step.
+fn check_ranks(config: &Config, ranks: usize) -> Result<()> {
+    let settings = &config.train;
+    let parts = ranks * settings.accumulation;
+    let batches = [("batch_size", settings.batch_size), ("caption_batch_size", settings.caption_batch_size)];
+    for (key, size) in batches.into_iter().filter(|(_, size)| ranks > 1 && *size > 0) {
+        let what = format!("train.{key} = {size} gives {ranks} ranks x {} parts no sample each", settings.accumulation);
+        ensure!(size >= parts, usage(what, format!("use fewer ranks, or make it at least {parts}")));
+    }
+    Ok(())
 }
 
 /// The task, with the weights to start from where nothing was trained yet, and the run's folder below `parent`.
-fn prepare(parent: &Path, config: &Config, resume: &Resume) -> Result<(Box<dyn Task>, RunFolder)> {
+fn prepare(parent: &Path, config: &Config, resume: &Resume, group: &Group) -> Result<(Box<dyn Task>, RunFolder)> {
     // The task first: a configuration that cannot be trained leaves no run folder behind.
-    let task = task(config)?;
+    let task = task(config, group)?;
     let resumes = matches!(resume, Resume::From(_)) || checkpoint::any(&run_folder::checkpoints(parent, config))?;
     if !resumes {
         init::take_weights(config, task.as_ref())?;
     }
-    Ok((task, RunFolder::open(parent, config)?))
+    group.same("configuration", &config.to_toml()?)?;
+    group.same("vocabulary or image tokenizer", &format!("{:?}", task.identity()?))?;
+    Ok((task, RunFolder::open(parent, config, group.leads())?))
 }
 
 /// Where a run of this configuration leaves its model.
@@ -109,68 +138,109 @@ pub fn model_folder(config: &Config) -> PathBuf {
     Path::new("runs").join(&config.name).join("model")
 }
 
-fn task(config: &Config) -> Result<Box<dyn Task>> {
+fn task(config: &Config, group: &Group) -> Result<Box<dyn Task>> {
     Ok(match config.task {
-        Kind::Generator => Box::new(generator::GeneratorTask::new(config)?),
-        Kind::ImageTokenizer => Box::new(image_tokenizer::ImageTokenizerTask::new(config)?),
+        Kind::Generator => Box::new(generator::GeneratorTask::new(config, group)?),
+        Kind::ImageTokenizer => Box::new(image_tokenizer::ImageTokenizerTask::new(config, group)?),
     })
 }
 
 /// Steps in a row that may have a gradient that is not finite.
 const MAX_SKIPPED: u64 = 10;
 
-fn train(config: &Config, task: &mut dyn Task, mut folder: RunFolder, resume: &Resume, stop: &Stop) -> Result<()> {
+fn train(
+    group: &Group,
+    config: &Config,
+    task: &mut dyn Task,
+    mut folder: RunFolder,
+    resume: &Resume,
+    stop: &Stop,
+) -> Result<()> {
     let settings = &config.train;
-    let mut run = RunState::start(config, task, &folder.checkpoints(), resume)?;
+    let whole = |name: &str, var: &Var| optimizer::is_muons(settings, name, var);
+    let mut shards = Shards::new(group, settings.shard_stage, task.params(), &task.units(), whole)?;
+    let mut run = RunState::start(config, task, &mut shards, &folder.checkpoints(), resume)?;
     folder.begin(config, run.step)?;
     if run.step == 0 {
         // Before the first step, so that a full disk shows at once.
-        run.save(config, task, &folder.checkpoints())?;
+        run.save(config, task, &shards, &folder.checkpoints())?;
     }
-    let mut gradients = Gradients::default();
     while run.step < settings.steps {
         let begun = Instant::now();
         run.step += 1;
-        gradients.clear();
-        let measured = task.gradients(run.step, &mut gradients)?;
+        shards.begin(run.step);
+        let measured = task.gradients(run.step, &mut shards)?;
+        shards.finish()?;
         if run.step == 1 {
-            gradients.check_complete(task.params().keys().filter(|name| !task.idle(name)))?;
+            let names: Vec<&String> = task.params().keys().filter(|name| !task.idle(name)).collect();
+            gradients::check_complete(&names, &shards.sizes(&names)?)?;
         }
-        let norm = optimizer::global_norm(&gradients)?;
+        let Agreed { norm, signal } = agree(&shards, stop)?;
         let rate = schedule::rate(settings, run.step);
         if norm.is_finite() {
             let scale = optimizer::clip_scale(norm, settings.clip_norm);
-            run.optimizer.step(task.params(), &gradients, settings, run.step, rate, scale)?;
+            run.optimizer.step(&mut shards, settings, run.step, rate, scale)?;
+            shards.refresh()?;
             task.after_step(run.step)?;
             if let Some(average) = &mut run.average {
-                ema::update(average, task.params(), settings.ema_decay, run.step)?;
+                ema::update(average, &shards, settings.ema_decay, run.step)?;
             }
             run.skipped = 0;
         } else {
             run.skipped += 1;
-            report::warn(format_args!("step {}: the gradient is not finite; its update is skipped", run.step));
+            let skipped = format!("step {}: the gradient is not finite; its update is skipped", run.step);
+            group.leads().then(|| report::warn(skipped));
             ensure!(run.skipped < MAX_SKIPPED, "{MAX_SKIPPED} steps in a row had a gradient that is not finite");
         }
-        log(&mut folder, settings, &run, &measured, norm, rate * settings.learning_rate, begun)?;
-
-        let stopped = stop.requested(run.step);
-        let last = run.step == settings.steps;
-        if stopped.is_some() || last || due(run.step, settings.checkpoint_every) {
-            run.save(config, task, &folder.checkpoints())?;
-            task.publish(run.published(task.params())?, &folder.model())?;
+        if group.leads() {
+            log(&mut folder, settings, &run, &measured, norm, rate * settings.learning_rate, begun)?;
         }
-        if let Some(stopped) = stopped.filter(|_| !last) {
+
+        let last = run.step == settings.steps;
+        if signal != 0 || last || due(run.step, settings.checkpoint_every) {
+            run.save(config, task, &shards, &folder.checkpoints())?;
+            publish(&run, task, &shards, &folder)?;
+        }
+        if let Some(stopped) = Stop::error(signal, run.step).filter(|_| !last) {
             return Err(stopped);
         }
-        if due(run.step, settings.sample_every) || (last && settings.sample_every > 0) {
-            task.sample(run.published(task.params())?, &folder.sample(run.step))?;
+        let sampled = due(run.step, settings.sample_every) || (last && settings.sample_every > 0);
+        if sampled && let Some(weights) = run.published(&shards)? {
+            task.sample(weights, &folder.sample(run.step))?;
         }
     }
     if !folder.model().exists() {
-        task.publish(run.published(task.params())?, &folder.model())?;
+        publish(&run, task, &shards, &folder)?;
     }
-    report::note(format_args!("{} steps done; the model is in {}", run.step, folder.model().display()));
+    if group.leads() {
+        report::note(format_args!("{} steps done; the model is in {}", run.step, folder.model().display()));
+    }
     Ok(())
+}
+
+/// What all ranks know alike after the backward pass.
+struct Agreed {
+    /// The gradient's global norm.
+    norm: f64,
+    /// A signal to stop that came to any rank; 0: none.
+    signal: i32,
+}
+
+/// The one exchange of a step beside the gradients'.
+fn agree(shards: &Shards, stop: &Stop) -> Result<Agreed> {
+    let squares = optimizer::squares(shards.reduced())?;
+    let all = shards.group().gather(vec![(squares, stop.signal())])?;
+    let squares = if shards.replicated() { squares } else { all.iter().map(|rank| rank[0].0).sum() };
+    let signal = all.iter().map(|rank| rank[0].1).max().unwrap_or(0);
+    Ok(Agreed { norm: squares.sqrt(), signal })
+}
+
+/// Writes the model folder.
+fn publish(run: &RunState, task: &dyn Task, shards: &Shards, folder: &RunFolder) -> Result<()> {
+    match run.published(shards)? {
+        Some(weights) => task.publish(weights, &folder.model()),
+        None => Ok(()),
+    }
 }
 
 fn due(step: u64, every: u64) -> bool {
@@ -209,6 +279,8 @@ fn log(
     folder.log(&line)
 }
 
+#[cfg(test)]
+mod ranks_tests;
 #[cfg(test)]
 pub(crate) mod task_tests;
 #[cfg(test)]

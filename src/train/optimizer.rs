@@ -2,15 +2,16 @@
 //!
 //! Moments are plain f32 vectors in order of name, whatever the weights' dtype and device.
 
+use super::shards::{Owned, Shards};
 use crate::{
     config::{MatrixOptimizer, Train},
-    error::{Context, Result},
-    nn::{gradients::Gradients, params::Params},
+    error::{Result, bail},
+    nn::gradients::Gradients,
     ops,
 };
-use candle_core::{Tensor, Var};
+use candle_core::Var;
 use rayon::prelude::*;
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ops::Range};
 
 /// What an optimizer remembers of one parameter.
 pub enum Moments {
@@ -20,45 +21,41 @@ pub enum Moments {
     Muon { momentum: Vec<f32> },
 }
 
-/// The optimizer's state by parameter name.
+/// The optimizer's state of what this rank owns, by parameter name.
 pub struct Optimizer {
     pub moments: BTreeMap<String, Moments>,
 }
 
 impl Optimizer {
-    /// Zero moments for every parameter.
-    pub fn new(params: &Params, config: &Train) -> Self {
-        let fresh = |(name, var): (&String, &Var)| {
-            let zeros = || vec![0.0; var.elem_count()];
-            let moments = if config.matrix_optimizer == MatrixOptimizer::Muon && is_block_matrix(name, var) {
+    /// Zero moments for what this rank owns.
+    pub fn new(shards: &Shards, config: &Train) -> Self {
+        let fresh = |(name, range): (&String, &Range<usize>)| {
+            let zeros = || vec![0.0; range.len()];
+            let moments = if is_muons(config, name, &shards.params()[name]) {
                 Moments::Muon { momentum: zeros() }
             } else {
                 Moments::AdamW { m: zeros(), v: zeros() }
             };
             (name.clone(), moments)
         };
-        Self { moments: params.iter().map(fresh).collect() }
+        Self { moments: shards.owned().iter().map(fresh).collect() }
     }
 
-    /// One update: `scale` multiplies the gradients (clipping), `rate` the peak learning rates.
-    pub fn step(
-        &mut self,
-        params: &Params,
-        gradients: &Gradients,
-        config: &Train,
-        step: u64,
-        rate: f64,
-        scale: f64,
-    ) -> Result<()> {
-        let mut updates = Vec::with_capacity(params.len());
+    /// One update of what this rank owns: `scale` multiplies the gradients (clipping), `rate` the peak learning rates.
+    pub fn step(&mut self, shards: &mut Shards, config: &Train, step: u64, rate: f64, scale: f64) -> Result<()> {
+        let mut updates = Vec::with_capacity(self.moments.len());
+        let mut owned = shards.updates().into_iter().peekable();
+        // Both are in order of name.
         for (name, moments) in &mut self.moments {
-            let var =
-                params.get(name).with_context(|| format!("there are moments of `{name}`, which is no parameter"))?;
-            if let Some(gradient) = gradients.get(name) {
-                updates.push((name, var, gradient, moments));
+            if let Some(owned) = owned.next_if(|owned| owned.name == name) {
+                updates.push((owned, moments));
             }
         }
-        let update = |(name, var, gradient, moments): (&String, &Var, &Tensor, &mut Moments)| {
+        if let Some(owned) = owned.next() {
+            bail!("there are no moments of `{}`", owned.name);
+        }
+        let update = |(owned, moments): (Owned, &mut Moments)| {
+            let (name, var) = (owned.name, owned.var);
             let weight_decay = if decays(name, var) { config.weight_decay } else { 0.0 };
             match moments {
                 Moments::AdamW { m, v } => {
@@ -70,7 +67,7 @@ impl Optimizer {
                         weight_decay,
                         step,
                     };
-                    ops::adamw_step(var, gradient, m, v, &hyper, scale)
+                    owned.update(|w, g| ops::adamw_step(w, g, m, v, &hyper, scale))
                 }
                 Moments::Muon { momentum } => {
                     let hyper = ops::Muon {
@@ -80,14 +77,25 @@ impl Optimizer {
                         parts: if name.ends_with(".qkv.weight") { 3 } else { 1 },
                         precision: config.precision,
                     };
-                    ops::muon_step(var, gradient, momentum, &hyper, scale)
+                    let size = var.dims2()?;
+                    owned.update(|w, g| ops::muon_step(w, g, momentum, size, &hyper, scale))
                 }
             }
         };
-        let (small, large): (Vec<_>, Vec<_>) = updates.into_iter().partition(|(_, var, ..)| var.elem_count() < LARGE);
+        let (small, large): (Vec<_>, Vec<_>) = updates.into_iter().partition(|(owned, _)| owned.elements() < LARGE);
         small.into_par_iter().try_for_each(update)?;
         large.into_iter().try_for_each(update)
     }
+}
+
+/// Whether Muon updates this parameter, so that it must lie whole on one rank.
+pub fn is_muons(config: &Train, name: &str, var: &Var) -> bool {
+    config.matrix_optimizer == MatrixOptimizer::Muon && is_block_matrix(name, var)
+}
+
+/// What the moments of a parameter are called in a checkpoint.
+pub fn kinds(config: &Train, name: &str, var: &Var) -> &'static [&'static str] {
+    if is_muons(config, name, var) { &["muon"] } else { &["adamw_m", "adamw_v"] }
 }
 
 /// Elements from which a parameter has all threads for itself; below, parameters are updated side by side.
@@ -105,9 +113,9 @@ fn decays(name: &str, var: &Var) -> bool {
     var.rank() >= 2 && !table
 }
 
-/// The global norm of all gradients: f64 sums of fixed chunks, added in order of name, so that the
+/// The sum of the squares of all gradients: f64 sums of fixed chunks, added in order of name, so that the
 /// number of threads changes no bit.
-pub fn global_norm(gradients: &Gradients) -> Result<f64> {
+pub fn squares(gradients: &Gradients) -> Result<f64> {
     let mut sum = 0.0;
     for (_, gradient) in gradients.iter() {
         sum += ops::with_slice(gradient, |gradient: &[f32]| {
@@ -115,7 +123,7 @@ pub fn global_norm(gradients: &Gradients) -> Result<f64> {
             chunks.iter().sum::<f64>()
         })?;
     }
-    Ok(sum.sqrt())
+    Ok(sum)
 }
 
 fn sum_of_squares(chunk: &[f32]) -> f64 {
@@ -141,7 +149,7 @@ mod tests {
         nn::params::{Init, Scope},
         train::engine::tests as toy,
     };
-    use candle_core::{DType, Device};
+    use candle_core::{DType, Device, Tensor};
 
     #[test]
     fn groups_go_by_name_and_shape() {
@@ -174,12 +182,12 @@ mod tests {
         for kind in [MatrixOptimizer::Adamw, MatrixOptimizer::Muon] {
             let (params, chain) = toy::chain(1, 2);
             let before: Vec<Vec<f32>> = params.values().map(|v| rows(v, 0, 4)).collect();
-            let mut gradients = Gradients::default();
+            let mut shards = Shards::alone(&toy::segments(&chain)).unwrap();
             let segments = toy::segments(&chain);
-            super::super::engine::accumulate(&segments, &toy::inputs(1), 0, &mut gradients).unwrap();
+            super::super::engine::accumulate(&segments, &toy::inputs(1), 0, &mut shards).unwrap();
             let config = Train { matrix_optimizer: kind, weight_decay: 0.0, learning_rate: 0.1, ..Train::default() };
-            let mut optimizer = Optimizer::new(&params, &config);
-            optimizer.step(&params, &gradients, &config, 1, 0.5, 1.0).unwrap();
+            let mut optimizer = Optimizer::new(&shards, &config);
+            optimizer.step(&mut shards, &config, 1, 0.5, 1.0).unwrap();
             for (var, before) in params.values().zip(&before) {
                 let moved: Vec<f32> = rows(var, 0, 4).iter().zip(before).map(|(a, b)| (a - b).abs()).collect();
                 let (least, most) = moved.iter().fold((1f32, 0f32), |(l, m), x| (l.min(*x), m.max(*x)));
@@ -196,11 +204,12 @@ mod tests {
     #[test]
     fn norm_and_clip() {
         let (_, chain) = toy::chain(1, 2);
-        let mut gradients = Gradients::default();
-        super::super::engine::accumulate(&toy::segments(&chain), &toy::inputs(1), 0, &mut gradients).unwrap();
-        let squares = |(_, g): (&String, &Tensor)| g.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
-        let expected = f64::from(gradients.iter().map(squares).sum::<f32>()).sqrt();
-        assert!((global_norm(&gradients).unwrap() - expected).abs() < 1e-6 * expected);
+        let mut shards = Shards::alone(&toy::segments(&chain)).unwrap();
+        super::super::engine::accumulate(&toy::segments(&chain), &toy::inputs(1), 0, &mut shards).unwrap();
+        let gradients = shards.reduced();
+        let sum = |(_, g): (&String, &Tensor)| g.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+        let expected = f64::from(gradients.iter().map(sum).sum::<f32>());
+        assert!((squares(gradients).unwrap() - expected).abs() < 1e-6 * expected);
         assert_eq!([clip_scale(8.0, 2.0), clip_scale(1.0, 2.0), clip_scale(8.0, 0.0)], [0.25, 1.0, 1.0]);
     }
 }

@@ -14,6 +14,11 @@ use std::{
 /// The folder of one run; at most one process holds it.
 pub struct RunFolder {
     root: PathBuf,
+    /// The leading rank's; the others only know where things lie.
+    held: Option<Held>,
+}
+
+struct Held {
     metrics: File,
     /// Locked until the process ends.
     _lock: File,
@@ -29,12 +34,15 @@ pub fn checkpoints(parent: &Path, config: &Config) -> PathBuf {
 }
 
 impl RunFolder {
-    /// Opens or makes `runs/NAME` below `parent`.
+    /// Opens or makes `runs/NAME` below `parent` where this rank `leads`.
     ///
     /// # Errors
     /// Another process trains in it, or it cannot be written.
-    pub fn open(parent: &Path, config: &Config) -> Result<Self> {
+    pub fn open(parent: &Path, config: &Config, leads: bool) -> Result<Self> {
         let root = root(parent, config);
+        if !leads {
+            return Ok(Self { root, held: None });
+        }
         for folder in ["samples", "checkpoints"] {
             let folder = root.join(folder);
             fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
@@ -51,12 +59,13 @@ impl RunFolder {
             Ok(()) => {}
         }
         let metrics = OpenOptions::new().create(true).append(true).open(root.join("metrics.jsonl"))?;
-        Ok(Self { root, metrics, _lock: lock })
+        Ok(Self { root, held: Some(Held { metrics, _lock: lock }) })
     }
 
     /// Keeps the configuration beside the results, and only the metrics of steps up to `step`, so that
     /// no step stands twice after a resume.
     pub fn begin(&mut self, config: &Config, step: u64) -> Result<()> {
+        let Some(held) = &mut self.held else { return Ok(()) };
         fs::write(self.root.join("config.toml"), config.to_toml()?)?;
         let path = self.root.join("metrics.jsonl");
         // Bytes, not text: a crash may have cut a line anywhere.
@@ -69,13 +78,14 @@ impl RunFolder {
         let tmp = path.with_extension("tmp");
         fs::write(&tmp, kept)?;
         fs::rename(&tmp, &path)?;
-        self.metrics = OpenOptions::new().append(true).open(&path)?;
+        held.metrics = OpenOptions::new().append(true).open(&path)?;
         Ok(())
     }
 
     /// Adds one line to metrics.jsonl.
     pub fn log(&mut self, line: &Value) -> Result<()> {
-        self.metrics.write_all(format!("{line}\n").as_bytes()).context("cannot write metrics.jsonl")
+        let Some(held) = &mut self.held else { return Ok(()) };
+        held.metrics.write_all(format!("{line}\n").as_bytes()).context("cannot write metrics.jsonl")
     }
 
     /// Where checkpoints lie.

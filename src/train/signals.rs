@@ -29,9 +29,14 @@ impl Stop {
         Ok(stop)
     }
 
-    /// The error to leave with when a signal came.
-    pub fn requested(&self, step: u64) -> Option<Error> {
-        let (name, exit) = match self.0.load(Ordering::SeqCst) as i32 {
+    /// The signal that came to this process; 0: none.
+    pub fn signal(&self) -> i32 {
+        self.0.load(Ordering::SeqCst) as i32
+    }
+
+    /// The error to leave with when `signal` came to any rank.
+    pub fn error(signal: i32, step: u64) -> Option<Error> {
+        let (name, exit) = match signal {
             0 => return None,
             SIGINT => ("Ctrl-C", Exit::Interrupted),
             SIGUSR1 => ("SIGUSR1", Exit::Requeue),

@@ -4,22 +4,19 @@ use super::{
     Resume, Task,
     checkpoint::{self, Loaded, State},
     ema::{self, Average},
-    optimizer::{Moments, Optimizer},
+    optimizer::{self, Moments, Optimizer},
+    reshard::{Part, Parts},
+    shards::Shards,
 };
 use crate::{
     config::Config,
     error::{Context, Result, ensure, failed},
-    nn::{params::Params, weights::Values},
     report,
 };
-use candle_core::{Device, Tensor};
-use std::{
-    borrow::Cow,
-    collections::{BTreeMap, HashMap},
-    path::Path,
-};
+use candle_core::Tensor;
+use std::{borrow::Cow, collections::HashMap, path::Path};
 
-/// The state of a run beside its parameters.
+/// The state of a run beside its parameters: this rank's part of it.
 pub struct RunState {
     /// Steps done.
     pub step: u64,
@@ -32,10 +29,15 @@ pub struct RunState {
 
 impl RunState {
     /// The state to start from, as `resume` says; the parameters and the task are set to it.
-    pub fn start(config: &Config, task: &mut dyn Task, checkpoints: &Path, resume: &Resume) -> Result<Self> {
-        let params = task.params();
-        let average = if config.train.ema_decay > 0.0 { Some(ema::start(params)?) } else { None };
-        let fresh = Self { step: 0, skipped: 0, optimizer: Optimizer::new(params, &config.train), average };
+    pub fn start(
+        config: &Config,
+        task: &mut dyn Task,
+        shards: &mut Shards,
+        checkpoints: &Path,
+        resume: &Resume,
+    ) -> Result<Self> {
+        let average = if config.train.ema_decay > 0.0 { Some(ema::start(shards)?) } else { None };
+        let fresh = Self { step: 0, skipped: 0, optimizer: Optimizer::new(shards, &config.train), average };
         let loaded = match resume {
             Resume::Auto => checkpoint::newest(checkpoints)?,
             Resume::From(path) => {
@@ -49,51 +51,71 @@ impl RunState {
                 None
             }
         };
+        let step = loaded.as_ref().map(|loaded| loaded.state.step);
+        shards.group().same("newest checkpoint", &format!("{step:?}"))?;
         let Some(loaded) = loaded else { return Ok(fresh) };
         loaded.check(config, &task.identity()?)?;
-        checkpoint::set_aside_after(checkpoints, loaded.state.step)?;
-        let state = fresh.restored(loaded, task)?;
-        report::note(format_args!("going on after step {}", state.step));
+        let state = fresh.restored(config, loaded, task, shards)?;
+        if shards.group().leads() {
+            checkpoint::set_aside_after(checkpoints, state.step)?;
+            report::note(format_args!("going on after step {}", state.step));
+        }
         Ok(state)
     }
 
-    fn restored(mut self, loaded: Loaded, task: &mut dyn Task) -> Result<Self> {
-        let Loaded { state, mut tensors, .. } = loaded;
-        for (name, var) in task.params() {
-            let tensor = take(&mut tensors, "weights", name)?;
-            var.set(&tensor.to_dtype(var.dtype())?.to_device(var.device())?)
-                .with_context(|| format!("the checkpoint's `{name}`"))?;
-            match self.optimizer.moments.get_mut(name) {
-                Some(Moments::AdamW { m, v }) => {
-                    fill(m, &mut tensors, "adamw_m", name)?;
-                    fill(v, &mut tensors, "adamw_v", name)?;
-                }
-                Some(Moments::Muon { momentum }) => fill(momentum, &mut tensors, "muon", name)?,
+    fn restored(mut self, config: &Config, loaded: Loaded, task: &mut dyn Task, shards: &mut Shards) -> Result<Self> {
+        let mut wanted = self.wanted(config, shards);
+        loaded.read(&mut wanted)?;
+        let mut take = |kind: &str, name: &str| {
+            let part = wanted.remove(&format!("{kind}/{name}"));
+            part.map(|part| part.values.into_owned()).with_context(|| format!("no part of `{kind}/{name}`"))
+        };
+        for name in shards.owned().keys().cloned().collect::<Vec<_>>() {
+            shards.set_part(&name, &take("weights", &name)?)?;
+            match self.optimizer.moments.get_mut(&name) {
+                Some(Moments::AdamW { m, v }) => (*m, *v) = (take("adamw_m", &name)?, take("adamw_v", &name)?),
+                Some(Moments::Muon { momentum }) => *momentum = take("muon", &name)?,
                 None => {}
             }
-            if let Some(average) = self.average.as_mut().and_then(|average| average.get_mut(name)) {
-                fill(average, &mut tensors, "average", name)?;
+            if let Some(average) = self.average.as_mut().and_then(|average| average.get_mut(&name)) {
+                *average = take("average", &name)?;
             }
         }
-        if let Some(name) = tensors.keys().min() {
-            return Err(failed(
-                format_args!("the checkpoint holds an unknown tensor `{name}`"),
-                "it is of another model",
-            ));
+        shards.refresh()?;
+        task.restore(&loaded.state.task).context("the checkpoint's task state")?;
+        Ok(Self { step: loaded.state.step, skipped: loaded.state.skipped, ..self })
+    }
+
+    /// Room for what this rank owns of each tensor of the state; of tensors that others own, room for nothing.
+    fn wanted(&self, config: &Config, shards: &Shards) -> Parts<'static> {
+        let mut wanted = Parts::new();
+        for (name, var) in shards.params() {
+            let range = shards.owned().get(name).cloned().unwrap_or(0..0);
+            let kinds = ["weights"]
+                .into_iter()
+                .chain(optimizer::kinds(&config.train, name, var).iter().copied())
+                .chain(self.average.as_ref().map(|_| "average"));
+            for kind in kinds {
+                let values = Cow::Owned(vec![0.0; range.len()]);
+                wanted.insert(
+                    format!("{kind}/{name}"),
+                    Part { shape: var.dims().to_vec(), range: range.clone(), values },
+                );
+            }
         }
-        task.restore(&state.task).context("the checkpoint's task state")?;
-        Ok(Self { step: state.step, skipped: state.skipped, ..self })
+        wanted
     }
 
     /// Writes a checkpoint.
-    pub fn save(&self, config: &Config, task: &dyn Task, checkpoints: &Path) -> Result<()> {
-        let mut tensors = BTreeMap::new();
-        for (name, var) in task.params() {
+    pub fn save(&self, config: &Config, task: &dyn Task, shards: &Shards, checkpoints: &Path) -> Result<()> {
+        let mut parts = Parts::new();
+        let owned = shards.owned().iter().filter(|_| shards.group().leads() || !shards.replicated());
+        for (name, range) in owned {
             let mut add = |kind: &str, values| {
-                let dtype = safetensors::Dtype::F32;
-                tensors.insert(format!("{kind}/{name}"), Values { shape: var.dims().to_vec(), values, dtype });
+                let shape = shards.params()[name].dims().to_vec();
+                parts.insert(format!("{kind}/{name}"), Part { shape, range: range.clone(), values });
             };
-            add("weights", Cow::Owned(var.flatten_all()?.to_vec1::<f32>()?));
+            add("weights", Cow::Owned(shards.part(name)?));
             match self.optimizer.moments.get(name) {
                 Some(Moments::AdamW { m, v }) => {
                     add("adamw_m", Cow::Borrowed(m));
@@ -107,29 +129,14 @@ impl RunState {
             }
         }
         let state = State { step: self.step, skipped: self.skipped, identity: task.identity()?, task: task.state() };
-        checkpoint::save(checkpoints, config, &state, &tensors, config.train.keep_checkpoints)
+        checkpoint::save(shards.group(), checkpoints, config, &state, &parts, config.train.keep_checkpoints)
     }
 
-    /// The weights to publish: the average where there is one.
-    pub fn published(&self, params: &Params) -> Result<HashMap<String, Tensor>> {
-        let weight = |(name, var): (&String, &candle_core::Var)| {
-            let values = match self.average.as_ref().and_then(|average| average.get(name)) {
-                Some(average) => average.clone(),
-                None => var.flatten_all()?.to_vec1::<f32>()?,
-            };
-            Ok((name.clone(), Tensor::from_vec(values, var.shape(), &Device::Cpu)?))
-        };
-        params.iter().map(weight).collect()
+    /// The weights to publish, on the leading rank: the average where there is one.
+    pub fn published(&self, shards: &Shards) -> Result<Option<HashMap<String, Tensor>>> {
+        shards.collect(|shards, name| match self.average.as_ref().and_then(|average| average.get(name)) {
+            Some(average) => Ok(average.clone()),
+            None => shards.part(name),
+        })
     }
-}
-
-fn take(tensors: &mut HashMap<String, Tensor>, kind: &str, name: &str) -> Result<Tensor> {
-    tensors.remove(&format!("{kind}/{name}")).with_context(|| format!("the checkpoint lacks `{kind}/{name}`"))
-}
-
-fn fill(values: &mut Vec<f32>, tensors: &mut HashMap<String, Tensor>, kind: &str, name: &str) -> Result<()> {
-    let stored = take(tensors, kind, name)?.flatten_all()?.to_vec1::<f32>()?;
-    ensure!(stored.len() == values.len(), "the checkpoint's `{kind}/{name}` has another size");
-    *values = stored;
-    Ok(())
 }

@@ -24,7 +24,7 @@ fn pictures(folder: &Path) -> Source {
     Source { path: folder.display().to_string(), weight: 1.0 }
 }
 
-fn tokenizer_config(folder: &Path) -> Config {
+pub(super) fn tokenizer_config(folder: &Path) -> Config {
     Config {
         name: "tokenizer".into(),
         task: Kind::ImageTokenizer,
@@ -83,7 +83,7 @@ fn codes(folder: &Path, model: &Path) -> Source {
 /// A generator's configuration over a tokenizer that was not trained at all.
 pub(crate) fn generator_config(folder: &Path) -> Config {
     let tokenizer = tokenizer_config(folder);
-    let task = ImageTokenizerTask::new(&tokenizer).unwrap();
+    let task = ImageTokenizerTask::new(&tokenizer, &Group::alone()).unwrap();
     let model = folder.join("tokenizer-model");
     task.publish(weights(task.params()), &model).unwrap();
     let vocab = folder.join("vocab.txt");
@@ -111,6 +111,15 @@ pub(crate) fn weights(params: &Params) -> HashMap<String, Tensor> {
     params.iter().map(|(name, var)| (name.clone(), var.as_tensor().copy().unwrap())).collect()
 }
 
+/// Trains on so many ranks from the newest checkpoint on.
+fn live(parent: &Path, config: &Config, ranks: usize) -> Result<()> {
+    dist::launch(ranks, Duration::from_secs(60), |group| {
+        let (mut task, folder) = prepare(parent, config, &Resume::Auto, group)?;
+        train(group, config, task.as_mut(), folder, &Resume::Auto, &Stop::default())
+    })?;
+    Ok(())
+}
+
 /// Trains to the end with a stop after each step of `stops`; gives metrics and the last checkpoint.
 fn lives(parent: &Path, config: &Config, stops: &[u64]) -> (Vec<Value>, Vec<u8>, Vec<u8>) {
     fs::create_dir_all(parent).unwrap();
@@ -120,8 +129,7 @@ fn lives(parent: &Path, config: &Config, stops: &[u64]) -> (Vec<Value>, Vec<u8>,
             // Ending at a smaller `steps` would bend the schedule: decay_start keeps it flat.
             config.train.steps = *stop_at;
         }
-        let folder = RunFolder::open(parent, &config).unwrap();
-        train(&config, task(&config).unwrap().as_mut(), folder, &Resume::Auto, &Stop::default()).unwrap();
+        live(parent, &config, 1).unwrap();
     }
     let run = parent.join("runs").join(&config.name);
     let last = run.join(format!("checkpoints/step-{}", config.train.steps));
@@ -172,10 +180,17 @@ fn the_generator_resumes_bit_by_bit() {
     assert_eq!(model.image_tokenizer().unwrap().grid(), (4, 4));
 }
 
+/// Gradients by name.
+type Copies = BTreeMap<String, Tensor>;
+
+fn copies(gradients: &gradients::Gradients) -> Copies {
+    gradients.iter().map(|(name, gradient)| (name.clone(), gradient.copy().unwrap())).collect()
+}
+
 /// Largest difference of two steps' gradients, and the largest gradient.
-fn difference(a: &Gradients, b: &Gradients) -> (f32, f32) {
+fn difference(a: &Copies, b: &Copies) -> (f32, f32) {
     let largest = |t: &Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-    let pairs = a.iter().map(|(name, a)| (largest(&(a - b.get(name).unwrap()).unwrap()), largest(a)));
+    let pairs = a.iter().map(|(name, a)| (largest(&(a - &b[name]).unwrap()), largest(a)));
     pairs.fold((0.0, 0.0), |(d, l), (x, y)| (d.max(x), l.max(y)))
 }
 
@@ -183,9 +198,10 @@ fn step_in_parts(mut config: Config, make: impl Fn(&Config) -> Box<dyn Task>) {
     let mut of = |accumulation, recompute| {
         config.train.accumulation = accumulation;
         config.train.recompute = recompute;
-        let mut gradients = Gradients::default();
-        let measured = make(&config).gradients(1, &mut gradients).unwrap();
-        (gradients, measured.losses)
+        let (group, mut task) = (Group::alone(), make(&config));
+        let mut shards = Shards::new(&group, 0, task.params(), &task.units(), |_, _| false).unwrap();
+        let measured = task.gradients(1, &mut shards).unwrap();
+        (copies(shards.reduced()), measured.losses)
     };
     let (whole, losses) = of(1, 0);
     for parts in [2, 3] {
@@ -202,8 +218,8 @@ fn step_in_parts(mut config: Config, make: impl Fn(&Config) -> Box<dyn Task>) {
 #[test]
 fn parts_of_a_step_add_up_to_the_whole() {
     let folder = tempfile::tempdir().unwrap();
-    step_in_parts(tokenizer_config(folder.path()), |c| Box::new(ImageTokenizerTask::new(c).unwrap()));
-    step_in_parts(generator_config(folder.path()), |c| Box::new(GeneratorTask::new(c).unwrap()));
+    step_in_parts(tokenizer_config(folder.path()), |c| Box::new(ImageTokenizerTask::new(c, &Group::alone()).unwrap()));
+    step_in_parts(generator_config(folder.path()), |c| Box::new(GeneratorTask::new(c, &Group::alone()).unwrap()));
 }
 
 #[test]
@@ -213,12 +229,16 @@ fn one_direction_alone_passes_the_gate() {
         let mut config = generator_config(folder.path());
         config.train.image_loss_weight = image;
         config.train.text_loss_weight = text;
-        let mut task = GeneratorTask::new(&config).unwrap();
-        let mut gradients = Gradients::default();
-        let measured = task.gradients(1, &mut gradients).unwrap();
+        let group = Group::alone();
+        let mut task = GeneratorTask::new(&config, &group).unwrap();
+        let mut shards = Shards::new(&group, 0, task.params(), &task.units(), |_, _| false).unwrap();
+        let measured = task.gradients(1, &mut shards).unwrap();
         assert_eq!(measured.losses.len(), 1);
-        gradients.check_complete(task.params().keys().filter(|name| !task.idle(name))).unwrap();
-        assert!(gradients.check_complete(task.params().keys()).is_err());
+        let complete = |names: &[&String]| gradients::check_complete(names, &shards.sizes(names).unwrap());
+        let all: Vec<&String> = task.params().keys().collect();
+        let busy: Vec<&String> = all.iter().copied().filter(|name| !task.idle(name)).collect();
+        complete(&busy).unwrap();
+        assert!(complete(&all).is_err());
     }
 }
 
@@ -230,7 +250,7 @@ fn codes_of_another_tokenizer_are_refused() {
     let mut info: CodesInfo = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
     info.tokenizer = "another".into();
     fs::write(&file, serde_json::to_vec(&info).unwrap()).unwrap();
-    let error = GeneratorTask::new(&config).err().unwrap();
+    let error = GeneratorTask::new(&config, &Group::alone()).err().unwrap();
     assert!(error.to_string().contains("not of the tokenizer"), "{error:#}");
 }
 
@@ -238,10 +258,7 @@ fn codes_of_another_tokenizer_are_refused() {
 fn another_vocabulary_is_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let config = generator_config(folder.path());
-    let run = |config: &Config| {
-        let run_folder = RunFolder::open(folder.path(), config)?;
-        train(config, task(config)?.as_mut(), run_folder, &Resume::Auto, &Stop::default())
-    };
+    let run = |config: &Config| live(folder.path(), config, 1);
     run(&config).unwrap();
     let vocab = fs::read_to_string(&config.text.vocab).unwrap();
     let (last, rest) = vocab.trim_end().rsplit_once('\n').map(|(a, b)| (b, a)).unwrap();

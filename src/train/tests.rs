@@ -1,20 +1,31 @@
 //! The loop on a toy task: resuming, falling back, stopping.
 
-use super::{engine::tests as toy, *};
-use crate::config::{MatrixOptimizer, Train};
+use super::{engine::tests as toy, shards::Shards, *};
+use crate::{
+    config::{MatrixOptimizer, Train},
+    error::bail,
+};
 
 /// Three matrices on random inputs; remembers the sum of its losses.
-struct ToyTask {
+pub(super) struct ToyTask {
     params: Params,
     chain: Vec<toy::Toy>,
     total: f64,
-    stop: Option<(u64, Stop)>,
+    /// What happens in a step on this rank.
+    pub(super) event: Option<(u64, Event)>,
+}
+
+pub(super) enum Event {
+    Stop(Stop),
+    NotFinite,
+    Error,
+    Panic,
 }
 
 impl ToyTask {
-    fn new(config: &Config) -> Self {
+    pub(super) fn new(config: &Config) -> Self {
         let (params, chain) = toy::chain(config.seed, 3);
-        Self { params, chain, total: 0.0, stop: None }
+        Self { params, chain, total: 0.0, event: None }
     }
 }
 
@@ -27,12 +38,23 @@ impl Task for ToyTask {
         Ok(BTreeMap::from([("vocabulary".into(), "abc".into())]))
     }
 
-    fn gradients(&mut self, step: u64, gradients: &mut Gradients) -> Result<Measured> {
-        let loss = engine::accumulate(&toy::segments(&self.chain), &toy::inputs(step), 0, gradients)?;
-        self.total += loss;
-        if let Some((_, stop)) = self.stop.as_ref().filter(|(at, _)| *at == step) {
-            stop.request();
+    fn units(&self) -> Vec<Vec<String>> {
+        toy::units(&self.chain)
+    }
+
+    fn gradients(&mut self, step: u64, shards: &mut Shards) -> Result<Measured> {
+        // Other inputs on every rank.
+        let mut inputs = toy::inputs(step + 100 * shards.group().rank() as u64);
+        match self.event.as_ref().filter(|(at, _)| *at == step) {
+            Some((_, Event::Stop(stop))) => stop.request(),
+            Some((_, Event::NotFinite)) => inputs = (inputs * f64::INFINITY)?,
+            Some((_, Event::Error)) => bail!("the disk is on fire"),
+            Some((_, Event::Panic)) => panic!("on purpose"),
+            None => {}
         }
+        let loss = engine::accumulate(&toy::segments(&self.chain), &inputs, 0, shards)?;
+        let loss = shards.group().sum(&[loss])?[0];
+        self.total += loss;
         Ok(Measured { losses: vec![("loss", loss)], amount: 3, unit: "rows" })
     }
 
@@ -58,7 +80,7 @@ impl Task for ToyTask {
     }
 }
 
-fn config() -> Config {
+pub(super) fn config() -> Config {
     let train = Train {
         steps: 9,
         warmup_steps: 2,
@@ -74,8 +96,8 @@ fn config() -> Config {
 fn live(parent: &Path, config: &Config, resume: &Resume, stop_at: Option<u64>) -> Result<Vec<String>> {
     let stop = Stop::default();
     let mut task = ToyTask::new(config);
-    task.stop = stop_at.map(|at| (at, stop.clone()));
-    train(config, &mut task, RunFolder::open(parent, config)?, resume, &stop)?;
+    task.event = stop_at.map(|at| (at, Event::Stop(stop.clone())));
+    train(&Group::alone(), config, &mut task, RunFolder::open(parent, config, true)?, resume, &stop)?;
     let metrics = std::fs::read_to_string(parent.join("runs/toy/metrics.jsonl"))?;
     let key = |line: &str| {
         let line: Value = serde_json::from_str(line).unwrap();
@@ -167,8 +189,8 @@ fn goes_back_to_a_named_checkpoint() {
 #[test]
 fn one_process_a_run_folder() {
     let folder = tempfile::tempdir().unwrap();
-    let held = RunFolder::open(folder.path(), &config()).unwrap();
-    assert!(RunFolder::open(folder.path(), &config()).is_err());
+    let held = RunFolder::open(folder.path(), &config(), true).unwrap();
+    assert!(RunFolder::open(folder.path(), &config(), true).is_err());
     drop(held);
-    assert!(RunFolder::open(folder.path(), &config()).is_ok());
+    assert!(RunFolder::open(folder.path(), &config(), true).is_ok());
 }

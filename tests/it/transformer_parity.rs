@@ -8,11 +8,12 @@ use vilg::{
     config::{Config, ConvBorder, Model, RowExtent, Train},
     error::{Context, Result},
     model::{Batch, Direction, Generator},
-    nn::{
-        gradients::Gradients,
-        params::{Params, Scope},
+    nn::params::{Params, Scope},
+    train::{
+        engine::{self, Chain},
+        optimizer,
+        shards::Shards,
     },
-    train::{engine, optimizer},
 };
 
 const DIRECTIONS: [(Direction, &str); 2] = [(Direction::TextToImage, "image"), (Direction::ImageToText, "text")];
@@ -81,13 +82,23 @@ fn error(a: &Tensor, b: &Tensor) -> Result<f64> {
 }
 
 /// Gradients of the summed loss over both directions, and the loss.
-fn gradients(golden: &Golden, generator: &Generator) -> Result<(Gradients, f64)> {
-    let (mut gradients, mut loss) = (Gradients::default(), 0.0);
-    for (direction, _) in DIRECTIONS {
-        let batch = golden.batch(direction)?;
-        loss += engine::accumulate(&generator.segments(), &batch, 0, &mut gradients)?;
-    }
-    Ok((gradients, loss))
+fn accumulate(golden: &Golden, chain: &Chain<Batch>, shards: &mut Shards) -> Result<f64> {
+    shards.begin(0);
+    DIRECTIONS.into_iter().map(|(direction, _)| engine::accumulate(chain, &golden.batch(direction)?, 0, shards)).sum()
+}
+
+/// The losses of `steps` training steps on the same batches.
+fn losses(golden: &Golden, chain: &Chain<Batch>, config: &Config, steps: u64) -> Result<Vec<f64>> {
+    let mut shards = Shards::alone(chain)?;
+    let mut adam = optimizer::Optimizer::new(&shards, &config.train);
+    let step = |step: u64| {
+        let loss = accumulate(golden, chain, &mut shards)?;
+        let norm = optimizer::squares(shards.reduced())?.sqrt();
+        let scale = optimizer::clip_scale(norm, config.train.clip_norm);
+        adam.step(&mut shards, &config.train, step, 1.0, scale)?;
+        Ok(loss)
+    };
+    (1..=steps).map(step).collect()
 }
 
 #[test]
@@ -100,9 +111,11 @@ fn logits_and_every_gradient_are_pytorchs() -> Result<()> {
             let error = error(&logits, golden.get(&format!("{variant}.logits.{name}"))?)?;
             assert!(error < 1e-5, "{variant} {direction:?}: {error:e}");
         }
-        let (gradients, _) = gradients(&golden, &generator)?;
+        let chain = generator.segments();
+        let mut shards = Shards::alone(&chain)?;
+        accumulate(&golden, &chain, &mut shards)?;
         for name in params.keys() {
-            let ours = gradients.get(name).with_context(|| format!("`{name}` has no gradient"))?;
+            let ours = shards.reduced().get(name).with_context(|| format!("`{name}` has no gradient"))?;
             let expected = golden.get(&format!("{variant}.gradient.{name}"))?;
             let error = error(ours, expected)?;
             assert!(error < 5e-5, "{variant} {name}: {error:e}");
@@ -115,13 +128,11 @@ fn logits_and_every_gradient_are_pytorchs() -> Result<()> {
 fn ten_training_losses_are_pytorchs() -> Result<()> {
     let golden = Golden::load()?;
     for (variant, config) in variants() {
-        let (generator, params) = golden.generator(variant, &config)?;
-        let mut adam = optimizer::Optimizer::new(&params, &config.train);
-        for (step, expected) in golden.get(&format!("{variant}.losses"))?.to_vec1::<f64>()?.into_iter().enumerate() {
-            let (gradients, loss) = gradients(&golden, &generator)?;
+        let (generator, _) = golden.generator(variant, &config)?;
+        let expected = golden.get(&format!("{variant}.losses"))?.to_vec1::<f64>()?;
+        let losses = losses(&golden, &generator.segments(), &config, expected.len() as u64)?;
+        for (step, (loss, expected)) in losses.iter().zip(expected).enumerate() {
             assert!((loss - expected).abs() < 1e-5 * expected, "{variant} step {step}: {loss} {expected}");
-            let scale = optimizer::clip_scale(optimizer::global_norm(&gradients)?, config.train.clip_norm);
-            adam.step(&params, &gradients, &config.train, step as u64 + 1, 1.0, scale)?;
         }
     }
     Ok(())
@@ -132,24 +143,8 @@ fn ten_training_losses_are_pytorchs() -> Result<()> {
 fn two_hundred_losses_are_the_tapes() -> Result<()> {
     let golden = Golden::load()?;
     for (variant, config) in variants() {
-        let losses = |native: bool| -> Result<Vec<f64>> {
-            let (generator, params) = golden.generator(variant, &config)?;
-            let mut adam = optimizer::Optimizer::new(&params, &config.train);
-            let mut gradients = Gradients::default();
-            let step = |step: u64| {
-                gradients.clear();
-                let mut loss = 0.0;
-                for (direction, _) in DIRECTIONS {
-                    let chain = if native { generator.segments() } else { generator.taped_segments() };
-                    loss += engine::accumulate(&chain, &golden.batch(direction)?, 0, &mut gradients)?;
-                }
-                let scale = optimizer::clip_scale(optimizer::global_norm(&gradients)?, config.train.clip_norm);
-                adam.step(&params, &gradients, &config.train, step, 1.0, scale)?;
-                Ok(loss)
-            };
-            (1..=200).map(step).collect()
-        };
-        let (native, taped) = (losses(true)?, losses(false)?);
+        let native = losses(&golden, &golden.generator(variant, &config)?.0.segments(), &config, 200)?;
+        let taped = losses(&golden, &golden.generator(variant, &config)?.0.taped_segments(), &config, 200)?;
         assert!(native[199] < 0.5 * native[0], "{variant}: nothing is learned: {native:?}");
         for (step, (a, b)) in native.iter().zip(&taped).enumerate() {
             assert!((a - b).abs() < 1e-3 * b.abs().max(0.1), "{variant} step {step}: {a} and {b}");

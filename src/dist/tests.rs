@@ -1,0 +1,122 @@
+//! Collectives against plain sums, and what happens when ranks fail.
+
+use super::*;
+use crate::error::{Result, bail, hint_of};
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Rank `rank`'s numbers.
+fn numbers(rank: usize, len: usize) -> Vec<f32> {
+    (0..len).map(|i| (i * 7 % 13) as f32 * 0.1 + rank as f32).collect()
+}
+
+/// Sums over `world_size` ranks in rank order.
+fn summed(world_size: usize, len: usize) -> Vec<f32> {
+    let mut sum = numbers(0, len);
+    (1..world_size).for_each(|rank| sum.iter_mut().zip(numbers(rank, len)).for_each(|(s, x)| *s += x));
+    sum
+}
+
+#[test]
+fn parts_cover_everything_once() {
+    for (len, n) in [(0, 3), (1, 3), (10, 3), (12, 4), (usize::MAX, 2)] {
+        let parts: Vec<_> = (0..n).map(|i| part(len, i, n)).collect();
+        assert!(parts[0].start == 0 && parts[n - 1].end == len);
+        assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].start));
+        assert!(parts.iter().all(|part| part.len() == len / n || part.len() == len / n + 1));
+    }
+}
+
+#[test]
+fn collectives_equal_plain_sums_at_any_world_size() -> Result<()> {
+    for world_size in 1..=4 {
+        // Uneven, and one rank with nothing.
+        let counts: Vec<usize> = (0..world_size).map(|rank| 5 * (rank % 3)).collect();
+        let len: usize = counts.iter().sum();
+        let everywhere = launch(world_size, PATIENCE, |group| {
+            let ours = group.reduce_scatter(numbers(group.rank(), len), &counts)?;
+            let all: Vec<f32> = group.all_gather(ours, &counts)?.iter().flat_map(|part| part.to_vec()).collect();
+            assert_eq!(all, summed(world_size, len));
+            assert_eq!(group.all_reduce(numbers(group.rank(), 9))?, summed(world_size, 9));
+            let names = group.gather(vec![format!("rank {}", group.rank()); group.rank()])?;
+            assert!(names.iter().enumerate().all(|(rank, name)| name.len() == rank));
+            group.barrier()?;
+            group.same("name", "vilg")?;
+            group.sum(&[1.0, group.rank() as f64])
+        })?;
+        let last = world_size as f64 - 1.0;
+        assert_eq!(everywhere, vec![vec![last + 1.0, last * (last + 1.0) / 2.0]; world_size]);
+    }
+    Ok(())
+}
+
+#[test]
+fn many_rounds_in_a_row_keep_their_order() -> Result<()> {
+    let sums = launch(3, PATIENCE, |group| {
+        (0..500)
+            .map(|round| Ok(group.sum(&[round as f64 * (1.0 + group.rank() as f64)])?[0]))
+            .collect::<Result<Vec<_>>>()
+    })?;
+    assert!(sums.iter().all(|sums| sums.iter().enumerate().all(|(round, sum)| *sum == 6.0 * round as f64)));
+    Ok(())
+}
+
+/// The message of a group whose ranks do `f`.
+fn failure(world_size: usize, patience: Duration, f: impl Fn(&Group) -> Result<()> + Sync) -> String {
+    let error = launch(world_size, patience, f).unwrap_err();
+    format!("{error:#} {}", hint_of(&error).unwrap_or_default())
+}
+
+#[test]
+fn a_rank_that_fails_or_panics_ends_the_group_with_its_reason() {
+    let failed = failure(3, PATIENCE, |group| {
+        if group.rank() == 1 {
+            bail!("disk is full");
+        }
+        group.barrier()
+    });
+    assert!(failed.contains("disk is full"), "{failed}");
+    let panicked = failure(3, PATIENCE, |group| {
+        group.barrier()?;
+        assert!(group.rank() != 2, "on purpose");
+        group.barrier()
+    });
+    assert!(panicked.contains("rank 2 panicked: on purpose"), "{panicked}");
+}
+
+#[test]
+fn different_collectives_are_an_error_that_names_both() {
+    let op = failure(2, PATIENCE, |group| {
+        group.begin_step(7);
+        if group.rank() == 0 { group.barrier() } else { group.sum(&[1.0]).map(drop) }
+    });
+    let both = ["rank 0 barrier of 0 elements in step 7", "rank 1 sum of 1 elements in step 7"];
+    assert!(both.iter().all(|part| op.contains(part)), "{op}");
+    let length = failure(2, PATIENCE, |group| group.all_reduce(vec![0.0; 4 + group.rank()]).map(drop));
+    assert!(length.contains("all_reduce of 4 elements") && length.contains("all_reduce of 5 elements"), "{length}");
+    let step = failure(2, PATIENCE, |group| {
+        group.begin_step(group.rank() as u64);
+        group.barrier()
+    });
+    assert!(step.contains("in step 0") && step.contains("in step 1"), "{step}");
+    let text = failure(3, PATIENCE, |group| group.same("configuration", if group.rank() == 2 { "b" } else { "a" }));
+    assert!(text.contains("rank 2 has another configuration than rank 0"), "{text}");
+    let counts = failure(2, PATIENCE, |group| group.all_gather(vec![0.0; 3], &[2, 3]).map(drop));
+    assert!(counts.contains("3 elements instead of 2"), "{counts}");
+}
+
+#[test]
+fn a_rank_that_stays_away_is_named_with_its_last_call() {
+    let late = failure(3, Duration::from_millis(300), |group| {
+        group.begin_step(4);
+        group.barrier()?;
+        if group.rank() == 1 {
+            std::thread::sleep(Duration::from_millis(900));
+        }
+        group.sum(&[0.0]).map(drop)
+    });
+    for part in ["waited 0.3 s at sum", "rank 1 (last seen at barrier of 0 elements in step 4)", "train.rank_timeout"] {
+        assert!(late.contains(part), "{late}");
+    }
+}

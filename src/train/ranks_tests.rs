@@ -1,0 +1,251 @@
+//! Several ranks: every stage ≡ one process, any number of ranks goes on from any other's checkpoint, faults end all.
+
+use super::{
+    engine::tests as toy,
+    shards::Shards,
+    task_tests::{generator_config, tokenizer_config},
+    tests::{Event, ToyTask, config as toy_config},
+    *,
+};
+use crate::{
+    error::{Exit, exit_of},
+    ops,
+};
+use std::{collections::BTreeMap, fs};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Trains on so many ranks and returns the metrics that do not depend on time.
+fn live(parent: &Path, config: &Config, ranks: usize) -> Result<Vec<Vec<f64>>> {
+    check_ranks(config, ranks)?;
+    dist::launch(ranks, PATIENCE, |group| {
+        let (mut task, folder) = prepare(parent, config, &Resume::Auto, group)?;
+        train(group, config, task.as_mut(), folder, &Resume::Auto, &Stop::default())
+    })?;
+    let metrics = fs::read_to_string(parent.join("runs").join(&config.name).join("metrics.jsonl"))?;
+    let numbers = |line: &str| {
+        let line: BTreeMap<String, Value> = serde_json::from_str(line).unwrap();
+        let timing = ["seconds", "per_second", "memory_bytes"];
+        let kept = line.into_iter().filter(|(key, _)| !timing.contains(&key.as_str()));
+        kept.filter_map(|(_, value)| value.as_f64()).collect()
+    };
+    Ok(metrics.lines().map(numbers).collect())
+}
+
+/// Every tensor of a checkpoint, whole, whatever the number of files.
+fn whole(checkpoint: &Path) -> BTreeMap<String, Vec<u32>> {
+    let mut tensors: BTreeMap<String, BTreeMap<usize, Vec<u32>>> = BTreeMap::new();
+    for entry in fs::read_dir(checkpoint).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "safetensors") {
+            continue;
+        }
+        for (stored, tensor) in crate::nn::weights::parse(&fs::read(path).unwrap(), "test").unwrap() {
+            let (name, start) = match stored.split_once('@') {
+                Some((name, range)) => (name, range.split_once("..").unwrap().0.parse().unwrap()),
+                None => (stored.as_str(), 0),
+            };
+            let bits = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|x| x.to_bits()).collect();
+            assert!(tensors.entry(name.to_owned()).or_default().insert(start, bits).is_none(), "{stored} twice");
+        }
+    }
+    tensors.into_iter().map(|(name, parts)| (name, parts.into_values().flatten().collect())).collect()
+}
+
+/// Largest distance of two runs' numbers, relative to the first's.
+fn distance(a: &[Vec<f64>], b: &[Vec<f64>]) -> f64 {
+    assert!(a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.len() == b.len()));
+    let pairs = a.iter().flatten().zip(b.iter().flatten());
+    pairs.fold(0.0, |most: f64, (a, b)| most.max((a - b).abs() / a.abs().max(1e-12)))
+}
+
+/// Runs of every stage and several numbers of ranks against one rank alone.
+fn stages_equal_one_rank(mut config: Config, stages: &[u8], folder: &Path) {
+    (config.train.steps, config.train.checkpoint_every, config.train.sample_every) = (10, 10, 10);
+    for accumulation in [1, 2] {
+        config.train.accumulation = accumulation;
+        let alone = live(&folder.join(format!("alone{accumulation}")), &config, 1).unwrap();
+        assert_eq!(alone.len(), 10);
+        for ranks in [2, 3] {
+            for stage in stages {
+                config.train.shard_stage = *stage;
+                let parent = folder.join(format!("{accumulation}-{ranks}-{stage}"));
+                let together = live(&parent, &config, ranks).unwrap();
+                let distance = distance(&alone, &together);
+                assert!(distance < 1e-4, "stage {stage}, {ranks} ranks, {accumulation} parts: {distance:e}");
+                let model = parent.join("runs").join(&config.name);
+                assert!(model.join("model/model.safetensors").exists());
+                assert!(model.join("samples/step-0000010.png").exists());
+            }
+        }
+    }
+}
+
+#[test]
+fn every_stage_trains_the_generator_as_one_rank_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = generator_config(folder.path());
+    (config.train.batch_size, config.train.caption_batch_size) = (7, 6);
+    stages_equal_one_rank(config, &[0, 1, 2, 3], folder.path());
+}
+
+#[test]
+fn every_stage_trains_the_image_tokenizer_as_one_rank_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = tokenizer_config(folder.path());
+    config.train.batch_size = 6;
+    stages_equal_one_rank(config.clone(), &[0, 1, 2], folder.path());
+    config.train.shard_stage = 3;
+    let error = live(&folder.path().join("refused"), &config, 2).unwrap_err();
+    assert_eq!(exit_of(&error), Exit::Usage, "{error:#}");
+}
+
+/// The toy task on so many ranks; `event` gives what happens on which rank.
+fn toys(
+    parent: &Path,
+    config: &Config,
+    ranks: usize,
+    event: impl Fn(usize) -> Option<(u64, Event)> + Sync,
+) -> Result<()> {
+    let stops: Vec<Stop> = (0..ranks).map(|_| Stop::default()).collect();
+    dist::launch(ranks, PATIENCE, |group| {
+        let stop = &stops[group.rank()];
+        let mut task = ToyTask::new(config);
+        task.event = event(group.rank());
+        if let Some((_, Event::Stop(own))) = &mut task.event {
+            *own = stop.clone();
+        }
+        let folder = RunFolder::open(parent, config, group.leads())?;
+        train(group, config, &mut task, folder, &Resume::Auto, stop)
+    })?;
+    Ok(())
+}
+
+#[test]
+fn at_stage_3_a_rank_holds_its_own_weights_and_those_in_use() {
+    dist::launch(3, PATIENCE, |group| {
+        let (params, chain) = toy::chain(1, 3);
+        let elements = |var: &Var| ops::with_slice(var, <[f32]>::to_vec);
+        let before: Vec<Vec<f32>> = params.values().map(elements).collect::<candle_core::Result<_>>()?;
+        let mut shards = Shards::new(group, 3, &params, &toy::units(&chain), |_, _| false)?;
+        let held: usize = shards.owned().keys().map(|name| shards.part(name).unwrap().len()).sum();
+        assert!((5 * 3..=6 * 3).contains(&held), "{held} of {}", 3 * 16);
+        for (unit, (var, before)) in params.values().zip(&before).enumerate() {
+            assert!(ops::replace(var, Vec::new())?.is_empty());
+            shards.gather(unit)?;
+            assert_eq!(elements(var)?, *before);
+            shards.release(unit)?;
+            assert!(ops::replace(var, Vec::new())?.is_empty());
+        }
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn any_number_of_ranks_goes_on_from_any_other_s_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = toy_config();
+    config.train.steps = 3;
+    let worlds = [(1, 0), (2, 1), (3, 3), (4, 2), (8, 3)];
+    for (from, stage) in worlds {
+        config.train.shard_stage = stage;
+        let parent = folder.path().join(format!("from{from}"));
+        toys(&parent, &config, from, |_| None).unwrap();
+        let saved = whole(&parent.join("runs/toy/checkpoints/step-3"));
+        assert_eq!(saved.len(), 3 * 3, "weights, momentum and average of three matrices");
+        for (to, stage) in worlds {
+            config.train.shard_stage = stage;
+            let again = parent.join(format!("to{to}"));
+            fs::create_dir_all(&again).unwrap();
+            dist::launch(to, PATIENCE, |group| {
+                let mut task = ToyTask::new(&config);
+                let whole = |name: &str, var: &Var| optimizer::is_muons(&config.train, name, var);
+                let mut shards = Shards::new(group, stage, task.params(), &task.units(), whole)?;
+                let checkpoints = parent.join("runs/toy/checkpoints");
+                let run = RunState::start(&config, &mut task, &mut shards, &checkpoints, &Resume::Auto)?;
+                run.save(&config, &task, &shards, &again)
+            })
+            .unwrap();
+            assert!(saved == whole(&again.join("step-3")), "from {from} to {to} ranks");
+        }
+    }
+}
+
+#[test]
+fn interrupted_at_other_numbers_of_ranks_the_generator_goes_on_alike() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = generator_config(folder.path());
+    (config.train.batch_size, config.train.caption_batch_size) = (9, 9);
+    (config.train.accumulation, config.train.decay_start, config.train.steps) = (1, 1.0, 8);
+    let expected = live(&folder.path().join("alone"), &config, 1).unwrap();
+    for stages in [[3, 1, 2, 0], [2, 3, 3, 3]] {
+        let parent = folder.path().join(format!("{stages:?}"));
+        let mut got = Vec::new();
+        for (i, (ranks, stage)) in [3, 1, 4, 2].into_iter().zip(stages).enumerate() {
+            (config.train.shard_stage, config.train.steps) = (stage, 2 * (i as u64 + 1));
+            got = live(&parent, &config, ranks).unwrap();
+        }
+        let distance = distance(&expected, &got);
+        assert!(distance < 1e-4, "{stages:?}: {distance:e}");
+    }
+}
+
+#[test]
+fn a_signal_to_one_rank_stops_all_after_the_same_step() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = toy_config();
+    for stage in 0..=3 {
+        config.train.shard_stage = stage;
+        let (whole_run, cut) = (folder.path().join(format!("whole{stage}")), folder.path().join(format!("cut{stage}")));
+        toys(&whole_run, &config, 3, |_| None).unwrap();
+        let event = |rank| (rank == 2).then(|| (4, Event::Stop(Stop::default())));
+        let error = toys(&cut, &config, 3, event).unwrap_err();
+        assert_eq!(exit_of(&error), Exit::Requeue, "{error:#}");
+        assert!(cut.join("runs/toy/checkpoints/step-4").exists());
+        toys(&cut, &config, 3, |_| None).unwrap();
+        let last = |parent: &Path| whole(&parent.join("runs/toy/checkpoints/step-9"));
+        assert!(last(&whole_run) == last(&cut), "stage {stage}: going on changes bits");
+    }
+}
+
+#[test]
+fn what_is_not_finite_on_one_rank_is_skipped_by_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = toy_config();
+    // Step 4 is the last, so that its checkpoint shows whether it changed anything.
+    for stage in 0..=3 {
+        (config.train.shard_stage, config.train.steps, config.train.checkpoint_every) = (stage, 4, 3);
+        config.train.decay_start = 1.0;
+        let parent = folder.path().join(format!("{stage}"));
+        toys(&parent, &config, 2, |rank| (rank == 1).then_some((4, Event::NotFinite))).unwrap();
+        let at = |step| whole(&parent.join(format!("runs/toy/checkpoints/step-{step}")));
+        assert!(at(3) == at(4), "stage {stage}: a step that is not finite changed the state");
+    }
+}
+
+#[test]
+fn an_error_or_panic_of_one_rank_ends_all_with_its_message() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = toy_config();
+    for stage in 0..=3 {
+        config.train.shard_stage = stage;
+        for (event, message) in [(false, "the disk is on fire"), (true, "rank 1 panicked: on purpose")] {
+            let parent = folder.path().join(format!("{stage}{event}"));
+            let what = |rank| (rank == 1).then_some((5, if event { Event::Panic } else { Event::Error }));
+            let error = toys(&parent, &config, 3, what).unwrap_err();
+            assert!(format!("{error:#}").contains(message), "{error:#}");
+            toys(&parent, &config, 3, |_| None).unwrap();
+        }
+    }
+}
+
+#[test]
+fn more_ranks_than_samples_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = generator_config(folder.path());
+    (config.train.batch_size, config.train.caption_batch_size, config.train.accumulation) = (8, 3, 1);
+    let error = live(folder.path(), &config, 4).unwrap_err();
+    assert!(error.to_string().contains("train.caption_batch_size = 3 gives 4 ranks"), "{error:#}");
+    assert_eq!(exit_of(&error), Exit::Usage);
+}
