@@ -44,6 +44,8 @@ struct Round {
     taken: usize,
     /// By rank: the last call, for messages.
     last: Vec<Option<Call>>,
+    /// By rank: whether it is done and comes to no call any more.
+    done: Vec<bool>,
     /// Why the group is over, and the rank that ended it.
     failure: Option<(usize, String)>,
 }
@@ -172,7 +174,8 @@ fn sum<'a>(parts: impl Iterator<Item = &'a [f32]>) -> Vec<f32> {
 impl Meeting {
     fn new(world_size: usize, patience: Duration) -> Self {
         let parcels = (0..world_size).map(|_| None).collect();
-        let round = Round { parcels, taken: 0, last: vec![None; world_size], failure: None };
+        let round =
+            Round { parcels, taken: 0, last: vec![None; world_size], done: vec![false; world_size], failure: None };
         Self { world_size, patience, round: Mutex::new(round), changed: Condvar::new() }
     }
 
@@ -224,6 +227,12 @@ impl Meeting {
             if ready(&round) {
                 return Ok(round);
             }
+            if let Some(gone) = (0..self.world_size).find(|i| round.done[*i] && round.parcels[*i].is_none()) {
+                let reason = format!("rank {gone} is done, but rank {rank} waits for it at {call}");
+                round.failure = Some((rank, reason.clone()));
+                self.changed.notify_all();
+                return Err(anyhow!(reason));
+            }
             let Some(left) = self.patience.checked_sub(begun.elapsed()) else {
                 return Err(self.late(&mut round, rank, call));
             };
@@ -245,6 +254,11 @@ impl Meeting {
         round.failure = Some((rank, reason.clone()));
         self.changed.notify_all();
         failed(reason, "a rank hangs or is too slow; raise train.rank_timeout if it only needs more time")
+    }
+
+    fn done(&self, rank: usize) {
+        self.lock().done[rank] = true;
+        self.changed.notify_all();
     }
 
     fn abort(&self, rank: usize, reason: String) {
@@ -273,8 +287,9 @@ pub fn launch<R: Send>(
         let group = Group::of(rank, &meeting);
         let run = || runtime::with_threads(threads, || f(&group)).and_then(|result| result);
         let result = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(panicked(rank, &*panic)));
-        if let Err(error) = &result {
-            meeting.abort(rank, format!("{error:#}"));
+        match &result {
+            Ok(_) => meeting.done(rank),
+            Err(error) => meeting.abort(rank, format!("{error:#}")),
         }
         result
     };

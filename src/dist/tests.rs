@@ -107,6 +107,17 @@ fn different_collectives_are_an_error_that_names_both() {
 }
 
 #[test]
+fn waiting_for_a_rank_that_is_done_is_an_error_at_once() {
+    let begun = std::time::Instant::now();
+    let gone = failure(3, PATIENCE, |group| {
+        group.barrier()?;
+        if group.rank() == 0 { Ok(()) } else { group.barrier() }
+    });
+    assert!(gone.contains("rank 0 is done, but rank") && gone.contains("waits for it at barrier"), "{gone}");
+    assert!(begun.elapsed() < PATIENCE / 2);
+}
+
+#[test]
 fn a_rank_that_stays_away_is_named_with_its_last_call() {
     let late = failure(3, Duration::from_millis(300), |group| {
         group.begin_step(4);

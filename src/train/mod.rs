@@ -209,7 +209,9 @@ fn train(
             task.sample(weights, &folder.sample(run.step))?;
         }
     }
-    if !folder.model().exists() {
+    // The leading rank looks: others might while it writes.
+    let missing = group.leads() && !folder.model().exists();
+    if group.sum(&[f64::from(u8::from(missing))])?[0] > 0.0 {
         publish(&run, task, &shards, &folder)?;
     }
     if group.leads() {
