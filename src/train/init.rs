@@ -74,7 +74,7 @@ mod tests {
         dist::Group,
         error::{Exit, exit_of},
         nn::params::Params,
-        train::{Resume, Stop, prepare, task_tests::generator_config, train},
+        train::{Resume, Stop, prepare, run_below, task_tests::generator_config},
     };
     use std::{fs, path::Path};
 
@@ -88,8 +88,7 @@ mod tests {
     }
 
     fn live(parent: &Path, config: &Config) -> crate::error::Result<()> {
-        let (mut task, folder) = prepare(parent, config, &Resume::Auto, &Group::alone())?;
-        train(&Group::alone(), config, task.as_mut(), folder, &Resume::Auto, &Stop::default())
+        run_below(parent, config, &Resume::Auto, 1, &Stop::default())
     }
 
     fn values(params: &Params) -> Vec<Vec<f32>> {

@@ -98,12 +98,15 @@ pub trait Task {
 
 /// Trains what the configuration says, in `runs/NAME` below the current folder.
 pub fn run(config: &Config, resume: &Resume, ranks: usize) -> Result<()> {
+    run_below(Path::new(""), config, resume, ranks, &Stop::on_signals()?)
+}
+
+fn run_below(parent: &Path, config: &Config, resume: &Resume, ranks: usize, stop: &Stop) -> Result<()> {
     check_ranks(config, ranks)?;
-    let stop = Stop::on_signals()?;
     let patience = Duration::from_secs(config.train.rank_timeout);
     dist::launch(ranks, patience, |group| {
-        let (mut task, folder) = prepare(Path::new(""), config, resume, group)?;
-        train(group, config, task.as_mut(), folder, resume, &stop)
+        let (mut task, folder) = prepare(parent, config, resume, group)?;
+        train(group, config, task.as_mut(), folder, resume, stop)
     })?;
     Ok(())
 }

@@ -17,11 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Trains on so many ranks and returns the metrics that do not depend on time.
 fn live(parent: &Path, config: &Config, ranks: usize) -> Result<Vec<Vec<f64>>> {
-    check_ranks(config, ranks)?;
-    dist::launch(ranks, PATIENCE, |group| {
-        let (mut task, folder) = prepare(parent, config, &Resume::Auto, group)?;
-        train(group, config, task.as_mut(), folder, &Resume::Auto, &Stop::default())
-    })?;
+    run_below(parent, config, &Resume::Auto, ranks, &Stop::default())?;
     let metrics = fs::read_to_string(parent.join("runs").join(&config.name).join("metrics.jsonl"))?;
     let numbers = |line: &str| {
         let line: BTreeMap<String, Value> = serde_json::from_str(line).unwrap();

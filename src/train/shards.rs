@@ -150,17 +150,7 @@ impl<'g> Shards<'g> {
         if self.units[unit].here {
             return Ok(());
         }
-        let mut full = BTreeMap::new();
-        self.all_gather(
-            unit,
-            |shards, name| Ok(shards.weights[name].clone()),
-            |piece, len, part| {
-                let values = full.entry(piece.name.clone()).or_insert_with(|| vec![0.0; len]);
-                values[piece.range.clone()].copy_from_slice(part);
-                Ok(())
-            },
-        )?;
-        for (name, values) in full {
+        for (name, values) in self.whole(unit, Self::part)? {
             ops::replace(&self.params[&name], values)?;
         }
         self.units[unit].here = true;
@@ -208,7 +198,7 @@ impl<'g> Shards<'g> {
             return Ok(());
         }
         for unit in 0..self.units.len() {
-            self.all_gather(unit, Self::part, |piece, _, part| {
+            self.all_gather(unit, Self::part, |piece, part| {
                 let write = |weights: &mut [f32]| weights[piece.range.clone()].copy_from_slice(part);
                 Ok(ops::with_slice_mut(&self.params[&piece.name], write)?)
             })?;
@@ -261,13 +251,10 @@ impl<'g> Shards<'g> {
             full = parts.collect::<Result<_>>()?;
         } else {
             for unit in 0..self.units.len() {
-                self.all_gather(unit, &part, |piece, len, values| {
-                    if self.group.leads() {
-                        let whole = full.entry(piece.name.clone()).or_insert_with(|| vec![0.0; len]);
-                        whole[piece.range.clone()].copy_from_slice(values);
-                    }
-                    Ok(())
-                })?;
+                let whole = self.whole(unit, &part)?;
+                if self.group.leads() {
+                    full.extend(whole);
+                }
             }
         }
         if !self.group.leads() {
@@ -291,12 +278,24 @@ impl<'g> Shards<'g> {
         Ok(self.group.sum(&counted)?.chunks(2).map(|pair| (pair[0] > 0.0).then(|| pair[1])).collect())
     }
 
-    /// Every rank's part of a unit, piece by piece with the length of the whole parameter.
+    /// Whole parameters of a unit, put together from what `part` gives on the rank that owns it.
+    fn whole(&self, unit: usize, part: impl Fn(&Self, &str) -> Result<Vec<f32>>) -> Result<HashMap<String, Vec<f32>>> {
+        let mut full = HashMap::new();
+        self.all_gather(unit, part, |piece, values| {
+            let len = self.params[&piece.name].elem_count();
+            let whole = full.entry(piece.name.clone()).or_insert_with(|| vec![0.0; len]);
+            whole[piece.range.clone()].copy_from_slice(values);
+            Ok(())
+        })?;
+        Ok(full)
+    }
+
+    /// Every rank's part of a unit, piece by piece.
     fn all_gather(
         &self,
         unit: usize,
         part: impl Fn(&Self, &str) -> Result<Vec<f32>>,
-        mut take: impl FnMut(&Piece, usize, &[f32]) -> Result<()>,
+        mut take: impl FnMut(&Piece, &[f32]) -> Result<()>,
     ) -> Result<()> {
         let pieces = &self.units[unit].pieces;
         let counts: Vec<usize> = pieces.iter().map(|pieces| length(pieces.iter())).collect();
@@ -308,7 +307,7 @@ impl<'g> Shards<'g> {
             let mut rest = values.as_slice();
             for piece in pieces {
                 let (part, after) = rest.split_at(piece.range.len());
-                take(piece, self.params[&piece.name].elem_count(), part)?;
+                take(piece, part)?;
                 rest = after;
             }
         }

@@ -51,6 +51,7 @@ pub(super) fn tokenizer_config(folder: &Path) -> Config {
             warmup_steps: 1,
             checkpoint_every: 2,
             sample_every: 5,
+            rank_timeout: 60,
             ..Default::default()
         },
         ..Default::default()
@@ -111,13 +112,9 @@ pub(crate) fn weights(params: &Params) -> HashMap<String, Tensor> {
     params.iter().map(|(name, var)| (name.clone(), var.as_tensor().copy().unwrap())).collect()
 }
 
-/// Trains on so many ranks from the newest checkpoint on.
-fn live(parent: &Path, config: &Config, ranks: usize) -> Result<()> {
-    dist::launch(ranks, Duration::from_secs(60), |group| {
-        let (mut task, folder) = prepare(parent, config, &Resume::Auto, group)?;
-        train(group, config, task.as_mut(), folder, &Resume::Auto, &Stop::default())
-    })?;
-    Ok(())
+/// Trains on one rank from the newest checkpoint on.
+fn live(parent: &Path, config: &Config) -> Result<()> {
+    run_below(parent, config, &Resume::Auto, 1, &Stop::default())
 }
 
 /// Trains to the end with a stop after each step of `stops`; gives metrics and the last checkpoint.
@@ -129,7 +126,7 @@ fn lives(parent: &Path, config: &Config, stops: &[u64]) -> (Vec<Value>, Vec<u8>,
             // Ending at a smaller `steps` would bend the schedule: decay_start keeps it flat.
             config.train.steps = *stop_at;
         }
-        live(parent, &config, 1).unwrap();
+        live(parent, &config).unwrap();
     }
     let run = parent.join("runs").join(&config.name);
     let last = run.join(format!("checkpoints/step-{}", config.train.steps));
@@ -258,7 +255,7 @@ fn codes_of_another_tokenizer_are_refused() {
 fn another_vocabulary_is_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let config = generator_config(folder.path());
-    let run = |config: &Config| live(folder.path(), config, 1);
+    let run = |config: &Config| live(folder.path(), config);
     run(&config).unwrap();
     let vocab = fs::read_to_string(&config.text.vocab).unwrap();
     let (last, rest) = vocab.trim_end().rsplit_once('\n').map(|(a, b)| (b, a)).unwrap();
