@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what a fresh Debian machine lacks to build vilg: a linker and Rust.
-# `scripts/setup.sh data` adds what the emoji data needs: npm and Python's venv.
+# `scripts/setup.sh data` adds what the emoji data needs: npm and Python's venv; `scripts/setup.sh mpi` what the feature
+# `mpi` needs: Open MPI and the library that reads its headers; `scripts/setup.sh test` that and `ip`, for two hosts on one machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,6 +12,13 @@ command -v cc >/dev/null || missing+=(build-essential)
 if [ "${1-}" = data ]; then
     command -v npm >/dev/null || missing+=(npm)
     python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+fi
+if [ "${1-}" = mpi ] || [ "${1-}" = test ]; then
+    command -v mpicc >/dev/null && command -v mpirun >/dev/null || missing+=(libopenmpi-dev openmpi-bin)
+    ldconfig -p | grep -q 'libclang[-0-9.]*so' || missing+=(libclang1)
+fi
+if [ "${1-}" = test ]; then
+    command -v ip >/dev/null || missing+=(iproute2)
 fi
 wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 rust_is_new_enough() {

@@ -20,6 +20,14 @@ pub enum Exit {
     Interrupted = 130,
 }
 
+impl Exit {
+    /// What another process left with.
+    pub fn of_code(code: usize) -> Self {
+        let known = [Self::Usage, Self::Requeue, Self::Interrupted];
+        known.into_iter().find(|exit| *exit as usize == code).unwrap_or(Self::Failed)
+    }
+}
+
 /// An error that carries a hint, an exit code, or both beside its message.
 #[derive(Debug)]
 struct Advice {

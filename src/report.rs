@@ -76,10 +76,9 @@ pub fn error(error: &Error) {
     }
 }
 
-/// Says why and ends the program (exit code 1): for what cannot return, since a thread hangs.
-pub fn give_up(reason: Option<&Error>) -> ! {
-    reason.into_iter().for_each(error);
-    std::process::exit(Exit::Failed as i32)
+/// Ends the program where it cannot return: a thread hangs, or another process has said why.
+pub fn leave(exit: Exit) -> ! {
+    std::process::exit(exit as i32)
 }
 
 /// A progress bar on stderr; hidden where stderr is not a terminal.

@@ -2,7 +2,12 @@
 
 use crate::error::{Context, Result};
 use candle_core::Device;
-use std::{fs::read_to_string, sync::OnceLock};
+use std::{
+    fs::{File, read_to_string},
+    ops::Deref,
+    path::Path,
+    sync::OnceLock,
+};
 
 /// Keeps freed memory in the process. A training step frees and allocates the same buffers over and
 /// over; glibc would give each back to the kernel and fault it in again (a third of the time of a step).
@@ -46,6 +51,28 @@ pub fn on_threads<R: Send>(f: impl FnOnce() -> R + Send) -> R {
 pub fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> Result<R> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK).build();
     Ok(pool.context("cannot start the compute threads of a rank")?.install(f))
+}
+
+/// A file as memory: what is read of it comes from the disk, and goes again when memory is short.
+pub struct Mapped(memmap2::Mmap);
+
+impl Mapped {
+    /// # Errors
+    /// The file is missing or cannot be mapped.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+        // SAFETY: nobody changes a file of a model folder or checkpoint in place: new ones are written and renamed.
+        let map = unsafe { memmap2::Mmap::map(&file) }.with_context(|| format!("cannot map {}", path.display()))?;
+        Ok(Self(map))
+    }
+}
+
+impl Deref for Mapped {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
 }
 
 /// What this machine offers and what this build contains, as (name, value).

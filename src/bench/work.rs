@@ -77,7 +77,7 @@ impl Step {
     fn new<B>(shape: &Shape, chain: &Chain<B>) -> Result<Self> {
         let settings = shape.config.train.clone();
         let shards = Shards::alone(chain)?;
-        let optimizer = Optimizer::new(&shards, &settings);
+        let optimizer = Optimizer::new(&shards, &settings)?;
         Ok(Self { shards, optimizer, settings, number: 0 })
     }
 

@@ -5,11 +5,8 @@ use crate::{
     config::{Config, ImageTokenizer, Task},
     error::{Context, Hint, Result, ensure, usage},
     model::Generator,
-    nn::{
-        params::Scope,
-        weights::{self, Values},
-    },
-    runtime,
+    nn::{params::Scope, weights},
+    runtime::{self, Mapped},
     text::WordPiece,
     tokenizer,
 };
@@ -17,10 +14,15 @@ use candle_core::{DType, Tensor};
 use safetensors::Dtype;
 use std::{
     borrow::Cow,
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     fs,
+    ops::Deref,
     path::{Path, PathBuf},
 };
+
+mod write;
+
+pub use write::{Parts, attribution_of, write};
 
 const CONFIG: &str = "config.toml";
 const WEIGHTS: &str = "model.safetensors";
@@ -29,7 +31,7 @@ const ATTRIBUTION: &str = "ATTRIBUTION.md";
 const IMAGE_TOKENIZER: &str = "image-tokenizer";
 
 macro_rules! demo {
-    ($($path:literal),* $(,)?) => { &[$(($path, include_bytes!(concat!("demo/", $path)))),*] };
+    ($($path:literal),* $(,)?) => { &[$(($path, include_bytes!(concat!("../demo/", $path)))),*] };
 }
 
 /// The files of the demo model by path in its folder.
@@ -45,6 +47,8 @@ static DEMO: &[(&str, &[u8])] = demo![
 
 /// The name of the demo model.
 pub const DEMO_NAME: &str = "demo";
+
+const COPY: &str = "copy the whole folder again; a model folder is what `vilg train` writes to runs/NAME/model";
 
 #[derive(Debug, Clone)]
 enum Place {
@@ -124,7 +128,7 @@ impl Bundle {
 
     /// All weights by name, as f32.
     pub fn weights(&self) -> Result<HashMap<String, Tensor>> {
-        weights::parse(&self.place.read(WEIGHTS)?, &self.place.file(WEIGHTS))
+        weights::parse(&self.place.weights()?, &self.place.file(WEIGHTS))
     }
 
     /// The text side.
@@ -149,16 +153,17 @@ impl Bundle {
         let settings = ImageTokenizer { path: String::new(), ..folder.config.image_tokenizer.clone() };
         let mut hasher = blake3::Hasher::new();
         hasher.update(toml::to_string(&settings)?.as_bytes());
-        hasher.update(&folder.place.read(WEIGHTS)?);
+        hasher.update(&folder.place.weights()?);
         Ok(hasher.finalize().to_hex().to_string())
     }
 
     /// Writes a copy of this model folder with its weights stored as `dtype`.
     pub fn export(&self, folder: &Path, dtype: Dtype) -> Result<()> {
         let generator = self.config.task == Task::Generator;
+        let bytes = self.place.weights()?;
         let parts = Parts {
             config: &self.config,
-            weights: self.weights()?,
+            weights: weights::stored(&bytes, &self.place.file(WEIGHTS), dtype)?,
             vocab: if generator { Some(self.vocab()?) } else { None },
             attribution: self.attribution(),
             image_tokenizer: if generator { Some(self.image_tokenizer_folder()?) } else { None },
@@ -184,20 +189,48 @@ impl Place {
     }
 
     fn read(&self, file: &str) -> Result<Cow<'static, [u8]>> {
-        let missing = || format!("the model folder lacks {}", self.file(file));
-        let hint = "copy the whole folder again; a model folder is what `vilg train` writes to runs/NAME/model";
+        Ok(match self {
+            Place::Folder(folder) => Cow::Owned(read_small(&self.existing(folder, file)?)?),
+            Place::Demo(prefix) => Cow::Borrowed(self.embedded(prefix, file)?),
+        })
+    }
+
+    /// The file of weights.
+    fn weights(&self) -> Result<Weights> {
+        Ok(match self {
+            Place::Folder(folder) => Weights::Mapped(weights::map(&self.existing(folder, WEIGHTS)?)?),
+            Place::Demo(prefix) => Weights::Demo(self.embedded(prefix, WEIGHTS)?),
+        })
+    }
+
+    fn existing(&self, folder: &Path, file: &str) -> Result<PathBuf> {
+        let path = folder.join(file);
+        path.exists().then_some(path).hint(self.lacks(file), COPY)
+    }
+
+    fn embedded(&self, prefix: &str, file: &str) -> Result<&'static [u8]> {
+        let found = DEMO.iter().find(|(path, _)| path.strip_prefix(prefix) == Some(file));
+        Ok(found.hint(self.lacks(file), COPY)?.1)
+    }
+
+    fn lacks(&self, file: &str) -> String {
+        format!("the model folder lacks {}", self.file(file))
+    }
+}
+
+/// The bytes of a file of weights.
+enum Weights {
+    Mapped(Mapped),
+    Demo(&'static [u8]),
+}
+
+impl Deref for Weights {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
         match self {
-            Place::Folder(folder) => {
-                let path = folder.join(file);
-                path.exists().then_some(()).hint(missing(), hint)?;
-                let bytes = if file == WEIGHTS { weights::read(&path)? } else { read_small(&path)? };
-                Ok(Cow::Owned(bytes))
-            }
-            Place::Demo(prefix) => {
-                let name = format!("{prefix}{file}");
-                let found = DEMO.iter().find(|(path, _)| *path == name);
-                Ok(Cow::Borrowed(found.hint(missing(), hint)?.1))
-            }
+            Self::Mapped(bytes) => bytes,
+            Self::Demo(bytes) => bytes,
         }
     }
 }
@@ -208,81 +241,6 @@ fn read_small(path: &Path) -> Result<Vec<u8>> {
     let meta = fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
     ensure!(meta.is_file() && meta.len() <= LIMIT, "{} is not a file of at most 64 MB", path.display());
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
-}
-
-/// What a model folder is made of.
-pub struct Parts<'a> {
-    pub config: &'a Config,
-    pub weights: HashMap<String, Tensor>,
-    pub vocab: Option<String>,
-    pub attribution: String,
-    pub image_tokenizer: Option<Bundle>,
-}
-
-/// Writes a model folder; an older one in its place is replaced when the new one is complete.
-pub fn write(folder: &Path, parts: &Parts, dtype: Dtype) -> Result<()> {
-    let ours = !folder.exists() || folder.join(WEIGHTS).exists() || fs::read_dir(folder)?.next().is_none();
-    let hint = "name a new folder";
-    ensure!(ours, usage(format_args!("{} exists and is not a model folder", folder.display()), hint));
-    let (new, old) = (sibling(folder, ".new"), sibling(folder, ".old"));
-    for stale in [&new, &old] {
-        if stale.exists() {
-            fs::remove_dir_all(stale)?;
-        }
-    }
-    write_parts(&new, parts, dtype).with_context(|| format!("cannot write the model folder {}", folder.display()))?;
-    if folder.exists() {
-        fs::rename(folder, &old)?;
-    }
-    fs::rename(&new, folder)?;
-    if old.exists() {
-        fs::remove_dir_all(&old)?;
-    }
-    Ok(())
-}
-
-fn sibling(folder: &Path, suffix: &str) -> PathBuf {
-    let mut name = folder.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
-}
-
-fn write_parts(folder: &Path, parts: &Parts, dtype: Dtype) -> Result<()> {
-    fs::create_dir_all(folder)?;
-    // Paths of the training machine mean nothing elsewhere.
-    let mut config = parts.config.clone();
-    config.data.sources.clear();
-    config.train.init_from.clear();
-    config.text.vocab = parts.vocab.as_ref().map_or(String::new(), |_| VOCAB.into());
-    config.image_tokenizer.path = parts.image_tokenizer.as_ref().map_or(String::new(), |_| IMAGE_TOKENIZER.into());
-    fs::write(folder.join(CONFIG), config.to_toml()?)?;
-    let mut tensors = BTreeMap::new();
-    for (name, tensor) in &parts.weights {
-        let values = Cow::Owned(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
-        tensors.insert(name.clone(), Values { shape: tensor.dims().to_vec(), values, dtype });
-    }
-    fs::write(folder.join(WEIGHTS), weights::encode(&tensors)?)?;
-    if let Some(vocab) = &parts.vocab {
-        fs::write(folder.join(VOCAB), vocab)?;
-    }
-    if !parts.attribution.is_empty() {
-        fs::write(folder.join(ATTRIBUTION), &parts.attribution)?;
-    }
-    if let Some(tokenizer) = &parts.image_tokenizer {
-        tokenizer.export(&folder.join(IMAGE_TOKENIZER), dtype)?;
-    }
-    Ok(())
-}
-
-/// The `ATTRIBUTION.md` files that lie in the folders of `sources` or up to two above, joined.
-pub fn attribution_of(sources: &[crate::config::Source]) -> String {
-    let mut texts = Vec::new();
-    for source in sources {
-        let mut folders = Path::new(&source.path).ancestors().filter(|folder| folder.is_dir()).take(3);
-        let text = folders.find_map(|folder| fs::read_to_string(folder.join(ATTRIBUTION)).ok());
-        texts.extend(text.filter(|text| !texts.contains(text)));
-    }
-    texts.join("\n")
 }
 
 #[cfg(test)]
@@ -302,7 +260,7 @@ mod tests {
         let scope = Scope::from_seed(1, DType::F32, &runtime::device());
         let settings = &config.image_tokenizer;
         Generator::new(&scope, &config, text.vocab_size(), settings.codebook_size, settings.grid()).unwrap();
-        let weights = scope.params().into_iter().map(|(name, var)| (name, var.as_tensor().clone())).collect();
+        let weights = weights::of_params(&scope.params()).unwrap();
         let parts = Parts {
             config: &config,
             weights,

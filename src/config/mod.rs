@@ -3,9 +3,11 @@
 //! Order of precedence: defaults < file < `--set key=value`. Unknown keys are errors.
 
 mod load;
+mod train;
 mod validate;
 
 pub use load::{Loaded, Origin, values};
+pub use train::{Decay, MatrixOptimizer, Offload, Precision, Spike, Train};
 pub use validate::Problem;
 
 use serde::{Deserialize, Serialize};
@@ -179,98 +181,6 @@ pub enum ConvBorder {
     RasterWrap,
 }
 
-/// The training loop.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Train {
-    /// Model folder (or `demo`) whose weights a new run starts from; empty: random weights.
-    pub init_from: String,
-    /// Optimizer steps.
-    pub steps: u64,
-    /// Samples a step: pictures (image tokenizer) or text→image sequences (generator).
-    pub batch_size: usize,
-    /// image→text sequences a step (generator).
-    pub caption_batch_size: usize,
-    /// Parts into which a step's samples are cut; their gradients add up to the whole batch's.
-    pub accumulation: usize,
-    /// Weight of the text→image loss.
-    pub image_loss_weight: f64,
-    /// Weight of the image→text loss.
-    pub text_loss_weight: f64,
-    /// Share of text→image samples whose text is dropped, for classifier-free guidance.
-    pub condition_dropout: f64,
-    /// Optimizer of the transformer's matrices; everything else is AdamW's.
-    pub matrix_optimizer: MatrixOptimizer,
-    /// Peak learning rate of AdamW.
-    pub learning_rate: f64,
-    /// Peak learning rate of Muon.
-    pub muon_learning_rate: f64,
-    /// AdamW's decay rates of the first and second moment.
-    pub betas: [f64; 2],
-    /// Decoupled weight decay of matrices; biases, norms and embeddings have none.
-    pub weight_decay: f64,
-    /// Steps of linear warm-up.
-    pub warmup_steps: u64,
-    /// Shape of the decay.
-    pub decay: Decay,
-    /// Share of the steps after which the decay begins.
-    pub decay_start: f64,
-    /// Final learning rate as a share of the peak.
-    pub final_lr_ratio: f64,
-    /// The gradient's global norm is clipped to this; 0 turns clipping off.
-    pub clip_norm: f64,
-    /// Decay a step of the moving average of the weights; 0 turns it off.
-    pub ema_decay: f64,
-    /// Every so-manieth segment forgets its activations and runs forward again in the backward pass: 1 all, 0 none.
-    pub recompute: usize,
-    /// What several ranks split among them: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights.
-    pub shard_stage: u8,
-    /// Seconds that a rank waits for the others before the run ends.
-    pub rank_timeout: u64,
-    /// Of matrix products; weights, gradients and sums stay f32.
-    pub precision: Precision,
-    /// A checkpoint every so many steps.
-    pub checkpoint_every: u64,
-    /// Newest checkpoints that are kept; at least 2.
-    pub keep_checkpoints: usize,
-    /// Sample pictures every so many steps; 0 turns them off.
-    pub sample_every: u64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum MatrixOptimizer {
-    Adamw,
-    /// Momentum, orthogonalised by Newton-Schulz iterations.
-    Muon,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Decay {
-    Cosine,
-    Linear,
-}
-
-/// The numbers that matrix products multiply; they add up in f32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Precision {
-    F32,
-    /// Rounded to bf16 where the processor multiplies it faster (AMX, AVX-512 BF16); f32 elsewhere.
-    Bf16,
-}
-
-impl Precision {
-    /// As the configuration names it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-        }
-    }
-}
-
 /// Sampling defaults.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -350,39 +260,6 @@ impl Default for Model {
             conv_size: 11,
             qk_norm: false,
             sandwich_norm: false,
-        }
-    }
-}
-
-impl Default for Train {
-    fn default() -> Self {
-        Self {
-            init_from: String::new(),
-            steps: 100_000,
-            batch_size: 64,
-            caption_batch_size: 64,
-            accumulation: 1,
-            image_loss_weight: 1.0,
-            text_loss_weight: 1.0,
-            condition_dropout: 0.1,
-            matrix_optimizer: MatrixOptimizer::Adamw,
-            learning_rate: 4.5e-4,
-            muon_learning_rate: 0.02,
-            betas: [0.9, 0.96],
-            weight_decay: 0.045,
-            warmup_steps: 1000,
-            decay: Decay::Cosine,
-            decay_start: 0.0,
-            final_lr_ratio: 0.0,
-            clip_norm: 4.0,
-            ema_decay: 0.999,
-            recompute: 0,
-            shard_stage: 1,
-            rank_timeout: 600,
-            precision: Precision::F32,
-            checkpoint_every: 1000,
-            keep_checkpoints: 2,
-            sample_every: 1000,
         }
     }
 }

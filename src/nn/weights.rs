@@ -1,34 +1,51 @@
 //! Weights on disk: safetensors files, checked before anything large is allocated.
 
-use crate::error::{Context, Hint, Result, bail, ensure};
-use candle_core::{DType, Device, Tensor};
-use safetensors::{Dtype, SafeTensors, View};
+use super::params::Params;
+use crate::{
+    error::{Context, Hint, Result, bail, ensure},
+    runtime::Mapped,
+};
+use candle_core::{DType, Device, Tensor, Var};
+use safetensors::{
+    Dtype, SafeTensors,
+    tensor::{Metadata, TensorInfo, TensorView},
+};
 use std::{
     borrow::Cow,
+    cmp::Reverse,
     collections::{BTreeMap, HashMap},
-    fs::File,
-    io::Read,
+    fs,
+    io::Write,
     path::Path,
 };
 
 const REPLACE: &str = "the file is damaged or of another kind; copy it again or name another folder";
 
-/// The bytes of a safetensors file.
+/// A safetensors file as memory.
 ///
 /// # Errors
 /// The file is missing, not a regular file, or its header does not fit into it.
-pub fn read(path: &Path) -> Result<Vec<u8>> {
-    let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    let meta = file.metadata()?;
+pub fn map(path: &Path) -> Result<Mapped> {
+    let meta = fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?;
     ensure!(meta.is_file(), "{} is not a regular file", path.display());
-    let mut start = [0; 8];
-    file.read_exact(&mut start).hint(format!("{} is truncated: {} bytes", path.display(), meta.len()), REPLACE)?;
-    let header = u64::from_le_bytes(start);
-    let fits = header.checked_add(8).is_some_and(|end| end <= meta.len());
-    fits.then_some(()).hint(format!("{} is not a safetensors file, or truncated", path.display()), REPLACE)?;
-    let mut bytes = start.to_vec();
-    file.read_to_end(&mut bytes).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(bytes)
+    let bytes = Mapped::open(path)?;
+    let header = bytes.first_chunk().copied().map(u64::from_le_bytes);
+    let header = header.hint(format!("{} is truncated: {} bytes", path.display(), bytes.len()), REPLACE)?;
+    let fits = header.checked_add(8).is_some_and(|end| end <= bytes.len() as u64);
+    fits.then_some(bytes).hint(format!("{} is not a safetensors file, or truncated", path.display()), REPLACE)
+}
+
+/// The tensors of a safetensors file as it holds them, to be written as `dtype`.
+///
+/// # Errors
+/// A malformed header.
+pub fn stored<'a>(bytes: &'a [u8], origin: &str, dtype: Dtype) -> Result<BTreeMap<String, Values<'a>>> {
+    let file = SafeTensors::deserialize(bytes).hint(format!("{origin} is not a whole safetensors file"), REPLACE)?;
+    let values = |(name, view): (&str, TensorView<'a>)| {
+        let pieces = vec![Piece::Stored(view.data(), view.dtype())];
+        (name.to_owned(), Values { shape: view.shape().to_vec(), pieces, dtype })
+    };
+    Ok(file.iter().map(values).collect())
 }
 
 /// All tensors of a safetensors file as f32 by name; `origin` is its name in messages.
@@ -55,40 +72,98 @@ pub fn parse(bytes: &[u8], origin: &str) -> Result<HashMap<String, Tensor>> {
     Ok(tensors)
 }
 
-/// A tensor to be written: its shape and f32 values.
+/// A tensor to be written: its shape and its values, piece after piece.
 pub struct Values<'a> {
     pub shape: Vec<usize>,
-    pub values: Cow<'a, [f32]>,
-    /// Stored as f32 or rounded to bf16 or f16.
+    pub pieces: Vec<Piece<'a>>,
+    /// What it is stored as.
     pub dtype: Dtype,
 }
 
-impl View for &Values<'_> {
-    fn dtype(&self) -> Dtype {
-        self.dtype
+/// Floats in memory, or as a file holds them.
+pub enum Piece<'a> {
+    Floats(Cow<'a, [f32]>),
+    Stored(&'a [u8], Dtype),
+}
+
+impl Piece<'_> {
+    fn elements(&self) -> usize {
+        match self {
+            Self::Floats(values) => values.len(),
+            Self::Stored(bytes, dtype) => bytes.len() * 8 / dtype.bitsize().max(1),
+        }
     }
 
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        let values = self.values.iter();
-        Cow::Owned(match self.dtype {
-            Dtype::BF16 => values.flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect(),
-            Dtype::F16 => values.flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
-            _ => values.flat_map(|x| x.to_le_bytes()).collect(),
-        })
-    }
-
-    fn data_len(&self) -> usize {
-        self.values.len() * self.dtype.bitsize() / 8
+    /// Writes the piece as `dtype`, converting a little at a time.
+    fn write(&self, out: &mut impl Write, dtype: Dtype) -> Result<()> {
+        let (bytes, from): (&[u8], _) = match self {
+            Self::Floats(values) => (bytemuck::cast_slice(values), Dtype::F32),
+            Self::Stored(bytes, from) => (bytes, *from),
+        };
+        if from == dtype {
+            return Ok(out.write_all(bytes)?);
+        }
+        for chunk in bytes.chunks(1 << 16) {
+            let values = floats(chunk, from)?;
+            let converted: Vec<u8> = match dtype {
+                Dtype::BF16 => values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+                Dtype::F16 => values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
+                _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            };
+            out.write_all(&converted)?;
+        }
+        Ok(())
     }
 }
 
-/// The bytes of a safetensors file that holds `tensors`.
-pub fn encode(tensors: &BTreeMap<String, Values<'_>>) -> Result<Vec<u8>> {
-    Ok(safetensors::serialize(tensors.iter().map(|(name, v)| (name.as_str(), v)), None)?)
+/// A file's bytes as f32.
+fn floats(bytes: &[u8], dtype: Dtype) -> Result<Vec<f32>> {
+    let f64 = |b: &[u8; 8]| f64::from_le_bytes(*b) as f32;
+    Ok(match dtype {
+        Dtype::F64 => bytes.as_chunks().0.iter().map(f64).collect(),
+        Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        Dtype::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+        other => bail!("expected a float, not {other:?}"),
+    })
+}
+
+/// Parameters in memory, to be written as f32.
+pub fn of_params(params: &Params) -> Result<BTreeMap<String, Values<'static>>> {
+    let values = |(name, var): (&String, &Var)| {
+        let floats = var.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        let (shape, pieces) = (var.dims().to_vec(), vec![Piece::Floats(Cow::Owned(floats))]);
+        Ok((name.clone(), Values { shape, pieces, dtype: Dtype::F32 }))
+    };
+    params.iter().map(values).collect()
+}
+
+/// Writes a safetensors file of these tensors to `out`, one piece in memory at a time.
+///
+/// # Errors
+/// A tensor's pieces are not as long as its shape says, or `out` takes no more.
+pub fn write(out: &mut impl Write, tensors: &BTreeMap<String, Values<'_>>) -> Result<()> {
+    // Wide numbers first, so that each lies at a multiple of its size.
+    let mut order: Vec<_> = tensors.iter().collect();
+    order.sort_by_key(|(_, values)| Reverse(values.dtype.bitsize()));
+    let mut end = 0;
+    let infos = order.iter().map(|(name, values)| {
+        let start = end;
+        end += values.shape.iter().product::<usize>() * values.dtype.bitsize() / 8;
+        let info = TensorInfo { dtype: values.dtype, shape: values.shape.clone(), data_offsets: (start, end) };
+        ((*name).clone(), info)
+    });
+    let mut header = serde_json::to_vec(&Metadata::new(None, infos.collect())?)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    for (name, values) in order {
+        let wanted: usize = values.shape.iter().product();
+        let held: usize = values.pieces.iter().map(Piece::elements).sum();
+        ensure!(held == wanted, "`{name}` has {held} elements for {:?}", values.shape);
+        values.pieces.iter().try_for_each(|piece| piece.write(out, values.dtype))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -96,8 +171,12 @@ mod tests {
     use super::*;
 
     fn file(dtype: Dtype) -> Vec<u8> {
-        let values = Values { shape: vec![2, 2], values: Cow::Borrowed(&[1.0, -2.5, 0.1, 3e4]), dtype };
-        encode(&BTreeMap::from([("a.weight".to_owned(), values)])).unwrap()
+        let piece = |values| Piece::Floats(Cow::Borrowed(values));
+        let pieces = vec![piece(&[1.0, -2.5][..]), piece(&[0.1, 3e4])];
+        let values = Values { shape: vec![2, 2], pieces, dtype };
+        let mut bytes = Vec::new();
+        write(&mut bytes, &BTreeMap::from([("a.weight".to_owned(), values)])).unwrap();
+        bytes
     }
 
     #[test]
@@ -119,11 +198,11 @@ mod tests {
         let path = dir.path().join("model.safetensors");
         for end in 0..whole.len() {
             std::fs::write(&path, &whole[..end]).unwrap();
-            assert!(read(&path).and_then(|bytes| parse(&bytes, "test")).is_err(), "cut at {end}");
+            assert!(map(&path).and_then(|bytes| parse(&bytes, "test")).is_err(), "cut at {end}");
         }
         std::fs::write(&path, [&u64::MAX.to_le_bytes()[..], &whole[8..]].concat()).unwrap();
-        assert!(read(&path).is_err());
-        assert!(read(dir.path()).is_err());
+        assert!(map(&path).is_err());
+        assert!(map(dir.path()).is_err());
         let mut nan = whole.clone();
         let end = nan.len();
         nan[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());

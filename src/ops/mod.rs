@@ -39,6 +39,7 @@ pub mod scatter;
 pub mod simd;
 pub mod slices;
 pub mod softmax;
+mod store;
 #[cfg(test)]
 pub mod testing;
 pub mod upsample;
@@ -58,6 +59,7 @@ pub use muon::{Muon, muon_step};
 pub use nearest_code::nearest_code;
 pub use peak::peak_flops;
 pub use slices::{replace, with_slice, with_slice_mut};
+pub use store::{Floats, Store};
 pub use upsample::upsample_nearest2x;
 
 /// Elements that one task of a parallel elementwise loop takes.

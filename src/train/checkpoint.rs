@@ -4,35 +4,29 @@
 //! and the parent folder synced: whatever moment a crash picks, the newest folder that loads is a
 //! whole old one or the whole new one.
 //!
-//! Every rank writes what it owns into a file of its own; see [`reshard`] for how others read it.
+//! Every rank writes what it owns into a file of its own; see [`saving`](super::saving) for how and when, and
+//! [`reshard`](super::reshard) for how others read it.
 
-use super::reshard::{self, Parts};
+use super::{reshard::Stored, saving::remove, spikes::Spikes};
 use crate::{
     config::Config,
     dist::Group,
-    error::{Context, Hint, Result, bail, ensure, failed},
+    error::{Context, Result, bail, ensure, failed},
     report,
 };
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::Write,
+    io,
     path::{Path, PathBuf},
 };
 
-const FORMAT: u32 = 1;
-const STATE: &str = "state.json";
-const CONFIG: &str = "config.json";
-const TENSORS: &str = ".safetensors";
-
-/// The file of one rank's tensors.
-fn tensors_of(group: &Group) -> String {
-    match group.world_size() {
-        1 => format!("state{TENSORS}"),
-        world_size => format!("state-{:05}-of-{world_size:05}{TENSORS}", group.rank()),
-    }
-}
+pub(super) const FORMAT: u32 = 1;
+pub(super) const MANIFEST: &str = "manifest.json";
+pub(super) const STATE: &str = "state.json";
+pub(super) const CONFIG: &str = "config.json";
+pub(super) const TENSORS: &str = ".safetensors";
 
 /// Everything but tensors and configuration that a run needs to go on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -40,117 +34,43 @@ fn tensors_of(group: &Group) -> String {
 pub struct State {
     /// Steps done.
     pub step: u64,
-    /// Steps in a row that were skipped because their gradient was not finite.
+    /// Steps in a row whose update was skipped.
     pub skipped: u64,
+    /// Steps whose samples were left out because of spikes.
+    #[serde(default)]
+    pub passed_over: u64,
+    /// How often the run went back to a checkpoint because of a spike.
+    #[serde(default)]
+    pub rollbacks: u64,
+    #[serde(default)]
+    pub spikes: Spikes,
     /// Digests of what the weights belong to (vocabulary, image tokenizer).
     pub identity: BTreeMap<String, String>,
     /// What the task itself remembers.
     pub task: serde_json::Value,
 }
 
+/// What lies in a checkpoint's folder.
 #[derive(Serialize, Deserialize)]
-struct Manifest {
-    format: u32,
-    files: BTreeMap<String, FileInfo>,
+pub struct Manifest {
+    pub format: u32,
+    pub files: BTreeMap<String, FileInfo>,
 }
 
+/// What a file must be like.
 #[derive(Clone, Serialize, Deserialize, PartialEq)]
-struct FileInfo {
-    bytes: u64,
-    blake3: String,
+pub struct FileInfo {
+    pub bytes: u64,
+    pub blake3: String,
 }
 
-impl FileInfo {
-    fn of(bytes: &[u8]) -> Self {
-        Self { bytes: bytes.len() as u64, blake3: blake3::hash(bytes).to_hex().to_string() }
-    }
-}
-
-/// Writes the checkpoint of `state.step` into `folder`, each rank `parts` of it, and deletes all but the `keep` newest.
-pub fn save(
-    group: &Group,
-    folder: &Path,
-    config: &Config,
-    state: &State,
-    parts: &Parts<'_>,
-    keep: usize,
-) -> Result<()> {
-    let path = folder.join(format!("step-{}", state.step));
-    let hint = "older checkpoints are untouched";
-    write_folder(group, &path, config, state, parts)
-        .hint(format!("cannot write the checkpoint {}", path.display()), hint)?;
-    if group.leads() {
-        prune(folder, keep)?;
-    }
-    Ok(())
-}
-
-/// Deletes what an earlier crash left half written, and all but the `keep` newest checkpoints.
-fn prune(folder: &Path, keep: usize) -> Result<()> {
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "tmp") {
-            remove(&path)?;
-        }
-    }
-    let mut steps = list(folder)?;
-    steps.truncate(steps.len().saturating_sub(keep.max(2)));
-    for (_, old) in steps {
-        fs::remove_dir_all(&old).with_context(|| format!("cannot delete {}", old.display()))?;
-    }
-    Ok(())
-}
-
-fn write_folder(group: &Group, path: &Path, config: &Config, state: &State, parts: &Parts<'_>) -> Result<()> {
-    let tmp = path.with_extension("tmp");
-    let write = |name: &str, bytes: &[u8]| -> Result<(String, FileInfo)> {
-        write_synced(&tmp.join(name), bytes)?;
-        Ok((name.to_owned(), FileInfo::of(bytes)))
-    };
-    if group.leads() {
-        remove(&tmp)?;
-        fs::create_dir_all(&tmp)?;
-    }
-    group.barrier()?;
-    let mut ours = vec![write(&tensors_of(group), &reshard::encode(parts)?)?];
-    if group.leads() {
-        ours.push(write(STATE, &serde_json::to_vec_pretty(state)?)?);
-        ours.push(write(CONFIG, &serde_json::to_vec_pretty(config)?)?);
-    }
-    let files = group.gather(ours)?.iter().flat_map(|files| files.iter().cloned()).collect();
-    if group.leads() {
-        sync(&tmp)?;
-        write("manifest.json", &serde_json::to_vec_pretty(&Manifest { format: FORMAT, files })?)?;
-        sync(&tmp)?;
-        // Only a damaged folder, or one of a run that was taken back, can be in the way.
-        remove(path)?;
-        fs::rename(&tmp, path)?;
-        sync(path.parent().unwrap_or(path))?;
-    }
-    group.barrier()
-}
-
-/// Writes a file and waits until it is on the disk.
-pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).with_context(|| format!("cannot write {}", path.display()))
-}
-
-fn sync(folder: &Path) -> Result<()> {
-    File::open(folder)?.sync_all().with_context(|| format!("cannot sync {}", folder.display()))
-}
-
-fn remove(folder: &Path) -> Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(e).with_context(|| format!("cannot delete {}", folder.display()))
-        }
-        _ => Ok(()),
-    }
+/// The folder of the checkpoint of `step`.
+pub fn at(folder: &Path, step: u64) -> PathBuf {
+    folder.join(format!("step-{step}"))
 }
 
 /// The folders `step-N` in order of N.
-fn list(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
+pub(super) fn list(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut steps = Vec::new();
     if !folder.exists() {
         return Ok(steps);
@@ -169,39 +89,59 @@ pub struct Loaded {
     pub state: State,
     config: serde_json::Value,
     path: PathBuf,
-    /// Names of the files that hold tensors.
-    tensors: Vec<String>,
 }
 
-/// Checks the checkpoint at `path` and reads all but its tensors.
+/// Checks the checkpoint at `path`, the ranks sharing its files among them, and reads all but its tensors.
 ///
 /// # Errors
-/// Names the file that is missing or differs from its digest.
-pub fn load(path: &Path) -> Result<Loaded> {
-    let manifest =
-        fs::read(path.join("manifest.json")).with_context(|| format!("{}: no manifest.json", path.display()))?;
-    let manifest: serde_json::Value = serde_json::from_slice(&manifest).context("manifest.json is not JSON")?;
-    let format = &manifest["format"];
-    ensure!(*format == FORMAT, "manifest.json: `format` is {format}, this program reads {FORMAT}");
-    let manifest: Manifest = serde_json::from_value(manifest).context("manifest.json")?;
-    let file = |name: &str| {
-        let info = manifest.files.get(name).with_context(|| format!("manifest.json does not list {name}"))?;
-        let path = path.join(name);
-        let length = fs::metadata(&path).with_context(|| format!("{name} is missing"))?.len();
-        ensure!(length == info.bytes, "{name} has {length} bytes, its manifest says {}", info.bytes);
-        let bytes = fs::read(&path).with_context(|| format!("cannot read {name}"))?;
-        ensure!(FileInfo::of(&bytes) == *info, "{name} differs from its digest");
-        Ok(bytes)
+/// On all ranks: names the file that is missing or differs from its digest.
+pub fn load(group: &Group, path: &Path) -> Result<Loaded> {
+    let checked = check_files(path, group.rank(), group.world_size());
+    let complaint = checked.as_ref().err().map_or(String::new(), |error| format!("{error:#}"));
+    for theirs in group.gather(complaint.into_bytes())? {
+        ensure!(theirs.is_empty(), "{}", String::from_utf8_lossy(&theirs));
+    }
+    let json = |name: &str| -> Result<serde_json::Value> {
+        let bytes = fs::read(path.join(name)).with_context(|| format!("cannot read {name}"))?;
+        serde_json::from_slice(&bytes).with_context(|| name.to_owned())
     };
-    let tensors: Vec<String> = manifest.files.keys().filter(|name| name.ends_with(TENSORS)).cloned().collect();
-    ensure!(!tensors.is_empty(), "manifest.json lists no tensors");
-    tensors.iter().try_for_each(|name| file(name).map(drop))?;
-    Ok(Loaded {
-        state: serde_json::from_slice(&file(STATE)?).context(STATE)?,
-        config: over_defaults(serde_json::from_slice(&file(CONFIG)?).context(CONFIG)?)?,
-        path: path.to_owned(),
-        tensors,
-    })
+    let state = serde_json::from_value(json(STATE)?).context(STATE)?;
+    Ok(Loaded { state, config: over_defaults(json(CONFIG)?)?, path: path.to_owned() })
+}
+
+/// The manifest of the checkpoint at `path`.
+fn manifest(path: &Path) -> Result<Manifest> {
+    let bytes = fs::read(path.join(MANIFEST)).with_context(|| format!("{}: no {MANIFEST}", path.display()))?;
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&bytes).with_context(|| format!("{MANIFEST} is not JSON"))?;
+    let format = &manifest["format"];
+    ensure!(*format == FORMAT, "{MANIFEST}: `format` is {format}, this program reads {FORMAT}");
+    let manifest: Manifest = serde_json::from_value(manifest).context(MANIFEST)?;
+    let named = |name: &str| manifest.files.contains_key(name);
+    ensure!(named(STATE) && named(CONFIG), "{MANIFEST} does not list {STATE} and {CONFIG}");
+    ensure!(manifest.files.keys().any(|name| name.ends_with(TENSORS)), "{MANIFEST} lists no tensors");
+    Ok(manifest)
+}
+
+/// Checks the `part`-th of `parts` shares of a checkpoint's files.
+fn check_files(path: &Path, part: usize, parts: usize) -> Result<()> {
+    for (name, info) in manifest(path)?.files.iter().skip(part).step_by(parts) {
+        let mut file = File::open(path.join(name)).with_context(|| format!("{name} is missing"))?;
+        let length = file.metadata()?.len();
+        ensure!(length == info.bytes, "{name} has {length} bytes, its manifest says {}", info.bytes);
+        let mut hasher = blake3::Hasher::new();
+        io::copy(&mut file, &mut hasher).with_context(|| format!("cannot read {name}"))?;
+        ensure!(hasher.finalize().to_hex().as_str() == info.blake3, "{name} differs from its digest");
+    }
+    Ok(())
+}
+
+/// The tensors of the checkpoint at `path`.
+pub fn tensors(path: &Path) -> Result<Stored> {
+    let manifest = manifest(path)?;
+    let names = manifest.files.keys().filter(|name| name.ends_with(TENSORS));
+    let paths: Vec<PathBuf> = names.map(|name| path.join(name)).collect();
+    Stored::open(paths.iter().map(PathBuf::as_path))
 }
 
 /// A stored configuration with the defaults of keys that did not exist when it was written: a new key's default
@@ -226,12 +166,17 @@ fn over_defaults(stored: serde_json::Value) -> Result<serde_json::Value> {
 ///
 /// # Errors
 /// There are checkpoints, but none is whole.
-pub fn newest(folder: &Path) -> Result<Option<Loaded>> {
-    let steps = list(folder)?;
-    for (_, path) in steps.iter().rev() {
-        match load(path) {
+pub fn newest(group: &Group, folder: &Path) -> Result<Option<Loaded>> {
+    // The leading rank's list counts: a shared file system may show another one elsewhere.
+    let ours = if group.leads() { list(folder)?.into_iter().map(|(step, _)| step).collect() } else { Vec::new() };
+    let all = group.gather::<u64>(ours)?;
+    let steps = all.first().map_or(&[][..], |steps| steps.as_slice());
+    for step in steps.iter().rev() {
+        let path = at(folder, *step);
+        match load(group, &path) {
             Ok(loaded) => return Ok(Some(loaded)),
-            Err(e) => report::warn(format_args!("checkpoint {} is not usable: {e:#}", path.display())),
+            Err(e) if group.leads() => report::warn(format_args!("checkpoint {} is not usable: {e:#}", path.display())),
+            Err(_) => {}
         }
     }
     ensure!(
@@ -260,7 +205,7 @@ pub fn set_aside_after(folder: &Path, step: u64) -> Result<()> {
 }
 
 /// Keys that a resumed run may change: they move no number of the steps already done.
-const FREE: [&str; 13] = [
+const FREE: [&str; 15] = [
     "name",
     "data.prefetch",
     "data.workers",
@@ -268,8 +213,10 @@ const FREE: [&str; 13] = [
     "train.steps",
     "train.recompute",
     "train.shard_stage",
+    "train.offload",
     "train.rank_timeout",
     "train.checkpoint_every",
+    "train.background_checkpoints",
     "train.keep_checkpoints",
     "train.sample_every",
     "sample",
@@ -277,13 +224,9 @@ const FREE: [&str; 13] = [
 ];
 
 impl Loaded {
-    /// Fills `wanted` from the tensors' files, one file in memory at a time.
-    ///
-    /// # Errors
-    /// A tensor is missing, unknown, or of another size.
-    pub fn read(&self, wanted: &mut Parts<'_>) -> Result<()> {
-        let files = self.tensors.iter().map(|name| Ok((name.as_str(), fs::read(self.path.join(name))?)));
-        reshard::fill(wanted, files)
+    /// The tensors.
+    pub fn tensors(&self) -> Result<Stored> {
+        tensors(&self.path)
     }
 
     /// Checks that the checkpoint belongs to this configuration, vocabulary and image tokenizer.

@@ -1,16 +1,16 @@
 //! A moving average of the weights: what is published, sampled and evaluated.
 
 use super::shards::Shards;
-use crate::error::Result;
+use crate::{error::Result, ops::Floats};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 
 /// The averaged weights that this rank owns, by parameter name.
-pub type Average = BTreeMap<String, Vec<f32>>;
+pub type Average = BTreeMap<String, Floats>;
 
 /// The average before the first step: the weights themselves.
 pub fn start(shards: &Shards) -> Result<Average> {
-    shards.owned().keys().map(|name| Ok((name.clone(), shards.part(name)?))).collect()
+    shards.stored_parts()
 }
 
 /// `average += (1 - d) (weights - average)` with `d = min(decay, (1 + step) / (10 + step))`, so that the
@@ -42,7 +42,7 @@ mod tests {
         let shards = Shards::alone(&toy::segments(&chain)).unwrap();
         let weights = params.values().next().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let mut average = start(&shards).unwrap();
-        assert_eq!(average.values().next().unwrap(), &weights);
+        assert_eq!(**average.values().next().unwrap(), weights);
         average.values_mut().for_each(|values| values.fill(0.0));
         update(&mut average, &shards, 0.5, 1).unwrap();
         update(&mut average, &shards, 0.5, 1000).unwrap();

@@ -21,6 +21,8 @@ pub struct Feed {
     mine: Vec<Range<usize>>,
     loader: Option<(u64, Loader)>,
     bad: u64,
+    /// Of the last step.
+    names: Vec<String>,
 }
 
 impl Feed {
@@ -48,12 +50,26 @@ impl Feed {
             mine
         });
         let mine = mine.collect();
-        Ok(Self { dataset, config: config.data.clone(), sampler, samples, mine, loader: None, bad: 0 })
+        Ok(Self {
+            dataset,
+            config: config.data.clone(),
+            sampler,
+            samples,
+            mine,
+            loader: None,
+            bad: 0,
+            names: Vec::new(),
+        })
     }
 
     /// What was found.
     pub fn dataset(&self) -> &Dataset {
         &self.dataset
+    }
+
+    /// The names of this rank's samples of the last step.
+    pub fn names(&self) -> &[String] {
+        &self.names
     }
 
     /// The same `count` samples each time, for sample pictures; unreadable ones are left out.
@@ -78,7 +94,9 @@ impl Feed {
                 )?
             }
         };
-        let mut records = loader.next_batch()?.into_iter();
+        let records = loader.next_batch()?;
+        self.names = records.iter().map(|record| record.key.clone()).collect();
+        let mut records = records.into_iter();
         if loader.bad().total() > self.bad {
             self.bad = loader.bad().total();
             report::warn(format_args!("bad samples were replaced so far: {}", loader.bad()));

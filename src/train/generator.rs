@@ -13,7 +13,10 @@ use crate::{
     error::{Context, Result, ensure, failed, usage},
     generate::{Job, Models},
     model::{Batch, Direction, Generator, pad},
-    nn::params::{Params, Scope},
+    nn::{
+        params::{Params, Scope},
+        weights::Values,
+    },
     random::Random,
     runtime,
     text::WordPiece,
@@ -165,6 +168,10 @@ impl Task for GeneratorTask {
         Ok(measured)
     }
 
+    fn samples(&self) -> Vec<String> {
+        self.feed.names().to_vec()
+    }
+
     fn after_step(&mut self, _step: u64) -> Result<()> {
         Ok(())
     }
@@ -196,7 +203,7 @@ impl Task for GeneratorTask {
         picture::write_png(path, &picture::grid(&pictures, 0))
     }
 
-    fn publish(&self, weights: HashMap<String, Tensor>, folder: &Path) -> Result<()> {
+    fn publish(&self, weights: BTreeMap<String, Values>, folder: &Path) -> Result<()> {
         let sources = bundle::attribution_of(&self.config.data.sources);
         let attribution = if sources.is_empty() { self.image_tokenizer.attribution() } else { sources };
         let parts = Parts {

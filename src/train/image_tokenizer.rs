@@ -15,7 +15,10 @@ use crate::{
     },
     dist::{self, Group},
     error::{Context, Result, ensure, usage},
-    nn::params::{Params, Scope},
+    nn::{
+        params::{Params, Scope},
+        weights::Values,
+    },
     runtime,
     tokenizer::{ImageTokenizer, PixelBatch, Statistics},
 };
@@ -117,6 +120,10 @@ impl Task for ImageTokenizerTask {
         Ok(Measured { losses, amount: settings.batch_size, unit: "images" })
     }
 
+    fn samples(&self) -> Vec<String> {
+        self.feed.names().to_vec()
+    }
+
     fn after_step(&mut self, step: u64) -> Result<()> {
         let Some(seen) = self.seen.take() else { return Ok(()) };
         let (after, seed) = (self.config.image_tokenizer.restart_after, self.config.seed);
@@ -150,7 +157,7 @@ impl Task for ImageTokenizerTask {
         picture::write_png(path, &picture::grid(&pictures, records.len().min(SHEET.1)))
     }
 
-    fn publish(&self, weights: HashMap<String, Tensor>, folder: &Path) -> Result<()> {
+    fn publish(&self, weights: BTreeMap<String, Values>, folder: &Path) -> Result<()> {
         let attribution = bundle::attribution_of(&self.config.data.sources);
         let parts = Parts { config: &self.config, weights, vocab: None, attribution, image_tokenizer: None };
         bundle::write(folder, &parts, safetensors::Dtype::F32)

@@ -72,6 +72,7 @@ mod tests {
     use super::*;
     use crate::{
         dist::Group,
+        dist::Ranks,
         error::{Exit, exit_of},
         nn::params::Params,
         train::{Resume, Stop, prepare, run_below, task_tests::generator_config},
@@ -88,7 +89,7 @@ mod tests {
     }
 
     fn live(parent: &Path, config: &Config) -> crate::error::Result<()> {
-        run_below(parent, config, &Resume::Auto, 1, &Stop::default())
+        run_below(parent, config, &Resume::Auto, &Ranks::Threads(1), &Stop::default())
     }
 
     fn values(params: &Params) -> Vec<Vec<f32>> {

@@ -1,13 +1,13 @@
 //! AdamW, and Muon for the transformer's matrices; parameter groups go by name.
 //!
-//! Moments are plain f32 vectors in order of name, whatever the weights' dtype and device.
+//! Moments are f32 on the host, in order of name, whatever the weights' dtype and device; `train.offload` says where.
 
-use super::shards::{Owned, Shards};
+use super::{owned::Owned, shards::Shards};
 use crate::{
     config::{MatrixOptimizer, Train},
     error::{Result, bail},
     nn::gradients::Gradients,
-    ops,
+    ops::{self, Floats},
 };
 use candle_core::Var;
 use rayon::prelude::*;
@@ -16,9 +16,9 @@ use std::{collections::BTreeMap, ops::Range};
 /// What an optimizer remembers of one parameter.
 pub enum Moments {
     /// First and second moment.
-    AdamW { m: Vec<f32>, v: Vec<f32> },
+    AdamW { m: Floats, v: Floats },
     /// Momentum.
-    Muon { momentum: Vec<f32> },
+    Muon { momentum: Floats },
 }
 
 /// The optimizer's state of what this rank owns, by parameter name.
@@ -28,17 +28,17 @@ pub struct Optimizer {
 
 impl Optimizer {
     /// Zero moments for what this rank owns.
-    pub fn new(shards: &Shards, config: &Train) -> Self {
+    pub fn new(shards: &Shards, config: &Train) -> Result<Self> {
         let fresh = |(name, range): (&String, &Range<usize>)| {
-            let zeros = || vec![0.0; range.len()];
+            let zeros = || shards.store().zeros(range.len());
             let moments = if is_muons(config, name, &shards.params()[name]) {
-                Moments::Muon { momentum: zeros() }
+                Moments::Muon { momentum: zeros()? }
             } else {
-                Moments::AdamW { m: zeros(), v: zeros() }
+                Moments::AdamW { m: zeros()?, v: zeros()? }
             };
-            (name.clone(), moments)
+            Ok((name.clone(), moments))
         };
-        Self { moments: shards.owned().iter().map(fresh).collect() }
+        Ok(Self { moments: shards.owned().iter().map(fresh).collect::<Result<_>>()? })
     }
 
     /// One update of what this rank owns: `scale` multiplies the gradients (clipping), `rate` the peak learning rates.
@@ -186,7 +186,7 @@ mod tests {
             let segments = toy::segments(&chain);
             super::super::engine::accumulate(&segments, &toy::inputs(1), 0, &mut shards).unwrap();
             let config = Train { matrix_optimizer: kind, weight_decay: 0.0, learning_rate: 0.1, ..Train::default() };
-            let mut optimizer = Optimizer::new(&shards, &config);
+            let mut optimizer = Optimizer::new(&shards, &config).unwrap();
             optimizer.step(&mut shards, &config, 1, 0.5, 1.0).unwrap();
             for (var, before) in params.values().zip(&before) {
                 let moved: Vec<f32> = rows(var, 0, 4).iter().zip(before).map(|(a, b)| (a - b).abs()).collect();

@@ -2,22 +2,27 @@
 
 use super::{
     engine::tests as toy,
+    saving::Saving,
     shards::Shards,
+    state::RunState,
     task_tests::{generator_config, tokenizer_config},
     tests::{Event, ToyTask, config as toy_config},
     *,
 };
 use crate::{
+    config::Offload,
+    dist::launch,
     error::{Exit, exit_of},
-    ops,
+    ops::{self, Store},
 };
+use candle_core::Var;
 use std::{collections::BTreeMap, fs};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Trains on so many ranks and returns the metrics that do not depend on time.
 fn live(parent: &Path, config: &Config, ranks: usize) -> Result<Vec<Vec<f64>>> {
-    run_below(parent, config, &Resume::Auto, ranks, &Stop::default())?;
+    run_below(parent, config, &Resume::Auto, &Ranks::Threads(ranks), &Stop::default())?;
     let metrics = fs::read_to_string(parent.join("runs").join(&config.name).join("metrics.jsonl"))?;
     let numbers = |line: &str| {
         let line: BTreeMap<String, Value> = serde_json::from_str(line).unwrap();
@@ -104,7 +109,7 @@ fn toys(
     event: impl Fn(usize) -> Option<(u64, Event)> + Sync,
 ) -> Result<()> {
     let stops: Vec<Stop> = (0..ranks).map(|_| Stop::default()).collect();
-    dist::launch(ranks, PATIENCE, |group| {
+    launch(ranks, PATIENCE, |group| {
         let stop = &stops[group.rank()];
         let mut task = ToyTask::new(config);
         task.event = event(group.rank());
@@ -119,11 +124,11 @@ fn toys(
 
 #[test]
 fn at_stage_3_a_rank_holds_its_own_weights_and_those_in_use() {
-    dist::launch(3, PATIENCE, |group| {
+    launch(3, PATIENCE, |group| {
         let (params, chain) = toy::chain(1, 3);
         let elements = |var: &Var| ops::with_slice(var, <[f32]>::to_vec);
         let before: Vec<Vec<f32>> = params.values().map(elements).collect::<candle_core::Result<_>>()?;
-        let mut shards = Shards::new(group, 3, &params, &toy::units(&chain), |_, _| false)?;
+        let mut shards = Shards::new(group, 3, Store::Memory, &params, &toy::units(&chain), |_, _| false)?;
         let held: usize = shards.owned().keys().map(|name| shards.part(name).unwrap().len()).sum();
         assert!((5 * 3..=6 * 3).contains(&held), "{held} of {}", 3 * 16);
         for (unit, (var, before)) in params.values().zip(&before).enumerate() {
@@ -154,18 +159,66 @@ fn any_number_of_ranks_goes_on_from_any_other_s_checkpoint() {
             config.train.shard_stage = stage;
             let again = parent.join(format!("to{to}"));
             fs::create_dir_all(&again).unwrap();
-            dist::launch(to, PATIENCE, |group| {
+            launch(to, PATIENCE, |group| {
                 let mut task = ToyTask::new(&config);
                 let whole = |name: &str, var: &Var| optimizer::is_muons(&config.train, name, var);
-                let mut shards = Shards::new(group, stage, task.params(), &task.units(), whole)?;
+                let mut shards = Shards::new(group, stage, Store::Memory, task.params(), &task.units(), whole)?;
                 let checkpoints = parent.join("runs/toy/checkpoints");
                 let run = RunState::start(&config, &mut task, &mut shards, &checkpoints, &Resume::Auto)?;
-                run.save(&config, &task, &shards, &again)
+                let mut saving = Saving::new(group, again.clone());
+                run.save(&config, &task, &shards, &mut saving)?;
+                saving.finish(2).map(drop)
             })
             .unwrap();
             assert!(saved == whole(&again.join("step-3")), "from {from} to {to} ranks");
         }
     }
+}
+
+#[test]
+fn state_on_a_disk_gives_the_bits_of_state_in_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = generator_config(folder.path());
+    (config.train.batch_size, config.train.caption_batch_size) = (7, 6);
+    for (ranks, stage) in [(1, 0), (2, 1), (3, 3)] {
+        config.train.shard_stage = stage;
+        let [memory, disk] = [Offload::Cpu, Offload::Disk].map(|offload| {
+            config.train.offload = offload;
+            let parent = folder.path().join(format!("{ranks}{offload:?}"));
+            let metrics = live(&parent, &config, ranks).unwrap();
+            (metrics, whole(&parent.join("runs/generator/checkpoints/step-5")))
+        });
+        assert!(memory == disk, "{ranks} ranks, stage {stage}");
+    }
+}
+
+#[test]
+fn each_sample_comes_once_an_epoch_through_crashes_at_other_numbers_of_ranks() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = generator_config(folder.path());
+    // Ten samples: an epoch of five steps of two.
+    (config.train.batch_size, config.train.caption_batch_size) = (2, 0);
+    let (mut step, mut seen) = (0, Vec::new());
+    for ranks in [2, 1, 2] {
+        // Each life ends after two steps and one that its checkpoint does not hold.
+        let lives = launch(ranks, PATIENCE, |group| {
+            let mut feed = feed::Feed::new(&config, crate::data::Kind::Codes, &[2, 0], group)?;
+            let mut names = Vec::new();
+            for step in step + 1..=step + 3 {
+                feed.next(step)?;
+                names.push(feed.names().to_vec());
+            }
+            Ok(names)
+        })
+        .unwrap();
+        let kept = if step == 4 { 1 } else { 2 };
+        seen.extend((0..kept).flat_map(|i| lives.iter().flat_map(move |rank| rank[i].clone())));
+        step += kept as u64;
+    }
+    assert_eq!(step, 5);
+    seen.sort();
+    let all: Vec<String> = (0..10).map(|i| i.to_string()).collect();
+    assert_eq!(seen, all);
 }
 
 #[test]

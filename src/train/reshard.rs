@@ -5,12 +5,14 @@
 
 use crate::{
     error::{Context, Result, ensure, failed},
-    nn::weights::{self, Values},
-    ops,
+    nn::weights::{self, Piece, Values},
+    runtime::Mapped,
 };
-use std::{borrow::Cow, collections::BTreeMap, ops::Range};
+use safetensors::{Dtype, SafeTensors};
+use std::{borrow::Cow, collections::BTreeMap, io::Write, ops::Range, path::Path};
 
-/// Elements of a tensor of the state, to be written or read.
+/// Elements of a tensor of the state, to be written.
+#[derive(Clone)]
 pub struct Part<'a> {
     /// Of the whole tensor.
     pub shape: Vec<usize>,
@@ -23,64 +25,118 @@ pub struct Part<'a> {
 pub type Parts<'a> = BTreeMap<String, Part<'a>>;
 
 impl Part<'_> {
-    fn len_of_whole(&self) -> usize {
-        self.shape.iter().product()
-    }
-
     /// The tensor's name in a file: whole ones keep their shape, others their range.
     fn stored(&self, name: &str) -> (String, Values<'_>) {
-        let whole = self.range == (0..self.len_of_whole());
+        let whole = self.range == (0..self.shape.iter().product());
         let Range { start, end } = self.range;
         let name = if whole { name.to_owned() } else { format!("{name}@{start}..{end}") };
         let shape = if whole { self.shape.clone() } else { vec![self.range.len()] };
-        (name, Values { shape, values: Cow::Borrowed(&self.values), dtype: safetensors::Dtype::F32 })
+        (name, Values { shape, pieces: vec![Piece::Floats(Cow::Borrowed(&self.values))], dtype: Dtype::F32 })
     }
+}
 
-    /// Copies what `stored`, the elements `range` of the whole tensor, has in common with this part; returns how much.
-    fn copy(&mut self, stored: &[f32], range: &Range<usize>) -> usize {
-        let common = range.start.max(self.range.start)..range.end.min(self.range.end);
-        if common.is_empty() {
-            return 0;
+/// Writes a safetensors file of these parts.
+pub fn write(out: &mut impl Write, parts: &Parts<'_>) -> Result<()> {
+    weights::write(out, &parts.iter().map(|(name, part)| part.stored(name)).collect())
+}
+
+/// The tensors of a checkpoint's files; what is not asked for stays on the disk.
+pub struct Stored {
+    files: Vec<Mapped>,
+    /// By tensor, in order of their elements.
+    intervals: BTreeMap<String, Vec<Interval>>,
+}
+
+/// Elements of a tensor that lie in one file.
+struct Interval {
+    range: Range<usize>,
+    /// Whether these are all of them.
+    whole: bool,
+    file: usize,
+    bytes: Range<usize>,
+}
+
+impl Stored {
+    /// Opens files of parts.
+    ///
+    /// # Errors
+    /// A file is damaged, or a name in it is malformed.
+    pub fn open<'p>(paths: impl IntoIterator<Item = &'p Path>) -> Result<Self> {
+        let (mut files, mut intervals) = (Vec::new(), BTreeMap::<String, Vec<Interval>>::new());
+        for (file, path) in paths.into_iter().enumerate() {
+            let mapped = Mapped::open(path)?;
+            let origin = path.display();
+            let tensors = SafeTensors::deserialize(&mapped).with_context(|| format!("{origin} is damaged"))?;
+            for (stored, view) in tensors.iter() {
+                ensure!(view.dtype() == Dtype::F32, "{origin}: `{stored}` is {:?}", view.dtype());
+                let (name, range) = parse_stored(stored, view.shape().iter().product())
+                    .with_context(|| format!("{origin}: the tensor's name `{stored}` is malformed"))?;
+                let start = view.data().as_ptr().addr() - mapped.as_ptr().addr();
+                let (whole, bytes) = (name == stored, start..start + view.data().len());
+                intervals.entry(name.to_owned()).or_default().push(Interval { range, whole, file, bytes });
+            }
+            files.push(mapped);
         }
-        let within = |of: &Range<usize>| common.start - of.start..common.end - of.start;
-        self.values.to_mut()[within(&self.range)].copy_from_slice(&stored[within(range)]);
-        common.len()
+        intervals.values_mut().for_each(|list| list.sort_by_key(|interval| interval.range.start));
+        Ok(Self { files, intervals })
     }
-}
 
-/// The bytes of a safetensors file of these parts.
-pub fn encode(parts: &Parts<'_>) -> Result<Vec<u8>> {
-    weights::encode(&parts.iter().map(|(name, part)| part.stored(name)).collect())
-}
+    fn bytes(&self, interval: &Interval) -> &[u8] {
+        &self.files[interval.file][interval.bytes.clone()]
+    }
 
-/// Fills `wanted` from files of (name, bytes).
-///
-/// # Errors
-/// A tensor is missing, unknown, or of another size.
-pub fn fill<'f>(wanted: &mut Parts<'_>, files: impl Iterator<Item = Result<(&'f str, Vec<u8>)>>) -> Result<()> {
-    let mut filled: BTreeMap<String, usize> = BTreeMap::new();
-    for file in files {
-        let (file, bytes) = file?;
-        for (stored, tensor) in weights::parse(&bytes, file)? {
-            let (name, range) = parse_stored(&stored, tensor.elem_count())
-                .with_context(|| format!("{file}: the tensor's name `{stored}` is malformed"))?;
-            let unknown =
-                || failed(format!("the checkpoint holds an unknown tensor `{name}`"), "it is of another model");
-            let part = wanted.get_mut(name).ok_or_else(unknown)?;
-            let (whole, all) = (part.len_of_whole(), name == stored);
+    /// Checks that nothing but `known` tensors is there.
+    ///
+    /// # Errors
+    /// Names the first other one.
+    pub fn only(&self, known: impl Fn(&str) -> bool) -> Result<()> {
+        match self.intervals.keys().find(|name| !known(name)) {
+            None => Ok(()),
+            Some(name) => {
+                Err(failed(format!("the checkpoint holds an unknown tensor `{name}`"), "it is of another model"))
+            }
+        }
+    }
+
+    /// Reads the elements `range` of a tensor of `len` elements.
+    ///
+    /// # Errors
+    /// The tensor is missing, of another size, or holds a number that is not finite.
+    pub fn read(&self, name: &str, len: usize, range: &Range<usize>, into: &mut [f32]) -> Result<()> {
+        let intervals = self.intervals.get(name).map_or(&[][..], Vec::as_slice);
+        let fits = |i: &Interval| if i.whole { i.range.end == len } else { i.range.end <= len };
+        ensure!(intervals.iter().all(fits), "the checkpoint's `{name}` has another size");
+        let mut count = 0;
+        for interval in intervals {
+            let common = range.start.max(interval.range.start)..range.end.min(interval.range.end);
+            if common.is_empty() {
+                continue;
+            }
+            count += common.len();
+            let bytes = common.start - interval.range.start..common.end - interval.range.start;
+            let bytes = &self.bytes(interval)[4 * bytes.start..4 * bytes.end];
+            let values = &mut into[common.start - range.start..common.end - range.start];
+            values.iter_mut().zip(bytes.as_chunks().0).for_each(|(value, bytes)| *value = f32::from_le_bytes(*bytes));
             ensure!(
-                if all { range.end == whole } else { range.end <= whole },
-                "the checkpoint's `{stored}` has another size"
+                values.iter().all(|value| value.is_finite()),
+                "the checkpoint's `{name}` holds numbers that are not finite"
             );
-            *filled.entry(name.to_owned()).or_default() +=
-                ops::with_slice(&tensor, |values| part.copy(values, &range))?;
         }
+        ensure!(count == range.len(), "the checkpoint holds {count} of {} elements of `{name}`", range.len());
+        Ok(())
     }
-    for (name, part) in wanted {
-        let (count, len) = (filled.get(name).copied().unwrap_or(0), part.range.len());
-        ensure!(count == len, "the checkpoint holds {count} of {len} elements of `{name}`");
+
+    /// The whole tensor `name`, to be written as `dtype`.
+    ///
+    /// # Errors
+    /// It is not all there.
+    pub fn whole(&self, name: &str, shape: &[usize], dtype: Dtype) -> Result<Values<'_>> {
+        let intervals = self.intervals.get(name).with_context(|| format!("the checkpoint lacks `{name}`"))?;
+        let joined = intervals.windows(2).all(|pair| pair[0].range.end == pair[1].range.start);
+        ensure!(joined, "the checkpoint holds parts of `{name}` twice or not at all");
+        let pieces = intervals.iter().map(|interval| Piece::Stored(self.bytes(interval), Dtype::F32)).collect();
+        Ok(Values { shape: shape.to_vec(), pieces, dtype })
     }
-    Ok(())
 }
 
 /// `name` or `name@start..end`, of a tensor of `len` elements.
@@ -102,14 +158,20 @@ mod tests {
     }
 
     fn file(name: &str, part: Part<'_>) -> Vec<u8> {
-        encode(&Parts::from([(name.to_owned(), part)])).unwrap()
+        let mut bytes = Vec::new();
+        write(&mut bytes, &Parts::from([(name.to_owned(), part)])).unwrap();
+        bytes
     }
 
     fn filled(range: Range<usize>, files: &[Vec<u8>]) -> Result<Vec<f32>> {
-        let room = Part { values: Cow::Owned(vec![-1.0; range.len()]), ..part(range) };
-        let mut wanted = Parts::from([("a".to_owned(), room)]);
-        fill(&mut wanted, files.iter().map(|bytes| Ok(("test", bytes.clone()))))?;
-        Ok(wanted.remove("a").unwrap().values.into_owned())
+        let folder = tempfile::tempdir()?;
+        let paths: Vec<_> = (0..files.len()).map(|i| folder.path().join(i.to_string())).collect();
+        paths.iter().zip(files).try_for_each(|(path, bytes)| std::fs::write(path, bytes))?;
+        let stored = Stored::open(paths.iter().map(|path| path.as_path()))?;
+        stored.only(|name| name == "a")?;
+        let mut values = vec![-1.0; range.len()];
+        stored.read("a", 12, &range, &mut values)?;
+        Ok(values)
     }
 
     #[test]

@@ -93,6 +93,11 @@ impl RunFolder {
         self.root.join("checkpoints")
     }
 
+    /// Where a rank's state lies that does not fit into memory.
+    pub fn offload(&self, rank: usize) -> PathBuf {
+        self.root.join("offload").join(rank.to_string())
+    }
+
     /// Where the model folder lies.
     pub fn model(&self) -> PathBuf {
         self.root.join("model")

@@ -13,12 +13,13 @@
 use super::{
     engine::Chain,
     layout::{Entry, Piece, layout},
+    owned::Owned,
 };
 use crate::{
     dist::Group,
     error::{Context, Result, ensure},
     nn::{gradients::Gradients, params::Params},
-    ops::{self, gemm::Onto},
+    ops::{self, Floats, Store, gemm::Onto},
 };
 use candle_core::{Device, Shape, Tensor, Var};
 use std::{
@@ -35,8 +36,10 @@ pub struct Shards<'g> {
     units: Vec<Unit>,
     /// This rank's range of every parameter of which it owns something.
     owned: BTreeMap<String, Range<usize>>,
+    /// Where the state lies that only the optimizer touches.
+    store: Store,
     /// Stage 3: the weights in `owned`; the variables are empty between uses.
-    weights: BTreeMap<String, Vec<f32>>,
+    weights: BTreeMap<String, Floats>,
     /// Of whole parameters: of this micro-batch (stages 2 and 3) or of this step.
     gradients: Gradients,
     /// Stages 1 to 3: summed over all ranks, of the elements in `owned`.
@@ -51,23 +54,12 @@ struct Unit {
     here: bool,
 }
 
-/// This rank's part of a parameter.
-pub struct Owned<'a> {
-    pub name: &'a str,
-    pub var: &'a Var,
-    /// Summed over the ranks.
-    pub gradient: &'a Tensor,
-    range: Range<usize>,
-    /// `None`: they lie in the variable.
-    weights: Option<&'a mut Vec<f32>>,
-}
-
 impl Shards<'static> {
     /// A chain's weights and gradients on one rank.
     pub fn alone<B>(chain: &Chain<B>) -> Result<Self> {
         static ALONE: LazyLock<Group> = LazyLock::new(Group::alone);
         let params = chain.iter().flat_map(|segment| segment.params().clone()).collect();
-        Self::new(&ALONE, 0, &params, &names(chain), |_, _| false)
+        Self::new(&ALONE, 0, Store::Memory, &params, &names(chain), |_, _| false)
     }
 }
 
@@ -82,6 +74,7 @@ impl<'g> Shards<'g> {
     pub fn new(
         group: &'g Group,
         stage: u8,
+        store: Store,
         params: &Params,
         units: &[Vec<String>],
         whole: impl Fn(&str, &Var) -> bool,
@@ -100,10 +93,10 @@ impl<'g> Shards<'g> {
         let units = pieces.into_iter().map(|pieces| Unit { pieces, here: true }).collect();
         let (gradients, sums) = (Gradients::default(), Gradients::default());
         let params = params.clone();
-        let mut shards = Self { group, stage, params, units, owned, weights: BTreeMap::new(), gradients, sums };
+        let weights = BTreeMap::new();
+        let mut shards = Self { group, stage, params, units, owned, store, weights, gradients, sums };
         if stage == 3 {
-            let parts = shards.owned.keys().map(|name| Ok((name.clone(), shards.part(name)?)));
-            shards.weights = parts.collect::<Result<_>>()?;
+            shards.weights = shards.stored_parts()?;
             (0..shards.units.len()).try_for_each(|unit| shards.release(unit))?;
         }
         Ok(shards)
@@ -111,6 +104,20 @@ impl<'g> Shards<'g> {
 
     pub fn group(&self) -> &'g Group {
         self.group
+    }
+
+    /// Where the state lies that only the optimizer touches.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Copies of the weights that this rank owns, in the store.
+    pub fn stored_parts(&self) -> Result<BTreeMap<String, Floats>> {
+        let copy = |name: &String| {
+            let stored = self.with_part(name, |weights| self.store.copy(weights))??;
+            Ok((name.clone(), stored))
+        };
+        self.owned.keys().map(copy).collect()
     }
 
     /// All parameters; at stage 3 they are empty between uses.
@@ -209,7 +216,7 @@ impl<'g> Shards<'g> {
     /// What to update: each parameter that has a gradient, as far as this rank owns it.
     pub fn updates(&mut self) -> Vec<Owned<'_>> {
         let gradients = if self.stage == 0 { &self.gradients } else { &self.sums };
-        let mut weights: BTreeMap<&str, &mut Vec<f32>> =
+        let mut weights: BTreeMap<&str, &mut Floats> =
             self.weights.iter_mut().map(|(name, values)| (name.as_str(), values)).collect();
         let update = |(name, range): (&'_ String, &Range<usize>)| {
             let (gradient, weights) = (gradients.get(name), weights.remove(name.as_str()));
@@ -367,26 +374,4 @@ fn flat<'a>(gradients: &Gradients, pieces: impl Iterator<Item = &'a Piece>) -> R
         }
     }
     Ok(all)
-}
-
-impl Owned<'_> {
-    /// How many this rank owns.
-    pub fn elements(&self) -> usize {
-        self.range.len()
-    }
-
-    /// Calls `f` with these weights, to change them, and their gradient.
-    pub fn update(self, f: impl FnOnce(&mut [f32], &[f32]) -> Result<()>) -> Result<()> {
-        let Self { var, gradient, range, weights, .. } = self;
-        let gradient = gradient.to_device(&Device::Cpu)?;
-        ops::with_slice(&gradient, |gradient: &[f32]| match weights {
-            Some(weights) => f(weights, gradient),
-            None if var.device().is_cpu() => ops::with_slice_mut(var, |weights| f(&mut weights[range], gradient))?,
-            None => {
-                let host = var.to_device(&Device::Cpu)?;
-                ops::with_slice_mut(&host, |weights| f(&mut weights[range], gradient))??;
-                Ok(var.set(&host.to_device(var.device())?)?)
-            }
-        })?
-    }
 }

@@ -6,7 +6,9 @@ use super::{
     ema::{self, Average},
     optimizer::{self, Moments, Optimizer},
     reshard::{Part, Parts},
+    saving::Saving,
     shards::Shards,
+    spikes::Spikes,
 };
 use crate::{
     config::Config,
@@ -22,6 +24,11 @@ pub struct RunState {
     pub step: u64,
     /// Steps in a row whose update was skipped.
     pub skipped: u64,
+    /// Steps whose samples were left out because of spikes.
+    pub passed_over: u64,
+    /// How often the run went back to a checkpoint because of a spike.
+    pub rollbacks: u64,
+    pub spikes: Spikes,
     pub optimizer: Optimizer,
     /// The moving average of the weights, unless it is turned off.
     pub average: Option<Average>,
@@ -37,11 +44,14 @@ impl RunState {
         resume: &Resume,
     ) -> Result<Self> {
         let average = if config.train.ema_decay > 0.0 { Some(ema::start(shards)?) } else { None };
-        let fresh = Self { step: 0, skipped: 0, optimizer: Optimizer::new(shards, &config.train), average };
+        let optimizer = Optimizer::new(shards, &config.train)?;
+        let spikes = Spikes::default();
+        let fresh = Self { step: 0, skipped: 0, passed_over: 0, rollbacks: 0, spikes, optimizer, average };
         let loaded = match resume {
-            Resume::Auto => checkpoint::newest(checkpoints)?,
+            Resume::Auto => checkpoint::newest(shards.group(), checkpoints)?,
             Resume::From(path) => {
-                let loaded = checkpoint::load(path).with_context(|| format!("checkpoint {}", path.display()))?;
+                let loaded =
+                    checkpoint::load(shards.group(), path).with_context(|| format!("checkpoint {}", path.display()))?;
                 Some(loaded)
             }
             Resume::Never => {
@@ -53,61 +63,67 @@ impl RunState {
         };
         let step = loaded.as_ref().map(|loaded| loaded.state.step);
         shards.group().same("newest checkpoint", &format!("{step:?}"))?;
-        let Some(loaded) = loaded else { return Ok(fresh) };
-        loaded.check(config, &task.identity()?)?;
-        let state = fresh.restored(config, loaded, task, shards)?;
-        if shards.group().leads() {
-            checkpoint::set_aside_after(checkpoints, state.step)?;
-            report::note(format_args!("going on after step {}", state.step));
+        let mut run = fresh;
+        if let Some(loaded) = loaded {
+            loaded.check(config, &task.identity()?)?;
+            run.restore(config, &loaded, task, shards)?;
+            if shards.group().leads() {
+                checkpoint::set_aside_after(checkpoints, run.step)?;
+                report::note(format_args!("going on after step {}", run.step));
+            }
         }
-        Ok(state)
+        Ok(run)
     }
 
-    fn restored(mut self, config: &Config, loaded: Loaded, task: &mut dyn Task, shards: &mut Shards) -> Result<Self> {
-        let mut wanted = self.wanted(config, shards);
-        loaded.read(&mut wanted)?;
-        let mut take = |kind: &str, name: &str| {
-            let part = wanted.remove(&format!("{kind}/{name}"));
-            part.map(|part| part.values.into_owned()).with_context(|| format!("no part of `{kind}/{name}`"))
-        };
-        for name in shards.owned().keys().cloned().collect::<Vec<_>>() {
-            shards.set_part(&name, &take("weights", &name)?)?;
+    /// Sets parameters, task and everything here to the newest checkpoint; `false` where there is none.
+    pub fn go_back(
+        &mut self,
+        config: &Config,
+        task: &mut dyn Task,
+        shards: &mut Shards,
+        checkpoints: &Path,
+    ) -> Result<bool> {
+        match checkpoint::newest(shards.group(), checkpoints)? {
+            Some(loaded) => self.restore(config, &loaded, task, shards).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    fn restore(&mut self, config: &Config, loaded: &Loaded, task: &mut dyn Task, shards: &mut Shards) -> Result<()> {
+        let stored = loaded.tensors()?;
+        stored.only(|stored| {
+            let Some((kind, name)) = stored.split_once('/') else { return false };
+            let var = shards.params().get(name);
+            var.is_some_and(|var| {
+                let averaged = self.average.is_some() && kind == "average";
+                kind == "weights" || averaged || optimizer::kinds(&config.train, name, var).contains(&kind)
+            })
+        })?;
+        for (name, range) in shards.owned().clone() {
+            let len = shards.params()[&name].elem_count();
+            let read = |kind: &str, into: &mut [f32]| stored.read(&format!("{kind}/{name}"), len, &range, into);
+            let mut weights = vec![0.0; range.len()];
+            read("weights", &mut weights)?;
+            shards.set_part(&name, &weights)?;
             match self.optimizer.moments.get_mut(&name) {
-                Some(Moments::AdamW { m, v }) => (*m, *v) = (take("adamw_m", &name)?, take("adamw_v", &name)?),
-                Some(Moments::Muon { momentum }) => *momentum = take("muon", &name)?,
+                Some(Moments::AdamW { m, v }) => read("adamw_m", m).and_then(|()| read("adamw_v", v))?,
+                Some(Moments::Muon { momentum }) => read("muon", momentum)?,
                 None => {}
             }
             if let Some(average) = self.average.as_mut().and_then(|average| average.get_mut(&name)) {
-                *average = take("average", &name)?;
+                read("average", average)?;
             }
         }
         shards.refresh()?;
-        task.restore(&loaded.state.task).context("the checkpoint's task state")?;
-        Ok(Self { step: loaded.state.step, skipped: loaded.state.skipped, ..self })
+        let state = &loaded.state;
+        task.restore(&state.task).context("the checkpoint's task state")?;
+        (self.step, self.skipped) = (state.step, state.skipped);
+        (self.passed_over, self.rollbacks, self.spikes) = (state.passed_over, state.rollbacks, state.spikes.clone());
+        Ok(())
     }
 
-    /// Room for what this rank owns of each tensor of the state; of tensors that others own, room for nothing.
-    fn wanted(&self, config: &Config, shards: &Shards) -> Parts<'static> {
-        let mut wanted = Parts::new();
-        for (name, var) in shards.params() {
-            let range = shards.owned().get(name).cloned().unwrap_or(0..0);
-            let kinds = ["weights"]
-                .into_iter()
-                .chain(optimizer::kinds(&config.train, name, var).iter().copied())
-                .chain(self.average.as_ref().map(|_| "average"));
-            for kind in kinds {
-                let values = Cow::Owned(vec![0.0; range.len()]);
-                wanted.insert(
-                    format!("{kind}/{name}"),
-                    Part { shape: var.dims().to_vec(), range: range.clone(), values },
-                );
-            }
-        }
-        wanted
-    }
-
-    /// Writes a checkpoint.
-    pub fn save(&self, config: &Config, task: &dyn Task, shards: &Shards, checkpoints: &Path) -> Result<()> {
+    /// Starts a checkpoint.
+    pub fn save(&self, config: &Config, task: &dyn Task, shards: &Shards, saving: &mut Saving) -> Result<()> {
         let mut parts = Parts::new();
         let owned = shards.owned().iter().filter(|_| shards.group().leads() || !shards.replicated());
         for (name, range) in owned {
@@ -128,14 +144,22 @@ impl RunState {
                 add("average", Cow::Borrowed(average));
             }
         }
-        let state = State { step: self.step, skipped: self.skipped, identity: task.identity()?, task: task.state() };
-        checkpoint::save(shards.group(), checkpoints, config, &state, &parts, config.train.keep_checkpoints)
+        let state = State {
+            step: self.step,
+            skipped: self.skipped,
+            passed_over: self.passed_over,
+            rollbacks: self.rollbacks,
+            spikes: self.spikes.clone(),
+            identity: task.identity()?,
+            task: task.state(),
+        };
+        saving.begin(config, &state, parts)
     }
 
-    /// The weights to publish, on the leading rank: the average where there is one.
-    pub fn published(&self, shards: &Shards) -> Result<Option<HashMap<String, Tensor>>> {
+    /// The weights to look at, on the leading rank: the average where there is one.
+    pub fn shown(&self, shards: &Shards) -> Result<Option<HashMap<String, Tensor>>> {
         shards.collect(|shards, name| match self.average.as_ref().and_then(|average| average.get(name)) {
-            Some(average) => Ok(average.clone()),
+            Some(average) => Ok(average.to_vec()),
             None => shards.part(name),
         })
     }

@@ -5,6 +5,8 @@ use crate::{
     bundle::Bundle,
     config::{self, MatrixOptimizer, Model, Source, Text},
     data::{CODES_FILE, CodesInfo, npy},
+    nn::gradients,
+    ops::Store,
     random::Random,
 };
 use std::fs;
@@ -86,7 +88,7 @@ pub(crate) fn generator_config(folder: &Path) -> Config {
     let tokenizer = tokenizer_config(folder);
     let task = ImageTokenizerTask::new(&tokenizer, &Group::alone()).unwrap();
     let model = folder.join("tokenizer-model");
-    task.publish(weights(task.params()), &model).unwrap();
+    task.publish(crate::nn::weights::of_params(task.params()).unwrap(), &model).unwrap();
     let vocab = folder.join("vocab.txt");
     fs::write(&vocab, crate::text::train(CAPTIONS, 40).unwrap()).unwrap();
     Config {
@@ -108,13 +110,9 @@ pub(crate) fn generator_config(folder: &Path) -> Config {
     }
 }
 
-pub(crate) fn weights(params: &Params) -> HashMap<String, Tensor> {
-    params.iter().map(|(name, var)| (name.clone(), var.as_tensor().copy().unwrap())).collect()
-}
-
 /// Trains on one rank from the newest checkpoint on.
 fn live(parent: &Path, config: &Config) -> Result<()> {
-    run_below(parent, config, &Resume::Auto, 1, &Stop::default())
+    run_below(parent, config, &Resume::Auto, &Ranks::Threads(1), &Stop::default())
 }
 
 /// Trains to the end with a stop after each step of `stops`; gives metrics and the last checkpoint.
@@ -196,7 +194,7 @@ fn step_in_parts(mut config: Config, make: impl Fn(&Config) -> Box<dyn Task>) {
         config.train.accumulation = accumulation;
         config.train.recompute = recompute;
         let (group, mut task) = (Group::alone(), make(&config));
-        let mut shards = Shards::new(&group, 0, task.params(), &task.units(), |_, _| false).unwrap();
+        let mut shards = Shards::new(&group, 0, Store::Memory, task.params(), &task.units(), |_, _| false).unwrap();
         let measured = task.gradients(1, &mut shards).unwrap();
         (copies(shards.reduced()), measured.losses)
     };
@@ -228,7 +226,7 @@ fn one_direction_alone_passes_the_gate() {
         config.train.text_loss_weight = text;
         let group = Group::alone();
         let mut task = GeneratorTask::new(&config, &group).unwrap();
-        let mut shards = Shards::new(&group, 0, task.params(), &task.units(), |_, _| false).unwrap();
+        let mut shards = Shards::new(&group, 0, Store::Memory, task.params(), &task.units(), |_, _| false).unwrap();
         let measured = task.gradients(1, &mut shards).unwrap();
         assert_eq!(measured.losses.len(), 1);
         let complete = |names: &[&String]| gradients::check_complete(names, &shards.sizes(names).unwrap());

@@ -2,9 +2,10 @@
 
 use super::{engine::tests as toy, shards::Shards, *};
 use crate::{
-    config::{MatrixOptimizer, Train},
+    config::{MatrixOptimizer, Spike, Train},
     error::bail,
 };
+use serde_json::json;
 
 /// Three matrices on random inputs; remembers the sum of its losses.
 pub(super) struct ToyTask {
@@ -18,6 +19,8 @@ pub(super) struct ToyTask {
 pub(super) enum Event {
     Stop(Stop),
     NotFinite,
+    /// From this step to that one the loss is far out.
+    Spike(u64),
     Error,
     Panic,
 }
@@ -45,9 +48,14 @@ impl Task for ToyTask {
     fn gradients(&mut self, step: u64, shards: &mut Shards) -> Result<Measured> {
         // Other inputs on every rank.
         let mut inputs = toy::inputs(step + 100 * shards.group().rank() as u64);
-        match self.event.as_ref().filter(|(at, _)| *at == step) {
+        let mut far = 1.0;
+        let now = |(at, event): &&(u64, Event)| {
+            matches!(event, Event::Spike(last) if (*at..=*last).contains(&step)) || *at == step
+        };
+        match self.event.as_ref().filter(now) {
             Some((_, Event::Stop(stop))) => stop.request(),
             Some((_, Event::NotFinite)) => inputs = (inputs * f64::INFINITY)?,
+            Some((_, Event::Spike(_))) => far = 1e5,
             Some((_, Event::Error)) => bail!("the disk is on fire"),
             Some((_, Event::Panic)) => panic!("on purpose"),
             None => {}
@@ -55,7 +63,11 @@ impl Task for ToyTask {
         let loss = engine::accumulate(&toy::segments(&self.chain), &inputs, 0, shards)?;
         let loss = shards.group().sum(&[loss])?[0];
         self.total += loss;
-        Ok(Measured { losses: vec![("loss", loss)], amount: 3, unit: "rows" })
+        Ok(Measured { losses: vec![("loss", loss * far)], amount: 3, unit: "rows" })
+    }
+
+    fn samples(&self) -> Vec<String> {
+        vec!["a row".into()]
     }
 
     fn after_step(&mut self, _step: u64) -> Result<()> {
@@ -75,7 +87,7 @@ impl Task for ToyTask {
         Ok(())
     }
 
-    fn publish(&self, _weights: HashMap<String, Tensor>, _folder: &Path) -> Result<()> {
+    fn publish(&self, _weights: BTreeMap<String, Values>, _folder: &Path) -> Result<()> {
         Ok(())
     }
 }
@@ -149,7 +161,7 @@ fn falls_back_over_damaged_checkpoints() {
     ];
     for damage in damages {
         damage();
-        assert!(checkpoint::load(&folder.path().join("runs/toy/checkpoints/step-9")).is_err());
+        assert!(checkpoint::load(&Group::alone(), &folder.path().join("runs/toy/checkpoints/step-9")).is_err());
         assert_eq!(live(folder.path(), &config, &Resume::Auto, None).unwrap(), expected);
         assert_eq!(state_bytes(folder.path(), 9), good);
     }
@@ -158,6 +170,34 @@ fn falls_back_over_damaged_checkpoints() {
     }
     let error = live(folder.path(), &config, &Resume::Auto, None).unwrap_err();
     assert!(error.to_string().contains("none of the 2 checkpoints"), "{error:#}");
+}
+
+#[test]
+fn a_crash_between_any_two_writes_leaves_a_whole_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = config();
+    let expected = live(folder.path(), &config, &Resume::Auto, None).unwrap();
+    let good = state_bytes(folder.path(), 9);
+    let checkpoints = folder.path().join("runs/toy/checkpoints");
+    let (path, tmp) = (checkpoints.join("step-9"), checkpoints.join("step-9.tmp"));
+    let files = ["state.safetensors", "state.json", "config.json", "manifest.json"];
+    let bytes = files.map(|name| std::fs::read(path.join(name)).unwrap());
+    // Before the rename: so many files whole, and so much of the next one.
+    for whole in 0..files.len() {
+        for share in [0, 1, 2] {
+            std::fs::remove_dir_all(&path).unwrap();
+            std::fs::create_dir(&tmp).unwrap();
+            for (name, bytes) in files.iter().zip(&bytes).take(whole) {
+                std::fs::write(tmp.join(name), bytes).unwrap();
+            }
+            std::fs::write(tmp.join(files[whole]), &bytes[whole][..bytes[whole].len() * share / 2]).unwrap();
+            let newest = checkpoint::newest(&Group::alone(), &checkpoints).unwrap().unwrap();
+            assert_eq!(newest.state.step, 6, "{whole} files and {share} halves");
+            assert_eq!(live(folder.path(), &config, &Resume::Auto, None).unwrap(), expected);
+            assert_eq!(state_bytes(folder.path(), 9), good);
+            assert!(!tmp.exists(), "what was half written is deleted");
+        }
+    }
 }
 
 #[test]
@@ -193,4 +233,49 @@ fn one_process_a_run_folder() {
     assert!(RunFolder::open(folder.path(), &config(), true).is_err());
     drop(held);
     assert!(RunFolder::open(folder.path(), &config(), true).is_ok());
+}
+
+/// The toy task for 80 steps, with a checkpoint every third.
+fn spiky(spike: Spike) -> Config {
+    let mut config = config();
+    (config.train.steps, config.train.checkpoint_every, config.train.spike) = (80, 3, spike);
+    config
+}
+
+/// A run in which these steps' samples make a spike.
+fn with_spikes(parent: &Path, config: &Config, from: u64, to: u64) -> Result<u64> {
+    let mut task = ToyTask::new(config);
+    task.event = Some((from, Event::Spike(to)));
+    train(&Group::alone(), config, &mut task, RunFolder::open(parent, config, true)?, &Resume::Auto, &Stop::default())?;
+    let state = std::fs::read(parent.join("runs/toy/checkpoints/step-80/state.json"))?;
+    let state: Value = serde_json::from_slice(&state)?;
+    Ok(state["passed_over"].as_u64().unwrap())
+}
+
+#[test]
+fn a_spike_is_skipped_or_taken_back_and_both_are_bounded() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let weights = |parent: &Path, step| state_bytes(parent, step).swap_remove(0);
+    assert_eq!(with_spikes(&at("ignored"), &spiky(Spike::Ignore), 70, 70).unwrap(), 0);
+
+    let mut skip = spiky(Spike::Skip);
+    // The last step is the spike: nothing changes in it.
+    (skip.train.checkpoint_every, skip.train.decay_start) = (79, 1.0);
+    assert_eq!(with_spikes(&at("skipped"), &skip, 80, 80).unwrap(), 0);
+    assert!(weights(&at("skipped"), 79) == weights(&at("skipped"), 80));
+    let error = with_spikes(&at("endless"), &spiky(Spike::Skip), 66, 80).unwrap_err();
+    let text = format!("{error:#}");
+    assert!(
+        text.contains("step 75: its loss or gradient is a spike, the 10th in a row") && text.contains("a row"),
+        "{text}"
+    );
+
+    // Back from step 71 to 69: the samples of 70 and 71 are left out.
+    assert_eq!(with_spikes(&at("back"), &spiky(Spike::RollBack), 71, 71).unwrap(), 2);
+    let metrics = std::fs::read_to_string(at("back").join("runs/toy/metrics.jsonl")).unwrap();
+    assert_eq!(metrics.lines().count(), 80, "each step stands there once");
+    let error = with_spikes(&at("lost"), &spiky(Spike::RollBack), 71, 1000).unwrap_err();
+    let text = format!("{error:#}");
+    assert!(text.contains("a spike, the 6th") && text.contains("a row"), "{text}");
 }

@@ -10,7 +10,7 @@ use vilg::{
     config::{Config, Task},
     data::picture::{png, write_png},
     model::Generator,
-    nn::params::Scope,
+    nn::{params::Scope, weights},
     text::WordPiece,
     tokenizer::ImageTokenizer,
 };
@@ -28,11 +28,15 @@ fn folder() -> TempDir {
     (tokenizer.residual_blocks, tokenizer.attention_sides) = (1, vec![]);
     (tokenizer.latent_channels, tokenizer.code_dim, tokenizer.codebook_size) = (4, 4, 16);
     let scope = || Scope::from_seed(1, candle_core::DType::F32, &candle_core::Device::Cpu);
-    let weights =
-        |scope: &Scope| scope.params().into_iter().map(|(name, var)| (name, var.as_tensor().clone())).collect();
     let write = |name: &str, config: &Config, scope: &Scope, image_tokenizer: Option<Bundle>| {
         let vocab = image_tokenizer.is_some().then(|| VOCAB.to_owned());
-        let parts = Parts { config, weights: weights(scope), vocab, attribution: String::new(), image_tokenizer };
+        let parts = Parts {
+            config,
+            weights: weights::of_params(&scope.params()).unwrap(),
+            vocab,
+            attribution: String::new(),
+            image_tokenizer,
+        };
         bundle::write(&folder.path().join(name), &parts, safetensors::Dtype::F32).unwrap();
     };
     let of_tokenizer = scope();

@@ -142,9 +142,9 @@ fn files_are_short() {
 
 #[test]
 fn only_the_kernels_and_the_runtime_are_unsafe() {
-    for source in sources().iter().filter(|s| !["ops", "runtime"].contains(&s.module())) {
+    for source in sources().iter().filter(|s| !["ops", "runtime", "dist"].contains(&s.module())) {
         let found = source.lines_with(&["unsafe ", "unsafe{", "cfg(feature"]);
-        assert!(found.is_empty(), "belongs in ops/:\n{}", found.join("\n"));
+        assert!(found.is_empty(), "belongs in ops/ or dist/:\n{}", found.join("\n"));
     }
 }
 

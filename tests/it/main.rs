@@ -4,6 +4,7 @@ mod bench;
 mod commands;
 mod generate;
 mod house;
+mod ranks;
 mod tokenizer;
 mod train;
 mod transformer_parity;

@@ -10,7 +10,7 @@ use std::{
 use vilg::{
     bundle::{self, Parts},
     config::{self, Config, Task},
-    nn::params::Scope,
+    nn::{params::Scope, weights},
     tokenizer::ImageTokenizer,
 };
 
@@ -28,7 +28,7 @@ fn model(folder: &Path) -> PathBuf {
     };
     let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
     ImageTokenizer::new(&scope, &image_tokenizer).unwrap();
-    let weights = scope.params().into_iter().map(|(name, var)| (name, var.as_tensor().clone())).collect();
+    let weights = weights::of_params(&scope.params()).unwrap();
     let config = Config { task: Task::ImageTokenizer, image_tokenizer, ..Config::default() };
     let parts = Parts { config: &config, weights, vocab: None, attribution: String::new(), image_tokenizer: None };
     let path = folder.join("model");

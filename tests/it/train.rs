@@ -27,7 +27,7 @@ code_dim = 4
 restart_after = 3
 
 [train]
-steps = 60
+steps = 90
 batch_size = 2
 warmup_steps = 4
 checkpoint_every = 5
@@ -53,16 +53,19 @@ fn steps(folder: &Path) -> usize {
     fs::read_to_string(folder.join("runs/tiny/metrics.jsonl")).map_or(0, |text| text.lines().count())
 }
 
-/// Sends `signal` once some more steps are done; gives the exit code.
-fn interrupt(folder: &Path, signal: i32) -> Option<i32> {
+/// Sends these signals, one right after the other, once some more steps are done; gives the exit code.
+fn interrupt(folder: &Path, signals: &[i32]) -> Option<i32> {
     let mut child = train(folder, "2");
     let (before, begun) = (steps(folder), Instant::now());
     // A resumed run first takes back the steps after its checkpoint.
     while steps(folder) < before.max(5) + 4 && begun.elapsed() < Duration::from_secs(60) {
         sleep(Duration::from_millis(2));
     }
-    // SAFETY: kill has no memory effects; the child is ours and not yet waited for.
-    assert_eq!(unsafe { libc::kill(child.id() as i32, signal) }, 0);
+    for signal in signals {
+        // SAFETY: kill has no memory effects; the child is ours and not yet waited for.
+        assert_eq!(unsafe { libc::kill(child.id() as i32, *signal) }, 0);
+        sleep(Duration::from_millis(1));
+    }
     child.wait().unwrap().code()
 }
 
@@ -74,13 +77,22 @@ fn survives_signals_bit_by_bit() {
     }
     // On one thread, which waits for nobody else.
     assert_eq!(train(whole.path(), "1").wait().unwrap().code(), Some(0));
-    for (signal, code) in [(SIGTERM, Some(75)), (SIGKILL, None), (SIGINT, Some(130)), (SIGUSR1, Some(75))] {
-        assert_eq!(interrupt(cut.path(), signal), code, "signal {signal}");
+    let ends: [(&[i32], Option<i32>); 6] = [
+        (&[SIGTERM], Some(75)),
+        (&[SIGKILL], None),
+        (&[SIGINT], Some(130)),
+        // While the first one's checkpoint is written.
+        (&[SIGTERM, SIGUSR1], Some(75)),
+        (&[SIGINT, SIGINT], Some(130)),
+        (&[SIGUSR1], Some(75)),
+    ];
+    for (signals, code) in ends {
+        assert_eq!(interrupt(cut.path(), signals), code, "signals {signals:?}");
     }
-    assert!(steps(cut.path()) < 60, "the run ended before the signals did");
+    assert!(steps(cut.path()) < 90, "the run ended before the signals did");
     assert_eq!(train(cut.path(), "2").wait().unwrap().code(), Some(0));
-    assert_eq!(steps(cut.path()), 60);
-    for file in ["checkpoints/step-60/state.safetensors", "checkpoints/step-60/state.json", "model/model.safetensors"] {
+    assert_eq!(steps(cut.path()), 90);
+    for file in ["checkpoints/step-90/state.safetensors", "checkpoints/step-90/state.json", "model/model.safetensors"] {
         let read = |folder: &Path| fs::read(folder.join("runs/tiny").join(file)).unwrap();
         assert!(read(whole.path()) == read(cut.path()), "{file} differs");
     }

@@ -90,7 +90,7 @@ fn accumulate(golden: &Golden, chain: &Chain<Batch>, shards: &mut Shards) -> Res
 /// The losses of `steps` training steps on the same batches.
 fn losses(golden: &Golden, chain: &Chain<Batch>, config: &Config, steps: u64) -> Result<Vec<f64>> {
     let mut shards = Shards::alone(chain)?;
-    let mut adam = optimizer::Optimizer::new(&shards, &config.train);
+    let mut adam = optimizer::Optimizer::new(&shards, &config.train)?;
     let step = |step: u64| {
         let loss = accumulate(golden, chain, &mut shards)?;
         let norm = optimizer::squares(shards.reduced())?.sqrt();

@@ -1,0 +1,130 @@
+//! Who am I? What the launcher that started this process says about it in its environment.
+
+use crate::error::{Result, usage};
+
+/// This process among those that were started together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// Who started it.
+    pub launcher: &'static str,
+    pub rank: usize,
+    pub world_size: usize,
+    /// Its number on its host, where the launcher says so.
+    pub local_rank: Option<usize>,
+}
+
+/// The variables of one launcher.
+struct Launcher {
+    name: &'static str,
+    rank: &'static str,
+    world_size: &'static str,
+    local_rank: &'static str,
+    /// Another variable that shows that the three are meant for this process.
+    needs: Option<&'static str>,
+}
+
+/// In order of precedence: mpirun below sbatch sees the variables of both.
+const LAUNCHERS: [Launcher; 5] = [
+    launcher("torchrun", ["RANK", "WORLD_SIZE", "LOCAL_RANK"]),
+    launcher("Open MPI", ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"]),
+    launcher("MVAPICH2", ["MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"]),
+    launcher("MPICH", ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"]),
+    Launcher {
+        // A plain sbatch script has SLURM_PROCID = 0, too; only srun makes steps.
+        needs: Some("SLURM_STEP_NUM_TASKS"),
+        ..launcher("SLURM", ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"])
+    },
+];
+
+const fn launcher(name: &'static str, variables: [&'static str; 3]) -> Launcher {
+    let [rank, world_size, local_rank] = variables;
+    Launcher { name, rank, world_size, local_rank, needs: None }
+}
+
+/// This process's place, from its environment; `None`: no launcher started it.
+///
+/// # Errors
+/// A launcher's variables are half there or no numbers.
+pub fn place() -> Result<Option<Place>> {
+    resolve(|name| std::env::var(name).ok())
+}
+
+fn resolve(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Place>> {
+    for launcher in &LAUNCHERS {
+        if launcher.needs.is_some_and(|name| variable(name).is_none()) {
+            continue;
+        }
+        let (rank, world_size) = (variable(launcher.rank), variable(launcher.world_size));
+        let hint = format!("start with {}, or unset the variable", launcher.name);
+        let missing = |there: &str, missing: &str| usage(format!("{there} is set, but {missing} is not"), &hint);
+        match (rank, world_size) {
+            (None, None) => {}
+            (Some(_), None) => return Err(missing(launcher.rank, launcher.world_size)),
+            (None, Some(_)) => return Err(missing(launcher.world_size, launcher.rank)),
+            (Some(rank), Some(world_size)) => {
+                let number = |name: &str, text: &str| -> Result<usize> {
+                    text.trim().parse().map_err(|_| usage(format!("{name} = `{text}` is no number"), &hint))
+                };
+                let local_rank = variable(launcher.local_rank);
+                let place = Place {
+                    launcher: launcher.name,
+                    rank: number(launcher.rank, &rank)?,
+                    world_size: number(launcher.world_size, &world_size)?,
+                    local_rank: local_rank.map(|text| number(launcher.local_rank, &text)).transpose()?,
+                };
+                if place.rank >= place.world_size {
+                    let (rank, world_size) = (place.rank, place.world_size);
+                    let what = format!("{} = {rank} of {} = {world_size}", launcher.rank, launcher.world_size);
+                    return Err(usage(format!("{what}: ranks count from 0"), hint));
+                }
+                return Ok(Some(place));
+            }
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    fn resolved(text: &str) -> Result<Option<Place>> {
+        let variables: HashMap<&str, &str> = text.split_whitespace().filter_map(|pair| pair.split_once('=')).collect();
+        resolve(|name| variables.get(name).map(|value| (*value).to_owned()))
+    }
+
+    #[test]
+    fn each_launcher_is_known_by_its_variables() {
+        let cases = [
+            ("RANK=3 WORLD_SIZE=8 LOCAL_RANK=1 MASTER_ADDR=a", "torchrun", Some(1)),
+            ("OMPI_COMM_WORLD_RANK=3 OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_LOCAL_RANK=0", "Open MPI", Some(0)),
+            ("MV2_COMM_WORLD_RANK=3 MV2_COMM_WORLD_SIZE=8", "MVAPICH2", None),
+            ("PMI_RANK=3 PMI_SIZE=8 MPI_LOCALRANKID=2", "MPICH", Some(2)),
+            ("SLURM_PROCID=3 SLURM_STEP_NUM_TASKS=8 SLURM_LOCALID=3", "SLURM", Some(3)),
+            ("OMPI_COMM_WORLD_RANK=3 OMPI_COMM_WORLD_SIZE=8 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1", "Open MPI", None),
+        ];
+        for (variables, launcher, local_rank) in cases {
+            let place = resolved(variables).unwrap().unwrap();
+            assert_eq!(place, Place { launcher, rank: 3, world_size: 8, local_rank }, "{variables}");
+        }
+        for nobody in ["", "HOME=/ SLURM_PROCID=0 SLURM_NTASKS=8"] {
+            assert_eq!(resolved(nobody).unwrap(), None, "{nobody}");
+        }
+    }
+
+    #[test]
+    fn half_set_and_wrong_variables_are_named() {
+        let cases = [
+            ("RANK=0", "RANK is set, but WORLD_SIZE is not"),
+            ("OMPI_COMM_WORLD_SIZE=2", "OMPI_COMM_WORLD_SIZE is set, but OMPI_COMM_WORLD_RANK is not"),
+            ("PMI_RANK=x PMI_SIZE=2", "PMI_RANK = `x` is no number"),
+            ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=-1", "LOCAL_RANK = `-1` is no number"),
+            ("RANK=2 WORLD_SIZE=2", "RANK = 2 of WORLD_SIZE = 2: ranks count from 0"),
+            ("SLURM_STEP_NUM_TASKS=2", "SLURM_STEP_NUM_TASKS is set, but SLURM_PROCID is not"),
+        ];
+        for (variables, message) in cases {
+            assert_eq!(resolved(variables).unwrap_err().to_string(), message);
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! Writing checkpoints: beside training, at most one at a time.
+//!
+//! [`Saving::begin`] lets every rank write its file; [`Saving::finish`], once all have, makes the folder a checkpoint. In
+//! between the ranks go on training: only a copy of the state is taken before.
+
+use super::{
+    checkpoint::{CONFIG, FORMAT, FileInfo, MANIFEST, Manifest, STATE, State, TENSORS, at, list},
+    reshard::{self, Parts},
+};
+use crate::{
+    config::Config,
+    dist::Group,
+    error::{Context, Hint, Result, anyhow},
+};
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, BufWriter, Write},
+    path::{Path, PathBuf},
+    thread::{self, JoinHandle},
+};
+
+/// The checkpoint that is being written.
+pub struct Saving<'g> {
+    group: &'g Group,
+    /// Where checkpoints lie.
+    folder: PathBuf,
+    pending: Option<Pending>,
+}
+
+struct Pending {
+    step: u64,
+    /// This rank's files.
+    files: Files,
+}
+
+type Written = BTreeMap<String, FileInfo>;
+
+enum Files {
+    Done(Written),
+    UnderWay(JoinHandle<Result<Written>>),
+}
+
+impl<'g> Saving<'g> {
+    pub fn new(group: &'g Group, folder: PathBuf) -> Self {
+        Self { group, folder, pending: None }
+    }
+
+    /// Starts the checkpoint of `state.step`, each rank with `parts` of it; waits for the one before.
+    pub fn begin(&mut self, config: &Config, state: &State, parts: Parts<'_>) -> Result<()> {
+        self.finish(config.train.keep_checkpoints)?;
+        let tmp = tmp(&self.folder, state.step);
+        if self.group.leads() {
+            remove(&tmp).and_then(|()| Ok(fs::create_dir_all(&tmp)?)).hint(cannot(&tmp), HINT)?;
+        }
+        self.group.barrier()?;
+        let name = match self.group.world_size() {
+            1 => format!("state{TENSORS}"),
+            world_size => format!("state-{:05}-of-{world_size:05}{TENSORS}", self.group.rank()),
+        };
+        let mut files = Vec::new();
+        if self.group.leads() {
+            files.push((STATE, serde_json::to_vec_pretty(state)?));
+            files.push((CONFIG, serde_json::to_vec_pretty(config)?));
+        }
+        let files = if config.train.background_checkpoints {
+            let own = |(name, part): (String, reshard::Part<'_>)| {
+                (name, reshard::Part { values: Cow::Owned(part.values.into_owned()), ..part })
+            };
+            let parts: Parts<'static> = parts.into_iter().map(own).collect();
+            Files::UnderWay(thread::spawn(move || write_files(&tmp, &name, &parts, files)))
+        } else {
+            Files::Done(write_files(&tmp, &name, &parts, files)?)
+        };
+        self.pending = Some(Pending { step: state.step, files });
+        Ok(())
+    }
+
+    /// Whether this rank's files are written, so that [`Saving::finish`] need not wait for it; `false` where there are
+    /// none.
+    pub fn is_written(&self) -> bool {
+        self.pending.as_ref().is_some_and(|pending| match &pending.files {
+            Files::Done(_) => true,
+            Files::UnderWay(thread) => thread.is_finished(),
+        })
+    }
+
+    /// Makes what was begun a checkpoint and deletes all but the `keep` newest ones; returns its step.
+    pub fn finish(&mut self, keep: usize) -> Result<Option<u64>> {
+        let Some(Pending { step, files }) = self.pending.take() else { return Ok(None) };
+        let ours = match files {
+            Files::Done(written) => written,
+            Files::UnderWay(thread) => {
+                thread.join().map_err(|_| anyhow!("the thread that writes checkpoints panicked"))??
+            }
+        };
+        let mut files = Written::new();
+        for theirs in self.group.gather(serde_json::to_vec(&ours)?)? {
+            files.extend(serde_json::from_slice::<Written>(&theirs)?);
+        }
+        if self.group.leads() {
+            let path = at(&self.folder, step);
+            publish(&tmp(&self.folder, step), &path, files).hint(cannot(&path), HINT)?;
+            prune(&self.folder, keep)?;
+        }
+        self.group.barrier()?;
+        Ok(Some(step))
+    }
+}
+
+const HINT: &str = "older checkpoints are untouched";
+
+fn cannot(path: &Path) -> String {
+    format!("cannot write the checkpoint {}", path.display())
+}
+
+fn tmp(folder: &Path, step: u64) -> PathBuf {
+    at(folder, step).with_extension("tmp")
+}
+
+/// Writes one rank's files.
+fn write_files(tmp: &Path, tensors: &str, parts: &Parts<'_>, others: Vec<(&str, Vec<u8>)>) -> Result<Written> {
+    let write = || -> Result<Written> {
+        let mut written = Written::new();
+        written.insert(tensors.into(), write_synced(&tmp.join(tensors), |out| reshard::write(out, parts))?);
+        for (name, bytes) in others {
+            written.insert(name.into(), write_synced(&tmp.join(name), |out| Ok(out.write_all(&bytes)?))?);
+        }
+        Ok(written)
+    };
+    write().hint(cannot(&tmp.with_extension("")), HINT)
+}
+
+/// Gives a folder whose files are all there its manifest and its name.
+fn publish(tmp: &Path, path: &Path, files: Written) -> Result<()> {
+    sync(tmp)?;
+    let manifest = serde_json::to_vec_pretty(&Manifest { format: FORMAT, files })?;
+    write_synced(&tmp.join(MANIFEST), |out| Ok(out.write_all(&manifest)?))?;
+    sync(tmp)?;
+    // Only a damaged folder, or one of a run that was taken back, can be in the way.
+    remove(path)?;
+    fs::rename(tmp, path)?;
+    sync(path.parent().unwrap_or(path))
+}
+
+/// Deletes what an earlier crash left half written, and all but the `keep` newest checkpoints.
+fn prune(folder: &Path, keep: usize) -> Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "tmp") {
+            remove(&path)?;
+        }
+    }
+    let mut steps = list(folder)?;
+    steps.truncate(steps.len().saturating_sub(keep.max(2)));
+    for (_, old) in steps {
+        fs::remove_dir_all(&old).with_context(|| format!("cannot delete {}", old.display()))?;
+    }
+    Ok(())
+}
+
+/// Writes a file and waits until it is on the disk.
+fn write_synced(path: &Path, f: impl FnOnce(&mut Digesting) -> Result<()>) -> Result<FileInfo> {
+    let write = || -> Result<FileInfo> {
+        let file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+        let mut out = Digesting { file, hasher: blake3::Hasher::new(), bytes: 0 };
+        f(&mut out)?;
+        let file = out.file.into_inner()?;
+        file.sync_all()?;
+        Ok(FileInfo { bytes: out.bytes, blake3: out.hasher.finalize().to_hex().to_string() })
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// A file that is written, and the digest of what was.
+struct Digesting {
+    file: BufWriter<File>,
+    hasher: blake3::Hasher,
+    bytes: u64,
+}
+
+impl Write for Digesting {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.file.write(bytes)?;
+        self.hasher.update(&bytes[..count]);
+        self.bytes += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+fn sync(folder: &Path) -> Result<()> {
+    File::open(folder)?.sync_all().with_context(|| format!("cannot sync {}", folder.display()))
+}
+
+/// Deletes a folder, if it is there.
+pub fn remove(folder: &Path) -> Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("cannot delete {}", folder.display()))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,281 @@
+//! The loop: a step from top to bottom, and what happens around it.
+
+use super::{
+    Measured, Resume, Task, checkpoint, ema, optimizer, run_folder::RunFolder, saving::Saving, schedule,
+    shards::Shards, signals::Stop, state::RunState,
+};
+use crate::{
+    config::{Config, Offload, Spike, Train},
+    dist::Group,
+    error::{Result, ensure, failed},
+    nn::gradients,
+    ops::Store,
+    report, runtime,
+};
+use candle_core::Var;
+use serde_json::json;
+use std::time::Instant;
+
+/// Steps in a row whose update may be left out.
+const MAX_SKIPPED: u64 = 10;
+/// Times that a run goes back because of a spike.
+const MAX_ROLLBACKS: u64 = 5;
+
+/// Trains to the end, or until something stops it.
+pub fn train(
+    group: &Group,
+    config: &Config,
+    task: &mut dyn Task,
+    folder: RunFolder,
+    resume: &Resume,
+    stop: &Stop,
+) -> Result<()> {
+    let mut trainer = Trainer::start(group, config, task, folder, resume, stop)?;
+    while trainer.run.step < config.train.steps {
+        trainer.step()?;
+    }
+    trainer.end()
+}
+
+/// One rank's run.
+struct Trainer<'a> {
+    config: &'a Config,
+    task: &'a mut dyn Task,
+    folder: RunFolder,
+    stop: &'a Stop,
+    shards: Shards<'a>,
+    run: RunState,
+    saving: Saving<'a>,
+}
+
+/// What all ranks know alike after the backward pass.
+struct Agreed {
+    /// The gradient's global norm.
+    norm: f64,
+    /// A signal to stop that came to any rank; 0: none.
+    signal: i32,
+    /// Whether all ranks have written their files of the checkpoint under way.
+    saved: bool,
+}
+
+impl<'a> Trainer<'a> {
+    fn start(
+        group: &'a Group,
+        config: &'a Config,
+        task: &'a mut dyn Task,
+        mut folder: RunFolder,
+        resume: &Resume,
+        stop: &'a Stop,
+    ) -> Result<Self> {
+        let settings = &config.train;
+        let whole = |name: &str, var: &Var| optimizer::is_muons(settings, name, var);
+        let store = match settings.offload {
+            Offload::Cpu => Store::Memory,
+            Offload::Disk => Store::Disk(folder.offload(group.rank())),
+        };
+        let mut shards = Shards::new(group, settings.shard_stage, store, task.params(), &task.units(), whole)?;
+        let run = RunState::start(config, task, &mut shards, &folder.checkpoints(), resume)?;
+        folder.begin(config, run.step)?;
+        let saving = Saving::new(group, folder.checkpoints());
+        let mut trainer = Self { config, task, folder, stop, shards, run, saving };
+        if trainer.run.step == 0 || matches!(resume, Resume::From(_)) {
+            // Before the first step, so that a full disk shows at once.
+            trainer.save()?;
+            trainer.saving.finish(settings.keep_checkpoints)?;
+        }
+        Ok(trainer)
+    }
+
+    /// One step, from the samples to the checkpoint.
+    fn step(&mut self) -> Result<()> {
+        let (settings, begun) = (&self.config.train, Instant::now());
+        self.run.step += 1;
+        let step = self.run.step;
+        self.shards.begin(step);
+        let measured = self.task.gradients(step + self.run.passed_over, &mut self.shards)?;
+        self.shards.finish()?;
+        if step == 1 {
+            self.check_complete()?;
+        }
+        let Agreed { norm, signal, saved } = self.agree()?;
+        let rate = schedule::rate(settings, step);
+        if !norm.is_finite() {
+            self.skip("the gradient is not finite")?;
+        } else if settings.spike != Spike::Ignore && self.run.spikes.judge(measured.loss(), norm) {
+            match settings.spike {
+                Spike::RollBack => return self.roll_back(),
+                _ => self.skip("its loss or gradient is a spike")?,
+            }
+        } else {
+            self.update(norm, rate)?;
+        }
+        if self.shards.group().leads() {
+            log(&mut self.folder, settings, &self.run, &measured, norm, rate * settings.learning_rate, begun)?;
+        }
+
+        let last = step == settings.steps;
+        if saved {
+            self.complete()?;
+        }
+        let leave = last || signal != 0;
+        if leave || due(step, settings.checkpoint_every) {
+            self.save()?;
+            if leave || !settings.background_checkpoints {
+                self.complete()?;
+            }
+        }
+        if let Some(stopped) = Stop::error(signal, step).filter(|_| !last) {
+            return Err(stopped);
+        }
+        self.stop.took(begun.elapsed());
+        let sampled = due(step, settings.sample_every) || (last && settings.sample_every > 0);
+        if sampled && let Some(weights) = self.run.shown(&self.shards)? {
+            self.task.sample(weights, &self.folder.sample(step))?;
+        }
+        Ok(())
+    }
+
+    fn end(mut self) -> Result<()> {
+        self.complete()?;
+        if self.shards.group().leads() {
+            if !self.folder.model().exists() {
+                self.publish(self.run.step)?;
+            }
+            let (step, model) = (self.run.step, self.folder.model());
+            report::note(format_args!("{step} steps done; the model is in {}", model.display()));
+        }
+        Ok(())
+    }
+
+    /// After the first step: every parameter that can have a gradient has one.
+    fn check_complete(&self) -> Result<()> {
+        let names: Vec<&String> = self.task.params().keys().filter(|name| !self.task.idle(name)).collect();
+        gradients::check_complete(&names, &self.shards.sizes(&names)?)
+    }
+
+    /// The one exchange of a step beside the gradients'.
+    fn agree(&self) -> Result<Agreed> {
+        let squares = optimizer::squares(self.shards.reduced())?;
+        let saved = f64::from(u8::from(self.saving.is_written()));
+        let all = self.shards.group().gather(vec![squares, f64::from(self.stop.signal()), saved])?;
+        let squares = if self.shards.replicated() { squares } else { all.iter().map(|rank| rank[0]).sum() };
+        let signal = all.iter().map(|rank| rank[1]).fold(0.0, f64::max) as i32;
+        Ok(Agreed { norm: squares.sqrt(), signal, saved: all.iter().all(|rank| rank[2] > 0.0) })
+    }
+
+    fn update(&mut self, norm: f64, rate: f64) -> Result<()> {
+        let (settings, step) = (&self.config.train, self.run.step);
+        let scale = optimizer::clip_scale(norm, settings.clip_norm);
+        self.run.optimizer.step(&mut self.shards, settings, step, rate, scale)?;
+        self.shards.refresh()?;
+        self.task.after_step(step)?;
+        if let Some(average) = &mut self.run.average {
+            ema::update(average, &self.shards, settings.ema_decay, step)?;
+        }
+        self.run.skipped = 0;
+        Ok(())
+    }
+
+    /// Leaves this step's update out, on all ranks.
+    fn skip(&mut self, why: &str) -> Result<()> {
+        self.run.skipped += 1;
+        let step = self.run.step;
+        if self.run.skipped < MAX_SKIPPED {
+            self.shards
+                .group()
+                .leads()
+                .then(|| report::warn(format_args!("step {step}: {why}; its update is skipped")));
+            return Ok(());
+        }
+        let what = format!("step {step}: {why}, the {MAX_SKIPPED}th in a row; its samples: {}", self.samples()?);
+        Err(failed(what, "look at these samples, or lower train.learning_rate; the newest checkpoint is from before"))
+    }
+
+    /// Goes back to the newest checkpoint, and on with the samples after this step's.
+    fn roll_back(&mut self) -> Result<()> {
+        let (step, rollbacks) = (self.run.step, self.run.rollbacks + 1);
+        let (what, samples) = (format!("step {step}: its loss or gradient is a spike"), self.samples()?);
+        let hint = "look at these samples, or lower train.learning_rate";
+        ensure!(rollbacks <= MAX_ROLLBACKS, failed(format!("{what}, the {rollbacks}th; its samples: {samples}"), hint));
+        self.complete()?;
+        let seen = step + self.run.passed_over;
+        let Self { config, task, shards, run, .. } = self;
+        ensure!(run.go_back(config, *task, shards, &self.folder.checkpoints())?, "{what}, and there is no checkpoint");
+        (run.rollbacks, run.passed_over) = (rollbacks, seen - run.step);
+        if shards.group().leads() {
+            report::warn(format_args!("{what} (samples: {samples}); going on from step {} with later ones", run.step));
+        }
+        self.folder.begin(config, run.step)
+    }
+
+    /// The names of this step's samples, of all ranks.
+    fn samples(&self) -> Result<String> {
+        const SHOWN: usize = 40;
+        let all = self.shards.group().gather(self.task.samples().join(" ").into_bytes())?;
+        let names = all.iter().map(|names| String::from_utf8_lossy(names).into_owned()).collect::<Vec<_>>().join(" ");
+        let shown: Vec<&str> = names.split(' ').take(SHOWN).collect();
+        let more = names.split(' ').count() - shown.len();
+        Ok(shown.join(" ") + &if more > 0 { format!(" and {more} more") } else { String::new() })
+    }
+
+    fn save(&mut self) -> Result<()> {
+        self.run.save(self.config, self.task, &self.shards, &mut self.saving)
+    }
+
+    /// Ends the checkpoint under way, if there is one, and makes a model folder of it.
+    fn complete(&mut self) -> Result<()> {
+        let step = self.saving.finish(self.config.train.keep_checkpoints)?;
+        match step.filter(|_| self.shards.group().leads()) {
+            Some(step) => self.publish(step),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes the model folder out of the files of a checkpoint, so that no rank ever holds the model whole: the
+    /// weights' average where there is one.
+    fn publish(&self, step: u64) -> Result<()> {
+        let stored = checkpoint::tensors(&checkpoint::at(&self.folder.checkpoints(), step))?;
+        let kind = if self.config.train.ema_decay > 0.0 { "average" } else { "weights" };
+        let whole = |(name, var): (&String, &Var)| {
+            Ok((name.clone(), stored.whole(&format!("{kind}/{name}"), var.dims(), safetensors::Dtype::F32)?))
+        };
+        let weights = self.task.params().iter().map(whole).collect::<Result<_>>()?;
+        self.task.publish(weights, &self.folder.model())
+    }
+}
+
+fn due(step: u64, every: u64) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}
+
+/// One line on stderr and one in metrics.jsonl.
+fn log(
+    folder: &mut RunFolder,
+    settings: &Train,
+    run: &RunState,
+    measured: &Measured,
+    norm: f64,
+    learning_rate: f64,
+    begun: Instant,
+) -> Result<()> {
+    let seconds = begun.elapsed().as_secs_f64();
+    let speed = measured.amount as f64 / seconds;
+    let memory = runtime::resident_bytes();
+    let losses: Vec<_> = measured.losses.iter().map(|(name, loss)| format!("{name} {loss:.4}")).collect();
+    report::note(format_args!(
+        "step {}/{}  {}  norm {norm:.3}  lr {learning_rate:.2e}  {speed:.0} {}/s  {:.2} GB",
+        run.step,
+        settings.steps,
+        losses.join("  "),
+        measured.unit,
+        memory as f64 / 1e9,
+    ));
+    let mut line = json!({
+        "step": run.step, "gradient_norm": norm, "learning_rate": learning_rate, "seconds": seconds,
+        "per_second": speed, "unit": measured.unit, "memory_bytes": memory,
+    });
+    for (name, loss) in &measured.losses {
+        line[*name] = json!(loss);
+    }
+    folder.log(&line)
+}
