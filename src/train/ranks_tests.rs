@@ -26,7 +26,7 @@ fn live(parent: &Path, config: &Config, ranks: usize) -> Result<Vec<Vec<f64>>> {
     let metrics = fs::read_to_string(parent.join("runs").join(&config.name).join("metrics.jsonl"))?;
     let numbers = |line: &str| {
         let line: BTreeMap<String, Value> = serde_json::from_str(line).unwrap();
-        let timing = ["seconds", "per_second", "memory_bytes"];
+        let timing = ["seconds", "per_second", "peak_memory_bytes"];
         let kept = line.into_iter().filter(|(key, _)| !timing.contains(&key.as_str()));
         kept.filter_map(|(_, value)| value.as_f64()).collect()
     };

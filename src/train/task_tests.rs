@@ -131,7 +131,7 @@ fn lives(parent: &Path, config: &Config, stops: &[u64]) -> (Vec<Value>, Vec<u8>,
     let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let line = |line: &str| {
         let mut line: Value = serde_json::from_str(line).unwrap();
-        for timing in ["seconds", "per_second", "memory_bytes"] {
+        for timing in ["seconds", "per_second", "peak_memory_bytes"] {
             line.as_object_mut().unwrap().remove(timing);
         }
         line

@@ -260,7 +260,7 @@ fn log(
 ) -> Result<()> {
     let seconds = begun.elapsed().as_secs_f64();
     let speed = measured.amount as f64 / seconds;
-    let memory = runtime::resident_bytes();
+    let peak = runtime::peak_bytes().unwrap_or_else(runtime::resident_bytes);
     let losses: Vec<_> = measured.losses.iter().map(|(name, loss)| format!("{name} {loss:.4}")).collect();
     report::note(format_args!(
         "step {}/{}  {}  norm {norm:.3}  lr {learning_rate:.2e}  {speed:.0} {}/s  {:.2} GB",
@@ -268,11 +268,11 @@ fn log(
         settings.steps,
         losses.join("  "),
         measured.unit,
-        memory as f64 / 1e9,
+        peak as f64 / 1e9,
     ));
     let mut line = json!({
         "step": run.step, "gradient_norm": norm, "learning_rate": learning_rate, "seconds": seconds,
-        "per_second": speed, "unit": measured.unit, "memory_bytes": memory,
+        "per_second": speed, "unit": measured.unit, "peak_memory_bytes": peak,
     });
     for (name, loss) in &measured.losses {
         line[*name] = json!(loss);
