@@ -114,10 +114,14 @@ fn decays(name: &str, var: &Var) -> bool {
 }
 
 /// The sum of the squares of all gradients: f64 sums of fixed chunks, added in order of name, so that the
-/// number of threads changes no bit.
+/// number of threads changes no bit. On other devices than the CPU only one f32 sum a gradient comes to the host.
 pub fn squares(gradients: &Gradients) -> Result<f64> {
     let mut sum = 0.0;
     for (_, gradient) in gradients.iter() {
+        if !gradient.device().is_cpu() {
+            sum += f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?);
+            continue;
+        }
         sum += ops::with_slice(gradient, |gradient: &[f32]| {
             let chunks: Vec<f64> = gradient.par_chunks(1 << 14).map(sum_of_squares).collect();
             chunks.iter().sum::<f64>()

@@ -198,6 +198,13 @@ impl<'g> Shards<'g> {
             return Ok(());
         }
         for unit in 0..self.units.len() {
+            if self.params.values().any(|var| !var.device().is_cpu()) {
+                // Each weight goes to the device once, not once a piece.
+                for (name, values) in self.whole(unit, Self::part)? {
+                    ops::replace(&self.params[&name], values)?;
+                }
+                continue;
+            }
             self.all_gather(unit, Self::part, |piece, part| {
                 let write = |weights: &mut [f32]| weights[piece.range.clone()].copy_from_slice(part);
                 Ok(ops::with_slice_mut(&self.params[&piece.name], write)?)
@@ -378,15 +385,9 @@ impl Owned<'_> {
     /// Calls `f` with these weights, to change them, and their gradient.
     pub fn update(self, f: impl FnOnce(&mut [f32], &[f32]) -> Result<()>) -> Result<()> {
         let Self { var, gradient, range, weights, .. } = self;
-        let gradient = gradient.to_device(&Device::Cpu)?;
-        ops::with_slice(&gradient, |gradient: &[f32]| match weights {
+        ops::with_slice(gradient, |gradient: &[f32]| match weights {
             Some(weights) => f(weights, gradient),
-            None if var.device().is_cpu() => ops::with_slice_mut(var, |weights| f(&mut weights[range], gradient))?,
-            None => {
-                let host = var.to_device(&Device::Cpu)?;
-                ops::with_slice_mut(&host, |weights| f(&mut weights[range], gradient))??;
-                Ok(var.set(&host.to_device(var.device())?)?)
-            }
+            None => ops::with_slice_mut(var, |weights| f(&mut weights[range], gradient))?,
         })?
     }
 }
