@@ -4,6 +4,7 @@
 //! rank that fails, panics or stays away longer than the time limit makes the call an error on all others, never a hang.
 
 mod local;
+mod nccl;
 
 pub use local::{Group, launch};
 

@@ -1,0 +1,11 @@
+//! Collectives between CUDA devices, over NCCL. **They have never run on a GPU.**
+
+#[cfg(feature = "nccl")]
+#[path = "nccl/enabled.rs"]
+mod backend;
+#[cfg(not(feature = "nccl"))]
+#[path = "nccl/disabled.rs"]
+mod backend;
+
+#[allow(unused_imports, reason = "a group takes it up when it has transports")]
+pub use backend::Nccl;
