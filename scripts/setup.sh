@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what a fresh Debian machine lacks to build vilg: a linker and Rust.
-# `scripts/setup.sh data` adds what the emoji data needs: npm and Python's venv.
+# `scripts/setup.sh data` adds what the emoji data needs: npm and Python's venv; `scripts/setup.sh cuda` adds the venv only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,6 +10,8 @@ missing=()
 command -v cc >/dev/null || missing+=(build-essential)
 if [ "${1-}" = data ]; then
     command -v npm >/dev/null || missing+=(npm)
+fi
+if [ "${1-}" = data ] || [ "${1-}" = cuda ]; then
     python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 fi
 wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
