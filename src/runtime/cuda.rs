@@ -52,7 +52,7 @@ pub fn open(number: usize) -> Result<Device> {
 pub fn describe() -> String {
     match found() {
         Ok(0) => format!("built, but {}", no_device()),
-        Ok(count) => format!("built; {count} devices: {}", (0..count).map(name).collect::<Vec<_>>().join(", ")),
+        Ok(count) => format!("built; {}", (0..count).map(name).collect::<Vec<_>>().join(", ")),
         Err(code) => format!("built, but {}", why(code)),
     }
 }
@@ -78,7 +78,7 @@ fn why(code: CUresult) -> String {
 
 fn name(number: usize) -> String {
     let name = result::device::get(number as i32).and_then(result::device::get_name);
-    name.unwrap_or_else(|_| format!("device {number}"))
+    format!("cuda:{number} {}", name.unwrap_or_else(|_| "without a name".to_owned()))
 }
 
 /// Keeps freed memory in the process. Drivers without pools refuse, and lose nothing.
