@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what a fresh Debian machine lacks to build vilg: a linker and Rust.
-# `scripts/setup.sh data` adds what the emoji data needs: npm and Python's venv; `scripts/setup.sh mpi` what the feature
-# `mpi` needs: Open MPI and the library that reads its headers; `scripts/setup.sh test` that and `ip`, for two hosts on one machine.
+# `scripts/setup.sh data` adds what the emoji data needs: npm and Python's venv; `scripts/setup.sh cuda` the venv only;
+# `scripts/setup.sh mpi` what the feature `mpi` needs: Open MPI and the library that reads its headers; `scripts/setup.sh
+# test` all that the tests need: both, and `ip` for two hosts on one machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,6 +12,8 @@ missing=()
 command -v cc >/dev/null || missing+=(build-essential)
 if [ "${1-}" = data ]; then
     command -v npm >/dev/null || missing+=(npm)
+fi
+if [ "${1-}" = data ] || [ "${1-}" = cuda ] || [ "${1-}" = test ]; then
     python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 fi
 if [ "${1-}" = mpi ] || [ "${1-}" = test ]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs all of them, the cheapest first.
+# Installs what the tests need and runs all of them, the cheapest first; then checks that the CUDA build links and starts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,3 +32,5 @@ step cargo clippy --locked --all-targets --features mpi -- -D warnings
 RUSTDOCFLAGS="-D warnings" step cargo doc --locked --no-deps --document-private-items
 step cargo test --locked --doc --features mpi
 step cargo test --locked --features mpi --lib --test it
+# The most expensive last; it says why where it cannot run.
+./scripts/cuda.sh

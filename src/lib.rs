@@ -5,7 +5,7 @@
 //!
 //! | floor | modules | what |
 //! | --- | --- | --- |
-//! | 0 | [`error`] [`report`] [`random`] [`runtime`] [`config`] | hints and exit codes; the only printer; keyed random numbers; threads and memory; the configuration |
+//! | 0 | [`error`] [`report`] [`random`] [`runtime`] [`config`] | hints and exit codes; the only printer; keyed random numbers; threads, memory and devices; the configuration |
 //! | 1 | [`ops`] [`dist`] | maths that candle lacks or does slowly, forward and backward; ranks and their collectives |
 //! | 2 | [`nn`] | layers: linear, norm, attention with its patterns and cache, conv blocks |
 //! | 3 | [`text`] [`tokenizer`] [`data`] | WordPiece; the image tokenizer; samples, shards, batches |

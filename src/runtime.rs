@@ -1,7 +1,15 @@
 //! Threads, memory and the device of this process, chosen once at start.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "runtime/disabled.rs"]
+mod cuda;
+mod device;
+
+pub use device::{Wanted, choose_device, cpu_only, device, set_local_rank};
+
 use crate::error::{Context, Result};
-use candle_core::Device;
 use std::{
     fs::{File, read_to_string},
     ops::Deref,
@@ -21,17 +29,12 @@ pub fn keep_memory() {
     }
 }
 
-/// The device that everything runs on.
-pub fn device() -> Device {
-    Device::Cpu
-}
-
 /// Sizes the one thread pool of the process (rayon's global one); `None`: one thread a core.
 ///
 /// # Errors
 /// The threads cannot be started.
 pub fn start_threads(threads: Option<usize>) -> Result<()> {
-    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).stack_size(STACK);
+    let builder = device::pool().num_threads(threads.unwrap_or(0)).stack_size(STACK);
     builder.build_global().context("cannot start the compute threads")
 }
 
@@ -49,7 +52,7 @@ pub fn on_threads<R: Send>(f: impl FnOnce() -> R + Send) -> R {
 /// # Errors
 /// The threads cannot be started.
 pub fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> Result<R> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK).build();
+    let pool = device::pool().num_threads(threads).stack_size(STACK).build();
     Ok(pool.context("cannot start the compute threads of a rank")?.install(f))
 }
 
@@ -81,8 +84,9 @@ pub fn facts() -> Vec<(&'static str, String)> {
     vec![
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
         ("build", build.to_owned()),
-        ("device", "cpu".to_owned()),
-        ("cuda", "not built".to_owned()),
+        ("device", device::name()),
+        ("cuda", cuda::describe()),
+        ("nccl", if cfg!(feature = "nccl") { "built" } else { "not built" }.to_owned()),
         ("threads", rayon::current_num_threads().to_string()),
         ("processor", field("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned())),
         ("vector units", vector_units().join(" ")),

@@ -9,7 +9,6 @@ use crate::{
     nn::params::{Params, Scope},
     ops::packed::Format,
     random::Random,
-    runtime,
     tokenizer::{ImageTokenizer, PixelBatch},
     train::{
         engine::{self, Chain},
@@ -17,7 +16,7 @@ use crate::{
         shards::Shards,
     },
 };
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
 /// Whole steps on one batch of text→image sequences without padding.
@@ -43,12 +42,12 @@ pub fn train(shape: &Shape) -> Result<Work<'static>> {
 /// Whole steps on one batch of pictures.
 pub fn tokenizer(shape: &Shape) -> Result<Work<'static>> {
     let config = &shape.config.image_tokenizer;
-    let scope = Scope::from_seed(1, DType::F32, &runtime::device());
+    let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
     let (model, params) = (ImageTokenizer::new(&scope, config)?, scope.params());
     let side = config.image_size;
     let mut random = Random::keyed(1, "pixels", 0, 0);
     let pixels = (0..shape.batch * side * side * 3).map(|_| random.unit() as f32 * 2.0 - 1.0).collect();
-    let pixels = Tensor::from_vec(pixels, (shape.batch, side, side, 3), &runtime::device())?;
+    let pixels = Tensor::from_vec(pixels, (shape.batch, side, side, 3), &Device::Cpu)?;
     let parameters = count(&params);
     let mut step = Step::new(shape, &model.segments())?;
     let run = Box::new(move || step.take(&model.segments(), &PixelBatch::new(pixels.clone(), 1.0)));
@@ -133,14 +132,14 @@ fn paint(generator: &Generator, texts: &[Vec<u32>], codes: usize) -> Result<()> 
 
 /// A fresh generator and its parameters.
 pub fn generator(shape: &Shape) -> Result<(Generator, Params)> {
-    let scope = Scope::from_seed(1, DType::F32, &runtime::device());
+    let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
     let generator = Generator::new(&scope, &shape.config, shape.vocabulary, shape.codebook, shape.grid)?;
     Ok((generator, scope.params()))
 }
 
 /// Random text→image sequences.
 pub fn batch(shape: &Shape) -> Result<Batch> {
-    let device = runtime::device();
+    let device = Device::Cpu;
     let (texts, length, codes) = (texts(shape), shape.config.text.max_tokens, shape.grid.0 * shape.grid.1);
     let text = Tensor::from_vec(texts.concat(), (shape.batch, length), &device)?;
     let codes = Tensor::from_vec(tokens("codes", shape.codebook, shape.batch * codes), (shape.batch, codes), &device)?;

@@ -120,7 +120,7 @@ impl Bundle {
 
     fn build<T>(&self, make: impl FnOnce(&Scope) -> Result<T>) -> Result<T> {
         let name = self.place.file(WEIGHTS);
-        let scope = Scope::from_tensors(self.weights()?, DType::F32, &runtime::device());
+        let scope = Scope::from_tensors(self.weights()?, DType::F32, &runtime::device()?);
         let hint = "the files of the folder are of different models; copy the whole folder again";
         let built = make(&scope).and_then(|built| scope.finish().map(|()| built));
         built.hint(format_args!("{name} does not fit the config.toml and vocab.txt beside it"), hint)
@@ -257,7 +257,7 @@ mod tests {
         let config = generator_config(folder);
         let tokenizer = Bundle::open(&config.image_tokenizer.path).unwrap();
         let text = WordPiece::load(&config.text.vocab).unwrap();
-        let scope = Scope::from_seed(1, DType::F32, &runtime::device());
+        let scope = Scope::from_seed(1, DType::F32, &runtime::device().unwrap());
         let settings = &config.image_tokenizer;
         Generator::new(&scope, &config, text.vocab_size(), settings.codebook_size, settings.grid()).unwrap();
         let weights = weights::of_params(&scope.params()).unwrap();

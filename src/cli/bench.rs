@@ -5,7 +5,7 @@ use crate::{
     config::{AttentionKind, Precision},
     error::Result,
     ops::packed::Format,
-    report,
+    report, runtime,
 };
 use clap::{Subcommand, ValueEnum, builder::PossibleValuesParser};
 use serde_json::json;
@@ -94,6 +94,7 @@ enum Kind {
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
+    runtime::cpu_only("`vilg bench`")?;
     match args.command {
         Command::Train(args) => show(&bench::train(&args.training()?, args.repeat())?, json),
         Command::Tokenizer(args) => show(&bench::tokenizer(&args.training()?, args.repeat())?, json),

@@ -20,7 +20,10 @@ mod t2i;
 mod tokenize;
 mod train;
 
-use crate::error::{Error, Result, usage};
+use crate::{
+    error::{Error, Result, usage},
+    runtime::{self, Wanted},
+};
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 use std::ffi::OsString;
 
@@ -38,6 +41,9 @@ struct Cli {
     /// Threads to compute with [default: one a core]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Where to compute; auto: on a CUDA device where this build and machine have one, else on the CPU
+    #[arg(long, global = true, value_name = "auto|cpu|cuda|cuda:N", default_value = "auto")]
+    device: Wanted,
 }
 
 #[derive(Subcommand)]
@@ -70,11 +76,12 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         }
         Err(error) => return Err(usage_error(&error, &args)),
     };
-    crate::runtime::start_threads(cli.threads.map(usize::from))?;
+    runtime::choose_device(cli.device);
+    runtime::start_threads(cli.threads.map(usize::from))?;
     match cli.command {
         // Its own threads hand work to the pool; with one thread it would wait for itself there.
         Command::Data(_) => dispatch(cli.command, cli.json),
-        _ => crate::runtime::on_threads(|| dispatch(cli.command, cli.json)),
+        _ => runtime::on_threads(|| dispatch(cli.command, cli.json)),
     }
 }
 

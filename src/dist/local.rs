@@ -163,6 +163,7 @@ pub fn launch<R: Send>(
     let threads = (rayon::current_num_threads() / world_size).max(1);
     let rank = |rank: usize| {
         let group = Group::new(rank, world_size, Link::Threads(meeting.clone()));
+        runtime::set_local_rank(rank);
         let run = || runtime::with_threads(threads, || f(&group)).and_then(|result| result);
         let result = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(panicked(rank, &*panic)));
         match &result {

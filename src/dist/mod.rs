@@ -9,20 +9,23 @@ mod launcher;
 mod local;
 #[cfg_attr(not(feature = "mpi"), path = "mpi_disabled.rs")]
 mod mpi;
+mod nccl;
 
 use crate::{
     error::{Error, Result, anyhow, ensure, failed, usage},
     ops::slices,
 };
+use candle_core::{Device, Tensor};
 pub use launcher::{Place, place};
 use local::Meeting;
 pub use local::launch;
 pub use mpi::STATE as MPI_STATE;
+use nccl::Nccl;
 use std::{
     fmt,
     ops::Range,
     sync::{
-        Arc,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -92,6 +95,8 @@ pub struct Group {
     rank: usize,
     world_size: usize,
     link: Link,
+    /// What moves floats, where ranks have CUDA devices.
+    nccl: OnceLock<(Device, Mutex<Nccl>)>,
     /// The step that messages name.
     step: AtomicU64,
 }
@@ -172,7 +177,7 @@ impl Group {
     }
 
     fn new(rank: usize, world_size: usize, link: Link) -> Self {
-        Self { rank, world_size, link, step: AtomicU64::new(0) }
+        Self { rank, world_size, link, nccl: OnceLock::new(), step: AtomicU64::new(0) }
     }
 
     pub fn rank(&self) -> usize {
@@ -193,6 +198,35 @@ impl Group {
         self.step.store(step, Ordering::Relaxed);
     }
 
+    /// Where the ranks have CUDA devices, floats go over NCCL from now on; what else ranks tell each other does not.
+    ///
+    /// # Errors
+    /// NCCL is not built in or not there, or two ranks have the same device.
+    pub fn use_device(&self, device: &Device) -> Result<()> {
+        if !device.is_cuda() || self.world_size == 1 {
+            return Ok(());
+        }
+        let exchange = |ours: Option<Vec<u8>>| Ok(self.gather(ours.unwrap_or_default())?[0].to_vec());
+        let nccl = Nccl::new(device, self.rank, self.world_size, exchange)?;
+        ensure!(self.nccl.set((device.clone(), Mutex::new(nccl))).is_ok(), "the group has its devices already");
+        Ok(())
+    }
+
+    /// What `f` makes of `ours` on the device; `None` where floats do not go over NCCL.
+    fn on_device(
+        &self,
+        op: Op,
+        len: usize,
+        ours: &[f32],
+        f: impl FnOnce(&Nccl, &Tensor) -> Result<Tensor>,
+    ) -> Result<Option<Vec<f32>>> {
+        let Some((device, nccl)) = self.nccl.get() else { return Ok(None) };
+        // NCCL waits for ever; this does not, and sees whether all ranks call the same.
+        self.to_all(op, len, Vec::<u8>::new())?;
+        let nccl = nccl.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Some(f(&nccl, &Tensor::from_slice(ours, ours.len(), device)?)?.to_vec1()?))
+    }
+
     /// Every rank's values, in rank order; their lengths may differ.
     pub fn gather<T: Number>(&self, ours: Vec<T>) -> Result<Vec<Arc<Vec<T>>>> {
         self.to_all(Op::Gather, 0, ours)
@@ -202,7 +236,11 @@ impl Group {
     pub fn all_gather(&self, ours: Vec<f32>, counts: &[usize]) -> Result<Vec<Arc<Vec<f32>>>> {
         let expected = self.count(counts)?;
         ensure!(ours.len() == expected, "all_gather: {} elements instead of {expected}", ours.len());
-        self.to_all(Op::AllGather, counts.iter().sum(), ours)
+        let len = counts.iter().sum();
+        if let Some(all) = self.on_device(Op::AllGather, len, &ours, |nccl, ours| nccl.all_gather(ours, counts))? {
+            return Ok(cut(&all, counts).map(|part| Arc::new(part.to_vec())).collect());
+        }
+        self.to_all(Op::AllGather, len, ours)
     }
 
     /// The sum over all ranks of this rank's part of `all`, in which `counts[r]` elements after another are rank r's.
@@ -210,11 +248,15 @@ impl Group {
         self.count(counts)?;
         let len: usize = counts.iter().sum();
         ensure!(all.len() == len, "reduce_scatter: {} elements instead of {len}", all.len());
-        self.scatter(Op::ReduceScatter, all, counts)
+        let sum = self.on_device(Op::ReduceScatter, len, &all, |nccl, all| nccl.reduce_scatter(all, counts))?;
+        sum.map_or_else(|| self.scatter(Op::ReduceScatter, all, counts), Ok)
     }
 
     /// The sum over all ranks.
     pub fn all_reduce(&self, ours: Vec<f32>) -> Result<Vec<f32>> {
+        if let Some(sum) = self.on_device(Op::AllReduce, ours.len(), &ours, Nccl::all_reduce)? {
+            return Ok(sum);
+        }
         let counts: Vec<usize> =
             (0..self.world_size).map(|rank| part(ours.len(), rank, self.world_size).len()).collect();
         let len = ours.len();
@@ -282,12 +324,16 @@ impl Group {
             }
             #[cfg(feature = "mpi")]
             Link::Processes(world) => {
-                let mut rest = all.as_slice();
-                let parts: Vec<&[f32]> = counts.iter().filter_map(|count| rest.split_off(..*count)).collect();
+                let parts: Vec<&[f32]> = cut(&all, counts).collect();
                 Ok(sum(world.swap(call, &parts)?.iter().map(Vec::as_slice)))
             }
         }
     }
+}
+
+/// Parts of these lengths, one after another.
+fn cut<'a>(mut all: &'a [f32], counts: &[usize]) -> impl Iterator<Item = &'a [f32]> {
+    counts.iter().filter_map(move |count| all.split_off(..*count))
 }
 
 fn sum<'a>(mut parts: impl Iterator<Item = &'a [f32]>) -> Vec<f32> {

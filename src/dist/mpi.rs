@@ -94,6 +94,7 @@ pub fn run(place: &Place, patience: Duration, f: impl Fn(&Group) -> Result<()> +
     let (comm, last, verdict) = (Mutex::new(Comm(comm)), Mutex::default(), Mutex::default());
     let group =
         Group::new(rank, world_size, Link::Processes(World { rank, world_size, comm, patience, last, verdict }));
+    runtime::set_local_rank(place.local_rank.unwrap_or(rank));
     let work = || runtime::with_threads(threads, || f(&group)).and_then(|result| result);
     let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(panicked(rank, &*panic)));
     let Link::Processes(world) = &group.link else { return result };

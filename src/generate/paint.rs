@@ -113,7 +113,7 @@ impl Models {
 
     /// The picture of codes in raster order. One at a time, so that a picture's bytes depend on no other.
     fn picture(&self, codes: &[u32]) -> Result<RgbImage> {
-        let device = &runtime::device();
+        let device = &runtime::device()?;
         let pixels = self.image_tokenizer.decode(&Tensor::from_slice(codes, (1, codes.len()), device)?)?;
         from_pixels(&pixels)?.pop().context("the decoder gave no picture")
     }

@@ -25,7 +25,7 @@ impl Models {
     }
 
     fn score_batch(&self, codes: &[Vec<u32>], texts: &[&[u32]]) -> Result<Vec<f64>> {
-        let device = &runtime::device();
+        let device = &runtime::device()?;
         let rows: Vec<Vec<u32>> = texts.iter().map(|text| text.to_vec()).collect();
         let width = rows.iter().map(Vec::len).max().unwrap_or(0);
         let (text, text_lengths) = pad(&rows, width, self.text.pad(), device)?;

@@ -24,14 +24,14 @@ pub(crate) fn tiny() -> Models {
     tokenizer.codebook_size = 17;
     tokenizer.code_dim = 4;
     let text = WordPiece::parse(VOCAB).unwrap();
-    let scope = Scope::from_seed(5, DType::F32, &runtime::device());
+    let scope = Scope::from_seed(5, DType::F32, &runtime::device().unwrap());
     let generator = Generator::new(&scope, &config, text.vocab_size(), 17, (3, 3)).unwrap();
     for (name, var) in scope.params() {
         if !name.contains("norm") {
             var.set(&(var.as_tensor() * 25.0).unwrap()).unwrap();
         }
     }
-    let scope = Scope::from_seed(6, DType::F32, &runtime::device());
+    let scope = Scope::from_seed(6, DType::F32, &runtime::device().unwrap());
     Models { generator, image_tokenizer: ImageTokenizer::new(&scope, &config.image_tokenizer).unwrap(), text }
 }
 
@@ -75,7 +75,7 @@ fn greedy_guided_painting_follows_the_logits() {
     let painted = models.paint(&jobs(&["弯月"], 0), &sampling, 1, |_| {}).unwrap().remove(0);
     let logits = |prompt: &str| -> Vec<Vec<f32>> {
         let text = models.text.encode(prompt, 6).unwrap();
-        let device = &runtime::device();
+        let device = &runtime::device().unwrap();
         let batch = crate::model::Batch {
             direction: crate::model::Direction::TextToImage,
             text_lengths: vec![text.len()],

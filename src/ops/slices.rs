@@ -1,7 +1,11 @@
 //! Between candle's tensors and the slices that kernels work on.
 
 use super::simd::Real;
-use candle_core::{CpuStorage, Error, InplaceOp1, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType, bail};
+use candle_core::{
+    CpuStorage, CudaStorage, Device, Error, InplaceOp1, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType,
+    backend::{BackendDevice, BackendStorage},
+    bail,
+};
 use rayon::prelude::*;
 use std::{cell::RefCell, marker::PhantomData, ops::Deref, ops::Range};
 
@@ -65,15 +69,16 @@ pub fn view<T: WithDType>(tensor: &Tensor) -> Result<View<'_, T>> {
     Ok(View { storage, range, elements: PhantomData })
 }
 
-/// Calls `f` with the elements of a CPU tensor, in row-major order.
+/// Calls `f` with the elements of a tensor, in row-major order; those of another device than the CPU are copied.
 pub fn with_slice<T: WithDType, R>(tensor: &Tensor, f: impl FnOnce(&[T]) -> R) -> Result<R> {
-    let tensor = tensor.contiguous()?;
+    let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
     let result = f(&view(&tensor)?);
     Ok(result)
 }
 
-/// Calls `f` with the elements of a contiguous CPU tensor, to change them in place. Tensors that share the
-/// storage (a `Var` and the layers that hold it) see the change; a taped graph does not know of it.
+/// Calls `f` with the elements of a contiguous tensor, to change them in place. Tensors that share the storage (a `Var`
+/// and the layers that hold it) see the change; a taped graph does not know of it. From another device than the CPU the
+/// elements come as a copy, which then goes back.
 pub fn with_slice_mut<T: Real, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
     struct Edit<T, F, R>(RefCell<(Option<F>, Option<R>)>, PhantomData<T>);
 
@@ -93,13 +98,26 @@ pub fn with_slice_mut<T: Real, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> R
         }
     }
 
+    if !tensor.device().is_cpu() {
+        return with_copy(tensor, f);
+    }
     let edit = Edit(RefCell::new((Some(f), None)), PhantomData);
     tensor.inplace_op1(&edit)?;
     edit.0.into_inner().1.ok_or_else(|| Error::Msg("the tensor has no elements to edit".into()).bt())
 }
 
-/// Gives a CPU tensor's storage `elements` and returns those it had. An empty vector frees its memory: until it is
-/// given elements again, no kernel may read the tensor or one that shares its storage.
+/// [`with_slice_mut`] for any device.
+fn with_copy<T: WithDType, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
+    contiguous(tensor.layout())?;
+    let flat = tensor.flatten_all()?;
+    let mut elements = flat.to_vec1()?;
+    let result = f(&mut elements);
+    flat.slice_set(&Tensor::from_vec(elements, flat.shape(), flat.device())?, 0, 0)?;
+    Ok(result)
+}
+
+/// Gives an f32 tensor's storage `elements` and returns those it had (on a CPU; else none). An empty vector frees its
+/// memory: until it is given elements again, no kernel may read the tensor or one that shares its storage.
 pub fn replace(tensor: &Tensor, elements: Vec<f32>) -> Result<Vec<f32>> {
     struct Replace(RefCell<Vec<f32>>);
 
@@ -111,6 +129,15 @@ pub fn replace(tensor: &Tensor, elements: Vec<f32>) -> Result<Vec<f32>> {
         fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
             let CpuStorage::F32(old) = storage else { bail!("replace the elements: expected f32") };
             std::mem::swap(old, &mut *self.0.borrow_mut());
+            Ok(())
+        }
+
+        fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
+            let mut elements = self.0.take();
+            if elements.is_empty() {
+                elements.push(0.0); // a driver may refuse memory of length zero
+            }
+            *storage = storage.device().storage_from_cpu_storage_owned(CpuStorage::F32(elements))?;
             Ok(())
         }
     }
@@ -174,5 +201,24 @@ pub fn storage<T: Real>(data: Vec<T>, shape: impl Into<Shape>) -> Result<(CpuSto
 
 /// A tensor of `data` for the results of a backward pass.
 pub fn tensor<T: Real>(data: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
-    Tensor::from_vec(data, shape.into(), &candle_core::Device::Cpu)
+    Tensor::from_vec(data, shape.into(), &Device::Cpu)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_ways_to_change_elements_reach_who_shares_them() -> Result<()> {
+        let add = |x: &mut [f32]| x.iter_mut().zip([1.0, 2.0, 3.0, 4.0]).for_each(|(x, y)| *x += y);
+        for copied in [false, true] {
+            let edit = |tensor: &Tensor| if copied { with_copy(tensor, add) } else { with_slice_mut(tensor, add) };
+            let whole = Tensor::ones((3, 2, 2), candle_core::DType::F32, &Device::Cpu)?;
+            edit(&whole.get(1)?)?;
+            let expected = [1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 1.0, 1.0, 1.0, 1.0];
+            assert_eq!(whole.flatten_all()?.to_vec1::<f32>()?, expected);
+            assert!(edit(&whole.t()?).is_err(), "a copy that would be lost");
+        }
+        Ok(())
+    }
 }

@@ -14,7 +14,7 @@ use crate::{
     error::{Result, ensure},
     nn::{conv::Conv2d, features::Buffers, params::Scope, segment::Segment},
 };
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use native::{Layer, segments::Native};
 use quantizer::Quantizer;
 use segments::{Decode, Encode};
@@ -135,8 +135,14 @@ impl ImageTokenizer {
         &self.decoder.quantize
     }
 
+    /// Where pixels and codes go before they are worked on.
+    fn device(&self) -> &Device {
+        self.decoder.quantize.codebook().device()
+    }
+
     /// Latents before quantisation: pixels `(batch, side, side, 3)` → `(batch, h, w, code_dim)`.
     pub fn latents(&self, pixels: &Tensor) -> Result<Tensor> {
+        let pixels = &pixels.to_device(self.device())?;
         if self.native { self.encoder.infer(pixels) } else { self.encoder.forward(pixels) }
     }
 
@@ -150,7 +156,7 @@ impl ImageTokenizer {
     pub fn decode(&self, codes: &Tensor) -> Result<Tensor> {
         let (batch, count) = codes.dims2()?;
         ensure!(count == self.grid * self.grid, "{count} codes for a grid of {0} x {0}", self.grid);
-        let z_q = self.decoder.quantize.lookup(&codes.flatten_all()?)?;
+        let z_q = self.decoder.quantize.lookup(&codes.to_device(self.device())?.flatten_all()?)?;
         let z_q = z_q.reshape((batch, self.grid, self.grid, ()))?;
         if self.native { self.decoder.infer(&z_q) } else { self.decoder.decode(&z_q) }
     }

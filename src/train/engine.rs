@@ -10,7 +10,7 @@ use crate::{
     error::{Context, Result, ensure},
     nn::segment::{Saved, Segment},
 };
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// A chain of segments; the last one returns the loss.
 pub type Chain<'a, B> = [Box<dyn Segment<B> + 'a>];
@@ -33,7 +33,8 @@ pub fn accumulate<B>(chain: &Chain<B>, batch: &B, recompute: usize, shards: &mut
 
 fn forward<B>(chain: &Chain<B>, batch: &B, recompute: usize, shards: &mut Shards) -> Result<(Vec<Link>, Tensor)> {
     let mut links = Vec::with_capacity(chain.len());
-    let mut x = Tensor::zeros(0, DType::F32, &crate::runtime::device())?;
+    // On the CPU whatever the device: nobody reads it, and a CUDA driver has no memory of length zero.
+    let mut x = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
     for (i, segment) in chain.iter().enumerate() {
         shards.gather(i)?;
         let (y, saved) = segment.forward(&x, batch).with_context(|| format!("segment `{}`", segment.name()))?;
@@ -78,7 +79,6 @@ pub(super) mod tests {
         params::{Init, Params, Scope},
         segment::Taped,
     };
-    use candle_core::Device;
 
     /// `x -> tanh(x W)`, or the mean of squares at the end of the chain.
     pub struct Toy {

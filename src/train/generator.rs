@@ -59,7 +59,7 @@ impl GeneratorTask {
         let hint = "encode the pictures again with `vilg data encode`, or name the tokenizer that made the codes";
         ensure!(ours, failed("the codes in data.sources are not of the tokenizer in image_tokenizer.path", hint));
 
-        let scope = Scope::from_seed(config.seed, DType::F32, &runtime::device());
+        let scope = Scope::from_seed(config.seed, DType::F32, &runtime::device()?);
         let model = build(&scope, &config, &text)?;
         Ok(Self { model, params: scope.params(), text, image_tokenizer, feed, config })
     }
@@ -90,7 +90,7 @@ impl GeneratorTask {
                 rows.push(self.text.encode(caption, self.config.text.max_tokens)?);
                 codes.extend(record.codes.as_deref().context("a sample without codes")?.iter().map(|&c| u32::from(c)));
             }
-            let device = runtime::device();
+            let device = runtime::device()?;
             // Positions that no row needs would only cost time.
             let width = rows.iter().map(Vec::len).max().unwrap_or(0);
             let (text, text_lengths) = pad(&rows, width, self.text.pad(), &device)?;
@@ -187,7 +187,7 @@ impl Task for GeneratorTask {
     /// One picture a prompt.
     fn sample(&self, weights: HashMap<String, Tensor>, path: &Path) -> Result<()> {
         let settings = &self.config.sample;
-        let scope = Scope::from_tensors(weights, DType::F32, &runtime::device());
+        let scope = Scope::from_tensors(weights, DType::F32, &runtime::device()?);
         let models = Models {
             generator: build(&scope, &self.config, &self.text)?,
             image_tokenizer: self.image_tokenizer.image_tokenizer()?,

@@ -53,7 +53,7 @@ impl ImageTokenizerTask {
         ensure!(!sharded, usage("train.shard_stage = 3 is not for image tokenizers", hint));
         let kind = Kind::Pictures(u32::try_from(settings.image_size)?);
         let feed = Feed::new(config, kind, &[config.train.batch_size], group)?;
-        let scope = Scope::from_seed(config.seed, DType::F32, &runtime::device());
+        let scope = Scope::from_seed(config.seed, DType::F32, &runtime::device()?);
         let model = ImageTokenizer::new(&scope, settings)?;
         let last_used = vec![0; settings.codebook_size];
         Ok(Self { config: config.clone(), model, params: scope.params(), feed, last_used, seen: None })
@@ -146,7 +146,7 @@ impl Task for ImageTokenizerTask {
     /// Rows of originals, each above their reconstructions.
     fn sample(&self, weights: HashMap<String, Tensor>, path: &Path) -> Result<()> {
         let records = self.feed.fixed(SHEET.0);
-        let scope = Scope::from_tensors(weights, DType::F32, &runtime::device());
+        let scope = Scope::from_tensors(weights, DType::F32, &runtime::device()?);
         let model = ImageTokenizer::new(&scope, &self.config.image_tokenizer)?;
         let mut pictures = Vec::new();
         for row in records.chunks(SHEET.1) {
@@ -166,5 +166,5 @@ impl Task for ImageTokenizerTask {
 
 fn pixels(records: &[Record]) -> Result<Tensor> {
     let pictures: Option<Vec<_>> = records.iter().map(|record| record.image.as_ref()).collect();
-    Ok(to_pixels(pictures.context("a sample without a picture")?)?.to_device(&runtime::device())?)
+    Ok(to_pixels(pictures.context("a sample without a picture")?)?.to_device(&runtime::device()?)?)
 }

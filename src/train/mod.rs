@@ -29,6 +29,7 @@ use crate::{
     dist::{Group, Ranks},
     error::{Result, ensure, usage},
     nn::{params::Params, weights::Values},
+    runtime,
 };
 use candle_core::Tensor;
 pub use plan::{Plan, plan};
@@ -137,6 +138,8 @@ fn check_ranks(config: &Config, ranks: usize) -> Result<()> {
 
 /// The task, with the weights to start from where nothing was trained yet, and the run's folder below `parent`.
 fn prepare(parent: &Path, config: &Config, resume: &Resume, group: &Group) -> Result<(Box<dyn Task>, RunFolder)> {
+    // Before anything is read: `--device` may ask for what is not there.
+    group.use_device(&runtime::device()?)?;
     // The task first: a configuration that cannot be trained leaves no run folder behind.
     let task = task(config, group)?;
     let resumes = matches!(resume, Resume::From(_)) || checkpoint::any(&run_folder::checkpoints(parent, config))?;

@@ -4,7 +4,7 @@ use crate::{
     error::Result,
     ops::{self, Floats},
 };
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Tensor, Var};
 use std::ops::Range;
 
 /// This rank's part of a parameter.
@@ -27,15 +27,9 @@ impl Owned<'_> {
     /// Calls `f` with these weights, to change them, and their gradient.
     pub fn update(self, f: impl FnOnce(&mut [f32], &[f32]) -> Result<()>) -> Result<()> {
         let Self { var, gradient, range, weights, .. } = self;
-        let gradient = gradient.to_device(&Device::Cpu)?;
-        ops::with_slice(&gradient, |gradient: &[f32]| match weights {
+        ops::with_slice(gradient, |gradient: &[f32]| match weights {
             Some(weights) => f(weights, gradient),
-            None if var.device().is_cpu() => ops::with_slice_mut(var, |weights| f(&mut weights[range], gradient))?,
-            None => {
-                let host = var.to_device(&Device::Cpu)?;
-                ops::with_slice_mut(&host, |weights| f(&mut weights[range], gradient))??;
-                Ok(var.set(&host.to_device(var.device())?)?)
-            }
+            None => ops::with_slice_mut(var, |weights| f(&mut weights[range], gradient))?,
         })?
     }
 }

@@ -205,6 +205,13 @@ impl<'g> Shards<'g> {
             return Ok(());
         }
         for unit in 0..self.units.len() {
+            if self.params.values().any(|var| !var.device().is_cpu()) {
+                // Each weight goes to the device once, not once a piece.
+                for (name, values) in self.whole(unit, Self::part)? {
+                    ops::replace(&self.params[&name], values)?;
+                }
+                continue;
+            }
             self.all_gather(unit, Self::part, |piece, part| {
                 let write = |weights: &mut [f32]| weights[piece.range.clone()].copy_from_slice(part);
                 Ok(ops::with_slice_mut(&self.params[&piece.name], write)?)

@@ -55,3 +55,21 @@ fn json_results_are_json() {
         assert!(value.is_object(), "{args:?}");
     }
 }
+
+/// Whether CUDA was built or not, and whatever the machine has.
+#[test]
+fn a_device_that_is_not_there_is_said_in_two_lines() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/emoji.toml");
+    for args in [["t2i", "红苹果", "--device", "cuda:9999"], ["train", "--config", config, "--device=cuda:9999"]] {
+        let output = vilg(&args).current_dir(&folder).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(matches!(output.status.code(), Some(1 | 2)), "{args:?}: {:?}", output.status);
+        let lines: Vec<&str> = said.lines().collect();
+        assert!(
+            matches!(lines[..], [error, hint] if error.starts_with("error: ") && hint.starts_with("hint: ")),
+            "{said}"
+        );
+        assert!(output.stdout.is_empty() && folder.path().read_dir().unwrap().next().is_none(), "{args:?}");
+    }
+}

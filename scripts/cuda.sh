@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Builds vilg with CUDA and NCCL on a machine that has neither, and checks that the program starts there, says what is
+# missing and computes on the CPU. It shows nothing about a GPU. x86-64 Linux.
+#
+# nvcc comes as PyPI wheels; in place of the libraries, stand-ins are linked that open the real ones when they are called
+# (scripts/cuda_shims.py). For a program to be used, see "On GPUs" in README.md.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf '%s\n' "$*" >&2; }
+skip() { say "CUDA is not checked here: $*"; exit 0; }
+step() { printf "\n== %s\n" "$*" >&2; "$@"; }
+
+[ "$(uname -sm)" = "Linux x86_64" ] || skip "the wheels and stand-ins are for x86-64 Linux"
+python3 -c 'import ensurepip, venv' 2>/dev/null || ./scripts/setup.sh cuda || skip "Python's venv cannot be installed"
+
+target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
+home=$target/cuda
+# cudarc 0.19.10 knows nvcc up to 13.4. The compiler and its headers, no libraries: 105 MB.
+wheels=(nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-cccl==13.0.85
+    nvidia-cuda-runtime==13.0.96)
+if [ "$(cat "$home/wheels" 2>/dev/null)" != "${wheels[*]}" ]; then
+    rm -rf "$home"
+    mkdir -p "$home"
+    step python3 -m venv "$home/venv"
+    if ! step "$home/venv/bin/pip" install --quiet --disable-pip-version-check --retries 1 --timeout 20 --no-deps \
+        --target "$home/wheels.d" "${wheels[@]}" 2>"$home/pip.log"; then
+        # pip says in the same words that a package is gone and that there is no network, but warns about the latter.
+        grep -qiE 'connection broken|connectionerror|proxyerror|timed out|name resolution|max retries' "$home/pip.log" &&
+            skip "nvcc's wheels cannot be downloaded: $(grep -m 1 -oiE "[A-Za-z]+Error\([^)]*" "$home/pip.log" || true)"
+        cat "$home/pip.log" >&2
+        exit 1
+    fi
+    printf '%s' "${wheels[*]}" >"$home/wheels"
+fi
+export CUDA_HOME=$home/wheels.d/nvidia/cu13
+export CUDA_PATH=$CUDA_HOME PATH=$CUDA_HOME/bin:$PATH
+# Kernels for one kind of GPU, compiled fast: the code is slow, and nobody runs it here.
+export CUDA_COMPUTE_CAP=80 CUDAFORGE_THREADS=2 NVCC_APPEND_FLAGS="-Ofc max"
+
+source_of() { # the folder of a dependency's source
+    cargo metadata --locked --format-version 1 --features cuda,nccl | python3 -c '
+import json, pathlib, sys
+found = [p for p in json.load(sys.stdin)["packages"] if p["name"] == sys.argv[1]]
+print(pathlib.Path(found[0]["manifest_path"]).parent)' "$1"
+}
+step ./scripts/cuda_shims.py "$(source_of cudarc)" 13 "$home/shims"
+# The CUDA runtime that candle's kernels want comes as a static library, which looks for the driver by itself.
+ln -sf "$CUDA_HOME/lib/libcudart_static.a" "$home/shims/libcudart.a"
+export LIBRARY_PATH=$home/shims
+
+CUDARC_CUDA_VERSION=12040 step cargo check --locked --features cuda,nccl
+step cargo clippy --locked --all-targets --features cuda,nccl -- -D warnings
+step cargo build --locked --features cuda,nccl
+vilg=$target/debug/vilg
+
+broken() { say "CUDA: $*"; exit 1; }
+# Runs vilg, which must fail with one line that says why and one that says what to do.
+refuses() {
+    local code=0
+    "$vilg" "$@" >"$home/out" 2>"$home/err" || code=$?
+    cat "$home/err" >&2
+    [ $code = 1 ] || [ $code = 2 ] || broken "\`vilg $*\` ended with code $code"
+    [ "$(wc -l <"$home/err")" = 2 ] && grep -q '^error: ' "$home/err" && grep -q '^hint: ' "$home/err" ||
+        broken "\`vilg $*\` does not fail in two lines"
+    [ ! -s "$home/out" ] || broken "\`vilg $*\` prints a result"
+}
+step "$vilg" doctor | tee "$home/doctor" >&2
+if python3 -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null; then
+    say "this machine has a driver: what vilg says without one is not checked"
+else
+    grep -q '^cuda  *built, but there is no CUDA driver here$' "$home/doctor" || broken "\`vilg doctor\` says otherwise"
+    grep -q '^device  *cpu$' "$home/doctor" || broken "the CPU is not the default"
+    refuses t2i 红苹果 -o "$home/never.png" --device cuda
+    refuses train --config configs/emoji.toml --device cuda:1
+    [ ! -e "$home/never.png" ] || broken "a picture was painted"
+    # The same program must call a real driver where there is one: this one has a cuInit that finds no device.
+    echo 'int cuInit(unsigned flags) { return flags ? 1 : 100; }' | cc -x c -shared -o "$home/libcuda.so.1" -
+    LD_LIBRARY_PATH=$home "$vilg" doctor | grep -q '^cuda  *built, but the CUDA driver finds no device$' ||
+        broken "the stand-ins do not call a driver that is there"
+fi
+caption=$(step "$vilg" caption src/demo/sample.png)
+[ -n "$caption" ] && [ "$caption" = "$("$vilg" caption src/demo/sample.png --device cpu)" ] || broken "no caption on the CPU"
+say "$caption"
+
+# candle's kernels are built for sm_80 above; those that tensors use must assemble for newer GPUs as well. We have none.
+kernels=$(source_of candle-kernels)/src
+assemble() {
+    for kernel in affine binary cast conv fill indexing reduce sort ternary unary; do
+        nvcc -cubin -std=c++17 -arch="$1" -I"$kernels" "$kernels/$kernel.cu" -o "$home/$kernel.$1.cubin"
+    done
+}
+step assemble sm_90a
+step assemble sm_100
+say "CUDA: builds, links, starts and falls back; nothing was computed on a GPU"
