@@ -166,7 +166,7 @@ fn any_number_of_ranks_goes_on_from_any_other_s_checkpoint() {
                 let checkpoints = parent.join("runs/toy/checkpoints");
                 let run = RunState::start(&config, &mut task, &mut shards, &checkpoints, &Resume::Auto)?;
                 let mut saving = Saving::new(group, again.clone());
-                run.save(&config, &task, &shards, &mut saving)?;
+                run.save(&config, &task, &shards, &mut saving, false)?;
                 saving.finish(2).map(drop)
             })
             .unwrap();

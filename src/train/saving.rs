@@ -47,8 +47,9 @@ impl<'g> Saving<'g> {
         Self { group, folder, pending: None }
     }
 
-    /// Starts the checkpoint of `state.step`, each rank with `parts` of it; waits for the one before.
-    pub fn begin(&mut self, config: &Config, state: &State, parts: Parts<'_>) -> Result<()> {
+    /// Starts the checkpoint of `state.step`, each rank with `parts` of it; waits for the one before. In the `background`
+    /// a copy is written; otherwise this returns when this rank's files are on the disk.
+    pub fn begin(&mut self, config: &Config, state: &State, parts: Parts<'_>, background: bool) -> Result<()> {
         self.finish(config.train.keep_checkpoints)?;
         let tmp = tmp(&self.folder, state.step);
         if self.group.leads() {
@@ -64,7 +65,7 @@ impl<'g> Saving<'g> {
             files.push((STATE, serde_json::to_vec_pretty(state)?));
             files.push((CONFIG, serde_json::to_vec_pretty(config)?));
         }
-        let files = if config.train.background_checkpoints {
+        let files = if background {
             let own = |(name, part): (String, reshard::Part<'_>)| {
                 (name, reshard::Part { values: Cow::Owned(part.values.into_owned()), ..part })
             };

@@ -122,8 +122,15 @@ impl RunState {
         Ok(())
     }
 
-    /// Starts a checkpoint.
-    pub fn save(&self, config: &Config, task: &dyn Task, shards: &Shards, saving: &mut Saving) -> Result<()> {
+    /// Starts a checkpoint; see [`Saving::begin`].
+    pub fn save(
+        &self,
+        config: &Config,
+        task: &dyn Task,
+        shards: &Shards,
+        saving: &mut Saving,
+        background: bool,
+    ) -> Result<()> {
         let mut parts = Parts::new();
         let owned = shards.owned().iter().filter(|_| shards.group().leads() || !shards.replicated());
         for (name, range) in owned {
@@ -153,7 +160,7 @@ impl RunState {
             identity: task.identity()?,
             task: task.state(),
         };
-        saving.begin(config, &state, parts)
+        saving.begin(config, &state, parts, background)
     }
 
     /// The weights to look at, on the leading rank: the average where there is one.

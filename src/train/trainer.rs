@@ -80,7 +80,7 @@ impl<'a> Trainer<'a> {
         let mut trainer = Self { config, task, folder, stop, shards, run, saving };
         if trainer.run.step == 0 || matches!(resume, Resume::From(_)) {
             // Before the first step, so that a full disk shows at once.
-            trainer.save()?;
+            trainer.save(false)?;
             trainer.saving.finish(settings.keep_checkpoints)?;
         }
         Ok(trainer)
@@ -119,8 +119,9 @@ impl<'a> Trainer<'a> {
         }
         let leave = last || signal != 0;
         if leave || due(step, settings.checkpoint_every) {
-            self.save()?;
-            if leave || !settings.background_checkpoints {
+            let background = settings.background_checkpoints && !leave;
+            self.save(background)?;
+            if !background {
                 self.complete()?;
             }
         }
@@ -218,8 +219,8 @@ impl<'a> Trainer<'a> {
         Ok(shown.join(" ") + &if more > 0 { format!(" and {more} more") } else { String::new() })
     }
 
-    fn save(&mut self) -> Result<()> {
-        self.run.save(self.config, self.task, &self.shards, &mut self.saving)
+    fn save(&mut self, background: bool) -> Result<()> {
+        self.run.save(self.config, self.task, &self.shards, &mut self.saving, background)
     }
 
     /// Ends the checkpoint under way, if there is one, and makes a model folder of it.
