@@ -74,10 +74,14 @@ else
     refuses t2i 红苹果 -o "$home/never.png" --device cuda
     refuses train --config configs/emoji.toml --device cuda:1
     [ ! -e "$home/never.png" ] || broken "a picture was painted"
-    # The same program must call a real driver where there is one: this one has a cuInit that finds no device.
-    echo 'int cuInit(unsigned flags) { return flags ? 1 : 100; }' | cc -x c -shared -o "$home/libcuda.so.1" -
-    LD_LIBRARY_PATH=$home "$vilg" doctor | grep -q '^cuda  *built, but the CUDA driver finds no device$' ||
-        broken "the stand-ins do not call a driver that is there"
+    # The same program must call a real driver where there is one. This one has a device that does not open.
+    echo 'int cuInit(unsigned flags) { return flags; } int cuDeviceGetCount(int *n) { *n = 1; return 0; }' |
+        cc -x c -shared -o "$home/libcuda.so.1" -
+    export LD_LIBRARY_PATH=$home
+    "$vilg" doctor | grep -q '^cuda  *built; cuda:0 ' || broken "the stand-ins do not call a driver that is there"
+    refuses t2i 红苹果 -o "$home/never.png" --device cuda
+    refuses t2i 红苹果 -o "$home/never.png" --device cuda:1
+    unset LD_LIBRARY_PATH
 fi
 caption=$(step "$vilg" caption src/demo/sample.png)
 [ -n "$caption" ] && [ "$caption" = "$("$vilg" caption src/demo/sample.png --device cpu)" ] || broken "no caption on the CPU"

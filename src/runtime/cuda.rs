@@ -16,7 +16,7 @@
 //!   (`ops::with_slice`, `ops::with_slice_mut`): right, and slow.
 //! - *Threads*: handles are shared by all threads of a rank; cudarc binds the context to the thread at every call.
 
-use crate::error::{Hint, Result, failed, usage};
+use crate::error::{Result, failed, usage};
 use candle_core::{
     Device,
     cuda_backend::cudarc::driver::{
@@ -42,8 +42,12 @@ pub fn open(number: usize) -> Result<Device> {
     if number >= count {
         return Err(usage(format_args!("there is no CUDA device {number}"), format_args!("this machine has {count}")));
     }
-    let device = Device::new_cuda_with_stream(number);
-    let device = device.hint(format_args!("CUDA device {number} does not open"), HINT)?;
+    let device = Device::new_cuda_with_stream(number).map_err(|error| {
+        // candle's errors may bring a backtrace along.
+        let why = error.to_string();
+        let why = why.lines().next().unwrap_or_default();
+        failed(format_args!("CUDA device {number} does not open: {why}"), HINT)
+    })?;
     keep_memory(number);
     Ok(device)
 }

@@ -1,7 +1,10 @@
 //! The device that a process or rank computes on, opened at the first use and kept.
 
 use super::cuda;
-use crate::error::{Result, usage};
+use crate::{
+    error::{Result, usage},
+    report,
+};
 use candle_core::{Device, DeviceLocation};
 use rayon::ThreadPoolBuilder;
 use std::{
@@ -71,11 +74,22 @@ pub fn device() -> Result<Device> {
     match WANTED.get().copied().unwrap_or(Wanted::Auto) {
         Wanted::Cpu => Ok(Device::Cpu),
         Wanted::Cuda(number) => cuda_device(number),
-        Wanted::Auto => match *FOUND.get_or_init(|| cuda_device(None).is_ok()) {
+        Wanted::Auto => match *FOUND.get_or_init(found) {
             true => cuda_device(None),
             false => Ok(Device::Cpu),
         },
     }
+}
+
+/// Whether CUDA can be had. A device that is there and does not open is not passed over in silence.
+fn found() -> bool {
+    let opened = cuda_device(None);
+    if let Err(error) = &opened
+        && cuda::count().is_ok()
+    {
+        report::warn(format_args!("{error}; computing on the CPU"));
+    }
+    opened.is_ok()
 }
 
 /// The opened device: tensors of two handles on one device would not mix.
