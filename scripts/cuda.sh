@@ -14,6 +14,11 @@ step() { printf "\n== %s\n" "$*" >&2; "$@"; }
 [ "$(uname -sm)" = "Linux x86_64" ] || skip "the wheels and stand-ins are for x86-64 Linux"
 python3 -c 'import ensurepip, venv' 2>/dev/null || ./scripts/setup.sh cuda || skip "Python's venv cannot be installed"
 
+# Ranks on GPUs are processes of MPI.
+features=cuda,nccl,mpi
+./scripts/setup.sh mpi
+BINDGEN_EXTRA_CLANG_ARGS="-I$(cc -print-file-name=include)"
+export BINDGEN_EXTRA_CLANG_ARGS
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
 home=$target/cuda
 # cudarc 0.19.10 knows nvcc up to 13.4. The compiler and its headers, no libraries: 105 MB.
@@ -39,7 +44,7 @@ export CUDA_PATH=$CUDA_HOME PATH=$CUDA_HOME/bin:$PATH
 export CUDA_COMPUTE_CAP=80 CUDAFORGE_THREADS=2 NVCC_APPEND_FLAGS="-Ofc max"
 
 source_of() { # the folder of a dependency's source
-    cargo metadata --locked --format-version 1 --features cuda,nccl | python3 -c '
+    cargo metadata --locked --format-version 1 --features $features | python3 -c '
 import json, pathlib, sys
 found = [p for p in json.load(sys.stdin)["packages"] if p["name"] == sys.argv[1]]
 print(pathlib.Path(found[0]["manifest_path"]).parent)' "$1"
@@ -49,9 +54,9 @@ step ./scripts/cuda_shims.py "$(source_of cudarc)" 13 "$home/shims"
 ln -sf "$CUDA_HOME/lib/libcudart_static.a" "$home/shims/libcudart.a"
 export LIBRARY_PATH=$home/shims
 
-CUDARC_CUDA_VERSION=12040 step cargo check --locked --features cuda,nccl
-step cargo clippy --locked --all-targets --features cuda,nccl -- -D warnings
-step cargo build --locked --features cuda,nccl
+CUDARC_CUDA_VERSION=12040 step cargo check --locked --features $features
+step cargo clippy --locked --all-targets --features $features -- -D warnings
+step cargo build --locked --features $features
 vilg=$target/debug/vilg
 
 broken() { say "CUDA: $*"; exit 1; }

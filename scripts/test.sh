@@ -30,7 +30,7 @@ fi
 step cargo clippy --locked --all-targets -- -D warnings
 step cargo clippy --locked --all-targets --features mpi -- -D warnings
 RUSTDOCFLAGS="-D warnings" step cargo doc --locked --no-deps --document-private-items
+# It says why where it cannot run.
+./scripts/cuda.sh
 step cargo test --locked --doc --features mpi
 step cargo test --locked --features mpi --lib --test it
-# The most expensive last; it says why where it cannot run.
-./scripts/cuda.sh
