@@ -2,15 +2,20 @@
 //!
 //! Read [`train`] first: a step from top to bottom. Then [`engine`] (gradients), [`shards`] (what each rank holds),
 //! [`optimizer`], [`schedule`], [`ema`], [`checkpoint`]. A [`Task`] says what a batch is and which segments it runs through.
+//!
+//! What a run would take, without running it: [`plan()`] (data), [`memory`] and [`fit`] (GPUs), [`held`] (ranks on a CPU).
 
 pub mod checkpoint;
 pub mod ema;
 pub mod engine;
 mod feed;
+pub mod fit;
 mod generator;
+pub mod held;
 mod image_tokenizer;
 mod init;
 mod layout;
+pub mod memory;
 pub mod optimizer;
 mod plan;
 mod reshard;
@@ -18,17 +23,18 @@ mod run_folder;
 pub mod schedule;
 pub mod shards;
 mod signals;
+pub mod sizes;
 mod state;
 
 use crate::{
     config::{Config, Task as Kind},
     dist::{self, Group},
-    error::{Result, ensure, usage},
+    error::{Result, ensure},
     nn::{gradients, params::Params},
     report, runtime,
 };
 use candle_core::{Tensor, Var};
-pub use plan::{Plan, plan};
+pub use plan::{Plan, plan, plan_without};
 use run_folder::RunFolder;
 use serde_json::{Value, json};
 use shards::Shards;
@@ -102,24 +108,12 @@ pub fn run(config: &Config, resume: &Resume, ranks: usize) -> Result<()> {
 }
 
 fn run_below(parent: &Path, config: &Config, resume: &Resume, ranks: usize, stop: &Stop) -> Result<()> {
-    check_ranks(config, ranks)?;
+    sizes::check_ranks(config, ranks)?;
     let patience = Duration::from_secs(config.train.rank_timeout);
     dist::launch(ranks, patience, |group| {
         let (mut task, folder) = prepare(parent, config, resume, group)?;
         train(group, config, task.as_mut(), folder, resume, stop)
     })?;
-    Ok(())
-}
-
-/// Every rank needs at least one sample of each part of a step.
-fn check_ranks(config: &Config, ranks: usize) -> Result<()> {
-    let settings = &config.train;
-    let parts = ranks * settings.accumulation;
-    let batches = [("batch_size", settings.batch_size), ("caption_batch_size", settings.caption_batch_size)];
-    for (key, size) in batches.into_iter().filter(|(_, size)| ranks > 1 && *size > 0) {
-        let what = format!("train.{key} = {size} gives {ranks} ranks x {} parts no sample each", settings.accumulation);
-        ensure!(size >= parts, usage(what, format!("use fewer ranks, or make it at least {parts}")));
-    }
     Ok(())
 }
 
