@@ -13,6 +13,7 @@ mod eval;
 mod export;
 mod man;
 mod model;
+mod plan;
 mod reconstruct;
 mod sampling;
 mod summary;
@@ -53,6 +54,7 @@ enum Command {
     Caption(caption::Args),
     Eval(eval::Args),
     Train(train::Args),
+    Plan(plan::Args),
     Tokenize(tokenize::Args),
     Reconstruct(reconstruct::Args),
     Export(export::Args),
@@ -91,6 +93,7 @@ fn dispatch(command: Command, json: bool) -> Result<()> {
         Command::Caption(args) => caption::run(args, json),
         Command::Eval(args) => eval::run(args, json),
         Command::Train(args) => train::run(args, json),
+        Command::Plan(args) => plan::run(args, json),
         Command::Tokenize(args) => tokenize::run(args, json),
         Command::Reconstruct(args) => reconstruct::run(args, json),
         Command::Export(args) => export::run(args, json),

@@ -1,17 +1,13 @@
 //! What a configuration amounts to: parameters by part, sequence layout, the layers' attention.
 
 use crate::{
-    config::{Config, ImageTokenizer, Task},
+    config::{Config, Task},
     error::Result,
-    model::size,
     nn::pattern::Pattern,
     report,
+    train::sizes::Sizes,
 };
 use serde::Serialize;
-use std::{fs::read_to_string, path::Path};
-
-/// Entries of the Chinese BERT vocabulary, assumed where the vocabulary file is not there yet.
-const CHINESE_VOCABULARY: usize = 21_128;
 
 #[derive(Serialize)]
 pub struct Summary {
@@ -35,15 +31,12 @@ impl Summary {
     /// # Errors
     /// The tokenizer's folder exists and holds a bad configuration.
     pub fn new(config: &Config) -> Result<Self> {
-        let tokenizer = tokenizer_of(config)?;
-        let grid = tokenizer.grid();
-        let (vocabulary, vocabulary_from) = vocabulary_of(config);
+        let sizes = Sizes::of(config)?;
+        let (tokenizer, grid) = (&sizes.tokenizer, sizes.tokenizer.grid());
+        let (vocabulary, parameters) = (sizes.vocabulary, sizes.parts(config));
+        let vocabulary_from = if sizes.vocabulary_found { "counted" } else { "assumed: the file is not there" };
         let (m, n) = (config.text.max_tokens, grid.0 * grid.1);
         let generator = config.task == Task::Generator;
-        let parameters = match config.task {
-            Task::Generator => size::generator(config, vocabulary, tokenizer.codebook_size, grid),
-            Task::ImageTokenizer => size::image_tokenizer(&tokenizer),
-        };
         let only = |parts: Vec<(&'static str, usize)>| if generator { parts } else { Vec::new() };
         let layers = (1..=config.model.layers).filter(|_| generator);
         Ok(Self {
@@ -100,22 +93,6 @@ impl Summary {
     }
 }
 
-/// The tokenizer's own configuration where its model folder exists, else what this one repeats of it.
-fn tokenizer_of(config: &Config) -> Result<ImageTokenizer> {
-    let file = Path::new(&config.image_tokenizer.path).join("config.toml");
-    match config.task {
-        Task::Generator if file.is_file() => Ok(Config::load(Some(&file), &[])?.image_tokenizer),
-        _ => Ok(config.image_tokenizer.clone()),
-    }
-}
-
-fn vocabulary_of(config: &Config) -> (usize, &'static str) {
-    match read_to_string(&config.text.vocab) {
-        Ok(text) => (text.lines().count(), "counted"),
-        Err(_) => (CHINESE_VOCABULARY, "assumed: the file is not there"),
-    }
-}
-
 fn pattern_name(pattern: Pattern) -> &'static str {
     match pattern {
         Pattern::Dense => "dense",
@@ -126,7 +103,7 @@ fn pattern_name(pattern: Pattern) -> &'static str {
 }
 
 /// 9906999944 as `9.91 billion`.
-fn rounded(number: u64) -> String {
+pub fn rounded(number: u64) -> String {
     match number as f64 {
         n if n >= 1e9 => format!("{:.2} billion", n / 1e9),
         n => format!("{:.2} million", n / 1e6),
@@ -134,7 +111,7 @@ fn rounded(number: u64) -> String {
 }
 
 /// 1234567 as `1,234,567`.
-fn grouped(number: u64) -> String {
+pub fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let groups: Vec<&str> =
         digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();

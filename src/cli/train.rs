@@ -1,12 +1,16 @@
 //! `vilg train`
 
-use super::{config::Source, summary::Summary};
+use super::{config::Source, plan, summary::Summary};
 use crate::{
-    config::Config,
+    config::{Config, Task},
     dist::Ranks,
     error::{Result, ensure, usage},
     report,
-    train::{self, Plan, Resume},
+    train::{
+        self, Plan, Resume,
+        held::held,
+        sizes::{Sizes, check_ranks, samples},
+    },
 };
 use serde_json::json;
 use std::{num::NonZeroUsize, time::Duration};
@@ -33,6 +37,9 @@ pub struct Args {
     /// Print parameters, tokens a step and the sources found, and train nothing
     #[arg(long)]
     dry_run: bool,
+    /// With --dry-run: also what each of N ranks gets and holds; what is not on this machine is only warned of
+    #[arg(long, value_name = "N", requires = "dry_run", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    world_size: Option<u32>,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
@@ -40,7 +47,10 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     ensure!(args.source.config.is_some() || !args.source.sets.is_empty(), usage("--config is missing", hint));
     let config = Config::load(args.source.config.as_deref(), &args.source.sets)?;
     if args.dry_run {
-        return dry_run(&config, json);
+        return match args.world_size {
+            Some(ranks) => dry_run_of_ranks(&config, ranks as usize, json),
+            None => dry_run(&config, json),
+        };
     }
     let resume = match args.resume.as_str() {
         "auto" => Resume::Auto,
@@ -82,6 +92,64 @@ fn dry_run(config: &Config, json: bool) -> Result<()> {
     Ok(())
 }
 
+/// A dry run of any number of ranks on any machine.
+fn dry_run_of_ranks(config: &Config, ranks: usize, json: bool) -> Result<()> {
+    check_ranks(config, ranks)?;
+    let (summary, sizes) = (Summary::new(config)?, Sizes::of(config)?);
+    let (plan, missing) = train::plan_without(config)?;
+    let mut absent: Vec<String> = missing.iter().map(|path| format!("data.sources: `{path}`")).collect();
+    if config.task == Task::Generator {
+        let named = |key: &str, value: &str| format!("{key}: `{value}`");
+        absent.extend((!sizes.vocabulary_found).then(|| named("text.vocab", &config.text.vocab)));
+        let tokenizer = named("image_tokenizer.path", &config.image_tokenizer.path);
+        absent.extend((!sizes.tokenizer_found).then_some(tokenizer));
+    }
+    absent.iter().for_each(|what| report::warn(format_args!("{what} is not there")));
+    let (shares, stage) = (sizes.shares(config, ranks), config.train.shard_stage);
+    let held = held(config, &sizes, &shares, stage);
+    let batches = batches(config, ranks);
+    if json {
+        let rank = plan::held_json(stage, &held, None);
+        let batches: Vec<_> = batches
+            .iter()
+            .map(|(direction, least, most)| json!({ "batch": direction, "least": least, "most": most }))
+            .collect();
+        report::json(&json!({
+            "summary": summary, "plan": plan, "not_there": absent,
+            "ranks": {
+                "world_size": ranks, "samples_a_micro_step": batches, "smallest": shares.smallest,
+                "largest": shares.largest, "held": rank,
+            },
+        }));
+        return Ok(());
+    }
+    summary.print();
+    print(&plan);
+    missing.iter().for_each(|path| report::result(format_args!("  {path}: not there")));
+    report::result("");
+    plan::print_shares(&shares);
+    for (batch, least, most) in batches {
+        let samples = if least == most { least.to_string() } else { format!("{least} to {most}") };
+        report::result(format_args!("  samples a rank and micro-step: {samples} of {batch}"));
+    }
+    report::result(format_args!("\nGB a rank on processors at train.shard_stage = {stage}, the fullest one's:"));
+    plan::print_held(&[plan::held_row(format!("  {stage}"), &held, None)]);
+    Ok(())
+}
+
+/// The smallest and the largest micro-batch of any rank, of each kind of batch.
+fn batches(config: &Config, ranks: usize) -> Vec<(&'static str, usize, usize)> {
+    let train = &config.train;
+    let generator = config.task == Task::Generator;
+    let all = [("train.batch_size", train.batch_size), ("train.caption_batch_size", train.caption_batch_size)];
+    let used = all.into_iter().filter(|(key, size)| *size > 0 && (generator || *key == "train.batch_size"));
+    used.map(|(key, size)| {
+        let (least, most) = samples(size, ranks, train.accumulation);
+        (key, least, most)
+    })
+    .collect()
+}
+
 fn print(plan: &Plan) {
     report::result("\ndata:");
     let header = ["  source", "shards", "samples", "weight"];
@@ -91,8 +159,9 @@ fn print(plan: &Plan) {
         .map(|s| vec![format!("  {}", s.path), s.shards.to_string(), s.samples.to_string(), s.weight.to_string()])
         .collect();
     report::table(&header, &rows);
+    let epochs = plan.epochs.map_or("unknown epochs".into(), |epochs| format!("{epochs:.1} epochs"));
     report::result(format_args!(
-        "\nplan: {} steps of {} samples and at most {} predicted tokens; {:.1} epochs",
-        plan.steps, plan.samples_a_step, plan.tokens_a_step, plan.epochs
+        "\nplan: {} steps of {} samples and at most {} predicted tokens; {epochs}",
+        plan.steps, plan.samples_a_step, plan.tokens_a_step
     ));
 }

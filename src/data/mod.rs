@@ -28,6 +28,7 @@ pub use codes::{CODES_FILE, CodesInfo, npy};
 pub use dataset::{Dataset, Shard, Source};
 pub use encode::{Encoder, Report};
 pub use loader::Loader;
+pub use paths::is_there;
 pub use record::{IMAGE_EXTENSIONS, Kind, Record};
 pub use sampler::{Draw, Sampler};
 pub use tar::Members;

@@ -35,6 +35,22 @@ pub fn find(source: &str) -> Result<Found> {
     Ok(found)
 }
 
+/// Whether anything is at a source, so that what [`find`] misses is a damage and not the whole source.
+///
+/// # Errors
+/// A brace list stands for too many names, or a folder on the way cannot be listed.
+pub fn is_there(source: &str) -> Result<bool> {
+    if Path::new(source).exists() {
+        return Ok(true);
+    }
+    for pattern in braces(source)? {
+        if !glob(&pattern)?.is_empty() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 fn failed_to_find(path: &str) -> crate::error::Error {
     let hint = "name tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), a folder of them, or a folder of pictures";
     usage(format_args!("no shards or pictures at `{path}`"), hint)
@@ -190,6 +206,15 @@ mod tests {
         assert_eq!(braces("plain").unwrap(), ["plain"]);
         assert!(braces("{0..18446744073709551615}").is_err());
         assert!(braces("{0..9999}{0..9999}").is_err());
+    }
+
+    #[test]
+    fn a_source_is_there_when_any_of_its_shards_is() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("01.tar"), "").unwrap();
+        let there = |name: &str| is_there(folder.path().join(name).to_str().unwrap()).unwrap();
+        assert!(there("") && there("01.tar") && there("*.tar") && there("{00..02}.tar"));
+        assert!(!there("02.tar") && !there("*.png") && !there("{02..03}.tar") && !there("below/*.tar"));
     }
 
     #[test]

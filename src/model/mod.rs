@@ -1,10 +1,13 @@
 //! The paper's generator: sequence layout and masks, transformer, two-way loss, decoding.
 
+pub mod activations;
 mod composed;
 mod decode;
 mod embedding;
+pub mod flops;
 mod fused;
 mod head;
+pub mod listing;
 mod native;
 mod packed;
 mod sequence;

@@ -44,6 +44,13 @@ pub fn image_tokenizer(config: &ImageTokenizer) -> Vec<Part> {
     ]
 }
 
+/// The image tokenizer's two segments: the encoder with its last convolution, then quantiser and decoder.
+pub fn image_tokenizer_segments(config: &ImageTokenizer) -> [u64; 2] {
+    let total: u64 = image_tokenizer(config).iter().map(|(_, count)| count).sum();
+    let first = encoder(config) + conv(config.latent_channels as u64, config.code_dim as u64, 1);
+    [first, total - first]
+}
+
 fn encoder(config: &ImageTokenizer) -> u64 {
     let mut channels = config.channels as u64;
     let mut count = conv(3, channels, 3);

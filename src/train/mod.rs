@@ -2,15 +2,20 @@
 //!
 //! Read [`trainer`] first: a step from top to bottom. Then [`engine`] (gradients), [`shards`] (what each rank holds),
 //! [`optimizer`], [`schedule`], [`ema`], [`checkpoint`]. A [`Task`] says what a batch is and which segments it runs through.
+//!
+//! What a run would take, without running it: [`plan()`] (data), [`memory`] and [`fit`] (GPUs), [`held`] (ranks on a CPU).
 
 pub mod checkpoint;
 pub mod ema;
 pub mod engine;
 mod feed;
+pub mod fit;
 mod generator;
+pub mod held;
 mod image_tokenizer;
 mod init;
 mod layout;
+pub mod memory;
 pub mod optimizer;
 mod owned;
 mod plan;
@@ -20,6 +25,7 @@ mod saving;
 pub mod schedule;
 pub mod shards;
 mod signals;
+pub mod sizes;
 mod spikes;
 mod state;
 mod trainer;
@@ -27,12 +33,12 @@ mod trainer;
 use crate::{
     config::{Config, Task as Kind},
     dist::{Group, Ranks},
-    error::{Result, ensure, usage},
+    error::Result,
     nn::{params::Params, weights::Values},
     runtime,
 };
 use candle_core::Tensor;
-pub use plan::{Plan, plan};
+pub use plan::{Plan, plan, plan_without};
 use run_folder::RunFolder;
 use serde_json::Value;
 use shards::Shards;
@@ -117,23 +123,11 @@ pub fn run(config: &Config, resume: &Resume, ranks: &Ranks, time_limit: Option<D
 }
 
 fn run_below(parent: &Path, config: &Config, resume: &Resume, ranks: &Ranks, stop: &Stop) -> Result<()> {
-    check_ranks(config, ranks.world_size())?;
+    sizes::check_ranks(config, ranks.world_size())?;
     ranks.run(Duration::from_secs(config.train.rank_timeout), |group| {
         let (mut task, folder) = prepare(parent, config, resume, group)?;
         train(group, config, task.as_mut(), folder, resume, stop)
     })
-}
-
-/// Every rank needs at least one sample of each part of a step.
-fn check_ranks(config: &Config, ranks: usize) -> Result<()> {
-    let settings = &config.train;
-    let parts = ranks * settings.accumulation;
-    let batches = [("batch_size", settings.batch_size), ("caption_batch_size", settings.caption_batch_size)];
-    for (key, size) in batches.into_iter().filter(|(_, size)| ranks > 1 && *size > 0) {
-        let what = format!("train.{key} = {size} gives {ranks} ranks x {} parts no sample each", settings.accumulation);
-        ensure!(size >= parts, usage(what, format!("use fewer ranks, or make it at least {parts}")));
-    }
-    Ok(())
 }
 
 /// The task, with the weights to start from where nothing was trained yet, and the run's folder below `parent`.

@@ -90,7 +90,12 @@ impl Optimizer {
 
 /// Whether Muon updates this parameter, so that it must lie whole on one rank.
 pub fn is_muons(config: &Train, name: &str, var: &Var) -> bool {
-    config.matrix_optimizer == MatrixOptimizer::Muon && is_block_matrix(name, var)
+    is_muons_by_shape(config, name, var.dims())
+}
+
+/// The same of a parameter that is not there.
+pub fn is_muons_by_shape(config: &Train, name: &str, shape: &[usize]) -> bool {
+    config.matrix_optimizer == MatrixOptimizer::Muon && is_block_matrix(name, shape)
 }
 
 /// What the moments of a parameter are called in a checkpoint.
@@ -102,8 +107,8 @@ pub fn kinds(config: &Train, name: &str, var: &Var) -> &'static [&'static str] {
 const LARGE: usize = 1 << 22;
 
 /// A matrix of a transformer block: what Muon is for.
-fn is_block_matrix(name: &str, var: &Var) -> bool {
-    name.starts_with("blocks.") && var.rank() == 2
+fn is_block_matrix(name: &str, shape: &[usize]) -> bool {
+    name.starts_with("blocks.") && shape.len() == 2
 }
 
 /// Weight decay is for matrices and convolutions: biases, norms, embeddings, positions and the
@@ -168,7 +173,7 @@ mod tests {
             let scope = if path.is_empty() { scope.clone() } else { scope.at(path) };
             scope.get(last, shape, Init::Zeros).unwrap();
             let var = &scope.params()[name];
-            (decays(name, var), is_block_matrix(name, var))
+            (decays(name, var), is_block_matrix(name, var.dims()))
         };
         assert_eq!(group("blocks.0.attention.qkv.weight", &[6, 2]), (true, true));
         assert_eq!(group("blocks.0.attention.qkv.bias", &[6]), (false, false));

@@ -2,8 +2,8 @@
 
 use crate::{
     bundle::Bundle,
-    config::{Config, Task},
-    data::{Dataset, Kind},
+    config::{self, Config, Task},
+    data::{self, Dataset, Kind},
     error::Result,
 };
 use serde::Serialize;
@@ -19,8 +19,8 @@ pub struct Plan {
     pub samples_a_step: usize,
     /// Codes and text tokens that one step predicts, at most; for an image tokenizer its codes.
     pub tokens_a_step: usize,
-    /// Times that the run goes through the sources.
-    pub epochs: f64,
+    /// Times that the run goes through the sources; `None` while some are not there.
+    pub epochs: Option<f64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -36,6 +36,29 @@ pub struct SourcePlan {
 /// # Errors
 /// A source is missing or empty.
 pub fn plan(config: &Config) -> Result<Plan> {
+    planned(config, &config.data, true)
+}
+
+/// The same on a machine that need not have the sources: those that are not there are left out and returned.
+///
+/// # Errors
+/// A source is damaged or empty.
+pub fn plan_without(config: &Config) -> Result<(Plan, Vec<String>)> {
+    let mut here = config.data.clone();
+    let mut missing = Vec::new();
+    for source in std::mem::take(&mut here.sources) {
+        if data::is_there(&source.path)? {
+            here.sources.push(source);
+        } else {
+            missing.push(source.path);
+        }
+    }
+    let plan = planned(config, &here, missing.is_empty())?;
+    Ok((plan, missing))
+}
+
+/// The plan of a run whose sources in `here` are opened; `all` says that there are no others.
+fn planned(config: &Config, here: &config::Data, all: bool) -> Result<Plan> {
     let settings = &config.train;
     let path = &config.image_tokenizer.path;
     // The tokenizer's own settings count where its folder is there already.
@@ -53,13 +76,20 @@ pub fn plan(config: &Config) -> Result<Plan> {
             (Kind::Codes, settings.batch_size + settings.caption_batch_size, painted + described)
         }
     };
-    let dataset = Dataset::open(&config.data, kind)?;
-    let sources: Vec<SourcePlan> = dataset
-        .sources
-        .iter()
-        .map(|s| SourcePlan { path: s.path.clone(), shards: s.shards.len(), samples: s.len(), weight: s.weight })
-        .collect();
+    // Without any source, a dataset is an error that says so; with none of them here there is nothing to open.
+    let sources = if all || !here.sources.is_empty() { sources(here, kind)? } else { Vec::new() };
     let epoch: f64 = sources.iter().map(|s| s.samples as f64 * s.weight).sum();
-    let epochs = settings.steps as f64 * samples as f64 / epoch;
+    let epochs = all.then(|| settings.steps as f64 * samples as f64 / epoch);
     Ok(Plan { sources, steps: settings.steps, samples_a_step: samples, tokens_a_step: tokens, epochs })
+}
+
+fn sources(here: &config::Data, kind: Kind) -> Result<Vec<SourcePlan>> {
+    let found = Dataset::open(here, kind)?.sources;
+    let plan = |s: &data::Source| SourcePlan {
+        path: s.path.clone(),
+        shards: s.shards.len(),
+        samples: s.len(),
+        weight: s.weight,
+    };
+    Ok(found.iter().map(plan).collect())
 }

@@ -4,6 +4,8 @@ mod bench;
 mod commands;
 mod generate;
 mod house;
+mod memory;
+mod plan;
 mod ranks;
 mod tokenizer;
 mod train;

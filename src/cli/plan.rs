@@ -1,0 +1,291 @@
+//! `vilg plan`
+
+use super::{
+    config::Source,
+    summary::{grouped, rounded},
+};
+use crate::{
+    config::Config,
+    error::{Error, Result, ensure, hint_of, usage},
+    report,
+    train::{
+        fit::Fit,
+        held::{Held, held},
+        memory::{Cluster, Row},
+        sizes::{Shares, Sizes, check_ranks},
+    },
+};
+use clap::ValueEnum;
+use serde_json::json;
+
+/// Say what a configuration takes on N GPUs: memory by kind, traffic and time, by sharding stage; and what fits
+#[derive(clap::Args)]
+#[command(
+    after_help = "All by formula: nothing is allocated, and neither data nor vocabulary need to be there. GB are 10^9 \
+    bytes. --on cpu plans the ranks of `vilg train --nproc N` on processors, where all numbers are f32."
+)]
+pub struct Args {
+    #[command(flatten)]
+    source: Source,
+    /// GPUs, or ranks with --on cpu; each is a rank
+    #[arg(long, visible_alias = "ranks", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    gpus: u32,
+    /// Memory of one GPU in GB (optional with --on cpu: of one rank)
+    #[arg(long, value_name = "GB")]
+    gpu_memory: Option<f64>,
+    /// Share of the GPU's peak that the model's own operations reach (recomputation does not count)
+    #[arg(long, value_name = "SHARE", default_value_t = 0.4)]
+    mfu: f64,
+    /// Peak of one GPU in TFLOP/s; 312 is an A100's in bf16
+    #[arg(long, value_name = "N", default_value_t = 312.0)]
+    gpu_tflops: f64,
+    /// What the ranks compute on
+    #[arg(long, value_enum, default_value = "gpu")]
+    on: Device,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Device {
+    Gpu,
+    Cpu,
+}
+
+pub fn run(args: Args, json: bool) -> Result<()> {
+    let hint = "`vilg config init 10b -o 10b.toml` writes one to start from";
+    ensure!(args.source.config.is_some() || !args.source.sets.is_empty(), usage("--config is missing", hint));
+    let config = Config::load(args.source.config.as_deref(), &args.source.sets)?;
+    let hint = "for example --gpus 8 --gpu-memory 80 --mfu 0.4 --gpu-tflops 312";
+    let known = args.gpu_memory.is_some() || args.on == Device::Cpu;
+    ensure!(known, usage("--gpu-memory is missing", hint));
+    let positive = |name: &str, value: f64, most: f64| {
+        let ok = value.is_finite() && value > 0.0 && value <= most;
+        ensure!(ok, usage(format!("--{name} = {value}: must be above 0, at most {most}"), hint));
+        Ok(())
+    };
+    args.gpu_memory.map_or(Ok(()), |memory| positive("gpu-memory", memory, 1e6))?;
+    positive("mfu", args.mfu, 1.0)?;
+    positive("gpu-tflops", args.gpu_tflops, 1e6)?;
+    let sizes = Sizes::of(&config)?;
+    let (gpus, memory_bytes) = (args.gpus as usize, (args.gpu_memory.unwrap_or(0.0) * 1e9) as u64);
+    match args.on {
+        Device::Gpu => {
+            let cluster = Cluster { gpus, memory_bytes, tflops: args.gpu_tflops, mfu: args.mfu };
+            on_gpus(&config, &sizes, cluster, json);
+        }
+        Device::Cpu => on_cpus(&config, &sizes, gpus, args.gpu_memory.map(|_| memory_bytes), json),
+    }
+    Ok(())
+}
+
+/// What `vilg train` would refuse.
+fn refusal(config: &Config, ranks: usize) -> Option<Error> {
+    check_ranks(config, ranks).err()
+}
+
+fn on_gpus(config: &Config, sizes: &Sizes, cluster: Cluster, json: bool) {
+    let fit = Fit::of(config, sizes, cluster);
+    let refusal = refusal(config, cluster.gpus);
+    if json {
+        let refusal = refusal.as_ref().map(ToString::to_string);
+        return report::json(&json!({ "plan": fit, "vocabulary": sizes.vocabulary, "refused": refusal }));
+    }
+    let gpus = if cluster.gpus == 1 { "GPU" } else { "GPUs" };
+    report::result(format_args!(
+        "{}: {} parameters on {} {gpus} of {} GB",
+        config.name,
+        rounded(fit.parameters),
+        cluster.gpus,
+        cluster.memory_bytes as f64 / 1e9,
+    ));
+    let Cluster { mfu, tflops, .. } = cluster;
+    report::result(format_args!(
+        "step: {:.2e} FLOP, {} s at an MFU of {mfu} and {tflops} TFLOP/s a GPU (312: A100, bf16), traffic hidden; \
+        micro-steps: {}\nrun: {} steps, {} days",
+        fit.flops,
+        short(fit.seconds),
+        fit.micro_steps,
+        config.train.steps,
+        short(fit.days)
+    ));
+    rows(config, &fit);
+    activations(&fit);
+    verdict(config, &fit);
+    if let Some(error) = refusal {
+        report::result(format_args!("`vilg train` refuses: {error}"));
+        report::result(format_args!("hint: {}", refused(config, cluster.gpus, &error)));
+    }
+}
+
+/// What to do about it: the largest number of parts with a sample each, if there is one.
+fn refused(config: &Config, ranks: usize, error: &Error) -> String {
+    let train = &config.train;
+    let least = [train.batch_size, train.caption_batch_size].into_iter().filter(|size| *size > 0).min();
+    match least.map(|size| size / ranks) {
+        Some(parts) if parts > 0 => format!("train.accumulation = {parts}"),
+        _ => hint_of(error).unwrap_or_default().to_owned(),
+    }
+}
+
+fn rows(config: &Config, fit: &Fit) {
+    report::result("\nGB a GPU, the fullest one's:");
+    let header = [
+        "  stage",
+        "offload",
+        "weights",
+        "gradients",
+        "optimizer",
+        "working set",
+        "| these",
+        "average",
+        "activations",
+        "| all",
+        "fits",
+        "| host",
+        "traffic a step",
+    ];
+    let row = |row: &Row| {
+        let kinds = row.kinds;
+        let own = if row.stage == config.train.shard_stage { "*" } else { " " };
+        vec![
+            format!(" {own}{}", row.stage),
+            if row.offload { "cpu" } else { "none" }.into(),
+            gb(kinds.weights),
+            gb(kinds.gradients),
+            gb(kinds.optimizer),
+            gb(kinds.working_set),
+            format!("| {}", gb(row.states_bytes)),
+            gb(kinds.average),
+            kinds.activations.map_or("unknown".into(), gb),
+            format!("| {}", gb(row.total_bytes)),
+            if row.fits { "yes" } else { "no" }.into(),
+            format!("| {}", gb(row.host_bytes)),
+            gb(row.traffic_bytes),
+        ]
+    };
+    report::table(&header, &fit.rows.iter().map(row).collect::<Vec<_>>());
+    report::result(
+        "  * train.shard_stage; gradients are fp32, the optimizer's are fp32 master weights and moments; fits: with 1 GB left over",
+    );
+}
+
+fn activations(fit: &Fit) {
+    if let (Some(kept), Some(recomputed)) = (fit.activations_kept, fit.activations_recomputed) {
+        report::result(format_args!(
+            "\nactivations of a micro-step: {} GB with train.recompute = 0, {} GB with 1, as the segments by hand keep them",
+            gb(kept),
+            gb(recomputed)
+        ));
+    }
+}
+
+fn verdict(config: &Config, fit: &Fit) {
+    let own = format!("train.shard_stage = {}, optimizer state on the host", config.train.shard_stage);
+    if fit.fits {
+        return report::result(format_args!("\nthe configuration fits ({own})"));
+    }
+    report::result(format_args!("\nthe configuration does not fit ({own})"));
+    let hint = match (&fit.change[..], fit.gpus_needed) {
+        ([], Some(gpus)) => format!("no settings fit; {gpus} of these GPUs are enough"),
+        ([], None) => "no settings fit, whatever the number of these GPUs; use larger ones or a smaller model".into(),
+        (keys, _) => keys.join(", "),
+    };
+    report::result(format_args!("hint: {hint}"));
+}
+
+fn on_cpus(config: &Config, sizes: &Sizes, ranks: usize, memory: Option<u64>, json: bool) {
+    let shares = sizes.shares(config, ranks);
+    let stages: Vec<Held> = (0..=3).map(|stage| held(config, sizes, &shares, stage)).collect();
+    let fits = |held: &Held| memory.map(|memory| held.peak() <= memory);
+    let refusal = refusal(config, ranks);
+    if json {
+        let stages: Vec<_> = (0..).zip(&stages).map(|(stage, held)| held_json(stage, held, fits(held))).collect();
+        let refusal = refusal.as_ref().map(ToString::to_string);
+        return report::json(&json!({
+            "parameters": shares.total(), "ranks": ranks, "largest_rank": shares.largest,
+            "smallest_rank": shares.smallest, "stages": stages, "refused": refusal,
+        }));
+    }
+    report::result(format_args!("{}: {} parameters, f32", config.name, rounded(shares.total())));
+    print_shares(&shares);
+    report::result("\nGB a rank, the fullest one's:");
+    let own = |stage: u8| if stage == config.train.shard_stage { "*" } else { " " };
+    let rows: Vec<Vec<String>> =
+        (0..).zip(&stages).map(|(stage, held)| held_row(format!(" {}{stage}", own(stage)), held, fits(held))).collect();
+    print_held(&rows);
+    if let Some(error) = refusal {
+        report::result(format_args!("`vilg train` refuses: {error}"));
+        report::result(format_args!("hint: {}", refused(config, ranks, &error)));
+    }
+}
+
+/// Elements of the largest and the smallest rank.
+pub fn print_shares(shares: &Shares) {
+    let (least, most) = (grouped(shares.smallest), grouped(shares.largest));
+    report::result(format_args!(
+        "ranks: {}, of which each owns {least} to {most} elements where they split them",
+        shares.ranks
+    ));
+}
+
+/// One rank as JSON.
+pub fn held_json(stage: u8, held: &Held, fits: Option<bool>) -> serde_json::Value {
+    json!({
+        "stage": stage, "bytes": held, "between_steps": held.between_steps(), "step": held.step(),
+        "peak": held.peak(), "fits": fits,
+    })
+}
+
+/// One rank as a row of [`print_held`].
+pub fn held_row(name: String, held: &Held, fits: Option<bool>) -> Vec<String> {
+    let unknown = || "unknown".to_owned();
+    let fits = fits.map(|fits| if fits { "yes" } else { "no" });
+    let kinds = [held.weights, held.gradients, held.sums, held.moments, held.average];
+    let mut row = vec![name];
+    row.extend(kinds.map(gb));
+    row.extend([held.activations.map_or_else(unknown, gb), held.working.map_or_else(unknown, gb)]);
+    row.push(format!("| {}", gb(held.step())));
+    row.extend([held.start, held.checkpoint].map(gb));
+    row.extend(fits.map(str::to_owned));
+    row
+}
+
+/// Rows of [`held_row`] with what they mean.
+pub fn print_held(rows: &[Vec<String>]) {
+    let header = [
+        "  stage",
+        "weights",
+        "gradients",
+        "sums",
+        "moments",
+        "average",
+        "activations",
+        "working",
+        "| step",
+        "start",
+        "checkpoint",
+        "fits",
+    ];
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    report::table(&header[..columns.min(header.len())], rows);
+    report::result(
+        "  working: activations with what one segment and collectives add; step: the five kinds and working; start, \
+        checkpoint:\n  at most, as the run starts and while a checkpoint is written; the allocator's gaps come on top",
+    );
+}
+
+/// Bytes as GB.
+fn gb(bytes: u64) -> String {
+    short(bytes as f64 / 1e9)
+}
+
+/// Three digits or so.
+fn short(number: f64) -> String {
+    match number {
+        0.0 => "0".into(),
+        n if n >= 100.0 => format!("{n:.0}"),
+        n if n >= 10.0 => format!("{n:.1}"),
+        n if n >= 0.1 => format!("{n:.2}"),
+        n if n >= 0.001 => format!("{n:.4}"),
+        n => format!("{n:.1e}"),
+    }
+}

@@ -1,0 +1,147 @@
+//! What a micro-batch of the generator keeps of its activations and works with, by formula.
+//!
+//! It follows the segments written by hand (`native`, `nn::block_native`) and the engine: each segment's input stays
+//! until its backward pass, what a block saved stays where it is not to be recomputed, and a pass has its own
+//! buffers. A change there wants the same change here.
+
+use super::sequence::{Direction, Layout};
+use crate::config::Config;
+
+/// Rows of targets whose logits are in memory together.
+pub(super) const ROWS: usize = 512;
+
+/// A micro-batch of one direction.
+#[derive(Debug, Clone, Copy)]
+pub struct Micro {
+    pub layout: Layout,
+    pub samples: usize,
+    /// Among which each target position chooses.
+    pub outputs: usize,
+    /// Bytes of an activation.
+    pub bytes: u64,
+    /// Whether products round copies of their factors to bf16.
+    pub packs: bool,
+    /// Whether gradients of earlier micro-batches of this direction are there already.
+    pub again: bool,
+}
+
+/// Where in a step a moment is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// A segment's weights come.
+    Gather,
+    /// A segment computes.
+    Pass,
+    /// A segment's gradients go.
+    Reduce,
+}
+
+/// A moment of the backward pass at which much is in memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Moment {
+    pub phase: Phase,
+    /// The segment's place in the chain.
+    pub segment: usize,
+    /// Bytes of activations, their gradients and buffers.
+    pub activations: u64,
+    /// Elements of this micro-batch's gradients of the segment's parameters so far; more than there are: all of them.
+    pub gradients: u64,
+    /// Elements among them that the segment holds outside of the step's gradients.
+    pub aside: u64,
+}
+
+impl Micro {
+    /// The moments at which most is in memory, with every `recompute`-th segment forgetting what it saved (0: none).
+    pub fn moments(&self, config: &Config, recompute: usize) -> Vec<Moment> {
+        let layers = config.model.layers;
+        let forgets = |segment: usize| recompute > 0 && (segment + 1).is_multiple_of(recompute);
+        let saved = self.block_saved(config);
+        let mut kept: u64 = (1..=layers).filter(|layer| !forgets(*layer)).map(|_| saved).sum();
+        let mut moments = self.head(config, (layers as u64 + 1) * self.stream(config) + kept);
+        for layer in (1..=layers).rev() {
+            kept -= if forgets(layer) { 0 } else { saved };
+            moments.extend(self.block(config, layer, layer as u64 * self.stream(config) + kept));
+        }
+        moments.extend(self.embedding(config));
+        moments
+    }
+
+    /// The largest of [`Micro::moments`] in bytes of activations.
+    pub fn most(&self, config: &Config, recompute: usize) -> u64 {
+        self.moments(config, recompute).iter().map(|moment| moment.activations).max().unwrap_or(0)
+    }
+
+    /// The residual stream: one hidden size a position.
+    fn stream(&self, config: &Config) -> u64 {
+        self.positions() * config.model.hidden as u64 * self.bytes
+    }
+
+    fn positions(&self) -> u64 {
+        (self.samples * self.layout.positions()) as u64
+    }
+
+    /// What a block keeps for its backward pass beside its input.
+    fn block_saved(&self, config: &Config) -> u64 {
+        let model = &config.model;
+        let branches = if model.sandwich_norm { 2 } else { 0 };
+        let log_sums = self.positions() * model.heads as u64 * 4;
+        (5 + branches + model.mlp_ratio as u64) * self.stream(config) + log_sums
+    }
+
+    /// A block's moments; `held` are the inputs of the segments up to it and what those before it saved.
+    fn block(&self, config: &Config, segment: usize, held: u64) -> Vec<Moment> {
+        let model = &config.model;
+        let (stream, ratio) = (self.stream(config), model.mlp_ratio as u64);
+        let square = (model.hidden * model.hidden) as u64;
+        let normed = if model.qk_norm { 3 } else { 0 };
+        let branches = if model.sandwich_norm { 2 } else { 0 };
+        let saved = self.block_saved(config);
+        // Each with the gradient of the block's output, one hidden size a position.
+        let widths = [
+            (saved + (2 + normed + ratio) * stream, 0, ratio * square), // forward (again): normed qkv, gelu, y
+            (saved + (1 + 2 * ratio) * stream, ratio * square, ratio * square), // gelu and its gradient
+            ((8 + branches + ratio) * stream, 2 * ratio * square, ratio * square), // behind the second norm
+            // Attention: qkv, output, dmiddle, doutput, dqkv; the norms of queries and keys want copies.
+            ((10 + 2 * normed) * stream, (2 * ratio + 1) * square, 0),
+            (7 * stream, u64::MAX, 3 * square),
+        ];
+        let pass = widths.into_iter().map(|(bytes, gradients, packed)| {
+            let packed = if self.packs { 2 * packed } else { 0 };
+            Moment { phase: Phase::Pass, segment, activations: held + bytes + packed, gradients, aside: 0 }
+        });
+        let edge = |phase, gradients| Moment { phase, segment, activations: held + stream, gradients, aside: 0 };
+        std::iter::once(edge(Phase::Gather, 0)).chain(pass).chain([edge(Phase::Reduce, u64::MAX)]).collect()
+    }
+
+    /// The head finds its gradients some rows at a time in the forward pass.
+    fn head(&self, config: &Config, held: u64) -> Vec<Moment> {
+        let hidden = config.model.hidden as u64;
+        let segment = config.model.layers + 1;
+        let rows = ROWS.min(self.samples * self.layout.target()) as u64;
+        let weights = hidden * self.outputs as u64;
+        let gradients = weights + self.outputs as u64 + 2 * hidden;
+        let packed = if self.packs { 2 * weights } else { 0 };
+        let part = rows * (4 * hidden + self.outputs as u64) * self.bytes;
+        let stream = self.stream(config);
+        let moment =
+            |phase, bytes, gradients, aside| Moment { phase, segment, activations: held + bytes, gradients, aside };
+        vec![
+            moment(Phase::Gather, 0, 0, 0),
+            moment(Phase::Pass, stream + part + packed, gradients, gradients),
+            // Added to those of earlier parts, which makes a third copy.
+            moment(Phase::Pass, stream, gradients, if self.again { 2 * gradients } else { gradients }),
+            moment(Phase::Reduce, stream, gradients, 0),
+        ]
+    }
+
+    fn embedding(&self, config: &Config) -> [Moment; 3] {
+        let activations = self.stream(config);
+        let moment = |phase, gradients| Moment { phase, segment: 0, activations, gradients, aside: 0 };
+        [moment(Phase::Gather, 0), moment(Phase::Pass, u64::MAX), moment(Phase::Reduce, u64::MAX)]
+    }
+}
+
+impl Direction {
+    /// Both, in the order of a step.
+    pub const BOTH: [Self; 2] = [Self::TextToImage, Self::ImageToText];
+}

@@ -1,0 +1,152 @@
+//! Which settings let a configuration fit a cluster, and what to change where its own do not.
+
+use super::{
+    memory::{Cluster, Memory, Row, Settings},
+    sizes::Sizes,
+};
+use crate::config::Config;
+use serde::Serialize;
+
+/// A configuration on a cluster.
+#[derive(Debug, Serialize)]
+pub struct Fit {
+    pub cluster: Cluster,
+    pub parameters: u64,
+    /// Useful operations of a step.
+    pub flops: f64,
+    /// Of a step, at the cluster's speed and with no time for traffic.
+    pub seconds: f64,
+    /// Of all steps.
+    pub days: f64,
+    /// Forward and backward passes a step.
+    pub micro_steps: u64,
+    /// Stages 0 to 3, each without and with offload.
+    pub rows: Vec<Row>,
+    /// Bytes of activations without recomputation and with all of it.
+    pub activations_kept: Option<u64>,
+    pub activations_recomputed: Option<u64>,
+    /// Whether the configuration's own settings fit.
+    pub fits: bool,
+    /// Keys to set where they do not; empty where nothing is known to help.
+    pub change: Vec<String>,
+    /// The fewest GPUs of this size, by powers of two, on which some settings fit; given where none do on these.
+    pub gpus_needed: Option<usize>,
+}
+
+/// GPUs beyond which nobody looks for a fit.
+const MOST_GPUS: usize = 1 << 16;
+
+impl Fit {
+    pub fn of(config: &Config, sizes: &Sizes, cluster: Cluster) -> Self {
+        let memory = Memory::new(config, sizes, cluster.gpus);
+        let own = Settings::of(config);
+        let row = |(stage, offload)| memory.row(Settings { stage, offload, ..own }, cluster.memory_bytes);
+        let seconds = memory.seconds(&cluster);
+        let fits = memory.row(own, cluster.memory_bytes).fits;
+        let change = if fits { None } else { change(config, &memory, &cluster) };
+        Self {
+            parameters: memory.shares().total(),
+            flops: memory.flops(),
+            seconds,
+            days: seconds * config.train.steps as f64 / 86_400.0,
+            micro_steps: memory.micro_steps(),
+            rows: (0..=3).flat_map(|stage| [(stage, false), (stage, true)]).map(row).collect(),
+            activations_kept: memory.activations(Settings { recompute: 0, ..own }),
+            activations_recomputed: memory.activations(Settings { recompute: 1, ..own }),
+            fits,
+            gpus_needed: if fits || change.is_some() { None } else { gpus_needed(config, sizes, &cluster) },
+            change: change.map(|settings| keys(own, settings)).unwrap_or_default(),
+            cluster,
+        }
+    }
+}
+
+/// The settings that change least and fit: first what costs nothing, then time, then traffic.
+fn change(config: &Config, memory: &Memory, cluster: &Cluster) -> Option<Settings> {
+    candidates(config, cluster.gpus).into_iter().find(|settings| memory.row(*settings, cluster.memory_bytes).fits)
+}
+
+fn candidates(config: &Config, gpus: usize) -> Vec<Settings> {
+    let own = Settings::of(config);
+    let train = &config.train;
+    let batches = [train.batch_size, train.caption_batch_size].into_iter().filter(|size| *size > 0);
+    // As many parts as leave each GPU a sample.
+    let most = batches.min().map_or(own.accumulation, |size| size / gpus.max(1)).max(own.accumulation);
+    let mut all = Vec::new();
+    for stage in own.stage..=3 {
+        for recompute in [own.recompute, 1] {
+            for accumulation in [own.accumulation, most] {
+                all.push(Settings { stage, recompute, accumulation, ..own });
+            }
+        }
+    }
+    all
+}
+
+fn gpus_needed(config: &Config, sizes: &Sizes, cluster: &Cluster) -> Option<usize> {
+    let more = (0..).map(|power| 1 << power).skip_while(|gpus| *gpus <= cluster.gpus);
+    more.take_while(|gpus| *gpus <= MOST_GPUS).find(|&gpus| {
+        let cluster = Cluster { gpus, ..*cluster };
+        change(config, &Memory::new(config, sizes, gpus), &cluster).is_some()
+    })
+}
+
+/// The keys in which `new` differs from `own`, as a configuration sets them.
+fn keys(own: Settings, new: Settings) -> Vec<String> {
+    let mut keys = Vec::new();
+    let mut differs = |differs: bool, key: String| keys.extend(differs.then_some(key));
+    differs(own.stage != new.stage, format!("train.shard_stage = {}", new.stage));
+    differs(own.accumulation != new.accumulation, format!("train.accumulation = {}", new.accumulation));
+    differs(own.recompute != new.recompute, format!("train.recompute = {}", new.recompute));
+    keys
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fit(sets: &[&str], gpus: usize, gigabytes: u64) -> Fit {
+        let config = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/10b.toml");
+        let sets: Vec<String> = sets.iter().map(ToString::to_string).collect();
+        let config = Config::load(Some(config.as_ref()), &sets).unwrap();
+        let cluster = Cluster { gpus, memory_bytes: gigabytes * 1_000_000_000, tflops: 312.0, mfu: 0.4 };
+        Fit::of(&config, &Sizes::of(&config).unwrap(), cluster)
+    }
+
+    #[test]
+    fn what_does_not_fit_is_told_what_to_change() {
+        assert!(fit(&[], 8, 80).fits && fit(&[], 64, 40).fits);
+        let stage_1 = fit(&["train.shard_stage=1"], 8, 64);
+        assert!(!stage_1.fits, "60 GB and activations");
+        assert_eq!(stage_1.change, ["train.shard_stage = 2"]);
+        assert!(fit(&["train.accumulation=128"], 8, 24).fits);
+        let kept = fit(&["train.recompute=0", "train.accumulation=16"], 8, 24);
+        assert!(!kept.fits && kept.change.contains(&"train.accumulation = 128".to_owned()), "{:?}", kept.change);
+    }
+
+    #[test]
+    fn what_is_said_to_help_does() {
+        for (sets, gpus, gigabytes) in [
+            (vec!["train.shard_stage=0"], 16, 60),
+            (vec!["train.shard_stage=1", "train.recompute=0"], 8, 40),
+            (vec!["train.recompute=0", "train.accumulation=1"], 64, 24),
+        ] {
+            let first = fit(&sets, gpus, gigabytes);
+            assert!(!first.fits && !first.change.is_empty(), "{sets:?}");
+            let all: Vec<&str> = sets.iter().copied().chain(first.change.iter().map(String::as_str)).collect();
+            assert!(fit(&all, gpus, gigabytes).fits, "{sets:?}: {:?}", first.change);
+        }
+    }
+
+    #[test]
+    fn where_nothing_fits_more_gpus_are_counted() {
+        let none = fit(&[], 1, 16);
+        assert!(!none.fits && none.change.is_empty() && none.rows.iter().all(|row| !row.fits));
+        let gpus = none.gpus_needed.unwrap();
+        let enough = fit(&[], gpus, 16);
+        assert!(enough.fits || !enough.change.is_empty());
+        let fewer = fit(&[], gpus / 2, 16);
+        assert!(!fewer.fits && fewer.change.is_empty());
+        assert_eq!(fit(&[], 1, 1).gpus_needed, None);
+    }
+}

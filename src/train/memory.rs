@@ -1,0 +1,220 @@
+//! Bytes on a GPU, bytes moved and seconds a step, by sharding stage and with or without offload, by formula (paper §3.2).
+//!
+//! With Ψ parameters, N GPUs and g bytes a gradient (4), bytes a parameter are `2 + g + 12/N` at stage 1,
+//! `2 + (g + 12)/N` at stage 2 and `(2 + g + 12)/N` at stage 3: bf16 weights, gradients, and 12 of fp32 master weights and
+//! two moments (arXiv 1910.02054). Offload takes the 12 to the host. Stages 2 and 3 work beside that on one segment: its
+//! gradients, the copy that is sent, and (stage 3) its gathered weights. The moving average and activations come on top.
+
+use super::sizes::{Shares, Sizes};
+use crate::{
+    config::{Config, Precision, Task},
+    model::{activations::Micro, flops},
+};
+use serde::Serialize;
+
+/// Bytes of a gradient: they are summed in fp32.
+const GRADIENT: u64 = 4;
+
+/// Bytes of a GPU that are left to its driver, to libraries and to gaps between buffers.
+pub const RESERVE: u64 = 1_000_000_000;
+
+/// What is planned for.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Cluster {
+    pub gpus: usize,
+    /// Of one GPU.
+    pub memory_bytes: u64,
+    /// Peak of one GPU in 10¹² FLOP a second.
+    pub tflops: f64,
+    /// Share of the peak that the model's own operations reach (model FLOPs utilisation).
+    pub mfu: f64,
+}
+
+/// Bytes on one GPU by kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Kinds {
+    /// That products multiply.
+    pub weights: u64,
+    pub gradients: u64,
+    /// fp32 master weights and moments.
+    pub optimizer: u64,
+    /// One segment's gathered weights and gradients.
+    pub working_set: u64,
+    /// fp32 moving average of the weights.
+    pub average: u64,
+    /// Of the largest micro-batch; `None` where nobody has worked them out (image tokenizers).
+    pub activations: Option<u64>,
+}
+
+impl Kinds {
+    /// Without the average and activations: what does not depend on the batch, as ZeRO counts.
+    pub fn states(&self) -> u64 {
+        self.weights + self.gradients + self.optimizer + self.working_set
+    }
+
+    pub fn total(&self) -> u64 {
+        self.states() + self.average + self.activations.unwrap_or(0)
+    }
+}
+
+/// One stage with or without offload.
+#[derive(Debug, Clone, Serialize)]
+pub struct Row {
+    pub stage: u8,
+    /// Whether optimizer state and moving average lie in host memory.
+    pub offload: bool,
+    /// On the GPU that holds most.
+    pub kinds: Kinds,
+    pub states_bytes: u64,
+    pub total_bytes: u64,
+    /// Host memory of one GPU's share.
+    pub host_bytes: u64,
+    /// What one GPU sends to others a step.
+    pub traffic_bytes: u64,
+    /// Beside [`RESERVE`].
+    pub fits: bool,
+}
+
+/// The settings that a row depends on beside the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settings {
+    pub stage: u8,
+    pub offload: bool,
+    pub recompute: usize,
+    pub accumulation: usize,
+}
+
+impl Settings {
+    /// The configuration's own. The optimizer's state is on the host: this program keeps it nowhere else.
+    pub fn of(config: &Config) -> Self {
+        let train = &config.train;
+        Self { stage: train.shard_stage, offload: true, recompute: train.recompute, accumulation: train.accumulation }
+    }
+}
+
+/// A configuration, its sizes, and what each of so many GPUs owns.
+pub struct Memory<'a> {
+    config: &'a Config,
+    sizes: &'a Sizes,
+    shares: Shares,
+}
+
+impl<'a> Memory<'a> {
+    pub fn new(config: &'a Config, sizes: &'a Sizes, gpus: usize) -> Self {
+        Self { config, sizes, shares: sizes.shares(config, gpus) }
+    }
+
+    pub fn shares(&self) -> &Shares {
+        &self.shares
+    }
+
+    /// Bytes of a weight that products multiply; the same go over the wire.
+    fn weight(&self) -> u64 {
+        match self.config.train.precision {
+            Precision::Bf16 => 2,
+            Precision::F32 => 4,
+        }
+    }
+
+    /// Elements whose state a GPU holds, and Muon's among them.
+    fn owned(&self, stage: u8) -> (u64, u64) {
+        let Shares { largest, muons, all_muons, .. } = self.shares;
+        if stage == 0 { (self.shares.total(), all_muons) } else { (largest, muons) }
+    }
+
+    pub fn kinds(&self, settings: Settings) -> Kinds {
+        let (total, (owned, muons)) = (self.shares.total(), self.owned(settings.stage));
+        let (weight, unit) = (self.weight(), self.shares.largest_unit());
+        let (split, whole) = (settings.stage, settings.stage < 3);
+        // In f32 the weights are their own master copy.
+        let master = if weight == 4 { 0 } else { 4 * owned };
+        let average = if self.config.train.ema_decay > 0.0 { 4 * owned } else { 0 };
+        let on_gpu = |bytes: u64| if settings.offload { 0 } else { bytes };
+        let gradients_of_unit = if split >= 2 { 2 * GRADIENT * unit } else { 0 };
+        Kinds {
+            weights: weight * if whole { total } else { owned },
+            gradients: GRADIENT * if split >= 2 { owned } else { total },
+            optimizer: on_gpu(master + 8 * owned - 4 * muons),
+            working_set: gradients_of_unit + if whole { 0 } else { weight * unit },
+            average: on_gpu(average),
+            activations: self.activations(settings),
+        }
+    }
+
+    /// Of the largest micro-batch of any GPU.
+    pub fn activations(&self, settings: Settings) -> Option<u64> {
+        let mut config = self.config.clone();
+        config.train.accumulation = settings.accumulation;
+        let micro = self.sizes.micro_batches(&config, self.shares.ranks).into_iter();
+        micro.map(|micro| Micro { bytes: self.weight(), ..micro }.most(&config, settings.recompute)).max()
+    }
+
+    /// Host memory of one GPU's share: fp32 master weights, moments, moving average.
+    fn host(&self, settings: Settings) -> u64 {
+        let (owned, muons) = self.owned(settings.stage);
+        let average = if self.config.train.ema_decay > 0.0 { 4 } else { 0 };
+        if settings.offload { (12 + average) * owned - 4 * muons } else { 0 }
+    }
+
+    /// Forward and backward passes a step.
+    pub fn micro_steps(&self) -> u64 {
+        let accumulation = self.config.train.accumulation;
+        match self.config.task {
+            Task::ImageTokenizer => accumulation as u64,
+            Task::Generator => {
+                let directions = self.sizes.micro_batches(self.config, self.shares.ranks).len();
+                (accumulation * directions) as u64
+            }
+        }
+    }
+
+    /// What a GPU sends a step: its N-th part stays where it is.
+    fn traffic(&self, stage: u8) -> u64 {
+        let passes = match stage {
+            0 | 1 => 2, // gradients to their owners, weights (stage 0: sums) back
+            2 => 1 + self.micro_steps(),
+            _ => 3 * self.micro_steps(),
+        };
+        let ranks = self.shares.ranks.max(1) as u128;
+        let bytes = u128::from(passes * self.weight()) * u128::from(self.shares.total());
+        u64::try_from(bytes * (ranks - 1) / ranks).unwrap_or(u64::MAX)
+    }
+
+    /// Bytes, traffic and whether they fit.
+    pub fn row(&self, settings: Settings, memory_bytes: u64) -> Row {
+        let kinds = self.kinds(settings);
+        Row {
+            stage: settings.stage,
+            offload: settings.offload,
+            kinds,
+            states_bytes: kinds.states(),
+            total_bytes: kinds.total(),
+            host_bytes: self.host(settings),
+            traffic_bytes: self.traffic(settings.stage),
+            fits: kinds.total() + RESERVE <= memory_bytes,
+        }
+    }
+
+    /// Useful operations of a step: recomputation does not count.
+    pub fn flops(&self) -> f64 {
+        let config = self.config;
+        if config.task == Task::ImageTokenizer {
+            return flops::tokenizer(&self.sizes.tokenizer, config.train.batch_size);
+        }
+        // On one rank without accumulation, the largest micro-batch is the whole batch.
+        let mut whole = config.clone();
+        whole.train.accumulation = 1;
+        let batches = self.sizes.micro_batches(&whole, 1).into_iter();
+        let sequence = |micro: &Micro| flops::sequence(&config.model, &micro.layout, micro.outputs);
+        batches.map(|micro| 3.0 * micro.samples as f64 * sequence(&micro)).sum()
+    }
+
+    /// Seconds a step where nothing but computing takes time.
+    pub fn seconds(&self, cluster: &Cluster) -> f64 {
+        self.flops() / (cluster.gpus as f64 * cluster.tflops * 1e12 * cluster.mfu)
+    }
+}
+
+#[cfg(test)]
+#[path = "memory_tests.rs"]
+mod tests;

@@ -1,0 +1,138 @@
+//! The formulas of `vilg plan --on cpu` against the bytes that real steps allocate.
+//!
+//! Bytes are counted for a whole process, so the test runs itself again, alone, in a process of its own.
+
+use std::{
+    alloc::{GlobalAlloc, Layout as Memory, System},
+    process::Command,
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    time::Duration,
+};
+use vilg::{
+    config::{Config, Model, Train},
+    dist::{self, Group},
+    error::Result,
+    model::{Batch, Direction, Generator, Layout, pad},
+    nn::params::Scope,
+    ops::Store,
+    train::{
+        ema, engine,
+        held::held,
+        optimizer::Optimizer,
+        shards::{Shards, names},
+        sizes::Sizes,
+    },
+};
+
+struct Counting;
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: everything is passed on to the system's allocator; the counters touch no memory of it.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, memory: Memory) -> *mut u8 {
+        PEAK.fetch_max(LIVE.fetch_add(memory.size(), Relaxed) + memory.size(), Relaxed);
+        // SAFETY: passed on.
+        unsafe { System.alloc(memory) }
+    }
+
+    unsafe fn dealloc(&self, start: *mut u8, memory: Memory) {
+        LIVE.fetch_sub(memory.size(), Relaxed);
+        // SAFETY: passed on.
+        unsafe { System.dealloc(start, memory) }
+    }
+}
+
+fn config(stage: u8, recompute: usize, accumulation: usize, qk_norm: bool) -> Config {
+    let mut config = Config {
+        model: Model { layers: 4, hidden: 128, heads: 4, qk_norm, sandwich_norm: !qk_norm, ..Model::default() },
+        train: Train { shard_stage: stage, recompute, accumulation, ..Train::default() },
+        ..Config::default()
+    };
+    (config.train.batch_size, config.train.caption_batch_size) = (16 * accumulation, 16 * accumulation);
+    config.text.max_tokens = 8;
+    config.image_tokenizer.image_size = 64;
+    config.image_tokenizer.codebook_size = 48;
+    config
+}
+
+/// Sequences without padding.
+fn batch(layout: Layout, samples: usize) -> Batch {
+    let device = candle_core::Device::Cpu;
+    let rows = vec![vec![1u32; layout.text]; samples];
+    let (text, text_lengths) = pad(&rows, layout.text, 0, &device).unwrap();
+    let codes = candle_core::Tensor::zeros((samples, layout.grid.len()), candle_core::DType::U32, &device).unwrap();
+    Batch { direction: layout.direction, text, text_lengths, codes, loss_scale: 1e-3 }
+}
+
+/// Two steps as the training loop takes them.
+fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
+    let scope = Scope::from_seed(1, candle_core::DType::F32, &candle_core::Device::Cpu);
+    let (grid, codes) = (sizes.tokenizer.grid(), sizes.tokenizer.codebook_size);
+    let model = Generator::new(&scope, config, sizes.vocabulary, codes, grid)?;
+    let segments = model.segments();
+    let mut shards =
+        Shards::new(group, config.train.shard_stage, Store::Memory, &scope.params(), &names(&segments), |_, _| false)?;
+    let mut optimizer = Optimizer::new(&shards, &config.train)?;
+    let mut average = ema::start(&shards)?;
+    group.barrier()?;
+    PEAK.store(LIVE.load(Relaxed), Relaxed); // the start is no part of a step
+    group.barrier()?;
+    for step in 1..=2 {
+        shards.begin(step);
+        for direction in Direction::BOTH {
+            let samples = 16 / group.world_size();
+            for _ in 0..config.train.accumulation {
+                let batch = batch(model.layout(direction), samples);
+                engine::accumulate(&segments, &batch, config.train.recompute, &mut shards)?;
+            }
+        }
+        shards.finish()?;
+        optimizer.step(&mut shards, &config.train, step, 1.0, 1.0)?;
+        shards.refresh()?;
+        ema::update(&mut average, &shards, config.train.ema_decay, step)?;
+    }
+    group.barrier()
+}
+
+/// Bytes a rank: by formula, and at the fullest moment of two steps.
+fn compare(config: &Config, ranks: usize) -> (f64, f64) {
+    let mut sizes = Sizes::of(config).unwrap();
+    sizes.vocabulary = 40;
+    let formula = held(config, &sizes, &sizes.shares(config, ranks), config.train.shard_stage).step();
+    let before = LIVE.load(Relaxed);
+    dist::launch(ranks, Duration::from_secs(60), |group| steps(config, &sizes, group)).unwrap();
+    (formula as f64, (PEAK.load(Relaxed) - before) as f64 / ranks as f64)
+}
+
+const ALONE: &str = "VILG_TEST_COUNTS_ALONE";
+
+#[test]
+fn a_step_holds_what_the_formulas_say() {
+    if std::env::var_os(ALONE).is_none() {
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", "memory::a_step_holds_what_the_formulas_say", "--nocapture", "--test-threads=1"]);
+        let output = child.env(ALONE, "1").env("RAYON_NUM_THREADS", "2").output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        return;
+    }
+    let mut wrong = Vec::new();
+    for (ranks, stage) in [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (4, 3)] {
+        for (recompute, accumulation, qk_norm) in [(0, 1, true), (1, 1, true), (2, 2, true), (1, 2, false)] {
+            let (formula, counted) = compare(&config(stage, recompute, accumulation, qk_norm), ranks);
+            let line = format!(
+                "{ranks} ranks, stage {stage}, recompute {recompute}, {accumulation} parts: {formula:.3e} by formula, \
+                {counted:.3e} counted, {:.3}",
+                counted / formula
+            );
+            println!("{line}");
+            if (counted / formula - 1.0).abs() > 0.1 {
+                wrong.push(line);
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
