@@ -98,7 +98,7 @@ fn operations_are_those_of_the_paper_s_model() {
 fn other_settings_change_their_kind_only() {
     let mut config = paper();
     let sizes = Sizes::of(&config).unwrap();
-    let settings = Settings { stage: 3, ..Settings::of(&config) };
+    let settings = Settings { stage: 3, offload: false, ..Settings::of(&config) };
     let kinds = |config: &Config, settings| Memory::new(config, &sizes, 8).kinds(settings);
     let before = kinds(&config, settings);
     let kept = kinds(&config, Settings { recompute: 0, ..settings });
