@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the full width of the 10 B model here, two layers of it, for three steps on two ranks of one process each, and
-# prints what each rank held at most against what `vilg plan` says. Takes some minutes and about 20 GB.
+# prints what a rank held at most beside what `vilg plan` says. Takes some minutes and about 20 GB.
 #   scripts/slice_10b.sh [more arguments of vilg train]      # needs a build with --features mpi
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -29,7 +29,12 @@ run data encode pictures --model runs/tokenizer/model -o codes
 
 settings=(--config "$root/configs/10b.toml" --set model.layers=2 --set 'data.sources=[{path="codes"}]' --set text.vocab=vocab.txt
     --set image_tokenizer.path=runs/tokenizer/model --set train.steps=3 --set train.warmup_steps=1 --set train.sample_every=0
-    --set train.batch_size=2 --set train.caption_batch_size=2 --set train.accumulation=1)
+    --set train.batch_size=2 --set train.caption_batch_size=2 --set train.accumulation=1 --set train.background_checkpoints=false)
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 mpirun -n 2 --bind-to none --oversubscribe "$vilg" train "${settings[@]}" "$@"
-cat runs/10b/metrics.jsonl
+"$vilg" plan "${settings[@]}" "$@" --gpus 2 --on cpu
+python3 - <<'PY'
+import json
+peaks = [json.loads(line)["peak_memory_bytes"] for line in open("runs/10b/metrics.jsonl")]
+print(f"rank 0 held at most {max(peaks) / 1e9:.2f} GB")
+PY
