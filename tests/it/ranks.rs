@@ -267,13 +267,13 @@ mod processes {
     #[test]
     fn a_process_that_stands_still_is_named_with_its_last_call() {
         let folder = folder();
-        let sets = ["train.steps=100000", "train.shard_stage=3", "train.rank_timeout=2"];
+        let sets = ["train.steps=100000", "train.shard_stage=3", "train.rank_timeout=5"];
         let job = Job::start(folder.path(), 3, &train("still", &sets));
         job.wait_for_steps(folder.path(), "still", 4);
         job.signal(1, libc::SIGSTOP);
         let (code, text) = job.end();
         assert!(code.is_some_and(|code| code != 0), "{text}");
-        assert!(text.contains("for rank 1 (last seen at") && text.contains("waited 2 s at"), "{text}");
+        assert!(text.contains("for rank 1 (last seen at") && text.contains("waited 5 s at"), "{text}");
     }
 
     #[test]
