@@ -19,6 +19,9 @@ use std::{
     path::Path,
 };
 
+/// Bytes that are converted together; a multiple of every float's.
+const CHUNK: usize = 1 << 16;
+
 const REPLACE: &str = "the file is damaged or of another kind; copy it again or name another folder";
 
 /// A safetensors file as memory.
@@ -38,14 +41,15 @@ pub fn map(path: &Path) -> Result<Mapped> {
 /// The tensors of a safetensors file as it holds them, to be written as `dtype`.
 ///
 /// # Errors
-/// A malformed header.
+/// A malformed header, a dtype other than a float, a number that is not finite.
 pub fn stored<'a>(bytes: &'a [u8], origin: &str, dtype: Dtype) -> Result<BTreeMap<String, Values<'a>>> {
-    let file = SafeTensors::deserialize(bytes).hint(format!("{origin} is not a whole safetensors file"), REPLACE)?;
     let values = |(name, view): (&str, TensorView<'a>)| {
+        // Checked now, converted when they are written: a little is in memory at a time.
+        view.data().chunks(CHUNK).try_for_each(|chunk| finite(chunk, view.dtype(), name, origin).map(drop))?;
         let pieces = vec![Piece::Stored(view.data(), view.dtype())];
-        (name.to_owned(), Values { shape: view.shape().to_vec(), pieces, dtype })
+        Ok((name.to_owned(), Values { shape: view.shape().to_vec(), pieces, dtype }))
     };
-    Ok(file.iter().map(values).collect())
+    open(bytes, origin)?.iter().map(values).collect()
 }
 
 /// All tensors of a safetensors file as f32 by name; `origin` is its name in messages.
@@ -53,23 +57,22 @@ pub fn stored<'a>(bytes: &'a [u8], origin: &str, dtype: Dtype) -> Result<BTreeMa
 /// # Errors
 /// A malformed header, a dtype other than a float, a number that is not finite.
 pub fn parse(bytes: &[u8], origin: &str) -> Result<HashMap<String, Tensor>> {
-    let file = SafeTensors::deserialize(bytes).hint(format!("{origin} is not a whole safetensors file"), REPLACE)?;
-    let mut tensors = HashMap::with_capacity(file.len());
-    for (name, view) in file.iter() {
-        let dtype = match view.dtype() {
-            Dtype::F64 => DType::F64,
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            other => bail!("{origin}: tensor `{name}` is {other:?}, expected a float"),
-        };
-        let tensor = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?.to_dtype(DType::F32)?;
-        // NaN and infinity survive the sum of 0 · x.
-        let finite = tensor.elem_count() == 0 || (&tensor * 0.0)?.sum_all()?.to_scalar::<f32>()? == 0.0;
-        ensure!(finite, "{origin}: tensor `{name}` holds numbers that are not finite");
-        tensors.insert(name.to_owned(), tensor);
-    }
-    Ok(tensors)
+    let tensor = |(name, view): (&str, TensorView<'_>)| {
+        let values = finite(view.data(), view.dtype(), name, origin)?;
+        Ok((name.to_owned(), Tensor::from_vec(values, view.shape(), &Device::Cpu)?))
+    };
+    open(bytes, origin)?.iter().map(tensor).collect()
+}
+
+fn open<'a>(bytes: &'a [u8], origin: &str) -> Result<SafeTensors<'a>> {
+    SafeTensors::deserialize(bytes).hint(format!("{origin} is not a whole safetensors file"), REPLACE)
+}
+
+/// Bytes of the tensor `name` as f32.
+fn finite(bytes: &[u8], dtype: Dtype, name: &str, origin: &str) -> Result<Vec<f32>> {
+    let values = floats(bytes, dtype).with_context(|| format!("{origin}: tensor `{name}`"))?;
+    ensure!(values.iter().all(|x| x.is_finite()), "{origin}: tensor `{name}` holds numbers that are not finite");
+    Ok(values)
 }
 
 /// A tensor to be written: its shape and its values, piece after piece.
@@ -103,7 +106,7 @@ impl Piece<'_> {
         if from == dtype {
             return Ok(out.write_all(bytes)?);
         }
-        for chunk in bytes.chunks(1 << 16) {
+        for chunk in bytes.chunks(CHUNK) {
             let values = floats(chunk, from)?;
             let converted: Vec<u8> = match dtype {
                 Dtype::BF16 => values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect(),
@@ -207,5 +210,7 @@ mod tests {
         let end = nan.len();
         nan[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
         assert!(parse(&nan, "test").unwrap_err().to_string().contains("a.weight"));
+        let export = |bytes: &[u8]| stored(bytes, "test", Dtype::BF16).map(drop);
+        assert!(export(&whole).is_ok() && export(&nan).unwrap_err().to_string().contains("a.weight"));
     }
 }
