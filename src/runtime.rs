@@ -1,9 +1,6 @@
 //! Threads, memory and the device of this process, chosen once at start.
 
-#[cfg(feature = "cuda")]
-mod cuda;
-#[cfg(not(feature = "cuda"))]
-#[path = "runtime/disabled.rs"]
+#[cfg_attr(not(feature = "cuda"), path = "runtime/cuda_disabled.rs")]
 mod cuda;
 mod device;
 

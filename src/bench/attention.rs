@@ -1,10 +1,10 @@
 //! Cost of attention against the number of codes, and of one whole block, each pattern against dense.
 
-use super::{Spread, flops, seconds, shapes::Shape, work};
+use super::{Spread, flops::layout, seconds, shapes::Shape, work};
 use crate::{
     config::{AttentionKind, ConvBorder, RowExtent},
     error::{Context, Result},
-    model::Layout,
+    model::{Layout, flops},
     nn::pattern::{Grid, Pattern},
     ops,
     random::Random,
@@ -40,7 +40,7 @@ const MAX_SCORES: usize = 1 << 27;
 pub fn attention(shape: &Shape, sides: &[usize], repeat: usize) -> Result<Vec<Cost>> {
     let mut costs = Vec::new();
     for &side in sides {
-        let layout = Layout { grid: Grid { height: side, width: side }, ..flops::layout(shape) };
+        let layout = Layout { grid: Grid { height: side, width: side }, ..layout(shape) };
         let model = &shape.config.model;
         let qkv = qkv(layout.positions(), model.heads, model.hidden / model.heads)?;
         let cost = |(pattern, kind): (&'static str, Pattern)| {
@@ -90,7 +90,7 @@ pub fn block(shape: &Shape, repeat: usize) -> Result<Vec<Cost>> {
         let mut shape = shape.clone();
         (shape.config.model.attention, shape.config.model.layers) = (kind, names.len());
         let (generator, _) = work::generator(&shape)?;
-        let (batch, layout) = (work::batch(&shape)?, flops::layout(&shape));
+        let (batch, layout) = (work::batch(&shape)?, layout(&shape));
         for (i, name) in names.iter().enumerate() {
             let mut chain = generator.segments();
             chain.drain(2 + i..1 + names.len());

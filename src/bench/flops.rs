@@ -1,7 +1,6 @@
-//! What [`crate::model::flops`] counts, of the shapes that are measured.
+//! What [`model::flops`](crate::model::flops) counts, of the shapes that are measured.
 
 use super::shapes::Shape;
-pub use crate::model::flops::{attention, block, keys, tokenizer};
 use crate::{
     model::{Direction, Layout, flops},
     nn::pattern::Grid,
@@ -30,7 +29,7 @@ pub fn layout(shape: &Shape) -> Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::ImageTokenizer;
+    use crate::{config::ImageTokenizer, model::flops::tokenizer};
 
     #[test]
     fn a_dense_generator_by_hand() {

@@ -51,7 +51,7 @@ pub fn tokenizer(shape: &Shape) -> Result<Work<'static>> {
     let parameters = count(&params);
     let mut step = Step::new(shape, &model.segments())?;
     let run = Box::new(move || step.take(&model.segments(), &PixelBatch::new(pixels.clone(), 1.0)));
-    let flops = flops::tokenizer(config, shape.batch);
+    let flops = crate::model::flops::tokenizer(config, shape.batch);
     Ok(Work {
         name: "tokenizer",
         precision: Precision::F32.name(),

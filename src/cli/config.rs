@@ -2,9 +2,10 @@
 
 use super::summary::Summary;
 use crate::{
-    config::{Loaded, Origin, values},
-    error::{Context, Result, usage},
+    config::{Config, Loaded, Origin, values},
+    error::{Context, Result, ensure, usage},
     report,
+    train::sizes::Sizes,
 };
 use clap::{Subcommand, ValueEnum};
 use std::{fs::OpenOptions, io::Write, path::Path, path::PathBuf};
@@ -42,6 +43,15 @@ pub struct Source {
     /// Override a value, e.g. `--set train.steps=100`; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub sets: Vec<String>,
+}
+
+impl Source {
+    /// The configuration, for commands that make no sense with the built-in defaults alone; `example` is one to start from.
+    pub fn load(&self, example: &str) -> Result<Config> {
+        let hint = format!("`vilg config init {example} -o {example}.toml` writes one to start from");
+        ensure!(self.config.is_some() || !self.sets.is_empty(), usage("--config is missing", hint));
+        Config::load(self.config.as_deref(), &self.sets)
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -112,7 +122,7 @@ fn check(source: &Source, json: bool) -> Result<()> {
 fn show(source: &Source, json: bool) -> Result<()> {
     let loaded = Loaded::read(source.config.as_deref(), &source.sets)?;
     loaded.config.validate()?;
-    let summary = Summary::new(&loaded.config)?;
+    let summary = Summary::new(&loaded.config, &Sizes::of(&loaded.config)?);
     let rows = values(&loaded.config)?.into_iter().map(|(key, value)| {
         let from = match loaded.origin(&key) {
             Origin::Default => "default",

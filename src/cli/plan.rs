@@ -51,9 +51,7 @@ enum Device {
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
-    let hint = "`vilg config init 10b -o 10b.toml` writes one to start from";
-    ensure!(args.source.config.is_some() || !args.source.sets.is_empty(), usage("--config is missing", hint));
-    let config = Config::load(args.source.config.as_deref(), &args.source.sets)?;
+    let config = args.source.load("10b")?;
     let hint = "for example --gpus 8 --gpu-memory 80 --mfu 0.4 --gpu-tflops 312";
     let known = args.gpu_memory.is_some() || args.on == Device::Cpu;
     ensure!(known, usage("--gpu-memory is missing", hint));
@@ -77,14 +75,9 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     Ok(())
 }
 
-/// What `vilg train` would refuse.
-fn refusal(config: &Config, ranks: usize) -> Option<Error> {
-    check_ranks(config, ranks).err()
-}
-
 fn on_gpus(config: &Config, sizes: &Sizes, cluster: Cluster, json: bool) {
     let fit = Fit::of(config, sizes, cluster);
-    let refusal = refusal(config, cluster.gpus);
+    let refusal = check_ranks(config, cluster.gpus).err();
     if json {
         let refusal = refusal.as_ref().map(ToString::to_string);
         return report::json(&json!({ "plan": fit, "vocabulary": sizes.vocabulary, "refused": refusal }));
@@ -110,9 +103,14 @@ fn on_gpus(config: &Config, sizes: &Sizes, cluster: Cluster, json: bool) {
     rows(config, &fit);
     activations(&fit);
     verdict(config, &fit);
+    print_refusal(config, cluster.gpus, refusal);
+}
+
+/// What `vilg train` would refuse.
+fn print_refusal(config: &Config, ranks: usize, refusal: Option<Error>) {
     if let Some(error) = refusal {
         report::result(format_args!("`vilg train` refuses: {error}"));
-        report::result(format_args!("hint: {}", refused(config, cluster.gpus, &error)));
+        report::result(format_args!("hint: {}", refused(config, ranks, &error)));
     }
 }
 
@@ -196,7 +194,7 @@ fn on_cpus(config: &Config, sizes: &Sizes, ranks: usize, memory: Option<u64>, js
     let shares = sizes.shares(config, ranks);
     let stages: Vec<Held> = (0..=3).map(|stage| held(config, sizes, &shares, stage)).collect();
     let fits = |held: &Held| memory.map(|memory| held.peak() <= memory);
-    let refusal = refusal(config, ranks);
+    let refusal = check_ranks(config, ranks).err();
     if json {
         let stages: Vec<_> = (0..).zip(&stages).map(|(stage, held)| held_json(stage, held, fits(held))).collect();
         let refusal = refusal.as_ref().map(ToString::to_string);
@@ -212,10 +210,7 @@ fn on_cpus(config: &Config, sizes: &Sizes, ranks: usize, memory: Option<u64>, js
     let rows: Vec<Vec<String>> =
         (0..).zip(&stages).map(|(stage, held)| held_row(format!(" {}{stage}", own(stage)), held, fits(held))).collect();
     print_held(&rows);
-    if let Some(error) = refusal {
-        report::result(format_args!("`vilg train` refuses: {error}"));
-        report::result(format_args!("hint: {}", refused(config, ranks, &error)));
-    }
+    print_refusal(config, ranks, refusal);
 }
 
 /// Elements of the largest and the smallest rank.

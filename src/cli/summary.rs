@@ -2,7 +2,6 @@
 
 use crate::{
     config::{Config, Task},
-    error::Result,
     nn::pattern::Pattern,
     report,
     train::sizes::Sizes,
@@ -28,10 +27,7 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// # Errors
-    /// The tokenizer's folder exists and holds a bad configuration.
-    pub fn new(config: &Config) -> Result<Self> {
-        let sizes = Sizes::of(config)?;
+    pub fn new(config: &Config, sizes: &Sizes) -> Self {
         let (tokenizer, grid) = (&sizes.tokenizer, sizes.tokenizer.grid());
         let (vocabulary, parameters) = (sizes.vocabulary, sizes.parts(config));
         let vocabulary_from = if sizes.vocabulary_found { "counted" } else { "assumed: the file is not there" };
@@ -39,7 +35,7 @@ impl Summary {
         let generator = config.task == Task::Generator;
         let only = |parts: Vec<(&'static str, usize)>| if generator { parts } else { Vec::new() };
         let layers = (1..=config.model.layers).filter(|_| generator);
-        Ok(Self {
+        Self {
             vocabulary,
             vocabulary_from,
             codebook: tokenizer.codebook_size,
@@ -49,7 +45,7 @@ impl Summary {
             text_to_image: only(vec![("text", m), ("start of image", 1), ("codes but the last", n - 1)]),
             image_to_text: only(vec![("codes", n), ("text but its last position", m - 1)]),
             layers: layers.map(|layer| pattern_name(Pattern::of_layer(layer, &config.model))).collect(),
-        })
+        }
     }
 
     /// Prints the summary as text.

@@ -4,7 +4,7 @@ use super::{config::Source, plan, summary::Summary};
 use crate::{
     config::{Config, Task},
     dist::Ranks,
-    error::{Result, ensure, usage},
+    error::Result,
     report,
     train::{
         self, Plan, Resume,
@@ -43,9 +43,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
-    let hint = "`vilg config init emoji -o emoji.toml` writes one to start from";
-    ensure!(args.source.config.is_some() || !args.source.sets.is_empty(), usage("--config is missing", hint));
-    let config = Config::load(args.source.config.as_deref(), &args.source.sets)?;
+    let config = args.source.load("emoji")?;
     if args.dry_run {
         return match args.world_size {
             Some(ranks) => dry_run_of_ranks(&config, ranks as usize, json),
@@ -81,7 +79,7 @@ fn duration(text: &str) -> Result<Duration, String> {
 }
 
 fn dry_run(config: &Config, json: bool) -> Result<()> {
-    let summary = Summary::new(config)?;
+    let summary = Summary::new(config, &Sizes::of(config)?);
     let plan = train::plan(config)?;
     if json {
         report::json(&json!({ "summary": summary, "plan": plan }));
@@ -95,7 +93,8 @@ fn dry_run(config: &Config, json: bool) -> Result<()> {
 /// A dry run of any number of ranks on any machine.
 fn dry_run_of_ranks(config: &Config, ranks: usize, json: bool) -> Result<()> {
     check_ranks(config, ranks)?;
-    let (summary, sizes) = (Summary::new(config)?, Sizes::of(config)?);
+    let sizes = Sizes::of(config)?;
+    let summary = Summary::new(config, &sizes);
     let (plan, missing) = train::plan_without(config)?;
     let mut absent: Vec<String> = missing.iter().map(|path| format!("data.sources: `{path}`")).collect();
     if config.task == Task::Generator {

@@ -9,6 +9,7 @@ mod launcher;
 mod local;
 #[cfg_attr(not(feature = "mpi"), path = "mpi_disabled.rs")]
 mod mpi;
+#[cfg_attr(not(feature = "nccl"), path = "nccl_disabled.rs")]
 mod nccl;
 
 use crate::{

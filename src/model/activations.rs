@@ -4,11 +4,11 @@
 //! until its backward pass, what a block saved stays where it is not to be recomputed, and a pass has its own
 //! buffers. A change there wants the same change here.
 
-use super::sequence::{Direction, Layout};
+use super::{
+    native::ROWS,
+    sequence::{Direction, Layout},
+};
 use crate::config::Config;
-
-/// Rows of targets whose logits are in memory together.
-pub(super) const ROWS: usize = 512;
 
 /// A micro-batch of one direction.
 #[derive(Debug, Clone, Copy)]

@@ -1,7 +1,6 @@
 //! The generator's segments by hand, for the CPU in f32; a test holds them equal to the taped ones.
 
 use super::{
-    activations::ROWS,
     embedding::Embedding,
     head::Head,
     sequence::{Batch, Layout, Slot},
@@ -173,6 +172,9 @@ pub struct NativeHead<'g> {
     pub head: &'g Head,
     pub precision: Precision,
 }
+
+/// Rows whose logits are in memory together.
+pub(super) const ROWS: usize = 512;
 
 /// The gradients, found in the forward pass.
 struct Found {

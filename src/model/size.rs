@@ -1,5 +1,6 @@
 //! Parameters of each part by formula, so that a configuration of any size can be judged without building it.
 
+use super::listing;
 use crate::config::{Config, ImageTokenizer};
 
 /// A part of a model and its number of parameters.
@@ -7,31 +8,21 @@ pub type Part = (&'static str, u64);
 
 /// The generator's parts.
 pub fn generator(config: &Config, vocab_size: usize, codebook_size: usize, grid: (usize, usize)) -> Vec<Part> {
-    let hidden = config.model.hidden as u64;
-    let table = |rows: usize| rows as u64 * hidden;
-    let head = |outputs: usize| linear(hidden, outputs as u64);
+    let units = listing::generator(config, vocab_size, codebook_size, grid);
+    let count = |prefixes: &[&str]| -> u64 {
+        let of_part = units.iter().flatten().filter(|(name, _)| prefixes.iter().any(|prefix| name.starts_with(prefix)));
+        of_part.map(|(_, shape)| shape.iter().product::<usize>() as u64).sum()
+    };
     vec![
-        ("text embedding", table(vocab_size)),
-        ("text positions", table(config.text.max_tokens)),
-        ("image embedding", table(codebook_size)),
-        ("image positions", table(grid.0 + grid.1 + 1)), // rows, columns, start of image
-        ("blocks", config.model.layers as u64 * block(config)),
-        ("final norm", norm(hidden)),
-        ("text head", head(vocab_size)),
-        ("image head", head(codebook_size)),
+        ("text embedding", count(&["text_embedding."])),
+        ("text positions", count(&["text_position."])),
+        ("image embedding", count(&["image_embedding."])),
+        ("image positions", count(&["image_row.", "image_column.", "image_start"])),
+        ("blocks", count(&["blocks."])),
+        ("final norm", count(&["norm."])),
+        ("text head", count(&["text_head."])),
+        ("image head", count(&["image_head."])),
     ]
-}
-
-/// One transformer block.
-pub fn block(config: &Config) -> u64 {
-    let model = &config.model;
-    let (hidden, inner) = (model.hidden as u64, (model.hidden * model.mlp_ratio) as u64);
-    let head = hidden / (model.heads as u64).max(1);
-    let attention = linear(hidden, 3 * hidden) + linear(hidden, hidden);
-    let mlp = linear(hidden, inner) + linear(inner, hidden);
-    let qk_norm = if model.qk_norm { 2 * norm(head) } else { 0 };
-    let norms = if model.sandwich_norm { 4 } else { 2 };
-    attention + mlp + qk_norm + norms * norm(hidden)
 }
 
 /// The image tokenizer's parts.
@@ -101,10 +92,6 @@ fn attention(channels: u64) -> u64 {
 
 fn conv(input: u64, out: u64, size: u64) -> u64 {
     input * out * size * size + out
-}
-
-fn linear(input: u64, out: u64) -> u64 {
-    conv(input, out, 1)
 }
 
 /// Scale and shift.

@@ -7,7 +7,7 @@
 //! Every rank writes what it owns into a file of its own; see [`saving`](super::saving) for how and when, and
 //! [`reshard`](super::reshard) for how others read it.
 
-use super::{reshard::Stored, saving::remove, spikes::Spikes};
+use super::{reshard::Stored, spikes::Spikes};
 use crate::{
     config::Config,
     dist::Group,
@@ -192,6 +192,16 @@ pub fn newest(group: &Group, folder: &Path) -> Result<Option<Loaded>> {
 /// Whether `folder` holds any checkpoint.
 pub fn any(folder: &Path) -> Result<bool> {
     Ok(!list(folder)?.is_empty())
+}
+
+/// Deletes a folder, if it is there.
+pub fn remove(folder: &Path) -> Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("cannot delete {}", folder.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Sets the checkpoints after `step` aside (`step-N.old`): the run goes on from an older one.

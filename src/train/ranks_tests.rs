@@ -165,9 +165,9 @@ fn any_number_of_ranks_goes_on_from_any_other_s_checkpoint() {
                 let mut shards = Shards::new(group, stage, Store::Memory, task.params(), &task.units(), whole)?;
                 let checkpoints = parent.join("runs/toy/checkpoints");
                 let run = RunState::start(&config, &mut task, &mut shards, &checkpoints, &Resume::Auto)?;
-                let mut saving = Saving::new(group, again.clone());
+                let mut saving = Saving::new(group, again.clone(), 2);
                 run.save(&config, &task, &shards, &mut saving, false)?;
-                saving.finish(2).map(drop)
+                saving.finish().map(drop)
             })
             .unwrap();
             assert!(saved == whole(&again.join("step-3")), "from {from} to {to} ranks");

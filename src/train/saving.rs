@@ -4,7 +4,7 @@
 //! between the ranks go on training: only a copy of the state is taken before.
 
 use super::{
-    checkpoint::{CONFIG, FORMAT, FileInfo, MANIFEST, Manifest, STATE, State, TENSORS, at, list},
+    checkpoint::{CONFIG, FORMAT, FileInfo, MANIFEST, Manifest, STATE, State, TENSORS, at, list, remove},
     reshard::{self, Parts},
 };
 use crate::{
@@ -26,6 +26,8 @@ pub struct Saving<'g> {
     group: &'g Group,
     /// Where checkpoints lie.
     folder: PathBuf,
+    /// How many are kept.
+    keep: usize,
     pending: Option<Pending>,
 }
 
@@ -43,14 +45,14 @@ enum Files {
 }
 
 impl<'g> Saving<'g> {
-    pub fn new(group: &'g Group, folder: PathBuf) -> Self {
-        Self { group, folder, pending: None }
+    pub fn new(group: &'g Group, folder: PathBuf, keep: usize) -> Self {
+        Self { group, folder, keep, pending: None }
     }
 
     /// Starts the checkpoint of `state.step`, each rank with `parts` of it; waits for the one before. In the `background`
     /// a copy is written; otherwise this returns when this rank's files are on the disk.
     pub fn begin(&mut self, config: &Config, state: &State, parts: Parts<'_>, background: bool) -> Result<()> {
-        self.finish(config.train.keep_checkpoints)?;
+        self.finish()?;
         let tmp = tmp(&self.folder, state.step);
         if self.group.leads() {
             remove(&tmp).and_then(|()| Ok(fs::create_dir_all(&tmp)?)).hint(cannot(&tmp), HINT)?;
@@ -87,8 +89,8 @@ impl<'g> Saving<'g> {
         })
     }
 
-    /// Makes what was begun a checkpoint and deletes all but the `keep` newest ones; returns its step.
-    pub fn finish(&mut self, keep: usize) -> Result<Option<u64>> {
+    /// Makes what was begun a checkpoint and deletes all but the newest ones; returns its step.
+    pub fn finish(&mut self) -> Result<Option<u64>> {
         let Some(Pending { step, files }) = self.pending.take() else { return Ok(None) };
         let ours = match files {
             Files::Done(written) => written,
@@ -103,7 +105,7 @@ impl<'g> Saving<'g> {
         if self.group.leads() {
             let path = at(&self.folder, step);
             publish(&tmp(&self.folder, step), &path, files).hint(cannot(&path), HINT)?;
-            prune(&self.folder, keep)?;
+            prune(&self.folder, self.keep)?;
         }
         self.group.barrier()?;
         Ok(Some(step))
@@ -196,14 +198,4 @@ impl Write for Digesting {
 
 fn sync(folder: &Path) -> Result<()> {
     File::open(folder)?.sync_all().with_context(|| format!("cannot sync {}", folder.display()))
-}
-
-/// Deletes a folder, if it is there.
-pub fn remove(folder: &Path) -> Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            Err(e).with_context(|| format!("cannot delete {}", folder.display()))
-        }
-        _ => Ok(()),
-    }
 }

@@ -204,8 +204,9 @@ impl<'g> Shards<'g> {
         if !(1..=2).contains(&self.stage) {
             return Ok(());
         }
+        let elsewhere = self.params.values().any(|var| !var.device().is_cpu());
         for unit in 0..self.units.len() {
-            if self.params.values().any(|var| !var.device().is_cpu()) {
+            if elsewhere {
                 // Each weight goes to the device once, not once a piece.
                 for (name, values) in self.whole(unit, Self::part)? {
                     ops::replace(&self.params[&name], values)?;

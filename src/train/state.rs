@@ -46,7 +46,7 @@ impl RunState {
         let average = if config.train.ema_decay > 0.0 { Some(ema::start(shards)?) } else { None };
         let optimizer = Optimizer::new(shards, &config.train)?;
         let spikes = Spikes::default();
-        let fresh = Self { step: 0, skipped: 0, passed_over: 0, rollbacks: 0, spikes, optimizer, average };
+        let mut run = Self { step: 0, skipped: 0, passed_over: 0, rollbacks: 0, spikes, optimizer, average };
         let loaded = match resume {
             Resume::Auto => checkpoint::newest(shards.group(), checkpoints)?,
             Resume::From(path) => {
@@ -63,7 +63,6 @@ impl RunState {
         };
         let step = loaded.as_ref().map(|loaded| loaded.state.step);
         shards.group().same("newest checkpoint", &format!("{step:?}"))?;
-        let mut run = fresh;
         if let Some(loaded) = loaded {
             loaded.check(config, &task.identity()?)?;
             run.restore(config, &loaded, task, shards)?;

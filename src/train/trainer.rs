@@ -76,12 +76,12 @@ impl<'a> Trainer<'a> {
         let mut shards = Shards::new(group, settings.shard_stage, store, task.params(), &task.units(), whole)?;
         let run = RunState::start(config, task, &mut shards, &folder.checkpoints(), resume)?;
         folder.begin(config, run.step)?;
-        let saving = Saving::new(group, folder.checkpoints());
+        let saving = Saving::new(group, folder.checkpoints(), settings.keep_checkpoints);
         let mut trainer = Self { config, task, folder, stop, shards, run, saving };
         if trainer.run.step == 0 || matches!(resume, Resume::From(_)) {
             // Before the first step, so that a full disk shows at once.
             trainer.save(false)?;
-            trainer.saving.finish(settings.keep_checkpoints)?;
+            trainer.saving.finish()?;
         }
         Ok(trainer)
     }
@@ -182,10 +182,9 @@ impl<'a> Trainer<'a> {
         self.run.skipped += 1;
         let step = self.run.step;
         if self.run.skipped < MAX_SKIPPED {
-            self.shards
-                .group()
-                .leads()
-                .then(|| report::warn(format_args!("step {step}: {why}; its update is skipped")));
+            if self.shards.group().leads() {
+                report::warn(format_args!("step {step}: {why}; its update is skipped"));
+            }
             return Ok(());
         }
         let what = format!("step {step}: {why}, the {MAX_SKIPPED}th in a row; its samples: {}", self.samples()?);
@@ -213,10 +212,12 @@ impl<'a> Trainer<'a> {
     fn samples(&self) -> Result<String> {
         const SHOWN: usize = 40;
         let all = self.shards.group().gather(self.task.samples().join(" ").into_bytes())?;
-        let names = all.iter().map(|names| String::from_utf8_lossy(names).into_owned()).collect::<Vec<_>>().join(" ");
-        let shown: Vec<&str> = names.split(' ').take(SHOWN).collect();
-        let more = names.split(' ').count() - shown.len();
-        Ok(shown.join(" ") + &if more > 0 { format!(" and {more} more") } else { String::new() })
+        let ranks: Vec<_> = all.iter().map(|names| String::from_utf8_lossy(names)).collect();
+        let names: Vec<&str> = ranks.iter().flat_map(|names| names.split(' ')).collect();
+        Ok(match names.split_at_checked(SHOWN) {
+            Some((shown, more)) if !more.is_empty() => format!("{} and {} more", shown.join(" "), more.len()),
+            _ => names.join(" "),
+        })
     }
 
     fn save(&mut self, background: bool) -> Result<()> {
@@ -225,7 +226,7 @@ impl<'a> Trainer<'a> {
 
     /// Ends the checkpoint under way, if there is one, and makes a model folder of it.
     fn complete(&mut self) -> Result<()> {
-        let step = self.saving.finish(self.config.train.keep_checkpoints)?;
+        let step = self.saving.finish()?;
         match step.filter(|_| self.shards.group().leads()) {
             Some(step) => self.publish(step),
             None => Ok(()),

@@ -1,18 +1,13 @@
 //! Several ranks from outside: processes under mpirun give the bits that threads give, and no fault of one of them
 //! costs more than the steps since the last checkpoint.
 
-use crate::commands::vilg;
+use crate::{commands::vilg, tokenizer::write_random};
 use std::{
     fs,
     process::{Command, Output},
 };
 use tempfile::TempDir;
-use vilg::{
-    bundle::{self, Parts},
-    config::{self, Config, Task},
-    nn::{params::Scope, weights},
-    tokenizer::ImageTokenizer,
-};
+use vilg::config;
 
 const CONFIG: &str = r#"
 name = "tiny"
@@ -47,12 +42,7 @@ fn folder() -> TempDir {
         code_dim: 4,
         ..Default::default()
     };
-    let scope = Scope::from_seed(1, candle_core::DType::F32, &candle_core::Device::Cpu);
-    ImageTokenizer::new(&scope, &image_tokenizer).unwrap();
-    let config = Config { task: Task::ImageTokenizer, image_tokenizer, ..Config::default() };
-    let weights = weights::of_params(&scope.params()).unwrap();
-    let parts = Parts { config: &config, weights, vocab: None, attribution: String::new(), image_tokenizer: None };
-    bundle::write(&at("tokenizer"), &parts, safetensors::Dtype::F32).unwrap();
+    write_random(&at("tokenizer"), image_tokenizer);
     fs::create_dir(at("pictures")).unwrap();
     for i in 0..11u8 {
         let pixel = |x: u32, y: u32| image::Rgb([x as u8 * 16, y as u8 * 16, i * 23]);

@@ -26,14 +26,19 @@ fn model(folder: &Path) -> PathBuf {
         code_dim: 4,
         ..config::ImageTokenizer::default()
     };
+    let path = folder.join("model");
+    write_random(&path, image_tokenizer);
+    path
+}
+
+/// Writes the model folder of a tokenizer with random weights.
+pub fn write_random(path: &Path, image_tokenizer: config::ImageTokenizer) {
     let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
     ImageTokenizer::new(&scope, &image_tokenizer).unwrap();
     let weights = weights::of_params(&scope.params()).unwrap();
     let config = Config { task: Task::ImageTokenizer, image_tokenizer, ..Config::default() };
     let parts = Parts { config: &config, weights, vocab: None, attribution: String::new(), image_tokenizer: None };
-    let path = folder.join("model");
-    bundle::write(&path, &parts, Dtype::F32).unwrap();
-    path
+    bundle::write(path, &parts, Dtype::F32).unwrap();
 }
 
 fn vilg(args: &[&str], model: &Path) -> Output {
