@@ -216,9 +216,10 @@ fn on_cpus(config: &Config, sizes: &Sizes, ranks: usize, memory: Option<u64>, js
 /// Elements of the largest and the smallest rank.
 pub fn print_shares(shares: &Shares) {
     let (least, most) = (grouped(shares.smallest), grouped(shares.largest));
+    let Shares { world_size, ranks, .. } = shares;
+    let split = if ranks == world_size { "they".into() } else { format!("{ranks} at a time") };
     report::result(format_args!(
-        "ranks: {}, of which each owns {least} to {most} elements where they split them",
-        shares.ranks
+        "ranks: {world_size}, of which each owns {least} to {most} elements where {split} split them"
     ));
 }
 

@@ -48,6 +48,10 @@ pub struct Train {
     pub recompute: usize,
     /// What several ranks split among them: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights.
     pub shard_stage: u8,
+    /// So many ranks after another split a replica among them, and the replicas are alike; 0: all ranks split one.
+    pub shard_ranks: usize,
+    /// Move weights and gradients between ranks while segments compute; the bits are the same either way.
+    pub overlap: bool,
     /// Where the state lies that only the optimizer touches: moments, moving average and, at stage 3, the weights.
     pub offload: Offload,
     /// Seconds that a rank waits for the others before the run ends.
@@ -90,6 +94,8 @@ impl Default for Train {
             ema_decay: 0.999,
             recompute: 0,
             shard_stage: 1,
+            shard_ranks: 0,
+            overlap: true,
             offload: Offload::Cpu,
             rank_timeout: 600,
             precision: Precision::F32,

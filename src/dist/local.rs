@@ -3,7 +3,7 @@
 //! All collectives stand on one meeting: every rank lays down a parcel, waits until all have, and takes away references
 //! to all of them.
 
-use super::{Call, Group, Link, different, late};
+use super::{Call, Group, different, late, wire::Link};
 use crate::{
     error::{Context, Error, Exit, Result, anyhow},
     report, runtime,
@@ -20,7 +20,7 @@ use std::{
 };
 
 /// Where the ranks lay down their parcels.
-pub(super) struct Meeting {
+pub struct Meeting {
     world_size: usize,
     /// How long a rank waits for the others.
     patience: Duration,
@@ -57,7 +57,7 @@ impl Meeting {
     }
 
     /// Lays `ours` down and returns what all ranks did, in rank order.
-    pub(super) fn exchange<T: Send + Sync + 'static>(
+    pub fn exchange<T: Send + Sync + 'static>(
         &self,
         rank: usize,
         call: Call,

@@ -4,21 +4,24 @@
 //! rank that fails, panics or stays away longer than the time limit makes the call an error on all others, never a hang.
 //! Sums run in rank order on whoever needs them: the same bits on every rank, each time, and whatever carries them.
 //! Ranks are threads of one process ([`local`]) or processes that a launcher started ([`mpi`]).
+//!
+//! Collectives of floats give a [`Pending`]: with [`Group::overlap`] they run beside what the rank computes meanwhile
+//! ([`background`]), otherwise at once. Both have the same bits.
 
+mod background;
 mod launcher;
 mod local;
 #[cfg_attr(not(feature = "mpi"), path = "mpi_disabled.rs")]
 mod mpi;
 #[cfg_attr(not(feature = "nccl"), path = "nccl_disabled.rs")]
 mod nccl;
+mod wire;
 
-use crate::{
-    error::{Error, Result, anyhow, ensure, failed, usage},
-    ops::slices,
-};
-use candle_core::{Device, Tensor};
+use crate::error::{Error, Result, anyhow, ensure, failed, usage};
+use background::Background;
+pub use background::Pending;
+use candle_core::Device;
 pub use launcher::{Place, place};
-use local::Meeting;
 pub use local::launch;
 pub use mpi::STATE as MPI_STATE;
 use nccl::Nccl;
@@ -26,11 +29,12 @@ use std::{
     fmt,
     ops::Range,
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
+use wire::{Among, Link, Part, Wire, cut, sum};
 
 /// The `i`-th of `n` parts of `0..len`: sizes differ by one at most.
 pub fn part(len: usize, i: usize, n: usize) -> Range<usize> {
@@ -93,21 +97,11 @@ impl Ranks {
 
 /// One rank's end of a group.
 pub struct Group {
-    rank: usize,
-    world_size: usize,
-    link: Link,
-    /// What moves floats, where ranks have CUDA devices.
-    nccl: OnceLock<(Device, Mutex<Nccl>)>,
+    wire: Arc<Wire>,
+    /// What collectives of floats run on, if not on the thread that calls.
+    background: OnceLock<Background>,
     /// The step that messages name.
     step: AtomicU64,
-}
-
-/// What joins a rank to the others.
-enum Link {
-    Alone,
-    Threads(Arc<Meeting>),
-    #[cfg(feature = "mpi")]
-    Processes(mpi::World),
 }
 
 /// Numbers that travel as they lie in memory.
@@ -178,20 +172,21 @@ impl Group {
     }
 
     fn new(rank: usize, world_size: usize, link: Link) -> Self {
-        Self { rank, world_size, link, nccl: OnceLock::new(), step: AtomicU64::new(0) }
+        let wire = Arc::new(Wire { rank, world_size, link, shard_ranks: OnceLock::new(), nccl: OnceLock::new() });
+        Self { wire, background: OnceLock::new(), step: AtomicU64::new(0) }
     }
 
     pub fn rank(&self) -> usize {
-        self.rank
+        self.wire.rank
     }
 
     pub fn world_size(&self) -> usize {
-        self.world_size
+        self.wire.world_size
     }
 
     /// Whether this rank speaks and writes for all.
     pub fn leads(&self) -> bool {
-        self.rank == 0
+        self.rank() == 0
     }
 
     /// The step that messages name from now on.
@@ -199,33 +194,73 @@ impl Group {
         self.step.store(step, Ordering::Relaxed);
     }
 
+    /// Every `ranks` ranks after another share a replica out among them from now on, instead of all ranks one
+    /// (hybrid sharding: what is large moves inside of a node). 0: all.
+    ///
+    /// # Errors
+    /// The world is no multiple of it.
+    pub fn shard_over(&self, ranks: usize) -> Result<()> {
+        let world_size = self.world_size();
+        let ranks = if ranks == 0 { world_size } else { ranks };
+        let what = format!("{world_size} ranks are no whole number of replicas of {ranks} ranks each");
+        ensure!(
+            world_size.is_multiple_of(ranks),
+            usage(what, "set train.shard_ranks to a divisor, or to 0: all ranks")
+        );
+        ensure!(*self.wire.shard_ranks.get_or_init(|| ranks) == ranks, "the ranks share replicas out already");
+        Ok(())
+    }
+
+    /// Ranks that share one replica out among them.
+    pub fn shard_ranks(&self) -> usize {
+        self.wire.shard_ranks()
+    }
+
+    /// Which of them this rank is.
+    pub fn shard_rank(&self) -> usize {
+        self.rank() % self.shard_ranks()
+    }
+
+    /// Whether this rank's replica is the one that is looked at and written.
+    pub fn in_first_replica(&self) -> bool {
+        self.rank() < self.shard_ranks()
+    }
+
+    /// Collectives of floats run beside computation from now on; where there is one rank, there are none.
+    ///
+    /// # Errors
+    /// The system gives no thread.
+    pub fn overlap(&self) -> Result<()> {
+        if self.world_size() > 1 && self.background.get().is_none() {
+            let background = Background::start(self.wire.clone())?;
+            ensure!(self.background.set(background).is_ok(), "two threads of a rank start its collectives");
+        }
+        Ok(())
+    }
+
+    /// Whether collectives of floats run beside computation.
+    pub fn overlaps(&self) -> bool {
+        self.background.get().is_some()
+    }
+
     /// Where the ranks have CUDA devices, floats go over NCCL from now on; what else ranks tell each other does not.
     ///
     /// # Errors
     /// NCCL is not built in or not there, or two ranks have the same device.
     pub fn use_device(&self, device: &Device) -> Result<()> {
-        if !device.is_cuda() || self.world_size == 1 {
+        if !device.is_cuda() || self.world_size() == 1 {
             return Ok(());
         }
-        let exchange = |ours: Option<Vec<u8>>| Ok(self.gather(ours.unwrap_or_default())?[0].to_vec());
-        let nccl = Nccl::new(device, self.rank, self.world_size, exchange)?;
-        ensure!(self.nccl.set((device.clone(), Mutex::new(nccl))).is_ok(), "the group has its devices already");
+        let communicator = |among: Among| -> Result<Option<Nccl>> {
+            let members = self.wire.members(among);
+            let exchange = |ours: Option<Vec<u8>>| Ok(self.gather(ours.unwrap_or_default())?[members[0]].to_vec());
+            let place = members.iter().position(|rank| *rank == self.rank()).unwrap_or(0);
+            Nccl::new(device, place, members.len(), exchange).map(Some)
+        };
+        let [all, shards, replicas] = Among::EVERY;
+        let nccl = [communicator(all)?, communicator(shards)?, communicator(replicas)?];
+        ensure!(self.wire.nccl.set((device.clone(), Mutex::new(nccl))).is_ok(), "the group has its devices already");
         Ok(())
-    }
-
-    /// What `f` makes of `ours` on the device; `None` where floats do not go over NCCL.
-    fn on_device(
-        &self,
-        op: Op,
-        len: usize,
-        ours: &[f32],
-        f: impl FnOnce(&Nccl, &Tensor) -> Result<Tensor>,
-    ) -> Result<Option<Vec<f32>>> {
-        let Some((device, nccl)) = self.nccl.get() else { return Ok(None) };
-        // NCCL waits for ever; this does not, and sees whether all ranks call the same.
-        self.to_all(op, len, Vec::<u8>::new())?;
-        let nccl = nccl.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(Some(f(&nccl, &Tensor::from_slice(ours, ours.len(), device)?)?.to_vec1()?))
     }
 
     /// Every rank's values, in rank order; their lengths may differ.
@@ -233,37 +268,52 @@ impl Group {
         self.to_all(Op::Gather, 0, ours)
     }
 
-    /// Every rank's values, in rank order, where rank r gives `counts[r]` of them.
-    pub fn all_gather(&self, ours: Vec<f32>, counts: &[usize]) -> Result<Vec<Arc<Vec<f32>>>> {
+    /// The values of the ranks that share this one's replica out, in rank order, where the r-th gives `counts[r]`.
+    ///
+    /// # Errors
+    /// The lengths are not these; what else can go wrong shows when the result is waited for.
+    pub fn all_gather(&self, ours: Vec<f32>, counts: &[usize]) -> Result<Pending<Vec<Arc<Vec<f32>>>>> {
         let expected = self.count(counts)?;
         ensure!(ours.len() == expected, "all_gather: {} elements instead of {expected}", ours.len());
-        let len = counts.iter().sum();
-        if let Some(all) = self.on_device(Op::AllGather, len, &ours, |nccl, ours| nccl.all_gather(ours, counts))? {
-            return Ok(cut(&all, counts).map(|part| Arc::new(part.to_vec())).collect());
-        }
-        self.to_all(Op::AllGather, len, ours)
+        let (call, counts) = (self.call(Op::AllGather, counts.iter().sum()), counts.to_vec());
+        let among = Among::Shards;
+        Ok(self.start(move |wire| {
+            match wire.on_device((call, among), &ours, |nccl, ours| nccl.all_gather(ours, &counts))? {
+                Some(all) => Ok(cut(&all, &counts).map(|part| Arc::new(part.to_vec())).collect()),
+                None => wire.to_members(call, among, ours),
+            }
+        }))
     }
 
-    /// The sum over all ranks of this rank's part of `all`, in which `counts[r]` elements after another are rank r's.
-    pub fn reduce_scatter(&self, all: Vec<f32>, counts: &[usize]) -> Result<Vec<f32>> {
+    /// The sum over all ranks of this rank's part of `all`, in which `counts[r]` elements after another belong to the
+    /// r-th rank of each replica: first over the ranks of a replica, then over the replicas.
+    ///
+    /// # Errors
+    /// As [`Group::all_gather`].
+    pub fn reduce_scatter(&self, all: Vec<f32>, counts: &[usize]) -> Result<Pending<Vec<f32>>> {
         self.count(counts)?;
-        let len: usize = counts.iter().sum();
-        ensure!(all.len() == len, "reduce_scatter: {} elements instead of {len}", all.len());
-        let sum = self.on_device(Op::ReduceScatter, len, &all, |nccl, all| nccl.reduce_scatter(all, counts))?;
-        sum.map_or_else(|| self.scatter(Op::ReduceScatter, all, counts), Ok)
+        let (call, counts) = (self.call(Op::ReduceScatter, counts.iter().sum()), counts.to_vec());
+        ensure!(all.len() == call.len, "reduce_scatter: {} elements instead of {}", all.len(), call.len);
+        let one_replica = self.shard_ranks() == self.world_size();
+        let parts = self.start(move |wire| {
+            let on_device =
+                wire.on_device((call, Among::Shards), &all, |nccl, all| nccl.reduce_scatter(all, &counts))?;
+            let parts = match on_device {
+                Some(sum) => vec![Part::whole(sum)],
+                None => wire.scatter(call, Among::Shards, all, &counts)?,
+            };
+            if one_replica {
+                return Ok(parts);
+            }
+            Ok(vec![Part::whole(wire.all_reduce(call, Among::Replicas, sum(&parts))?)])
+        });
+        Ok(parts.map(|parts| sum(&parts)))
     }
 
     /// The sum over all ranks.
-    pub fn all_reduce(&self, ours: Vec<f32>) -> Result<Vec<f32>> {
-        if let Some(sum) = self.on_device(Op::AllReduce, ours.len(), &ours, Nccl::all_reduce)? {
-            return Ok(sum);
-        }
-        let counts: Vec<usize> =
-            (0..self.world_size).map(|rank| part(ours.len(), rank, self.world_size).len()).collect();
-        let len = ours.len();
-        let sums = self.scatter(Op::AllReduce, ours, &counts)?;
-        let parts = self.to_all(Op::AllReduce, len, sums)?;
-        Ok(parts.iter().flat_map(|part| part.iter().copied()).collect())
+    pub fn all_reduce(&self, ours: Vec<f32>) -> Pending<Vec<f32>> {
+        let call = self.call(Op::AllReduce, ours.len());
+        self.start(move |wire| wire.all_reduce(call, Among::All, ours))
     }
 
     /// The sum over all ranks, number by number.
@@ -291,56 +341,30 @@ impl Group {
 
     /// This rank's count.
     fn count(&self, counts: &[usize]) -> Result<usize> {
-        ensure!(counts.len() == self.world_size, "{} counts for {} ranks", counts.len(), self.world_size);
-        Ok(counts[self.rank])
+        let ranks = self.shard_ranks();
+        ensure!(counts.len() == ranks, "{} counts for {ranks} ranks", counts.len());
+        Ok(counts[self.shard_rank()])
     }
 
     fn call(&self, op: Op, len: usize) -> Call {
         Call { op, len, step: self.step.load(Ordering::Relaxed) }
     }
 
-    /// Every rank's `ours`, in rank order.
+    /// Does `f` beside computation, or now.
+    fn start<R: Send + 'static>(&self, f: impl FnOnce(&Wire) -> Result<R> + Send + 'static) -> Pending<R> {
+        match self.background.get() {
+            Some(background) => background.run(f),
+            None => Pending::done(f(&self.wire)),
+        }
+    }
+
+    /// Every rank's `ours`, in rank order, after all that was called before.
     fn to_all<T: Number>(&self, op: Op, len: usize, ours: Vec<T>) -> Result<Vec<Arc<Vec<T>>>> {
-        let call = self.call(op, len);
-        match &self.link {
-            Link::Alone => Ok(vec![Arc::new(ours)]),
-            Link::Threads(meeting) => meeting.exchange(self.rank, call, ours),
-            #[cfg(feature = "mpi")]
-            Link::Processes(world) => {
-                let everywhere = world.swap(call, &vec![ours.as_slice(); self.world_size])?;
-                Ok(everywhere.into_iter().map(Arc::new).collect())
-            }
+        if let Some(background) = self.background.get() {
+            background.run(|_| Ok(())).wait()?;
         }
+        self.wire.to_all(self.call(op, len), ours)
     }
-
-    /// The sum, in rank order, of this rank's part of every rank's `all`.
-    fn scatter(&self, op: Op, all: Vec<f32>, counts: &[usize]) -> Result<Vec<f32>> {
-        let (call, start) = (self.call(op, all.len()), counts[..self.rank].iter().sum::<usize>());
-        let mine = start..start + counts[self.rank];
-        match &self.link {
-            Link::Alone => Ok(all),
-            Link::Threads(meeting) => {
-                let everywhere = meeting.exchange(self.rank, call, all)?;
-                Ok(sum(everywhere.iter().map(|all| &all[mine.clone()])))
-            }
-            #[cfg(feature = "mpi")]
-            Link::Processes(world) => {
-                let parts: Vec<&[f32]> = cut(&all, counts).collect();
-                Ok(sum(world.swap(call, &parts)?.iter().map(Vec::as_slice)))
-            }
-        }
-    }
-}
-
-/// Parts of these lengths, one after another.
-fn cut<'a>(mut all: &'a [f32], counts: &[usize]) -> impl Iterator<Item = &'a [f32]> {
-    counts.iter().filter_map(move |count| all.split_off(..*count))
-}
-
-fn sum<'a>(mut parts: impl Iterator<Item = &'a [f32]>) -> Vec<f32> {
-    let mut sum = parts.next().map(<[f32]>::to_vec).unwrap_or_default();
-    parts.for_each(|part| slices::add(&mut sum, part));
-    sum
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! known by name, and a rank that failed says so in place of its next call. MPI's own collectives would give neither,
 //! and sum in an order of their own; what travels is as much as theirs.
 
-use super::{Call, Group, Link, Number, Op, Place, different, late, local::panicked};
+use super::{Call, Group, Number, Op, Place, different, late, local::panicked, wire::Link};
 use crate::{
     error::{Error, Exit, Result, anyhow, ensure, exit_of, usage},
     report, runtime,
@@ -36,7 +36,7 @@ pub struct World {
     patience: Duration,
     /// The last call of all ranks, for messages.
     last: Mutex<Option<Call>>,
-    /// Set when the run ended in a way that all ranks know.
+    /// Set when the run ended; changes while `comm` is locked.
     verdict: Mutex<Option<Verdict>>,
 }
 
@@ -45,9 +45,11 @@ struct Comm(SimpleCommunicator);
 // SAFETY: MPI was started so that any thread may call it while no other does, and the mutex around sees to that.
 unsafe impl Send for Comm {}
 
-/// Why a collective ended the run.
+/// Why there are no more collectives.
 #[derive(Clone, Copy)]
 enum Verdict {
+    /// This rank failed and is about to tell the others.
+    Own,
     /// Another rank failed: it tells why, and with this code.
     Other(Exit),
     /// Something that every rank saw.
@@ -97,7 +99,7 @@ pub fn run(place: &Place, patience: Duration, f: impl Fn(&Group) -> Result<()> +
     runtime::set_local_rank(place.local_rank.unwrap_or(rank));
     let work = || runtime::with_threads(threads, || f(&group)).and_then(|result| result);
     let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(panicked(rank, &*panic)));
-    let Link::Processes(world) = &group.link else { return result };
+    let Link::Processes(world) = &group.wire.link else { return result };
     match result.and_then(|()| world.done()) {
         Ok(()) => Ok(()),
         Err(error) => world.leave(&error, universe),
@@ -108,6 +110,7 @@ impl World {
     /// Sends `parts[r]` to rank r and returns what came from each rank.
     pub fn swap<T: Number>(&self, call: Call, parts: &[&[T]]) -> Result<Vec<Vec<T>>> {
         let comm = lock(&self.comm);
+        ensure!(lock(&self.verdict).is_none(), "the run ended before {call}");
         let parts: Vec<&[u8]> = parts.iter().map(|part| bytemuck::cast_slice(part)).collect();
         let said = |part: &&[u8]| [call.op as u64, call.len as u64, call.step, part.len() as u64];
         let headers = self.headers(&comm, call, &parts.iter().map(said).collect::<Vec<_>>(), None);
@@ -208,13 +211,14 @@ impl World {
 
     /// Ends this process because of `error`, told once however many ranks have it.
     fn leave(&self, error: &Error, universe: Universe) -> ! {
-        let verdict = *lock(&self.verdict);
+        // What runs beside must be through: no other thread may be inside MPI when it ends.
+        let comm = lock(&self.comm);
+        let verdict = *lock(&self.verdict).get_or_insert(Verdict::Own);
         let (speaks, exit) = match verdict {
-            Some(Verdict::Other(exit)) => (false, exit),
-            Some(Verdict::Alike) => (self.rank == 0, exit_of(error)),
-            None => {
+            Verdict::Other(exit) => (false, exit),
+            Verdict::Alike => (self.rank == 0, exit_of(error)),
+            Verdict::Own => {
                 let exit = exit_of(error);
-                let comm = lock(&self.comm);
                 let headers = self.headers(&comm, self.end(), &self.to_all([FAILURE, exit as u64, 0, 0]), Some(error));
                 let all_failed = headers.iter().all(|header| header[0] == FAILURE);
                 (!all_failed || self.rank == 0, exit)

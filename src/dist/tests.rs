@@ -11,11 +11,16 @@ fn numbers(rank: usize, len: usize) -> Vec<f32> {
     (0..len).map(|i| (i * 7 % 13) as f32 * 0.1 + rank as f32).collect()
 }
 
-/// Sums over `world_size` ranks in rank order.
-fn summed(world_size: usize, len: usize) -> Vec<f32> {
-    let mut sum = numbers(0, len);
-    (1..world_size).for_each(|rank| sum.iter_mut().zip(numbers(rank, len)).for_each(|(s, x)| *s += x));
+/// Sums over `world_size` ranks from rank `first` on, in rank order.
+fn summed_from(first: usize, world_size: usize, len: usize) -> Vec<f32> {
+    let mut sum = numbers(first, len);
+    let mut add = |rank| sum.iter_mut().zip(numbers(rank, len)).for_each(|(s, x)| *s += x);
+    (first + 1..first + world_size).for_each(&mut add);
     sum
+}
+
+fn summed(world_size: usize, len: usize) -> Vec<f32> {
+    summed_from(0, world_size, len)
 }
 
 #[test]
@@ -35,10 +40,11 @@ fn collectives_equal_plain_sums_at_any_world_size() -> Result<()> {
         let counts: Vec<usize> = (0..world_size).map(|rank| 5 * (rank % 3)).collect();
         let len: usize = counts.iter().sum();
         let everywhere = launch(world_size, PATIENCE, |group| {
-            let ours = group.reduce_scatter(numbers(group.rank(), len), &counts)?;
-            let all: Vec<f32> = group.all_gather(ours, &counts)?.iter().flat_map(|part| part.to_vec()).collect();
+            let ours = group.reduce_scatter(numbers(group.rank(), len), &counts)?.wait()?;
+            let all: Vec<f32> =
+                group.all_gather(ours, &counts)?.wait()?.iter().flat_map(|part| part.to_vec()).collect();
             assert_eq!(all, summed(world_size, len));
-            assert_eq!(group.all_reduce(numbers(group.rank(), 9))?, summed(world_size, 9));
+            assert_eq!(group.all_reduce(numbers(group.rank(), 9)).wait()?, summed(world_size, 9));
             let uneven = group.gather(vec![group.rank() as u32; group.rank()])?;
             assert!(uneven.iter().enumerate().all(|(rank, values)| **values == vec![rank as u32; rank]));
             group.barrier()?;
@@ -52,6 +58,31 @@ fn collectives_equal_plain_sums_at_any_world_size() -> Result<()> {
 }
 
 #[test]
+fn replicas_share_out_among_their_own_ranks_and_sum_over_all() -> Result<()> {
+    launch(6, PATIENCE, |group| {
+        group.shard_over(2)?;
+        assert_eq!((group.shard_rank(), group.in_first_replica()), (group.rank() % 2, group.rank() < 2));
+        let (counts, first) = ([3, 4], group.rank() - group.rank() % 2);
+        let ours = group.reduce_scatter(numbers(group.rank(), 7), &counts)?.wait()?;
+        let ranges = [0..3, 3..7];
+        assert_eq!(
+            ours,
+            (0..3).fold(vec![0.0; ours.len()], |sum, replica| {
+                let theirs = summed_from(2 * replica, 2, 7);
+                sum.iter().zip(&theirs[ranges[group.shard_rank()].clone()]).map(|(a, b)| a + b).collect()
+            })
+        );
+        let all = group.all_gather(numbers(group.rank(), counts[group.shard_rank()]), &counts)?.wait()?;
+        assert_eq!([&*all[0], &*all[1]], [&numbers(first, 3), &numbers(first + 1, 4)]);
+        assert_eq!(group.all_reduce(numbers(group.rank(), 9)).wait()?, summed(6, 9));
+        Ok(())
+    })?;
+    let odd = failure(3, PATIENCE, |group| group.shard_over(2));
+    assert!(odd.contains("no whole number of replicas of 2 ranks") && odd.contains("train.shard_ranks"), "{odd}");
+    Ok(())
+}
+
+#[test]
 fn many_rounds_in_a_row_keep_their_order() -> Result<()> {
     let sums = launch(3, PATIENCE, |group| {
         (0..500)
@@ -60,6 +91,47 @@ fn many_rounds_in_a_row_keep_their_order() -> Result<()> {
     })?;
     assert!(sums.iter().all(|sums| sums.iter().enumerate().all(|(round, sum)| *sum == 6.0 * round as f64)));
     Ok(())
+}
+
+#[test]
+fn overlapped_collectives_do_not_wait_and_keep_their_order() -> Result<()> {
+    launch(3, PATIENCE, |group| {
+        group.overlap()?;
+        if group.rank() == 1 {
+            std::thread::sleep(Duration::from_millis(400));
+        }
+        let begun = std::time::Instant::now();
+        let counts = [2, 0, 4];
+        let pending: Vec<_> =
+            (0..5).map(|i| group.reduce_scatter(numbers(group.rank() + i, 6), &counts)).collect::<Result<_>>()?;
+        let gathered = group.all_gather(numbers(group.rank(), counts[group.rank()]), &counts)?;
+        assert!(begun.elapsed() < Duration::from_millis(200), "calls wait for the late rank");
+        assert_eq!(group.sum(&[1.0])?, [3.0], "after what is under way");
+        let ours = counts[..group.rank()].iter().sum::<usize>()..counts[..=group.rank()].iter().sum();
+        for (i, pending) in pending.into_iter().enumerate() {
+            assert_eq!(pending.wait()?, summed_from(i, 3, 6)[ours.clone()]);
+        }
+        let all: Vec<Vec<f32>> = gathered.wait()?.iter().map(|part| part.to_vec()).collect();
+        assert_eq!(all, (0..3).map(|rank| numbers(rank, counts[rank])).collect::<Vec<_>>());
+        Ok(())
+    })?;
+    Ok(())
+}
+
+#[test]
+fn a_rank_that_fails_ends_what_is_under_way_on_the_others() {
+    let failed = failure(3, PATIENCE, |group| {
+        group.overlap()?;
+        let pending = group.all_reduce(numbers(group.rank(), 9));
+        if group.rank() == 1 {
+            pending.wait()?;
+            bail!("disk is full");
+        }
+        let next = group.all_reduce(numbers(group.rank(), 9));
+        pending.wait()?;
+        next.wait().map(drop)
+    });
+    assert!(failed.contains("disk is full"), "{failed}");
 }
 
 /// The message of a group whose ranks do `f`.
@@ -93,7 +165,7 @@ fn different_collectives_are_an_error_that_names_both() {
     });
     let both = ["rank 0 barrier of 0 elements in step 7", "rank 1 sum of 1 elements in step 7"];
     assert!(both.iter().all(|part| op.contains(part)), "{op}");
-    let length = failure(2, PATIENCE, |group| group.all_reduce(vec![0.0; 4 + group.rank()]).map(drop));
+    let length = failure(2, PATIENCE, |group| group.all_reduce(vec![0.0; 4 + group.rank()]).wait().map(drop));
     assert!(length.contains("all_reduce of 4 elements") && length.contains("all_reduce of 5 elements"), "{length}");
     let step = failure(2, PATIENCE, |group| {
         group.begin_step(group.rank() as u64);

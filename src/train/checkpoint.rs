@@ -215,7 +215,7 @@ pub fn set_aside_after(folder: &Path, step: u64) -> Result<()> {
 }
 
 /// Keys that a resumed run may change: they move no number of the steps already done.
-const FREE: [&str; 15] = [
+const FREE: [&str; 17] = [
     "name",
     "data.prefetch",
     "data.workers",
@@ -223,6 +223,8 @@ const FREE: [&str; 15] = [
     "train.steps",
     "train.recompute",
     "train.shard_stage",
+    "train.shard_ranks",
+    "train.overlap",
     "train.offload",
     "train.rank_timeout",
     "train.checkpoint_every",

@@ -36,10 +36,11 @@ fn forward<B>(chain: &Chain<B>, batch: &B, recompute: usize, shards: &mut Shards
     // On the CPU whatever the device: nobody reads it, and a CUDA driver has no memory of length zero.
     let mut x = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
     for (i, segment) in chain.iter().enumerate() {
-        shards.gather(i)?;
-        let (y, saved) = segment.forward(&x, batch).with_context(|| format!("segment `{}`", segment.name()))?;
         // The last segment's backward comes at once: nothing is saved by forgetting what it needs.
         let last = i + 1 == chain.len();
+        let next = if last { i.checked_sub(1) } else { Some(i + 1) };
+        shards.gather(i, next)?;
+        let (y, saved) = segment.forward(&x, batch).with_context(|| format!("segment `{}`", segment.name()))?;
         if !last {
             shards.release(i)?;
         }
@@ -54,7 +55,7 @@ fn backward<B>(chain: &Chain<B>, batch: &B, mut links: Vec<Link>, shards: &mut S
     let mut dy = None;
     for (i, segment) in chain.iter().enumerate().rev() {
         let Some(Link { input, saved }) = links.pop() else { break };
-        shards.gather(i)?;
+        shards.gather(i, i.checked_sub(1))?;
         let saved = match saved {
             Some(saved) => saved,
             None => segment.forward(&input, batch)?.1,

@@ -148,22 +148,28 @@ impl Task for GeneratorTask {
 
     fn gradients(&mut self, step: u64, shards: &mut Shards) -> Result<Measured> {
         let samples = self.feed.next(step)?;
+        let mut batches = Vec::new();
+        for (direction, (first, records)) in Direction::BOTH.into_iter().zip(&samples) {
+            batches.extend(self.batches(direction, *first, records, step, shards.group())?);
+        }
         let segments = self.model.segments();
+        let mut seen = [[0.0; 2]; 2];
+        for (i, batch) in batches.iter().enumerate() {
+            if i + 1 == batches.len() {
+                shards.last_micro_batch();
+            }
+            let loss = engine::accumulate(&segments, batch, self.config.train.recompute, shards)?;
+            let [losses, tokens] = &mut seen[batch.direction as usize];
+            *losses += loss;
+            *tokens += batch.targets() as f64;
+        }
         let mut measured = Measured { losses: Vec::new(), amount: 0, unit: "tokens" };
-        let directions = [("image", Direction::TextToImage), ("text", Direction::ImageToText)];
-        for ((name, direction), (first, records)) in directions.into_iter().zip(&samples) {
-            let batches = self.batches(direction, *first, records, step, shards.group())?;
-            if batches.is_empty() {
-                continue;
+        for (direction, seen) in Direction::BOTH.into_iter().zip(shards.group().sum(seen.as_flattened())?.chunks(2)) {
+            if seen[1] > 0.0 {
+                let name = if direction == Direction::TextToImage { "image" } else { "text" };
+                measured.losses.push((name, seen[0] / self.weight(direction)));
+                measured.amount += seen[1] as usize;
             }
-            let (mut loss, mut tokens) = (0.0, 0);
-            for batch in &batches {
-                loss += engine::accumulate(&segments, batch, self.config.train.recompute, shards)?;
-                tokens += batch.targets();
-            }
-            let sums = shards.group().sum(&[loss, tokens as f64])?;
-            measured.losses.push((name, sums[0] / self.weight(direction)));
-            measured.amount += sums[1] as usize;
         }
         Ok(measured)
     }

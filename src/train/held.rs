@@ -57,7 +57,7 @@ impl Held {
 
 /// What each of as many ranks as `shares` are for holds at a sharding stage.
 pub fn held(config: &Config, sizes: &Sizes, shares: &Shares, stage: u8) -> Held {
-    // One rank, or replicas: each rank owns everything.
+    // One rank, or replicas of one: each rank owns everything.
     let stage = if shares.ranks == 1 { 0 } else { stage };
     let total = shares.total();
     let (owned, muons) = if stage == 0 { (total, shares.all_muons) } else { (shares.largest, shares.muons) };
@@ -74,12 +74,12 @@ pub fn held(config: &Config, sizes: &Sizes, shares: &Shares, stage: u8) -> Held 
         start: 0,
         checkpoint: 0,
     };
-    let micro: Vec<Micro> = sizes.micro_batches(config, shares.ranks);
+    let micro: Vec<Micro> = sizes.micro_batches(config, shares.world_size);
     let packs = config.train.precision == Precision::Bf16;
     let moments = micro.into_iter().flat_map(|m| Micro { packs, ..m }.moments(config, config.train.recompute));
     for moment in moments {
         held.activations = held.activations.max(Some(moment.activations));
-        held.working = held.working.max(Some(moment.activations + moved(&moment, shares, stage)));
+        held.working = held.working.max(Some(moment.activations + moved(&moment, shares, stage, config.train.overlap)));
     }
     held.working = held.working.map(|working| working.max(update(shares, stage)));
     // The whole model, and the copy of its owned part that stage 3 keeps.
@@ -93,27 +93,35 @@ pub fn held(config: &Config, sizes: &Sizes, shares: &Shares, stage: u8) -> Held 
 }
 
 /// What collectives and sharded segments add to the activations of a moment.
-fn moved(moment: &Moment, shares: &Shares, stage: u8) -> u64 {
+fn moved(moment: &Moment, shares: &Shares, stage: u8, overlap: bool) -> u64 {
     let unit = shares.units.get(moment.segment).copied().unwrap_or(0);
     let part = unit.div_ceil(shares.ranks.max(1) as u64);
     let gradients = moment.gradients.min(unit);
-    let weights = if stage == 3 { unit } else { 0 };
-    F32 * match moment.phase {
+    let (weights, weights_part) = if stage == 3 { (unit, part) } else { (0, 0) };
+    let here = match moment.phase {
         // This rank's part to give, and the weights put together from all parts.
-        Phase::Gather => weights + if stage == 3 { part } else { 0 },
+        Phase::Gather => weights + weights_part,
         Phase::Pass if stage >= 2 => weights + gradients,
         Phase::Pass => moment.aside,
         // Weights are gone; gradients, the copy that is sent, the sum of this rank's part.
         Phase::Reduce if stage >= 2 => 2 * gradients + part,
         Phase::Reduce => 0,
-    }
+    };
+    // This rank's part of the next segment's weights, the copy of the last one's gradients.
+    let under_way = match moment.phase {
+        _ if !overlap || stage < 2 => 0,
+        Phase::Gather => gradients,
+        Phase::Pass => gradients + weights_part,
+        Phase::Reduce => weights_part,
+    };
+    F32 * (here + under_way)
 }
 
 /// What the end of a step wants: gradients that go once a step (stages 0 and 1), Muon's matrices.
 fn update(shares: &Shares, stage: u8) -> u64 {
     let unit = shares.largest_unit();
     let sent = match stage {
-        0 if shares.ranks > 1 => 2 * unit,
+        0 if shares.world_size > 1 => 2 * unit,
         1 => unit + unit.div_ceil(shares.ranks.max(1) as u64),
         _ => 0,
     };

@@ -104,6 +104,9 @@ impl Task for ImageTokenizerTask {
             let part = &records[dist::part(records.len(), i, parts)];
             let share = part.len() as f64 / settings.batch_size as f64;
             let batch = PixelBatch::new(pixels(part)?, share);
+            if i + 1 == parts {
+                shards.last_micro_batch();
+            }
             engine::accumulate(&segments, &batch, settings.recompute, shards)?;
             seen.push((share, batch.statistics.into_inner().context("the tokenizer left no statistics")?));
         }

@@ -145,7 +145,7 @@ impl<'a> Memory<'a> {
     pub fn activations(&self, settings: Settings) -> Option<u64> {
         let mut config = self.config.clone();
         config.train.accumulation = settings.accumulation;
-        let micro = self.sizes.micro_batches(&config, self.shares.ranks).into_iter();
+        let micro = self.sizes.micro_batches(&config, self.shares.world_size).into_iter();
         micro.map(|micro| Micro { bytes: self.weight(), ..micro }.most(&config, settings.recompute)).max()
     }
 
@@ -162,22 +162,32 @@ impl<'a> Memory<'a> {
         match self.config.task {
             Task::ImageTokenizer => accumulation as u64,
             Task::Generator => {
-                let directions = self.sizes.micro_batches(self.config, self.shares.ranks).len();
+                let directions = self.sizes.micro_batches(self.config, self.shares.world_size).len();
                 (accumulation * directions) as u64
             }
         }
     }
 
-    /// What a GPU sends a step: its N-th part stays where it is.
+    /// What a GPU sends a step: its N-th part stays where it is. What it owns goes to its likes in other replicas as
+    /// often as gradients are summed.
     fn traffic(&self, stage: u8) -> u64 {
-        let passes = match stage {
-            0 | 1 => 2, // gradients to their owners, weights (stage 0: sums) back
-            2 => 1 + self.micro_steps(),
-            _ => 3 * self.micro_steps(),
+        let (passes, sums) = match stage {
+            0 | 1 => (2, 1), // gradients to their owners, weights (stage 0: sums) back
+            2 => (1 + self.micro_steps(), self.micro_steps()),
+            _ => (3 * self.micro_steps(), self.micro_steps()),
         };
-        let ranks = self.shares.ranks.max(1) as u128;
-        let bytes = u128::from(passes * self.weight()) * u128::from(self.shares.total());
-        u64::try_from(bytes * (ranks - 1) / ranks).unwrap_or(u64::MAX)
+        let weight = u128::from(self.weight());
+        let bytes = |passes: u64, elements: u64, ranks: usize| {
+            weight * u128::from(passes) * u128::from(elements) * (ranks as u128 - 1) / ranks as u128
+        };
+        let Shares { world_size, ranks, largest, .. } = self.shares;
+        let (world_size, ranks) = (world_size.max(1), ranks.max(1));
+        let total = self.shares.total();
+        let all = match stage {
+            0 => bytes(passes, total, world_size),
+            _ => bytes(passes, total, ranks) + bytes(2 * sums, largest, (world_size / ranks).max(1)),
+        };
+        u64::try_from(all).unwrap_or(u64::MAX)
     }
 
     /// Bytes, traffic and whether they fit.

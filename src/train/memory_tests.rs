@@ -79,6 +79,12 @@ fn traffic_counts_collectives() {
     }
     let alone = Memory::new(&config, &sizes, 1);
     assert_eq!(alone.row(Settings { stage: 3, ..Settings::of(&config) }, 0).traffic_bytes, 0);
+    // Replicas of 8: the same in each of them, and sums of an eighth over the 8 ranks that own it.
+    let mut config = paper();
+    config.train.shard_ranks = 8;
+    let row = Memory::new(&config, &sizes, 64).row(Settings { stage: 3, ..Settings::of(&config) }, 0);
+    let expected = whole * 64.0 / 63.0 * 7.0 / 8.0 * parts * (3.0 + 2.0 / 8.0);
+    assert!((row.traffic_bytes as f64 / expected - 1.0).abs() < 1e-3, "{}", row.traffic_bytes as f64 / expected);
 }
 
 #[test]

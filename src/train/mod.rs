@@ -133,7 +133,7 @@ fn run_below(parent: &Path, config: &Config, resume: &Resume, ranks: &Ranks, sto
 /// The task, with the weights to start from where nothing was trained yet, and the run's folder below `parent`.
 fn prepare(parent: &Path, config: &Config, resume: &Resume, group: &Group) -> Result<(Box<dyn Task>, RunFolder)> {
     // Before anything is read: `--device` may ask for what is not there.
-    group.use_device(&runtime::device()?)?;
+    runtime::device()?;
     // The task first: a configuration that cannot be trained leaves no run folder behind.
     let task = task(config, group)?;
     let resumes = matches!(resume, Resume::From(_)) || checkpoint::any(&run_folder::checkpoints(parent, config))?;

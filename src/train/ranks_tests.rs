@@ -60,24 +60,32 @@ fn distance(a: &[Vec<f64>], b: &[Vec<f64>]) -> f64 {
     pairs.fold(0.0, |most: f64, (a, b)| most.max((a - b).abs() / a.abs().max(1e-12)))
 }
 
-/// Runs of every stage and several numbers of ranks against one rank alone.
-fn stages_equal_one_rank(mut config: Config, stages: &[u8], folder: &Path) {
+/// Runs of every stage and several numbers of ranks against one rank alone: losses and gradient norms to `bound`.
+fn stages_equal_one_rank(config: &Config, stages: &[u8], bound: f64, folder: &Path) {
+    let mut config = config.clone();
     (config.train.steps, config.train.checkpoint_every, config.train.sample_every) = (10, 10, 10);
     for accumulation in [1, 2] {
-        config.train.accumulation = accumulation;
+        (config.train.accumulation, config.train.shard_ranks) = (accumulation, 0);
         let alone = live(&folder.join(format!("alone{accumulation}")), &config, 1).unwrap();
         assert_eq!(alone.len(), 10);
-        for ranks in [2, 3] {
-            for stage in stages {
-                config.train.shard_stage = *stage;
-                let parent = folder.join(format!("{accumulation}-{ranks}-{stage}"));
-                let together = live(&parent, &config, ranks).unwrap();
-                let distance = distance(&alone, &together);
-                assert!(distance < 1e-4, "stage {stage}, {ranks} ranks, {accumulation} parts: {distance:e}");
-                let model = parent.join("runs").join(&config.name);
-                assert!(model.join("model/model.safetensors").exists());
-                assert!(model.join("samples/step-0000010.png").exists());
-            }
+        let worlds = [(2, 0), (3, 0)].into_iter().chain((accumulation == 1).then_some((4, 2)));
+        for ((ranks, replica), stage) in worlds.flat_map(|world| stages.iter().map(move |stage| (world, *stage))) {
+            (config.train.shard_ranks, config.train.shard_stage) = (replica, stage);
+            let what = format!("{accumulation} parts, {ranks} ranks, {replica} a replica, stage {stage}");
+            let run = |config: &Config| {
+                let parent = folder.join(format!("{what}, {}", config.train.overlap));
+                let metrics = live(&parent, config, ranks).unwrap();
+                let run = parent.join("runs").join(&config.name);
+                assert!(run.join("model/model.safetensors").exists());
+                assert!(run.join("samples/step-0000010.png").exists());
+                (metrics, whole(&run.join("checkpoints/step-10")))
+            };
+            let together = run(&config);
+            let distance = distance(&alone, &together.0);
+            assert!(distance < bound, "{what}: {distance:e}");
+            let mut after = config.clone();
+            after.train.overlap = false;
+            assert!(together == run(&after), "{what}: overlap changes bits");
         }
     }
 }
@@ -87,7 +95,20 @@ fn every_stage_trains_the_generator_as_one_rank_does() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = generator_config(folder.path());
     (config.train.batch_size, config.train.caption_batch_size) = (7, 6);
-    stages_equal_one_rank(config, &[0, 1, 2, 3], folder.path());
+    stages_equal_one_rank(&config, &[0, 1, 2, 3], 1e-6, folder.path());
+}
+
+#[test]
+fn parts_of_a_step_are_ranks_or_micro_batches() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = generator_config(folder.path());
+    (config.train.batch_size, config.train.caption_batch_size, config.train.steps) = (8, 8, 10);
+    config.train.accumulation = 8;
+    let alone = live(&folder.path().join("alone"), &config, 1).unwrap();
+    (config.train.accumulation, config.train.shard_stage) = (2, 3);
+    let together = live(&folder.path().join("together"), &config, 4).unwrap();
+    let distance = distance(&alone, &together);
+    assert!(distance < 1e-6, "{distance:e}");
 }
 
 #[test]
@@ -95,7 +116,7 @@ fn every_stage_trains_the_image_tokenizer_as_one_rank_does() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = tokenizer_config(folder.path());
     config.train.batch_size = 6;
-    stages_equal_one_rank(config.clone(), &[0, 1, 2], folder.path());
+    stages_equal_one_rank(&config, &[0, 1, 2], 4e-6, folder.path());
     config.train.shard_stage = 3;
     let error = live(&folder.path().join("refused"), &config, 2).unwrap_err();
     assert_eq!(exit_of(&error), Exit::Usage, "{error:#}");
@@ -133,7 +154,7 @@ fn at_stage_3_a_rank_holds_its_own_weights_and_those_in_use() {
         assert!((5 * 3..=6 * 3).contains(&held), "{held} of {}", 3 * 16);
         for (unit, (var, before)) in params.values().zip(&before).enumerate() {
             assert!(ops::replace(var, Vec::new())?.is_empty());
-            shards.gather(unit)?;
+            shards.gather(unit, None)?;
             assert_eq!(elements(var)?, *before);
             shards.release(unit)?;
             assert!(ops::replace(var, Vec::new())?.is_empty());
@@ -148,18 +169,18 @@ fn any_number_of_ranks_goes_on_from_any_other_s_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = toy_config();
     config.train.steps = 3;
-    let worlds = [(1, 0), (2, 1), (3, 3), (4, 2), (8, 3)];
-    for (from, stage) in worlds {
-        config.train.shard_stage = stage;
+    let worlds = [(1, 0, 0), (2, 1, 0), (3, 3, 0), (4, 2, 0), (8, 3, 0), (6, 3, 2)];
+    for (from, stage, replica) in worlds {
+        (config.train.shard_stage, config.train.shard_ranks) = (stage, replica);
         let parent = folder.path().join(format!("from{from}"));
         toys(&parent, &config, from, |_| None).unwrap();
         let saved = whole(&parent.join("runs/toy/checkpoints/step-3"));
         assert_eq!(saved.len(), 3 * 3, "weights, momentum and average of three matrices");
-        for (to, stage) in worlds {
-            config.train.shard_stage = stage;
+        for (to, stage, replica) in worlds {
             let again = parent.join(format!("to{to}"));
             fs::create_dir_all(&again).unwrap();
             launch(to, PATIENCE, |group| {
+                group.shard_over(replica)?;
                 let mut task = ToyTask::new(&config);
                 let whole = |name: &str, var: &Var| optimizer::is_muons(&config.train, name, var);
                 let mut shards = Shards::new(group, stage, Store::Memory, task.params(), &task.units(), whole)?;
@@ -236,7 +257,7 @@ fn interrupted_at_other_numbers_of_ranks_the_generator_goes_on_alike() {
             got = live(&parent, &config, ranks).unwrap();
         }
         let distance = distance(&expected, &got);
-        assert!(distance < 1e-4, "{stages:?}: {distance:e}");
+        assert!(distance < 1e-6, "{stages:?}: {distance:e}");
     }
 }
 
@@ -290,11 +311,14 @@ fn an_error_or_panic_of_one_rank_ends_all_with_its_message() {
 }
 
 #[test]
-fn more_ranks_than_samples_are_refused() {
+fn ranks_without_samples_or_a_replica_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = generator_config(folder.path());
     (config.train.batch_size, config.train.caption_batch_size, config.train.accumulation) = (8, 3, 1);
     let error = live(folder.path(), &config, 4).unwrap_err();
     assert!(error.to_string().contains("train.caption_batch_size = 3 gives 4 ranks"), "{error:#}");
     assert_eq!(exit_of(&error), Exit::Usage);
+    config.train.shard_ranks = 2;
+    let error = live(folder.path(), &config, 3).unwrap_err();
+    assert!(error.to_string().contains("train.shard_ranks = 2 does not divide 3 ranks"), "{error:#}");
 }

@@ -70,8 +70,9 @@ impl Sizes {
         units.into_iter().map(|unit| unit.into_iter().map(entry).collect()).collect()
     }
 
-    /// What each of so many ranks owns where they share everything out.
-    pub fn shares(&self, config: &Config, ranks: usize) -> Shares {
+    /// What each of so many ranks owns where they share everything out, or those of a replica (`train.shard_ranks`).
+    pub fn shares(&self, config: &Config, world_size: usize) -> Shares {
+        let ranks = if config.train.shard_ranks == 0 { world_size } else { config.train.shard_ranks };
         let units = self.units(config);
         let lengths: Vec<u64> = units.iter().map(|unit| unit.iter().map(|entry| entry.len as u64).sum()).collect();
         let (mut owned, mut muons) = (vec![0; ranks], vec![0; ranks]);
@@ -86,6 +87,7 @@ impl Sizes {
         let largest_whole = units.iter().flatten().filter(|entry| entry.whole).map(|entry| entry.len as u64).max();
         let most = (0..ranks).max_by_key(|&rank| owned[rank]).unwrap_or(0);
         Shares {
+            world_size,
             ranks,
             units: lengths,
             smallest: owned.iter().copied().min().unwrap_or(0),
@@ -121,6 +123,8 @@ impl Sizes {
 /// What ranks own where they share everything out, in elements.
 #[derive(Debug, Clone)]
 pub struct Shares {
+    pub world_size: usize,
+    /// Of a replica.
     pub ranks: usize,
     /// Of each segment.
     pub units: Vec<u64>,
@@ -154,12 +158,15 @@ pub fn samples(size: usize, ranks: usize, accumulation: usize) -> (usize, usize)
     (least / parts(least), most.div_ceil(parts(most)))
 }
 
-/// Every rank needs at least one sample of each part of a step.
+/// Every rank needs at least one sample of each part of a step, and a place in a replica.
 ///
 /// # Errors
-/// A batch is too small.
+/// A batch is too small, or replicas do not come out even.
 pub fn check_ranks(config: &Config, ranks: usize) -> Result<()> {
     let settings = &config.train;
+    let replica = settings.shard_ranks;
+    let what = format!("train.shard_ranks = {replica} does not divide {ranks} ranks");
+    ensure!(replica == 0 || ranks.is_multiple_of(replica), usage(what, "use a divisor, or 0: all ranks"));
     let parts = ranks.saturating_mul(settings.accumulation);
     let batches = [("batch_size", settings.batch_size), ("caption_batch_size", settings.caption_batch_size)];
     for (key, size) in batches.into_iter().filter(|(_, size)| ranks > 1 && *size > 0) {
@@ -203,6 +210,10 @@ mod tests {
             assert_eq!((shares.total(), shares.units.len(), shares.all_muons), (total, 5, 0));
             assert!(shares.largest - shares.smallest <= 5 && shares.largest >= total / ranks as u64);
         }
+        config.train.shard_ranks = 2;
+        let shares = sizes.shares(&config, 6);
+        assert_eq!((shares.world_size, shares.ranks), (6, 2));
+        assert!(shares.largest >= total / 2);
         config.train.matrix_optimizer = MatrixOptimizer::Muon;
         let shares = sizes.shares(&config, 2);
         assert_eq!((shares.all_muons, shares.largest_muon), (3 * 12 * 12 * 12, 4 * 12 * 12));

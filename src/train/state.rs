@@ -131,7 +131,7 @@ impl RunState {
         background: bool,
     ) -> Result<()> {
         let mut parts = Parts::new();
-        let owned = shards.owned().iter().filter(|_| shards.group().leads() || !shards.replicated());
+        let owned = shards.owned().iter().filter(|_| shards.writes());
         for (name, range) in owned {
             let mut add = |kind: &str, values| {
                 let shape = shards.params()[name].dims().to_vec();

@@ -68,6 +68,11 @@ impl<'a> Trainer<'a> {
         stop: &'a Stop,
     ) -> Result<Self> {
         let settings = &config.train;
+        group.shard_over(settings.shard_ranks)?;
+        group.use_device(&runtime::device()?)?;
+        if settings.overlap {
+            group.overlap()?;
+        }
         let whole = |name: &str, var: &Var| optimizer::is_muons(settings, name, var);
         let store = match settings.offload {
             Offload::Cpu => Store::Memory,
@@ -159,7 +164,8 @@ impl<'a> Trainer<'a> {
         let squares = optimizer::squares(self.shards.reduced())?;
         let saved = f64::from(u8::from(self.saving.is_written()));
         let all = self.shards.group().gather(vec![squares, f64::from(self.stop.signal()), saved])?;
-        let squares = if self.shards.replicated() { squares } else { all.iter().map(|rank| rank[0]).sum() };
+        let replica = all.iter().take(self.shards.group().shard_ranks());
+        let squares = if self.shards.replicated() { squares } else { replica.map(|rank| rank[0]).sum() };
         let signal = all.iter().map(|rank| rank[1]).fold(0.0, f64::max) as i32;
         Ok(Agreed { norm: squares.sqrt(), signal, saved: all.iter().all(|rank| rank[2] > 0.0) })
     }

@@ -46,10 +46,10 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-fn config(stage: u8, recompute: usize, accumulation: usize, qk_norm: bool) -> Config {
+fn config(stage: u8, overlap: bool, recompute: usize, accumulation: usize, qk_norm: bool) -> Config {
     let mut config = Config {
         model: Model { layers: 4, hidden: 128, heads: 4, qk_norm, sandwich_norm: !qk_norm, ..Model::default() },
-        train: Train { shard_stage: stage, recompute, accumulation, ..Train::default() },
+        train: Train { shard_stage: stage, overlap, recompute, accumulation, ..Train::default() },
         ..Config::default()
     };
     (config.train.batch_size, config.train.caption_batch_size) = (16 * accumulation, 16 * accumulation);
@@ -74,6 +74,9 @@ fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
     let (grid, codes) = (sizes.tokenizer.grid(), sizes.tokenizer.codebook_size);
     let model = Generator::new(&scope, config, sizes.vocabulary, codes, grid)?;
     let segments = model.segments();
+    if config.train.overlap {
+        group.overlap()?;
+    }
     let mut shards =
         Shards::new(group, config.train.shard_stage, Store::Memory, &scope.params(), &names(&segments), |_, _| false)?;
     let mut optimizer = Optimizer::new(&shards, &config.train)?;
@@ -120,11 +123,12 @@ fn a_step_holds_what_the_formulas_say() {
         return;
     }
     let mut wrong = Vec::new();
-    for (ranks, stage) in [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (4, 3)] {
+    let cases = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (4, 3)].map(|(ranks, stage)| (ranks, stage, false));
+    for (ranks, stage, overlap) in cases.into_iter().chain([(2, 2, true), (2, 3, true)]) {
         for (recompute, accumulation, qk_norm) in [(0, 1, true), (1, 1, true), (2, 2, true), (1, 2, false)] {
-            let (formula, counted) = compare(&config(stage, recompute, accumulation, qk_norm), ranks);
+            let (formula, counted) = compare(&config(stage, overlap, recompute, accumulation, qk_norm), ranks);
             let line = format!(
-                "{ranks} ranks, stage {stage}, recompute {recompute}, {accumulation} parts: {formula:.3e} by formula, \
+                "{ranks} ranks, stage {stage}, overlap {overlap}, recompute {recompute}, {accumulation} parts: {formula:.3e} by formula, \
                 {counted:.3e} counted, {:.3}",
                 counted / formula
             );

@@ -4,6 +4,7 @@
 use crate::{commands::vilg, tokenizer::write_random};
 use std::{
     fs,
+    path::Path,
     process::{Command, Output},
 };
 use tempfile::TempDir;
@@ -102,6 +103,23 @@ fn a_time_limit_stops_with_a_checkpoint() {
     assert_eq!(run(&["--time-limit", "soon"]).0, Some(2));
 }
 
+/// Runs one of `tests/*.sh`, which must end with `said` or tell why it cannot run here.
+fn script(name: &str, said: &str) {
+    let folder = folder();
+    let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name));
+    let output = command.arg(env!("CARGO_BIN_EXE_vilg")).arg(folder.path()).output().unwrap();
+    let (code, text) = told(&output);
+    let out = String::from_utf8_lossy(&output.stdout);
+    assert!(code == Some(0) && (out.contains(said) || out.contains("skipped: ")), "{out} {text}");
+    println!("{}", out.lines().last().unwrap_or_default());
+}
+
+#[test]
+#[ignore = "takes minutes and strace: cargo test --test it -- --ignored single_calls"]
+fn kills_at_single_calls_cost_no_bit() {
+    script("killed_at_calls.sh", "cost no bit");
+}
+
 #[test]
 fn a_disk_that_takes_nothing_more_ends_the_run_and_costs_nothing() {
     let folder = folder();
@@ -138,7 +156,6 @@ mod processes {
     use super::*;
     use serde_json::Value;
     use std::{
-        path::Path,
         process::{Child, Stdio},
         thread::sleep,
         time::{Duration, Instant},
@@ -178,17 +195,19 @@ mod processes {
     fn processes_give_the_bits_of_threads_at_every_stage() {
         let folder = folder();
         let at = folder.path();
-        for (ranks, stage) in [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (3, 1), (3, 3), (4, 2), (4, 3)] {
-            let set = format!("train.shard_stage={stage}");
-            let (a, b) = (format!("processes{ranks}{stage}"), format!("threads{ranks}{stage}"));
-            let (code, text) = run(at, ranks, &train(&a, &[&set]));
+        let cases = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (3, 1), (3, 3), (4, 2), (4, 3)];
+        for (ranks, stage, replica) in cases.map(|(r, s)| (r, s, 0)).into_iter().chain([(4, 1, 2), (4, 3, 2)]) {
+            let sets = [format!("train.shard_stage={stage}"), format!("train.shard_ranks={replica}")];
+            let sets = sets.each_ref().map(String::as_str);
+            let (a, b) = (format!("processes{ranks}{stage}{replica}"), format!("threads{ranks}{stage}{replica}"));
+            let (code, text) = run(at, ranks, &train(&a, &sets));
             assert_eq!(code, Some(0), "{text}");
             assert_eq!(text.matches("step 10/10").count(), 1, "only one rank speaks: {text}");
             let mut threads = Command::new(env!("CARGO_BIN_EXE_vilg"));
-            threads.args(train(&b, &[&set])).args(["--nproc", &ranks.to_string()]).current_dir(at);
+            threads.args(train(&b, &sets)).args(["--nproc", &ranks.to_string()]).current_dir(at);
             assert_eq!(told(&threads.output().unwrap()).0, Some(0));
-            assert_eq!(metrics(at, &a), metrics(at, &b), "{ranks} ranks, stage {stage}");
-            assert!(bits(at, &a) == bits(at, &b), "{ranks} ranks, stage {stage}");
+            assert_eq!(metrics(at, &a), metrics(at, &b), "{ranks} ranks, stage {stage}, {replica} a replica");
+            assert!(bits(at, &a) == bits(at, &b), "{ranks} ranks, stage {stage}, {replica} a replica");
         }
     }
 
@@ -268,14 +287,7 @@ mod processes {
 
     #[test]
     fn two_hosts_give_the_bits_of_one() {
-        let folder = folder();
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/two_hosts.sh");
-        let mut command = Command::new(script);
-        let output = command.arg(env!("CARGO_BIN_EXE_vilg")).arg(folder.path()).output().unwrap();
-        let (code, text) = told(&output);
-        let said = String::from_utf8_lossy(&output.stdout);
-        assert!(code == Some(0) && (said.contains("the bits of one") || said.contains("skipped: ")), "{said} {text}");
-        println!("{}", said.lines().last().unwrap_or_default());
+        script("two_hosts.sh", "the bits of one");
     }
 
     /// Kills a random rank at `kills` random times; the run must end with the bits of one that nobody killed.

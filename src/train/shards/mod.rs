@@ -7,8 +7,17 @@
 //! | 2 | gradients too | gradients to their owners after every segment's backward pass, weights once a step |
 //! | 3 | weights too | as 2, and each segment's weights come before its pass and go after it |
 //!
+//! With `train.shard_ranks = n`, n ranks after another (a node's) do this among them, and own what the ranks of the
+//! other replicas own alike; gradients are summed over the replicas, too.
+//!
 //! The stages are ZeRO's (arXiv 1910.02054). All of them are this one policy over the same engine and the same
 //! [`layout`](super::layout); one rank is the case in which nothing moves.
+//!
+//! Where the group's collectives run beside computation, the next segment's weights are under way while a segment
+//! computes, and so are the last one's gradients; stages 0 and 1 send theirs during a step's last backward pass. What
+//! arrives is added in the same order either way, so that the bits are the same.
+
+mod traffic;
 
 use super::{
     engine::Chain,
@@ -19,14 +28,15 @@ use crate::{
     dist::Group,
     error::{Context, Result, ensure},
     nn::{gradients::Gradients, params::Params},
-    ops::{self, Floats, Store, gemm::Onto},
+    ops::{self, Floats, Store},
 };
-use candle_core::{Device, Shape, Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 use std::{
     collections::{BTreeMap, HashMap},
     ops::Range,
     sync::LazyLock,
 };
+use traffic::{Going, Parts};
 
 /// This rank's weights and gradients.
 pub struct Shards<'g> {
@@ -44,6 +54,12 @@ pub struct Shards<'g> {
     gradients: Gradients,
     /// Stages 1 to 3: summed over all ranks, of the elements in `owned`.
     sums: Gradients,
+    /// Weights under way, of the unit that comes next.
+    coming: Option<(usize, Parts)>,
+    /// Sums under way, of the unit whose gradients went last.
+    going: Option<Going>,
+    /// Whether this is the step's last micro-batch.
+    last: bool,
 }
 
 /// The parameters of one segment.
@@ -52,6 +68,8 @@ struct Unit {
     pieces: Vec<Vec<Piece>>,
     /// Whether the variables hold the weights.
     here: bool,
+    /// Whether this step's gradients went to their owners (stages 0 and 1).
+    sent: bool,
 }
 
 impl Shards<'static> {
@@ -80,21 +98,23 @@ impl<'g> Shards<'g> {
         whole: impl Fn(&str, &Var) -> bool,
     ) -> Result<Self> {
         // One rank, or replicas: each rank owns everything.
-        let stage = if group.world_size() == 1 { 0 } else { stage };
-        let owners = if stage == 0 { 1 } else { group.world_size() };
+        let stage = if group.shard_ranks() == 1 { 0 } else { stage };
+        let owners = if stage == 0 { 1 } else { group.shard_ranks() };
         let entries = units.iter().map(|names| names.iter().map(|name| entry(params, name, &whole)).collect());
         let entries = entries.collect::<Result<Vec<Vec<Entry>>>>()?;
         let pieces = layout(&entries, owners);
-        let ours = if stage == 0 { 0 } else { group.rank() };
+        let ours = if stage == 0 { 0 } else { group.shard_rank() };
         let owned = pieces.iter().flat_map(|ranks| &ranks[ours]).map(|p| (p.name.clone(), p.range.clone())).collect();
         let covered: usize = pieces.iter().flatten().flatten().map(|piece| piece.range.len()).sum();
         let all: usize = params.values().map(|var| var.elem_count()).sum();
         ensure!(covered == all, "{covered} of {all} weights belong to exactly one segment");
-        let units = pieces.into_iter().map(|pieces| Unit { pieces, here: true }).collect();
+        let units = pieces.into_iter().map(|pieces| Unit { pieces, here: true, sent: false }).collect();
         let (gradients, sums) = (Gradients::default(), Gradients::default());
         let params = params.clone();
         let weights = BTreeMap::new();
-        let mut shards = Self { group, stage, params, units, owned, store, weights, gradients, sums };
+        let (coming, going, last) = (None, None, false);
+        let mut shards =
+            Self { group, stage, params, units, owned, store, weights, gradients, sums, coming, going, last };
         if stage == 3 {
             shards.weights = shards.stored_parts()?;
             (0..shards.units.len()).try_for_each(|unit| shards.release(unit))?;
@@ -135,6 +155,11 @@ impl<'g> Shards<'g> {
         self.stage == 0
     }
 
+    /// Whether what this rank owns goes into checkpoints: it is of the first replica.
+    pub fn writes(&self) -> bool {
+        if self.replicated() { self.group.leads() } else { self.group.in_first_replica() }
+    }
+
     /// Where a segment adds the gradients of whole parameters.
     pub fn gradients(&mut self) -> &mut Gradients {
         &mut self.gradients
@@ -150,17 +175,30 @@ impl<'g> Shards<'g> {
         self.group.begin_step(step);
         self.gradients.clear();
         self.sums.clear();
+        self.last = false;
+        self.units.iter_mut().for_each(|unit| unit.sent = false);
     }
 
-    /// Before a segment's pass: its weights come (stage 3).
-    pub fn gather(&mut self, unit: usize) -> Result<()> {
-        if self.units[unit].here {
-            return Ok(());
+    /// The next pass over the chain is the step's last: a segment's gradients are whole when its backward pass ends.
+    pub fn last_micro_batch(&mut self) {
+        self.last = true;
+    }
+
+    /// Before a segment's pass: its weights come, and those of the segment after it set out (stage 3).
+    pub fn gather(&mut self, unit: usize, next: Option<usize>) -> Result<()> {
+        if !self.units[unit].here {
+            let parts = match self.coming.take() {
+                Some((coming, parts)) if coming == unit => parts,
+                _ => self.send_weights(unit, Self::part)?,
+            };
+            for (name, values) in self.whole(unit, parts)? {
+                ops::replace(&self.params[&name], values)?;
+            }
+            self.units[unit].here = true;
         }
-        for (name, values) in self.whole(unit, Self::part)? {
-            ops::replace(&self.params[&name], values)?;
+        if let Some(next) = next.filter(|next| self.group.overlaps() && !self.units[*next].here) {
+            self.coming = Some((next, self.send_weights(next, Self::part)?));
         }
-        self.units[unit].here = true;
         Ok(())
     }
 
@@ -177,26 +215,29 @@ impl<'g> Shards<'g> {
         Ok(())
     }
 
-    /// After a segment's backward pass: its gradients go to their owners (stages 2 and 3).
+    /// After a segment's backward pass: its gradients go to their owners, where the stage or the step wants it.
     pub fn reduce(&mut self, unit: usize) -> Result<()> {
-        if self.stage < 2 {
-            return Ok(());
-        }
-        self.reduce_scatter(unit)?;
-        for piece in self.units[unit].pieces.iter().flatten() {
-            self.gradients.free(&piece.name);
+        if self.stage >= 2 {
+            self.send_gradients(unit)?;
+            for piece in self.units[unit].pieces.iter().flatten() {
+                self.gradients.free(&piece.name);
+            }
+        } else if self.last && self.group.overlaps() {
+            self.send_gradients(unit)?;
         }
         Ok(())
     }
 
     /// After the last micro-batch: what was not summed over the ranks yet.
     pub fn finish(&mut self) -> Result<()> {
-        let units = 0..self.units.len();
-        match self.stage {
-            0 if self.group.world_size() > 1 => units.into_iter().try_for_each(|unit| self.all_reduce(unit)),
-            1 => units.into_iter().try_for_each(|unit| self.reduce_scatter(unit)),
-            _ => Ok(()),
+        if self.group.world_size() > 1 && self.stage < 2 {
+            for unit in 0..self.units.len() {
+                if !self.units[unit].sent {
+                    self.send_gradients(unit)?;
+                }
+            }
         }
+        self.receive_sums()
     }
 
     /// After the update: the weights that others own come (stages 1 and 2).
@@ -205,18 +246,22 @@ impl<'g> Shards<'g> {
             return Ok(());
         }
         let elsewhere = self.params.values().any(|var| !var.device().is_cpu());
+        let mut coming = self.send_weights(0, Self::part)?;
         for unit in 0..self.units.len() {
+            let next = if unit + 1 < self.units.len() { Some(self.send_weights(unit + 1, Self::part)?) } else { None };
             if elsewhere {
                 // Each weight goes to the device once, not once a piece.
-                for (name, values) in self.whole(unit, Self::part)? {
+                for (name, values) in self.whole(unit, coming)? {
                     ops::replace(&self.params[&name], values)?;
                 }
-                continue;
+            } else {
+                self.receive_weights(unit, coming, |piece, part| {
+                    let write = |weights: &mut [f32]| weights[piece.range.clone()].copy_from_slice(part);
+                    Ok(ops::with_slice_mut(&self.params[&piece.name], write)?)
+                })?;
             }
-            self.all_gather(unit, Self::part, |piece, part| {
-                let write = |weights: &mut [f32]| weights[piece.range.clone()].copy_from_slice(part);
-                Ok(ops::with_slice_mut(&self.params[&piece.name], write)?)
-            })?;
+            let Some(next) = next else { break };
+            coming = next;
         }
         Ok(())
     }
@@ -266,7 +311,7 @@ impl<'g> Shards<'g> {
             full = parts.collect::<Result<_>>()?;
         } else {
             for unit in 0..self.units.len() {
-                let whole = self.whole(unit, &part)?;
+                let whole = self.whole(unit, self.send_weights(unit, &part)?)?;
                 if self.group.leads() {
                     full.extend(whole);
                 }
@@ -288,98 +333,14 @@ impl<'g> Shards<'g> {
         if self.replicated() {
             return Ok(ours);
         }
+        let counted = ours.iter().map(|size| size.filter(|_| self.group.in_first_replica()));
         let counted: Vec<f64> =
-            ours.iter().flat_map(|size| [f64::from(u8::from(size.is_some())), size.unwrap_or(0.0)]).collect();
+            counted.flat_map(|size| [f64::from(u8::from(size.is_some())), size.unwrap_or(0.0)]).collect();
         Ok(self.group.sum(&counted)?.chunks(2).map(|pair| (pair[0] > 0.0).then(|| pair[1])).collect())
-    }
-
-    /// Whole parameters of a unit, put together from what `part` gives on the rank that owns it.
-    fn whole(&self, unit: usize, part: impl Fn(&Self, &str) -> Result<Vec<f32>>) -> Result<HashMap<String, Vec<f32>>> {
-        let mut full = HashMap::new();
-        self.all_gather(unit, part, |piece, values| {
-            let len = self.params[&piece.name].elem_count();
-            let whole = full.entry(piece.name.clone()).or_insert_with(|| vec![0.0; len]);
-            whole[piece.range.clone()].copy_from_slice(values);
-            Ok(())
-        })?;
-        Ok(full)
-    }
-
-    /// Every rank's part of a unit, piece by piece.
-    fn all_gather(
-        &self,
-        unit: usize,
-        part: impl Fn(&Self, &str) -> Result<Vec<f32>>,
-        mut take: impl FnMut(&Piece, &[f32]) -> Result<()>,
-    ) -> Result<()> {
-        let pieces = &self.units[unit].pieces;
-        let counts: Vec<usize> = pieces.iter().map(|pieces| length(pieces.iter())).collect();
-        let mut ours = Vec::with_capacity(counts[self.group.rank()]);
-        for piece in &pieces[self.group.rank()] {
-            ours.extend(part(self, &piece.name)?);
-        }
-        for (pieces, values) in pieces.iter().zip(self.group.all_gather(ours, &counts)?) {
-            let mut rest = values.as_slice();
-            for piece in pieces {
-                let (part, after) = rest.split_at(piece.range.len());
-                take(piece, part)?;
-                rest = after;
-            }
-        }
-        Ok(())
-    }
-
-    /// Adds the sum over all ranks of a unit's gradients to those of their owners.
-    fn reduce_scatter(&mut self, unit: usize) -> Result<()> {
-        let live = |piece: &&Piece| self.gradients.get(&piece.name).is_some();
-        let pieces: Vec<Vec<&Piece>> =
-            self.units[unit].pieces.iter().map(|pieces| pieces.iter().filter(live).collect()).collect();
-        let counts: Vec<usize> = pieces.iter().map(|pieces| length(pieces.iter().copied())).collect();
-        let all = flat(&self.gradients, pieces.iter().flatten().copied())?;
-        let sums = self.group.reduce_scatter(all, &counts)?;
-        let mut rest = sums.as_slice();
-        for piece in &pieces[self.group.rank()] {
-            let (part, after) = rest.split_at(piece.range.len());
-            self.sums.accumulate(&piece.name, &Shape::from(part.len()), |sum, onto| match onto {
-                Onto::Nothing => sum.copy_from_slice(part),
-                Onto::Old => ops::slices::add(sum, part),
-            })?;
-            rest = after;
-        }
-        Ok(())
-    }
-
-    /// Sums a unit's gradients over all ranks, on all ranks.
-    fn all_reduce(&mut self, unit: usize) -> Result<()> {
-        let pieces: Vec<&Piece> = self.units[unit].pieces.iter().flatten().collect();
-        let sums = self.group.all_reduce(flat(&self.gradients, pieces.iter().copied())?)?;
-        let mut rest = sums.as_slice();
-        for piece in pieces {
-            let Some(gradient) = self.gradients.get(&piece.name) else { continue };
-            let (part, after) = rest.split_at(piece.range.len());
-            ops::with_slice_mut(gradient, |sum: &mut [f32]| sum.copy_from_slice(part))?;
-            rest = after;
-        }
-        Ok(())
     }
 }
 
 fn entry(params: &Params, name: &String, whole: impl Fn(&str, &Var) -> bool) -> Result<Entry> {
     let var = params.get(name).with_context(|| format!("a segment holds `{name}`, which is no parameter"))?;
     Ok(Entry { name: name.clone(), len: var.elem_count(), whole: whole(name, var) })
-}
-
-fn length<'a>(pieces: impl Iterator<Item = &'a Piece>) -> usize {
-    pieces.map(|piece| piece.range.len()).sum()
-}
-
-/// The gradients of these pieces one after another; pieces without one are left out.
-fn flat<'a>(gradients: &Gradients, pieces: impl Iterator<Item = &'a Piece>) -> Result<Vec<f32>> {
-    let mut all = Vec::new();
-    for piece in pieces {
-        if let Some(gradient) = gradients.get(&piece.name) {
-            ops::with_slice(gradient, |values: &[f32]| all.extend_from_slice(&values[piece.range.clone()]))?;
-        }
-    }
-    Ok(all)
 }

@@ -1,0 +1,162 @@
+//! What joins a rank to the others, and the two exchanges that all collectives are made of.
+
+#[cfg(feature = "mpi")]
+use super::mpi;
+use super::{Call, Number, local::Meeting, nccl::Nccl, part};
+use crate::{
+    error::{Context, Result},
+    ops::slices,
+};
+use candle_core::{Device, Tensor};
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+};
+
+/// What does a rank's collectives.
+pub struct Wire {
+    pub rank: usize,
+    pub world_size: usize,
+    pub link: Link,
+    /// Ranks that share one replica out among them; all of them until it is set.
+    pub shard_ranks: OnceLock<usize>,
+    /// What moves floats, where ranks have CUDA devices: by [`Among`].
+    pub nccl: OnceLock<(Device, Mutex<[Option<Nccl>; 3]>)>,
+}
+
+/// The ranks that exchange something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Among {
+    All,
+    /// Those that share this rank's replica out.
+    Shards,
+    /// Those that own the same part of other replicas, and this one.
+    Replicas,
+}
+
+impl Among {
+    pub const EVERY: [Self; 3] = [Self::All, Self::Shards, Self::Replicas];
+}
+
+/// What joins a rank to the others.
+pub enum Link {
+    Alone,
+    Threads(Arc<Meeting>),
+    #[cfg(feature = "mpi")]
+    Processes(mpi::World),
+}
+
+impl Wire {
+    /// Ranks that share one replica out among them.
+    pub fn shard_ranks(&self) -> usize {
+        self.shard_ranks.get().copied().unwrap_or(self.world_size)
+    }
+
+    /// The ranks that exchange something with this one, and itself.
+    pub fn members(&self, among: Among) -> Vec<usize> {
+        let (rank, shards) = (self.rank, self.shard_ranks());
+        match among {
+            Among::All => (0..self.world_size).collect(),
+            Among::Shards => (rank - rank % shards..rank - rank % shards + shards).collect(),
+            Among::Replicas => (rank % shards..self.world_size).step_by(shards).collect(),
+        }
+    }
+
+    /// What `f` makes of `ours` on the device; `None` where floats do not go over NCCL.
+    pub fn on_device(
+        &self,
+        (call, among): (Call, Among),
+        ours: &[f32],
+        f: impl FnOnce(&Nccl, &Tensor) -> Result<Tensor>,
+    ) -> Result<Option<Vec<f32>>> {
+        let Some((device, nccl)) = self.nccl.get() else { return Ok(None) };
+        // NCCL waits for ever; this does not, and sees whether all ranks call the same.
+        self.to_all(call, Vec::<u8>::new())?;
+        let nccl = nccl.lock().unwrap_or_else(PoisonError::into_inner);
+        let nccl = nccl[among as usize].as_ref().context("this rank has no NCCL communicator for these ranks")?;
+        Ok(Some(f(nccl, &Tensor::from_slice(ours, ours.len(), device)?)?.to_vec1()?))
+    }
+
+    /// Every rank's `ours`, in rank order.
+    pub fn to_all<T: Number>(&self, call: Call, ours: Vec<T>) -> Result<Vec<Arc<Vec<T>>>> {
+        self.to_members(call, Among::All, ours)
+    }
+
+    /// The `ours` of each of these ranks, in rank order.
+    pub fn to_members<T: Number>(&self, call: Call, among: Among, ours: Vec<T>) -> Result<Vec<Arc<Vec<T>>>> {
+        let members = self.members(among);
+        match &self.link {
+            Link::Alone => Ok(vec![Arc::new(ours)]),
+            Link::Threads(meeting) => {
+                let everywhere = meeting.exchange(self.rank, call, ours)?;
+                Ok(members.iter().map(|&rank| everywhere[rank].clone()).collect())
+            }
+            #[cfg(feature = "mpi")]
+            Link::Processes(world) => {
+                let mut parts: Vec<&[T]> = vec![&[]; self.world_size];
+                members.iter().for_each(|&rank| parts[rank] = ours.as_slice());
+                let mut everywhere = world.swap(call, &parts)?;
+                Ok(members.iter().map(|&rank| Arc::new(std::mem::take(&mut everywhere[rank]))).collect())
+            }
+        }
+    }
+
+    /// This rank's part of the `all` of each of these ranks, in rank order; `counts` are theirs.
+    pub fn scatter(&self, call: Call, among: Among, all: Vec<f32>, counts: &[usize]) -> Result<Vec<Part>> {
+        let members = self.members(among);
+        match &self.link {
+            Link::Alone => Ok(vec![Part::whole(all)]),
+            Link::Threads(meeting) => {
+                let before = counts.iter().zip(&members).take_while(|(_, rank)| **rank < self.rank);
+                let start = before.map(|(count, _)| count).sum::<usize>();
+                let ours = members.iter().position(|rank| *rank == self.rank).map_or(0, |i| counts[i]);
+                let everywhere = meeting.exchange(self.rank, call, all)?;
+                let part = |&rank: &usize| Part { of: everywhere[rank].clone(), range: start..start + ours };
+                Ok(members.iter().map(part).collect())
+            }
+            #[cfg(feature = "mpi")]
+            Link::Processes(world) => {
+                let mut parts: Vec<&[f32]> = vec![&[]; self.world_size];
+                members.iter().zip(cut(&all, counts)).for_each(|(&rank, part)| parts[rank] = part);
+                let mut everywhere = world.swap(call, &parts)?;
+                Ok(members.iter().map(|&rank| Part::whole(std::mem::take(&mut everywhere[rank]))).collect())
+            }
+        }
+    }
+
+    /// The sum over these ranks, on all of them.
+    pub fn all_reduce(&self, call: Call, among: Among, ours: Vec<f32>) -> Result<Vec<f32>> {
+        if let Some(sum) = self.on_device((call, among), &ours, Nccl::all_reduce)? {
+            return Ok(sum);
+        }
+        let members = self.members(among).len();
+        let counts: Vec<usize> = (0..members).map(|i| part(ours.len(), i, members).len()).collect();
+        let parts = self.to_members(call, among, sum(&self.scatter(call, among, ours, &counts)?))?;
+        Ok(parts.iter().flat_map(|part| part.iter().copied()).collect())
+    }
+}
+
+/// What one rank gives to a sum.
+pub struct Part {
+    of: Arc<Vec<f32>>,
+    range: Range<usize>,
+}
+
+impl Part {
+    pub fn whole(values: Vec<f32>) -> Self {
+        Self { range: 0..values.len(), of: Arc::new(values) }
+    }
+}
+
+/// Parts of these lengths, one after another.
+pub fn cut<'a>(mut all: &'a [f32], counts: &[usize]) -> impl Iterator<Item = &'a [f32]> {
+    counts.iter().filter_map(move |count| all.split_off(..*count))
+}
+
+/// Adds them in their order.
+pub fn sum(parts: &[Part]) -> Vec<f32> {
+    let mut parts = parts.iter().map(|part| &part.of[part.range.clone()]);
+    let mut sum = parts.next().map(<[f32]>::to_vec).unwrap_or_default();
+    parts.for_each(|part| slices::add(&mut sum, part));
+    sum
+}
