@@ -46,6 +46,8 @@ struct Trainer<'a> {
     shards: Shards<'a>,
     run: RunState,
     saving: Saving<'a>,
+    /// The step whose model folder this process wrote last.
+    published: Option<u64>,
 }
 
 /// What all ranks know alike after the backward pass.
@@ -82,7 +84,7 @@ impl<'a> Trainer<'a> {
         let run = RunState::start(config, task, &mut shards, &folder.checkpoints(), resume)?;
         folder.begin(config, run.step)?;
         let saving = Saving::new(group, folder.checkpoints(), settings.keep_checkpoints);
-        let mut trainer = Self { config, task, folder, stop, shards, run, saving };
+        let mut trainer = Self { config, task, folder, stop, shards, run, saving, published: None };
         if trainer.run.step == 0 || matches!(resume, Resume::From(_)) {
             // Before the first step, so that a full disk shows at once.
             trainer.save(false)?;
@@ -144,7 +146,8 @@ impl<'a> Trainer<'a> {
     fn end(mut self) -> Result<()> {
         self.complete()?;
         if self.shards.group().leads() {
-            if !self.folder.model().exists() {
+            // A run that died between its last checkpoint and the model folder left an older one.
+            if self.published != Some(self.run.step) {
                 self.publish(self.run.step)?;
             }
             let (step, model) = (self.run.step, self.folder.model());
@@ -241,14 +244,16 @@ impl<'a> Trainer<'a> {
 
     /// Writes the model folder out of the files of a checkpoint, so that no rank ever holds the model whole: the
     /// weights' average where there is one.
-    fn publish(&self, step: u64) -> Result<()> {
+    fn publish(&mut self, step: u64) -> Result<()> {
         let stored = checkpoint::tensors(&checkpoint::at(&self.folder.checkpoints(), step))?;
         let kind = if self.config.train.ema_decay > 0.0 { "average" } else { "weights" };
         let whole = |(name, var): (&String, &Var)| {
             Ok((name.clone(), stored.whole(&format!("{kind}/{name}"), var.dims(), safetensors::Dtype::F32)?))
         };
         let weights = self.task.params().iter().map(whole).collect::<Result<_>>()?;
-        self.task.publish(weights, &self.folder.model())
+        self.task.publish(weights, &self.folder.model())?;
+        self.published = Some(step);
+        Ok(())
     }
 }
 
