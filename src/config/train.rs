@@ -149,6 +149,9 @@ pub enum Precision {
     F32,
     /// Rounded to bf16 where the processor multiplies it faster (AMX, AVX-512 BF16); f32 elsewhere.
     Bf16,
+    /// Rounded to f16, with the loss scaled so that gradients keep their bits: what GPUs without bf16 want. On the CPU it
+    /// is slower than f32, for trying a recipe.
+    F16,
 }
 
 impl Precision {
@@ -157,6 +160,7 @@ impl Precision {
         match self {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
+            Self::F16 => "f16",
         }
     }
 }

@@ -19,8 +19,8 @@ pub struct Micro {
     pub outputs: usize,
     /// Bytes of an activation.
     pub bytes: u64,
-    /// Whether products round copies of their factors to bf16.
-    pub packs: bool,
+    /// Bytes of an element of a weight's copy that products round: 0 where they make none.
+    pub copied: u64,
     /// Whether gradients of earlier micro-batches of this direction are there already.
     pub again: bool,
 }
@@ -106,7 +106,7 @@ impl Micro {
             (7 * stream, u64::MAX, 3 * square),
         ];
         let pass = widths.into_iter().map(|(bytes, gradients, packed)| {
-            let packed = if self.packs { 2 * packed } else { 0 };
+            let packed = self.copied * packed;
             Moment { phase: Phase::Pass, segment, activations: held + bytes + packed, gradients, aside: 0 }
         });
         let edge = |phase, gradients| Moment { phase, segment, activations: held + stream, gradients, aside: 0 };
@@ -120,7 +120,7 @@ impl Micro {
         let rows = ROWS.min(self.samples * self.layout.target()) as u64;
         let weights = hidden * self.outputs as u64;
         let gradients = weights + self.outputs as u64 + 2 * hidden;
-        let packed = if self.packs { 2 * weights } else { 0 };
+        let packed = self.copied * weights;
         let part = rows * (4 * hidden + self.outputs as u64) * self.bytes;
         let stream = self.stream(config);
         let moment =

@@ -2,14 +2,13 @@
 
 use super::sequence::{Batch, Direction};
 use crate::{
+    config::Precision,
     error::Result,
     nn::{
         linear::Linear,
         norm::LayerNorm,
         params::{Params, Scope},
-        segment::Taped,
     },
-    ops,
 };
 use candle_core::Tensor;
 
@@ -46,29 +45,12 @@ impl Head {
     }
 
     /// x (b, positions, hidden) → logits (b, targets, vocabulary): the target stands last.
-    pub fn target_logits(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+    pub fn target_logits(&self, precision: Precision, x: &Tensor, batch: &Batch) -> Result<Tensor> {
         let source = match batch.direction {
             Direction::TextToImage => batch.text.dim(1)?,
             Direction::ImageToText => batch.codes.dim(1)?,
         };
         let target = x.narrow(1, source, x.dim(1)? - source)?.contiguous()?;
-        self.logits(&target, batch.direction)
-    }
-}
-
-impl Taped<Batch> for Head {
-    fn name(&self) -> &str {
-        "head"
-    }
-
-    fn params(&self) -> &Params {
-        &self.params
-    }
-
-    /// → the scalar loss.
-    fn taped(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
-        let (targets, weights) = batch.outputs()?;
-        let logits = self.target_logits(x, batch)?.flatten_to(1)?;
-        ops::cross_entropy(&logits, &targets, &weights)
+        self.linear(batch.direction).forward_in(precision, &self.norm.forward(&target)?)
     }
 }

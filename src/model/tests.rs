@@ -1,8 +1,11 @@
 //! dense ≡ block ≡ cached, forward and gradient, and gradients against finite differences.
 
-use super::*;
+use super::{
+    transformer::{TapedHead, TapedLayer},
+    *,
+};
 use crate::{
-    config::{AttentionKind, Config, ConvBorder, RowExtent},
+    config::{AttentionKind, Config, ConvBorder, Precision, RowExtent},
     error::Result,
     nn::{
         attention::dense_masked,
@@ -83,9 +86,9 @@ impl Case {
 fn loss(generator: &Generator, batch: &Batch) -> Result<Tensor> {
     let mut x = generator.embedding.taped(&batch.codes, batch)?;
     for layer in &generator.layers {
-        x = layer.taped(&x, batch)?;
+        x = TapedLayer { layer, precision: Precision::F32 }.taped(&x, batch)?;
     }
-    generator.head.taped(&x, batch)
+    TapedHead { head: &generator.head, precision: Precision::F32 }.taped(&x, batch)
 }
 
 /// The loss with attention against full masks.
@@ -94,9 +97,9 @@ fn dense_loss(generator: &Generator, batch: &Batch) -> Result<Tensor> {
     let mut x = generator.embedding.taped(&batch.codes, batch)?;
     for layer in &generator.layers {
         let mask = layout.mask(layer.pattern, &batch.text_lengths, x.device())?;
-        x = layer.block.forward_with(&x, |qkv| dense_masked(qkv, &mask))?;
+        x = layer.block.forward_with(Precision::F32, &x, |qkv| dense_masked(qkv, &mask))?;
     }
-    generator.head.taped(&x, batch)
+    TapedHead { head: &generator.head, precision: Precision::F32 }.taped(&x, batch)
 }
 
 fn max_difference(a: &Tensor, b: &Tensor) -> Result<f64> {

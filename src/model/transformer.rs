@@ -16,7 +16,7 @@ use crate::{
         pattern::{Grid, Pattern},
         segment::{Segment, Taped},
     },
-    ops::attention::KeyRanges,
+    ops::{self, attention::KeyRanges},
 };
 use candle_core::{DType, Tensor};
 use std::sync::Arc;
@@ -37,17 +37,46 @@ impl Layer {
     }
 }
 
-impl Taped<Batch> for Layer {
+/// A layer whose linear layers compute in a precision.
+pub(super) struct TapedLayer<'a> {
+    pub layer: &'a Layer,
+    pub precision: Precision,
+}
+
+impl Taped<Batch> for TapedLayer<'_> {
     fn name(&self) -> &str {
-        &self.name
+        &self.layer.name
     }
 
     fn params(&self) -> &Params {
-        &self.params
+        &self.layer.params
     }
 
     fn taped(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
-        self.block.forward(x, &self.keys(batch)?)
+        self.layer.block.forward(self.precision, x, &self.layer.keys(batch)?)
+    }
+}
+
+/// The head, computed in a precision.
+pub(super) struct TapedHead<'a> {
+    pub head: &'a Head,
+    pub precision: Precision,
+}
+
+impl Taped<Batch> for TapedHead<'_> {
+    fn name(&self) -> &str {
+        "head"
+    }
+
+    fn params(&self) -> &Params {
+        &self.head.params
+    }
+
+    /// → the scalar loss.
+    fn taped(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+        let (targets, weights) = batch.outputs()?;
+        let logits = self.head.target_logits(self.precision, x, batch)?.flatten_to(1)?;
+        ops::cross_entropy(&logits, &targets, &weights)
     }
 }
 
@@ -107,11 +136,12 @@ impl Generator {
         self.max_text
     }
 
-    /// The chain that training runs; its output is the loss. By hand on a CPU in f32, taped elsewhere.
+    /// The chain that training runs; its output is the loss. By hand on a CPU in f32, taped elsewhere; products in
+    /// `train.precision`.
     pub fn segments(&self) -> Vec<Box<dyn Segment<Batch> + '_>> {
         let table = &self.embedding.text;
         if !table.device().is_cpu() || table.dtype() != DType::F32 {
-            return self.taped_segments();
+            return self.taped_segments(self.precision);
         }
         let precision = self.precision;
         let layers = self.layers.iter().map(|layer| Box::new(NativeLayer { layer, precision }) as Box<_>);
@@ -121,12 +151,12 @@ impl Generator {
             .collect()
     }
 
-    /// The same chain written with candle's ops.
-    pub fn taped_segments(&self) -> Vec<Box<dyn Segment<Batch> + '_>> {
-        let layers = self.layers.iter().map(|layer| Box::new(layer) as Box<_>);
+    /// The same chain written with candle's ops, which have no bf16 on a CPU.
+    pub fn taped_segments(&self, precision: Precision) -> Vec<Box<dyn Segment<Batch> + '_>> {
+        let layers = self.layers.iter().map(|layer| Box::new(TapedLayer { layer, precision }) as Box<_>);
         std::iter::once(Box::new(&self.embedding) as Box<dyn Segment<Batch>>)
             .chain(layers)
-            .chain([Box::new(&self.head) as Box<_>])
+            .chain([Box::new(TapedHead { head: &self.head, precision }) as Box<_>])
             .collect()
     }
 
@@ -134,9 +164,9 @@ impl Generator {
     pub fn logits(&self, batch: &Batch) -> Result<Tensor> {
         let mut x = self.embedding.taped(&batch.codes, batch)?;
         for layer in &self.layers {
-            x = layer.taped(&x, batch)?;
+            x = layer.block.forward(Precision::F32, &x, &layer.keys(batch)?)?;
         }
-        self.head.target_logits(&x, batch)
+        self.head.target_logits(Precision::F32, &x, batch)
     }
 
     /// The sequences of one direction.

@@ -7,7 +7,7 @@ use super::{
     params::Scope,
 };
 use crate::{
-    config,
+    config::{self, Precision},
     error::{Result, ensure},
     ops::{self, attention::KeyRanges},
 };
@@ -63,14 +63,14 @@ impl Block {
         self.heads
     }
 
-    /// Whole sequences: x (b, l, hidden) → (b, l, hidden).
-    pub fn forward(&self, x: &Tensor, keys: &Arc<KeyRanges>) -> Result<Tensor> {
-        self.forward_with(x, |qkv| ops::attention(qkv, keys))
+    /// Whole sequences: x (b, l, hidden) → (b, l, hidden), with linear layers in `precision`.
+    pub fn forward(&self, precision: Precision, x: &Tensor, keys: &Arc<KeyRanges>) -> Result<Tensor> {
+        self.forward_with(precision, x, |qkv| ops::attention(qkv, keys))
     }
 
     /// The source of sequences that are about to be decoded; its keys and values go into `cache`.
     pub fn prefill(&self, x: &Tensor, keys: &Arc<KeyRanges>, cache: &mut Cache) -> Result<Tensor> {
-        self.forward_with(x, |qkv| {
+        self.forward_with(Precision::F32, x, |qkv| {
             cache.fill(qkv)?;
             ops::attention(qkv, keys)
         })
@@ -78,21 +78,26 @@ impl Block {
 
     /// One more position of each sequence: x (b, 1, hidden) → (b, 1, hidden).
     pub fn step(&self, x: &Tensor, place: Place, cache: &mut Cache) -> Result<Tensor> {
-        self.forward_with(x, |qkv| cache.attend(qkv, place))
+        self.forward_with(Precision::F32, x, |qkv| cache.attend(qkv, place))
     }
 
     /// The block around any implementation of attention: qkv (b, l, 3, heads, d) → (b, l, hidden).
-    pub fn forward_with(&self, x: &Tensor, attend: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    pub fn forward_with(
+        &self,
+        precision: Precision,
+        x: &Tensor,
+        attend: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let (b, l, hidden) = x.dims3()?;
-        let qkv = self.qkv.forward(&self.norm1.forward(x)?)?;
+        let qkv = self.qkv.forward_in(precision, &self.norm1.forward(x)?)?;
         let qkv = self.normed(qkv.reshape((b, l, 3, self.heads, hidden / self.heads))?)?;
-        let mut branch = self.proj.forward(&attend(&qkv)?)?;
+        let mut branch = self.proj.forward_in(precision, &attend(&qkv)?)?;
         if let Some((post, _)) = &self.post {
             branch = post.forward(&branch)?;
         }
         let x = (x + branch)?;
-        let mut branch = self.fc1.forward(&self.norm2.forward(&x)?)?;
-        branch = self.fc2.forward(&ops::gelu(&branch)?)?;
+        let mut branch = self.fc1.forward_in(precision, &self.norm2.forward(&x)?)?;
+        branch = self.fc2.forward_in(precision, &ops::gelu(&branch)?)?;
         if let Some((_, post)) = &self.post {
             branch = post.forward(&branch)?;
         }

@@ -34,7 +34,12 @@ impl Linear {
 
     /// (.., inputs) → (.., outputs).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear(x, &self.weight, Some(&self.bias))
+        self.forward_in(Precision::F32, x)
+    }
+
+    /// The same with the product in `precision`.
+    pub fn forward_in(&self, precision: Precision, x: &Tensor) -> Result<Tensor> {
+        ops::linear_in(precision, x, &self.weight, &self.bias)
     }
 
     /// x (rows, inputs) → (rows, outputs), with `residual` (rows, outputs) added.

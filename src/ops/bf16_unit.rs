@@ -41,7 +41,7 @@ impl Bf16Unit {
     /// The unit that multiplies in bf16 where that is asked for and there is one.
     pub fn for_precision(precision: Precision) -> Option<Self> {
         match precision {
-            Precision::F32 => None,
+            Precision::F32 | Precision::F16 => None,
             Precision::Bf16 => Self::get(),
         }
     }

@@ -11,7 +11,7 @@ use super::{
     slices::{by_dtype, fresh, slice, storage, tensor, view},
 };
 use crate::{config::Precision, error::Result};
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor, backend::BackendStorage};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
 /// `x (.., in)`, `w (out, in)`, `b (out)` → `(.., out)`.
@@ -24,6 +24,18 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
         Some(b) => x.apply_op3(&w, &b.contiguous()?, Linear)?,
         None => x.apply_op2(&w, Linear)?,
     })
+}
+
+/// The same with factors and product rounded to `precision` by stock candle ops, and so its gradients. There is no
+/// product of bf16 for candle's CPU.
+pub fn linear_in(precision: Precision, x: &Tensor, w: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let dtype = match precision {
+        Precision::F32 => return linear(x, w, Some(b)),
+        Precision::Bf16 => DType::BF16,
+        Precision::F16 => DType::F16,
+    };
+    let y = composed(&x.to_dtype(dtype)?, &w.to_dtype(dtype)?, None)?;
+    Ok(y.to_dtype(x.dtype())?.broadcast_add(b)?)
 }
 
 /// The same from stock candle ops.
@@ -78,7 +90,7 @@ pub fn forward_in(
         Some(unit) => gemm_bf16(unit, y, Onto::Nothing, 1.0, x, w, epilogue),
         None => {
             let onto = start(y, outputs, epilogue.bias, epilogue.residual);
-            gemm(y, onto, 1.0, x, w);
+            gemm_in(precision, y, onto, 1.0, x, w);
             if let Some(gelu) = epilogue.gelu {
                 gelu::forward_into(gelu, y);
             }
@@ -274,7 +286,6 @@ impl CustomOp3 for Linear {
 mod tests {
     use super::*;
     use crate::ops::testing::*;
-    use candle_core::DType;
 
     const SHAPES: [(&[usize], usize); 5] =
         [(&[1, 1], 1), (&[7, 5], 3), (&[2, 3, 17], 33), (&[130, 64], 96), (&[1, 300], 2)];

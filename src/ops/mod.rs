@@ -54,7 +54,7 @@ pub use cross_entropy::cross_entropy;
 pub use gelu::gelu;
 pub use group_norm::group_norm;
 pub use layer_norm::layer_norm;
-pub use linear::linear;
+pub use linear::{linear, linear_in};
 pub use muon::{Muon, muon_step};
 pub use nearest_code::nearest_code;
 pub use peak::peak_flops;

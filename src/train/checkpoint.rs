@@ -7,7 +7,7 @@
 //! Every rank writes what it owns into a file of its own; see [`saving`](super::saving) for how and when, and
 //! [`reshard`](super::reshard) for how others read it.
 
-use super::{reshard::Stored, spikes::Spikes};
+use super::{loss_scale::LossScale, reshard::Stored, spikes::Spikes};
 use crate::{
     config::Config,
     dist::Group,
@@ -44,6 +44,9 @@ pub struct State {
     pub rollbacks: u64,
     #[serde(default)]
     pub spikes: Spikes,
+    /// Where the loss is scaled.
+    #[serde(default)]
+    pub loss_scale: Option<LossScale>,
     /// Digests of what the weights belong to (vocabulary, image tokenizer).
     pub identity: BTreeMap<String, String>,
     /// What the task itself remembers.

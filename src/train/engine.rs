@@ -87,6 +87,7 @@ pub(super) mod tests {
         params: Params,
         weight: Tensor,
         last: bool,
+        pub loss_scale: f64,
     }
 
     impl Taped<Tensor> for Toy {
@@ -101,7 +102,7 @@ pub(super) mod tests {
         fn taped(&self, x: &Tensor, batch: &Tensor) -> Result<Tensor> {
             let x = if x.elem_count() == 0 { batch } else { x };
             let y = x.matmul(&self.weight)?.tanh()?;
-            Ok(if self.last { y.sqr()?.mean_all()? } else { y })
+            Ok(if self.last { (y.sqr()?.mean_all()? * self.loss_scale)? } else { y })
         }
     }
 
@@ -111,7 +112,7 @@ pub(super) mod tests {
             let name = format!("blocks.{i}");
             let scope = scope.at(&name);
             let weight = scope.get("weight", (4, 4), Init::Normal(0.5)).unwrap();
-            Toy { name, params: scope.params(), weight, last: i + 1 == length }
+            Toy { name, params: scope.params(), weight, last: i + 1 == length, loss_scale: 1.0 }
         };
         let toys: Vec<_> = (0..length).map(link).collect();
         (scope.params(), toys)

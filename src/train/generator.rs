@@ -146,19 +146,20 @@ impl Task for GeneratorTask {
         names(&self.model.segments())
     }
 
-    fn gradients(&mut self, step: u64, shards: &mut Shards) -> Result<Measured> {
+    fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<Measured> {
         let samples = self.feed.next(step)?;
         let mut batches = Vec::new();
         for (direction, (first, records)) in Direction::BOTH.into_iter().zip(&samples) {
             batches.extend(self.batches(direction, *first, records, step, shards.group())?);
         }
+        batches.iter_mut().for_each(|batch| batch.loss_scale *= loss_scale);
         let segments = self.model.segments();
         let mut seen = [[0.0; 2]; 2];
         for (i, batch) in batches.iter().enumerate() {
             if i + 1 == batches.len() {
                 shards.last_micro_batch();
             }
-            let loss = engine::accumulate(&segments, batch, self.config.train.recompute, shards)?;
+            let loss = engine::accumulate(&segments, batch, self.config.train.recompute, shards)? / loss_scale;
             let [losses, tokens] = &mut seen[batch.direction as usize];
             *losses += loss;
             *tokens += batch.targets() as f64;

@@ -75,8 +75,12 @@ pub fn held(config: &Config, sizes: &Sizes, shares: &Shares, stage: u8) -> Held 
         checkpoint: 0,
     };
     let micro: Vec<Micro> = sizes.micro_batches(config, shares.world_size);
-    let packs = config.train.precision == Precision::Bf16;
-    let moments = micro.into_iter().flat_map(|m| Micro { packs, ..m }.moments(config, config.train.recompute));
+    let copied = match config.train.precision {
+        Precision::F32 => 0,
+        Precision::Bf16 => 2,
+        Precision::F16 => 4,
+    };
+    let moments = micro.into_iter().flat_map(|m| Micro { copied, ..m }.moments(config, config.train.recompute));
     for moment in moments {
         held.activations = held.activations.max(Some(moment.activations));
         held.working = held.working.max(Some(moment.activations + moved(&moment, shares, stage, config.train.overlap)));

@@ -95,7 +95,7 @@ impl Task for ImageTokenizerTask {
         names(&self.model.segments())
     }
 
-    fn gradients(&mut self, step: u64, shards: &mut Shards) -> Result<Measured> {
+    fn gradients(&mut self, step: u64, _loss_scale: f64, shards: &mut Shards) -> Result<Measured> {
         let records = self.feed.next(step)?.swap_remove(0).1;
         let segments = self.model.segments();
         let (settings, mut seen) = (&self.config.train, Vec::new());

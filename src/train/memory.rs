@@ -111,7 +111,7 @@ impl<'a> Memory<'a> {
     /// Bytes of a weight that products multiply; the same go over the wire.
     fn weight(&self) -> u64 {
         match self.config.train.precision {
-            Precision::Bf16 => 2,
+            Precision::Bf16 | Precision::F16 => 2,
             Precision::F32 => 4,
         }
     }

@@ -15,6 +15,7 @@ pub mod held;
 mod image_tokenizer;
 mod init;
 mod layout;
+mod loss_scale;
 pub mod memory;
 pub mod optimizer;
 mod owned;
@@ -93,9 +94,9 @@ pub trait Task {
     /// The names of the parameters of each segment of the chain.
     fn units(&self) -> Vec<Vec<String>>;
 
-    /// Adds the gradients of this rank's samples of step `step` (counted from 1) to those in `shards`. What was measured
-    /// is of all ranks.
-    fn gradients(&mut self, step: u64, shards: &mut Shards) -> Result<Measured>;
+    /// Adds the gradients of `loss_scale` times the loss of this rank's samples of step `step` (counted from 1) to those
+    /// in `shards`. What was measured is of all ranks, and not scaled.
+    fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<Measured>;
 
     /// The names of the samples of this rank's last step.
     fn samples(&self) -> Vec<String>;

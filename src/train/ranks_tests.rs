@@ -10,7 +10,7 @@ use super::{
     *,
 };
 use crate::{
-    config::Offload,
+    config::{Offload, Precision},
     dist::launch,
     error::{Exit, exit_of},
     ops::{self, Store},
@@ -284,13 +284,23 @@ fn what_is_not_finite_on_one_rank_is_skipped_by_all() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = toy_config();
     // Step 4 is the last, so that its checkpoint shows whether it changed anything.
-    for stage in 0..=3 {
+    for (stage, precision) in (0..=3).flat_map(|stage| [(stage, Precision::F32), (stage, Precision::F16)]) {
         (config.train.shard_stage, config.train.steps, config.train.checkpoint_every) = (stage, 4, 3);
-        config.train.decay_start = 1.0;
-        let parent = folder.path().join(format!("{stage}"));
+        (config.train.decay_start, config.train.precision) = (1.0, precision);
+        let parent = folder.path().join(format!("{stage}{}", precision.name()));
         toys(&parent, &config, 2, |rank| (rank == 1).then_some((4, Event::NotFinite))).unwrap();
-        let at = |step| whole(&parent.join(format!("runs/toy/checkpoints/step-{step}")));
-        assert!(at(3) == at(4), "stage {stage}: a step that is not finite changed the state");
+        let at = |step| parent.join(format!("runs/toy/checkpoints/step-{step}"));
+        assert!(whole(&at(3)) == whole(&at(4)), "stage {stage}: a step that is not finite changed the state");
+        let scale = |step| {
+            let state: Value = serde_json::from_slice(&fs::read(at(step).join("state.json")).unwrap()).unwrap();
+            (state["loss_scale"]["factor"].as_f64(), state["skipped"].as_u64())
+        };
+        let expected = match precision {
+            // Not counted as a bad step: the scale has room.
+            Precision::F16 => [(Some(65536.0), Some(0)), (Some(32768.0), Some(0))],
+            _ => [(None, Some(0)), (None, Some(1))],
+        };
+        assert_eq!([scale(3), scale(4)], expected);
     }
 }
 

@@ -113,7 +113,7 @@ impl Sizes {
             let text = config.text.max_tokens;
             let layout = Layout { direction, text, grid: Grid { height, width } };
             let samples = samples(size, ranks, settings.accumulation).1;
-            Micro { layout, samples, outputs, bytes: 4, packs: false, again: settings.accumulation > 1 }
+            Micro { layout, samples, outputs, bytes: 4, copied: 0, again: settings.accumulation > 1 }
         };
         let generator = config.task == Task::Generator;
         Direction::BOTH.into_iter().filter(|_| generator).map(micro).filter(|micro| micro.samples > 0).collect()

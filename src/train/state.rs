@@ -4,6 +4,7 @@ use super::{
     Resume, Task,
     checkpoint::{self, Loaded, State},
     ema::{self, Average},
+    loss_scale::LossScale,
     optimizer::{self, Moments, Optimizer},
     reshard::{Part, Parts},
     saving::Saving,
@@ -29,6 +30,8 @@ pub struct RunState {
     /// How often the run went back to a checkpoint because of a spike.
     pub rollbacks: u64,
     pub spikes: Spikes,
+    /// Where the loss is scaled.
+    pub loss_scale: Option<LossScale>,
     pub optimizer: Optimizer,
     /// The moving average of the weights, unless it is turned off.
     pub average: Option<Average>,
@@ -45,8 +48,9 @@ impl RunState {
     ) -> Result<Self> {
         let average = if config.train.ema_decay > 0.0 { Some(ema::start(shards)?) } else { None };
         let optimizer = Optimizer::new(shards, &config.train)?;
-        let spikes = Spikes::default();
-        let mut run = Self { step: 0, skipped: 0, passed_over: 0, rollbacks: 0, spikes, optimizer, average };
+        let (spikes, loss_scale) = (Spikes::default(), LossScale::of(config));
+        let mut run =
+            Self { step: 0, skipped: 0, passed_over: 0, rollbacks: 0, spikes, loss_scale, optimizer, average };
         let loaded = match resume {
             Resume::Auto => checkpoint::newest(shards.group(), checkpoints)?,
             Resume::From(path) => {
@@ -118,6 +122,7 @@ impl RunState {
         task.restore(&state.task).context("the checkpoint's task state")?;
         (self.step, self.skipped) = (state.step, state.skipped);
         (self.passed_over, self.rollbacks, self.spikes) = (state.passed_over, state.rollbacks, state.spikes.clone());
+        self.loss_scale = state.loss_scale;
         Ok(())
     }
 
@@ -156,6 +161,7 @@ impl RunState {
             passed_over: self.passed_over,
             rollbacks: self.rollbacks,
             spikes: self.spikes.clone(),
+            loss_scale: self.loss_scale,
             identity: task.identity()?,
             task: task.state(),
         };

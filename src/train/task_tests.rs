@@ -153,6 +153,26 @@ fn resumes_bit_by_bit(mut config: Config, folder: &Path) {
 }
 
 #[test]
+fn the_generator_in_f16_resumes_bit_by_bit_and_stays_near_f32() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = generator_config(folder.path());
+    (config.train.steps, config.train.decay_start) = (20, 1.0);
+    let exact = lives(&folder.path().join("f32"), &config, &[]);
+    config.train.precision = config::Precision::F16;
+    let whole = lives(&folder.path().join("whole"), &config, &[]);
+    assert!(whole == lives(&folder.path().join("cut"), &config, &[7, 13]));
+    let mut farthest = 0f64;
+    for (a, b) in exact.0.iter().zip(&whole.0) {
+        assert_eq!(b["loss_scale"], 65536.0);
+        for loss in ["image", "text"] {
+            let [a, b] = [a, b].map(|line| line[loss].as_f64().unwrap());
+            farthest = farthest.max((a - b).abs() / a);
+        }
+    }
+    assert!((1e-7..2e-4).contains(&farthest), "{farthest:e}");
+}
+
+#[test]
 fn the_image_tokenizer_resumes_bit_by_bit() {
     let folder = tempfile::tempdir().unwrap();
     resumes_bit_by_bit(tokenizer_config(folder.path()), folder.path());
@@ -195,7 +215,7 @@ fn step_in_parts(mut config: Config, make: impl Fn(&Config) -> Box<dyn Task>) {
         config.train.recompute = recompute;
         let (group, mut task) = (Group::alone(), make(&config));
         let mut shards = Shards::new(&group, 0, Store::Memory, task.params(), &task.units(), |_, _| false).unwrap();
-        let measured = task.gradients(1, &mut shards).unwrap();
+        let measured = task.gradients(1, 1.0, &mut shards).unwrap();
         (copies(shards.reduced()), measured.losses)
     };
     let (whole, losses) = of(1, 0);
@@ -227,7 +247,7 @@ fn one_direction_alone_passes_the_gate() {
         let group = Group::alone();
         let mut task = GeneratorTask::new(&config, &group).unwrap();
         let mut shards = Shards::new(&group, 0, Store::Memory, task.params(), &task.units(), |_, _| false).unwrap();
-        let measured = task.gradients(1, &mut shards).unwrap();
+        let measured = task.gradients(1, 1.0, &mut shards).unwrap();
         assert_eq!(measured.losses.len(), 1);
         let complete = |names: &[&String]| gradients::check_complete(names, &shards.sizes(names).unwrap());
         let all: Vec<&String> = task.params().keys().collect();

@@ -45,7 +45,7 @@ impl Task for ToyTask {
         toy::units(&self.chain)
     }
 
-    fn gradients(&mut self, step: u64, shards: &mut Shards) -> Result<Measured> {
+    fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<Measured> {
         // Other inputs on every rank.
         let mut inputs = toy::inputs(step + 100 * shards.group().rank() as u64);
         let mut far = 1.0;
@@ -60,7 +60,8 @@ impl Task for ToyTask {
             Some((_, Event::Panic)) => panic!("on purpose"),
             None => {}
         }
-        let loss = engine::accumulate(&toy::segments(&self.chain), &inputs, 0, shards)?;
+        self.chain.iter_mut().for_each(|toy| toy.loss_scale = loss_scale);
+        let loss = engine::accumulate(&toy::segments(&self.chain), &inputs, 0, shards)? / loss_scale;
         let loss = shards.group().sum(&[loss])?[0];
         self.total += loss;
         Ok(Measured { losses: vec![("loss", loss * far)], amount: 3, unit: "rows" })

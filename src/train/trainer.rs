@@ -1,8 +1,8 @@
 //! The loop: a step from top to bottom, and what happens around it.
 
 use super::{
-    Measured, Resume, Task, checkpoint, ema, optimizer, run_folder::RunFolder, saving::Saving, schedule,
-    shards::Shards, signals::Stop, state::RunState,
+    Measured, Resume, Task, checkpoint, ema, loss_scale::LossScale, optimizer, run_folder::RunFolder, saving::Saving,
+    schedule, shards::Shards, signals::Stop, state::RunState,
 };
 use crate::{
     config::{Config, Offload, Spike, Train},
@@ -99,22 +99,23 @@ impl<'a> Trainer<'a> {
         self.run.step += 1;
         let step = self.run.step;
         self.shards.begin(step);
-        let measured = self.task.gradients(step + self.run.passed_over, &mut self.shards)?;
+        let factor = self.run.loss_scale.map_or(1.0, LossScale::factor);
+        let measured = self.task.gradients(step + self.run.passed_over, factor, &mut self.shards)?;
         self.shards.finish()?;
         if step == 1 {
             self.check_complete()?;
         }
-        let Agreed { norm, signal, saved } = self.agree()?;
+        let Agreed { norm, signal, saved } = self.agree(factor)?;
         let rate = schedule::rate(settings, step);
         if !norm.is_finite() {
-            self.skip("the gradient is not finite")?;
+            self.overflow()?;
         } else if settings.spike != Spike::Ignore && self.run.spikes.judge(measured.loss(), norm) {
             match settings.spike {
                 Spike::RollBack => return self.roll_back(),
                 _ => self.skip("its loss or gradient is a spike")?,
             }
         } else {
-            self.update(norm, rate)?;
+            self.update(norm, rate, factor)?;
         }
         if self.shards.group().leads() {
             log(&mut self.folder, settings, &self.run, &measured, norm, rate * settings.learning_rate, begun)?;
@@ -163,19 +164,19 @@ impl<'a> Trainer<'a> {
     }
 
     /// The one exchange of a step beside the gradients'.
-    fn agree(&self) -> Result<Agreed> {
+    fn agree(&self, factor: f64) -> Result<Agreed> {
         let squares = optimizer::squares(self.shards.reduced())?;
         let saved = f64::from(u8::from(self.saving.is_written()));
         let all = self.shards.group().gather(vec![squares, f64::from(self.stop.signal()), saved])?;
         let replica = all.iter().take(self.shards.group().shard_ranks());
         let squares = if self.shards.replicated() { squares } else { replica.map(|rank| rank[0]).sum() };
         let signal = all.iter().map(|rank| rank[1]).fold(0.0, f64::max) as i32;
-        Ok(Agreed { norm: squares.sqrt(), signal, saved: all.iter().all(|rank| rank[2] > 0.0) })
+        Ok(Agreed { norm: squares.sqrt() / factor, signal, saved: all.iter().all(|rank| rank[2] > 0.0) })
     }
 
-    fn update(&mut self, norm: f64, rate: f64) -> Result<()> {
+    fn update(&mut self, norm: f64, rate: f64, factor: f64) -> Result<()> {
         let (settings, step) = (&self.config.train, self.run.step);
-        let scale = optimizer::clip_scale(norm, settings.clip_norm);
+        let scale = optimizer::clip_scale(norm, settings.clip_norm) / factor;
         self.run.optimizer.step(&mut self.shards, settings, step, rate, scale)?;
         self.shards.refresh()?;
         self.task.after_step(step)?;
@@ -183,6 +184,22 @@ impl<'a> Trainer<'a> {
             ema::update(average, &self.shards, settings.ema_decay, step)?;
         }
         self.run.skipped = 0;
+        if let Some(scale) = &mut self.run.loss_scale {
+            scale.grow();
+        }
+        Ok(())
+    }
+
+    /// The gradient is not finite: a smaller loss scale may help, otherwise the step is a bad one.
+    fn overflow(&mut self) -> Result<()> {
+        let shrunk = self.run.loss_scale.as_mut().and_then(|scale| scale.shrink().then_some(*scale));
+        let Some(scale) = shrunk else { return self.skip("the gradient is not finite") };
+        if self.shards.group().leads() {
+            let (step, factor) = (self.run.step, scale.factor());
+            report::warn(format_args!(
+                "step {step}: the gradient overflows; its update is skipped, the loss scale is {factor} now"
+            ));
+        }
         Ok(())
     }
 
@@ -287,6 +304,9 @@ fn log(
         "step": run.step, "gradient_norm": norm, "learning_rate": learning_rate, "seconds": seconds,
         "per_second": speed, "unit": measured.unit, "peak_memory_bytes": peak,
     });
+    if let Some(scale) = run.loss_scale {
+        line["loss_scale"] = json!(scale.factor());
+    }
     for (name, loss) in &measured.losses {
         line[*name] = json!(loss);
     }
