@@ -11,6 +11,17 @@ pub struct Place {
     pub world_size: usize,
     /// Its number on its host, where the launcher says so.
     pub local_rank: Option<usize>,
+    /// Where rank 0 is to be found, if the launcher is none of MPI and says so.
+    pub master: Option<Master>,
+}
+
+/// Where the ranks meet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Master {
+    pub host: String,
+    pub port: u16,
+    /// What tells this run from others.
+    pub run: String,
 }
 
 /// The variables of one launcher.
@@ -21,24 +32,28 @@ struct Launcher {
     local_rank: &'static str,
     /// Another variable that shows that the three are meant for this process.
     needs: Option<&'static str>,
+    /// Whether it is MPI's, which finds the ranks itself.
+    mpi: bool,
 }
 
 /// In order of precedence: mpirun below sbatch sees the variables of both.
 const LAUNCHERS: [Launcher; 5] = [
-    launcher("torchrun", ["RANK", "WORLD_SIZE", "LOCAL_RANK"]),
+    Launcher { mpi: false, ..launcher("torchrun", ["RANK", "WORLD_SIZE", "LOCAL_RANK"]) },
     launcher("Open MPI", ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"]),
     launcher("MVAPICH2", ["MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"]),
     launcher("MPICH", ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"]),
     Launcher {
         // A plain sbatch script has SLURM_PROCID = 0, too; only srun makes steps.
         needs: Some("SLURM_STEP_NUM_TASKS"),
+        // srun starts MPI's ranks, too: those do not say where to meet.
+        mpi: false,
         ..launcher("SLURM", ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"])
     },
 ];
 
 const fn launcher(name: &'static str, variables: [&'static str; 3]) -> Launcher {
     let [rank, world_size, local_rank] = variables;
-    Launcher { name, rank, world_size, local_rank, needs: None }
+    Launcher { name, rank, world_size, local_rank, needs: None, mpi: true }
 }
 
 /// This process's place, from its environment; `None`: no launcher started it.
@@ -71,6 +86,7 @@ fn resolve(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Place>> {
                     rank: number(launcher.rank, &rank)?,
                     world_size: number(launcher.world_size, &world_size)?,
                     local_rank: local_rank.map(|text| number(launcher.local_rank, &text)).transpose()?,
+                    master: if launcher.mpi { None } else { master(&variable)? },
                 };
                 if place.rank >= place.world_size {
                     let (rank, world_size) = (place.rank, place.world_size);
@@ -82,6 +98,18 @@ fn resolve(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Place>> {
         }
     }
     Ok(None)
+}
+
+/// Where `MASTER_ADDR` and `MASTER_PORT` say that the ranks meet.
+fn master(variable: &impl Fn(&str) -> Option<String>) -> Result<Option<Master>> {
+    let (Some(host), Some(port)) = (variable("MASTER_ADDR"), variable("MASTER_PORT")) else { return Ok(None) };
+    let wrong =
+        || usage(format!("MASTER_PORT = `{port}` is no port"), "a number from 1 to 65534 that no other run uses");
+    let number: u16 = port.trim().parse().ok().filter(|port| (1..u16::MAX).contains(port)).ok_or_else(wrong)?;
+    // torchrun itself listens on MASTER_PORT.
+    let taken = variable("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|text| text == "True");
+    let run = variable("TORCHELASTIC_RUN_ID").or_else(|| variable("SLURM_JOB_ID")).unwrap_or_default();
+    Ok(Some(Master { host, port: number + u16::from(taken), run }))
 }
 
 #[cfg(test)]
@@ -106,10 +134,30 @@ mod tests {
         ];
         for (variables, launcher, local_rank) in cases {
             let place = resolved(variables).unwrap().unwrap();
-            assert_eq!(place, Place { launcher, rank: 3, world_size: 8, local_rank }, "{variables}");
+            assert_eq!(place, Place { launcher, rank: 3, world_size: 8, local_rank, master: None }, "{variables}");
         }
         for nobody in ["", "HOME=/ SLURM_PROCID=0 SLURM_NTASKS=8"] {
             assert_eq!(resolved(nobody).unwrap(), None, "{nobody}");
+        }
+    }
+
+    #[test]
+    fn ranks_that_mpi_does_not_join_meet_where_the_master_is() {
+        let torchrun = "RANK=3 WORLD_SIZE=8 LOCAL_RANK=1 MASTER_ADDR=a MASTER_PORT=7000";
+        let srun = "SLURM_PROCID=3 SLURM_STEP_NUM_TASKS=8 MASTER_ADDR=a MASTER_PORT=7000 SLURM_JOB_ID=5";
+        for (variables, port, run) in [
+            (torchrun.to_owned(), 7000, ""),
+            (format!("{torchrun} TORCHELASTIC_USE_AGENT_STORE=True TORCHELASTIC_RUN_ID=x"), 7001, "x"),
+            (srun.to_owned(), 7000, "5"),
+        ] {
+            let master = Master { host: "a".into(), port, run: run.into() };
+            assert_eq!(resolved(&variables).unwrap().unwrap().master, Some(master), "{variables}");
+        }
+        let mpi = "OMPI_COMM_WORLD_RANK=3 OMPI_COMM_WORLD_SIZE=8 MASTER_ADDR=a MASTER_PORT=7000";
+        assert_eq!(resolved(mpi).unwrap().unwrap().master, None);
+        for wrong in ["0", "65535", "x"] {
+            let error = resolved(&torchrun.replace("7000", wrong)).unwrap_err();
+            assert_eq!(error.to_string(), format!("MASTER_PORT = `{wrong}` is no port"));
         }
     }
 

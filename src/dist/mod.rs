@@ -3,7 +3,8 @@
 //! A [`Group`] is one rank's end. Every collective checks that all ranks called the same one with the same length; a
 //! rank that fails, panics or stays away longer than the time limit makes the call an error on all others, never a hang.
 //! Sums run in rank order on whoever needs them: the same bits on every rank, each time, and whatever carries them.
-//! Ranks are threads of one process ([`local`]) or processes that a launcher started ([`mpi`]).
+//! Ranks are threads of one process ([`local`]) or processes that a launcher started ([`world`]), between which MPI
+//! ([`mpi`]) or TCP ([`tcp`]) carries messages.
 //!
 //! Collectives of floats give a [`Pending`]: with [`Group::overlap`] they run beside what the rank computes meanwhile
 //! ([`background`]), otherwise at once. Both have the same bits.
@@ -15,7 +16,9 @@ mod local;
 mod mpi;
 #[cfg_attr(not(feature = "nccl"), path = "nccl_disabled.rs")]
 mod nccl;
+mod tcp;
 mod wire;
+mod world;
 
 use crate::error::{Error, Result, anyhow, ensure, failed, usage};
 use background::Background;
@@ -90,6 +93,7 @@ impl Ranks {
     pub fn run(&self, patience: Duration, f: impl Fn(&Group) -> Result<()> + Sync) -> Result<()> {
         match self {
             Self::Threads(ranks) => launch(*ranks, patience, f).map(drop),
+            Self::Processes(place @ Place { master: Some(master), .. }) => tcp::run(place, master, patience, f),
             Self::Processes(place) => mpi::run(place, patience, f),
         }
     }

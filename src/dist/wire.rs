@@ -1,8 +1,6 @@
 //! What joins a rank to the others, and the two exchanges that all collectives are made of.
 
-#[cfg(feature = "mpi")]
-use super::mpi;
-use super::{Call, Number, local::Meeting, nccl::Nccl, part};
+use super::{Call, Number, local::Meeting, nccl::Nccl, part, world::World};
 use crate::{
     error::{Context, Result},
     ops::slices,
@@ -42,8 +40,7 @@ impl Among {
 pub enum Link {
     Alone,
     Threads(Arc<Meeting>),
-    #[cfg(feature = "mpi")]
-    Processes(mpi::World),
+    Processes(World),
 }
 
 impl Wire {
@@ -91,7 +88,6 @@ impl Wire {
                 let everywhere = meeting.exchange(self.rank, call, ours)?;
                 Ok(members.iter().map(|&rank| everywhere[rank].clone()).collect())
             }
-            #[cfg(feature = "mpi")]
             Link::Processes(world) => {
                 let mut parts: Vec<&[T]> = vec![&[]; self.world_size];
                 members.iter().for_each(|&rank| parts[rank] = ours.as_slice());
@@ -114,7 +110,6 @@ impl Wire {
                 let part = |&rank: &usize| Part { of: everywhere[rank].clone(), range: start..start + ours };
                 Ok(members.iter().map(part).collect())
             }
-            #[cfg(feature = "mpi")]
             Link::Processes(world) => {
                 let mut parts: Vec<&[f32]> = vec![&[]; self.world_size];
                 members.iter().zip(cut(&all, counts)).for_each(|(&rank, part)| parts[rank] = part);

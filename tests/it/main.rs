@@ -7,6 +7,7 @@ mod house;
 mod memory;
 mod plan;
 mod ranks;
+mod ranks_tcp;
 mod tokenizer;
 mod train;
 mod transformer_parity;

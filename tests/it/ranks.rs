@@ -29,7 +29,7 @@ rank_timeout = 60
 "#;
 
 /// A folder with all that a generator's training needs.
-fn folder() -> TempDir {
+pub fn folder() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     let image_tokenizer = config::ImageTokenizer {
@@ -61,12 +61,12 @@ fn folder() -> TempDir {
 }
 
 /// Exit code and stderr.
-fn told(output: &Output) -> (Option<i32>, String) {
+pub fn told(output: &Output) -> (Option<i32>, String) {
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 /// The arguments of a run named `name`.
-fn train(name: &str, sets: &[&str]) -> Vec<String> {
+pub fn train(name: &str, sets: &[&str]) -> Vec<String> {
     let mut args = ["train", "--config", "tiny.toml", "--set"].map(str::to_owned).to_vec();
     args.push(format!("name={name}"));
     args.extend(sets.iter().flat_map(|set| ["--set".to_owned(), (*set).to_owned()]));

@@ -1,0 +1,283 @@
+//! Messages between processes over TCP, where no MPI started them: torchrun, srun, or variables set by hand.
+//!
+//! Rank 0 listens where `MASTER_ADDR` and `MASTER_PORT` say. All others tell it where they listen, get the list of all,
+//! and connect to the ranks below them. What connects without knowing the run is turned away.
+
+use super::{
+    Group, Place,
+    launcher::Master,
+    world::{self, Carrier, Lost, Wait},
+};
+use crate::{
+    error::{Context, Result, ensure, failed, usage},
+    runtime,
+};
+use std::{
+    fs,
+    io::{ErrorKind, Read, Write},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// Connections to all other ranks, by rank.
+pub struct Mesh(Vec<Option<TcpStream>>);
+
+/// What a rank says first on a connection: these bytes, digests of the run and of its host, its rank, and the port that it
+/// listens on.
+const HELLO: Digest = *b"vilg/1\0\0";
+const GREETING: usize = 3 * size_of::<Digest>() + 4 + 2;
+
+type Digest = [u8; 8];
+
+/// For how long a connection may be silent before it has said who it is.
+const INTRODUCTION: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Runs `f` as this process's rank.
+///
+/// # Errors
+/// The ranks do not find each other in time. When a rank fails, see [`world::run`].
+pub fn run(place: &Place, master: &Master, patience: Duration, f: impl Fn(&Group) -> Result<()> + Sync) -> Result<()> {
+    let (rank, world_size) = (place.rank, place.world_size);
+    let (mesh, neighbours) = Mesh::connect(rank, world_size, master, patience)?;
+    let threads = (rayon::current_num_threads() / neighbours).max(1);
+    runtime::set_local_rank(place.local_rank.unwrap_or(rank));
+    world::run((rank, world_size), Carrier::Tcp(mesh), threads, patience, || {}, f)
+}
+
+/// A rank as another one meets it.
+struct Guest {
+    rank: usize,
+    host: Digest,
+    /// Where it listens.
+    address: SocketAddr,
+    stream: TcpStream,
+}
+
+/// What a rank needs to meet the others.
+struct Meeting {
+    rank: usize,
+    world_size: usize,
+    /// Of the run's name and size.
+    run: Digest,
+    host: Digest,
+    listener: TcpListener,
+    deadline: Instant,
+}
+
+impl Mesh {
+    /// Meets all other ranks; returns how many ranks are on this host, too.
+    fn connect(rank: usize, world_size: usize, master: &Master, patience: Duration) -> Result<(Self, usize)> {
+        let port = if rank == 0 { master.port } else { 0 };
+        let hint = "another run listens there, or an old one still does: choose another MASTER_PORT";
+        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))
+            .map_err(|error| failed(format!("rank {rank} cannot listen on port {port}: {error}"), hint))?;
+        listener.set_nonblocking(true)?;
+        let run = digest(&format!("{}\n{world_size}", master.run));
+        let kernel = |name: &str| fs::read_to_string(format!("/proc/sys/kernel/{name}")).unwrap_or_default();
+        let host = digest(&[kernel("hostname"), kernel("random/boot_id")].concat());
+        let deadline = Instant::now() + patience;
+        let meeting = Meeting { rank, world_size, run, host, listener, deadline };
+        if rank == 0 { meeting.receive() } else { meeting.join(master) }
+    }
+
+    /// Sends `parts[r]` to rank r and fills `buffers[r]` with what comes from there.
+    pub fn exchange(&mut self, parts: &[&[u8]], buffers: Vec<&mut [u8]>, wait: &Wait) -> std::result::Result<(), Lost> {
+        let streams = self.0.iter_mut().enumerate().filter_map(|(rank, stream)| Some((rank, stream.as_mut()?)));
+        let mut buffers: Vec<Option<&mut [u8]>> = buffers.into_iter().map(Some).collect();
+        let open = |(rank, stream)| Some(Open { rank, stream, out: parts[rank], into: buffers[rank].take()? });
+        let mut open: Vec<Open> = streams.filter_map(open).collect();
+        let mut moved = Instant::now();
+        let begun = moved;
+        loop {
+            let mut gone = Vec::new();
+            for other in &mut open {
+                match other.step() {
+                    Ok(true) => moved = Instant::now(),
+                    Ok(false) => {}
+                    Err(_) => gone.push(other.rank),
+                }
+            }
+            if !gone.is_empty() {
+                return Err(Lost::Gone(gone));
+            }
+            open.retain(|other| !(other.out.is_empty() && other.into.is_empty()));
+            if open.is_empty() {
+                return Ok(());
+            }
+            if begun.elapsed() > wait.patience {
+                return Err(Lost::Late(open.iter().map(|other| other.rank).collect()));
+            }
+            wait.rest(moved.elapsed());
+        }
+    }
+}
+
+/// An exchange with one rank that is not over.
+struct Open<'a> {
+    rank: usize,
+    stream: &'a mut TcpStream,
+    out: &'a [u8],
+    into: &'a mut [u8],
+}
+
+impl Open<'_> {
+    /// Moves what can be moved now; returns whether anything could.
+    fn step(&mut self) -> std::io::Result<bool> {
+        let mut moved = false;
+        while !self.out.is_empty() {
+            match ready(self.stream.write(self.out))? {
+                Some(count) => self.out = &self.out[count..],
+                None => break,
+            }
+            moved = true;
+        }
+        while !self.into.is_empty() {
+            match ready(self.stream.read(self.into))? {
+                Some(count) => self.into = &mut std::mem::take(&mut self.into)[count..],
+                None => break,
+            }
+            moved = true;
+        }
+        Ok(moved)
+    }
+}
+
+/// `None`: not now.
+fn ready(result: std::io::Result<usize>) -> std::io::Result<Option<usize>> {
+    match result {
+        Ok(0) => Err(ErrorKind::ConnectionReset.into()),
+        Ok(count) => Ok(Some(count)),
+        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+impl Meeting {
+    /// Rank 0: waits for all others and tells each where all are.
+    fn receive(self) -> Result<(Mesh, usize)> {
+        let guests = self.guests(1..self.world_size)?;
+        let own = (self.listener.local_addr()?, self.host);
+        let told: Vec<_> = [own].into_iter().chain(guests.iter().map(|guest| (guest.address, guest.host))).collect();
+        let text = serde_json::to_vec(&told)?;
+        let mut streams = vec![None];
+        for Guest { mut stream, .. } in guests {
+            stream.write_all(&(text.len() as u32).to_le_bytes())?;
+            stream.write_all(&text)?;
+            streams.push(Some(stream));
+        }
+        self.mesh(streams, &told)
+    }
+
+    /// Any other rank: asks rank 0 where the others are, connects to those below it and waits for those above.
+    fn join(self, master: &Master) -> Result<(Mesh, usize)> {
+        const ENTRY: usize = 200;
+        let mut first = self.reach(&format!("{}:{}", master.host, master.port), 0)?;
+        let mut length = [0; 4];
+        first.read_exact(&mut length).with_context(|| format!("rank 0 told rank {} nothing", self.rank))?;
+        let length = u32::from_le_bytes(length) as usize;
+        ensure!(length <= ENTRY * self.world_size, "what rank 0 tells of the other ranks is {length} bytes long");
+        let mut text = vec![0; length];
+        first.read_exact(&mut text).with_context(|| format!("rank 0 told rank {} too little", self.rank))?;
+        let all: Vec<(SocketAddr, Digest)> = serde_json::from_slice(&text).context("what rank 0 told")?;
+        ensure!(all.len() == self.world_size, "rank 0 knows {} ranks", all.len());
+        let mut streams = vec![Some(first)];
+        for (rank, (address, _)) in all.iter().enumerate().take(self.rank).skip(1) {
+            streams.push(Some(self.reach(&address.to_string(), rank)?));
+        }
+        streams.push(None);
+        streams.extend(self.guests(self.rank + 1..self.world_size)?.into_iter().map(|guest| Some(guest.stream)));
+        self.mesh(streams, &all)
+    }
+
+    /// Connects to a rank and says who this one is.
+    fn reach(&self, address: &str, rank: usize) -> Result<TcpStream> {
+        loop {
+            let connected = address.to_socket_addrs().and_then(|mut found| {
+                let address = found.find(SocketAddr::is_ipv4).ok_or(ErrorKind::AddrNotAvailable)?;
+                TcpStream::connect_timeout(&address, INTRODUCTION)
+            });
+            match connected {
+                Ok(mut stream) => {
+                    stream.set_read_timeout(Some(self.left()))?;
+                    stream.write_all(&self.greeting()?)?;
+                    return Ok(stream);
+                }
+                Err(error) if self.deadline <= Instant::now() => {
+                    let hint = "is MASTER_ADDR the host of rank 0, and may these hosts connect to each other?";
+                    let what = format!("rank {} does not reach rank {rank} at {address}: {error}", self.rank);
+                    return Err(failed(what, hint));
+                }
+                Err(_) => thread::sleep(PAUSE),
+            }
+        }
+    }
+
+    fn left(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now()).max(PAUSE)
+    }
+
+    fn greeting(&self) -> Result<Vec<u8>> {
+        let mut bytes = [HELLO, self.run, self.host].concat();
+        bytes.extend(u32::try_from(self.rank)?.to_le_bytes());
+        bytes.extend(self.listener.local_addr()?.port().to_le_bytes());
+        Ok(bytes)
+    }
+
+    /// Waits until all of `ranks` have come; returns them in order.
+    fn guests(&self, ranks: std::ops::Range<usize>) -> Result<Vec<Guest>> {
+        let mut guests: Vec<Option<Guest>> = ranks.clone().map(|_| None).collect();
+        while guests.iter().any(Option::is_none) {
+            match self.listener.accept() {
+                Ok((stream, from)) => {
+                    let Some(guest) = self.introduced(stream, from.ip()) else { continue };
+                    let seat = guest.rank.checked_sub(ranks.start).and_then(|i| guests.get_mut(i));
+                    let (rank, what) = (guest.rank, "two processes say that they are rank");
+                    let hint = "start each rank once, and every run with a MASTER_PORT of its own";
+                    match seat {
+                        Some(seat) if seat.is_none() => *seat = Some(guest),
+                        _ => return Err(usage(format!("{what} {rank}"), hint)),
+                    }
+                }
+                Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error.into()),
+                Err(_) if self.deadline <= Instant::now() => {
+                    let missing = ranks.clone().zip(&guests).filter(|(_, guest)| guest.is_none());
+                    let missing: Vec<String> = missing.map(|(rank, _)| rank.to_string()).collect();
+                    let what = format!("rank {} waited in vain for ranks {}", self.rank, missing.join(", "));
+                    return Err(failed(what, "were all ranks started, with the same MASTER_ADDR and WORLD_SIZE?"));
+                }
+                Err(_) => thread::sleep(PAUSE),
+            }
+        }
+        Ok(guests.into_iter().flatten().collect())
+    }
+
+    /// The mesh of these connections, and how many ranks are on this host.
+    fn mesh(&self, streams: Vec<Option<TcpStream>>, all: &[(SocketAddr, Digest)]) -> Result<(Mesh, usize)> {
+        for stream in streams.iter().flatten() {
+            stream.set_nodelay(true)?;
+            stream.set_nonblocking(true)?;
+        }
+        Ok((Mesh(streams), all.iter().filter(|(_, host)| *host == self.host).count().max(1)))
+    }
+
+    /// Who has connected; `None`: nobody of this run.
+    fn introduced(&self, mut stream: TcpStream, from: IpAddr) -> Option<Guest> {
+        stream.set_nonblocking(false).ok()?;
+        stream.set_read_timeout(Some(INTRODUCTION)).ok()?;
+        let mut said = [0; GREETING];
+        stream.read_exact(&mut said).ok()?;
+        let rest = said.strip_prefix(&HELLO)?.strip_prefix(&self.run)?;
+        let (host, rest) = rest.split_first_chunk()?;
+        let (rank, port) = (rest.first_chunk()?, rest.last_chunk()?);
+        let address = SocketAddr::new(from, u16::from_le_bytes(*port));
+        Some(Guest { rank: u32::from_le_bytes(*rank) as usize, host: *host, address, stream })
+    }
+}
+
+fn digest(text: &str) -> Digest {
+    let mut digest = Digest::default();
+    blake3::Hasher::new().update(text.as_bytes()).finalize_xof().fill(&mut digest);
+    digest
+}

@@ -1,0 +1,249 @@
+//! Ranks as processes that a launcher started, on one machine or many.
+//!
+//! A collective is a round of messages from every rank to every other: first a [`Header`] that says what is called and
+//! how much follows, then the numbers. Each rank so sees what all others call before it judges, ranks that stay away are
+//! known by name, and a rank that failed says so in place of its next call. MPI's own collectives would give neither,
+//! and sum in an order of their own; what travels is as much as theirs. [`mpi`](super::mpi) carries the messages where
+//! its launcher started the ranks, [`tcp`](super::tcp) where the environment only names the first rank's host.
+
+#[cfg(feature = "mpi")]
+use super::mpi;
+use super::{Call, Group, Number, Op, different, late, local::panicked, tcp, wire::Link};
+use crate::{
+    error::{Error, Exit, Result, anyhow, ensure, exit_of, failed},
+    report, runtime,
+};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
+};
+
+/// This process's end of the world of processes.
+pub struct World {
+    rank: usize,
+    world_size: usize,
+    carrier: Mutex<Carrier>,
+    /// How long a rank waits for the others.
+    patience: Duration,
+    /// The last call of all ranks, for messages.
+    last: Mutex<Option<Call>>,
+    /// Set when the run ended; changes while `carrier` is locked.
+    verdict: Mutex<Option<Verdict>>,
+}
+
+/// What takes messages between processes.
+pub enum Carrier {
+    #[cfg(feature = "mpi")]
+    Mpi(mpi::Comm),
+    Tcp(tcp::Mesh),
+}
+
+/// Why messages did not come through.
+pub enum Lost {
+    /// These ranks did not come in time.
+    Late(Vec<usize>),
+    /// The processes of these ranks are gone.
+    Gone(Vec<usize>),
+}
+
+/// Why there are no more collectives.
+#[derive(Clone, Copy)]
+enum Verdict {
+    /// This rank failed and is about to tell the others.
+    Own,
+    /// Another rank failed: it tells why, and with this code.
+    Other(Exit),
+    /// Something that every rank saw.
+    Alike,
+}
+
+/// What each rank tells every other before it sends: op, elements and step of the call, bytes that follow.
+type Header = [u64; 4];
+
+/// By the number that travels.
+const OPS: [Op; 6] = [Op::Gather, Op::AllGather, Op::ReduceScatter, Op::AllReduce, Op::Sum, Op::Barrier];
+/// In place of an op: this rank has nothing more to call.
+const DONE: u64 = 100;
+/// In place of an op: this rank failed, with the exit code that stands in place of the elements.
+const FAILURE: u64 = 101;
+
+/// How long a rank that failed waits for the others to hear of it.
+const GRACE: Duration = Duration::from_secs(30);
+/// For how long a waiting rank keeps its core.
+const EAGER: Duration = Duration::from_millis(1);
+/// How long it then sleeps between looks.
+const NAP: Duration = Duration::from_micros(100);
+
+/// Runs `f` as rank `rank`, on so many compute threads; `end` comes before this process leaves because of a failure.
+///
+/// # Errors
+/// When a rank fails, no process returns from here: each leaves with that rank's exit code.
+pub fn run(
+    (rank, world_size): (usize, usize),
+    carrier: Carrier,
+    threads: usize,
+    patience: Duration,
+    end: impl FnOnce(),
+    f: impl Fn(&Group) -> Result<()> + Sync,
+) -> Result<()> {
+    let (carrier, last, verdict) = (Mutex::new(carrier), Mutex::default(), Mutex::default());
+    let world = World { rank, world_size, carrier, patience, last, verdict };
+    let group = Group::new(rank, world_size, Link::Processes(world));
+    let work = || runtime::with_threads(threads, || f(&group)).and_then(|result| result);
+    let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(panicked(rank, &*panic)));
+    let Link::Processes(world) = &group.wire.link else { return result };
+    match result.and_then(|()| world.done()) {
+        Ok(()) => Ok(()),
+        Err(error) => world.leave(&error, end),
+    }
+}
+
+impl World {
+    /// Sends `parts[r]` to rank r and returns what came from each rank.
+    pub fn swap<T: Number>(&self, call: Call, parts: &[&[T]]) -> Result<Vec<Vec<T>>> {
+        let mut carrier = lock(&self.carrier);
+        ensure!(lock(&self.verdict).is_none(), "the run ended before {call}");
+        let parts: Vec<&[u8]> = parts.iter().map(|part| bytemuck::cast_slice(part)).collect();
+        let said = |part: &&[u8]| [call.op as u64, call.len as u64, call.step, part.len() as u64];
+        let headers = self.headers(&mut carrier, call, &parts.iter().map(said).collect::<Vec<_>>(), None);
+        self.judge(&headers)?;
+        let room = |header: &Header| vec![T::zeroed(); header[3] as usize / size_of::<T>().max(1)];
+        let mut received: Vec<Vec<T>> = headers.iter().map(room).collect();
+        let buffers: Vec<&mut [u8]> = received.iter_mut().map(|room| bytemuck::cast_slice_mut(room)).collect();
+        let wait = Wait { own: None, patience: self.patience, eager: Duration::MAX };
+        self.exchange(&mut carrier, call, &parts, buffers, &wait);
+        *lock(&self.last) = Some(call);
+        Ok(received)
+    }
+
+    /// Waits until no rank has anything more to call.
+    fn done(&self) -> Result<()> {
+        let mut carrier = lock(&self.carrier);
+        self.judge(&self.headers(&mut carrier, self.end(), &self.to_all([DONE, 0, 0, 0]), None))
+    }
+
+    /// A call for messages where none is made.
+    fn end(&self) -> Call {
+        Call { op: Op::Barrier, len: 0, step: lock(&self.last).map_or(0, |last| last.step) }
+    }
+
+    fn to_all(&self, header: Header) -> Vec<Header> {
+        vec![header; self.world_size]
+    }
+
+    /// What every rank says, where this one says `ours[r]` to rank r. `own` is the error of this rank, if it failed.
+    fn headers(&self, carrier: &mut Carrier, call: Call, ours: &[Header], own: Option<&Error>) -> Vec<Header> {
+        let mut theirs: Vec<Header> = vec![[0; 4]; self.world_size];
+        let sent: Vec<&[u8]> = ours.iter().map(|header| bytemuck::cast_slice(header)).collect();
+        let buffers = theirs.iter_mut().map(|header| bytemuck::cast_slice_mut(header)).collect();
+        let patience = if own.is_some() { GRACE } else { self.patience };
+        self.exchange(carrier, call, &sent, buffers, &Wait { own, patience, eager: EAGER });
+        theirs
+    }
+
+    /// Whether all ranks say the same.
+    fn judge(&self, headers: &[Header]) -> Result<()> {
+        let settle = |verdict| *lock(&self.verdict) = Some(verdict);
+        if let Some(rank) = headers.iter().position(|header| header[0] == FAILURE) {
+            settle(Verdict::Other(Exit::of_code(headers[rank][1] as usize)));
+            return Err(anyhow!("rank {rank} ended the run"));
+        }
+        // Every rank must come to the same two.
+        let differs = |header: &Header| header[..3] != headers[0][..3];
+        let Some(other) = headers.iter().position(differs) else { return Ok(()) };
+        settle(Verdict::Alike);
+        Err(match (call_of(&headers[0]), call_of(&headers[other])) {
+            (Some(first), Some(second)) => anyhow!(different((0, first), (other, second))),
+            (None, Some(call)) => anyhow!("rank 0 is done, but rank {other} waits for it at {call}"),
+            (Some(call), None) => anyhow!("rank {other} is done, but rank 0 waits for it at {call}"),
+            (None, None) => anyhow!("ranks 0 and {other} end differently"),
+        })
+    }
+
+    /// Sends `parts[r]` to rank r and fills `buffers[r]` with what comes from there; where that cannot be, it ends all
+    /// processes.
+    fn exchange(&self, carrier: &mut Carrier, call: Call, parts: &[&[u8]], mut buffers: Vec<&mut [u8]>, wait: &Wait) {
+        buffers[self.rank].copy_from_slice(parts[self.rank]);
+        match carrier {
+            #[cfg(feature = "mpi")]
+            Carrier::Mpi(comm) => comm.exchange(self.rank, parts, buffers, wait, |lost| self.tell(&lost, call, wait)),
+            Carrier::Tcp(mesh) => {
+                if let Err(lost) = mesh.exchange(parts, buffers, wait) {
+                    // The others see this process's connections close.
+                    report::leave(self.tell(&lost, call, wait));
+                }
+            }
+        }
+    }
+
+    /// Says why messages did not come through; returns the code to leave with.
+    fn tell(&self, lost: &Lost, call: Call, wait: &Wait) -> Exit {
+        let error = match lost {
+            Lost::Late(ranks) => {
+                let last = *lock(&self.last);
+                late(wait.patience, call, &ranks.iter().map(|rank| (*rank, last)).collect::<Vec<_>>())
+            }
+            Lost::Gone(ranks) => {
+                let ranks = ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+                let hint =
+                    "what they said last is in their own output; the same command goes on from the newest checkpoint";
+                failed(
+                    format!("rank {} lost its connections at {call}: these ranks are gone: {ranks}", self.rank),
+                    hint,
+                )
+            }
+        };
+        report::error(wait.own.unwrap_or(&error));
+        wait.own.map_or(Exit::Failed, exit_of)
+    }
+
+    /// Ends this process because of `error`, told once however many ranks have it.
+    fn leave(&self, error: &Error, end: impl FnOnce()) -> ! {
+        // What runs beside must be through: no other thread may be inside MPI when it ends.
+        let mut carrier = lock(&self.carrier);
+        let verdict = *lock(&self.verdict).get_or_insert(Verdict::Own);
+        let (speaks, exit) = match verdict {
+            Verdict::Other(exit) => (false, exit),
+            Verdict::Alike => (self.rank == 0, exit_of(error)),
+            Verdict::Own => {
+                let exit = exit_of(error);
+                let ours = self.to_all([FAILURE, exit as u64, 0, 0]);
+                let headers = self.headers(&mut carrier, self.end(), &ours, Some(error));
+                let all_failed = headers.iter().all(|header| header[0] == FAILURE);
+                (!all_failed || self.rank == 0, exit)
+            }
+        };
+        if speaks {
+            report::error(error);
+        }
+        end();
+        report::leave(exit)
+    }
+}
+
+/// How to wait for messages.
+pub struct Wait<'e> {
+    /// This rank's own error, told instead of who is missing.
+    own: Option<&'e Error>,
+    pub patience: Duration,
+    /// For how long to keep the core.
+    eager: Duration,
+}
+
+impl Wait<'_> {
+    /// A pause after having waited so long: other ranks may need the core more than who waits.
+    pub fn rest(&self, waited: Duration) {
+        if waited < self.eager { thread::yield_now() } else { thread::sleep(NAP) }
+    }
+}
+
+fn call_of(header: &Header) -> Option<Call> {
+    let op = *OPS.get(header[0] as usize)?;
+    Some(Call { op, len: header[1] as usize, step: header[2] })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
