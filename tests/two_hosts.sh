@@ -48,5 +48,18 @@ ip netns exec "$a" unshare --uts bash -c 'hostname host-a && exec "$@"' _ \
 sent=$(ip netns exec "$a" cat "/sys/class/net/v$$a/statistics/tx_bytes")
 mpirun "${common[@]}" -n 4 "$vilg" "${settings[@]}" --set name=one-host
 cmp runs/two-hosts/model/model.safetensors runs/one-host/model/model.safetensors
+
+# The same without MPI: each rank finds the first one's host by torchrun's variables.
+export MASTER_ADDR=10.77.0.1 MASTER_PORT=29577 WORLD_SIZE=4
+pids=()
+for rank in 0 1 2 3; do
+    host=$a name=host-a
+    [ $rank -lt 2 ] || host=$b name=host-b
+    RANK=$rank LOCAL_RANK=$((rank % 2)) ip netns exec "$host" unshare --uts bash -c 'hostname $0 && exec "$@"' $name \
+        "$vilg" "${settings[@]}" --set name=two-hosts-tcp &
+    pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid"; done
+cmp runs/two-hosts-tcp/model/model.safetensors runs/one-host/model/model.safetensors
 [ "$sent" -gt 100000 ] || { echo "only $sent bytes went over the cable"; exit 1; }
 echo "two hosts gave the bits of one; $sent bytes went over the cable from one to the other"
