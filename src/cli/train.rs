@@ -28,7 +28,7 @@ pub struct Args {
     #[arg(long, value_name = "auto|never|PATH", default_value = "auto")]
     resume: String,
     /// Ranks that train together in this process, each on its share of the threads; `train.shard_stage` says what they split.
-    /// Where mpirun or srun starts several processes (feature `mpi`), each is a rank
+    /// Where torchrun, srun or mpirun (feature `mpi`) starts several processes, each is a rank
     #[arg(long, value_name = "N", default_value_t = NonZeroUsize::MIN)]
     nproc: NonZeroUsize,
     /// Stop with a checkpoint (exit code 75) before so much time is over: 90s, 45m, 12h or 2d

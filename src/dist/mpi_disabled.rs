@@ -12,5 +12,5 @@ pub const STATE: &str = "not built (cargo build --release --features mpi)";
 pub fn run(place: &Place, _patience: Duration, _f: impl Fn(&Group) -> Result<()> + Sync) -> Result<()> {
     let Place { launcher, rank, world_size, .. } = place;
     let what = format!("{launcher} started this as rank {rank} of {world_size}, but it was built without `mpi`");
-    Err(usage(what, "rebuild with `cargo build --release --features mpi`, or start one process"))
+    Err(usage(what, "rebuild with `cargo build --release --features mpi`, start with torchrun, or start one process"))
 }

@@ -3,8 +3,8 @@
 //! A collective is a round of messages from every rank to every other: first a [`Header`] that says what is called and
 //! how much follows, then the numbers. Each rank so sees what all others call before it judges, ranks that stay away are
 //! known by name, and a rank that failed says so in place of its next call. MPI's own collectives would give neither,
-//! and sum in an order of their own; what travels is as much as theirs. [`mpi`](super::mpi) carries the messages where
-//! its launcher started the ranks, [`tcp`](super::tcp) where the environment only names the first rank's host.
+//! and sum in an order of their own; what travels is as much as theirs. MPI carries the messages where
+//! its launcher started the ranks, [`tcp`] where the environment only names the first rank's host.
 
 #[cfg(feature = "mpi")]
 use super::mpi;

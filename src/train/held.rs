@@ -113,7 +113,10 @@ fn moved(moment: &Moment, shares: &Shares, stage: u8, overlap: bool) -> u64 {
     };
     // This rank's part of the next segment's weights, the copy of the last one's gradients.
     let under_way = match moment.phase {
-        _ if !overlap || stage < 2 => 0,
+        _ if !overlap || shares.world_size == 1 => 0,
+        // In the step's last micro-batch; of weights that have been whole all the time.
+        Phase::Gather | Phase::Pass if stage < 2 => unit,
+        Phase::Reduce if stage < 2 => unit + part,
         Phase::Gather => gradients,
         Phase::Pass => gradients + weights_part,
         Phase::Reduce => weights_part,
