@@ -3,7 +3,10 @@
 //! candle's `VarMap` iterates a `HashMap` (another order in each process) and cannot seed its random
 //! numbers on a CPU; both would break exact resumption, so parameters are ours.
 
-use crate::error::{Result, bail, ensure};
+use crate::{
+    error::{Result, bail, ensure},
+    ops,
+};
 use candle_core::{DType, Device, Shape, Tensor, Var};
 use std::{
     cell::RefCell,
@@ -28,7 +31,28 @@ pub enum Init {
 
 enum Origin {
     Seed(u64),
+    /// What parameters would be filled with is only noted.
+    Later(Fresh),
     Tensors(HashMap<String, Tensor>),
+}
+
+/// What fresh parameters are filled with, each on its own when it is wanted.
+#[derive(Clone)]
+pub struct Fresh {
+    seed: u64,
+    /// Elements and filling by name.
+    fillings: BTreeMap<String, (usize, Init)>,
+}
+
+impl Fresh {
+    /// All elements of a parameter, f32.
+    ///
+    /// # Errors
+    /// There is no such parameter.
+    pub fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let Some((count, init)) = self.fillings.get(name) else { bail!("there is no parameter `{name}`") };
+        Ok(fill(self.seed, name, *count, *init))
+    }
 }
 
 struct Store {
@@ -49,6 +73,20 @@ impl Scope {
     /// Fresh parameters; each is keyed by (`seed`, its name), so that it depends on no other.
     pub fn from_seed(seed: u64, dtype: DType, device: &Device) -> Self {
         Self::new(Origin::Seed(seed), dtype, device)
+    }
+
+    /// The same parameters, f32 and empty (see [`ops::replace`]); [`Scope::fresh`] says what belongs into them. For
+    /// ranks that hold a part of a model which is too large to be whole anywhere.
+    pub fn empty_from_seed(seed: u64, device: &Device) -> Self {
+        Self::new(Origin::Later(Fresh { seed, fillings: BTreeMap::new() }), DType::F32, device)
+    }
+
+    /// What belongs into parameters that were made empty.
+    pub fn fresh(&self) -> Option<Fresh> {
+        match &self.store.borrow().origin {
+            Origin::Later(fresh) => Some(fresh.clone()),
+            _ => None,
+        }
     }
 
     /// Parameters of a checkpoint, cast to `dtype`.
@@ -85,15 +123,23 @@ impl Scope {
         let shape = shape.into();
         let mut store = self.store.borrow_mut();
         let (dtype, device) = (store.dtype, store.device.clone());
-        let value = match &mut store.origin {
-            Origin::Seed(seed) => fill(*seed, &name, &shape, init, &device)?,
+        let var = match &mut store.origin {
+            Origin::Seed(seed) => {
+                let values = fill(*seed, &name, shape.elem_count(), init);
+                Var::from_tensor(&Tensor::from_vec(values, shape, &device)?.to_dtype(dtype)?)?
+            }
+            Origin::Later(fresh) => {
+                fresh.fillings.insert(name.clone(), (shape.elem_count(), init));
+                let var = Var::zeros(shape, dtype, &device)?;
+                ops::replace(&var, Vec::new())?;
+                var
+            }
             Origin::Tensors(tensors) => {
                 let Some(value) = tensors.remove(&name) else { bail!("tensor `{name}` is missing") };
                 ensure!(value.shape() == &shape, "tensor `{name}` has shape {:?}, expected {shape:?}", value.dims());
-                value.to_device(&device)?
+                Var::from_tensor(&value.to_device(&device)?.to_dtype(dtype)?)?
             }
         };
-        let var = Var::from_tensor(&value.to_dtype(dtype)?)?;
         let tensor = var.as_tensor().clone();
         ensure!(store.params.insert(name.clone(), var).is_none(), "parameter `{name}` is defined twice");
         Ok(tensor)
@@ -118,14 +164,37 @@ impl Scope {
     }
 }
 
-fn fill(seed: u64, name: &str, shape: &Shape, init: Init, device: &Device) -> Result<Tensor> {
-    let count = shape.elem_count();
+fn fill(seed: u64, name: &str, count: usize, init: Init) -> Vec<f32> {
     let mut random = crate::random::Random::keyed(seed, &format!("init/{name}"), 0, 0);
-    let values: Vec<f32> = match init {
+    match init {
         Init::Zeros => vec![0.0; count],
         Init::Ones => vec![1.0; count],
         Init::Normal(std) => (0..count).map(|_| (random.normal() * std) as f32).collect(),
         Init::Uniform(bound) => (0..count).map(|_| ((random.unit() * 2.0 - 1.0) * bound) as f32).collect(),
-    };
-    Ok(Tensor::from_vec(values, shape.clone(), device)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn empty_parameters_are_filled_as_the_others_are() {
+        let (whole, empty) = (Scope::from_seed(7, DType::F32, &Device::Cpu), Scope::empty_from_seed(7, &Device::Cpu));
+        let inits = [Init::Zeros, Init::Ones, Init::Normal(0.3), Init::Uniform(2.0)];
+        for scope in [&whole, &empty] {
+            for (i, init) in inits.into_iter().enumerate() {
+                scope.at("layer").get(&i.to_string(), (3, 5), init).unwrap();
+            }
+        }
+        assert!(whole.fresh().is_none());
+        let fresh = empty.fresh().unwrap();
+        for (name, var) in whole.params() {
+            let empty = &empty.params()[&name];
+            assert_eq!(empty.shape(), var.shape());
+            assert!(ops::replace(empty, Vec::new()).unwrap().is_empty());
+            assert_eq!(fresh.values(&name).unwrap(), ops::with_slice(&var, <[f32]>::to_vec).unwrap(), "{name}");
+        }
+        assert!(fresh.values("layer.4").is_err());
+    }
 }

@@ -4,6 +4,7 @@ use super::{
     Measured, Task, engine,
     feed::Feed,
     shards::{Shards, names},
+    sizes,
 };
 use crate::{
     bundle::{self, Bundle, Parts},
@@ -14,7 +15,7 @@ use crate::{
     generate::{Job, Models},
     model::{Batch, Direction, Generator, pad},
     nn::{
-        params::{Params, Scope},
+        params::{Fresh, Params, Scope},
         weights::Values,
     },
     random::Random,
@@ -34,6 +35,8 @@ pub struct GeneratorTask {
     config: Config,
     model: Generator,
     params: Params,
+    /// What belongs into parameters that no rank holds whole.
+    fresh: Option<Fresh>,
     text: WordPiece,
     image_tokenizer: Bundle,
     feed: Feed,
@@ -59,9 +62,14 @@ impl GeneratorTask {
         let hint = "encode the pictures again with `vilg data encode`, or name the tokenizer that made the codes";
         ensure!(ours, failed("the codes in data.sources are not of the tokenizer in image_tokenizer.path", hint));
 
-        let scope = Scope::from_seed(config.seed, DType::F32, &runtime::device()?);
+        let (device, seed) = (runtime::device()?, config.seed);
+        // Every rank would hold the whole model for a moment.
+        let scope = match sizes::starts_empty(&config, group.world_size()) {
+            true => Scope::empty_from_seed(seed, &device),
+            false => Scope::from_seed(seed, DType::F32, &device),
+        };
         let model = build(&scope, &config, &text)?;
-        Ok(Self { model, params: scope.params(), text, image_tokenizer, feed, config })
+        Ok(Self { model, params: scope.params(), fresh: scope.fresh(), text, image_tokenizer, feed, config })
     }
 
     /// The parts of one direction's samples, which begin at position `first` of the step; the losses of all ranks add up
@@ -129,6 +137,10 @@ pub fn identity(text: &WordPiece, image_tokenizer: &Bundle) -> Result<BTreeMap<S
 impl Task for GeneratorTask {
     fn params(&self) -> &Params {
         &self.params
+    }
+
+    fn fresh(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        self.fresh.as_ref().map(|fresh| fresh.values(name)).transpose()
     }
 
     fn idle(&self, name: &str) -> bool {

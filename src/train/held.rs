@@ -32,7 +32,7 @@ pub struct Held {
     pub working: Option<u64>,
     /// Activations and their buffers alone, at their fullest.
     pub activations: Option<u64>,
-    /// When the run starts: each rank makes all weights before they are split.
+    /// When the run starts: each rank makes all weights before they are split, unless they are random and split.
     pub start: u64,
     /// While a checkpoint is written: beside a step, a copy of the owned part; otherwise one of its weights.
     pub checkpoint: u64,
@@ -86,8 +86,13 @@ pub fn held(config: &Config, sizes: &Sizes, shares: &Shares, stage: u8) -> Held 
         held.working = held.working.max(Some(moment.activations + moved(&moment, shares, stage, config.train.overlap)));
     }
     held.working = held.working.map(|working| working.max(update(shares, stage)));
-    // The whole model, and the copy of its owned part that stage 3 keeps.
-    held.start = F32 * total + if stage == 3 { F32 * owned } else { 0 };
+    held.start = match stage {
+        // The part it owns, and the segment that a parameter is of, at most.
+        3 if super::sizes::starts_empty(config, shares.world_size) => F32 * (owned + shares.largest_unit()),
+        // The whole model, and the copy of its owned part that stage 3 keeps.
+        3 => F32 * (total + owned),
+        _ => F32 * total,
+    };
     let state = F32 * owned + held.moments + held.average;
     held.checkpoint = match config.train.background_checkpoints {
         true => held.step() + state,
@@ -179,6 +184,7 @@ mod tests {
             &scope.params(),
             &names(&model.segments()),
             whole,
+            |_| Ok(None),
         )?;
         let owned: usize = shards.owned().values().map(|range| range.len()).sum();
         let moments = Optimizer::new(&shards, &config.train)?.moments;

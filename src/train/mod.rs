@@ -83,6 +83,11 @@ pub trait Task {
     /// The trainable parameters.
     fn params(&self) -> &Params;
 
+    /// What a parameter begins with, f32, if its variable is empty.
+    fn fresh(&self, _name: &str) -> Result<Option<Vec<f32>>> {
+        Ok(None)
+    }
+
     /// Digests of what the weights belong to beside the configuration.
     fn identity(&self) -> Result<BTreeMap<String, String>>;
 

@@ -149,7 +149,8 @@ fn at_stage_3_a_rank_holds_its_own_weights_and_those_in_use() {
         let (params, chain) = toy::chain(1, 3);
         let elements = |var: &Var| ops::with_slice(var, <[f32]>::to_vec);
         let before: Vec<Vec<f32>> = params.values().map(elements).collect::<candle_core::Result<_>>()?;
-        let mut shards = Shards::new(group, 3, Store::Memory, &params, &toy::units(&chain), |_, _| false)?;
+        let mut shards =
+            Shards::new(group, 3, Store::Memory, &params, &toy::units(&chain), |_, _| false, |_| Ok(None))?;
         let held: usize = shards.owned().keys().map(|name| shards.part(name).unwrap().len()).sum();
         assert!((5 * 3..=6 * 3).contains(&held), "{held} of {}", 3 * 16);
         for (unit, (var, before)) in params.values().zip(&before).enumerate() {
@@ -183,7 +184,10 @@ fn any_number_of_ranks_goes_on_from_any_other_s_checkpoint() {
                 group.shard_over(replica)?;
                 let mut task = ToyTask::new(&config);
                 let whole = |name: &str, var: &Var| optimizer::is_muons(&config.train, name, var);
-                let mut shards = Shards::new(group, stage, Store::Memory, task.params(), &task.units(), whole)?;
+                let mut shards =
+                    Shards::new(group, stage, Store::Memory, task.params(), &task.units(), whole, |name| {
+                        task.fresh(name)
+                    })?;
                 let checkpoints = parent.join("runs/toy/checkpoints");
                 let run = RunState::start(&config, &mut task, &mut shards, &checkpoints, &Resume::Auto)?;
                 let mut saving = Saving::new(group, again.clone(), 2);

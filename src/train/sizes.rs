@@ -120,6 +120,13 @@ impl Sizes {
     }
 }
 
+/// Whether ranks make only the weights that they own, and never the whole model: they split them, and they are random.
+pub fn starts_empty(config: &Config, world_size: usize) -> bool {
+    let settings = &config.train;
+    let split = world_size > 1 && settings.shard_ranks != 1 && settings.shard_stage == 3;
+    split && config.task == Task::Generator && settings.init_from.is_empty()
+}
+
 /// What ranks own where they share everything out, in elements.
 #[derive(Debug, Clone)]
 pub struct Shares {

@@ -80,7 +80,8 @@ impl<'a> Trainer<'a> {
             Offload::Cpu => Store::Memory,
             Offload::Disk => Store::Disk(folder.offload(group.rank())),
         };
-        let mut shards = Shards::new(group, settings.shard_stage, store, task.params(), &task.units(), whole)?;
+        let fresh = |name: &str| task.fresh(name);
+        let mut shards = Shards::new(group, settings.shard_stage, store, task.params(), &task.units(), whole, fresh)?;
         let run = RunState::start(config, task, &mut shards, &folder.checkpoints(), resume)?;
         folder.begin(config, run.step)?;
         let saving = Saving::new(group, folder.checkpoints(), settings.keep_checkpoints);

@@ -20,7 +20,7 @@ use vilg::{
         held::held,
         optimizer::Optimizer,
         shards::{Shards, names},
-        sizes::Sizes,
+        sizes::{Sizes, starts_empty},
     },
 };
 
@@ -30,6 +30,8 @@ struct Counting;
 static COUNTING: Counting = Counting;
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
+/// The peak before the first step.
+static START: AtomicUsize = AtomicUsize::new(0);
 
 // SAFETY: everything is passed on to the system's allocator; the counters touch no memory of it.
 unsafe impl GlobalAlloc for Counting {
@@ -70,15 +72,30 @@ fn batch(layout: Layout, samples: usize) -> Batch {
 
 /// Two steps as the training loop takes them.
 fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
-    let scope = Scope::from_seed(1, candle_core::DType::F32, &candle_core::Device::Cpu);
+    let device = candle_core::Device::Cpu;
+    let scope = match starts_empty(config, group.world_size()) {
+        true => Scope::empty_from_seed(1, &device),
+        false => Scope::from_seed(1, candle_core::DType::F32, &device),
+    };
     let (grid, codes) = (sizes.tokenizer.grid(), sizes.tokenizer.codebook_size);
     let model = Generator::new(&scope, config, sizes.vocabulary, codes, grid)?;
     let segments = model.segments();
+    let fresh = |name: &str| scope.fresh().map(|fresh| fresh.values(name)).transpose();
     if config.train.overlap {
         group.overlap()?;
     }
-    let mut shards =
-        Shards::new(group, config.train.shard_stage, Store::Memory, &scope.params(), &names(&segments), |_, _| false)?;
+    let mut shards = Shards::new(
+        group,
+        config.train.shard_stage,
+        Store::Memory,
+        &scope.params(),
+        &names(&segments),
+        |_, _| false,
+        fresh,
+    )?;
+    group.barrier()?;
+    START.store(PEAK.load(Relaxed), Relaxed);
+    group.barrier()?;
     let mut optimizer = Optimizer::new(&shards, &config.train)?;
     let mut average = ema::start(&shards)?;
     group.barrier()?;
@@ -107,14 +124,19 @@ fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
     group.barrier()
 }
 
-/// Bytes a rank: by formula, and at the fullest moment of two steps.
+/// Bytes a rank: by formula, and at the fullest moment of two steps. What ranks need to start must not be more than its
+/// formula says.
 fn compare(config: &Config, ranks: usize) -> (f64, f64) {
     let mut sizes = Sizes::of(config).unwrap();
     sizes.vocabulary = 40;
-    let formula = held(config, &sizes, &sizes.shares(config, ranks), config.train.shard_stage).step();
+    let formula = held(config, &sizes, &sizes.shares(config, ranks), config.train.shard_stage);
     let before = LIVE.load(Relaxed);
+    PEAK.store(before, Relaxed);
     dist::launch(ranks, Duration::from_secs(60), |group| steps(config, &sizes, group)).unwrap();
-    (formula as f64, (PEAK.load(Relaxed) - before) as f64 / ranks as f64)
+    let start = (START.load(Relaxed) - before) as f64 / ranks as f64 / formula.start as f64;
+    println!("{start:.3} of the formula to start");
+    assert!(start < 1.1, "{ranks} ranks, stage {}: {start}", formula.stage);
+    (formula.step() as f64, (PEAK.load(Relaxed) - before) as f64 / ranks as f64)
 }
 
 const ALONE: &str = "VILG_TEST_COUNTS_ALONE";

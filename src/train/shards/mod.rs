@@ -77,7 +77,7 @@ impl Shards<'static> {
     pub fn alone<B>(chain: &Chain<B>) -> Result<Self> {
         static ALONE: LazyLock<Group> = LazyLock::new(Group::alone);
         let params = chain.iter().flat_map(|segment| segment.params().clone()).collect();
-        Self::new(&ALONE, 0, Store::Memory, &params, &names(chain), |_, _| false)
+        Self::new(&ALONE, 0, Store::Memory, &params, &names(chain), |_, _| false, |_| Ok(None))
     }
 }
 
@@ -88,7 +88,7 @@ pub fn names<B>(chain: &Chain<B>) -> Vec<Vec<String>> {
 
 impl<'g> Shards<'g> {
     /// Shards the parameters, of which `units` lists the names by segment; `whole` says which cannot be cut. The
-    /// parameters must be equal on all ranks.
+    /// parameters must be equal on all ranks, or be empty (stage 3): `fresh` then gives all elements of one.
     pub fn new(
         group: &'g Group,
         stage: u8,
@@ -96,6 +96,7 @@ impl<'g> Shards<'g> {
         params: &Params,
         units: &[Vec<String>],
         whole: impl Fn(&str, &Var) -> bool,
+        fresh: impl Fn(&str) -> Result<Option<Vec<f32>>>,
     ) -> Result<Self> {
         // One rank, or replicas: each rank owns everything.
         let stage = if group.shard_ranks() == 1 { 0 } else { stage };
@@ -116,7 +117,14 @@ impl<'g> Shards<'g> {
         let mut shards =
             Self { group, stage, params, units, owned, store, weights, gradients, sums, coming, going, last };
         if stage == 3 {
-            shards.weights = shards.stored_parts()?;
+            // One after the other: they may not fit together.
+            for (name, range) in &shards.owned {
+                let part = match fresh(name)? {
+                    Some(values) => shards.store.copy(&values[range.clone()])?,
+                    None => shards.with_part(name, |weights| shards.store.copy(weights))??,
+                };
+                shards.weights.insert(name.clone(), part);
+            }
             (0..shards.units.len()).try_for_each(|unit| shards.release(unit))?;
         }
         Ok(shards)
