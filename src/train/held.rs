@@ -103,28 +103,31 @@ pub fn held(config: &Config, sizes: &Sizes, shares: &Shares, stage: u8) -> Held 
 
 /// What collectives and sharded segments add to the activations of a moment.
 fn moved(moment: &Moment, shares: &Shares, stage: u8, overlap: bool) -> u64 {
-    let unit = shares.units.get(moment.segment).copied().unwrap_or(0);
-    let part = unit.div_ceil(shares.ranks.max(1) as u64);
+    let size = |segment: Option<usize>| segment.and_then(|i| shares.units.get(i)).copied().unwrap_or(0);
+    let part = |elements: u64| elements.div_ceil(shares.ranks.max(1) as u64);
+    let unit = size(Some(moment.segment));
     let gradients = moment.gradients.min(unit);
-    let (weights, weights_part) = if stage == 3 { (unit, part) } else { (0, 0) };
+    let weights = if stage == 3 { unit } else { 0 };
     let here = match moment.phase {
         // This rank's part to give, and the weights put together from all parts.
-        Phase::Gather => weights + weights_part,
+        Phase::Gather => weights + part(weights),
         Phase::Pass if stage >= 2 => weights + gradients,
         Phase::Pass => moment.aside,
         // Weights are gone; gradients, the copy that is sent, the sum of this rank's part.
-        Phase::Reduce if stage >= 2 => 2 * gradients + part,
+        Phase::Reduce if stage >= 2 => 2 * gradients + part(unit),
         Phase::Reduce => 0,
     };
-    // This rank's part of the next segment's weights, the copy of the last one's gradients.
+    // In the backward pass, which goes down the chain: the copy of the last segment's gradients, this rank's part of the
+    // next one's weights.
+    let last = size(moment.segment.checked_add(1));
+    let next = if stage == 3 { part(size(moment.segment.checked_sub(1))) } else { 0 };
     let under_way = match moment.phase {
         _ if !overlap || shares.world_size == 1 => 0,
-        // In the step's last micro-batch; of weights that have been whole all the time.
-        Phase::Gather | Phase::Pass if stage < 2 => unit,
-        Phase::Reduce if stage < 2 => unit + part,
-        Phase::Gather => gradients,
-        Phase::Pass => gradients + weights_part,
-        Phase::Reduce => weights_part,
+        Phase::Gather => last,
+        Phase::Pass => last + next,
+        // At stages 0 and 1 its own copy, in the step's last micro-batch.
+        Phase::Reduce if stage < 2 => unit + part(unit),
+        Phase::Reduce => next,
     };
     F32 * (here + under_way)
 }

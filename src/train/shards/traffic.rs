@@ -63,6 +63,7 @@ impl Shards<'_> {
 
     /// Sends a unit's gradients to be summed over all ranks, after the last unit's have come.
     pub(super) fn send_gradients(&mut self, unit: usize) -> Result<()> {
+        self.receive_sums()?;
         let live = |pieces: &Vec<Piece>| -> Vec<Piece> {
             pieces.iter().filter(|piece| self.gradients.get(&piece.name).is_some()).cloned().collect()
         };
@@ -80,7 +81,6 @@ impl Shards<'_> {
             (self.group.shard_rank(), self.group.reduce_scatter(all, &counts)?)
         };
         self.units[unit].sent = true;
-        self.receive_sums()?;
         self.going = Some(Going { pieces: pieces.swap_remove(ours), sums });
         if self.group.overlaps() { Ok(()) } else { self.receive_sums() }
     }
