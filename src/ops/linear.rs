@@ -26,11 +26,12 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     })
 }
 
-/// The same with factors and product rounded to `precision` by stock candle ops, and so its gradients. There is no
-/// product of bf16 for candle's CPU.
+/// The same with factors and product rounded to `precision` by stock candle ops, and so its gradients. candle's CPU has
+/// no product of bf16: f32 there.
 pub fn linear_in(precision: Precision, x: &Tensor, w: &Tensor, b: &Tensor) -> Result<Tensor> {
     let dtype = match precision {
         Precision::F32 => return linear(x, w, Some(b)),
+        Precision::Bf16 if x.device().is_cpu() => return linear(x, w, Some(b)),
         Precision::Bf16 => DType::BF16,
         Precision::F16 => DType::F16,
     };

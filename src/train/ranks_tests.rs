@@ -10,7 +10,7 @@ use super::{
     *,
 };
 use crate::{
-    config::{Offload, Precision},
+    config::{MatrixOptimizer, Offload, Precision},
     dist::launch,
     error::{Exit, exit_of},
     ops::{self, Store},
@@ -306,6 +306,39 @@ fn what_is_not_finite_on_one_rank_is_skipped_by_all() {
         };
         assert_eq!([scale(3), scale(4)], expected);
     }
+}
+
+#[test]
+fn scaling_the_loss_changes_nothing_where_nothing_rounds() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = toy_config();
+    // AdamW with a clip that bites: what is scaled back too little or too late would show.
+    (config.train.matrix_optimizer, config.train.clip_norm) = (MatrixOptimizer::Adamw, 0.01);
+    let [exact, scaled] = [Precision::F32, Precision::F16].map(|precision| {
+        config.train.precision = precision;
+        let parent = folder.path().join(precision.name());
+        toys(&parent, &config, 2, |_| None).unwrap();
+        let metrics = fs::read_to_string(parent.join("runs/toy/metrics.jsonl")).unwrap();
+        let norms: Vec<Value> =
+            metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["gradient_norm"].clone()).collect();
+        assert!(norms.iter().all(|norm| norm.as_f64().is_some_and(|norm| norm > 0.01)), "{norms:?}");
+        (norms, whole(&parent.join("runs/toy/checkpoints/step-9")))
+    });
+    assert!(exact == scaled);
+}
+
+#[test]
+fn a_loss_scale_that_is_stuck_ends_the_run_with_its_samples() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = toy_config();
+    (config.train.steps, config.train.precision, config.train.checkpoint_every) = (100, Precision::F16, 100);
+    let event = |rank: usize| (rank == 1).then_some((3, Event::NeverFinite));
+    let error = toys(folder.path(), &config, 2, event).unwrap_err().to_string();
+    // Sixteen halvings down to 1, then ten bad steps.
+    assert!(
+        error.contains("step 28: the gradient is not finite, the 10th in a row") && error.contains("a row"),
+        "{error}"
+    );
 }
 
 #[test]

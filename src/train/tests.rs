@@ -19,6 +19,8 @@ pub(super) struct ToyTask {
 pub(super) enum Event {
     Stop(Stop),
     NotFinite,
+    /// From this step on.
+    NeverFinite,
     /// From this step to that one the loss is far out.
     Spike(u64),
     Error,
@@ -49,12 +51,14 @@ impl Task for ToyTask {
         // Other inputs on every rank.
         let mut inputs = toy::inputs(step + 100 * shards.group().rank() as u64);
         let mut far = 1.0;
-        let now = |(at, event): &&(u64, Event)| {
-            matches!(event, Event::Spike(last) if (*at..=*last).contains(&step)) || *at == step
+        let now = |(at, event): &&(u64, Event)| match event {
+            Event::Spike(last) => (*at..=*last).contains(&step),
+            Event::NeverFinite => step >= *at,
+            _ => *at == step,
         };
         match self.event.as_ref().filter(now) {
             Some((_, Event::Stop(stop))) => stop.request(),
-            Some((_, Event::NotFinite)) => inputs = (inputs * f64::INFINITY)?,
+            Some((_, Event::NotFinite | Event::NeverFinite)) => inputs = (inputs * f64::INFINITY)?,
             Some((_, Event::Spike(_))) => far = 1e5,
             Some((_, Event::Error)) => bail!("the disk is on fire"),
             Some((_, Event::Panic)) => panic!("on purpose"),

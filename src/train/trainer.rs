@@ -108,6 +108,9 @@ impl<'a> Trainer<'a> {
         }
         let Agreed { norm, signal, saved } = self.agree(factor)?;
         let rate = schedule::rate(settings, step);
+        if norm.is_finite() {
+            self.run.loss_scale.iter_mut().for_each(LossScale::grow);
+        }
         if !norm.is_finite() {
             self.overflow()?;
         } else if settings.spike != Spike::Ignore && self.run.spikes.judge(measured.loss(), norm) {
@@ -185,9 +188,6 @@ impl<'a> Trainer<'a> {
             ema::update(average, &self.shards, settings.ema_decay, step)?;
         }
         self.run.skipped = 0;
-        if let Some(scale) = &mut self.run.loss_scale {
-            scale.grow();
-        }
         Ok(())
     }
 
