@@ -255,11 +255,11 @@ impl Group {
         if !device.is_cuda() || self.world_size() == 1 {
             return Ok(());
         }
-        let communicator = |among: Among| -> Result<Option<Nccl>> {
+        let communicator = |among: Among| {
             let members = self.wire.members(among);
             let exchange = |ours: Option<Vec<u8>>| Ok(self.gather(ours.unwrap_or_default())?[members[0]].to_vec());
             let place = members.iter().position(|rank| *rank == self.rank()).unwrap_or(0);
-            Nccl::new(device, place, members.len(), exchange).map(Some)
+            Nccl::new(device, place, members.len(), exchange)
         };
         let [all, shards, replicas] = Among::EVERY;
         let nccl = [communicator(all)?, communicator(shards)?, communicator(replicas)?];

@@ -56,7 +56,7 @@ struct Guest {
 }
 
 /// What a rank needs to meet the others.
-struct Meeting {
+struct Rendezvous {
     rank: usize,
     world_size: usize,
     /// Of the run's name and size.
@@ -78,8 +78,8 @@ impl Mesh {
         let kernel = |name: &str| fs::read_to_string(format!("/proc/sys/kernel/{name}")).unwrap_or_default();
         let host = digest(&[kernel("hostname"), kernel("random/boot_id")].concat());
         let deadline = Instant::now() + patience;
-        let meeting = Meeting { rank, world_size, run, host, listener, deadline };
-        if rank == 0 { meeting.receive() } else { meeting.join(master) }
+        let rendezvous = Rendezvous { rank, world_size, run, host, listener, deadline };
+        if rank == 0 { rendezvous.receive() } else { rendezvous.join(master) }
     }
 
     /// Sends `parts[r]` to rank r and fills `buffers[r]` with what comes from there.
@@ -154,7 +154,7 @@ fn ready(result: std::io::Result<usize>) -> std::io::Result<Option<usize>> {
     }
 }
 
-impl Meeting {
+impl Rendezvous {
     /// Rank 0: waits for all others and tells each where all are.
     fn receive(self) -> Result<(Mesh, usize)> {
         let guests = self.guests(1..self.world_size)?;

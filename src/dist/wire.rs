@@ -1,10 +1,7 @@
 //! What joins a rank to the others, and the two exchanges that all collectives are made of.
 
 use super::{Call, Number, local::Meeting, nccl::Nccl, part, world::World};
-use crate::{
-    error::{Context, Result},
-    ops::slices,
-};
+use crate::{error::Result, ops::slices};
 use candle_core::{Device, Tensor};
 use std::{
     ops::Range,
@@ -19,7 +16,7 @@ pub struct Wire {
     /// Ranks that share one replica out among them; all of them until it is set.
     pub shard_ranks: OnceLock<usize>,
     /// What moves floats, where ranks have CUDA devices: by [`Among`].
-    pub nccl: OnceLock<(Device, Mutex<[Option<Nccl>; 3]>)>,
+    pub nccl: OnceLock<(Device, Mutex<[Nccl; 3]>)>,
 }
 
 /// The ranks that exchange something.
@@ -70,8 +67,7 @@ impl Wire {
         // NCCL waits for ever; this does not, and sees whether all ranks call the same.
         self.to_all(call, Vec::<u8>::new())?;
         let nccl = nccl.lock().unwrap_or_else(PoisonError::into_inner);
-        let nccl = nccl[among as usize].as_ref().context("this rank has no NCCL communicator for these ranks")?;
-        Ok(Some(f(nccl, &Tensor::from_slice(ours, ours.len(), device)?)?.to_vec1()?))
+        Ok(Some(f(&nccl[among as usize], &Tensor::from_slice(ours, ours.len(), device)?)?.to_vec1()?))
     }
 
     /// Every rank's `ours`, in rank order.
