@@ -5,7 +5,7 @@ use crate::{
     error::{Context, Hint, Result, bail, ensure},
     runtime::Mapped,
 };
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor};
 use safetensors::{
     Dtype, SafeTensors,
     tensor::{Metadata, TensorInfo, TensorView},
@@ -22,7 +22,7 @@ use std::{
 /// Bytes that are converted together; a multiple of every float's.
 const CHUNK: usize = 1 << 16;
 
-const REPLACE: &str = "the file is damaged or of another kind; copy it again or name another folder";
+pub(super) const REPLACE: &str = "the file is damaged or of another kind; copy it again or name another folder";
 
 /// A safetensors file as memory.
 ///
@@ -32,10 +32,16 @@ pub fn map(path: &Path) -> Result<Mapped> {
     let meta = fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?;
     ensure!(meta.is_file(), "{} is not a regular file", path.display());
     let bytes = Mapped::open(path)?;
+    check_header(&bytes).hint(format!("{} is not a safetensors file, or truncated", path.display()), REPLACE)?;
+    Ok(bytes)
+}
+
+/// Checks that the header is no longer than the file: it is read into memory.
+pub(super) fn check_header(bytes: &[u8]) -> Result<()> {
     let header = bytes.first_chunk().copied().map(u64::from_le_bytes);
-    let header = header.hint(format!("{} is truncated: {} bytes", path.display(), bytes.len()), REPLACE)?;
-    let fits = header.checked_add(8).is_some_and(|end| end <= bytes.len() as u64);
-    fits.then_some(bytes).hint(format!("{} is not a safetensors file, or truncated", path.display()), REPLACE)
+    let header = header.with_context(|| format!("only {} bytes", bytes.len()))?;
+    ensure!(header.checked_add(8).is_some_and(|end| end <= bytes.len() as u64), "its header is longer than the file");
+    Ok(())
 }
 
 /// The tensors of a safetensors file as it holds them, to be written as `dtype`.
@@ -69,7 +75,7 @@ fn open<'a>(bytes: &'a [u8], origin: &str) -> Result<SafeTensors<'a>> {
 }
 
 /// Bytes of the tensor `name` as f32.
-fn finite(bytes: &[u8], dtype: Dtype, name: &str, origin: &str) -> Result<Vec<f32>> {
+pub(super) fn finite(bytes: &[u8], dtype: Dtype, name: &str, origin: &str) -> Result<Vec<f32>> {
     let values = floats(bytes, dtype).with_context(|| format!("{origin}: tensor `{name}`"))?;
     ensure!(values.iter().all(|x| x.is_finite()), "{origin}: tensor `{name}` holds numbers that are not finite");
     Ok(values)
@@ -133,12 +139,14 @@ fn floats(bytes: &[u8], dtype: Dtype) -> Result<Vec<f32>> {
 
 /// Parameters in memory, to be written as f32.
 pub fn of_params(params: &Params) -> Result<BTreeMap<String, Values<'static>>> {
-    let values = |(name, var): (&String, &Var)| {
-        let floats = var.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-        let (shape, pieces) = (var.dims().to_vec(), vec![Piece::Floats(Cow::Owned(floats))]);
-        Ok((name.clone(), Values { shape, pieces, dtype: Dtype::F32 }))
-    };
-    params.iter().map(values).collect()
+    params.iter().map(|(name, var)| Ok((name.clone(), of_tensor(var)?))).collect()
+}
+
+/// A tensor in memory, to be written as f32.
+pub fn of_tensor(tensor: &Tensor) -> Result<Values<'static>> {
+    let floats = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+    let (shape, pieces) = (tensor.dims().to_vec(), vec![Piece::Floats(Cow::Owned(floats))]);
+    Ok(Values { shape, pieces, dtype: Dtype::F32 })
 }
 
 /// Writes a safetensors file of these tensors to `out`, one piece in memory at a time.
