@@ -2,7 +2,7 @@
 //! generator, the folder of its image tokenizer. The demo model is such a folder inside the program.
 
 use crate::{
-    config::{Config, ImageTokenizer, Task},
+    config::{Config, ImageTokenizer, QuantizerKind, Task},
     error::{Context, Hint, Result, ensure, usage},
     model::Generator,
     nn::{params::Scope, weights},
@@ -20,6 +20,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub mod import;
 mod write;
 
 pub use write::{Parts, attribution_of, write};
@@ -47,6 +48,21 @@ static DEMO: &[(&str, &[u8])] = demo![
 
 /// The name of the demo model.
 pub const DEMO_NAME: &str = "demo";
+
+/// Keys of an image tokenizer that its digest leaves out.
+const TRAINING_KEYS: &[&str] = &[
+    "kl_weight",
+    "temperature",
+    "temperature_steps",
+    "perceptual",
+    "perceptual_weight",
+    "adversarial_weight",
+    "adversarial_start",
+    "adversarial_loss",
+    "discriminator_channels",
+    "discriminator_layers",
+    "lecam_weight",
+];
 
 const COPY: &str = "copy the whole folder again; a model folder is what `vilg train` writes to runs/NAME/model";
 
@@ -151,6 +167,12 @@ impl Bundle {
     pub fn digest(&self) -> Result<String> {
         let folder = self.image_tokenizer_folder()?;
         let settings = ImageTokenizer { path: String::new(), ..folder.config.image_tokenizer.clone() };
+        let mut settings = toml::Table::try_from(settings)?;
+        // What it was trained against changes no code. Digests are as old as shards of codes: later keys stay out.
+        settings.retain(|key, _| !TRAINING_KEYS.iter().any(|training| key == *training));
+        if folder.config.image_tokenizer.quantizer == QuantizerKind::Nearest {
+            settings.retain(|key, _| key != "quantizer" && key != "fsq_levels");
+        }
         let mut hasher = blake3::Hasher::new();
         hasher.update(toml::to_string(&settings)?.as_bytes());
         hasher.update(&folder.place.weights()?);

@@ -25,7 +25,12 @@ pub struct Parts<'a> {
 
 /// Writes a model folder; an older one in its place is replaced when the new one is complete.
 pub fn write(folder: &Path, parts: &Parts, dtype: Dtype) -> Result<()> {
-    let ours = !folder.exists() || folder.join(WEIGHTS).exists() || fs::read_dir(folder)?.next().is_none();
+    replace_folder(folder, WEIGHTS, |new| write_parts(new, parts, dtype))
+}
+
+/// Has `write` fill a new folder, which then takes the place of an older one with the file `mark`.
+pub(super) fn replace_folder(folder: &Path, mark: &str, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let ours = !folder.exists() || folder.join(mark).exists() || fs::read_dir(folder)?.next().is_none();
     let hint = "name a new folder";
     ensure!(ours, usage(format_args!("{} exists and is not a model folder", folder.display()), hint));
     let (new, old) = (sibling(folder, ".new"), sibling(folder, ".old"));
@@ -34,7 +39,10 @@ pub fn write(folder: &Path, parts: &Parts, dtype: Dtype) -> Result<()> {
             fs::remove_dir_all(stale)?;
         }
     }
-    write_parts(&new, parts, dtype).with_context(|| format!("cannot write the model folder {}", folder.display()))?;
+    fs::create_dir_all(&new)
+        .map_err(Into::into)
+        .and_then(|()| write(&new))
+        .with_context(|| format!("cannot write the model folder {}", folder.display()))?;
     if folder.exists() {
         fs::rename(folder, &old)?;
     }
@@ -52,11 +60,11 @@ fn sibling(folder: &Path, suffix: &str) -> PathBuf {
 }
 
 fn write_parts(folder: &Path, parts: &Parts, dtype: Dtype) -> Result<()> {
-    fs::create_dir_all(folder)?;
     // Paths of the training machine mean nothing elsewhere.
     let mut config = parts.config.clone();
     config.data.sources.clear();
     config.train.init_from.clear();
+    config.image_tokenizer.perceptual.clear();
     config.text.vocab = parts.vocab.as_ref().map_or(String::new(), |_| VOCAB.into());
     config.image_tokenizer.path = parts.image_tokenizer.as_ref().map_or(String::new(), |_| IMAGE_TOKENIZER.into());
     fs::write(folder.join(CONFIG), config.to_toml()?)?;

@@ -60,6 +60,11 @@ enum Example {
     Emoji,
     /// The demo's image tokenizer
     EmojiTokenizer,
+    /// The same sizes with VQGAN's perceptual loss and adversary
+    EmojiVqgan,
+    /// The paper's image tokenizer
+    #[value(name = "vqgan-f8-8192")]
+    VqganF8,
     /// 24 layers × 1024 (the paper's analysis model)
     #[value(name = "300m")]
     M300,
@@ -73,6 +78,8 @@ impl Example {
         match self {
             Self::Emoji => include_str!("../../configs/emoji.toml"),
             Self::EmojiTokenizer => include_str!("../../configs/emoji-tokenizer.toml"),
+            Self::EmojiVqgan => include_str!("../../configs/emoji-vqgan.toml"),
+            Self::VqganF8 => include_str!("../../configs/vqgan-f8-8192.toml"),
             Self::M300 => include_str!("../../configs/300m.toml"),
             Self::B10 => include_str!("../../configs/10b.toml"),
         }

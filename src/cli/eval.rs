@@ -21,6 +21,7 @@ pub struct Args {
 enum Command {
     Retrieval(RetrievalArgs),
     Caption(CaptionArgs),
+    Recon(super::eval_recon::Args),
 }
 
 /// Paint captions, and look for each one's own picture among others of its style
@@ -76,6 +77,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     match args.command {
         Command::Retrieval(args) => run_retrieval(&args, json),
         Command::Caption(args) => run_caption(&args, json),
+        Command::Recon(args) => super::eval_recon::run(&args, json),
     }
 }
 

@@ -10,7 +10,9 @@ mod data_inspect;
 mod data_vocab;
 mod doctor;
 mod eval;
+mod eval_recon;
 mod export;
+mod import;
 mod man;
 mod model;
 mod plan;
@@ -58,6 +60,7 @@ enum Command {
     Tokenize(tokenize::Args),
     Reconstruct(reconstruct::Args),
     Export(export::Args),
+    Import(import::Args),
     Config(config::Args),
     Data(data::Args),
     Bench(bench::Args),
@@ -97,6 +100,7 @@ fn dispatch(command: Command, json: bool) -> Result<()> {
         Command::Tokenize(args) => tokenize::run(args, json),
         Command::Reconstruct(args) => reconstruct::run(args, json),
         Command::Export(args) => export::run(args, json),
+        Command::Import(args) => import::run(args, json),
         Command::Config(args) => config::run(args, json),
         Command::Data(args) => data::run(args, json),
         Command::Bench(args) => bench::run(args, json),

@@ -4,9 +4,9 @@ use crate::{
     bundle::{Bundle, DEMO_NAME},
     data::{image, picture},
     error::Result,
+    eval::similarity::psnr,
     report,
 };
-use ::image::RgbImage;
 use serde_json::json;
 use std::{collections::BTreeSet, path::PathBuf};
 
@@ -38,25 +38,4 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         report::result(format_args!("{output}: PSNR {psnr:.1} dB, {used} of the {size} codes"));
     }
     Ok(())
-}
-
-/// Peak signal-to-noise ratio of two pictures of one size in dB; two equal ones count as one grey step apart in
-/// one value, so that the figure stays finite.
-fn psnr(a: &RgbImage, b: &RgbImage) -> f64 {
-    let squares = a.as_raw().iter().zip(b.as_raw()).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2));
-    let error = squares.sum::<f64>().max(1.0) / a.as_raw().len() as f64;
-    10.0 * (255.0 * 255.0 / error).log10()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use ::image::Rgb;
-
-    #[test]
-    fn psnr_of_a_constant_difference() {
-        let grey = |value| RgbImage::from_pixel(4, 4, Rgb([value; 3]));
-        assert!((psnr(&grey(100), &grey(110)) - 20.0 * 25.5f64.log10()).abs() < 1e-9);
-        assert!(psnr(&grey(7), &grey(7)) > 60.0 && psnr(&grey(7), &grey(7)).is_finite());
-    }
 }

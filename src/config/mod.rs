@@ -104,10 +104,14 @@ pub struct ImageTokenizer {
     pub attention_sides: Vec<usize>,
     /// Channels between encoder and quantiser.
     pub latent_channels: usize,
+    /// How latents become codes.
+    pub quantizer: QuantizerKind,
     /// Number of codes.
     pub codebook_size: usize,
     /// Dimensions of a code.
     pub code_dim: usize,
+    /// Levels of each dimension (quantiser `fsq`); their product is the number of codes.
+    pub fsq_levels: Vec<u32>,
     /// Compare codes by cosine: both sides are l2-normalised.
     pub l2_normalize: bool,
     /// Weight of the commitment term (beta; eq. 2).
@@ -120,6 +124,50 @@ pub struct ImageTokenizer {
     pub l2_weight: f64,
     /// A code unused for this many steps is replaced by an encoder output; 0 turns it off.
     pub restart_after: u64,
+    /// Weight of the divergence from codes that are all as likely (quantiser `gumbel`).
+    pub kl_weight: f64,
+    /// First and last temperature of the relaxed choice (quantiser `gumbel`).
+    pub temperature: [f64; 2],
+    /// Steps over which the temperature falls, as half a cosine.
+    pub temperature_steps: u64,
+    /// Folder of the perceptual network (`vilg import lpips`).
+    pub perceptual: String,
+    /// Weight of the perceptual distance LPIPS; 0: none.
+    pub perceptual_weight: f64,
+    /// Weight of the adversary before it is adapted (arXiv 2012.09841, eq. 7); 0: no discriminator.
+    pub adversarial_weight: f64,
+    /// Step after which the discriminator trains and takes part.
+    pub adversarial_start: u64,
+    /// The discriminator's loss.
+    pub adversarial_loss: AdversarialLoss,
+    /// Channels of the discriminator's first layer.
+    pub discriminator_channels: usize,
+    /// Layers of the discriminator that halve the side.
+    pub discriminator_layers: usize,
+    /// Weight of LeCam's regularisation of the discriminator (arXiv 2104.03310); 0: none.
+    pub lecam_weight: f64,
+}
+
+/// How latents become codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum QuantizerKind {
+    /// The nearest vector of a learned codebook.
+    Nearest,
+    /// A draw by logits, relaxed by a softmax in training.
+    Gumbel,
+    /// Each dimension rounded to a few levels; nothing is learned.
+    Fsq,
+}
+
+/// How wrong a discriminator is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AdversarialLoss {
+    /// Distance from 1 and -1.
+    Hinge,
+    /// Cross-entropy.
+    Vanilla,
 }
 
 impl ImageTokenizer {
@@ -235,14 +283,27 @@ impl Default for ImageTokenizer {
             residual_blocks: 2,
             attention_sides: vec![32],
             latent_channels: 256,
+            quantizer: QuantizerKind::Nearest,
             codebook_size: 8192,
             code_dim: 256,
+            fsq_levels: Vec::new(),
             l2_normalize: false,
             commitment: 0.25,
             legacy_beta: false,
             l1_weight: 0.0,
             l2_weight: 1.0,
             restart_after: 0,
+            kl_weight: 5e-4,
+            temperature: [1.0, 0.0625],
+            temperature_steps: 100_000,
+            perceptual: String::new(),
+            perceptual_weight: 0.0,
+            adversarial_weight: 0.0,
+            adversarial_start: 0,
+            adversarial_loss: AdversarialLoss::Hinge,
+            discriminator_channels: 64,
+            discriminator_layers: 3,
+            lecam_weight: 0.0,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Whether the values of a configuration make sense, alone and together.
 
-use super::{Config, Data, ImageTokenizer, Model, Sample, Text, Train, load::values};
+use super::{Config, Data, ImageTokenizer, Model, QuantizerKind, Sample, Text, Train, load::values};
 use crate::error::{Result, usage};
 use std::fmt::Display;
 
@@ -130,8 +130,37 @@ fn image_tokenizer(check: &mut Check, t: &ImageTokenizer) {
         "be from 1 to 65536",
         "8 with l2_normalize, else 256",
     );
-    let weights = [("commitment", t.commitment), ("l1_weight", t.l1_weight), ("l2_weight", t.l2_weight)];
+    let product = t.fsq_levels.iter().try_fold(1u32, |product, size| product.checked_mul(*size));
+    let fits = product == u32::try_from(t.codebook_size).ok() && t.fsq_levels.iter().all(|size| *size >= 2);
+    let ok = t.quantizer != QuantizerKind::Fsq || (fits && t.fsq_levels.len() == t.code_dim);
+    let must = "be code_dim numbers of at least 2 with the product codebook_size";
+    check.that(ok, &key("fsq_levels"), must, "[8, 8, 8, 4] are 2,048 codes of 4 dimensions");
+    let ok = t.temperature.iter().all(|t| t.is_finite() && *t > 0.0);
+    check.that(ok, &key("temperature"), "be above 0", "[1.0, 0.0625] are DALL-E's");
+    check.that(t.temperature_steps >= 1, &key("temperature_steps"), "be at least 1", "a third of the steps, or more");
+    let weights = [
+        ("kl_weight", t.kl_weight),
+        ("commitment", t.commitment),
+        ("l1_weight", t.l1_weight),
+        ("l2_weight", t.l2_weight),
+        ("perceptual_weight", t.perceptual_weight),
+        ("adversarial_weight", t.adversarial_weight),
+        ("lecam_weight", t.lecam_weight),
+    ];
     check.within("image_tokenizer", &weights, 0.0, f64::INFINITY, "the weight of a loss term");
+    let ok = t.perceptual_weight == 0.0 || t.image_size >= 16;
+    check.that(
+        ok,
+        &key("image_size"),
+        "be at least 16 with a perceptual loss",
+        "its network halves the side four times",
+    );
+    let ok = (1..=4096).contains(&t.discriminator_channels);
+    check.that(ok, &key("discriminator_channels"), "be from 1 to 4096", "taming uses 64");
+    let ok = (1..=8).contains(&t.discriminator_layers)
+        && (t.adversarial_weight == 0.0 || t.image_size >> t.discriminator_layers > 2);
+    let hint = format!("a picture of {} pixels must be halved so often and still have more than 2", t.image_size);
+    check.that(ok, &key("discriminator_layers"), "be from 1 to 8 and fit the picture", hint);
     let ok = t.l1_weight != 0.0 || t.l2_weight != 0.0;
     check.that(ok, &key("l2_weight"), "not be 0 together with l1_weight", "without a pixel error nothing is learned");
 }
@@ -241,6 +270,13 @@ mod tests {
             "image_tokenizer.codebook_size=65537",
             "image_tokenizer.commitment=-1.0",
             "image_tokenizer.l2_weight=0",
+            "image_tokenizer.perceptual_weight=-1",
+            "image_tokenizer.temperature=[0.0, 1.0]",
+            "image_tokenizer.temperature_steps=0",
+            "image_tokenizer.kl_weight=inf",
+            "image_tokenizer.discriminator_channels=0",
+            "image_tokenizer.discriminator_layers=9",
+            "image_tokenizer.lecam_weight=nan",
             "model.layers=0",
             "model.heads=7",
             "model.heads=0",

@@ -1,7 +1,11 @@
-//! How good a model is: what it paints is told apart from like pictures, what it says names the thing.
+//! How good a model is: what it paints is told apart from like pictures, what it says names the thing, its image
+//! tokenizer keeps what it sees.
 
 pub mod caption;
+mod frechet;
+pub mod reconstruction;
 pub mod retrieval;
+pub mod similarity;
 
 use crate::{
     config,

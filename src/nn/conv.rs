@@ -6,7 +6,7 @@ use super::{
     params::{Init, Scope},
 };
 use crate::{
-    error::Result,
+    error::{Context, Result},
     ops::{
         self,
         conv::{self, Geometry, Padding},
@@ -16,7 +16,7 @@ use crate::{
         slices::view,
     },
 };
-use candle_core::Tensor;
+use candle_core::{DType, Tensor, Var};
 
 /// A square convolution with bias.
 ///
@@ -92,6 +92,15 @@ impl Conv2d {
     pub fn gradients(&self, x: &Features, dy: &Features, gradients: &mut Gradients) -> Result<()> {
         let geometry = self.geometry(x.shape)?;
         self.accumulate(dy, gradients, |dw| conv::weight_gradient(&x.data, &dy.data, dw, geometry))
+    }
+
+    /// Norm of the gradient in the weight, on any device.
+    pub fn weight_gradient_norm(&self, x: &Tensor, dy: &Tensor) -> Result<f64> {
+        let weight = Var::from_tensor(&self.weight)?;
+        let y = ops::conv2d(&x.detach(), &weight, None, self.stride, self.padding)?;
+        let store = (y * dy.detach())?.sum_all()?.backward()?;
+        let gradient = store.get(&weight).context("no gradient of the weight")?;
+        Ok(f64::from(gradient.sqr()?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?).sqrt())
     }
 
     fn accumulate(&self, dy: &Features, gradients: &mut Gradients, add: impl FnOnce(&mut [f32])) -> Result<()> {

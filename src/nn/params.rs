@@ -104,6 +104,11 @@ impl Scope {
         Self { store: self.store.clone(), prefix: self.full_name(name) }
     }
 
+    /// Where parameters lie.
+    pub fn device(&self) -> Device {
+        self.store.borrow().device.clone()
+    }
+
     /// The full name of this place.
     pub fn name(&self) -> &str {
         &self.prefix

@@ -99,3 +99,19 @@ pub fn at_each_level(check: impl Fn() -> Result<()> + Sync) -> Result<()> {
     }
     Ok(())
 }
+
+/// Weights by the formula of `scripts/golden_weights.py`: even in ±`scale` / 2, keyed by name and place.
+pub fn hashed(name: &str, shape: &[usize], scale: f64) -> Tensor {
+    let salt = !name.bytes().fold(!0u32, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(byte), |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 })
+    });
+    let value = |i: u32| {
+        let mut h = i.wrapping_mul(2_654_435_761).wrapping_add(salt);
+        h ^= h >> 15;
+        h = h.wrapping_mul(2_246_822_519);
+        h ^= h >> 13;
+        ((f64::from(h >> 8) / f64::from(1 << 24) - 0.5) * scale) as f32
+    };
+    let count = shape.iter().product::<usize>() as u32;
+    Tensor::from_vec((0..count).map(value).collect::<Vec<_>>(), shape, &Device::Cpu).unwrap()
+}

@@ -1,6 +1,9 @@
 //! The image tokenizer (paper §2.1): pixels to a grid of codes and back.
 
+pub mod discriminator;
+mod loss;
 mod native;
+pub mod perceptual;
 pub mod quantizer;
 pub mod segments;
 #[cfg(test)]
@@ -15,6 +18,7 @@ use crate::{
     nn::{conv::Conv2d, features::Buffers, params::Scope, segment::Segment},
 };
 use candle_core::{DType, Device, Tensor};
+use loss::Criterion;
 use native::{Layer, segments::Native};
 use quantizer::Quantizer;
 use segments::{Decode, Encode};
@@ -61,7 +65,17 @@ pub(crate) struct DecoderHalf {
 
 impl DecoderHalf {
     fn decode(&self, z_q: &Tensor) -> Result<Tensor> {
+        Ok(self.decode_to_last(z_q)?.1)
+    }
+
+    /// What the last convolution reads, and pixels.
+    fn decode_to_last(&self, z_q: &Tensor) -> Result<(Tensor, Tensor)> {
         self.decoder.forward(&self.post_quant_conv.forward(z_q)?)
+    }
+
+    /// Norm of the gradient in the last convolution's weight, from its input and the gradient of the pixels.
+    fn last_weight_norm(&self, input: &Tensor, dy: &Tensor) -> Result<f64> {
+        self.decoder.last_weight_norm(input, dy)
     }
 
     /// All layers after the quantiser.
@@ -76,6 +90,18 @@ impl ImageTokenizer {
     /// # Errors
     /// The architecture is impossible, or a checkpoint's tensor is missing or misshapen.
     pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        Self::judged_by(scope, config, Criterion::pixels(config))
+    }
+
+    /// One that is to be trained: with its perceptual network and its adversary.
+    ///
+    /// # Errors
+    /// As [`ImageTokenizer::new`], or there is no perceptual network where the configuration names one.
+    pub fn in_training(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        Self::judged_by(scope, config, Criterion::new(scope, config)?)
+    }
+
+    fn judged_by(scope: &Scope, config: &config::ImageTokenizer, criterion: Criterion) -> Result<Self> {
         let factor = 1usize << config.channel_multipliers.len().saturating_sub(1);
         ensure!(
             config.image_size.is_multiple_of(factor) && config.image_size > 0,
@@ -91,9 +117,9 @@ impl ImageTokenizer {
             post_quant_conv: Conv2d::same(&scope.at("post_quant_conv"), config.code_dim, config.latent_channels, 1)?,
             decoder: Decoder::new(&scope.at("decoder"), config)?,
         });
-        let segments = segments::of(scope, config, &encoder, &decoder);
-        let codebook = decoder.quantize.codebook();
-        let native = codebook.device().is_cpu() && codebook.dtype() == DType::F32;
+        let segments = segments::of(scope, &encoder, &decoder, criterion);
+        let (device, dtype) = decoder.quantize.place();
+        let native = device.is_cpu() && dtype == DType::F32;
         let (grid, buffers) = (config.image_size / factor, Buffers::default());
         Ok(Self { encoder, decoder, segments, native, buffers, grid, image_size: config.image_size })
     }
@@ -137,7 +163,7 @@ impl ImageTokenizer {
 
     /// Where pixels and codes go before they are worked on.
     fn device(&self) -> &Device {
-        self.decoder.quantize.codebook().device()
+        self.decoder.quantize.place().0
     }
 
     /// Latents before quantisation: pixels `(batch, side, side, 3)` → `(batch, h, w, code_dim)`.

@@ -1,8 +1,12 @@
 //! The tokenizer as a chain of segments for the training engine: encoder → quantiser, decoder and loss.
 
-use super::{DecoderHalf, EncoderHalf};
+use super::{
+    DecoderHalf, EncoderHalf,
+    discriminator::{self, Anchors},
+    loss::{Criterion, number},
+    quantizer::gumbel::Relaxation,
+};
 use crate::{
-    config,
     error::Result,
     nn::{
         params::{Params, Scope},
@@ -18,26 +22,25 @@ pub struct PixelBatch {
     pub pixels: Tensor,
     /// Share of the step's loss that this batch makes up: its pictures / the step's pictures.
     pub loss_scale: f64,
+    /// Where the adversary takes part: the running means of its logits.
+    pub anchors: Option<Anchors>,
+    /// How codes are drawn, where they are.
+    pub relaxation: Relaxation,
     /// Left here by the last segment.
     pub statistics: RefCell<Option<Statistics>>,
 }
 
 impl PixelBatch {
     pub fn new(pixels: Tensor, loss_scale: f64) -> Self {
-        Self { pixels, loss_scale, statistics: RefCell::new(None) }
+        let relaxation = Relaxation { temperature: 1.0, ..Relaxation::default() };
+        Self { pixels, loss_scale, anchors: None, relaxation, statistics: RefCell::new(None) }
     }
 }
 
 /// What a forward pass tells the log and the restart of dead codes.
 pub struct Statistics {
-    /// Mean absolute pixel error, of pixels in \[-1, 1\].
-    pub l1: f64,
-    /// Mean squared pixel error.
-    pub l2: f64,
-    /// Weighted codebook term.
-    pub codebook: f64,
-    /// Weighted commitment term.
-    pub commitment: f64,
+    /// Means by name.
+    pub terms: Vec<(&'static str, f64)>,
     /// Codes chosen.
     pub codes: Vec<u32>,
     /// Encoder outputs `(batch, h, w, code_dim)`.
@@ -45,9 +48,14 @@ pub struct Statistics {
 }
 
 impl Statistics {
-    /// Peak signal-to-noise ratio in dB.
+    /// The mean of this name; 0 where there is none.
+    pub fn term(&self, name: &str) -> f64 {
+        self.terms.iter().find(|term| term.0 == name).map_or(0.0, |term| term.1)
+    }
+
+    /// Peak signal-to-noise ratio in dB, from the mean squared error of pixels in \[-1, 1\].
     pub fn psnr(&self) -> f64 {
-        10.0 * (4.0 / self.l2.max(1e-12)).log10()
+        10.0 * (4.0 / self.term("l2").max(1e-12)).log10()
     }
 
     /// Effective number of codes in use: e to the entropy of their frequencies.
@@ -82,8 +90,7 @@ impl Taped<PixelBatch> for Encode {
 pub(super) struct Decode {
     pub(super) half: Rc<DecoderHalf>,
     params: Params,
-    pub(super) l1_weight: f64,
-    pub(super) l2_weight: f64,
+    pub(super) criterion: Criterion,
 }
 
 impl Taped<PixelBatch> for Decode {
@@ -95,39 +102,36 @@ impl Taped<PixelBatch> for Decode {
         &self.params
     }
 
-    /// Scalar loss (eq. 1-2); the place where perceptual and adversarial terms join the sum.
+    /// Scalar loss (eq. 1-2) whose gradient is that of all terms, the adversary's in its adaptive weight.
     fn taped(&self, z: &Tensor, batch: &PixelBatch) -> Result<Tensor> {
-        let quantized = self.half.quantize.forward(z)?;
-        let error = (self.half.decode(&quantized.z_q)? - &batch.pixels)?;
-        let (l1, l2) = (error.abs()?.mean_all()?, error.sqr()?.mean_all()?);
-        let number = |t: &Tensor| t.to_scalar::<f32>().map(f64::from);
-        *batch.statistics.borrow_mut() = Some(Statistics {
-            l1: number(&l1)?,
-            l2: number(&l2)?,
-            codebook: number(&quantized.codebook_loss)?,
-            commitment: number(&quantized.commitment_loss)?,
-            codes: quantized.codes.to_vec1()?,
-            latents: z.detach(),
-        });
-        let reconstruction = ((l1 * self.l1_weight)? + (l2 * self.l2_weight)?)?;
-        let loss = ((reconstruction + quantized.codebook_loss)? + quantized.commitment_loss)?;
+        let quantized = self.half.quantize.forward(z, batch.relaxation)?;
+        let (last, y) = self.half.decode_to_last(&quantized.z_q)?;
+        let judged = self.criterion.judge(&y.detach(), batch, |dy| self.half.last_weight_norm(&last, dy))?;
+        let mut terms = judged.terms;
+        quantized.losses.iter().try_for_each(|(name, loss)| number(loss).map(|loss| terms.push((*name, loss))))?;
+        *batch.statistics.borrow_mut() =
+            Some(Statistics { terms, codes: quantized.codes.to_vec1()?, latents: z.detach() });
+        // Terms linear in reconstruction and discriminator: their gradients are those that were found.
+        let mut linear = (&y * judged.gradient.detach())?.sum_all()?;
+        for (name, gradient) in judged.own {
+            if let Some(var) = self.params.get(&name) {
+                linear = (linear + (var.as_tensor() * gradient.detach())?.sum_all()?)?;
+            }
+        }
+        let value = (linear.detach().neg()? + judged.loss)?;
+        let loss = quantized.losses.iter().try_fold((linear + value)?, |sum, (_, loss)| sum + loss)?;
         Ok((loss * batch.loss_scale)?)
     }
 }
 
 pub(super) fn of(
     scope: &Scope,
-    config: &config::ImageTokenizer,
     encoder: &Rc<EncoderHalf>,
     decoder: &Rc<DecoderHalf>,
+    criterion: Criterion,
 ) -> (Encode, Decode) {
     let params = |names: &[&str]| names.iter().flat_map(|name| scope.at(name).params()).collect::<Params>();
     let encode = Encode { half: encoder.clone(), params: params(&["encoder", "quant_conv"]) };
-    let decode = Decode {
-        half: decoder.clone(),
-        params: params(&["quantize", "post_quant_conv", "decoder"]),
-        l1_weight: config.l1_weight,
-        l2_weight: config.l2_weight,
-    };
-    (encode, decode)
+    let params = params(&["quantize", "post_quant_conv", "decoder", discriminator::SCOPE]);
+    (encode, Decode { half: decoder.clone(), params, criterion })
 }

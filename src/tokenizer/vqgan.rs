@@ -92,8 +92,11 @@ impl Head {
         Ok(Self { norm, conv: Conv2d::same(&scope.at("conv_out"), inputs, outputs, 3)? })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.conv.forward(&self.norm.silu(x)?)
+    /// What the convolution reads, and what it makes of it.
+    fn forward(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let x = self.norm.silu(x)?;
+        let y = self.conv.forward(&x)?;
+        Ok((x, y))
     }
 }
 
@@ -198,7 +201,7 @@ impl Encoder {
                 h = downsample.forward(&h)?;
             }
         }
-        self.out.forward(&self.mid.forward(&h)?)
+        Ok(self.out.forward(&self.mid.forward(&h)?)?.1)
     }
 
     /// The first convolution, which reads pixels, and all that follows it.
@@ -240,7 +243,8 @@ impl Decoder {
         Ok(Self { conv_in, mid, up, out: Head::new(scope, inputs, 3)? })
     }
 
-    pub fn forward(&self, latents: &Tensor) -> Result<Tensor> {
+    /// What the last convolution reads, and pixels.
+    pub fn forward(&self, latents: &Tensor) -> Result<(Tensor, Tensor)> {
         let mut h = self.mid.forward(&self.conv_in.forward(latents)?)?;
         for (level, upsample) in self.up.iter().rev() {
             h = level.forward(&h)?;
@@ -249,6 +253,16 @@ impl Decoder {
             }
         }
         self.out.forward(&h)
+    }
+
+    /// The end.
+    pub(super) fn head(&self) -> &Head {
+        &self.out
+    }
+
+    /// Norm of the gradient in the last convolution's weight, from its input and the gradient of the pixels.
+    pub fn last_weight_norm(&self, input: &Tensor, dy: &Tensor) -> Result<f64> {
+        self.out.conv.weight_gradient_norm(input, dy)
     }
 
     /// All layers in order.

@@ -176,7 +176,7 @@ impl Task for GeneratorTask {
             *losses += loss;
             *tokens += batch.targets() as f64;
         }
-        let mut measured = Measured { losses: Vec::new(), amount: 0, unit: "tokens" };
+        let mut measured = Measured { losses: Vec::new(), figures: Vec::new(), amount: 0, unit: "tokens" };
         for (direction, seen) in Direction::BOTH.into_iter().zip(shards.group().sum(seen.as_flattened())?.chunks(2)) {
             if seen[1] > 0.0 {
                 let name = if direction == Direction::TextToImage { "image" } else { "text" };

@@ -20,7 +20,11 @@ use crate::{
         weights::Values,
     },
     runtime,
-    tokenizer::{ImageTokenizer, PixelBatch, Statistics},
+    tokenizer::{
+        ImageTokenizer, PixelBatch, Statistics,
+        discriminator::{self, Anchors},
+        quantizer::{Quantizer, gumbel::Relaxation},
+    },
 };
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
@@ -32,6 +36,9 @@ use std::{
 /// Pictures of a sample sheet, and how many stand side by side.
 const SHEET: (usize, usize) = (16, 8);
 
+/// The terms that the tokenizer itself is to lower; a fight with an adversary says nothing about a step.
+const LOSSES: [&str; 6] = ["l1", "l2", "lpips", "codebook", "commitment", "kl"];
+
 /// The image tokenizer in training.
 pub struct ImageTokenizerTask {
     config: Config,
@@ -40,6 +47,8 @@ pub struct ImageTokenizerTask {
     feed: Feed,
     /// The step at which each code was last chosen, for the restart of dead codes.
     last_used: Vec<u64>,
+    /// Where the discriminator's logits were lately.
+    anchors: Anchors,
     /// What the current step saw.
     seen: Option<Statistics>,
 }
@@ -54,32 +63,52 @@ impl ImageTokenizerTask {
         let kind = Kind::Pictures(u32::try_from(settings.image_size)?);
         let feed = Feed::new(config, kind, &[config.train.batch_size], group)?;
         let scope = Scope::from_seed(config.seed, DType::F32, &runtime::device()?);
-        let model = ImageTokenizer::new(&scope, settings)?;
+        let model = ImageTokenizer::in_training(&scope, settings)?;
         let last_used = vec![0; settings.codebook_size];
-        Ok(Self { config: config.clone(), model, params: scope.params(), feed, last_used, seen: None })
+        Ok(Self {
+            config: config.clone(),
+            model,
+            params: scope.params(),
+            feed,
+            last_used,
+            anchors: Anchors::default(),
+            seen: None,
+        })
+    }
+}
+
+impl ImageTokenizerTask {
+    /// How the codes of pictures from position `first` of the step are drawn.
+    fn relaxation(&self, step: u64, first: u64) -> Relaxation {
+        let settings = &self.config.image_tokenizer;
+        let ([begin, end], steps) = (settings.temperature, settings.temperature_steps);
+        let done = step.saturating_sub(1).min(steps) as f64 / steps as f64;
+        let temperature = end + (begin - end) * (1.0 + (done * std::f64::consts::PI).cos()) / 2.0;
+        Relaxation { temperature, kl_weight: settings.kl_weight, seed: self.config.seed, step, first }
     }
 }
 
 /// What the parts of a step saw, as if they had been one: their means weighed by their pictures.
 fn merge(parts: Vec<(f64, Statistics)>) -> Result<Statistics> {
-    let mean = |f: &dyn Fn(&Statistics) -> f64| parts.iter().map(|(share, part)| share * f(part)).sum();
-    let (l1, l2) = (mean(&|s| s.l1), mean(&|s| s.l2));
-    let (codebook, commitment) = (mean(&|s| s.codebook), mean(&|s| s.commitment));
+    let (_, first) = parts.first().context("a step without pictures")?;
+    let mean = |name| parts.iter().map(|(share, part)| share * part.term(name)).sum();
+    let terms = first.terms.iter().map(|(name, _)| (*name, mean(name))).collect();
     let latents: Vec<&Tensor> = parts.iter().map(|(_, part)| &part.latents).collect();
     let latents = Tensor::cat(&latents, 0)?;
     let codes = parts.iter().flat_map(|(_, part)| part.codes.iter().copied()).collect();
-    Ok(Statistics { l1, l2, codebook, commitment, codes, latents })
+    Ok(Statistics { terms, codes, latents })
 }
 
 /// What all ranks saw, from what each saw: its means are its share of the step's.
 fn gather(group: &Group, ours: Statistics) -> Result<Statistics> {
-    let means = group.sum(&[ours.l1, ours.l2, ours.codebook, ours.commitment])?;
+    let means = group.sum(&ours.terms.iter().map(|(_, mean)| *mean).collect::<Vec<_>>())?;
+    let terms = ours.terms.iter().zip(means).map(|((name, _), mean)| (*name, mean)).collect();
     let codes = group.gather(ours.codes)?.iter().flat_map(|codes| codes.iter().copied()).collect();
     let (_, height, width, dim) = ours.latents.dims4()?;
     let latents: Vec<f32> =
         group.gather(ours.latents.flatten_all()?.to_vec1()?)?.iter().flat_map(|part| part.iter().copied()).collect();
     let latents = Tensor::from_vec(latents, ((), height, width, dim), ours.latents.device())?;
-    Ok(Statistics { l1: means[0], l2: means[1], codebook: means[2], commitment: means[3], codes, latents })
+    Ok(Statistics { terms, codes, latents })
 }
 
 impl Task for ImageTokenizerTask {
@@ -91,19 +120,27 @@ impl Task for ImageTokenizerTask {
         Ok(BTreeMap::new())
     }
 
+    fn idle(&self, name: &str) -> bool {
+        // The first step's gradients are looked at.
+        discriminator::is_ours(name) && self.config.image_tokenizer.adversarial_start > 0
+    }
+
     fn units(&self) -> Vec<Vec<String>> {
         names(&self.model.segments())
     }
 
     fn gradients(&mut self, step: u64, _loss_scale: f64, shards: &mut Shards) -> Result<Measured> {
-        let records = self.feed.next(step)?.swap_remove(0).1;
+        let (first, records) = self.feed.next(step)?.swap_remove(0);
         let segments = self.model.segments();
         let (settings, mut seen) = (&self.config.train, Vec::new());
         let parts = settings.accumulation.min(records.len());
         for i in 0..parts {
-            let part = &records[dist::part(records.len(), i, parts)];
+            let range = dist::part(records.len(), i, parts);
+            let part = &records[range.clone()];
             let share = part.len() as f64 / settings.batch_size as f64;
-            let batch = PixelBatch::new(pixels(part)?, share);
+            let mut batch = PixelBatch::new(pixels(part)?, share);
+            batch.anchors = (step > self.config.image_tokenizer.adversarial_start).then_some(self.anchors);
+            batch.relaxation = self.relaxation(step, first + range.start as u64);
             if i + 1 == parts {
                 shards.last_micro_batch();
             }
@@ -111,16 +148,10 @@ impl Task for ImageTokenizerTask {
             seen.push((share, batch.statistics.into_inner().context("the tokenizer left no statistics")?));
         }
         let seen = gather(shards.group(), merge(seen)?)?;
-        let losses = vec![
-            ("l1", seen.l1),
-            ("l2", seen.l2),
-            ("codebook", seen.codebook),
-            ("commitment", seen.commitment),
-            ("psnr", seen.psnr()),
-            ("perplexity", seen.perplexity()),
-        ];
+        let (losses, mut figures) = seen.terms.iter().partition::<Vec<_>, _>(|(name, _)| LOSSES.contains(name));
+        figures.extend([("psnr", seen.psnr()), ("perplexity", seen.perplexity())]);
         self.seen = Some(seen);
-        Ok(Measured { losses, amount: settings.batch_size, unit: "images" })
+        Ok(Measured { losses, figures, amount: settings.batch_size, unit: "images" })
     }
 
     fn samples(&self) -> Vec<String> {
@@ -129,20 +160,25 @@ impl Task for ImageTokenizerTask {
 
     fn after_step(&mut self, step: u64) -> Result<()> {
         let Some(seen) = self.seen.take() else { return Ok(()) };
+        if seen.terms.iter().any(|(name, _)| *name == "logits_real") {
+            self.anchors.follow(seen.term("logits_real"), seen.term("logits_fake"));
+        }
         let (after, seed) = (self.config.image_tokenizer.restart_after, self.config.seed);
-        let quantizer = self.model.quantizer();
+        let Quantizer::Nearest(quantizer) = self.model.quantizer() else { return Ok(()) };
         quantizer.restart_dead_codes(&mut self.last_used, &seen.latents, &seen.codes, after, seed, step)?;
         Ok(())
     }
 
     fn state(&self) -> Value {
-        json!({ "code_last_used": self.last_used })
+        json!({ "code_last_used": self.last_used, "logits": self.anchors })
     }
 
     fn restore(&mut self, state: &Value) -> Result<()> {
         let last_used: Vec<u64> = serde_json::from_value(state["code_last_used"].clone())?;
         ensure!(last_used.len() == self.last_used.len(), "code_last_used is of another codebook");
         self.last_used = last_used;
+        // Checkpoints from before there were adversaries have none.
+        self.anchors = serde_json::from_value(state["logits"].clone()).unwrap_or_default();
         Ok(())
     }
 
@@ -160,7 +196,8 @@ impl Task for ImageTokenizerTask {
         picture::write_png(path, &picture::grid(&pictures, records.len().min(SHEET.1)))
     }
 
-    fn publish(&self, weights: BTreeMap<String, Values>, folder: &Path) -> Result<()> {
+    fn publish(&self, mut weights: BTreeMap<String, Values>, folder: &Path) -> Result<()> {
+        weights.retain(|name, _| !discriminator::is_ours(name));
         let attribution = bundle::attribution_of(&self.config.data.sources);
         let parts = Parts { config: &self.config, weights, vocab: None, attribution, image_tokenizer: None };
         bundle::write(folder, &parts, safetensors::Dtype::F32)

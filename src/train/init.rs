@@ -7,6 +7,7 @@ use crate::{
     bundle::Bundle,
     config::{Config, Task as Kind},
     error::{Context, Result, ensure, usage},
+    tokenizer::discriminator,
 };
 use std::collections::BTreeMap;
 
@@ -31,14 +32,16 @@ pub fn take_weights(config: &Config, task: &dyn Task) -> Result<()> {
     let hint = format!("give the run the sizes in the config.toml of `{model}`, or leave train.init_from empty");
     let mismatch =
         |what: String| usage(format!("the weights of `{model}` (train.init_from) do not fit: {what}"), &hint);
-    for (name, var) in task.params() {
+    // A discriminator is no part of a model: it always begins anew.
+    let wanted = || task.params().iter().filter(|(name, _)| !discriminator::is_ours(name));
+    for (name, var) in wanted() {
         let Some(tensor) = weights.get(name) else { return Err(mismatch(format!("they lack `{name}`"))) };
         let (theirs, ours) = (tensor.dims(), var.dims());
         ensure!(theirs == ours, mismatch(format!("`{name}` is {theirs:?} there and {ours:?} here")));
     }
     let unknown = weights.keys().filter(|name| !task.params().contains_key(*name)).min();
     ensure!(unknown.is_none(), mismatch(format!("`{}` has no place here", unknown.map_or("", String::as_str))));
-    for (name, var) in task.params() {
+    for (name, var) in wanted() {
         var.set(&weights[name].to_dtype(var.dtype())?.to_device(var.device())?)?;
     }
     Ok(())

@@ -66,6 +66,8 @@ pub enum Resume {
 pub struct Measured {
     /// Losses by name; the first is shown first.
     pub losses: Vec<(&'static str, f64)>,
+    /// What else is to be watched, by name.
+    pub figures: Vec<(&'static str, f64)>,
     /// How much of `unit` the step went through.
     pub amount: usize,
     pub unit: &'static str,

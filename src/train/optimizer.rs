@@ -8,6 +8,7 @@ use crate::{
     error::{Result, bail},
     nn::gradients::Gradients,
     ops::{self, Floats},
+    tokenizer::discriminator,
 };
 use candle_core::{D, Tensor, Var};
 use rayon::prelude::*;
@@ -120,17 +121,20 @@ fn decays(name: &str, var: &Var) -> bool {
 
 /// The sum of the squares of all gradients: f64 sums of fixed chunks, added in order of name, so that the
 /// number of threads changes no bit. On other devices than the CPU only one f32 sum a gradient comes to the host.
+/// A discriminator has a loss of its own: it is not clipped with the tokenizer, but what is not finite there shows.
 pub fn squares(gradients: &Gradients) -> Result<f64> {
     let mut sum = 0.0;
-    for (_, gradient) in gradients.iter() {
+    for (name, gradient) in gradients.iter() {
+        let weight = if discriminator::is_ours(name) { 0.0 } else { 1.0 };
         if !gradient.device().is_cpu() {
-            sum += squares_there(gradient)?;
+            sum += weight * squares_there(gradient)?;
             continue;
         }
-        sum += ops::with_slice(gradient, |gradient: &[f32]| {
-            let chunks: Vec<f64> = gradient.par_chunks(1 << 14).map(sum_of_squares).collect();
-            chunks.iter().sum::<f64>()
-        })?;
+        sum += weight
+            * ops::with_slice(gradient, |gradient: &[f32]| {
+                let chunks: Vec<f64> = gradient.par_chunks(1 << 14).map(sum_of_squares).collect();
+                chunks.iter().sum::<f64>()
+            })?;
     }
     Ok(sum)
 }

@@ -68,7 +68,7 @@ impl Task for ToyTask {
         let loss = engine::accumulate(&toy::segments(&self.chain), &inputs, 0, shards)? / loss_scale;
         let loss = shards.group().sum(&[loss])?[0];
         self.total += loss;
-        Ok(Measured { losses: vec![("loss", loss * far)], amount: 3, unit: "rows" })
+        Ok(Measured { losses: vec![("loss", loss * far)], figures: Vec::new(), amount: 3, unit: "rows" })
     }
 
     fn samples(&self) -> Vec<String> {

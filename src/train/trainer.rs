@@ -292,12 +292,13 @@ fn log(
     let seconds = begun.elapsed().as_secs_f64();
     let speed = measured.amount as f64 / seconds;
     let peak = runtime::peak_bytes().unwrap_or_else(runtime::resident_bytes);
-    let losses: Vec<_> = measured.losses.iter().map(|(name, loss)| format!("{name} {loss:.4}")).collect();
+    let numbers = || measured.losses.iter().chain(&measured.figures);
+    let shown: Vec<_> = numbers().map(|(name, number)| format!("{name} {number:.4}")).collect();
     report::note(format_args!(
         "step {}/{}  {}  norm {norm:.3}  lr {learning_rate:.2e}  {speed:.0} {}/s  {:.2} GB",
         run.step,
         settings.steps,
-        losses.join("  "),
+        shown.join("  "),
         measured.unit,
         peak as f64 / 1e9,
     ));
@@ -308,8 +309,8 @@ fn log(
     if let Some(scale) = run.loss_scale {
         line["loss_scale"] = json!(scale.factor());
     }
-    for (name, loss) in &measured.losses {
-        line[*name] = json!(loss);
+    for (name, number) in numbers() {
+        line[*name] = json!(number);
     }
     folder.log(&line)
 }

@@ -11,6 +11,7 @@ use crate::{
     ops::picture_attention::{self, Heads},
     tokenizer::vqgan::{AttnBlock, Head, ResnetBlock},
 };
+use candle_core::{Device, Tensor};
 
 impl Kept {
     pub(super) fn one(x: Features) -> Self {
@@ -52,6 +53,16 @@ impl Layer for Upsample {
         self.input_gradient(&dy, &mut x)?;
         buffers.give(dy);
         Ok(x)
+    }
+}
+
+impl Head {
+    /// What its convolution read, from what the pass kept.
+    pub(super) fn input(&self, kept: &Kept, buffers: &Buffers) -> Result<Tensor> {
+        let x = kept.features.last().context("a layer kept too little")?;
+        let mut a = buffers.take(x.shape);
+        self.norm.run(x, &kept.statistics[0], true, &mut a)?;
+        Ok(Tensor::from_vec(a.data, a.shape.to_vec(), &Device::Cpu)?)
     }
 }
 

@@ -3,7 +3,6 @@
 //! A layer keeps its input and what is dear to compute; norms with SiLU are cheap and made again backwards.
 
 mod layers;
-mod quantizer;
 pub(super) mod segments;
 #[cfg(test)]
 mod tests;

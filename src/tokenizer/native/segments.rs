@@ -1,6 +1,6 @@
 //! The tokenizer's two segments as native passes.
 
-use super::{Kept, backward, forward, infer, quantizer};
+use super::{Kept, backward, forward, infer};
 use crate::{
     error::{Context, Result},
     nn::{
@@ -9,13 +9,15 @@ use crate::{
         params::Params,
         segment::{Saved, Segment, Taped},
     },
-    ops::{slices::view, with_slice},
+    ops::with_slice,
     tokenizer::{
         DecoderHalf, EncoderHalf, PixelBatch, Statistics,
+        loss::number,
+        quantizer::Quantized,
         segments::{Decode, Encode},
     },
 };
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Tensor, Var};
 
 /// A taped segment run natively.
 pub(in crate::tokenizer) struct Native<'a, S> {
@@ -97,28 +99,13 @@ impl Segment<PixelBatch> for Native<'_, Encode> {
 /// What [`Decode`] keeps.
 struct Decoded {
     layers: Vec<Kept>,
-    quantized: quantizer::Kept,
+    /// The quantiser's tape, which is short: from the latents to their codes' vectors and its losses.
+    z: Var,
+    quantized: Quantized,
     /// Gradient of the loss in the pixels.
     dy: Features,
-}
-
-impl Native<'_, Decode> {
-    /// Absolute and squared error, both means; turns pixels into the gradient of the loss in them.
-    fn compare(&self, y: &mut Features, batch: &PixelBatch) -> Result<(f64, f64)> {
-        let pixels = view::<f32>(&batch.pixels)?;
-        let count = y.data.len() as f64;
-        let factor = |weight: f64| (weight * batch.loss_scale / count) as f32;
-        let (of_l1, of_l2) = (factor(self.segment.l1_weight), factor(2.0 * self.segment.l2_weight));
-        let (mut l1, mut l2) = (0.0, 0.0);
-        for (y, pixel) in y.data.iter_mut().zip(pixels.iter()) {
-            let error = *y - pixel;
-            l1 += f64::from(error.abs());
-            l2 += f64::from(error * error);
-            let sign = if error == 0.0 { 0.0 } else { error.signum() };
-            *y = of_l1 * sign + of_l2 * error;
-        }
-        Ok((l1 / count, l2 / count))
-    }
+    /// Gradients of the discriminator's loss in its parameters.
+    own: Vec<(String, Tensor)>,
 }
 
 impl Segment<PixelBatch> for Native<'_, Decode> {
@@ -132,32 +119,49 @@ impl Segment<PixelBatch> for Native<'_, Decode> {
 
     fn forward(&self, z: &Tensor, batch: &PixelBatch) -> Result<(Tensor, Saved)> {
         let half = &self.segment.half;
-        let z = z.detach();
-        let quantized = half.quantize.forward(&z)?;
-        let (mut y, layers) = forward(&half.native_layers(), features(&quantized.z_q, self.buffers)?, self.buffers)?;
-        let (l1, l2) = self.compare(&mut y, batch)?;
-        let number = |t: &Tensor| t.to_scalar::<f32>().map(f64::from);
-        let (codebook, commitment) = (number(&quantized.codebook_loss)?, number(&quantized.commitment_loss)?);
-        let loss = self.segment.l1_weight * l1 + self.segment.l2_weight * l2 + codebook + commitment;
-        let codes = quantized.codes.to_vec1()?;
-        let saved = Decoded { layers, quantized: quantizer::Kept::new(&half.quantize, &z, &quantized)?, dy: y };
-        *batch.statistics.borrow_mut() = Some(Statistics { l1, l2, codebook, commitment, codes, latents: z });
+        let z = Var::from_tensor(z)?;
+        let quantized = half.quantize.forward(&z, batch.relaxation)?;
+        let (y, layers) = forward(&half.native_layers(), features(&quantized.z_q, self.buffers)?, self.buffers)?;
+        let head = half.decoder.head();
+        let input = head.input(layers.last().context("a decoder without layers")?, self.buffers)?;
+        let judged = self.segment.criterion.judge(&tensor(y)?, batch, |dy| half.last_weight_norm(&input, dy))?;
+        let (mut terms, mut loss, own) = (judged.terms, judged.loss, judged.own);
+        for (name, term) in &quantized.losses {
+            terms.push((name, number(term)?));
+            loss += number(term)?;
+        }
+        let dy = features(&(judged.gradient * batch.loss_scale)?, self.buffers)?;
+        let (codes, latents) = (quantized.codes.to_vec1()?, z.detach());
+        *batch.statistics.borrow_mut() = Some(Statistics { terms, codes, latents });
         let loss = Tensor::new((loss * batch.loss_scale) as f32, &Device::Cpu)?;
+        let saved = Decoded { layers, z, quantized, dy, own };
         Ok((loss, Box::new(saved)))
     }
 
     fn backward(
         &self,
-        z: &Tensor,
+        _: &Tensor,
         batch: &PixelBatch,
         saved: Saved,
         _: Option<Tensor>,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let half = &self.segment.half;
-        let Decoded { layers, quantized, dy } = *saved.downcast().ok().context("what another segment saved")?;
-        let mut dz = backward(&half.native_layers(), layers, dy, self.buffers, gradients)?;
-        quantizer::backward(&half.quantize, &quantized, &mut dz.data, batch.loss_scale, gradients)?;
-        Ok(Some(tensor(dz)?.reshape(z.shape())?))
+        let Decoded { layers, z, quantized, dy, own } = *saved.downcast().ok().context("what another segment saved")?;
+        for (name, gradient) in own {
+            gradients.add(&name, (gradient * batch.loss_scale)?)?;
+        }
+        let dz_q = tensor(backward(&half.native_layers(), layers, dy, self.buffers, gradients)?)?;
+        let mut loss = (quantized.z_q * dz_q)?.sum_all()?;
+        for (_, term) in &quantized.losses {
+            loss = (loss + (term * batch.loss_scale)?)?;
+        }
+        let mut store = loss.backward()?;
+        for (name, var) in Taped::params(self.segment) {
+            if let Some(gradient) = store.remove(var) {
+                gradients.add(name, gradient)?;
+            }
+        }
+        Ok(store.remove(&z))
     }
 }

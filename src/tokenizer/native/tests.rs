@@ -5,7 +5,7 @@ use crate::{
     error::{Context, Result},
     nn::{gradients::Gradients, params::Scope, segment::Segment},
     ops::testing::{normal, values},
-    tokenizer::{ImageTokenizer, PixelBatch},
+    tokenizer::{ImageTokenizer, PixelBatch, discriminator::Anchors},
 };
 use candle_core::{DType, Device, Tensor};
 
@@ -20,7 +20,7 @@ fn accumulate(chain: &Chain, batch: &PixelBatch, gradients: &mut Gradients) -> R
     chain[0].backward(&x, batch, encoded, dz, gradients)?;
     let statistics = batch.statistics.take().context("the last segment leaves statistics")?;
     assert_eq!(values(&statistics.latents), values(&z));
-    let numbers = vec![values(&loss)[0], statistics.l1, statistics.l2, statistics.codebook, statistics.commitment];
+    let numbers = values(&loss).into_iter().chain(statistics.terms.iter().map(|term| term.1)).collect();
     Ok((numbers, statistics.codes))
 }
 
@@ -46,7 +46,7 @@ fn small() -> config::ImageTokenizer {
 
 fn tokenizer(config: &config::ImageTokenizer) -> Result<(ImageTokenizer, Scope)> {
     let scope = Scope::from_seed(5, DType::F32, &Device::Cpu);
-    Ok((ImageTokenizer::new(&scope, config)?, scope))
+    Ok((ImageTokenizer::in_training(&scope, config)?, scope))
 }
 
 fn norm(x: &[f64]) -> f64 {
@@ -75,12 +75,21 @@ fn equals_the_tape() -> Result<()> {
     let one_level = config::ImageTokenizer { image_size: 5, channel_multipliers: vec![2], ..small() };
     let blocks = config::ImageTokenizer { residual_blocks: 2, legacy_beta: true, l2_normalize: true, ..small() };
     let legacy = config::ImageTokenizer { legacy_beta: true, channel_multipliers: vec![2, 1], ..small() };
-    for config in [small(), with_attention, deep, one_level, blocks, legacy] {
+    let adversary = config::ImageTokenizer {
+        image_size: 24,
+        adversarial_weight: 0.8,
+        discriminator_channels: 8,
+        discriminator_layers: 2,
+        lecam_weight: 0.1,
+        ..small()
+    };
+    for config in [small(), with_attention, deep, one_level, blocks, legacy, adversary] {
         let (tokenizer, scope) = tokenizer(&config)?;
         let [mut native, mut taped] = [Gradients::default(), Gradients::default()];
         // Two parts of a step: gradients add up, and the second one runs in used buffers.
         for (name, share) in [("first", 0.25), ("second", 0.75)] {
-            let batch = PixelBatch::new(pixels(config.image_size, name)?, share);
+            let mut batch = PixelBatch::new(pixels(config.image_size, name)?, share);
+            batch.anchors = Some(Anchors { real: 0.3, fake: -0.2 });
             let (ours, codes) = accumulate(&tokenizer.segments(), &batch, &mut native)?;
             let (theirs, expected) = accumulate(&tokenizer.taped_segments(), &batch, &mut taped)?;
             assert_eq!(codes, expected);

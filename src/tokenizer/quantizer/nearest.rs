@@ -1,9 +1,10 @@
 //! Vector quantisation (paper §2.1, eq. 1-2; arXiv 1711.00937): each latent becomes its nearest code, and
 //! gradients pass straight through.
 
+use super::Quantized;
 use crate::{
     config,
-    error::{Result, ensure},
+    error::Result,
     nn::params::{Init, Scope},
     ops,
     random::Random,
@@ -11,36 +12,22 @@ use crate::{
 use candle_core::{D, Tensor};
 
 /// Added to a squared length before its root.
-pub(super) const NORM_EPS: f64 = 1e-12;
+const NORM_EPS: f64 = 1e-12;
 
 /// The codebook.
-pub struct Quantizer {
+pub struct Nearest {
     codebook: Tensor,
-    name: String,
     l2_normalize: bool,
     commitment: f64,
     legacy_beta: bool,
 }
 
-/// What quantising a batch gives.
-pub struct Quantized {
-    /// The codes' vectors, shape of the input; gradients go straight to the input.
-    pub z_q: Tensor,
-    /// Indices `(rows)`.
-    pub codes: Tensor,
-    /// ‖sg\[z\] - z_q‖² (mean), weighted.
-    pub codebook_loss: Tensor,
-    /// ‖z - sg\[z_q\]‖² (mean), weighted.
-    pub commitment_loss: Tensor,
-}
-
-impl Quantizer {
+impl Nearest {
     pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
         let (codes, dim) = (config.codebook_size, config.code_dim);
         let init = if config.l2_normalize { Init::Normal(1.0) } else { Init::Uniform(1.0 / codes as f64) };
         Ok(Self {
             codebook: scope.get("embedding.weight", (codes, dim), init)?,
-            name: format!("{}.embedding.weight", scope.name()),
             l2_normalize: config.l2_normalize,
             commitment: config.commitment,
             legacy_beta: config.legacy_beta,
@@ -57,23 +44,13 @@ impl Quantizer {
         &self.codebook
     }
 
-    /// The codebook's name among the parameters.
-    pub(super) fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Whether codes are compared by cosine.
-    pub(super) fn l2_normalize(&self) -> bool {
-        self.l2_normalize
-    }
-
     /// Weights of codebook and commitment loss.
-    pub(super) fn weights(&self) -> (f64, f64) {
+    fn weights(&self) -> (f64, f64) {
         if self.legacy_beta { (self.commitment, 1.0) } else { (1.0, self.commitment) }
     }
 
     /// Vectors as they are compared.
-    pub(super) fn normalized(&self, x: &Tensor) -> Result<Tensor> {
+    fn normalized(&self, x: &Tensor) -> Result<Tensor> {
         if !self.l2_normalize {
             return Ok(x.clone());
         }
@@ -88,13 +65,7 @@ impl Quantizer {
     }
 
     /// Vectors `(rows, dim)` of codes `(rows)`.
-    ///
-    /// # Errors
-    /// A code lies outside the codebook.
     pub fn lookup(&self, codes: &Tensor) -> Result<Tensor> {
-        let size = self.size()?;
-        let outside = codes.to_vec1::<u32>()?.into_iter().find(|c| *c as usize >= size);
-        ensure!(outside.is_none(), "code {} of a codebook of {size}", outside.unwrap_or(0));
         self.normalized(&self.codebook.index_select(codes, 0)?)
     }
 
@@ -104,12 +75,10 @@ impl Quantizer {
         let codes = self.encode(&z)?;
         let z_q = self.lookup(&codes)?.reshape(z.shape())?;
         let (codebook_weight, commitment_weight) = self.weights();
-        Ok(Quantized {
-            codebook_loss: ((&z_q - z.detach())?.sqr()?.mean_all()? * codebook_weight)?,
-            commitment_loss: ((&z - z_q.detach())?.sqr()?.mean_all()? * commitment_weight)?,
-            z_q: (&z + (&z_q - &z)?.detach())?,
-            codes,
-        })
+        let codebook = ((&z_q - z.detach())?.sqr()?.mean_all()? * codebook_weight)?;
+        let commitment = ((&z - z_q.detach())?.sqr()?.mean_all()? * commitment_weight)?;
+        let losses = vec![("codebook", codebook), ("commitment", commitment)];
+        Ok(Quantized { z_q: (&z + (&z_q - &z)?.detach())?, codes, losses })
     }
 
     /// Puts encoder outputs in the place of codes that no latent has chosen for `after` steps.

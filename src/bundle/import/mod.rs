@@ -1,0 +1,74 @@
+//! What others trained, as folders of ours: names and layouts of their files.
+
+mod lpips;
+mod taming;
+
+pub use lpips::lpips;
+pub use taming::taming;
+
+use super::write::replace_folder;
+use crate::{
+    error::{Result, bail, failed},
+    nn::{checkpoint_file::CheckpointFile, params::Params, weights},
+};
+use candle_core::Tensor;
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::File,
+    io::{BufWriter, Write},
+    path::Path,
+};
+
+/// How a tensor of ours may lie in the file.
+struct Candidate {
+    name: String,
+    /// Kernels of flax are `(kh, kw, in, out)`.
+    flax: bool,
+}
+
+impl Candidate {
+    fn new(name: String) -> Self {
+        Self { name, flax: false }
+    }
+}
+
+/// The tensors that `wanted` names and shapes, from where `candidates` says that they may lie.
+fn take(
+    file: &CheckpointFile,
+    source: &Path,
+    wanted: &Params,
+    candidates: impl Fn(&str) -> Vec<Candidate>,
+) -> Result<HashMap<String, Tensor>> {
+    let (mut tensors, mut missing) = (HashMap::new(), Vec::new());
+    for (name, var) in wanted {
+        let Some(found) = candidates(name).into_iter().find(|candidate| file.shape(&candidate.name).is_some()) else {
+            missing.push(name.as_str());
+            continue;
+        };
+        let mut tensor = file.tensor(&found.name)?;
+        if found.flax {
+            tensor = tensor.permute((3, 2, 0, 1))?.contiguous()?;
+        }
+        if tensor.shape() != var.shape() {
+            bail!("{}: `{}` has shape {:?}, expected {:?}", source.display(), found.name, tensor.dims(), var.dims());
+        }
+        tensors.insert(name.clone(), tensor);
+    }
+    if let Some(first) = missing.first() {
+        let held = file.names().next().map_or("nothing".to_owned(), |name| format!("`{name}`, .."));
+        let what = format!("{} lacks {} of {} tensors, `{first}` first", source.display(), missing.len(), wanted.len());
+        return Err(failed(what, format!("it holds {held}: is it of this kind?")));
+    }
+    Ok(tensors)
+}
+
+/// Writes a folder with one file of weights.
+fn write_network(folder: &Path, file: &str, tensors: &HashMap<String, Tensor>) -> Result<()> {
+    let values = tensors.iter().map(|(name, tensor)| Ok((name.clone(), weights::of_tensor(tensor)?)));
+    let values = values.collect::<Result<BTreeMap<_, _>>>()?;
+    replace_folder(folder, file, |new| {
+        let mut out = BufWriter::new(File::create(new.join(file))?);
+        weights::write(&mut out, &values)?;
+        Ok(out.flush()?)
+    })
+}

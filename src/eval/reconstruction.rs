@@ -1,0 +1,167 @@
+//! What image tokenizers keep of pictures: each is turned into codes and back, and compared with itself.
+
+use super::{
+    choose,
+    frechet::Gaussian,
+    open,
+    similarity::{psnr, ssim},
+    tell_bad,
+};
+use crate::{
+    data::{
+        Kind,
+        image::{from_pixels, to_pixels},
+    },
+    error::Result,
+    report,
+    tokenizer::{ImageTokenizer, perceptual::Perceptual},
+};
+use candle_core::Tensor;
+use image::{RgbImage, imageops};
+use rayon::prelude::*;
+use serde::Serialize;
+use std::collections::HashMap;
+
+/// Pictures that go through a tokenizer at once.
+const BATCH: usize = 16;
+
+/// Which pictures are compared.
+pub struct Settings<'a> {
+    pub data: &'a str,
+    /// Pictures, a choice keyed by the seed; 0: all.
+    pub samples: usize,
+    pub seed: u64,
+    /// For LPIPS and the Fréchet distance.
+    pub perceptual: Option<&'a Perceptual>,
+}
+
+/// Means over all pictures.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Reconstruction {
+    pub pictures: usize,
+    /// dB.
+    pub psnr: f64,
+    /// `None`: the pictures are too small.
+    pub ssim: Option<f64>,
+    /// LPIPS over VGG-16.
+    pub lpips: Option<f64>,
+    /// Between the means over space of VGG-16's last features, of pictures and reconstructions.
+    pub frechet_vgg: Option<f64>,
+    /// Share of the codebook that any picture uses.
+    pub codebook_used: f64,
+    /// e to the entropy of the codes' frequencies.
+    pub perplexity: f64,
+}
+
+/// The result, and the first pictures with what became of them.
+pub struct Outcome {
+    pub result: Reconstruction,
+    pub pairs: Vec<(RgbImage, RgbImage)>,
+}
+
+/// Measures one tokenizer; keeps the first `shown` pictures.
+///
+/// # Errors
+/// The data cannot be read.
+pub fn run(tokenizer: &ImageTokenizer, settings: &Settings, shown: usize) -> Result<Outcome> {
+    let originals = read(tokenizer, settings)?;
+    let (mut codes, mut lpips, mut pairs) = (HashMap::<u32, usize>::new(), Vec::new(), Vec::new());
+    let (mut features, mut similar) = ([Vec::new(), Vec::new()], Vec::new());
+    let bar = report::bar(originals.len() as u64, "reconstructing");
+    for batch in originals.chunks(BATCH) {
+        let encoded = tokenizer.encode(&to_pixels(batch)?)?;
+        let painted = from_pixels(&tokenizer.decode(&encoded)?)?;
+        encoded.flatten_all()?.to_vec1()?.into_iter().for_each(|code| *codes.entry(code).or_default() += 1);
+        let compared = batch.par_iter().zip(&painted).map(|(a, b)| (psnr(a, b), ssim(a, b)));
+        similar.par_extend(compared);
+        if let Some(network) = settings.perceptual {
+            // Of pictures as they are written: clamped and rounded.
+            let [a, b] = [network.features(&to_pixels(batch)?)?, network.features(&to_pixels(&painted)?)?];
+            lpips.extend(network.between(&a, &b)?.to_vec1::<f32>()?.into_iter().map(f64::from));
+            for (all, of) in features.iter_mut().zip([&a, &b]) {
+                all.extend(pooled(&of[of.len() - 1])?);
+            }
+        }
+        pairs.extend(batch.iter().cloned().zip(painted).take(shown.saturating_sub(pairs.len())));
+        bar.inc(batch.len() as u64);
+    }
+    bar.finish_and_clear();
+    let [a, b] = &features;
+    let frechet_vgg = if a.len() > 1 { Some(Gaussian::of(a)?.distance(&Gaussian::of(b)?)?) } else { None };
+    let result = Reconstruction {
+        pictures: originals.len(),
+        psnr: mean(similar.iter().map(|similar| Some(similar.0))).unwrap_or_default(),
+        ssim: mean(similar.iter().map(|similar| similar.1)),
+        lpips: mean(lpips.into_iter().map(Some)),
+        frechet_vgg,
+        codebook_used: codes.len() as f64 / tokenizer.codebook_size()? as f64,
+        perplexity: perplexity(codes.into_values()),
+    };
+    Ok(Outcome { result, pairs })
+}
+
+/// The pictures in the tokenizer's size.
+fn read(tokenizer: &ImageTokenizer, settings: &Settings) -> Result<Vec<RgbImage>> {
+    let dataset = open(settings.data, Kind::Pictures(tokenizer.image_size() as u32))?;
+    let places: Vec<(usize, u64)> = dataset
+        .sources
+        .iter()
+        .enumerate()
+        .flat_map(|(i, shards)| (0..shards.len()).map(move |j| (i, j as u64)))
+        .collect();
+    let count = if settings.samples == 0 { places.len() } else { settings.samples };
+    let chosen = choose(count, places.len(), settings.seed, "eval pictures", 0);
+    let read: Vec<_> = chosen.into_par_iter().map(|i| dataset.read(places[i].0, places[i].1)).collect();
+    let (mut pictures, mut bad) = (Vec::new(), dataset.bad.clone());
+    for record in read {
+        match record {
+            Ok(record) => pictures.extend(record.image),
+            Err(e) => bad.add(e),
+        }
+    }
+    tell_bad(settings.data, &bad, pictures.len())?;
+    Ok(pictures)
+}
+
+/// Means over space: `(batch, h, w, c)` → rows of c.
+fn pooled(features: &Tensor) -> Result<Vec<Vec<f32>>> {
+    let (batch, height, width, channels) = features.dims4()?;
+    Ok(features.reshape((batch, height * width, channels))?.mean(1)?.to_vec2()?)
+}
+
+/// `None` where there is nothing, or something is missing.
+fn mean(values: impl Iterator<Item = Option<f64>>) -> Option<f64> {
+    let values = values.collect::<Option<Vec<f64>>>()?;
+    (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+}
+
+/// e to the entropy of what was counted.
+fn perplexity(counts: impl Iterator<Item = usize>) -> f64 {
+    let counts: Vec<f64> = counts.map(|count| count as f64).collect();
+    let total: f64 = counts.iter().sum();
+    counts.iter().map(|count| count / total).map(|p| -p * p.ln()).sum::<f64>().exp()
+}
+
+/// The pictures above what each tokenizer made of them, a column a picture.
+pub fn sheet(outcomes: &[Outcome]) -> RgbImage {
+    let pairs = outcomes.iter().map(|outcome| &outcome.pairs);
+    let side = pairs.clone().flatten().map(|(picture, _)| picture.width()).max().unwrap_or(1);
+    let resized = |picture: &RgbImage| imageops::resize(picture, side, side, imageops::FilterType::Nearest);
+    let mut rows: Vec<RgbImage> = pairs.clone().take(1).flatten().map(|(picture, _)| resized(picture)).collect();
+    let columns = rows.len();
+    rows.extend(pairs.flatten().map(|(_, painted)| resized(painted)));
+    crate::data::picture::grid(&rows, columns)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn perplexity_counts_what_is_used_evenly() {
+        assert!((perplexity([3, 3, 3].into_iter()) - 3.0).abs() < 1e-12);
+        assert!((perplexity([5].into_iter()) - 1.0).abs() < 1e-12);
+        let two = perplexity([90, 10].into_iter());
+        assert!(two > 1.0 && two < 1.5, "{two}");
+    }
+}

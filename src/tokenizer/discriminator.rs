@@ -1,0 +1,148 @@
+//! PatchGAN (arXiv 1611.07004), VQGAN's adversary: says patch by patch whether a picture is real. Names and shapes are
+//! taming-transformers'. It is trained beside the tokenizer and is no part of the model.
+
+use crate::{
+    config,
+    error::{Result, ensure},
+    nn::params::{Init, Scope},
+    ops::{self, Padding},
+};
+use candle_core::Tensor;
+
+/// The scope of its parameters.
+pub const SCOPE: &str = "discriminator";
+
+/// Whether a parameter of a tokenizer in training is the discriminator's.
+pub fn is_ours(name: &str) -> bool {
+    name.strip_prefix(SCOPE).is_some_and(|rest| rest.starts_with('.'))
+}
+
+const KERNEL: usize = 4;
+/// Slope of the leaky ReLU below 0.
+const SLOPE: f64 = 0.2;
+const NORM_EPS: f64 = 1e-5;
+/// Channels grow up to so many times those of the first layer.
+const MAX_WIDENING: usize = 8;
+
+/// The network.
+pub struct Discriminator {
+    layers: Vec<Layer>,
+}
+
+struct Layer {
+    /// `(out, in, 4, 4)`
+    weight: Tensor,
+    /// Of the first layer and the last, which have no norm.
+    bias: Option<Tensor>,
+    norm: Option<(Tensor, Tensor)>,
+    stride: usize,
+}
+
+impl Discriminator {
+    /// # Errors
+    /// Pictures of the configuration's size are too small for it.
+    pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        let (channels, halvings) = (config.discriminator_channels, config.discriminator_layers);
+        let side = (0..halvings).fold(config.image_size, |side, _| side / 2);
+        ensure!(
+            side > 2,
+            "pictures of {} pixels are too small for image_tokenizer.discriminator_layers = {halvings}",
+            config.image_size
+        );
+        let widths = (0..=halvings).map(|i| channels * (1 << i).min(MAX_WIDENING));
+        let (mut inputs, mut layers) = (3, Vec::new());
+        // A convolution, its norm and the activation are numbered in the reference.
+        let mut number = 0;
+        for (i, outputs) in widths.chain([1]).enumerate() {
+            let (first, last) = (i == 0, i == halvings + 1);
+            let conv = scope.at("main").at(number);
+            let shape = (outputs, inputs, KERNEL, KERNEL);
+            let plain = Init::Uniform(((inputs * KERNEL * KERNEL) as f64).powf(-0.5));
+            let weight = conv.get("weight", shape, Init::Normal(0.02))?;
+            let bias = (first || last).then(|| conv.get("bias", outputs, plain)).transpose()?;
+            let norm = if first || last {
+                None
+            } else {
+                let scope = scope.at("main").at(number + 1);
+                Some((scope.get("weight", outputs, Init::Ones)?, scope.get("bias", outputs, Init::Zeros)?))
+            };
+            number += if first { 2 } else { 3 };
+            layers.push(Layer { weight, bias, norm, stride: if i < halvings { 2 } else { 1 } });
+            inputs = outputs;
+        }
+        Ok(Self { layers })
+    }
+
+    /// Pixels `(batch, height, width, 3)` → logits `(batch, h, w, 1)`, above 0 where a patch looks real. Frozen: no
+    /// gradient goes to the network's own parameters.
+    pub fn forward(&self, pixels: &Tensor, frozen: bool) -> Result<Tensor> {
+        let own = |tensor: &Tensor| if frozen { tensor.detach() } else { tensor.clone() };
+        let mut x = pixels.clone();
+        for (i, layer) in self.layers.iter().enumerate() {
+            let bias = layer.bias.as_ref().map(own);
+            x = ops::conv2d(&x, &own(&layer.weight), bias.as_ref(), layer.stride, Padding::same(1))?;
+            if let Some((weight, bias)) = &layer.norm {
+                x = batch_norm(&x)?.broadcast_mul(&own(weight))?.broadcast_add(&own(bias))?;
+            }
+            if i + 1 < self.layers.len() {
+                x = (x.relu()? - (x.neg()?.relu()? * SLOPE)?)?;
+            }
+        }
+        Ok(x)
+    }
+}
+
+/// Each channel with mean 0 and variance 1 over the batch: there is no other mode, since only training uses it.
+fn batch_norm(x: &Tensor) -> Result<Tensor> {
+    let (batch, height, width, channels) = x.dims4()?;
+    let rows = x.reshape((batch * height * width, channels))?;
+    let centred = rows.broadcast_sub(&rows.mean_keepdim(0)?)?;
+    let deviation = (centred.sqr()?.mean_keepdim(0)? + NORM_EPS)?.sqrt()?;
+    Ok(centred.broadcast_div(&deviation)?.reshape(x.shape())?)
+}
+
+/// Mean of how wrong the discriminator is about logits of real pictures and of reconstructions.
+pub fn loss(kind: config::AdversarialLoss, real: &Tensor, fake: &Tensor) -> Result<Tensor> {
+    let wrong = |x: Tensor| match kind {
+        config::AdversarialLoss::Hinge => (x + 1.0)?.relu()?.mean_all(),
+        config::AdversarialLoss::Vanilla => softplus(&x)?.mean_all(),
+    };
+    Ok(((wrong(real.neg()?)? + wrong(fake.clone())?)? * 0.5)?)
+}
+
+/// ln(1 + eˣ), where eˣ does not overflow.
+fn softplus(x: &Tensor) -> candle_core::Result<Tensor> {
+    x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?
+}
+
+/// LeCam regularisation (arXiv 2104.03310): logits stay near the running means of the other kind.
+pub fn lecam(real: &Tensor, fake: &Tensor, anchors: Anchors) -> Result<Tensor> {
+    let above = (real - anchors.fake)?.relu()?.sqr()?.mean_all()?;
+    let below = (fake.neg()? + anchors.real)?.relu()?.sqr()?.mean_all()?;
+    Ok((above + below)?)
+}
+
+/// Running means of the logits of real pictures and of reconstructions.
+#[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize, serde::Deserialize)]
+pub struct Anchors {
+    pub real: f64,
+    pub fake: f64,
+}
+
+impl Anchors {
+    /// Moves the means towards those of a step.
+    pub fn follow(&mut self, real: f64, fake: f64) {
+        const DECAY: f64 = 0.99;
+        self.real = DECAY * self.real + (1.0 - DECAY) * real;
+        self.fake = DECAY * self.fake + (1.0 - DECAY) * fake;
+    }
+}
+
+/// Share of patches that are told rightly, real ones and reconstructed ones counting alike.
+pub fn accuracy(real: &Tensor, fake: &Tensor) -> Result<f64> {
+    let share = |hits: Tensor| -> Result<f64> {
+        let hits = hits.to_dtype(candle_core::DType::F32)?.mean_all()?;
+        Ok(f64::from(hits.to_scalar::<f32>()?))
+    };
+    Ok((share(real.gt(0.0)?)? + share(fake.lt(0.0)?)?) / 2.0)
+}

@@ -1,0 +1,151 @@
+//! What a reconstruction is judged by (paper §2.1; arXiv 2012.09841, eq. 5-7): pixels, perception, an adversary.
+
+use super::{
+    PixelBatch,
+    discriminator::{self, Anchors, Discriminator},
+    perceptual::Perceptual,
+};
+use crate::{
+    config,
+    error::{Context, Result, ensure, usage},
+    nn::params::{Params, Scope},
+};
+use candle_core::{DType, Tensor, Var};
+use std::path::Path;
+
+/// The most by which the adversary's gradient is scaled.
+const MAX_ADAPTION: f64 = 1e4;
+
+/// The terms of a configuration.
+pub struct Criterion {
+    l1_weight: f64,
+    l2_weight: f64,
+    perceptual: Option<(Perceptual, f64)>,
+    adversary: Option<Adversary>,
+}
+
+struct Adversary {
+    discriminator: Discriminator,
+    params: Params,
+    weight: f64,
+    loss: config::AdversarialLoss,
+    lecam_weight: f64,
+}
+
+/// The judgement of a batch.
+pub struct Judged {
+    /// Means by name, for the log.
+    pub terms: Vec<(&'static str, f64)>,
+    /// Pixels and perception, weighted.
+    pub loss: f64,
+    /// The gradient of all terms in the reconstruction.
+    pub gradient: Tensor,
+    /// Gradients of the discriminator's own loss in its parameters.
+    pub own: Vec<(String, Tensor)>,
+}
+
+/// What the discriminator says.
+struct Adversarial {
+    /// The gradient of −mean D(x̂) in the reconstruction.
+    gradient: Tensor,
+    own: Vec<(String, Tensor)>,
+}
+
+impl Criterion {
+    /// Pixels alone.
+    pub fn pixels(config: &config::ImageTokenizer) -> Self {
+        Self { l1_weight: config.l1_weight, l2_weight: config.l2_weight, perceptual: None, adversary: None }
+    }
+
+    /// Everything that the configuration asks for; the discriminator's parameters lie in `scope`.
+    ///
+    /// # Errors
+    /// The perceptual network cannot be opened, or pictures are too small for the discriminator.
+    pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        let mut all = Self::pixels(config);
+        if config.perceptual_weight > 0.0 {
+            let hint =
+                "name a folder that `vilg import lpips SRC DIR` wrote, or set image_tokenizer.perceptual_weight to 0";
+            ensure!(!config.perceptual.is_empty(), usage("image_tokenizer.perceptual is empty", hint));
+            let network = Perceptual::open(Path::new(&config.perceptual), &scope.device());
+            all.perceptual = Some((network.context("image_tokenizer.perceptual")?, config.perceptual_weight));
+        }
+        if config.adversarial_weight > 0.0 {
+            let scope = scope.at(discriminator::SCOPE);
+            all.adversary = Some(Adversary {
+                discriminator: Discriminator::new(&scope, config)?,
+                params: scope.params(),
+                weight: config.adversarial_weight,
+                loss: config.adversarial_loss,
+                lecam_weight: config.lecam_weight,
+            });
+        }
+        Ok(all)
+    }
+
+    /// Judges a reconstruction `(batch, side, side, 3)`. `last_norm` gives the norm of the gradient in the weight of the
+    /// decoder's last layer for a gradient in the reconstruction.
+    pub fn judge(
+        &self,
+        reconstruction: &Tensor,
+        batch: &PixelBatch,
+        last_norm: impl Fn(&Tensor) -> Result<f64>,
+    ) -> Result<Judged> {
+        let y = Var::from_tensor(reconstruction)?;
+        let error = (y.as_tensor() - &batch.pixels)?;
+        let (l1, l2) = (error.abs()?.mean_all()?, error.sqr()?.mean_all()?);
+        let mut terms = vec![("l1", number(&l1)?), ("l2", number(&l2)?)];
+        let mut loss = ((l1 * self.l1_weight)? + (l2 * self.l2_weight)?)?;
+        if let Some((network, weight)) = &self.perceptual {
+            let distance = network.distance(&y, &batch.pixels)?.mean_all()?;
+            terms.push(("lpips", number(&distance)?));
+            loss = (loss + (distance * *weight)?)?;
+        }
+        let mut gradient = loss.backward()?.remove(&y).context("the loss does not depend on the reconstruction")?;
+        let mut own = Vec::new();
+        if let (Some(adversary), Some(anchors)) = (&self.adversary, batch.anchors) {
+            let adversarial = adversary.judge(&y, &batch.pixels, anchors, &mut terms)?;
+            // λ (eq. 7): the adversary pulls at the decoder's last layer as hard as the other terms do.
+            let ratio = last_norm(&gradient)? / (last_norm(&adversarial.gradient)? + 1e-4);
+            let lambda = ratio.clamp(0.0, MAX_ADAPTION) * adversary.weight;
+            terms.push(("adaptive_weight", lambda));
+            gradient = (gradient + (adversarial.gradient * lambda)?)?;
+            own = adversarial.own;
+        }
+        Ok(Judged { terms, loss: number(&loss)?, gradient, own })
+    }
+}
+
+impl Adversary {
+    fn judge(
+        &self,
+        y: &Var,
+        pixels: &Tensor,
+        anchors: Anchors,
+        terms: &mut Vec<(&'static str, f64)>,
+    ) -> Result<Adversarial> {
+        let generator = self.discriminator.forward(y, true)?.mean_all()?.neg()?;
+        let gradient = generator.backward()?.remove(y).context("the adversary does not see the reconstruction")?;
+
+        let real = self.discriminator.forward(pixels, false)?;
+        let fake = self.discriminator.forward(&y.detach(), false)?;
+        let mut loss = discriminator::loss(self.loss, &real, &fake)?;
+        terms.extend([
+            ("generator", number(&generator)?),
+            ("discriminator", number(&loss)?),
+            ("discriminator_accuracy", discriminator::accuracy(&real, &fake)?),
+            ("logits_real", number(&real.mean_all()?)?),
+            ("logits_fake", number(&fake.mean_all()?)?),
+        ]);
+        if self.lecam_weight > 0.0 {
+            loss = (loss + (discriminator::lecam(&real, &fake, anchors)? * self.lecam_weight)?)?;
+        }
+        let mut store = loss.backward()?;
+        let own = self.params.iter().filter_map(|(name, var)| Some((name.clone(), store.remove(var)?))).collect();
+        Ok(Adversarial { gradient, own })
+    }
+}
+
+pub(super) fn number(tensor: &Tensor) -> Result<f64> {
+    Ok(f64::from(tensor.to_dtype(DType::F32)?.to_scalar::<f32>()?))
+}

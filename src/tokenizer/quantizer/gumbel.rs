@@ -1,0 +1,171 @@
+//! Gumbel-softmax quantisation (arXiv 1611.01144; DALL-E, 2102.12092): a code is drawn from logits, and the softmax of
+//! noisy logits over a temperature stands for it in the gradient. Names are taming-transformers'.
+
+use super::Quantized;
+use crate::{
+    config,
+    error::Result,
+    nn::params::{Init, Scope},
+    random::Random,
+};
+use candle_core::{D, Tensor};
+
+/// How codes are drawn in training.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Relaxation {
+    /// Near 0 the softmax is a choice.
+    pub temperature: f64,
+    /// Weight of the divergence from codes that are all as likely.
+    pub kl_weight: f64,
+    /// The noise is keyed by seed, step, and the position of the batch's first picture in the step.
+    pub seed: u64,
+    pub step: u64,
+    pub first: u64,
+}
+
+/// Logits from latents, and the codebook.
+pub struct Gumbel {
+    /// `(codes, dim, 1, 1)`: a convolution in the reference.
+    weight: Tensor,
+    bias: Tensor,
+    /// `(codes, dim)`
+    codebook: Tensor,
+}
+
+impl Gumbel {
+    pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        let (codes, dim) = (config.codebook_size, config.code_dim);
+        let init = Init::Uniform((dim as f64).powf(-0.5));
+        let proj = scope.at("proj");
+        Ok(Self {
+            weight: proj.get("weight", (codes, dim, 1, 1), init)?,
+            bias: proj.get("bias", codes, init)?,
+            codebook: scope.at("embed").get("weight", (codes, dim), Init::Normal(1.0))?,
+        })
+    }
+
+    /// Number of codes.
+    pub fn size(&self) -> Result<usize> {
+        Ok(self.codebook.dim(0)?)
+    }
+
+    pub(super) fn codebook(&self) -> &Tensor {
+        &self.codebook
+    }
+
+    /// `(rows, codes)` of latents `(.., dim)`.
+    fn logits(&self, z: &Tensor) -> Result<Tensor> {
+        let rows = z.reshape(((), z.dim(D::Minus1)?))?;
+        Ok(rows.matmul(&self.weight.flatten_from(1)?.t()?)?.broadcast_add(&self.bias)?)
+    }
+
+    /// The likeliest codes `(rows)`.
+    pub fn encode(&self, z: &Tensor) -> Result<Tensor> {
+        Ok(self.logits(&z.detach())?.argmax(D::Minus1)?)
+    }
+
+    /// Vectors `(rows, dim)` of codes `(rows)`.
+    pub fn lookup(&self, codes: &Tensor) -> Result<Tensor> {
+        Ok(self.codebook.index_select(codes, 0)?)
+    }
+
+    /// Draws codes for latents `(.., dim)`. Gradients go through the softmax.
+    pub fn forward(&self, z: &Tensor, relaxation: Relaxation) -> Result<Quantized> {
+        let logits = self.logits(z)?;
+        let pictures = if z.rank() == 4 { z.dim(0)? } else { 1 };
+        self.relaxed(z, &logits, &noise(&logits, pictures, relaxation)?, relaxation)
+    }
+
+    fn relaxed(&self, z: &Tensor, logits: &Tensor, noise: &Tensor, relaxation: Relaxation) -> Result<Quantized> {
+        let soft = softmax(&((logits + noise)? / relaxation.temperature)?)?;
+        let codes = soft.argmax(D::Minus1)?;
+        let chosen = self.one_hot(&codes)?;
+        let straight = (&soft + (chosen - soft.detach())?)?;
+        let z_q = straight.matmul(&self.codebook)?.reshape(z.shape())?;
+        let likely = softmax(logits)?;
+        let log_ratio = ((&likely * self.size()? as f64)? + 1e-10)?.log()?;
+        let kl = ((likely * log_ratio)?.sum(D::Minus1)?.mean_all()? * relaxation.kl_weight)?;
+        Ok(Quantized { z_q, codes, losses: vec![("kl", kl)] })
+    }
+
+    fn one_hot(&self, codes: &Tensor) -> Result<Tensor> {
+        let size = self.size()?;
+        let all = Tensor::arange(0u32, size as u32, codes.device())?;
+        let shape = (codes.elem_count(), size);
+        let hits = codes.unsqueeze(1)?.broadcast_as(shape)?.eq(&all.broadcast_as(shape)?)?;
+        Ok(hits.to_dtype(self.codebook.dtype())?)
+    }
+}
+
+fn softmax(x: &Tensor) -> Result<Tensor> {
+    let exp = x.broadcast_sub(&x.max_keepdim(D::Minus1)?.detach())?.exp()?;
+    Ok(exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?)
+}
+
+/// Gumbel noise for logits of so many pictures.
+fn noise(logits: &Tensor, pictures: usize, relaxation: Relaxation) -> Result<Tensor> {
+    let each = logits.elem_count() / pictures.max(1);
+    let mut values = Vec::with_capacity(logits.elem_count());
+    for picture in 0..pictures as u64 {
+        let mut random = Random::keyed(relaxation.seed, "gumbel noise", relaxation.step, relaxation.first + picture);
+        // Never ln 0.
+        values.extend((0..each).map(|_| -(-(random.unit().max(1e-20)).ln()).max(1e-20).ln() as f32));
+    }
+    Ok(Tensor::from_vec(values, logits.shape(), logits.device())?.to_dtype(logits.dtype())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{nn::weights, ops::testing::values};
+    use candle_core::{DType, Device, Var};
+
+    fn close(what: &str, ours: &Tensor, theirs: &Tensor) {
+        for (a, b) in values(ours).iter().zip(values(theirs)) {
+            assert!((a - b).abs() < 1e-5 * (1.0 + b.abs()), "{what}: {a} instead of {b}");
+        }
+        assert_eq!(ours.elem_count(), theirs.elem_count(), "{what}");
+    }
+
+    /// Against taming-transformers' GumbelQuantize (scripts/golden_gumbel.py).
+    #[test]
+    fn draws_and_differentiates_as_taming_does() -> Result<()> {
+        let golden = weights::parse(include_bytes!("../../../tests/golden/taming_gumbel.safetensors"), "golden")?;
+        let nhwc = |name: &str| golden[name].permute((0, 2, 3, 1))?.contiguous();
+        let config = config::ImageTokenizer { codebook_size: 32, code_dim: 6, ..config::ImageTokenizer::default() };
+        let stored = golden.iter().filter(|(name, _)| name.starts_with("proj") || name.starts_with("embed"));
+        let stored = stored.map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
+        let scope = Scope::from_tensors(stored, DType::F32, &Device::Cpu);
+        let gumbel = Gumbel::new(&scope, &config)?;
+        let z = Var::from_tensor(&nhwc("z")?)?;
+        assert_eq!(values(&gumbel.encode(&z)?), values(&golden["eval_codes"].flatten_all()?));
+        close("eval", &gumbel.lookup(&gumbel.encode(&z)?)?, &nhwc("eval_z_q")?.flatten_to(2)?);
+
+        let relaxation = Relaxation { temperature: 0.9, kl_weight: 5e-4, ..Relaxation::default() };
+        let logits = gumbel.logits(&z)?;
+        let noise = nhwc("noise")?.reshape(logits.shape())?;
+        let quantized = gumbel.relaxed(&z, &logits, &noise, relaxation)?;
+        assert_eq!(values(&quantized.codes), values(&golden["codes"].flatten_all()?));
+        close("z_q", &quantized.z_q, &nhwc("z_q")?);
+        close("kl", &quantized.losses[0].1, &golden["kl"]);
+        let loss = ((quantized.z_q * nhwc("c")?)?.sum_all()? + &quantized.losses[0].1)?;
+        let store = loss.backward()?;
+        close("dz", store.get(&z).unwrap(), &nhwc("gradient.z")?);
+        for (name, var) in scope.params() {
+            close(&name, store.get(&var).unwrap(), &golden[&format!("gradient.{name}")]);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn noise_is_keyed_by_the_picture_and_has_gumbel_s_mean() -> Result<()> {
+        let logits = Tensor::zeros((40, 500), DType::F32, &Device::Cpu)?;
+        let at = |first| Relaxation { temperature: 1.0, first, seed: 3, step: 5, ..Relaxation::default() };
+        let all = noise(&logits, 4, at(0))?;
+        let later = noise(&logits.narrow(0, 0, 20)?, 2, at(2))?;
+        assert_eq!(values(&all.narrow(0, 20, 20)?), values(&later), "the same pictures in another batch");
+        let mean = values(&all.mean_all()?)[0];
+        assert!((mean - 0.5772).abs() < 0.03, "{mean}");
+        Ok(())
+    }
+}

@@ -1,0 +1,94 @@
+//! The quantiser between encoder and decoder (paper §2.1): latents to codes, codes to vectors. [`nearest`] is the paper's.
+
+pub mod fsq;
+pub mod gumbel;
+pub mod nearest;
+
+use crate::{
+    config::{self, QuantizerKind},
+    error::{Result, ensure},
+    nn::params::Scope,
+};
+use candle_core::{DType, Device, Tensor};
+use fsq::Fsq;
+use gumbel::{Gumbel, Relaxation};
+use nearest::Nearest;
+
+/// A quantiser of any kind.
+pub enum Quantizer {
+    Nearest(Nearest),
+    Gumbel(Gumbel),
+    Fsq(Fsq),
+}
+
+/// What quantising a batch gives.
+pub struct Quantized {
+    /// The codes' vectors, `(.., dim)`; gradients go to the input.
+    pub z_q: Tensor,
+    /// Indices `(rows)`.
+    pub codes: Tensor,
+    /// Weighted means by name; they join the loss.
+    pub losses: Vec<(&'static str, Tensor)>,
+}
+
+impl Quantizer {
+    pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        Ok(match config.quantizer {
+            QuantizerKind::Nearest => Self::Nearest(Nearest::new(scope, config)?),
+            QuantizerKind::Gumbel => Self::Gumbel(Gumbel::new(scope, config)?),
+            QuantizerKind::Fsq => Self::Fsq(Fsq::new(config, &scope.device())?),
+        })
+    }
+
+    /// Number of codes.
+    pub fn size(&self) -> Result<usize> {
+        match self {
+            Self::Nearest(nearest) => nearest.size(),
+            Self::Gumbel(gumbel) => gumbel.size(),
+            Self::Fsq(fsq) => Ok(fsq.size()),
+        }
+    }
+
+    /// Where it computes, and in what.
+    pub fn place(&self) -> (&Device, DType) {
+        let tensor = match self {
+            Self::Nearest(nearest) => nearest.codebook(),
+            Self::Gumbel(gumbel) => gumbel.codebook(),
+            Self::Fsq(fsq) => fsq.levels(),
+        };
+        (tensor.device(), tensor.dtype())
+    }
+
+    /// Codes `(rows)` of latents `(.., dim)`.
+    pub fn encode(&self, z: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Nearest(nearest) => nearest.encode(z),
+            Self::Gumbel(gumbel) => gumbel.encode(z),
+            Self::Fsq(fsq) => fsq.encode(z),
+        }
+    }
+
+    /// Vectors `(rows, dim)` of codes `(rows)`.
+    ///
+    /// # Errors
+    /// A code lies outside the codebook.
+    pub fn lookup(&self, codes: &Tensor) -> Result<Tensor> {
+        let size = self.size()?;
+        let outside = codes.to_vec1::<u32>()?.into_iter().find(|c| *c as usize >= size);
+        ensure!(outside.is_none(), "code {} of a codebook of {size}", outside.unwrap_or(0));
+        match self {
+            Self::Nearest(nearest) => nearest.lookup(codes),
+            Self::Gumbel(gumbel) => gumbel.lookup(codes),
+            Self::Fsq(fsq) => fsq.lookup(codes),
+        }
+    }
+
+    /// Quantises latents `(.., dim)` with gradients and losses.
+    pub fn forward(&self, z: &Tensor, relaxation: Relaxation) -> Result<Quantized> {
+        match self {
+            Self::Nearest(nearest) => nearest.forward(z),
+            Self::Gumbel(gumbel) => gumbel.forward(z, relaxation),
+            Self::Fsq(fsq) => fsq.forward(z),
+        }
+    }
+}
