@@ -35,6 +35,11 @@ pub fn decode_square(bytes: &[u8], size: u32) -> Result<RgbImage, Bad> {
 
 /// Reads a picture file that the user named and makes it a square of `size` pixels.
 pub fn open_square(path: &Path, size: usize) -> Result<RgbImage> {
+    Ok(square(open_picture(path)?, size as u32))
+}
+
+/// Reads a picture file that the user named.
+pub fn open_picture(path: &Path) -> Result<RgbImage> {
     let name = path.display();
     let mut bytes = Vec::new();
     // Not by the file's size: a pipe has none.
@@ -43,7 +48,7 @@ pub fn open_square(path: &Path, size: usize) -> Result<RgbImage> {
     ensure!(bytes.len() as u64 <= MAX_FILE, "{name} is larger than {} MB", MAX_FILE >> 20);
     let hint = "PNG, JPEG, WebP, GIF, BMP and TIFF are read";
     let unusable = |bad: Bad| failed(format_args!("{name} is no usable picture: {} ({})", bad.cause, bad.place), hint);
-    decode_square(&bytes, size as u32).map_err(unusable)
+    decode(&bytes).map_err(unusable)
 }
 
 fn decode_unguarded(bytes: &[u8]) -> Result<RgbImage, Bad> {

@@ -15,7 +15,7 @@ pub mod image;
 mod image_tests;
 pub mod inspect;
 mod loader;
-mod paths;
+pub mod paths;
 pub mod picture;
 mod record;
 mod sampler;

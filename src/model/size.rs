@@ -1,7 +1,7 @@
 //! Parameters of each part by formula, so that a configuration of any size can be judged without building it.
 
 use super::listing;
-use crate::config::{Config, ImageTokenizer};
+use crate::config::{Config, ImageTokenizer, QuantizerKind};
 
 /// A part of a model and its number of parameters.
 pub type Part = (&'static str, u64);
@@ -25,14 +25,32 @@ pub fn generator(config: &Config, vocab_size: usize, codebook_size: usize, grid:
     ]
 }
 
-/// The image tokenizer's parts.
+/// The image tokenizer's parts, and the discriminator that is trained beside it.
 pub fn image_tokenizer(config: &ImageTokenizer) -> Vec<Part> {
     let (latent, code) = (config.latent_channels as u64, config.code_dim as u64);
-    vec![
+    let codes = config.codebook_size as u64;
+    let codebook = match config.quantizer {
+        QuantizerKind::Nearest => codes * code,
+        QuantizerKind::Gumbel => codes * code + conv(code, codes, 1),
+        QuantizerKind::Fsq => 0,
+    };
+    let mut parts = vec![
         ("encoder", encoder(config)),
-        ("quantiser", conv(latent, code, 1) + config.codebook_size as u64 * code + conv(code, latent, 1)),
+        ("quantiser", conv(latent, code, 1) + codebook + conv(code, latent, 1)),
         ("decoder", decoder(config)),
-    ]
+    ];
+    if config.adversarial_weight > 0.0 {
+        parts.push(("discriminator", discriminator(config)));
+    }
+    parts
+}
+
+fn discriminator(config: &ImageTokenizer) -> u64 {
+    let channels = config.discriminator_channels as u64;
+    let widths: Vec<u64> = (0..=config.discriminator_layers).map(|i| channels * (1 << i).min(8)).collect();
+    // Between first and last, a norm stands for the bias.
+    let inner: u64 = widths.windows(2).map(|pair| conv(pair[0], pair[1], 4) - pair[1] + norm(pair[1])).sum();
+    conv(3, channels, 4) + inner + conv(widths[widths.len() - 1], 1, 4)
 }
 
 /// The image tokenizer's two segments: the encoder with its last convolution, then quantiser and decoder.
@@ -104,6 +122,30 @@ mod tests {
     use super::*;
     use crate::{model::Generator, nn::params::Scope};
     use candle_core::{DType, Device};
+
+    #[test]
+    fn formulas_count_what_a_tokenizer_in_training_holds() {
+        let config = ImageTokenizer {
+            image_size: 32,
+            channels: 32,
+            channel_multipliers: vec![1, 2],
+            attention_sides: vec![16],
+            code_dim: 2,
+            codebook_size: 12,
+            fsq_levels: vec![4, 3],
+            adversarial_weight: 1.0,
+            discriminator_channels: 3,
+            ..ImageTokenizer::default()
+        };
+        for quantizer in [QuantizerKind::Nearest, QuantizerKind::Gumbel, QuantizerKind::Fsq] {
+            let config = ImageTokenizer { quantizer, ..config.clone() };
+            let scope = Scope::from_seed(0, DType::F32, &Device::Cpu);
+            crate::tokenizer::ImageTokenizer::in_training(&scope, &config).unwrap();
+            let held: usize = scope.params().values().map(|p| p.elem_count()).sum();
+            let counted: u64 = image_tokenizer(&config).iter().map(|(_, count)| count).sum();
+            assert_eq!(counted, held as u64, "{quantizer:?}");
+        }
+    }
 
     #[test]
     fn formulas_count_what_the_generator_holds() {

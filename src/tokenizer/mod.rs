@@ -8,9 +8,11 @@ pub mod quantizer;
 pub mod segments;
 #[cfg(test)]
 mod tests;
+mod tiles;
 pub mod vqgan;
 
 pub use segments::{PixelBatch, Statistics};
+pub use tiles::CodeGrid;
 
 use crate::{
     config,

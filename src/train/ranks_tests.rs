@@ -5,7 +5,7 @@ use super::{
     saving::Saving,
     shards::Shards,
     state::RunState,
-    task_tests::{generator_config, tokenizer_config},
+    task_tests::{adversarial_config, generator_config, tokenizer_config},
     tests::{Event, ToyTask, config as toy_config},
     *,
 };
@@ -120,6 +120,20 @@ fn every_stage_trains_the_image_tokenizer_as_one_rank_does() {
     config.train.shard_stage = 3;
     let error = live(&folder.path().join("refused"), &config, 2).unwrap_err();
     assert_eq!(exit_of(&error), Exit::Usage, "{error:#}");
+}
+
+/// Norms and the adversary's weight are each rank's own, so that two ranks are not one; but what is split changes nothing.
+#[test]
+fn an_adversary_is_the_same_at_every_stage() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = adversarial_config(folder.path());
+    (config.train.batch_size, config.train.accumulation, config.train.shard_stage) = (6, 1, 0);
+    let first = live(&folder.path().join("0"), &config, 2).unwrap();
+    for stage in [1, 2] {
+        config.train.shard_stage = stage;
+        let other = live(&folder.path().join(stage.to_string()), &config, 2).unwrap();
+        assert!(distance(&first, &other) < 4e-6, "stage {stage}");
+    }
 }
 
 /// The toy task on so many ranks; `event` gives what happens on which rank.

@@ -184,6 +184,41 @@ fn the_image_tokenizer_resumes_bit_by_bit() {
     assert_eq!(model.image_tokenizer().unwrap().grid(), (4, 4));
 }
 
+/// The same with a discriminator that joins on the way.
+pub(super) fn adversarial_config(folder: &Path) -> Config {
+    let mut config = tokenizer_config(folder);
+    let tokenizer = &mut config.image_tokenizer;
+    (tokenizer.adversarial_weight, tokenizer.adversarial_start, tokenizer.lecam_weight) = (0.5, 1, 0.1);
+    (tokenizer.discriminator_channels, tokenizer.discriminator_layers) = (4, 1);
+    config
+}
+
+#[test]
+fn an_adversary_resumes_bit_by_bit_and_is_no_part_of_the_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = adversarial_config(folder.path());
+    resumes_bit_by_bit(config, folder.path());
+    let run = folder.path().join("whole/runs/tokenizer");
+    let model = Bundle::open(run.join("model").to_str().unwrap()).unwrap();
+    model.image_tokenizer().unwrap();
+    assert!(model.weights().unwrap().keys().all(|name| !name.starts_with("discriminator.")));
+    let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let told: Vec<bool> = metrics.lines().map(|line| line.contains("discriminator_accuracy")).collect();
+    assert_eq!(told, [false, true, true, true, true]);
+}
+
+#[test]
+fn drawn_and_rounded_codes_resume_bit_by_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = tokenizer_config(folder.path());
+    config.image_tokenizer.quantizer = config::QuantizerKind::Gumbel;
+    config.image_tokenizer.temperature_steps = 3;
+    resumes_bit_by_bit(config.clone(), &folder.path().join("gumbel"));
+    (config.image_tokenizer.quantizer, config.image_tokenizer.fsq_levels) = (config::QuantizerKind::Fsq, vec![3, 4]);
+    config.image_tokenizer.code_dim = 2;
+    resumes_bit_by_bit(config, &folder.path().join("fsq"));
+}
+
 #[test]
 fn the_generator_resumes_bit_by_bit() {
     let folder = tempfile::tempdir().unwrap();
