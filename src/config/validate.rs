@@ -155,6 +155,8 @@ fn image_tokenizer(check: &mut Check, t: &ImageTokenizer) {
         "be at least 16 with a perceptual loss",
         "its network halves the side four times",
     );
+    let share = [("discriminator_ceiling", t.discriminator_ceiling)];
+    check.within("image_tokenizer", &share, 0.5, 1.0, "0.85 keeps it from winning; 1 lets it train always");
     let ok = (1..=4096).contains(&t.discriminator_channels);
     check.that(ok, &key("discriminator_channels"), "be from 1 to 4096", "taming uses 64");
     let ok = (1..=8).contains(&t.discriminator_layers)
@@ -277,6 +279,7 @@ mod tests {
             "image_tokenizer.discriminator_channels=0",
             "image_tokenizer.discriminator_layers=9",
             "image_tokenizer.lecam_weight=nan",
+            "image_tokenizer.discriminator_ceiling=0.4",
             "model.layers=0",
             "model.heads=7",
             "model.heads=0",

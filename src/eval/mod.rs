@@ -3,6 +3,7 @@
 
 pub mod caption;
 mod frechet;
+pub mod inception;
 pub mod reconstruction;
 pub mod retrieval;
 pub mod similarity;

@@ -3,6 +3,7 @@
 use super::{
     choose,
     frechet::Gaussian,
+    inception::Inception,
     open,
     similarity::{psnr, ssim},
     tell_bad,
@@ -12,7 +13,7 @@ use crate::{
         Kind,
         image::{from_pixels, to_pixels},
     },
-    error::Result,
+    error::{Error, Result},
     report,
     tokenizer::{ImageTokenizer, perceptual::Perceptual},
 };
@@ -33,6 +34,8 @@ pub struct Settings<'a> {
     pub seed: u64,
     /// For LPIPS and the Fréchet distance.
     pub perceptual: Option<&'a Perceptual>,
+    /// For the FID.
+    pub inception: Option<&'a Inception>,
 }
 
 /// Means over all pictures.
@@ -47,6 +50,8 @@ pub struct Reconstruction {
     pub lpips: Option<f64>,
     /// Between the means over space of VGG-16's last features, of pictures and reconstructions.
     pub frechet_vgg: Option<f64>,
+    /// The same with Inception's: the reconstruction FID.
+    pub fid: Option<f64>,
     /// Share of the codebook that any picture uses.
     pub codebook_used: f64,
     /// e to the entropy of the codes' frequencies.
@@ -66,7 +71,7 @@ pub struct Outcome {
 pub fn run(tokenizer: &ImageTokenizer, settings: &Settings, shown: usize) -> Result<Outcome> {
     let originals = read(tokenizer, settings)?;
     let (mut codes, mut lpips, mut pairs) = (HashMap::<u32, usize>::new(), Vec::new(), Vec::new());
-    let (mut features, mut similar) = ([Vec::new(), Vec::new()], Vec::new());
+    let (mut vgg, mut inception, mut similar) = (Pair::default(), Pair::default(), Vec::new());
     let bar = report::bar(originals.len() as u64, "reconstructing");
     for batch in originals.chunks(BATCH) {
         let encoded = tokenizer.encode(&to_pixels(batch)?)?;
@@ -78,26 +83,43 @@ pub fn run(tokenizer: &ImageTokenizer, settings: &Settings, shown: usize) -> Res
             // Of pictures as they are written: clamped and rounded.
             let [a, b] = [network.features(&to_pixels(batch)?)?, network.features(&to_pixels(&painted)?)?];
             lpips.extend(network.between(&a, &b)?.to_vec1::<f32>()?.into_iter().map(f64::from));
-            for (all, of) in features.iter_mut().zip([&a, &b]) {
-                all.extend(pooled(&of[of.len() - 1])?);
-            }
+            let last = |features: &[Tensor]| pooled(&features[features.len() - 1]);
+            vgg.extend(last(&a)?, last(&b)?);
+        }
+        if let Some(network) = settings.inception {
+            let features = |pictures| Ok::<_, Error>(network.features(&to_pixels(pictures)?)?.to_vec2()?);
+            inception.extend(features(batch)?, features(&painted)?);
         }
         pairs.extend(batch.iter().cloned().zip(painted).take(shown.saturating_sub(pairs.len())));
         bar.inc(batch.len() as u64);
     }
     bar.finish_and_clear();
-    let [a, b] = &features;
-    let frechet_vgg = if a.len() > 1 { Some(Gaussian::of(a)?.distance(&Gaussian::of(b)?)?) } else { None };
     let result = Reconstruction {
         pictures: originals.len(),
         psnr: mean(similar.iter().map(|similar| Some(similar.0))).unwrap_or_default(),
         ssim: mean(similar.iter().map(|similar| similar.1)),
         lpips: mean(lpips.into_iter().map(Some)),
-        frechet_vgg,
+        frechet_vgg: vgg.distance()?,
+        fid: inception.distance()?,
         codebook_used: codes.len() as f64 / tokenizer.codebook_size()? as f64,
         perplexity: perplexity(codes.into_values()),
     };
     Ok(Outcome { result, pairs })
+}
+
+/// Features of pictures and of their reconstructions.
+#[derive(Default)]
+struct Pair([Vec<Vec<f32>>; 2]);
+
+impl Pair {
+    fn extend(&mut self, pictures: Vec<Vec<f32>>, painted: Vec<Vec<f32>>) {
+        self.0.iter_mut().zip([pictures, painted]).for_each(|(all, more)| all.extend(more));
+    }
+
+    fn distance(&self) -> Result<Option<f64>> {
+        let [pictures, painted] = &self.0;
+        (pictures.len() > 1).then(|| Gaussian::of(pictures)?.distance(&Gaussian::of(painted)?)).transpose()
+    }
 }
 
 /// The pictures in the tokenizer's size.

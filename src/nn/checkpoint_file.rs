@@ -44,8 +44,8 @@ struct Stored {
 }
 
 impl CheckpointFile {
-    /// Opens a file, or all files of a folder together. Names of tensors are those in the file's `state_dict` where it
-    /// has one, those of nested dictionaries joined by dots.
+    /// Opens a file, or all files of a folder together. Names of tensors are those in the file's `state_dict` or
+    /// `model` where it has one, those of nested dictionaries joined by dots.
     ///
     /// # Errors
     /// A file is of no known kind, damaged, or a pickle that would call what is no part of a checkpoint.
@@ -95,7 +95,8 @@ impl CheckpointFile {
         let width = stored.dtype.bitsize() / 8;
         let start = stored.bytes.start;
         let values = finite(&bytes[start + first * width..start + last * width], stored.dtype, name, file)?;
-        Ok(Tensor::from_vec(stored.gather(&values), stored.shape.as_slice(), &Device::Cpu)?)
+        let values = if stored.strides == row_major(&stored.shape) { values } else { stored.gather(&values) };
+        Ok(Tensor::from_vec(values, stored.shape.as_slice(), &Device::Cpu)?)
     }
 }
 
@@ -261,7 +262,8 @@ impl Reader<'_> {
         let (mut tensors, mut seen) = (BTreeMap::new(), 0);
         let root = self.pickle.root();
         let entries = self.pickle.dict(root).context("the pickle is no dictionary of tensors")?;
-        let inner = entries.iter().find(|(key, _)| self.pickle.text(*key) == Some("state_dict"));
+        let of_tensors = |key| matches!(self.pickle.text(key), Some("state_dict" | "model"));
+        let inner = entries.iter().find(|(key, value)| of_tensors(*key) && self.pickle.dict(*value).is_some());
         self.flatten("", inner.map_or(root, |(_, value)| *value), 0, &mut seen, &mut tensors)?;
         Ok(tensors)
     }

@@ -122,19 +122,24 @@ pub fn lecam(real: &Tensor, fake: &Tensor, anchors: Anchors) -> Result<Tensor> {
     Ok((above + below)?)
 }
 
-/// Running means of the logits of real pictures and of reconstructions.
+/// What the steps before said of the discriminator.
 #[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Anchors {
+    /// Running mean of the logits of real pictures.
     pub real: f64,
+    /// The same of reconstructions.
     pub fake: f64,
+    /// Share of patches that were told rightly in the last step.
+    pub accuracy: f64,
 }
 
 impl Anchors {
-    /// Moves the means towards those of a step.
-    pub fn follow(&mut self, real: f64, fake: f64) {
+    /// Takes in what a step gave.
+    pub fn follow(&mut self, real: f64, fake: f64, accuracy: f64) {
         const DECAY: f64 = 0.99;
         self.real = DECAY * self.real + (1.0 - DECAY) * real;
         self.fake = DECAY * self.fake + (1.0 - DECAY) * fake;
+        self.accuracy = accuracy;
     }
 }
 

@@ -20,7 +20,8 @@ const MAX_ADAPTION: f64 = 1e4;
 pub struct Criterion {
     l1_weight: f64,
     l2_weight: f64,
-    perceptual: Option<(Perceptual, f64)>,
+    /// The network, its weight, and the step after which it counts.
+    perceptual: Option<(Perceptual, f64, u64)>,
     adversary: Option<Adversary>,
 }
 
@@ -30,6 +31,7 @@ struct Adversary {
     weight: f64,
     loss: config::AdversarialLoss,
     lecam_weight: f64,
+    ceiling: f64,
 }
 
 /// The judgement of a batch.
@@ -68,7 +70,8 @@ impl Criterion {
                 "name a folder that `vilg import lpips SRC DIR` wrote, or set image_tokenizer.perceptual_weight to 0";
             ensure!(!config.perceptual.is_empty(), usage("image_tokenizer.perceptual is empty", hint));
             let network = Perceptual::open(Path::new(&config.perceptual), &scope.device());
-            all.perceptual = Some((network.context("image_tokenizer.perceptual")?, config.perceptual_weight));
+            let network = network.context("image_tokenizer.perceptual")?;
+            all.perceptual = Some((network, config.perceptual_weight, config.perceptual_start));
         }
         if config.adversarial_weight > 0.0 {
             let scope = scope.at(discriminator::SCOPE);
@@ -78,6 +81,7 @@ impl Criterion {
                 weight: config.adversarial_weight,
                 loss: config.adversarial_loss,
                 lecam_weight: config.lecam_weight,
+                ceiling: config.discriminator_ceiling,
             });
         }
         Ok(all)
@@ -96,7 +100,9 @@ impl Criterion {
         let (l1, l2) = (error.abs()?.mean_all()?, error.sqr()?.mean_all()?);
         let mut terms = vec![("l1", number(&l1)?), ("l2", number(&l2)?)];
         let mut loss = ((l1 * self.l1_weight)? + (l2 * self.l2_weight)?)?;
-        if let Some((network, weight)) = &self.perceptual {
+        if let Some((network, weight, start)) = &self.perceptual
+            && batch.step > *start
+        {
             let distance = network.distance(&y, &batch.pixels)?.mean_all()?;
             terms.push(("lpips", number(&distance)?));
             loss = (loss + (distance * *weight)?)?;
@@ -137,6 +143,9 @@ impl Adversary {
             ("logits_real", number(&real.mean_all()?)?),
             ("logits_fake", number(&fake.mean_all()?)?),
         ]);
+        if anchors.accuracy > self.ceiling {
+            return Ok(Adversarial { gradient, own: Vec::new() });
+        }
         if self.lecam_weight > 0.0 {
             loss = (loss + (discriminator::lecam(&real, &fake, anchors)? * self.lecam_weight)?)?;
         }

@@ -22,7 +22,9 @@ pub struct PixelBatch {
     pub pixels: Tensor,
     /// Share of the step's loss that this batch makes up: its pictures / the step's pictures.
     pub loss_scale: f64,
-    /// Where the adversary takes part: the running means of its logits.
+    /// The training step, from 1.
+    pub step: u64,
+    /// Where the adversary takes part: how it did before.
     pub anchors: Option<Anchors>,
     /// How codes are drawn, where they are.
     pub relaxation: Relaxation,
@@ -33,7 +35,7 @@ pub struct PixelBatch {
 impl PixelBatch {
     pub fn new(pixels: Tensor, loss_scale: f64) -> Self {
         let relaxation = Relaxation { temperature: 1.0, ..Relaxation::default() };
-        Self { pixels, loss_scale, anchors: None, relaxation, statistics: RefCell::new(None) }
+        Self { pixels, loss_scale, step: 1, anchors: None, relaxation, statistics: RefCell::new(None) }
     }
 }
 

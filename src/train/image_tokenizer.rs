@@ -139,6 +139,7 @@ impl Task for ImageTokenizerTask {
             let part = &records[range.clone()];
             let share = part.len() as f64 / settings.batch_size as f64;
             let mut batch = PixelBatch::new(pixels(part)?, share);
+            batch.step = step;
             batch.anchors = (step > self.config.image_tokenizer.adversarial_start).then_some(self.anchors);
             batch.relaxation = self.relaxation(step, first + range.start as u64);
             if i + 1 == parts {
@@ -161,7 +162,8 @@ impl Task for ImageTokenizerTask {
     fn after_step(&mut self, step: u64) -> Result<()> {
         let Some(seen) = self.seen.take() else { return Ok(()) };
         if seen.terms.iter().any(|(name, _)| *name == "logits_real") {
-            self.anchors.follow(seen.term("logits_real"), seen.term("logits_fake"));
+            let term = |name| seen.term(name);
+            self.anchors.follow(term("logits_real"), term("logits_fake"), term("discriminator_accuracy"));
         }
         let (after, seed) = (self.config.image_tokenizer.restart_after, self.config.seed);
         let Quantizer::Nearest(quantizer) = self.model.quantizer() else { return Ok(()) };

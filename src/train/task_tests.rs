@@ -190,6 +190,7 @@ pub(super) fn adversarial_config(folder: &Path) -> Config {
     let tokenizer = &mut config.image_tokenizer;
     (tokenizer.adversarial_weight, tokenizer.adversarial_start, tokenizer.lecam_weight) = (0.5, 1, 0.1);
     (tokenizer.discriminator_channels, tokenizer.discriminator_layers) = (4, 1);
+    tokenizer.discriminator_ceiling = 0.6;
     config
 }
 

@@ -1,4 +1,4 @@
-//! `vilg tokenize` and `vilg reconstruct` on a small random tokenizer.
+//! `vilg tokenize`, `reconstruct`, `import` and `eval recon` on a small random tokenizer.
 
 use candle_core::{DType, Device};
 use safetensors::Dtype;
@@ -85,4 +85,76 @@ fn a_file_that_is_no_picture_is_named() {
         assert_eq!(output.status.code(), Some(1), "{error}");
         assert!(error.contains(file.to_str().unwrap()) && error.contains("hint: "), "{error}");
     }
+}
+
+/// A folder with two pictures and one that is none.
+fn pictures(folder: &Path) -> PathBuf {
+    let path = folder.join("pictures");
+    std::fs::create_dir_all(path.join("below")).unwrap();
+    for (name, size) in [("a.png", (40, 30)), ("below/b.png", (16, 16))] {
+        let colour = |x, y| image::Rgb([x as u8 * 6, y as u8 * 8, 90]);
+        image::RgbImage::from_fn(size.0, size.1, colour).save(path.join(name)).unwrap();
+    }
+    std::fs::write(path.join("bad.png"), "no picture").unwrap();
+    path
+}
+
+#[test]
+fn a_folder_is_reconstructed_and_whole_pictures_keep_their_size() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, pictures) = (model(folder.path()), pictures(folder.path()));
+    let out = folder.path().join("out");
+    let args = ["reconstruct", pictures.to_str().unwrap(), "--whole", "--json", "-o", out.to_str().unwrap()];
+    let output = vilg(&args, &model);
+    assert_eq!(output.status.code(), Some(1), "one picture is bad");
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(told.contains("bad.png") && told.contains("1 of 3 pictures"), "{told}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), 2);
+    let size = |name: &str| image::image_dimensions(out.join(name)).unwrap();
+    assert_eq!((size("a.png"), size("below/b.png")), ((40, 30), (16, 16)));
+}
+
+#[test]
+fn tokenizers_are_compared_on_the_same_pictures() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, pictures) = (model(folder.path()), pictures(folder.path()));
+    std::fs::remove_file(pictures.join("bad.png")).unwrap();
+    let sheet = folder.path().join("sheet.png");
+    let (data, other) = (pictures.to_str().unwrap(), model.to_str().unwrap());
+    let args = ["eval", "recon", "--data", data, "--model", other, "--json", "--sheet", sheet.to_str().unwrap()];
+    let lines = json_lines(&vilg(&args, &model));
+    assert_eq!(lines.len(), 2);
+    assert_eq!(lines[0]["result"], lines[1]["result"]);
+    let result = &lines[0]["result"];
+    assert!(result["pictures"] == 2 && result["lpips"].is_null() && result["psnr"].as_f64().unwrap() > 0.0);
+    assert!((0.02..=1.0).contains(&result["codebook_used"].as_f64().unwrap()), "{result}");
+    assert_eq!(image::image_dimensions(&sheet).unwrap(), (2 * 16 + 4, 3 * 16 + 2 * 4));
+    let missing = vilg(&["eval", "recon", "--data", data, "--lpips", data], &model);
+    assert!(String::from_utf8_lossy(&missing.stderr).contains("no perceptual network"), "{missing:?}");
+}
+
+#[test]
+fn what_is_no_checkpoint_is_refused_and_nothing_is_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, trace, out) = (folder.path().join("a.ckpt"), folder.path().join("trace"), folder.path().join("out"));
+    let import = |bytes: &[u8], kind: &str| {
+        std::fs::write(&source, bytes).unwrap();
+        let args = ["import", kind, source.to_str().unwrap(), out.to_str().unwrap()];
+        let output = Command::new(env!("CARGO_BIN_EXE_vilg")).args(args).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let command = format!("touch {}", trace.display());
+    let mut hostile = b"\x80\x02cposix\nsystem\nX".to_vec();
+    hostile.extend((command.len() as u32).to_le_bytes());
+    hostile.extend(command.bytes());
+    hostile.extend(b"\x85R.");
+    let told = import(&hostile, "taming-vqgan");
+    assert!(told.contains("would call `posix.system`") && told.contains("hint: "), "{told}");
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let torch = std::fs::read(golden.join("torch_zip.pth")).unwrap();
+    assert!(import(&torch[..torch.len() / 2], "lpips").contains("cannot read"));
+    assert!(import(&torch, "lpips").contains("lacks 31 of 31 tensors"), "{}", import(&torch, "lpips"));
+    assert!(import(&torch, "inception").contains("not pytorch-fid's InceptionV3"));
+    assert!(!trace.exists() && !out.exists());
 }

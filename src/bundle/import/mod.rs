@@ -1,10 +1,12 @@
 //! What others trained, as folders of ours: names and layouts of their files.
 
+mod inception;
 mod lpips;
-mod taming;
+mod vqgan;
 
+pub use inception::inception;
 pub use lpips::lpips;
-pub use taming::taming;
+pub use vqgan::{Family, vqgan};
 
 use super::write::replace_folder;
 use crate::{

@@ -89,7 +89,7 @@ fn equals_the_tape() -> Result<()> {
         // Two parts of a step: gradients add up, and the second one runs in used buffers.
         for (name, share) in [("first", 0.25), ("second", 0.75)] {
             let mut batch = PixelBatch::new(pixels(config.image_size, name)?, share);
-            batch.anchors = Some(Anchors { real: 0.3, fake: -0.2 });
+            batch.anchors = Some(Anchors { real: 0.3, fake: -0.2, accuracy: 0.5 });
             let (ours, codes) = accumulate(&tokenizer.segments(), &batch, &mut native)?;
             let (theirs, expected) = accumulate(&tokenizer.taped_segments(), &batch, &mut taped)?;
             assert_eq!(codes, expected);
