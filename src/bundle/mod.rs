@@ -173,7 +173,7 @@ impl Bundle {
         // What it was trained against changes no code. Digests are as old as shards of codes: later keys stay out.
         settings.retain(|key, _| !TRAINING_KEYS.iter().any(|training| key == *training));
         if folder.config.image_tokenizer.quantizer == QuantizerKind::Nearest {
-            settings.retain(|key, _| key != "quantizer" && key != "fsq_levels");
+            settings.retain(|key, _| key != "quantizer" && key != "fsq_levels" && key != "architecture");
         }
         let mut hasher = blake3::Hasher::new();
         hasher.update(toml::to_string(&settings)?.as_bytes());

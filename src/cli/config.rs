@@ -62,9 +62,14 @@ enum Example {
     EmojiTokenizer,
     /// The same sizes with VQGAN's perceptual loss and adversary
     EmojiVqgan,
+    /// DALL-E's dVAE in small
+    EmojiDvae,
     /// The paper's image tokenizer
     #[value(name = "vqgan-f8-8192")]
     VqganF8,
+    /// DALL-E's dVAE, the paper's other image tokenizer
+    #[value(name = "dvae-f8-8192")]
+    DvaeF8,
     /// 24 layers × 1024 (the paper's analysis model)
     #[value(name = "300m")]
     M300,
@@ -80,6 +85,8 @@ impl Example {
             Self::EmojiTokenizer => include_str!("../../configs/emoji-tokenizer.toml"),
             Self::EmojiVqgan => include_str!("../../configs/emoji-vqgan.toml"),
             Self::VqganF8 => include_str!("../../configs/vqgan-f8-8192.toml"),
+            Self::EmojiDvae => include_str!("../../configs/emoji-dvae.toml"),
+            Self::DvaeF8 => include_str!("../../configs/dvae-f8-8192.toml"),
             Self::M300 => include_str!("../../configs/300m.toml"),
             Self::B10 => include_str!("../../configs/10b.toml"),
         }

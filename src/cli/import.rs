@@ -40,6 +40,8 @@ enum Kind {
     TamingVqgan,
     /// One with a Gumbel quantiser, as the published f8-8192
     TamingGumbel,
+    /// DALL-E's dVAE: the state dicts of its encoder and decoder
+    DalleDvae,
     /// A VQ tokenizer of LlamaGen
     LlamagenVq,
 }
@@ -47,7 +49,7 @@ enum Kind {
 pub fn run(args: Args, json: bool) -> Result<()> {
     let Args { kind, source, folder, yaml } = &args;
     match kind {
-        Kind::Lpips | Kind::Inception | Kind::LlamagenVq if yaml.is_some() => {
+        Kind::Lpips | Kind::Inception | Kind::LlamagenVq | Kind::DalleDvae if yaml.is_some() => {
             return Err(usage(
                 "`--yaml` is for VQGANs of taming-transformers",
                 "leave it out: sizes are read from the weights",
@@ -57,6 +59,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         Kind::Inception => import::inception(source, folder)?,
         Kind::TamingVqgan => import::vqgan(source, Family::TamingVq, yaml.as_deref(), folder)?,
         Kind::TamingGumbel => import::vqgan(source, Family::TamingGumbel, yaml.as_deref(), folder)?,
+        Kind::DalleDvae => import::dvae(source, folder)?,
         Kind::LlamagenVq => import::vqgan(source, Family::LlamaGen, None, folder)?,
     }
     if json {

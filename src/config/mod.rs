@@ -86,12 +86,14 @@ pub struct Text {
     pub max_tokens: usize,
 }
 
-/// The image tokenizer: a VQGAN with the names and shapes of taming-transformers.
+/// The image tokenizer: a VQGAN with the names and shapes of taming-transformers, or DALL-E's dVAE.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ImageTokenizer {
     /// Model folder of a trained tokenizer (task `generator` only; the other keys are then read from there).
     pub path: String,
+    /// Encoder and decoder.
+    pub architecture: Architecture,
     /// Side of the square picture in pixels.
     pub image_size: usize,
     /// Channels of the first level.
@@ -128,7 +130,7 @@ pub struct ImageTokenizer {
     pub kl_weight: f64,
     /// First and last temperature of the relaxed choice (quantiser `gumbel`).
     pub temperature: [f64; 2],
-    /// Steps over which the temperature falls, as half a cosine.
+    /// Steps over which the temperature falls, as half a cosine, and the divergence's weight rises from 0, evenly.
     pub temperature_steps: u64,
     /// Folder of the perceptual network (`vilg import lpips`).
     pub perceptual: String,
@@ -151,6 +153,16 @@ pub struct ImageTokenizer {
     pub discriminator_ceiling: f64,
     /// Weight of LeCam's regularisation of the discriminator (arXiv 2104.03310); 0: none.
     pub lecam_weight: f64,
+}
+
+/// Encoder and decoder of an image tokenizer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Architecture {
+    /// VQGAN's (arXiv 2012.09841).
+    Vqgan,
+    /// DALL-E's (arXiv 2102.12092): the encoder gives logits, the decoder a distribution of pixels.
+    Dvae,
 }
 
 /// How latents become codes.
@@ -282,6 +294,7 @@ impl Default for ImageTokenizer {
     fn default() -> Self {
         Self {
             path: String::new(),
+            architecture: Architecture::Vqgan,
             image_size: 256,
             channels: 128,
             channel_multipliers: vec![1, 1, 2, 4],

@@ -1,6 +1,6 @@
 //! Whether the values of a configuration make sense, alone and together.
 
-use super::{Config, Data, ImageTokenizer, Model, QuantizerKind, Sample, Text, Train, load::values};
+use super::{Architecture, Config, Data, ImageTokenizer, Model, QuantizerKind, Sample, Text, Train, load::values};
 use crate::error::{Result, usage};
 use std::fmt::Display;
 
@@ -106,8 +106,12 @@ fn image_tokenizer(check: &mut Check, t: &ImageTokenizer) {
     let (levels, multipliers) = (t.channel_multipliers.len(), &t.channel_multipliers);
     let ok = (1..=8).contains(&levels) && multipliers.iter().all(|m| (1..=64).contains(m));
     check.that(ok, &key("channel_multipliers"), "have 1 to 8 entries from 1 to 64", "[1, 1, 2, 4] is f = 8");
-    let ok = t.channels > 0 && t.channels.is_multiple_of(32) && t.channels <= 4096;
-    check.that(ok, &key("channels"), "be a multiple of 32, at most 4096", "GroupNorm has 32 groups");
+    let (step, hint) = match t.architecture {
+        Architecture::Vqgan => (32, "GroupNorm has 32 groups"),
+        Architecture::Dvae => (4, "a block is four times narrower inside"),
+    };
+    let ok = t.channels > 0 && t.channels.is_multiple_of(step) && t.channels <= 4096;
+    check.that(ok, &key("channels"), format_args!("be a multiple of {step}, at most 4096"), hint);
     let f = 1_usize << levels.saturating_sub(1).min(16);
     let ok = (1..=4096).contains(&t.image_size) && t.image_size.is_multiple_of(f);
     let hint = format!("{levels} levels reduce the side {f} times: use a multiple of {f}");
@@ -163,7 +167,10 @@ fn image_tokenizer(check: &mut Check, t: &ImageTokenizer) {
         && (t.adversarial_weight == 0.0 || t.image_size >> t.discriminator_layers > 2);
     let hint = format!("a picture of {} pixels must be halved so often and still have more than 2", t.image_size);
     check.that(ok, &key("discriminator_layers"), "be from 1 to 8 and fit the picture", hint);
-    let ok = t.l1_weight != 0.0 || t.l2_weight != 0.0;
+    let dvae = t.architecture == Architecture::Dvae;
+    let ok = !dvae || t.quantizer == QuantizerKind::Gumbel;
+    check.that(ok, &key("quantizer"), "be gumbel with the architecture dvae", "its encoder gives logits");
+    let ok = dvae || t.l1_weight != 0.0 || t.l2_weight != 0.0;
     check.that(ok, &key("l2_weight"), "not be 0 together with l1_weight", "without a pixel error nothing is learned");
 }
 

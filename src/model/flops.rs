@@ -1,9 +1,9 @@
 //! Floating-point operations of the useful work: two for each multiplication with its addition in matrix products,
 //! convolutions and attention over visible keys; nothing else counts.
 
-use super::Layout;
+use super::{Layout, size};
 use crate::{
-    config::{ImageTokenizer, Model},
+    config::{Architecture, ImageTokenizer, Model},
     nn::pattern::Pattern,
     ops::attention::KeyRanges,
 };
@@ -42,6 +42,15 @@ pub fn attention(hidden: usize, keys: &KeyRanges) -> f64 {
 
 /// Forward and backward of the image tokenizer over `batch` pictures.
 pub fn tokenizer(config: &ImageTokenizer, batch: usize) -> f64 {
+    if config.architecture == Architecture::Dvae {
+        let side = config.grid().0;
+        let codebook = conv(config.codebook_size, config.code_dim, 1, side);
+        let convolutions = size::dvae_convolutions(config)
+            .into_iter()
+            .flatten()
+            .map(|c| conv(c.inputs as usize, c.outputs as usize, c.kernel as usize, c.side as usize));
+        return 3.0 * batch as f64 * (codebook + convolutions.sum::<f64>());
+    }
     let levels = config.channel_multipliers.len();
     let width = |level: usize| config.channel_multipliers[level] * config.channels;
     let side = |level: usize| config.image_size >> level;

@@ -1,7 +1,7 @@
 //! Parameters of each part by formula, so that a configuration of any size can be judged without building it.
 
 use super::listing;
-use crate::config::{Config, ImageTokenizer, QuantizerKind};
+use crate::config::{Architecture, Config, ImageTokenizer, QuantizerKind};
 
 /// A part of a model and its number of parameters.
 pub type Part = (&'static str, u64);
@@ -27,6 +27,60 @@ pub fn generator(config: &Config, vocab_size: usize, codebook_size: usize, grid:
 
 /// The image tokenizer's parts, and the discriminator that is trained beside it.
 pub fn image_tokenizer(config: &ImageTokenizer) -> Vec<Part> {
+    let mut parts = match config.architecture {
+        Architecture::Vqgan => vqgan(config),
+        Architecture::Dvae => dvae(config),
+    };
+    if config.adversarial_weight > 0.0 {
+        parts.push(("discriminator", discriminator(config)));
+    }
+    parts
+}
+
+fn dvae(config: &ImageTokenizer) -> Vec<Part> {
+    let count = |convs: Vec<Convolution>| convs.iter().map(|c| conv(c.inputs, c.outputs, c.kernel)).sum();
+    let [encoder, decoder] = dvae_convolutions(config);
+    let codebook = (config.codebook_size as u64 + 1) * config.code_dim as u64;
+    vec![("encoder", count(encoder)), ("quantiser", codebook), ("decoder", count(decoder))]
+}
+
+/// A convolution that keeps the side.
+pub(super) struct Convolution {
+    pub inputs: u64,
+    pub outputs: u64,
+    pub kernel: u64,
+    pub side: u64,
+}
+
+/// Those of a dVAE's encoder and decoder; the decoder's first is the codebook and not among them.
+pub(super) fn dvae_convolutions(config: &ImageTokenizer) -> [Vec<Convolution>; 2] {
+    let widths = level_channels(config);
+    let side = |level: usize| (config.image_size >> level) as u64;
+    let last = widths.len().saturating_sub(1);
+    let group = |convs: &mut Vec<Convolution>, inputs: &mut u64, level: usize, kernels: [u64; 4]| {
+        let (outputs, side) = (widths[level], side(level));
+        for _ in 0..config.residual_blocks {
+            let sizes = [*inputs, outputs / 4, outputs / 4, outputs / 4, outputs];
+            let path =
+                (0..4).map(|i| Convolution { inputs: sizes[i], outputs: sizes[i + 1], kernel: kernels[i], side });
+            convs.extend(path);
+            if *inputs != outputs {
+                convs.push(Convolution { inputs: *inputs, outputs, kernel: 1, side });
+            }
+            *inputs = outputs;
+        }
+    };
+    let mut inputs = config.channels as u64;
+    let mut encoder = vec![Convolution { inputs: 3, outputs: inputs, kernel: 7, side: side(0) }];
+    (0..widths.len()).for_each(|level| group(&mut encoder, &mut inputs, level, [3, 3, 3, 1]));
+    encoder.push(Convolution { inputs, outputs: config.codebook_size as u64, kernel: 1, side: side(last) });
+    let (mut decoder, mut inputs) = (Vec::new(), config.code_dim as u64);
+    (0..widths.len()).rev().for_each(|level| group(&mut decoder, &mut inputs, level, [1, 3, 3, 3]));
+    decoder.push(Convolution { inputs, outputs: 6, kernel: 1, side: side(0) });
+    [encoder, decoder]
+}
+
+fn vqgan(config: &ImageTokenizer) -> Vec<Part> {
     let (latent, code) = (config.latent_channels as u64, config.code_dim as u64);
     let codes = config.codebook_size as u64;
     let codebook = match config.quantizer {
@@ -34,15 +88,11 @@ pub fn image_tokenizer(config: &ImageTokenizer) -> Vec<Part> {
         QuantizerKind::Gumbel => codes * code + conv(code, codes, 1),
         QuantizerKind::Fsq => 0,
     };
-    let mut parts = vec![
+    vec![
         ("encoder", encoder(config)),
         ("quantiser", conv(latent, code, 1) + codebook + conv(code, latent, 1)),
         ("decoder", decoder(config)),
-    ];
-    if config.adversarial_weight > 0.0 {
-        parts.push(("discriminator", discriminator(config)));
-    }
-    parts
+    ]
 }
 
 fn discriminator(config: &ImageTokenizer) -> u64 {
@@ -55,8 +105,13 @@ fn discriminator(config: &ImageTokenizer) -> u64 {
 
 /// The image tokenizer's two segments: the encoder with its last convolution, then quantiser and decoder.
 pub fn image_tokenizer_segments(config: &ImageTokenizer) -> [u64; 2] {
-    let total: u64 = image_tokenizer(config).iter().map(|(_, count)| count).sum();
-    let first = encoder(config) + conv(config.latent_channels as u64, config.code_dim as u64, 1);
+    let parts = image_tokenizer(config);
+    let total: u64 = parts.iter().map(|(_, count)| count).sum();
+    let quant_conv = match config.architecture {
+        Architecture::Vqgan => conv(config.latent_channels as u64, config.code_dim as u64, 1),
+        Architecture::Dvae => 0,
+    };
+    let first = parts[0].1 + quant_conv;
     [first, total - first]
 }
 
@@ -137,13 +192,15 @@ mod tests {
             discriminator_channels: 3,
             ..ImageTokenizer::default()
         };
-        for quantizer in [QuantizerKind::Nearest, QuantizerKind::Gumbel, QuantizerKind::Fsq] {
-            let config = ImageTokenizer { quantizer, ..config.clone() };
+        let vqgan = |quantizer| (Architecture::Vqgan, quantizer);
+        let kinds = [QuantizerKind::Nearest, QuantizerKind::Gumbel, QuantizerKind::Fsq].map(vqgan);
+        for (architecture, quantizer) in kinds.into_iter().chain([(Architecture::Dvae, QuantizerKind::Gumbel)]) {
+            let config = ImageTokenizer { architecture, quantizer, ..config.clone() };
             let scope = Scope::from_seed(0, DType::F32, &Device::Cpu);
             crate::tokenizer::ImageTokenizer::in_training(&scope, &config).unwrap();
             let held: usize = scope.params().values().map(|p| p.elem_count()).sum();
             let counted: u64 = image_tokenizer(&config).iter().map(|(_, count)| count).sum();
-            assert_eq!(counted, held as u64, "{quantizer:?}");
+            assert_eq!(counted, held as u64, "{architecture:?} {quantizer:?}");
         }
     }
 

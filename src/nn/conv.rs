@@ -96,11 +96,7 @@ impl Conv2d {
 
     /// Norm of the gradient in the weight, on any device.
     pub fn weight_gradient_norm(&self, x: &Tensor, dy: &Tensor) -> Result<f64> {
-        let weight = Var::from_tensor(&self.weight)?;
-        let y = ops::conv2d(&x.detach(), &weight, None, self.stride, self.padding)?;
-        let store = (y * dy.detach())?.sum_all()?.backward()?;
-        let gradient = store.get(&weight).context("no gradient of the weight")?;
-        Ok(f64::from(gradient.sqr()?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?).sqrt())
+        weight_gradient_norm(&self.weight, x, dy, self.stride, self.padding)
     }
 
     fn accumulate(&self, dy: &Features, gradients: &mut Gradients, add: impl FnOnce(&mut [f32])) -> Result<()> {
@@ -112,6 +108,15 @@ impl Conv2d {
         })?;
         gradients.accumulate_vector(&format!("{}.bias", self.name), column_sums(&dy.data, dy.channels()))
     }
+}
+
+/// Norm of the gradient in a convolution's weight, from its input and the gradient of its output.
+pub fn weight_gradient_norm(weight: &Tensor, x: &Tensor, dy: &Tensor, stride: usize, padding: Padding) -> Result<f64> {
+    let weight = Var::from_tensor(weight)?;
+    let y = ops::conv2d(&x.detach(), &weight, None, stride, padding)?;
+    let store = (y * dy.detach())?.sum_all()?.backward()?;
+    let gradient = store.get(&weight).context("no gradient of the weight")?;
+    Ok(f64::from(gradient.sqr()?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?).sqrt())
 }
 
 /// A 3×3 convolution after nearest-neighbour upsampling by 2.

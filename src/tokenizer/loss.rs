@@ -3,10 +3,11 @@
 use super::{
     PixelBatch,
     discriminator::{self, Anchors, Discriminator},
+    dvae,
     perceptual::Perceptual,
 };
 use crate::{
-    config,
+    config::{self, Architecture},
     error::{Context, Result, ensure, usage},
     nn::params::{Params, Scope},
 };
@@ -20,6 +21,8 @@ const MAX_ADAPTION: f64 = 1e4;
 pub struct Criterion {
     l1_weight: f64,
     l2_weight: f64,
+    /// Whether the decoder gives a distribution of pixels: then their likelihood counts, too.
+    distribution: bool,
     /// The network, its weight, and the step after which it counts.
     perceptual: Option<(Perceptual, f64, u64)>,
     adversary: Option<Adversary>,
@@ -40,7 +43,7 @@ pub struct Judged {
     pub terms: Vec<(&'static str, f64)>,
     /// Pixels and perception, weighted.
     pub loss: f64,
-    /// The gradient of all terms in the reconstruction.
+    /// The gradient of all terms in the decoder's output.
     pub gradient: Tensor,
     /// Gradients of the discriminator's own loss in its parameters.
     pub own: Vec<(String, Tensor)>,
@@ -48,7 +51,7 @@ pub struct Judged {
 
 /// What the discriminator says.
 struct Adversarial {
-    /// The gradient of −mean D(x̂) in the reconstruction.
+    /// The gradient of −mean D(x̂) in the decoder's output.
     gradient: Tensor,
     own: Vec<(String, Tensor)>,
 }
@@ -56,7 +59,9 @@ struct Adversarial {
 impl Criterion {
     /// Pixels alone.
     pub fn pixels(config: &config::ImageTokenizer) -> Self {
-        Self { l1_weight: config.l1_weight, l2_weight: config.l2_weight, perceptual: None, adversary: None }
+        let distribution = config.architecture == Architecture::Dvae;
+        let (l1_weight, l2_weight) = (config.l1_weight, config.l2_weight);
+        Self { l1_weight, l2_weight, distribution, perceptual: None, adversary: None }
     }
 
     /// Everything that the configuration asks for; the discriminator's parameters lie in `scope`.
@@ -87,30 +92,36 @@ impl Criterion {
         Ok(all)
     }
 
-    /// Judges a reconstruction `(batch, side, side, 3)`. `last_norm` gives the norm of the gradient in the weight of the
-    /// decoder's last layer for a gradient in the reconstruction.
+    /// Judges what the decoder gave: pixels `(batch, side, side, 3)`, or a distribution of them `(batch, side, side, 6)`.
+    /// `last_norm` gives the norm of the gradient in the weight of the decoder's last layer for a gradient in its output.
     pub fn judge(
         &self,
-        reconstruction: &Tensor,
+        output: &Tensor,
         batch: &PixelBatch,
         last_norm: impl Fn(&Tensor) -> Result<f64>,
     ) -> Result<Judged> {
-        let y = Var::from_tensor(reconstruction)?;
-        let error = (y.as_tensor() - &batch.pixels)?;
+        let y = Var::from_tensor(output)?;
+        let pixels = if self.distribution { dvae::pixels(&y)? } else { y.as_tensor().clone() };
+        let error = (&pixels - &batch.pixels)?;
         let (l1, l2) = (error.abs()?.mean_all()?, error.sqr()?.mean_all()?);
         let mut terms = vec![("l1", number(&l1)?), ("l2", number(&l2)?)];
         let mut loss = ((l1 * self.l1_weight)? + (l2 * self.l2_weight)?)?;
+        if self.distribution {
+            let likelihood = dvae::negative_log_likelihood(&y, &batch.pixels)?;
+            terms.push(("nll", number(&likelihood)?));
+            loss = (loss + likelihood)?;
+        }
         if let Some((network, weight, start)) = &self.perceptual
             && batch.step > *start
         {
-            let distance = network.distance(&y, &batch.pixels)?.mean_all()?;
+            let distance = network.distance(&pixels, &batch.pixels)?.mean_all()?;
             terms.push(("lpips", number(&distance)?));
             loss = (loss + (distance * *weight)?)?;
         }
         let mut gradient = loss.backward()?.remove(&y).context("the loss does not depend on the reconstruction")?;
         let mut own = Vec::new();
         if let (Some(adversary), Some(anchors)) = (&self.adversary, batch.anchors) {
-            let adversarial = adversary.judge(&y, &batch.pixels, anchors, &mut terms)?;
+            let adversarial = adversary.judge(&y, &pixels, &batch.pixels, anchors, &mut terms)?;
             // λ (eq. 7): the adversary pulls at the decoder's last layer as hard as the other terms do.
             let ratio = last_norm(&gradient)? / (last_norm(&adversarial.gradient)? + 1e-4);
             let lambda = ratio.clamp(0.0, MAX_ADAPTION) * adversary.weight;
@@ -126,15 +137,16 @@ impl Adversary {
     fn judge(
         &self,
         y: &Var,
+        painted: &Tensor,
         pixels: &Tensor,
         anchors: Anchors,
         terms: &mut Vec<(&'static str, f64)>,
     ) -> Result<Adversarial> {
-        let generator = self.discriminator.forward(y, true)?.mean_all()?.neg()?;
+        let generator = self.discriminator.forward(painted, true)?.mean_all()?.neg()?;
         let gradient = generator.backward()?.remove(y).context("the adversary does not see the reconstruction")?;
 
         let real = self.discriminator.forward(pixels, false)?;
-        let fake = self.discriminator.forward(&y.detach(), false)?;
+        let fake = self.discriminator.forward(&painted.detach(), false)?;
         let mut loss = discriminator::loss(self.loss, &real, &fake)?;
         terms.extend([
             ("generator", number(&generator)?),

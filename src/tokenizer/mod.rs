@@ -1,6 +1,7 @@
 //! The image tokenizer (paper §2.1): pixels to a grid of codes and back.
 
 pub mod discriminator;
+mod dvae;
 mod loss;
 mod native;
 pub mod perceptual;
@@ -15,8 +16,8 @@ pub use segments::{PixelBatch, Statistics};
 pub use tiles::CodeGrid;
 
 use crate::{
-    config,
-    error::{Result, ensure},
+    config::{self, Architecture},
+    error::{Result, bail, ensure},
     nn::{conv::Conv2d, features::Buffers, params::Scope, segment::Segment},
 };
 use candle_core::{DType, Device, Tensor};
@@ -27,12 +28,12 @@ use segments::{Decode, Encode};
 use std::rc::Rc;
 use vqgan::{Decoder, Encoder};
 
-/// A VQGAN with taming-transformers' parameter names.
+/// A VQGAN with taming-transformers' parameter names, or a dVAE with DALL-E's.
 pub struct ImageTokenizer {
     encoder: Rc<EncoderHalf>,
     decoder: Rc<DecoderHalf>,
     segments: (Encode, Decode),
-    /// Whether the hand-written pass can run: f32 on a CPU.
+    /// Whether the hand-written pass can run: a VQGAN's, f32 on a CPU.
     native: bool,
     buffers: Buffers,
     grid: usize,
@@ -40,51 +41,73 @@ pub struct ImageTokenizer {
 }
 
 /// Pixels to latents before quantisation.
-pub(crate) struct EncoderHalf {
-    encoder: Encoder,
-    quant_conv: Conv2d,
+pub(crate) enum EncoderHalf {
+    Vqgan { encoder: Encoder, quant_conv: Conv2d },
+    Dvae(dvae::Encoder),
 }
 
 impl EncoderHalf {
     fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
-        self.quant_conv.forward(&self.encoder.forward(pixels)?)
+        match self {
+            Self::Vqgan { encoder, quant_conv } => quant_conv.forward(&encoder.forward(pixels)?),
+            Self::Dvae(encoder) => encoder.forward(pixels),
+        }
     }
 
     /// The first convolution, which reads pixels, and all that follows it.
-    fn native_layers(&self) -> (&Conv2d, Vec<&dyn Layer>) {
-        let (first, mut rest) = self.encoder.layers();
-        rest.push(&self.quant_conv);
-        (first, rest)
+    fn native_layers(&self) -> Result<(&Conv2d, Vec<&dyn Layer>)> {
+        let Self::Vqgan { encoder, quant_conv } = self else { bail!("{NO_NATIVE_PASS}") };
+        let (first, mut rest) = encoder.layers();
+        rest.push(quant_conv);
+        Ok((first, rest))
     }
 }
 
 /// Quantisation, and code vectors to pixels.
 pub(crate) struct DecoderHalf {
     quantize: Quantizer,
-    post_quant_conv: Conv2d,
-    decoder: Decoder,
+    body: Body,
 }
 
+enum Body {
+    Vqgan { post_quant_conv: Conv2d, decoder: Decoder },
+    Dvae(dvae::Decoder),
+}
+
+const NO_NATIVE_PASS: &str = "a dVAE has no hand-written pass";
+
 impl DecoderHalf {
+    /// Code vectors → pixels.
     fn decode(&self, z_q: &Tensor) -> Result<Tensor> {
-        Ok(self.decode_to_last(z_q)?.1)
+        let output = self.decode_to_last(z_q)?.1;
+        match self.body {
+            Body::Vqgan { .. } => Ok(output),
+            Body::Dvae(_) => dvae::pixels(&output),
+        }
     }
 
-    /// What the last convolution reads, and pixels.
+    /// What the last convolution reads, and what it makes of it: pixels, or a dVAE's distribution of them.
     fn decode_to_last(&self, z_q: &Tensor) -> Result<(Tensor, Tensor)> {
-        self.decoder.forward(&self.post_quant_conv.forward(z_q)?)
+        match &self.body {
+            Body::Vqgan { post_quant_conv, decoder } => decoder.forward(&post_quant_conv.forward(z_q)?),
+            Body::Dvae(decoder) => decoder.forward(z_q),
+        }
     }
 
-    /// Norm of the gradient in the last convolution's weight, from its input and the gradient of the pixels.
+    /// Norm of the gradient in the last convolution's weight, from its input and the gradient of its output.
     fn last_weight_norm(&self, input: &Tensor, dy: &Tensor) -> Result<f64> {
-        self.decoder.last_weight_norm(input, dy)
+        match &self.body {
+            Body::Vqgan { decoder, .. } => decoder.last_weight_norm(input, dy),
+            Body::Dvae(decoder) => decoder.last_weight_norm(input, dy),
+        }
     }
 
-    /// All layers after the quantiser.
-    fn native_layers(&self) -> Vec<&dyn Layer> {
-        let mut layers: Vec<&dyn Layer> = vec![&self.post_quant_conv];
-        layers.extend(self.decoder.layers());
-        layers
+    /// All layers after the quantiser, and the last of them.
+    fn native_layers(&self) -> Result<(Vec<&dyn Layer>, &vqgan::Head)> {
+        let Body::Vqgan { post_quant_conv, decoder } = &self.body else { bail!("{NO_NATIVE_PASS}") };
+        let mut layers: Vec<&dyn Layer> = vec![post_quant_conv];
+        layers.extend(decoder.layers());
+        Ok((layers, decoder.head()))
     }
 }
 
@@ -110,20 +133,35 @@ impl ImageTokenizer {
             "a side of {} pixels cannot be reduced by {factor}",
             config.image_size
         );
-        let encoder = Rc::new(EncoderHalf {
-            encoder: Encoder::new(&scope.at("encoder"), config)?,
-            quant_conv: Conv2d::same(&scope.at("quant_conv"), config.latent_channels, config.code_dim, 1)?,
-        });
-        let decoder = Rc::new(DecoderHalf {
-            quantize: Quantizer::new(&scope.at("quantize"), config)?,
-            post_quant_conv: Conv2d::same(&scope.at("post_quant_conv"), config.code_dim, config.latent_channels, 1)?,
-            decoder: Decoder::new(&scope.at("decoder"), config)?,
-        });
+        let (encoder, decoder) = match config.architecture {
+            Architecture::Vqgan => Self::vqgan(scope, config)?,
+            Architecture::Dvae => {
+                let quantize = Quantizer::of_logits(&scope.at("decoder.blocks.input"), config)?;
+                let body = Body::Dvae(dvae::Decoder::new(&scope.at("decoder"), config)?);
+                let encoder = dvae::Encoder::new(&scope.at("encoder"), config)?;
+                (EncoderHalf::Dvae(encoder), DecoderHalf { quantize, body })
+            }
+        };
+        let (encoder, decoder) = (Rc::new(encoder), Rc::new(decoder));
         let segments = segments::of(scope, &encoder, &decoder, criterion);
         let (device, dtype) = decoder.quantize.place();
-        let native = device.is_cpu() && dtype == DType::F32;
+        let native = config.architecture == Architecture::Vqgan && device.is_cpu() && dtype == DType::F32;
         let (grid, buffers) = (config.image_size / factor, Buffers::default());
         Ok(Self { encoder, decoder, segments, native, buffers, grid, image_size: config.image_size })
+    }
+
+    fn vqgan(scope: &Scope, config: &config::ImageTokenizer) -> Result<(EncoderHalf, DecoderHalf)> {
+        let (latent, code) = (config.latent_channels, config.code_dim);
+        let encoder = EncoderHalf::Vqgan {
+            encoder: Encoder::new(&scope.at("encoder"), config)?,
+            quant_conv: Conv2d::same(&scope.at("quant_conv"), latent, code, 1)?,
+        };
+        let quantize = Quantizer::new(&scope.at("quantize"), config)?;
+        let body = Body::Vqgan {
+            post_quant_conv: Conv2d::same(&scope.at("post_quant_conv"), code, latent, 1)?,
+            decoder: Decoder::new(&scope.at("decoder"), config)?,
+        };
+        Ok((encoder, DecoderHalf { quantize, body }))
     }
 
     /// Height and width of the grid of codes.

@@ -146,6 +146,41 @@ fn is_judged_as_taming_transformers_judges() -> Result<()> {
     Ok(())
 }
 
+/// Against OpenAI's dVAE (scripts/golden_dalle.py): codes, distribution, pixels, likelihood and its gradients.
+#[test]
+fn a_dvae_answers_as_dall_e_does() -> Result<()> {
+    let (weights, golden) = golden(include_bytes!("../../tests/golden/dalle_dvae.safetensors"))?;
+    let config = config::ImageTokenizer {
+        architecture: config::Architecture::Dvae,
+        quantizer: config::QuantizerKind::Gumbel,
+        image_size: 32,
+        channels: 8,
+        channel_multipliers: vec![1, 2, 4, 8],
+        residual_blocks: 1,
+        codebook_size: 32,
+        code_dim: 12,
+        ..config::ImageTokenizer::default()
+    };
+    let scope = Scope::from_tensors(weights, DType::F32, &Device::Cpu);
+    let tokenizer = ImageTokenizer::new(&scope, &config)?;
+    scope.finish()?;
+    let pixels = ((nhwc(&golden["x"])? * 2.0)? - 1.0)?;
+    assert_close("logits", &tokenizer.latents(&pixels)?, &nhwc(&golden["logits"])?, 1e-4);
+    let codes = tokenizer.encode(&pixels)?;
+    assert_eq!(values(&codes.flatten_all()?), values(&golden["codes"].flatten_all()?));
+    let painted = ((tokenizer.decode(&codes)? + 1.0)? * 0.5)?;
+    assert_close("reconstruction", &painted, &nhwc(&golden["pixels"])?, 1e-4);
+
+    let z_q = tokenizer.decoder.quantize.lookup(&codes.flatten_all()?)?.reshape((2, 4, 4, 12))?;
+    let output = tokenizer.decoder.decode_to_last(&z_q)?.1;
+    assert_close("distribution", &output, &nhwc(&golden["output"])?, 1e-4);
+    let likelihood = dvae::negative_log_likelihood(&output, &pixels)?;
+    assert!((values(&likelihood)[0] - values(&golden["nll"])[0]).abs() < 1e-5);
+    let mut params = scope.params();
+    params.retain(|name, _| name.starts_with("decoder."));
+    assert_gradients(&params, &likelihood.backward()?, &golden)
+}
+
 fn fresh(config: &config::ImageTokenizer) -> Result<(ImageTokenizer, Scope)> {
     let scope = Scope::from_seed(5, DType::F32, &Device::Cpu);
     Ok((ImageTokenizer::new(&scope, config)?, scope))

@@ -37,7 +37,7 @@ use std::{
 const SHEET: (usize, usize) = (16, 8);
 
 /// The terms that the tokenizer itself is to lower; a fight with an adversary says nothing about a step.
-const LOSSES: [&str; 6] = ["l1", "l2", "lpips", "codebook", "commitment", "kl"];
+const LOSSES: [&str; 7] = ["l1", "l2", "nll", "lpips", "codebook", "commitment", "kl"];
 
 /// The image tokenizer in training.
 pub struct ImageTokenizerTask {
@@ -84,7 +84,8 @@ impl ImageTokenizerTask {
         let ([begin, end], steps) = (settings.temperature, settings.temperature_steps);
         let done = step.saturating_sub(1).min(steps) as f64 / steps as f64;
         let temperature = end + (begin - end) * (1.0 + (done * std::f64::consts::PI).cos()) / 2.0;
-        Relaxation { temperature, kl_weight: settings.kl_weight, seed: self.config.seed, step, first }
+        let kl_weight = settings.kl_weight * done;
+        Relaxation { temperature, kl_weight, seed: self.config.seed, step, first }
     }
 }
 

@@ -215,6 +215,10 @@ fn drawn_and_rounded_codes_resume_bit_by_bit() {
     config.image_tokenizer.quantizer = config::QuantizerKind::Gumbel;
     config.image_tokenizer.temperature_steps = 3;
     resumes_bit_by_bit(config.clone(), &folder.path().join("gumbel"));
+    let mut dvae = config.clone();
+    dvae.image_tokenizer.architecture = config::Architecture::Dvae;
+    (dvae.image_tokenizer.channels, dvae.image_tokenizer.l2_weight) = (8, 0.0);
+    resumes_bit_by_bit(dvae, &folder.path().join("dvae"));
     (config.image_tokenizer.quantizer, config.image_tokenizer.fsq_levels) = (config::QuantizerKind::Fsq, vec![3, 4]);
     config.image_tokenizer.code_dim = 2;
     resumes_bit_by_bit(config, &folder.path().join("fsq"));

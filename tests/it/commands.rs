@@ -37,7 +37,9 @@ fn a_result_that_cannot_be_written_is_a_failure() {
 
 #[test]
 fn what_init_prints_is_a_configuration() {
-    for name in ["emoji", "emoji-tokenizer", "emoji-vqgan", "vqgan-f8-8192", "300m", "10b"] {
+    for name in
+        ["emoji", "emoji-tokenizer", "emoji-vqgan", "emoji-dvae", "vqgan-f8-8192", "dvae-f8-8192", "300m", "10b"]
+    {
         let printed = vilg(&["config", "init", name]).output().unwrap().stdout;
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("new.toml");

@@ -1,9 +1,11 @@
 //! What others trained, as folders of ours: names and layouts of their files.
 
+mod dvae;
 mod inception;
 mod lpips;
 mod vqgan;
 
+pub use dvae::dvae;
 pub use inception::inception;
 pub use lpips::lpips;
 pub use vqgan::{Family, vqgan};

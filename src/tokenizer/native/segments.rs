@@ -37,7 +37,7 @@ fn tensor(features: Features) -> Result<Tensor> {
 impl EncoderHalf {
     /// Pixels → latents.
     fn native(&self, pixels: Features, buffers: &Buffers) -> Result<(Tensor, Vec<Kept>)> {
-        let (first, rest) = self.native_layers();
+        let (first, rest) = self.native_layers()?;
         let mut x = buffers.take(first.output(pixels.shape)?);
         first.run(&pixels, None, &mut x)?;
         let (z, mut kept) = forward(&rest, x, buffers)?;
@@ -48,7 +48,7 @@ impl EncoderHalf {
     /// Pixels → latents, without a way back.
     pub(in crate::tokenizer) fn infer(&self, pixels: &Tensor) -> Result<Tensor> {
         let buffers = Buffers::default();
-        let (first, mut layers) = self.native_layers();
+        let (first, mut layers) = self.native_layers()?;
         layers.insert(0, first);
         tensor(infer(&layers, features(pixels, &buffers)?, &buffers)?)
     }
@@ -58,7 +58,7 @@ impl DecoderHalf {
     /// Code vectors → pixels, without a way back.
     pub(in crate::tokenizer) fn infer(&self, z_q: &Tensor) -> Result<Tensor> {
         let buffers = Buffers::default();
-        tensor(infer(&self.native_layers(), features(z_q, &buffers)?, &buffers)?)
+        tensor(infer(&self.native_layers()?.0, features(z_q, &buffers)?, &buffers)?)
     }
 }
 
@@ -85,7 +85,7 @@ impl Segment<PixelBatch> for Native<'_, Encode> {
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let mut kept = *saved.downcast::<Vec<Kept>>().ok().context("what another segment saved")?;
-        let (first, rest) = self.segment.half.native_layers();
+        let (first, rest) = self.segment.half.native_layers()?;
         let dy = features(&dy.context("the encoder is not the last segment")?, self.buffers)?;
         let pixels = kept.remove(0).take()?;
         let dx = backward(&rest, kept, dy, self.buffers, gradients)?;
@@ -121,8 +121,8 @@ impl Segment<PixelBatch> for Native<'_, Decode> {
         let half = &self.segment.half;
         let z = Var::from_tensor(z)?;
         let quantized = half.quantize.forward(&z, batch.relaxation)?;
-        let (y, layers) = forward(&half.native_layers(), features(&quantized.z_q, self.buffers)?, self.buffers)?;
-        let head = half.decoder.head();
+        let (native, head) = half.native_layers()?;
+        let (y, layers) = forward(&native, features(&quantized.z_q, self.buffers)?, self.buffers)?;
         let input = head.input(layers.last().context("a decoder without layers")?, self.buffers)?;
         let judged = self.segment.criterion.judge(&tensor(y)?, batch, |dy| half.last_weight_norm(&input, dy))?;
         let (mut terms, mut loss, own) = (judged.terms, judged.loss, judged.own);
@@ -151,7 +151,7 @@ impl Segment<PixelBatch> for Native<'_, Decode> {
         for (name, gradient) in own {
             gradients.add(&name, (gradient * batch.loss_scale)?)?;
         }
-        let dz_q = tensor(backward(&half.native_layers(), layers, dy, self.buffers, gradients)?)?;
+        let dz_q = tensor(backward(&half.native_layers()?.0, layers, dy, self.buffers, gradients)?)?;
         let mut loss = (quantized.z_q * dz_q)?.sum_all()?;
         for (_, term) in &quantized.losses {
             loss = (loss + (term * batch.loss_scale)?)?;

@@ -23,40 +23,67 @@ pub struct Relaxation {
     pub first: u64,
 }
 
-/// Logits from latents, and the codebook.
+/// Logits and the codebook.
 pub struct Gumbel {
-    /// `(codes, dim, 1, 1)`: a convolution in the reference.
-    weight: Tensor,
-    bias: Tensor,
-    /// `(codes, dim)`
+    /// `(codes, dim, 1, 1)` and `(codes)`, which make logits of latents; `None`: latents are logits.
+    projection: Option<(Tensor, Tensor)>,
+    /// `(codes, dim)`; of a dVAE the decoder's first convolution, `(dim, codes, 1, 1)`.
     codebook: Tensor,
+    /// Added to every code's vector: a dVAE's.
+    offset: Option<Tensor>,
 }
 
 impl Gumbel {
+    /// taming-transformers' quantiser.
     pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
         let (codes, dim) = (config.codebook_size, config.code_dim);
         let init = Init::Uniform((dim as f64).powf(-0.5));
         let proj = scope.at("proj");
         Ok(Self {
-            weight: proj.get("weight", (codes, dim, 1, 1), init)?,
-            bias: proj.get("bias", codes, init)?,
+            projection: Some((proj.get("weight", (codes, dim, 1, 1), init)?, proj.get("bias", codes, init)?)),
             codebook: scope.at("embed").get("weight", (codes, dim), Init::Normal(1.0))?,
+            offset: None,
         })
+    }
+
+    /// DALL-E's, where encoder and decoder do the rest; `input` is the scope of the decoder's first convolution.
+    pub fn of_logits(input: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        let (codes, dim) = (config.codebook_size, config.code_dim);
+        let codebook = input.get("w", (dim, codes, 1, 1), Init::Normal((codes as f64).powf(-0.5)))?;
+        Ok(Self { projection: None, codebook, offset: Some(input.get("b", dim, Init::Zeros)?) })
     }
 
     /// Number of codes.
     pub fn size(&self) -> Result<usize> {
-        Ok(self.codebook.dim(0)?)
+        Ok(self.codebook.dim(if self.offset.is_some() { 1 } else { 0 })?)
     }
 
     pub(super) fn codebook(&self) -> &Tensor {
         &self.codebook
     }
 
+    /// The codes' vectors before the offset, `(codes, dim)`.
+    fn vectors(&self) -> Result<Tensor> {
+        match self.offset {
+            Some(_) => Ok(self.codebook.flatten_from(1)?.t()?.contiguous()?),
+            None => Ok(self.codebook.clone()),
+        }
+    }
+
+    fn with_offset(&self, vectors: Tensor) -> Result<Tensor> {
+        match &self.offset {
+            Some(offset) => Ok(vectors.broadcast_add(offset)?),
+            None => Ok(vectors),
+        }
+    }
+
     /// `(rows, codes)` of latents `(.., dim)`.
     fn logits(&self, z: &Tensor) -> Result<Tensor> {
         let rows = z.reshape(((), z.dim(D::Minus1)?))?;
-        Ok(rows.matmul(&self.weight.flatten_from(1)?.t()?)?.broadcast_add(&self.bias)?)
+        match &self.projection {
+            Some((weight, bias)) => Ok(rows.matmul(&weight.flatten_from(1)?.t()?)?.broadcast_add(bias)?),
+            None => Ok(rows),
+        }
     }
 
     /// The likeliest codes `(rows)`.
@@ -66,7 +93,7 @@ impl Gumbel {
 
     /// Vectors `(rows, dim)` of codes `(rows)`.
     pub fn lookup(&self, codes: &Tensor) -> Result<Tensor> {
-        Ok(self.codebook.index_select(codes, 0)?)
+        self.with_offset(self.vectors()?.index_select(codes, 0)?)
     }
 
     /// Draws codes for latents `(.., dim)`. Gradients go through the softmax.
@@ -79,9 +106,17 @@ impl Gumbel {
     fn relaxed(&self, z: &Tensor, logits: &Tensor, noise: &Tensor, relaxation: Relaxation) -> Result<Quantized> {
         let soft = softmax(&((logits + noise)? / relaxation.temperature)?)?;
         let codes = soft.argmax(D::Minus1)?;
-        let chosen = self.one_hot(&codes)?;
-        let straight = (&soft + (chosen - soft.detach())?)?;
-        let z_q = straight.matmul(&self.codebook)?.reshape(z.shape())?;
+        // DALL-E decodes the mixture itself, taming a choice whose gradient is the mixture's.
+        let drawn = match self.projection {
+            Some(_) => (&soft + (self.one_hot(&codes)? - soft.detach())?)?,
+            None => soft,
+        };
+        let z_q = self.with_offset(drawn.matmul(&self.vectors()?)?)?;
+        let mut shape = z.dims().to_vec();
+        if let Some(last) = shape.last_mut() {
+            *last = z_q.dim(1)?;
+        }
+        let z_q = z_q.reshape(shape)?;
         let likely = softmax(logits)?;
         let log_ratio = ((&likely * self.size()? as f64)? + 1e-10)?.log()?;
         let kl = ((likely * log_ratio)?.sum(D::Minus1)?.mean_all()? * relaxation.kl_weight)?;

@@ -40,6 +40,11 @@ impl Quantizer {
         })
     }
 
+    /// A dVAE's, whose latents are logits; `input` is the scope of the decoder's first convolution.
+    pub fn of_logits(input: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        Ok(Self::Gumbel(Gumbel::of_logits(input, config)?))
+    }
+
     /// Number of codes.
     pub fn size(&self) -> Result<usize> {
         match self {
