@@ -45,8 +45,8 @@ pub struct Statistics {
     pub terms: Vec<(&'static str, f64)>,
     /// Codes chosen.
     pub codes: Vec<u32>,
-    /// Encoder outputs `(batch, h, w, code_dim)`.
-    pub latents: Tensor,
+    /// Encoder outputs `(batch, h, w, code_dim)`, where dead codes may begin anew as one of them.
+    pub latents: Option<Tensor>,
 }
 
 impl Statistics {
@@ -111,8 +111,8 @@ impl Taped<PixelBatch> for Decode {
         let judged = self.criterion.judge(&y.detach(), batch, |dy| self.half.last_weight_norm(&last, dy))?;
         let mut terms = judged.terms;
         quantized.losses.iter().try_for_each(|(name, loss)| number(loss).map(|loss| terms.push((*name, loss))))?;
-        *batch.statistics.borrow_mut() =
-            Some(Statistics { terms, codes: quantized.codes.to_vec1()?, latents: z.detach() });
+        let (codes, latents) = (quantized.codes.to_vec1()?, self.half.quantize.restarts().then(|| z.detach()));
+        *batch.statistics.borrow_mut() = Some(Statistics { terms, codes, latents });
         // Terms linear in reconstruction and discriminator: their gradients are those that were found.
         let mut linear = (&y * judged.gradient.detach())?.sum_all()?;
         for (name, gradient) in judged.own {

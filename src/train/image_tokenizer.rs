@@ -75,9 +75,7 @@ impl ImageTokenizerTask {
             seen: None,
         })
     }
-}
 
-impl ImageTokenizerTask {
     /// How the codes of pictures from position `first` of the step are drawn.
     fn relaxation(&self, step: u64, first: u64) -> Relaxation {
         let settings = &self.config.image_tokenizer;
@@ -94,8 +92,8 @@ fn merge(parts: Vec<(f64, Statistics)>) -> Result<Statistics> {
     let (_, first) = parts.first().context("a step without pictures")?;
     let mean = |name| parts.iter().map(|(share, part)| share * part.term(name)).sum();
     let terms = first.terms.iter().map(|(name, _)| (*name, mean(name))).collect();
-    let latents: Vec<&Tensor> = parts.iter().map(|(_, part)| &part.latents).collect();
-    let latents = Tensor::cat(&latents, 0)?;
+    let latents: Option<Vec<&Tensor>> = parts.iter().map(|(_, part)| part.latents.as_ref()).collect();
+    let latents = latents.map(|latents| Tensor::cat(&latents, 0)).transpose()?;
     let codes = parts.iter().flat_map(|(_, part)| part.codes.iter().copied()).collect();
     Ok(Statistics { terms, codes, latents })
 }
@@ -105,10 +103,13 @@ fn gather(group: &Group, ours: Statistics) -> Result<Statistics> {
     let means = group.sum(&ours.terms.iter().map(|(_, mean)| *mean).collect::<Vec<_>>())?;
     let terms = ours.terms.iter().zip(means).map(|((name, _), mean)| (*name, mean)).collect();
     let codes = group.gather(ours.codes)?.iter().flat_map(|codes| codes.iter().copied()).collect();
-    let (_, height, width, dim) = ours.latents.dims4()?;
-    let latents: Vec<f32> =
-        group.gather(ours.latents.flatten_all()?.to_vec1()?)?.iter().flat_map(|part| part.iter().copied()).collect();
-    let latents = Tensor::from_vec(latents, ((), height, width, dim), ours.latents.device())?;
+    let all = |ours: Tensor| -> Result<Tensor> {
+        let (_, height, width, dim) = ours.dims4()?;
+        let parts = group.gather(ours.flatten_all()?.to_vec1()?)?;
+        let values: Vec<f32> = parts.iter().flat_map(|part| part.iter().copied()).collect();
+        Ok(Tensor::from_vec(values, ((), height, width, dim), ours.device())?)
+    };
+    let latents = ours.latents.map(all).transpose()?;
     Ok(Statistics { terms, codes, latents })
 }
 
@@ -167,8 +168,9 @@ impl Task for ImageTokenizerTask {
             self.anchors.follow(term("logits_real"), term("logits_fake"), term("discriminator_accuracy"));
         }
         let (after, seed) = (self.config.image_tokenizer.restart_after, self.config.seed);
-        let Quantizer::Nearest(quantizer) = self.model.quantizer() else { return Ok(()) };
-        quantizer.restart_dead_codes(&mut self.last_used, &seen.latents, &seen.codes, after, seed, step)?;
+        if let (Quantizer::Nearest(quantizer), Some(latents)) = (self.model.quantizer(), &seen.latents) {
+            quantizer.restart_dead_codes(&mut self.last_used, latents, &seen.codes, after, seed, step)?;
+        }
         Ok(())
     }
 

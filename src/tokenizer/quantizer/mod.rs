@@ -54,6 +54,11 @@ impl Quantizer {
         }
     }
 
+    /// Whether codes that nobody chooses can begin anew.
+    pub fn restarts(&self) -> bool {
+        matches!(self, Self::Nearest(_))
+    }
+
     /// Where it computes, and in what.
     pub fn place(&self) -> (&Device, DType) {
         let tensor = match self {
