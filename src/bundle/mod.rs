@@ -171,7 +171,7 @@ impl Bundle {
         let settings = ImageTokenizer { path: String::new(), ..folder.config.image_tokenizer.clone() };
         let mut settings = toml::Table::try_from(settings)?;
         // What it was trained against changes no code. Digests are as old as shards of codes: later keys stay out.
-        settings.retain(|key, _| !TRAINING_KEYS.iter().any(|training| key == *training));
+        settings.retain(|key, _| !TRAINING_KEYS.contains(&key));
         if folder.config.image_tokenizer.quantizer == QuantizerKind::Nearest {
             settings.retain(|key, _| key != "quantizer" && key != "fsq_levels" && key != "architecture");
         }

@@ -125,12 +125,8 @@ impl Pair {
 /// The pictures in the tokenizer's size.
 fn read(tokenizer: &ImageTokenizer, settings: &Settings) -> Result<Vec<RgbImage>> {
     let dataset = open(settings.data, Kind::Pictures(tokenizer.image_size() as u32))?;
-    let places: Vec<(usize, u64)> = dataset
-        .sources
-        .iter()
-        .enumerate()
-        .flat_map(|(i, shards)| (0..shards.len()).map(move |j| (i, j as u64)))
-        .collect();
+    let places: Vec<(usize, u64)> =
+        dataset.sources.iter().enumerate().flat_map(|(i, shards)| (0..shards.len()).map(move |j| (i, j))).collect();
     let count = if settings.samples == 0 { places.len() } else { settings.samples };
     let chosen = choose(count, places.len(), settings.seed, "eval pictures", 0);
     let read: Vec<_> = chosen.into_par_iter().map(|i| dataset.read(places[i].0, places[i].1)).collect();

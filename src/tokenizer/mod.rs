@@ -42,7 +42,7 @@ pub struct ImageTokenizer {
 
 /// Pixels to latents before quantisation.
 pub(crate) enum EncoderHalf {
-    Vqgan { encoder: Encoder, quant_conv: Conv2d },
+    Vqgan { encoder: Box<Encoder>, quant_conv: Conv2d },
     Dvae(dvae::Encoder),
 }
 
@@ -70,7 +70,7 @@ pub(crate) struct DecoderHalf {
 }
 
 enum Body {
-    Vqgan { post_quant_conv: Conv2d, decoder: Decoder },
+    Vqgan { post_quant_conv: Conv2d, decoder: Box<Decoder> },
     Dvae(dvae::Decoder),
 }
 
@@ -153,13 +153,13 @@ impl ImageTokenizer {
     fn vqgan(scope: &Scope, config: &config::ImageTokenizer) -> Result<(EncoderHalf, DecoderHalf)> {
         let (latent, code) = (config.latent_channels, config.code_dim);
         let encoder = EncoderHalf::Vqgan {
-            encoder: Encoder::new(&scope.at("encoder"), config)?,
+            encoder: Box::new(Encoder::new(&scope.at("encoder"), config)?),
             quant_conv: Conv2d::same(&scope.at("quant_conv"), latent, code, 1)?,
         };
         let quantize = Quantizer::new(&scope.at("quantize"), config)?;
         let body = Body::Vqgan {
             post_quant_conv: Conv2d::same(&scope.at("post_quant_conv"), code, latent, 1)?,
-            decoder: Decoder::new(&scope.at("decoder"), config)?,
+            decoder: Box::new(Decoder::new(&scope.at("decoder"), config)?),
         };
         Ok((encoder, DecoderHalf { quantize, body }))
     }
