@@ -21,7 +21,7 @@ use candle_core::Tensor;
 use image::{RgbImage, imageops};
 use rayon::prelude::*;
 use serde::Serialize;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 /// Pictures that go through a tokenizer at once.
 const BATCH: usize = 16;
@@ -70,7 +70,7 @@ pub struct Outcome {
 /// The data cannot be read.
 pub fn run(tokenizer: &ImageTokenizer, settings: &Settings, shown: usize) -> Result<Outcome> {
     let originals = read(tokenizer, settings)?;
-    let (mut codes, mut lpips, mut pairs) = (HashMap::<u32, usize>::new(), Vec::new(), Vec::new());
+    let (mut codes, mut lpips, mut pairs) = (BTreeMap::<u32, usize>::new(), Vec::new(), Vec::new());
     let (mut vgg, mut inception, mut similar) = (Pair::default(), Pair::default(), Vec::new());
     let bar = report::bar(originals.len() as u64, "reconstructing");
     for batch in originals.chunks(BATCH) {
