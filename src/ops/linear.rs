@@ -11,7 +11,7 @@ use super::{
     slices::{by_dtype, fresh, slice, storage, tensor, view},
 };
 use crate::{config::Precision, error::Result};
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Tensor, backend::BackendStorage};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
 /// `x (.., in)`, `w (out, in)`, `b (out)` → `(.., out)`.
@@ -37,6 +37,11 @@ pub fn linear_in(precision: Precision, x: &Tensor, w: &Tensor, b: &Tensor) -> Re
     };
     let y = composed(&x.to_dtype(dtype)?, &w.to_dtype(dtype)?, None)?;
     Ok(y.to_dtype(x.dtype())?.broadcast_add(b)?)
+}
+
+/// Whether training's linear layers round their weights to bf16 here, so that nobody misses what rounding takes.
+pub fn rounds_to_bf16(precision: Precision, device: &Device) -> bool {
+    precision == Precision::Bf16 && (!device.is_cpu() || Bf16Unit::get().is_some())
 }
 
 /// The same from stock candle ops.

@@ -108,7 +108,7 @@ impl<'a> Memory<'a> {
         &self.shares
     }
 
-    /// Bytes of a weight that products multiply; the same go over the wire.
+    /// Bytes of a weight that products multiply.
     fn weight(&self) -> u64 {
         match self.config.train.precision {
             Precision::Bf16 | Precision::F16 => 2,
@@ -169,23 +169,28 @@ impl<'a> Memory<'a> {
     }
 
     /// What a GPU sends a step: its N-th part stays where it is. What it owns goes to its likes in other replicas as
-    /// often as gradients are summed.
+    /// often as gradients are summed. Gradients are fp32 on their way; in bf16, weights (of linear layers, nearly all) are not.
     fn traffic(&self, stage: u8) -> u64 {
-        let (passes, sums) = match stage {
-            0 | 1 => (2, 1), // gradients to their owners, weights (stage 0: sums) back
-            2 => (1 + self.micro_steps(), self.micro_steps()),
-            _ => (3 * self.micro_steps(), self.micro_steps()),
+        // How often the sums of gradients go to their owners, and weights (stage 0: the sums) to all.
+        let (sums, weights) = match stage {
+            0 | 1 => (1, 1),
+            2 => (self.micro_steps(), 1),
+            _ => (self.micro_steps(), 2 * self.micro_steps()),
         };
-        let weight = u128::from(self.weight());
-        let bytes = |passes: u64, elements: u64, ranks: usize| {
-            weight * u128::from(passes) * u128::from(elements) * (ranks as u128 - 1) / ranks as u128
+        let weight = match self.config.train.precision {
+            Precision::Bf16 if stage > 0 => 2,
+            _ => 4,
         };
+        let bytes = |a_number: u64, elements: u64, ranks: usize| {
+            u128::from(a_number) * u128::from(elements) * (ranks as u128 - 1) / ranks as u128
+        };
+        let a_number = GRADIENT * sums + weight * weights;
         let Shares { world_size, ranks, largest, .. } = self.shares;
         let (world_size, ranks) = (world_size.max(1), ranks.max(1));
         let total = self.shares.total();
         let all = match stage {
-            0 => bytes(passes, total, world_size),
-            _ => bytes(passes, total, ranks) + bytes(2 * sums, largest, (world_size / ranks).max(1)),
+            0 => bytes(a_number, total, world_size),
+            _ => bytes(a_number, total, ranks) + bytes(2 * GRADIENT * sums, largest, (world_size / ranks).max(1)),
         };
         u64::try_from(all).unwrap_or(u64::MAX)
     }

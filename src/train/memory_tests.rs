@@ -71,10 +71,10 @@ fn traffic_counts_collectives() {
     let config = paper();
     let sizes = Sizes::of(&config).unwrap();
     let memory = Memory::new(&config, &sizes, 64);
-    let whole = 2.0 * memory.shares().total() as f64 * 63.0 / 64.0; // bf16 of all parameters but one's own
+    let whole = 2.0 * memory.shares().total() as f64 * 63.0 / 64.0; // bf16 of all parameters but one's own; a gradient is twice as long
     let parts = 2.0 * config.train.accumulation as f64; // in each of two directions
     let row = |stage| memory.row(Settings { stage, ..Settings::of(&config) }, 0).traffic_bytes as f64 / whole;
-    for (stage, expected) in [(0, 2.0), (1, 2.0), (2, 1.0 + parts), (3, 3.0 * parts)] {
+    for (stage, expected) in [(0, 4.0), (1, 3.0), (2, 1.0 + 2.0 * parts), (3, 4.0 * parts)] {
         assert!((row(stage) - expected).abs() < 1e-6, "stage {stage}: {}", row(stage));
     }
     let alone = Memory::new(&config, &sizes, 1);
@@ -83,7 +83,7 @@ fn traffic_counts_collectives() {
     let mut config = paper();
     config.train.shard_ranks = 8;
     let row = Memory::new(&config, &sizes, 64).row(Settings { stage: 3, ..Settings::of(&config) }, 0);
-    let expected = whole * 64.0 / 63.0 * 7.0 / 8.0 * parts * (3.0 + 2.0 / 8.0);
+    let expected = whole * 64.0 / 63.0 * 7.0 / 8.0 * parts * (4.0 + 4.0 / 8.0);
     assert!((row.traffic_bytes as f64 / expected - 1.0).abs() < 1e-3, "{}", row.traffic_bytes as f64 / expected);
 }
 

@@ -2,7 +2,10 @@
 //!
 //! Moments are f32 on the host, in order of name, whatever the weights' dtype and device; `train.offload` says where.
 
-use super::{owned::Owned, shards::Shards};
+use super::{
+    owned::Owned,
+    shards::{Handling, Shards},
+};
 use crate::{
     config::{MatrixOptimizer, Train},
     error::{Result, bail},
@@ -99,6 +102,11 @@ pub fn is_muons_by_shape(config: &Train, name: &str, shape: &[usize]) -> bool {
     config.matrix_optimizer == MatrixOptimizer::Muon && is_block_matrix(name, shape)
 }
 
+/// What the shards do with a parameter; `rounded`: linear layers round their weights to bf16 on every rank.
+pub fn handling(config: &Train, rounded: bool, name: &str, var: &Var) -> Handling {
+    Handling { whole: is_muons(config, name, var), rounded: rounded && is_block_matrix(name, var.dims()) }
+}
+
 /// What the moments of a parameter are called in a checkpoint.
 pub fn kinds(config: &Train, name: &str, var: &Var) -> &'static [&'static str] {
     if is_muons(config, name, var) { &["muon"] } else { &["adamw_m", "adamw_v"] }
@@ -107,7 +115,7 @@ pub fn kinds(config: &Train, name: &str, var: &Var) -> &'static [&'static str] {
 /// Elements from which a parameter has all threads for itself; below, parameters are updated side by side.
 const LARGE: usize = 1 << 22;
 
-/// A matrix of a transformer block: what Muon is for.
+/// A matrix of a transformer block, that of a linear layer: what Muon is for.
 fn is_block_matrix(name: &str, shape: &[usize]) -> bool {
     name.starts_with("blocks.") && shape.len() == 2
 }

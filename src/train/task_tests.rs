@@ -1,6 +1,6 @@
 //! Both tasks on tiny data: stopped and resumed ≡ uninterrupted, parts of a step ≡ the whole step.
 
-use super::{generator::GeneratorTask, image_tokenizer::ImageTokenizerTask, *};
+use super::{generator::GeneratorTask, image_tokenizer::ImageTokenizerTask, shards::Handling, *};
 use crate::{
     bundle::Bundle,
     config::{self, MatrixOptimizer, Model, Source, Text},
@@ -254,8 +254,16 @@ fn step_in_parts(mut config: Config, make: impl Fn(&Config) -> Box<dyn Task>) {
         config.train.accumulation = accumulation;
         config.train.recompute = recompute;
         let (group, mut task) = (Group::alone(), make(&config));
-        let mut shards =
-            Shards::new(&group, 0, Store::Memory, task.params(), &task.units(), |_, _| false, |_| Ok(None)).unwrap();
+        let mut shards = Shards::new(
+            &group,
+            0,
+            Store::Memory,
+            task.params(),
+            &task.units(),
+            |_, _| Handling::default(),
+            |_| Ok(None),
+        )
+        .unwrap();
         let measured = task.gradients(1, 1.0, &mut shards).unwrap();
         (copies(shards.reduced()), measured.losses)
     };
@@ -287,8 +295,16 @@ fn one_direction_alone_passes_the_gate() {
         config.train.text_loss_weight = text;
         let group = Group::alone();
         let mut task = GeneratorTask::new(&config, &group).unwrap();
-        let mut shards =
-            Shards::new(&group, 0, Store::Memory, task.params(), &task.units(), |_, _| false, |_| Ok(None)).unwrap();
+        let mut shards = Shards::new(
+            &group,
+            0,
+            Store::Memory,
+            task.params(),
+            &task.units(),
+            |_, _| Handling::default(),
+            |_| Ok(None),
+        )
+        .unwrap();
         let measured = task.gradients(1, 1.0, &mut shards).unwrap();
         assert_eq!(measured.losses.len(), 1);
         let complete = |names: &[&String]| gradients::check_complete(names, &shards.sizes(names).unwrap());

@@ -9,7 +9,7 @@ use crate::{
     dist::Group,
     error::{Result, ensure, failed},
     nn::gradients,
-    ops::Store,
+    ops::{self, Store},
     report, runtime,
 };
 use candle_core::Var;
@@ -75,13 +75,17 @@ impl<'a> Trainer<'a> {
         if settings.overlap {
             group.overlap()?;
         }
-        let whole = |name: &str, var: &Var| optimizer::is_muons(settings, name, var);
+        let rounded = ops::rounds_to_bf16(settings.precision, &runtime::device()?);
+        // A processor without bf16 wants all of every weight.
+        let rounded = group.gather(vec![u8::from(rounded)])?.iter().all(|rank| rank[0] == 1);
+        let handling = |name: &str, var: &Var| optimizer::handling(settings, rounded, name, var);
         let store = match settings.offload {
             Offload::Cpu => Store::Memory,
             Offload::Disk => Store::Disk(folder.offload(group.rank())),
         };
         let fresh = |name: &str| task.fresh(name);
-        let mut shards = Shards::new(group, settings.shard_stage, store, task.params(), &task.units(), whole, fresh)?;
+        let mut shards =
+            Shards::new(group, settings.shard_stage, store, task.params(), &task.units(), handling, fresh)?;
         let run = RunState::start(config, task, &mut shards, &folder.checkpoints(), resume)?;
         folder.begin(config, run.step)?;
         let saving = Saving::new(group, folder.checkpoints(), settings.keep_checkpoints);

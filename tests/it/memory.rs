@@ -19,7 +19,7 @@ use vilg::{
         ema, engine,
         held::held,
         optimizer::Optimizer,
-        shards::{Shards, names},
+        shards::{Handling, Shards, names},
         sizes::{Sizes, starts_empty},
     },
 };
@@ -90,7 +90,7 @@ fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
         Store::Memory,
         &scope.params(),
         &names(&segments),
-        |_, _| false,
+        |_, _| Handling::default(),
         fresh,
     )?;
     group.barrier()?;

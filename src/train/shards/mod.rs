@@ -13,6 +13,8 @@
 //! The stages are ZeRO's (arXiv 1910.02054). All of them are this one policy over the same engine and the same
 //! [`layout`](super::layout); one rank is the case in which nothing moves.
 //!
+//! In bf16, weights that products round before use travel rounded (see [`Handling`]): half the traffic, the same bits.
+//!
 //! Where the group's collectives run beside computation, the next segment's weights are under way while a segment
 //! computes, and so are the last one's gradients; stages 0 and 1 send theirs during a step's last backward pass. What
 //! arrives is added in the same order either way, so that the bits are the same.
@@ -32,11 +34,20 @@ use crate::{
 };
 use candle_core::{Device, Tensor, Var};
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     ops::Range,
     sync::LazyLock,
 };
 use traffic::{Going, Parts};
+
+/// What a parameter wants of its shards.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Handling {
+    /// It must lie on one rank.
+    pub whole: bool,
+    /// Whatever reads it rounds it to bf16 first, so that other ranks need no more of it.
+    pub rounded: bool,
+}
 
 /// This rank's weights and gradients.
 pub struct Shards<'g> {
@@ -46,6 +57,8 @@ pub struct Shards<'g> {
     units: Vec<Unit>,
     /// This rank's range of every parameter of which it owns something.
     owned: BTreeMap<String, Range<usize>>,
+    /// Parameters that travel in bf16.
+    rounded: BTreeSet<String>,
     /// Where the state lies that only the optimizer touches.
     store: Store,
     /// Stage 3: the weights in `owned`; the variables are empty between uses.
@@ -77,7 +90,7 @@ impl Shards<'static> {
     pub fn alone<B>(chain: &Chain<B>) -> Result<Self> {
         static ALONE: LazyLock<Group> = LazyLock::new(Group::alone);
         let params = chain.iter().flat_map(|segment| segment.params().clone()).collect();
-        Self::new(&ALONE, 0, Store::Memory, &params, &names(chain), |_, _| false, |_| Ok(None))
+        Self::new(&ALONE, 0, Store::Memory, &params, &names(chain), |_, _| Handling::default(), |_| Ok(None))
     }
 }
 
@@ -87,21 +100,20 @@ pub fn names<B>(chain: &Chain<B>) -> Vec<Vec<String>> {
 }
 
 impl<'g> Shards<'g> {
-    /// Shards the parameters, of which `units` lists the names by segment; `whole` says which cannot be cut. The
-    /// parameters must be equal on all ranks, or be empty (stage 3): `fresh` then gives all elements of one.
+    /// Shards the parameters, of which `units` lists the names by segment, as `handling` wants each. The parameters must be equal on all ranks, or be empty (stage 3): `fresh` then gives all elements of one.
     pub fn new(
         group: &'g Group,
         stage: u8,
         store: Store,
         params: &Params,
         units: &[Vec<String>],
-        whole: impl Fn(&str, &Var) -> bool,
+        handling: impl Fn(&str, &Var) -> Handling,
         fresh: impl Fn(&str) -> Result<Option<Vec<f32>>>,
     ) -> Result<Self> {
         // One rank, or replicas: each rank owns everything.
         let stage = if group.shard_ranks() == 1 { 0 } else { stage };
         let owners = if stage == 0 { 1 } else { group.shard_ranks() };
-        let entries = units.iter().map(|names| names.iter().map(|name| entry(params, name, &whole)).collect());
+        let entries = units.iter().map(|names| names.iter().map(|name| entry(params, name, &handling)).collect());
         let entries = entries.collect::<Result<Vec<Vec<Entry>>>>()?;
         let pieces = layout(&entries, owners);
         let ours = if stage == 0 { 0 } else { group.shard_rank() };
@@ -111,11 +123,13 @@ impl<'g> Shards<'g> {
         ensure!(covered == all, "{covered} of {all} weights belong to exactly one segment");
         let units = pieces.into_iter().map(|pieces| Unit { pieces, here: true, sent: false }).collect();
         let (gradients, sums) = (Gradients::default(), Gradients::default());
+        let rounded = params.iter().filter(|(name, var)| handling(name, var).rounded);
+        let rounded = rounded.map(|(name, _)| name.clone()).collect();
         let params = params.clone();
         let weights = BTreeMap::new();
         let (coming, going, last) = (None, None, false);
         let mut shards =
-            Self { group, stage, params, units, owned, store, weights, gradients, sums, coming, going, last };
+            Self { group, stage, params, units, owned, rounded, store, weights, gradients, sums, coming, going, last };
         if stage == 3 {
             // One after the other: they may not fit together.
             for (name, range) in &shards.owned {
@@ -197,7 +211,7 @@ impl<'g> Shards<'g> {
         if !self.units[unit].here {
             let parts = match self.coming.take() {
                 Some((coming, parts)) if coming == unit => parts,
-                _ => self.send_weights(unit, Self::part)?,
+                _ => self.send_weights(unit)?,
             };
             for (name, values) in self.whole(unit, parts)? {
                 ops::replace(&self.params[&name], values)?;
@@ -205,7 +219,7 @@ impl<'g> Shards<'g> {
             self.units[unit].here = true;
         }
         if let Some(next) = next.filter(|next| self.group.overlaps() && !self.units[*next].here) {
-            self.coming = Some((next, self.send_weights(next, Self::part)?));
+            self.coming = Some((next, self.send_weights(next)?));
         }
         Ok(())
     }
@@ -254,18 +268,22 @@ impl<'g> Shards<'g> {
             return Ok(());
         }
         let elsewhere = self.params.values().any(|var| !var.device().is_cpu());
-        let mut coming = self.send_weights(0, Self::part)?;
+        let mut coming = self.send_weights(0)?;
         for unit in 0..self.units.len() {
-            let next = if unit + 1 < self.units.len() { Some(self.send_weights(unit + 1, Self::part)?) } else { None };
+            let next = if unit + 1 < self.units.len() { Some(self.send_weights(unit + 1)?) } else { None };
             if elsewhere {
                 // Each weight goes to the device once, not once a piece.
                 for (name, values) in self.whole(unit, coming)? {
                     ops::replace(&self.params[&name], values)?;
                 }
             } else {
-                self.receive_weights(unit, coming, |piece, part| {
-                    let write = |weights: &mut [f32]| weights[piece.range.clone()].copy_from_slice(part);
-                    Ok(ops::with_slice_mut(&self.params[&piece.name], write)?)
+                self.receive_weights(unit, coming, |arrived| {
+                    // What this rank owns is there already, and exact.
+                    if arrived.rank == self.group.shard_rank() {
+                        return Ok(());
+                    }
+                    let write = |weights: &mut [f32]| arrived.write(&mut weights[arrived.piece.range.clone()]);
+                    Ok(ops::with_slice_mut(&self.params[&arrived.piece.name], write)?)
                 })?;
             }
             let Some(next) = next else { break };
@@ -319,7 +337,7 @@ impl<'g> Shards<'g> {
             full = parts.collect::<Result<_>>()?;
         } else {
             for unit in 0..self.units.len() {
-                let whole = self.whole(unit, self.send_weights(unit, &part)?)?;
+                let whole = self.whole(unit, self.send_exactly(unit, &part)?)?;
                 if self.group.leads() {
                     full.extend(whole);
                 }
@@ -348,7 +366,10 @@ impl<'g> Shards<'g> {
     }
 }
 
-fn entry(params: &Params, name: &String, whole: impl Fn(&str, &Var) -> bool) -> Result<Entry> {
+fn entry(params: &Params, name: &String, handling: impl Fn(&str, &Var) -> Handling) -> Result<Entry> {
     let var = params.get(name).with_context(|| format!("a segment holds `{name}`, which is no parameter"))?;
-    Ok(Entry { name: name.clone(), len: var.elem_count(), whole: whole(name, var) })
+    Ok(Entry { name: name.clone(), len: var.elem_count(), whole: handling(name, var).whole })
 }
+
+#[cfg(test)]
+mod tests;

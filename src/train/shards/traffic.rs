@@ -11,7 +11,25 @@ use candle_core::Shape;
 use std::{collections::HashMap, sync::Arc};
 
 /// Every rank's part of a unit, in rank order.
-pub type Parts = Pending<Vec<Arc<Vec<f32>>>>;
+pub struct Parts {
+    words: Pending<Vec<Arc<Vec<f32>>>>,
+    /// Whether weights that products round came rounded, two in a word.
+    rounded: bool,
+}
+
+/// A piece as it came.
+pub struct Arrived<'a> {
+    pub rank: usize,
+    pub piece: &'a Piece,
+    words: &'a [f32],
+    rounded: bool,
+}
+
+impl Arrived<'_> {
+    pub fn write(&self, values: &mut [f32]) {
+        if self.rounded { ops::bf16_pairs::unpack(self.words, values) } else { values.copy_from_slice(self.words) }
+    }
+}
 
 pub struct Going {
     /// What of the unit this rank gets the sums of.
@@ -23,24 +41,52 @@ impl Shards<'_> {
     /// Whole parameters of a unit, put together from what the ranks that own them sent.
     pub(super) fn whole(&self, unit: usize, parts: Parts) -> Result<HashMap<String, Vec<f32>>> {
         let mut full = HashMap::new();
-        self.receive_weights(unit, parts, |piece, values| {
-            let len = self.params[&piece.name].elem_count();
-            let whole = full.entry(piece.name.clone()).or_insert_with(|| vec![0.0; len]);
-            whole[piece.range.clone()].copy_from_slice(values);
-            Ok(())
+        self.receive_weights(unit, parts, |arrived| {
+            let name = &arrived.piece.name;
+            let len = self.params[name].elem_count();
+            let whole = full.entry(name.clone()).or_insert_with(|| vec![0.0; len]);
+            let ours = &mut whole[arrived.piece.range.clone()];
+            if arrived.rounded && arrived.rank == self.group.shard_rank() {
+                // The optimizer may find its weights in the variable that these become.
+                self.with_part(name, |weights| ours.copy_from_slice(weights))
+            } else {
+                arrived.write(ours);
+                Ok(())
+            }
         })?;
         Ok(full)
     }
 
+    /// Sends this rank's weights of a unit to all ranks: in bf16 those that every product rounds to it before use.
+    pub(super) fn send_weights(&self, unit: usize) -> Result<Parts> {
+        self.send(unit, true, |name, words| {
+            self.with_part(name, |weights| match self.rounded.contains(name) {
+                true => ops::bf16_pairs::pack(weights, words),
+                false => words.extend_from_slice(weights),
+            })
+        })
+    }
+
     /// Sends what `part` gives of this rank's part of a unit to all ranks.
-    pub(super) fn send_weights(&self, unit: usize, part: impl Fn(&Self, &str) -> Result<Vec<f32>>) -> Result<Parts> {
+    pub(super) fn send_exactly(&self, unit: usize, part: impl Fn(&Self, &str) -> Result<Vec<f32>>) -> Result<Parts> {
+        self.send(unit, false, |name, words| {
+            words.extend(part(self, name)?);
+            Ok(())
+        })
+    }
+
+    fn send(&self, unit: usize, rounded: bool, put: impl Fn(&str, &mut Vec<f32>) -> Result<()>) -> Result<Parts> {
         let pieces = &self.units[unit].pieces;
-        let counts: Vec<usize> = pieces.iter().map(|pieces| length(pieces)).collect();
+        let count = |pieces: &Vec<Piece>| pieces.iter().map(|piece| self.words(piece, rounded)).sum();
+        let counts: Vec<usize> = pieces.iter().map(count).collect();
         let mut ours = Vec::with_capacity(counts[self.group.shard_rank()]);
-        for piece in &pieces[self.group.shard_rank()] {
-            ours.extend(part(self, &piece.name)?);
-        }
-        self.group.all_gather(ours, &counts)
+        pieces[self.group.shard_rank()].iter().try_for_each(|piece| put(&piece.name, &mut ours))?;
+        Ok(Parts { words: self.group.all_gather(ours, &counts)?, rounded })
+    }
+
+    /// How many words a piece takes on its way.
+    fn words(&self, piece: &Piece, rounded: bool) -> usize {
+        if rounded && self.rounded.contains(&piece.name) { piece.range.len().div_ceil(2) } else { piece.range.len() }
     }
 
     /// Every rank's part of a unit, piece by piece.
@@ -48,13 +94,15 @@ impl Shards<'_> {
         &self,
         unit: usize,
         parts: Parts,
-        mut take: impl FnMut(&Piece, &[f32]) -> Result<()>,
+        mut take: impl FnMut(Arrived) -> Result<()>,
     ) -> Result<()> {
-        for (pieces, values) in self.units[unit].pieces.iter().zip(parts.wait()?) {
-            let mut rest = values.as_slice();
+        let words = parts.words.wait()?;
+        for (rank, (pieces, words)) in self.units[unit].pieces.iter().zip(words).enumerate() {
+            let mut rest = words.as_slice();
             for piece in pieces {
-                let (part, after) = rest.split_at(piece.range.len());
-                take(piece, part)?;
+                let (words, after) = rest.split_at(self.words(piece, parts.rounded));
+                let rounded = parts.rounded && self.rounded.contains(&piece.name);
+                take(Arrived { rank, piece, words, rounded })?;
                 rest = after;
             }
         }
