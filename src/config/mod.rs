@@ -120,6 +120,9 @@ pub struct ImageTokenizer {
     pub commitment: f64,
     /// taming's `legacy` quantiser: beta weighs the codebook term instead of the commitment term.
     pub legacy_beta: bool,
+    /// Weight of the codes' entropy (MaskGIT's and MAGVIT-2's, arXiv 2310.05737, eq. 4): each latent is to be sure of its
+    /// code, and all codes are to be chosen alike. Its memory is latents × codes.
+    pub entropy_weight: f64,
     /// Weight of the absolute pixel error.
     pub l1_weight: f64,
     /// Weight of the squared pixel error (eq. 1).
@@ -308,6 +311,7 @@ impl Default for ImageTokenizer {
             l2_normalize: false,
             commitment: 0.25,
             legacy_beta: false,
+            entropy_weight: 0.0,
             l1_weight: 0.0,
             l2_weight: 1.0,
             restart_after: 0,

@@ -145,6 +145,7 @@ fn image_tokenizer(check: &mut Check, t: &ImageTokenizer) {
     let weights = [
         ("kl_weight", t.kl_weight),
         ("commitment", t.commitment),
+        ("entropy_weight", t.entropy_weight),
         ("l1_weight", t.l1_weight),
         ("l2_weight", t.l2_weight),
         ("perceptual_weight", t.perceptual_weight),
@@ -278,6 +279,7 @@ mod tests {
             "image_tokenizer.residual_blocks=0",
             "image_tokenizer.codebook_size=65537",
             "image_tokenizer.commitment=-1.0",
+            "image_tokenizer.entropy_weight=-1.0",
             "image_tokenizer.l2_weight=0",
             "image_tokenizer.perceptual_weight=-1",
             "image_tokenizer.temperature=[0.0, 1.0]",

@@ -36,7 +36,8 @@ use std::{
 /// Pictures of a sample sheet, and how many stand side by side.
 const SHEET: (usize, usize) = (16, 8);
 
-/// The terms that the tokenizer itself is to lower; a fight with an adversary says nothing about a step.
+/// The terms that the tokenizer itself is to lower; a fight with an adversary says nothing about a step, and the entropy
+/// is below 0.
 const LOSSES: [&str; 7] = ["l1", "l2", "nll", "lpips", "codebook", "commitment", "kl"];
 
 /// The image tokenizer in training.

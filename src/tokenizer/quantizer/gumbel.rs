@@ -1,7 +1,7 @@
 //! Gumbel-softmax quantisation (arXiv 1611.01144; DALL-E, 2102.12092): a code is drawn from logits, and the softmax of
 //! noisy logits over a temperature stands for it in the gradient. Names are taming-transformers'.
 
-use super::Quantized;
+use super::{Quantized, softmax};
 use crate::{
     config,
     error::Result,
@@ -130,11 +130,6 @@ impl Gumbel {
         let hits = codes.unsqueeze(1)?.broadcast_as(shape)?.eq(&all.broadcast_as(shape)?)?;
         Ok(hits.to_dtype(self.codebook.dtype())?)
     }
-}
-
-fn softmax(x: &Tensor) -> Result<Tensor> {
-    let exp = x.broadcast_sub(&x.max_keepdim(D::Minus1)?.detach())?.exp()?;
-    Ok(exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?)
 }
 
 /// Gumbel noise for logits of so many pictures.

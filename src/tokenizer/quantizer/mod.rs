@@ -9,7 +9,7 @@ use crate::{
     error::{Result, ensure},
     nn::params::Scope,
 };
-use candle_core::{DType, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use fsq::Fsq;
 use gumbel::{Gumbel, Relaxation};
 use nearest::Nearest;
@@ -101,4 +101,10 @@ impl Quantizer {
             Self::Fsq(fsq) => fsq.forward(z),
         }
     }
+}
+
+/// Over the last dimension.
+fn softmax(x: &Tensor) -> Result<Tensor> {
+    let exp = x.broadcast_sub(&x.max_keepdim(D::Minus1)?.detach())?.exp()?;
+    Ok(exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?)
 }

@@ -1,7 +1,7 @@
 //! Vector quantisation (paper §2.1, eq. 1-2; arXiv 1711.00937): each latent becomes its nearest code, and
 //! gradients pass straight through.
 
-use super::Quantized;
+use super::{Quantized, softmax};
 use crate::{
     config,
     error::Result,
@@ -14,12 +14,18 @@ use candle_core::{D, Tensor};
 /// Added to a squared length before its root.
 const NORM_EPS: f64 = 1e-12;
 
+/// Squared distance by which a code's likelihood falls by e, for the entropy.
+const TEMPERATURE: f64 = 0.01;
+/// Added to a likelihood before its logarithm.
+const LOG_EPS: f64 = 1e-8;
+
 /// The codebook.
 pub struct Nearest {
     codebook: Tensor,
     l2_normalize: bool,
     commitment: f64,
     legacy_beta: bool,
+    entropy_weight: f64,
 }
 
 impl Nearest {
@@ -31,6 +37,7 @@ impl Nearest {
             l2_normalize: config.l2_normalize,
             commitment: config.commitment,
             legacy_beta: config.legacy_beta,
+            entropy_weight: config.entropy_weight,
         })
     }
 
@@ -77,7 +84,10 @@ impl Nearest {
         let (codebook_weight, commitment_weight) = self.weights();
         let codebook = ((&z_q - z.detach())?.sqr()?.mean_all()? * codebook_weight)?;
         let commitment = ((&z - z_q.detach())?.sqr()?.mean_all()? * commitment_weight)?;
-        let losses = vec![("codebook", codebook), ("commitment", commitment)];
+        let mut losses = vec![("codebook", codebook), ("commitment", commitment)];
+        if self.entropy_weight > 0.0 {
+            losses.push(("entropy", (entropy_loss(&z, &self.normalized(&self.codebook)?)? * self.entropy_weight)?));
+        }
         Ok(Quantized { z_q: (&z + (&z_q - &z)?.detach())?, codes, losses })
     }
 
@@ -113,5 +123,46 @@ impl Nearest {
             }
         })?;
         Ok(dead.len())
+    }
+}
+
+/// How unsure latents `(.., dim)` are of their code, less how evenly they take codes `(codes, dim)`, in nats: the mean entropy
+/// of each latent's likelihoods less the entropy of their mean (arXiv 2310.05737, eq. 4, where likelihoods fall with the
+/// squared distance).
+fn entropy_loss(z: &Tensor, codes: &Tensor) -> Result<Tensor> {
+    let z = z.reshape(((), z.dim(D::Minus1)?))?;
+    // |z|² is the same for all codes.
+    let near = ((z.matmul(&codes.t()?)? * 2.0)?.broadcast_sub(&codes.sqr()?.sum(D::Minus1)?)? / TEMPERATURE)?;
+    let likely = softmax(&near)?;
+    let negative = |p: &Tensor| -> Result<Tensor> { Ok((p * (p + LOG_EPS)?.log()?)?.sum(D::Minus1)?) };
+    Ok((negative(&likely.mean(0)?)? - negative(&likely)?.mean_all()?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{assert_gradients, normal, values};
+    use candle_core::DType;
+
+    #[test]
+    fn entropy_is_the_formula_s_and_so_are_its_gradients() -> Result<()> {
+        let (z, codes) = (normal("z", &[2, 3, 4], DType::F64), normal("codes", &[5, 4], DType::F64));
+        let small = |x: &Tensor| x * 0.05;
+        let loss = values(&entropy_loss(&small(&z)?, &small(&codes)?)?)[0];
+        let (z_values, code_values) = (values(&z), values(&codes));
+        let likelihoods = z_values.chunks(4).map(|z| {
+            let weight = |code: &[f64]| {
+                let distance: f64 = z.iter().zip(code).map(|(z, c)| (0.05 * (z - c)).powi(2)).sum();
+                (-distance / 0.01).exp()
+            };
+            let weights: Vec<f64> = code_values.chunks(4).map(weight).collect();
+            weights.iter().map(|weight| weight / weights.iter().sum::<f64>()).collect::<Vec<f64>>()
+        });
+        let likelihoods: Vec<Vec<f64>> = likelihoods.collect();
+        let entropy = |p: &[f64]| -p.iter().map(|p| p * p.ln()).sum::<f64>();
+        let mean: Vec<f64> = (0..5).map(|code| likelihoods.iter().map(|p| p[code]).sum::<f64>() / 6.0).collect();
+        let expected = likelihoods.iter().map(|p| entropy(p)).sum::<f64>() / 6.0 - entropy(&mean);
+        assert!((loss - expected).abs() < 1e-6 && expected < -0.05, "{loss} instead of {expected}");
+        assert_gradients(&[z, codes], &|x| entropy_loss(&small(&x[0])?, &small(&x[1])?))
     }
 }
