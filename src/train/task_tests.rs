@@ -9,6 +9,7 @@ use crate::{
     ops::Store,
     random::Random,
 };
+use candle_core::Var;
 use std::fs;
 
 const CAPTIONS: [&str; 4] = ["红苹果", "一轮弯月，扁平风格", "小狗", "消防车与小狗"];
@@ -249,21 +250,18 @@ fn difference(a: &Copies, b: &Copies) -> (f32, f32) {
     pairs.fold((0.0, 0.0), |(d, l), (x, y)| (d.max(x), l.max(y)))
 }
 
+/// All of a task's parameters on one rank.
+fn unsharded<'g>(group: &'g Group, task: &dyn Task) -> Shards<'g> {
+    let handling = |_: &str, _: &Var| Handling::default();
+    Shards::new(group, 0, Store::Memory, task.params(), &task.units(), handling, |_| Ok(None)).unwrap()
+}
+
 fn step_in_parts(mut config: Config, make: impl Fn(&Config) -> Box<dyn Task>) {
     let mut of = |accumulation, recompute| {
         config.train.accumulation = accumulation;
         config.train.recompute = recompute;
         let (group, mut task) = (Group::alone(), make(&config));
-        let mut shards = Shards::new(
-            &group,
-            0,
-            Store::Memory,
-            task.params(),
-            &task.units(),
-            |_, _| Handling::default(),
-            |_| Ok(None),
-        )
-        .unwrap();
+        let mut shards = unsharded(&group, task.as_ref());
         let measured = task.gradients(1, 1.0, &mut shards).unwrap();
         (copies(shards.reduced()), measured.losses)
     };
@@ -295,16 +293,7 @@ fn one_direction_alone_passes_the_gate() {
         config.train.text_loss_weight = text;
         let group = Group::alone();
         let mut task = GeneratorTask::new(&config, &group).unwrap();
-        let mut shards = Shards::new(
-            &group,
-            0,
-            Store::Memory,
-            task.params(),
-            &task.units(),
-            |_, _| Handling::default(),
-            |_| Ok(None),
-        )
-        .unwrap();
+        let mut shards = unsharded(&group, &task);
         let measured = task.gradients(1, 1.0, &mut shards).unwrap();
         assert_eq!(measured.losses.len(), 1);
         let complete = |names: &[&String]| gradients::check_complete(names, &shards.sizes(names).unwrap());
