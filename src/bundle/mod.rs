@@ -51,6 +51,7 @@ pub const DEMO_NAME: &str = "demo";
 
 /// Keys of an image tokenizer that its digest leaves out.
 const TRAINING_KEYS: &[&str] = &[
+    "codebook_decay",
     "entropy_weight",
     "kl_weight",
     "temperature",

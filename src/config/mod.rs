@@ -120,6 +120,9 @@ pub struct ImageTokenizer {
     pub commitment: f64,
     /// taming's `legacy` quantiser: beta weighs the codebook term instead of the commitment term.
     pub legacy_beta: bool,
+    /// The codebook is no parameter but made of means of the latents that chose each code, weighed down by this factor a step (quantiser
+    /// `nearest`); 0: its gradients move it.
+    pub codebook_decay: f64,
     /// Weight of the codes' entropy (MaskGIT's and MAGVIT-2's, arXiv 2310.05737, eq. 4): each latent is to be sure of its
     /// code, and all codes are to be chosen alike. Its memory is latents × codes.
     pub entropy_weight: f64,
@@ -195,6 +198,11 @@ impl ImageTokenizer {
     pub fn grid(&self) -> (usize, usize) {
         let side = self.image_size >> self.channel_multipliers.len().saturating_sub(1);
         (side, side)
+    }
+
+    /// Whether means of latents move the codebook, and not its gradients.
+    pub fn codebook_is_averaged(&self) -> bool {
+        self.quantizer == QuantizerKind::Nearest && self.codebook_decay > 0.0
     }
 }
 
@@ -311,6 +319,7 @@ impl Default for ImageTokenizer {
             l2_normalize: false,
             commitment: 0.25,
             legacy_beta: false,
+            codebook_decay: 0.0,
             entropy_weight: 0.0,
             l1_weight: 0.0,
             l2_weight: 1.0,

@@ -160,6 +160,20 @@ fn image_tokenizer(check: &mut Check, t: &ImageTokenizer) {
         "be at least 16 with a perceptual loss",
         "its network halves the side four times",
     );
+    let ok = (0.0..1.0).contains(&t.codebook_decay);
+    check.that(
+        ok,
+        &key("codebook_decay"),
+        "be at least 0 and below 1",
+        "0.99 is usual; 0 leaves the codebook to its gradients",
+    );
+    let ok = !t.codebook_is_averaged() || !t.legacy_beta;
+    check.that(
+        ok,
+        &key("legacy_beta"),
+        "be false with codebook_decay",
+        "means have no codebook term for beta to weigh",
+    );
     let share = [("discriminator_ceiling", t.discriminator_ceiling)];
     check.within("image_tokenizer", &share, 0.5, 1.0, "0.85 keeps it from winning; 1 lets it train always");
     let ok = (1..=4096).contains(&t.discriminator_channels);
@@ -279,6 +293,7 @@ mod tests {
             "image_tokenizer.residual_blocks=0",
             "image_tokenizer.codebook_size=65537",
             "image_tokenizer.commitment=-1.0",
+            "image_tokenizer.codebook_decay=1.0",
             "image_tokenizer.entropy_weight=-1.0",
             "image_tokenizer.l2_weight=0",
             "image_tokenizer.perceptual_weight=-1",

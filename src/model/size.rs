@@ -34,6 +34,9 @@ pub fn image_tokenizer(config: &ImageTokenizer) -> Vec<Part> {
     if config.adversarial_weight > 0.0 {
         parts.push(("discriminator", discriminator(config)));
     }
+    if config.codebook_is_averaged() {
+        parts.push(("moving average", config.codebook_size as u64 * (config.code_dim as u64 + 1)));
+    }
     parts
 }
 
@@ -188,6 +191,7 @@ mod tests {
             code_dim: 2,
             codebook_size: 12,
             fsq_levels: vec![4, 3],
+            codebook_decay: 0.9,
             adversarial_weight: 1.0,
             discriminator_channels: 3,
             ..ImageTokenizer::default()

@@ -23,7 +23,10 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use loss::Criterion;
 use native::{Layer, segments::Native};
-use quantizer::Quantizer;
+use quantizer::{
+    Quantizer,
+    moving_average::{self, MovingAverage},
+};
 use segments::{Decode, Encode};
 use std::rc::Rc;
 use vqgan::{Decoder, Encoder};
@@ -33,6 +36,8 @@ pub struct ImageTokenizer {
     encoder: Rc<EncoderHalf>,
     decoder: Rc<DecoderHalf>,
     segments: (Encode, Decode),
+    /// What moves the codebook in training, if its gradients do not.
+    average: Option<MovingAverage>,
     /// Whether the hand-written pass can run: a VQGAN's, f32 on a CPU.
     native: bool,
     buffers: Buffers,
@@ -111,6 +116,11 @@ impl DecoderHalf {
     }
 }
 
+/// Whether a parameter is of training alone and no part of the model.
+pub fn is_of_training(name: &str) -> bool {
+    discriminator::is_ours(name) || moving_average::is_ours(name)
+}
+
 impl ImageTokenizer {
     /// # Errors
     /// The architecture is impossible, or a checkpoint's tensor is missing or misshapen.
@@ -123,7 +133,9 @@ impl ImageTokenizer {
     /// # Errors
     /// As [`ImageTokenizer::new`], or there is no perceptual network where the configuration names one.
     pub fn in_training(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
-        Self::judged_by(scope, config, Criterion::new(scope, config)?)
+        // Before the model, whose segments hold all that is in their scopes.
+        let average = MovingAverage::new(&scope.at("quantize"), config)?;
+        Ok(Self { average, ..Self::judged_by(scope, config, Criterion::new(scope, config)?)? })
     }
 
     fn judged_by(scope: &Scope, config: &config::ImageTokenizer, criterion: Criterion) -> Result<Self> {
@@ -147,7 +159,8 @@ impl ImageTokenizer {
         let (device, dtype) = decoder.quantize.place();
         let native = config.architecture == Architecture::Vqgan && device.is_cpu() && dtype == DType::F32;
         let (grid, buffers) = (config.image_size / factor, Buffers::default());
-        Ok(Self { encoder, decoder, segments, native, buffers, grid, image_size: config.image_size })
+        let image_size = config.image_size;
+        Ok(Self { encoder, decoder, segments, average: None, native, buffers, grid, image_size })
     }
 
     fn vqgan(scope: &Scope, config: &config::ImageTokenizer) -> Result<(EncoderHalf, DecoderHalf)> {
@@ -204,6 +217,11 @@ impl ImageTokenizer {
     /// Where pixels and codes go before they are worked on.
     fn device(&self) -> &Device {
         self.decoder.quantize.place().0
+    }
+
+    /// What moves the codebook in training, if its gradients do not.
+    pub fn average(&self) -> Option<&MovingAverage> {
+        self.average.as_ref()
     }
 
     /// Latents before quantisation: pixels `(batch, side, side, 3)` → `(batch, h, w, code_dim)`.

@@ -39,13 +39,13 @@ impl PixelBatch {
     }
 }
 
-/// What a forward pass tells the log and the restart of dead codes.
+/// What a forward pass tells the log and the codebook.
 pub struct Statistics {
     /// Means by name.
     pub terms: Vec<(&'static str, f64)>,
     /// Codes chosen.
     pub codes: Vec<u32>,
-    /// Encoder outputs `(batch, h, w, code_dim)`, where dead codes may begin anew as one of them.
+    /// Encoder outputs `(batch, h, w, code_dim)`, where the codebook follows them.
     pub latents: Option<Tensor>,
 }
 
@@ -111,7 +111,7 @@ impl Taped<PixelBatch> for Decode {
         let judged = self.criterion.judge(&y.detach(), batch, |dy| self.half.last_weight_norm(&last, dy))?;
         let mut terms = judged.terms;
         quantized.losses.iter().try_for_each(|(name, loss)| number(loss).map(|loss| terms.push((*name, loss))))?;
-        let (codes, latents) = (quantized.codes.to_vec1()?, self.half.quantize.restarts().then(|| z.detach()));
+        let (codes, latents) = (quantized.codes.to_vec1()?, self.half.quantize.follows_latents().then(|| z.detach()));
         *batch.statistics.borrow_mut() = Some(Statistics { terms, codes, latents });
         // Terms linear in reconstruction and discriminator: their gradients are those that were found.
         let mut linear = (&y * judged.gradient.detach())?.sum_all()?;

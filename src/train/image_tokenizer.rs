@@ -21,9 +21,9 @@ use crate::{
     },
     runtime,
     tokenizer::{
-        ImageTokenizer, PixelBatch, Statistics,
+        self, ImageTokenizer, PixelBatch, Statistics,
         discriminator::{self, Anchors},
-        quantizer::{Quantizer, gumbel::Relaxation},
+        quantizer::{Quantizer, gumbel::Relaxation, moving_average},
     },
 };
 use candle_core::{DType, Tensor};
@@ -125,7 +125,9 @@ impl Task for ImageTokenizerTask {
 
     fn idle(&self, name: &str) -> bool {
         // The first step's gradients are looked at.
-        discriminator::is_ours(name) && self.config.image_tokenizer.adversarial_start > 0
+        let sleeps = discriminator::is_ours(name) && self.config.image_tokenizer.adversarial_start > 0;
+        let averaged = self.model.average().is_some() && name == "quantize.embedding.weight";
+        sleeps || averaged || moving_average::is_ours(name)
     }
 
     fn units(&self) -> Vec<Vec<String>> {
@@ -170,7 +172,14 @@ impl Task for ImageTokenizerTask {
         }
         let (after, seed) = (self.config.image_tokenizer.restart_after, self.config.seed);
         if let (Quantizer::Nearest(quantizer), Some(latents)) = (self.model.quantizer(), &seen.latents) {
-            quantizer.restart_dead_codes(&mut self.last_used, latents, &seen.codes, after, seed, step)?;
+            if let Some(average) = self.model.average() {
+                average.update(quantizer, latents, &seen.codes)?;
+            }
+            let (last_used, codes) = (&mut self.last_used, &seen.codes);
+            let replaced = quantizer.restart_dead_codes(last_used, latents, codes, after, seed, step)?;
+            if let Some(average) = self.model.average() {
+                average.forget(&replaced)?;
+            }
         }
         Ok(())
     }
@@ -203,7 +212,7 @@ impl Task for ImageTokenizerTask {
     }
 
     fn publish(&self, mut weights: BTreeMap<String, Values>, folder: &Path) -> Result<()> {
-        weights.retain(|name, _| !discriminator::is_ours(name));
+        weights.retain(|name, _| !tokenizer::is_of_training(name));
         let attribution = bundle::attribution_of(&self.config.data.sources);
         let parts = Parts { config: &self.config, weights, vocab: None, attribution, image_tokenizer: None };
         bundle::write(folder, &parts, safetensors::Dtype::F32)

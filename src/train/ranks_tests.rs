@@ -116,6 +116,8 @@ fn every_stage_trains_the_image_tokenizer_as_one_rank_does() {
     let mut config = tokenizer_config(folder.path());
     config.train.batch_size = 6;
     stages_equal_one_rank(&config, &[0, 1, 2], 4e-6, folder.path());
+    config.image_tokenizer.codebook_decay = 0.9;
+    stages_equal_one_rank(&config, &[0, 2], 4e-6, &folder.path().join("averaged"));
     config.train.shard_stage = 3;
     let error = live(&folder.path().join("refused"), &config, 2).unwrap_err();
     assert_eq!(exit_of(&error), Exit::Usage, "{error:#}");

@@ -8,6 +8,7 @@ use crate::{
     nn::gradients,
     ops::Store,
     random::Random,
+    tokenizer,
 };
 use candle_core::Var;
 use std::fs;
@@ -207,6 +208,31 @@ fn an_adversary_resumes_bit_by_bit_and_is_no_part_of_the_model() {
     let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let told: Vec<bool> = metrics.lines().map(|line| line.contains("discriminator_accuracy")).collect();
     assert_eq!(told, [false, true, true, true, true]);
+}
+
+/// The codebook moves where nothing else does.
+#[test]
+fn a_codebook_of_means_resumes_bit_by_bit_and_needs_no_gradients() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = tokenizer_config(folder.path());
+    (config.image_tokenizer.codebook_decay, config.image_tokenizer.restart_after) = (0.5, 0);
+    resumes_bit_by_bit(config.clone(), folder.path());
+    let model = Bundle::open(folder.path().join("whole/runs/tokenizer/model").to_str().unwrap()).unwrap();
+    model.image_tokenizer().unwrap();
+    assert!(model.weights().unwrap().keys().all(|name| !tokenizer::is_of_training(name)));
+
+    (config.train.learning_rate, config.train.ema_decay, config.train.sample_every) = (1e-12, 0.0, 0);
+    let still = folder.path().join("still");
+    fs::create_dir(&still).unwrap();
+    live(&still, &config).unwrap();
+    let trained = Bundle::open(still.join("runs/tokenizer/model").to_str().unwrap()).unwrap().weights().unwrap();
+    let fresh = ImageTokenizerTask::new(&config, &Group::alone()).unwrap();
+    let moved = |name: &str| {
+        let distance = (&trained[name] - fresh.params()[name].as_tensor()).unwrap().abs().unwrap();
+        distance.max_all().unwrap().to_scalar::<f32>().unwrap()
+    };
+    let (codebook, rest) = (moved("quantize.embedding.weight"), moved("quant_conv.weight"));
+    assert!(codebook > 0.1 && rest < 1e-6, "{codebook} {rest}");
 }
 
 #[test]

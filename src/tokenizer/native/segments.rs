@@ -131,7 +131,7 @@ impl Segment<PixelBatch> for Native<'_, Decode> {
             loss += number(term)?;
         }
         let dy = features(&(judged.gradient * batch.loss_scale)?, self.buffers)?;
-        let (codes, latents) = (quantized.codes.to_vec1()?, half.quantize.restarts().then(|| z.detach()));
+        let (codes, latents) = (quantized.codes.to_vec1()?, half.quantize.follows_latents().then(|| z.detach()));
         *batch.statistics.borrow_mut() = Some(Statistics { terms, codes, latents });
         let loss = Tensor::new((loss * batch.loss_scale) as f32, &Device::Cpu)?;
         let saved = Decoded { layers, z, quantized, dy, own };

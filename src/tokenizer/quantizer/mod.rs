@@ -2,6 +2,7 @@
 
 pub mod fsq;
 pub mod gumbel;
+pub mod moving_average;
 pub mod nearest;
 
 use crate::{
@@ -54,8 +55,8 @@ impl Quantizer {
         }
     }
 
-    /// Whether codes that nobody chooses can begin anew.
-    pub fn restarts(&self) -> bool {
+    /// Whether a step's latents move the codebook beside its gradients: as means, or where a code begins anew.
+    pub fn follows_latents(&self) -> bool {
         matches!(self, Self::Nearest(_))
     }
 

@@ -25,6 +25,8 @@ pub struct Nearest {
     l2_normalize: bool,
     commitment: f64,
     legacy_beta: bool,
+    /// Whether means of latents move the codebook, and not its gradients.
+    averaged: bool,
     entropy_weight: f64,
 }
 
@@ -37,6 +39,7 @@ impl Nearest {
             l2_normalize: config.l2_normalize,
             commitment: config.commitment,
             legacy_beta: config.legacy_beta,
+            averaged: config.codebook_is_averaged(),
             entropy_weight: config.entropy_weight,
         })
     }
@@ -57,7 +60,7 @@ impl Nearest {
     }
 
     /// Vectors as they are compared.
-    fn normalized(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn normalized(&self, x: &Tensor) -> Result<Tensor> {
         if !self.l2_normalize {
             return Ok(x.clone());
         }
@@ -82,18 +85,21 @@ impl Nearest {
         let codes = self.encode(&z)?;
         let z_q = self.lookup(&codes)?.reshape(z.shape())?;
         let (codebook_weight, commitment_weight) = self.weights();
-        let codebook = ((&z_q - z.detach())?.sqr()?.mean_all()? * codebook_weight)?;
-        let commitment = ((&z - z_q.detach())?.sqr()?.mean_all()? * commitment_weight)?;
-        let mut losses = vec![("codebook", codebook), ("commitment", commitment)];
+        let mut losses = Vec::new();
+        if !self.averaged {
+            losses.push(("codebook", ((&z_q - z.detach())?.sqr()?.mean_all()? * codebook_weight)?));
+        }
+        losses.push(("commitment", ((&z - z_q.detach())?.sqr()?.mean_all()? * commitment_weight)?));
         if self.entropy_weight > 0.0 {
-            losses.push(("entropy", (entropy_loss(&z, &self.normalized(&self.codebook)?)? * self.entropy_weight)?));
+            let codebook = if self.averaged { self.codebook.detach() } else { self.codebook.clone() };
+            losses.push(("entropy", (entropy_loss(&z, &self.normalized(&codebook)?)? * self.entropy_weight)?));
         }
         Ok(Quantized { z_q: (&z + (&z_q - &z)?.detach())?, codes, losses })
     }
 
     /// Puts encoder outputs in the place of codes that no latent has chosen for `after` steps.
     /// `last_used` holds the last step at which each code was chosen; `z: (.., dim)` and `codes: (rows)` are
-    /// this step's. Returns how many codes were replaced. The choice is keyed by (`seed`, `step`).
+    /// this step's. Returns the codes that were replaced. The choice is keyed by (`seed`, `step`).
     pub fn restart_dead_codes(
         &self,
         last_used: &mut [u64],
@@ -102,7 +108,7 @@ impl Nearest {
         after: u64,
         seed: u64,
         step: u64,
-    ) -> Result<usize> {
+    ) -> Result<Vec<usize>> {
         for code in codes {
             if let Some(last) = last_used.get_mut(*code as usize) {
                 *last = step;
@@ -113,7 +119,7 @@ impl Nearest {
         let rows = (z.len() / dim) as u64;
         let dead: Vec<usize> = (0..last_used.len()).filter(|i| step >= last_used[*i] + after).collect();
         if after == 0 || dead.is_empty() || rows == 0 {
-            return Ok(0);
+            return Ok(Vec::new());
         }
         ops::with_slice_mut(&self.codebook, |codebook: &mut [f32]| {
             for &code in &dead {
@@ -122,7 +128,7 @@ impl Nearest {
                 last_used[code] = step;
             }
         })?;
-        Ok(dead.len())
+        Ok(dead)
     }
 }
 
