@@ -7,7 +7,7 @@ mod train;
 mod validate;
 
 pub use load::{Loaded, Origin, values};
-pub use train::{Decay, MatrixOptimizer, Offload, Precision, Spike, Train};
+pub use train::{Decay, MatrixOptimizer, Offload, Precision, Spike, Train, begins_with};
 pub use validate::Problem;
 
 use serde::{Deserialize, Serialize};

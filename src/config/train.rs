@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 pub struct Train {
     /// Model folder (or `demo`) whose weights a new run starts from; empty: random weights.
     pub init_from: String,
+    /// Parameters that stay as they are: names, or what names begin with, up to a dot.
+    pub freeze: Vec<String>,
     /// Optimizer steps.
     pub steps: u64,
     /// Samples a step: pictures (image tokenizer) or text→image sequences (generator).
@@ -70,10 +72,23 @@ pub struct Train {
     pub sample_every: u64,
 }
 
+impl Train {
+    /// Whether the parameter of this name stays as it is.
+    pub fn freezes(&self, name: &str) -> bool {
+        self.freeze.iter().any(|part| begins_with(name, part))
+    }
+}
+
+/// Whether `part` is the name of a parameter, or what it begins with up to a dot.
+pub fn begins_with(name: &str, part: &str) -> bool {
+    name.strip_prefix(part).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
 impl Default for Train {
     fn default() -> Self {
         Self {
             init_from: String::new(),
+            freeze: Vec::new(),
             steps: 100_000,
             batch_size: 64,
             caption_batch_size: 64,

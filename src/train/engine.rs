@@ -56,11 +56,13 @@ fn backward<B>(chain: &Chain<B>, batch: &B, mut links: Vec<Link>, shards: &mut S
     for (i, segment) in chain.iter().enumerate().rev() {
         let Some(Link { input, saved }) = links.pop() else { break };
         shards.gather(i, i.checked_sub(1))?;
-        let saved = match saved {
-            Some(saved) => saved,
-            None => segment.forward(&input, batch)?.1,
-        };
-        dy = segment.backward(&input, batch, saved, dy, shards.gradients())?;
+        if !shards.idle(i) {
+            let saved = match saved {
+                Some(saved) => saved,
+                None => segment.forward(&input, batch)?.1,
+            };
+            dy = segment.backward(&input, batch, saved, dy, shards.gradients())?;
+        }
         shards.release(i)?;
         shards.reduce(i)?;
         ensure!(

@@ -40,6 +40,9 @@ const SHEET: (usize, usize) = (16, 8);
 /// is below 0.
 const LOSSES: [&str; 7] = ["l1", "l2", "nll", "lpips", "codebook", "commitment", "kl"];
 
+/// The vectors of nearest codes.
+const CODEBOOK: &str = "quantize.embedding.weight";
+
 /// The image tokenizer in training.
 pub struct ImageTokenizerTask {
     config: Config,
@@ -126,7 +129,7 @@ impl Task for ImageTokenizerTask {
     fn idle(&self, name: &str) -> bool {
         // The first step's gradients are looked at.
         let sleeps = discriminator::is_ours(name) && self.config.image_tokenizer.adversarial_start > 0;
-        let averaged = self.model.average().is_some() && name == "quantize.embedding.weight";
+        let averaged = self.model.average().is_some() && name == CODEBOOK;
         sleeps || averaged || moving_average::is_ours(name)
     }
 
@@ -171,6 +174,9 @@ impl Task for ImageTokenizerTask {
             self.anchors.follow(term("logits_real"), term("logits_fake"), term("discriminator_accuracy"));
         }
         let (after, seed) = (self.config.image_tokenizer.restart_after, self.config.seed);
+        if self.config.train.freezes(CODEBOOK) {
+            return Ok(());
+        }
         if let (Quantizer::Nearest(quantizer), Some(latents)) = (self.model.quantizer(), &seen.latents) {
             if let Some(average) = self.model.average() {
                 average.update(quantizer, latents, &seen.codes)?;

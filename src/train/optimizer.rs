@@ -7,9 +7,9 @@ use super::{
     shards::{Handling, Shards},
 };
 use crate::{
-    config::{MatrixOptimizer, Train},
-    error::{Result, bail},
-    nn::gradients::Gradients,
+    config::{MatrixOptimizer, Train, begins_with},
+    error::{Result, bail, ensure, usage},
+    nn::{gradients::Gradients, params::Params},
     ops::{self, Floats},
     tokenizer::discriminator,
 };
@@ -104,7 +104,24 @@ pub fn is_muons_by_shape(config: &Train, name: &str, shape: &[usize]) -> bool {
 
 /// What the shards do with a parameter; `rounded`: linear layers round their weights to bf16 on every rank.
 pub fn handling(config: &Train, rounded: bool, name: &str, var: &Var) -> Handling {
-    Handling { whole: is_muons(config, name, var), rounded: rounded && is_block_matrix(name, var.dims()) }
+    Handling {
+        whole: is_muons(config, name, var),
+        rounded: rounded && is_block_matrix(name, var.dims()),
+        frozen: config.freezes(name),
+    }
+}
+
+/// # Errors
+/// `train.freeze` names what is not there, or leaves nothing to learn.
+pub fn check_frozen(config: &Train, params: &Params) -> Result<()> {
+    let unknown = config.freeze.iter().find(|part| !params.keys().any(|name| begins_with(name, part)));
+    let mut parts: Vec<&str> = params.keys().filter_map(|name| name.split('.').next()).collect();
+    parts.dedup();
+    let what = || format!("train.freeze: no parameter's name begins with `{}`", unknown.map_or("", String::as_str));
+    ensure!(unknown.is_none(), usage(what(), format!("they begin with {}", parts.join(", "))));
+    let learns = params.keys().any(|name| !config.freezes(name));
+    ensure!(learns, usage("train.freeze leaves nothing to learn", "take some names off the list"));
+    Ok(())
 }
 
 /// What the moments of a parameter are called in a checkpoint.

@@ -210,6 +210,51 @@ fn an_adversary_resumes_bit_by_bit_and_is_no_part_of_the_model() {
     assert_eq!(told, [false, true, true, true, true]);
 }
 
+/// What a run of 5 steps on two ranks publishes, and how far each parameter of it went.
+fn ways(parent: &Path, config: &Config, task: &dyn Task) -> BTreeMap<String, f32> {
+    fs::create_dir_all(parent).unwrap();
+    let config = &Config { train: config::Train { batch_size: 4, ..config.train.clone() }, ..config.clone() };
+    run_below(parent, config, &Resume::Auto, &Ranks::Threads(2), &Stop::default()).unwrap();
+    let model = parent.join("runs").join(&config.name).join("model");
+    let trained = Bundle::open(model.to_str().unwrap()).unwrap().weights().unwrap();
+    let way = |(name, fresh): (&String, &Var)| {
+        let way = (trained.get(name)? - fresh.as_tensor()).unwrap().abs().unwrap().max_all().unwrap();
+        Some((name.clone(), way.to_scalar().unwrap()))
+    };
+    task.params().iter().filter_map(way).collect()
+}
+
+#[test]
+fn what_is_frozen_stays_and_the_rest_trains() {
+    let folder = tempfile::tempdir().unwrap();
+    let check = |name: &str, make: fn(&Path) -> Config, freeze: &[&str], stage: u8| {
+        let folder = folder.path().join(name);
+        let mut config = make(&folder);
+        config.train.freeze = freeze.iter().map(|part| part.to_string()).collect();
+        (config.train.ema_decay, config.train.shard_stage, config.train.recompute) = (0.0, stage, 1);
+        let group = Group::alone();
+        let task: Box<dyn Task> = match config.task {
+            Kind::Generator => Box::new(GeneratorTask::new(&config, &group).unwrap()),
+            Kind::ImageTokenizer => Box::new(ImageTokenizerTask::new(&config, &group).unwrap()),
+        };
+        let ways = ways(&folder, &config, task.as_ref());
+        assert_eq!(ways.len(), task.params().len());
+        for (name, way) in ways {
+            let frozen = freeze.iter().any(|part| name == *part || name.starts_with(&format!("{part}.")));
+            assert_eq!(way == 0.0, frozen, "{name} went {way}");
+        }
+        config.train.freeze.push("block".into());
+        let error = live(&folder.join("unknown"), &config).unwrap_err();
+        assert!(error.to_string().contains("`block`"), "{error:#}");
+    };
+    check("decoder", tokenizer_config, &["encoder", "quant_conv", "quantize"], 2);
+    // From within, with segments before and after it that train; then from the beginning of the chain.
+    check("within", generator_config, &["blocks.1", "norm.bias"], 3);
+    let first = ["text_embedding", "text_position", "image_embedding", "image_row", "image_column", "image_start"];
+    check("first", generator_config, &[&first[..], &["blocks.0"]].concat(), 0);
+    check("first, sharded", generator_config, &[&first[..], &["blocks.0"]].concat(), 3);
+}
+
 /// The codebook moves where nothing else does.
 #[test]
 fn a_codebook_of_means_resumes_bit_by_bit_and_needs_no_gradients() {
@@ -222,16 +267,9 @@ fn a_codebook_of_means_resumes_bit_by_bit_and_needs_no_gradients() {
     assert!(model.weights().unwrap().keys().all(|name| !tokenizer::is_of_training(name)));
 
     (config.train.learning_rate, config.train.ema_decay, config.train.sample_every) = (1e-12, 0.0, 0);
-    let still = folder.path().join("still");
-    fs::create_dir(&still).unwrap();
-    live(&still, &config).unwrap();
-    let trained = Bundle::open(still.join("runs/tokenizer/model").to_str().unwrap()).unwrap().weights().unwrap();
-    let fresh = ImageTokenizerTask::new(&config, &Group::alone()).unwrap();
-    let moved = |name: &str| {
-        let distance = (&trained[name] - fresh.params()[name].as_tensor()).unwrap().abs().unwrap();
-        distance.max_all().unwrap().to_scalar::<f32>().unwrap()
-    };
-    let (codebook, rest) = (moved("quantize.embedding.weight"), moved("quant_conv.weight"));
+    let task = ImageTokenizerTask::new(&config, &Group::alone()).unwrap();
+    let ways = ways(&folder.path().join("still"), &config, &task);
+    let (codebook, rest) = (ways["quantize.embedding.weight"], ways["quant_conv.weight"]);
     assert!(codebook > 0.1 && rest < 1e-6, "{codebook} {rest}");
 }
 

@@ -78,6 +78,7 @@ impl<'a> Trainer<'a> {
         let rounded = ops::rounds_to_bf16(settings.precision, &runtime::device()?);
         // A processor without bf16 wants all of every weight.
         let rounded = group.gather(vec![u8::from(rounded)])?.iter().all(|rank| rank[0] == 1);
+        optimizer::check_frozen(settings, task.params())?;
         let handling = |name: &str, var: &Var| optimizer::handling(settings, rounded, name, var);
         let store = match settings.offload {
             Offload::Cpu => Store::Memory,
@@ -167,8 +168,13 @@ impl<'a> Trainer<'a> {
 
     /// After the first step: every parameter that can have a gradient has one.
     fn check_complete(&self) -> Result<()> {
-        let names: Vec<&String> = self.task.params().keys().filter(|name| !self.task.idle(name)).collect();
+        let names: Vec<&String> = self.task.params().keys().filter(|name| self.learns(name)).collect();
         gradients::check_complete(&names, &self.shards.sizes(&names)?)
+    }
+
+    /// Whether a parameter has a gradient in the first step.
+    fn learns(&self, name: &str) -> bool {
+        !self.task.idle(name) && !self.config.train.freezes(name)
     }
 
     /// The one exchange of a step beside the gradients'.

@@ -34,7 +34,7 @@ use crate::{
 };
 use candle_core::{Device, Tensor, Var};
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     ops::Range,
     sync::LazyLock,
 };
@@ -47,6 +47,8 @@ pub struct Handling {
     pub whole: bool,
     /// Whatever reads it rounds it to bf16 first, so that other ranks need no more of it.
     pub rounded: bool,
+    /// It stays as it is.
+    pub frozen: bool,
 }
 
 /// This rank's weights and gradients.
@@ -57,8 +59,8 @@ pub struct Shards<'g> {
     units: Vec<Unit>,
     /// This rank's range of every parameter of which it owns something.
     owned: BTreeMap<String, Range<usize>>,
-    /// Parameters that travel in bf16.
-    rounded: BTreeSet<String>,
+    /// What each parameter wants.
+    handling: BTreeMap<String, Handling>,
     /// Where the state lies that only the optimizer touches.
     store: Store,
     /// Stage 3: the weights in `owned`; the variables are empty between uses.
@@ -123,13 +125,12 @@ impl<'g> Shards<'g> {
         ensure!(covered == all, "{covered} of {all} weights belong to exactly one segment");
         let units = pieces.into_iter().map(|pieces| Unit { pieces, here: true, sent: false }).collect();
         let (gradients, sums) = (Gradients::default(), Gradients::default());
-        let rounded = params.iter().filter(|(name, var)| handling(name, var).rounded);
-        let rounded = rounded.map(|(name, _)| name.clone()).collect();
+        let handling = params.iter().map(|(name, var)| (name.clone(), handling(name, var))).collect();
         let params = params.clone();
         let weights = BTreeMap::new();
         let (coming, going, last) = (None, None, false);
         let mut shards =
-            Self { group, stage, params, units, owned, rounded, store, weights, gradients, sums, coming, going, last };
+            Self { group, stage, params, units, owned, handling, store, weights, gradients, sums, coming, going, last };
         if stage == 3 {
             // One after the other: they may not fit together.
             for (name, range) in &shards.owned {
@@ -224,6 +225,12 @@ impl<'g> Shards<'g> {
         Ok(())
     }
 
+    /// Whether neither this segment nor one before it has anything to learn.
+    pub fn idle(&self, unit: usize) -> bool {
+        let pieces = self.units[..=unit].iter().flat_map(|unit| unit.pieces.iter().flatten());
+        pieces.map(|piece| &piece.name).all(|name| self.handling[name].frozen)
+    }
+
     /// After a segment's pass: its weights go (stage 3).
     pub fn release(&mut self, unit: usize) -> Result<()> {
         if self.stage < 3 {
@@ -239,6 +246,9 @@ impl<'g> Shards<'g> {
 
     /// After a segment's backward pass: its gradients go to their owners, where the stage or the step wants it.
     pub fn reduce(&mut self, unit: usize) -> Result<()> {
+        for piece in self.units[unit].pieces.iter().flatten().filter(|piece| self.handling[&piece.name].frozen) {
+            self.gradients.free(&piece.name);
+        }
         if self.stage >= 2 {
             self.send_gradients(unit)?;
             for piece in self.units[unit].pieces.iter().flatten() {

@@ -14,7 +14,7 @@ fn owners_keep_exact_weights_where_others_get_rounded_ones() {
         for stage in [1, 3] {
             let (params, chain) = toy::chain(1, 3);
             let exact: Vec<Vec<f32>> = params.values().map(elements).collect();
-            let handling = |name: &str, _: &Var| Handling { whole: false, rounded: name != "blocks.1.weight" };
+            let handling = |name: &str, _: &Var| Handling { rounded: name != "blocks.1.weight", ..Handling::default() };
             let mut shards =
                 Shards::new(group, stage, Store::Memory, &params, &toy::units(&chain), handling, |_| Ok(None))?;
             shards.refresh()?;

@@ -60,7 +60,7 @@ impl Shards<'_> {
     /// Sends this rank's weights of a unit to all ranks: in bf16 those that every product rounds to it before use.
     pub(super) fn send_weights(&self, unit: usize) -> Result<Parts> {
         self.send(unit, true, |name, words| {
-            self.with_part(name, |weights| match self.rounded.contains(name) {
+            self.with_part(name, |weights| match self.handling[name].rounded {
                 true => ops::bf16_pairs::pack(weights, words),
                 false => words.extend_from_slice(weights),
             })
@@ -86,7 +86,7 @@ impl Shards<'_> {
 
     /// How many words a piece takes on its way.
     fn words(&self, piece: &Piece, rounded: bool) -> usize {
-        if rounded && self.rounded.contains(&piece.name) { piece.range.len().div_ceil(2) } else { piece.range.len() }
+        if rounded && self.handling[&piece.name].rounded { piece.range.len().div_ceil(2) } else { piece.range.len() }
     }
 
     /// Every rank's part of a unit, piece by piece.
@@ -101,7 +101,7 @@ impl Shards<'_> {
             let mut rest = words.as_slice();
             for piece in pieces {
                 let (words, after) = rest.split_at(self.words(piece, parts.rounded));
-                let rounded = parts.rounded && self.rounded.contains(&piece.name);
+                let rounded = parts.rounded && self.handling[&piece.name].rounded;
                 take(Arrived { rank, piece, words, rounded })?;
                 rest = after;
             }
