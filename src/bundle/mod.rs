@@ -11,7 +11,6 @@ use crate::{
     tokenizer,
 };
 use candle_core::{DType, Tensor};
-use safetensors::Dtype;
 use std::{
     borrow::Cow,
     collections::HashMap,
@@ -20,6 +19,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+mod export;
 pub mod import;
 mod write;
 
@@ -182,20 +182,6 @@ impl Bundle {
         hasher.update(&folder.place.weights()?);
         Ok(hasher.finalize().to_hex().to_string())
     }
-
-    /// Writes a copy of this model folder with its weights stored as `dtype`.
-    pub fn export(&self, folder: &Path, dtype: Dtype) -> Result<()> {
-        let generator = self.config.task == Task::Generator;
-        let bytes = self.place.weights()?;
-        let parts = Parts {
-            config: &self.config,
-            weights: weights::stored(&bytes, &self.place.file(WEIGHTS), dtype)?,
-            vocab: if generator { Some(self.vocab()?) } else { None },
-            attribution: self.attribution(),
-            image_tokenizer: if generator { Some(self.image_tokenizer_folder()?) } else { None },
-        };
-        write(folder, &parts, dtype)
-    }
 }
 
 impl Place {
@@ -273,6 +259,7 @@ fn read_small(path: &Path) -> Result<Vec<u8>> {
 mod tests {
     use super::*;
     use crate::train::task_tests::generator_config;
+    use safetensors::Dtype;
 
     fn message(error: &crate::error::Error) -> String {
         format!("{error:#}")
@@ -321,7 +308,7 @@ mod tests {
         assert!(!text.contains(folder.path().to_str().unwrap()), "a path of this machine");
         open_all(&path).unwrap();
         let small = folder.path().join("small");
-        open(&path).unwrap().export(&small, Dtype::BF16).unwrap();
+        open(&path).unwrap().export(&small, Dtype::BF16, None).unwrap();
         open_all(&small).unwrap();
         let size = |path: &Path| fs::metadata(path.join(WEIGHTS)).unwrap().len();
         assert!(size(&small) < size(&path) * 3 / 4);
@@ -366,7 +353,7 @@ mod tests {
         let mine = folder.path().join("mine");
         fs::create_dir(&mine).unwrap();
         fs::write(mine.join("letter.txt"), "dear").unwrap();
-        assert!(open(&path).unwrap().export(&mine, Dtype::F32).is_err());
+        assert!(open(&path).unwrap().export(&mine, Dtype::F32, None).is_err());
         assert_eq!(fs::read_to_string(mine.join("letter.txt")).unwrap(), "dear");
     }
 }

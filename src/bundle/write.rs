@@ -78,7 +78,7 @@ fn write_parts(folder: &Path, parts: &Parts, dtype: Dtype) -> Result<()> {
         fs::write(folder.join(ATTRIBUTION), &parts.attribution)?;
     }
     if let Some(tokenizer) = &parts.image_tokenizer {
-        tokenizer.export(&folder.join(IMAGE_TOKENIZER), dtype)?;
+        tokenizer.export(&folder.join(IMAGE_TOKENIZER), dtype, None)?;
     }
     Ok(())
 }

@@ -6,18 +6,33 @@ use safetensors::Dtype;
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Copy a model folder with its weights in another precision
+/// Copy a model folder: in another precision, with another decoder, or with others' names
 #[derive(clap::Args)]
 pub struct Args {
     /// Model folder, or `demo`
     #[arg(long, value_name = "DIR|NAME", default_value = crate::bundle::DEMO_NAME)]
     model: String,
-    /// The folder to write
+    /// The folder to write; with `--names llamagen-vq` the .safetensors file
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
     /// Precision of the copy's weights
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Precision,
+    /// Folder of an image tokenizer that takes the place of the generator's own: its decoder was trained further, while encoder and
+    /// codebook were frozen (train.freeze)
+    #[arg(long, value_name = "DIR")]
+    image_tokenizer: Option<String>,
+    /// Names of the tensors; a VQGAN's and a dVAE's are those of taming-transformers and DALL-E already
+    #[arg(long, value_enum, default_value = "ours", conflicts_with = "image_tokenizer")]
+    names: Names,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Names {
+    /// A model folder
+    Ours,
+    /// The image tokenizer alone, as LlamaGen names its VQ tokenizer
+    LlamagenVq,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -33,7 +48,14 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         Precision::Bf16 => Dtype::BF16,
         Precision::F16 => Dtype::F16,
     };
-    Bundle::open(&args.model)?.export(&args.output, dtype)?;
+    let bundle = Bundle::open(&args.model)?;
+    match args.names {
+        Names::Ours => {
+            let tokenizer = args.image_tokenizer.as_deref().map(Bundle::open).transpose()?;
+            bundle.export(&args.output, dtype, tokenizer.as_ref())?;
+        }
+        Names::LlamagenVq => bundle.export_llamagen(&args.output, dtype)?,
+    }
     if json {
         report::json(&json!({ "path": args.output }));
     } else {

@@ -121,6 +121,11 @@ pub fn is_of_training(name: &str) -> bool {
     discriminator::is_ours(name) || moving_average::is_ours(name)
 }
 
+/// Whether a parameter has a say in which codes a picture becomes, and not only in what becomes of codes.
+pub fn makes_codes(name: &str) -> bool {
+    ["encoder.", "quant_conv.", "quantize."].iter().any(|part| name.starts_with(part))
+}
+
 impl ImageTokenizer {
     /// # Errors
     /// The architecture is impossible, or a checkpoint's tensor is missing or misshapen.

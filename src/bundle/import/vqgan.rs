@@ -38,7 +38,7 @@ pub enum Family {
 
 impl Family {
     /// The name there of a tensor of ours, in a tokenizer of so many levels.
-    fn name(self, ours: &str, levels: usize) -> String {
+    pub(in crate::bundle) fn name(self, ours: &str, levels: usize) -> String {
         if self != Self::LlamaGen {
             return ours.to_owned();
         }
@@ -237,7 +237,7 @@ mod tests {
         assert_eq!(codes(&model)?, theirs.iter().map(|code| *code as u32).collect::<Vec<_>>());
 
         let (exported, again) = (place.path().join("b"), place.path().join("c"));
-        open(&folder)?.export(&exported, Dtype::F32)?;
+        open(&folder)?.export(&exported, Dtype::F32, None)?;
         vqgan(&exported, Family::TamingVq, Some(&yaml), &again)?;
         let bits = |folder: &Path| -> Result<Vec<(String, Vec<u32>)>> {
             let flat = |t: &Tensor| t.flatten_all().and_then(|t| t.to_vec1::<f32>());
