@@ -181,16 +181,16 @@ impl<'a> Memory<'a> {
             Precision::Bf16 if stage > 0 => 2,
             _ => 4,
         };
-        let bytes = |a_number: u64, elements: u64, ranks: usize| {
-            u128::from(a_number) * u128::from(elements) * (ranks as u128 - 1) / ranks as u128
+        let bytes = |each: u64, elements: u64, ranks: usize| {
+            u128::from(each) * u128::from(elements) * (ranks as u128 - 1) / ranks as u128
         };
-        let a_number = GRADIENT * sums + weight * weights;
+        let each = GRADIENT * sums + weight * weights;
         let Shares { world_size, ranks, largest, .. } = self.shares;
         let (world_size, ranks) = (world_size.max(1), ranks.max(1));
         let total = self.shares.total();
         let all = match stage {
-            0 => bytes(a_number, total, world_size),
-            _ => bytes(a_number, total, ranks) + bytes(2 * GRADIENT * sums, largest, (world_size / ranks).max(1)),
+            0 => bytes(each, total, world_size),
+            _ => bytes(each, total, ranks) + bytes(2 * GRADIENT * sums, largest, (world_size / ranks).max(1)),
         };
         u64::try_from(all).unwrap_or(u64::MAX)
     }

@@ -71,8 +71,10 @@ fn traffic_counts_collectives() {
     let config = paper();
     let sizes = Sizes::of(&config).unwrap();
     let memory = Memory::new(&config, &sizes, 64);
-    let whole = 2.0 * memory.shares().total() as f64 * 63.0 / 64.0; // bf16 of all parameters but one's own; a gradient is twice as long
-    let parts = 2.0 * config.train.accumulation as f64; // in each of two directions
+    // bf16 of all parameters but one's own; a gradient is twice as long.
+    let whole = 2.0 * memory.shares().total() as f64 * 63.0 / 64.0;
+    // In each of two directions.
+    let parts = 2.0 * config.train.accumulation as f64;
     let row = |stage| memory.row(Settings { stage, ..Settings::of(&config) }, 0).traffic_bytes as f64 / whole;
     for (stage, expected) in [(0, 4.0), (1, 3.0), (2, 1.0 + 2.0 * parts), (3, 4.0 * parts)] {
         assert!((row(stage) - expected).abs() < 1e-6, "stage {stage}: {}", row(stage));
