@@ -179,6 +179,9 @@ impl Task for ImageTokenizerTask {
         }
         if let (Quantizer::Nearest(quantizer), Some(latents)) = (self.model.quantizer(), &seen.latents) {
             if let Some(average) = self.model.average() {
+                if step == 1 && !self.config.train.init_from.is_empty() {
+                    average.start_at(quantizer)?;
+                }
                 average.update(quantizer, latents, &seen.codes)?;
             }
             let (last_used, codes) = (&mut self.last_used, &seen.codes);

@@ -32,7 +32,7 @@ pub fn take_weights(config: &Config, task: &dyn Task) -> Result<()> {
     let hint = format!("give the run the sizes in the config.toml of `{model}`, or leave train.init_from empty");
     let mismatch =
         |what: String| usage(format!("the weights of `{model}` (train.init_from) do not fit: {what}"), &hint);
-    // A discriminator is no part of a model: it always begins anew, as do the counts of a codebook of means.
+    // A discriminator is no part of a model: it always begins anew, as does a codebook's moving average.
     let wanted = || task.params().iter().filter(|(name, _)| !tokenizer::is_of_training(name));
     for (name, var) in wanted() {
         let Some(tensor) = weights.get(name) else { return Err(mismatch(format!("they lack `{name}`"))) };

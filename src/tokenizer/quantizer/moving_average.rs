@@ -74,6 +74,13 @@ impl MovingAverage {
         })?)
     }
 
+    /// As if each code of a trained codebook had been chosen once a step.
+    pub fn start_at(&self, nearest: &Nearest) -> Result<()> {
+        let vectors = nearest.normalized(nearest.codebook())?.flatten_all()?.to_vec1::<f32>()?;
+        ops::with_slice_mut(&self.counts, |counts: &mut [f32]| counts.fill(1.0))?;
+        Ok(ops::with_slice_mut(&self.sums, |sums: &mut [f32]| sums.copy_from_slice(&vectors))?)
+    }
+
     /// Codes that began anew as other vectors have been chosen by nobody yet.
     pub fn forget(&self, codes: &[usize]) -> Result<()> {
         let dim = self.sums.dim(1)?;
@@ -148,6 +155,10 @@ mod tests {
         assert_eq!(rows()?[4], after[4], "nobody chose it");
         average.update(&nearest, &z.narrow(0, 2, 1)?, &[4])?;
         assert!(near(&rows()?[4], 7.0), "what it was is forgotten: {:?}", rows()?[4]);
+
+        average.start_at(&nearest)?;
+        average.update(&nearest, &z.narrow(0, 0, 1)?, &[4])?;
+        assert!(near(&rows()?[4], 6.4), "nine tenths of 7: {:?}", rows()?[4]);
         Ok(())
     }
 }

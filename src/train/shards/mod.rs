@@ -61,6 +61,8 @@ pub struct Shards<'g> {
     owned: BTreeMap<String, Range<usize>>,
     /// What each parameter wants.
     handling: BTreeMap<String, Handling>,
+    /// How many segments at the chain's beginning have nothing to learn.
+    idle: usize,
     /// Where the state lies that only the optimizer touches.
     store: Store,
     /// Stage 3: the weights in `owned`; the variables are empty between uses.
@@ -123,14 +125,26 @@ impl<'g> Shards<'g> {
         let covered: usize = pieces.iter().flatten().flatten().map(|piece| piece.range.len()).sum();
         let all: usize = params.values().map(|var| var.elem_count()).sum();
         ensure!(covered == all, "{covered} of {all} weights belong to exactly one segment");
+        let handling: BTreeMap<_, _> = params.iter().map(|(name, var)| (name.clone(), handling(name, var))).collect();
+        let idle = units.iter().take_while(|names| names.iter().all(|name| handling[name].frozen)).count();
         let units = pieces.into_iter().map(|pieces| Unit { pieces, here: true, sent: false }).collect();
-        let (gradients, sums) = (Gradients::default(), Gradients::default());
-        let handling = params.iter().map(|(name, var)| (name.clone(), handling(name, var))).collect();
         let params = params.clone();
-        let weights = BTreeMap::new();
-        let (coming, going, last) = (None, None, false);
-        let mut shards =
-            Self { group, stage, params, units, owned, handling, store, weights, gradients, sums, coming, going, last };
+        let mut shards = Self {
+            group,
+            stage,
+            params,
+            units,
+            owned,
+            handling,
+            idle,
+            store,
+            weights: BTreeMap::new(),
+            gradients: Gradients::default(),
+            sums: Gradients::default(),
+            coming: None,
+            going: None,
+            last: false,
+        };
         if stage == 3 {
             // One after the other: they may not fit together.
             for (name, range) in &shards.owned {
@@ -227,8 +241,7 @@ impl<'g> Shards<'g> {
 
     /// Whether neither this segment nor one before it has anything to learn.
     pub fn idle(&self, unit: usize) -> bool {
-        let pieces = self.units[..=unit].iter().flat_map(|unit| unit.pieces.iter().flatten());
-        pieces.map(|piece| &piece.name).all(|name| self.handling[name].frozen)
+        unit < self.idle
     }
 
     /// After a segment's pass: its weights go (stage 3).
