@@ -1,4 +1,7 @@
-use super::{quantizer::nearest::Nearest, *};
+use super::{
+    quantizer::nearest::{Nearest, dead_codes},
+    *,
+};
 use crate::{
     config,
     error::Context,
@@ -237,12 +240,13 @@ fn only_dead_codes_restart_from_latents() -> Result<()> {
     let (before, z) = (rows()?, Tensor::randn(3f32, 1.0, (1, 2, 2, 6), &Device::Cpu)?);
     let latents = z.reshape((4, 6))?.to_vec2::<f32>()?;
     let mut last_used = vec![9, 0, 9, 1, 2];
-    assert!(quantizer.restart_dead_codes(&mut last_used.clone(), &z, &[0], 0, 7, 10)?.is_empty(), "turned off");
-    assert_eq!(quantizer.restart_dead_codes(&mut last_used, &z, &[0, 4, 4], 9, 7, 10)?, [1, 3]);
-    assert_eq!(last_used, [10, 10, 9, 10, 10]);
+    assert!(dead_codes(&mut last_used.clone(), &[0], 0, 10).is_empty(), "turned off");
+    let dead = dead_codes(&mut last_used, &[0, 4, 4], 9, 10);
+    assert_eq!((&dead[..], &last_used[..]), (&[1, 3][..], &[10, 10, 9, 10, 10][..]));
+    quantizer.restart(&dead, &z, 7, 10)?;
     let after = rows()?;
     for code in 0..5 {
-        if [1, 3].contains(&code) {
+        if dead.contains(&code) {
             assert!(latents.contains(&after[code]), "code {code} is a latent of the batch");
         } else {
             assert_eq!(before[code], after[code]);

@@ -191,7 +191,7 @@ impl Task for GeneratorTask {
         self.feed.names().to_vec()
     }
 
-    fn after_step(&mut self, _step: u64) -> Result<()> {
+    fn after_step(&mut self, _step: u64, _shards: &mut Shards) -> Result<()> {
         Ok(())
     }
 

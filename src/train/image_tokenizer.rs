@@ -14,7 +14,7 @@ use crate::{
         picture,
     },
     dist::{self, Group},
-    error::{Context, Result, ensure, usage},
+    error::{Context, Result, ensure},
     nn::{
         params::{Params, Scope},
         weights::Values,
@@ -23,7 +23,7 @@ use crate::{
     tokenizer::{
         self, ImageTokenizer, PixelBatch, Statistics,
         discriminator::{self, Anchors},
-        quantizer::{Quantizer, gumbel::Relaxation, moving_average},
+        quantizer::{Quantizer, gumbel::Relaxation, moving_average, nearest},
     },
 };
 use candle_core::{DType, Tensor};
@@ -43,6 +43,9 @@ const LOSSES: [&str; 7] = ["l1", "l2", "nll", "lpips", "codebook", "commitment",
 /// The vectors of nearest codes.
 const CODEBOOK: &str = "quantize.embedding.weight";
 
+/// The segment that quantises.
+const WITH_CODEBOOK: usize = 1;
+
 /// The image tokenizer in training.
 pub struct ImageTokenizerTask {
     config: Config,
@@ -61,9 +64,6 @@ impl ImageTokenizerTask {
     /// A fresh tokenizer over the configuration's pictures.
     pub fn new(config: &Config, group: &Group) -> Result<Self> {
         let settings = &config.image_tokenizer;
-        let hint = "its codebook is restarted in place on every rank: set train.shard_stage to 2";
-        let sharded = config.train.shard_stage == 3 && group.world_size() > 1;
-        ensure!(!sharded, usage("train.shard_stage = 3 is not for image tokenizers", hint));
         let kind = Kind::Pictures(u32::try_from(settings.image_size)?);
         let feed = Feed::new(config, kind, &[config.train.batch_size], group)?;
         let scope = Scope::from_seed(config.seed, DType::F32, &runtime::device()?);
@@ -167,30 +167,31 @@ impl Task for ImageTokenizerTask {
         self.feed.names().to_vec()
     }
 
-    fn after_step(&mut self, step: u64) -> Result<()> {
+    fn after_step(&mut self, step: u64, shards: &mut Shards) -> Result<()> {
         let Some(seen) = self.seen.take() else { return Ok(()) };
         if seen.terms.iter().any(|(name, _)| *name == "logits_real") {
             let term = |name| seen.term(name);
             self.anchors.follow(term("logits_real"), term("logits_fake"), term("discriminator_accuracy"));
         }
+        let (Quantizer::Nearest(nearest), Some(latents)) = (self.model.quantizer(), &seen.latents) else {
+            return Ok(());
+        };
         let (after, seed) = (self.config.image_tokenizer.restart_after, self.config.seed);
-        if self.config.train.freezes(CODEBOOK) {
+        let dead = nearest::dead_codes(&mut self.last_used, &seen.codes, after, step);
+        let average = self.model.average();
+        if self.config.train.freezes(CODEBOOK) || (average.is_none() && dead.is_empty()) {
             return Ok(());
         }
-        if let (Quantizer::Nearest(quantizer), Some(latents)) = (self.model.quantizer(), &seen.latents) {
-            if let Some(average) = self.model.average() {
+        shards.edit(WITH_CODEBOOK, || {
+            if let Some(average) = average {
                 if step == 1 && !self.config.train.init_from.is_empty() {
-                    average.start_at(quantizer)?;
+                    average.start_at(nearest)?;
                 }
-                average.update(quantizer, latents, &seen.codes)?;
+                average.update(nearest, latents, &seen.codes)?;
+                average.forget(&dead)?;
             }
-            let (last_used, codes) = (&mut self.last_used, &seen.codes);
-            let replaced = quantizer.restart_dead_codes(last_used, latents, codes, after, seed, step)?;
-            if let Some(average) = self.model.average() {
-                average.forget(&replaced)?;
-            }
-        }
-        Ok(())
+            nearest.restart(&dead, latents, seed, step)
+        })
     }
 
     fn state(&self) -> Value {

@@ -109,7 +109,7 @@ pub trait Task {
     fn samples(&self) -> Vec<String>;
 
     /// Changes that no gradient makes, after the optimizer's update; the same on all ranks.
-    fn after_step(&mut self, step: u64) -> Result<()>;
+    fn after_step(&mut self, step: u64, shards: &mut Shards) -> Result<()>;
 
     /// What the task must remember across a restart, beside its parameters.
     fn state(&self) -> Value;

@@ -75,7 +75,7 @@ impl Task for ToyTask {
         vec!["a row".into()]
     }
 
-    fn after_step(&mut self, _step: u64) -> Result<()> {
+    fn after_step(&mut self, _step: u64, _shards: &mut Shards) -> Result<()> {
         Ok(())
     }
 

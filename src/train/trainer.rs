@@ -193,7 +193,7 @@ impl<'a> Trainer<'a> {
         let scale = optimizer::clip_scale(norm, settings.clip_norm) / factor;
         self.run.optimizer.step(&mut self.shards, settings, step, rate, scale)?;
         self.shards.refresh()?;
-        self.task.after_step(step)?;
+        self.task.after_step(step, &mut self.shards)?;
         if let Some(average) = &mut self.run.average {
             ema::update(average, &self.shards, settings.ema_decay, step)?;
         }

@@ -97,39 +97,32 @@ impl Nearest {
         Ok(Quantized { z_q: (&z + (&z_q - &z)?.detach())?, codes, losses })
     }
 
-    /// Puts encoder outputs in the place of codes that no latent has chosen for `after` steps.
-    /// `last_used` holds the last step at which each code was chosen; `z: (.., dim)` and `codes: (rows)` are
-    /// this step's. Returns the codes that were replaced. The choice is keyed by (`seed`, `step`).
-    pub fn restart_dead_codes(
-        &self,
-        last_used: &mut [u64],
-        z: &Tensor,
-        codes: &[u32],
-        after: u64,
-        seed: u64,
-        step: u64,
-    ) -> Result<Vec<usize>> {
-        for code in codes {
-            if let Some(last) = last_used.get_mut(*code as usize) {
-                *last = step;
-            }
-        }
+    /// Puts encoder outputs in the place of `dead` codes; `z: (.., dim)` are this step's. The choice is keyed by (`seed`, `step`).
+    pub fn restart(&self, dead: &[usize], z: &Tensor, seed: u64, step: u64) -> Result<()> {
         let dim = z.dim(D::Minus1)?;
         let z = self.normalized(&z.detach())?.flatten_all()?.to_vec1::<f32>()?;
         let rows = (z.len() / dim) as u64;
-        let dead: Vec<usize> = (0..last_used.len()).filter(|i| step >= last_used[*i] + after).collect();
-        if after == 0 || dead.is_empty() || rows == 0 {
-            return Ok(Vec::new());
-        }
-        ops::with_slice_mut(&self.codebook, |codebook: &mut [f32]| {
-            for &code in &dead {
+        Ok(ops::with_slice_mut(&self.codebook, |codebook: &mut [f32]| {
+            for &code in dead {
                 let row = Random::keyed(seed, "dead code", step, code as u64).below(rows) as usize;
                 codebook[code * dim..(code + 1) * dim].copy_from_slice(&z[row * dim..(row + 1) * dim]);
-                last_used[code] = step;
             }
-        })?;
-        Ok(dead)
+        })?)
     }
+}
+
+/// Codes that nobody has chosen for `after` steps (0: none), from the last step at which each was chosen and this step's choices.
+/// They count as chosen from now on.
+pub fn dead_codes(last_used: &mut [u64], chosen: &[u32], after: u64, step: u64) -> Vec<usize> {
+    for code in chosen {
+        if let Some(last) = last_used.get_mut(*code as usize) {
+            *last = step;
+        }
+    }
+    let dead = |code: &usize| after > 0 && step >= last_used[*code] + after;
+    let dead: Vec<usize> = (0..last_used.len()).filter(dead).collect();
+    dead.iter().for_each(|code| last_used[*code] = step);
+    dead
 }
 
 /// How unsure latents `(.., dim)` are of their code, less how evenly they take codes `(codes, dim)`, in nats: the mean entropy

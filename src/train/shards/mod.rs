@@ -19,6 +19,7 @@
 //! computes, and so are the last one's gradients; stages 0 and 1 send theirs during a step's last backward pass. What
 //! arrives is added in the same order either way, so that the bits are the same.
 
+mod passes;
 mod traffic;
 
 use super::{
@@ -104,7 +105,8 @@ pub fn names<B>(chain: &Chain<B>) -> Vec<Vec<String>> {
 }
 
 impl<'g> Shards<'g> {
-    /// Shards the parameters, of which `units` lists the names by segment, as `handling` wants each. The parameters must be equal on all ranks, or be empty (stage 3): `fresh` then gives all elements of one.
+    /// Shards the parameters, of which `units` lists the names by segment, as `handling` wants each. The parameters must be
+    /// equal on all ranks, or be empty (stage 3): `fresh` then gives all elements of one.
     pub fn new(
         group: &'g Group,
         stage: u8,
@@ -221,40 +223,9 @@ impl<'g> Shards<'g> {
         self.last = true;
     }
 
-    /// Before a segment's pass: its weights come, and those of the segment after it set out (stage 3).
-    pub fn gather(&mut self, unit: usize, next: Option<usize>) -> Result<()> {
-        if !self.units[unit].here {
-            let parts = match self.coming.take() {
-                Some((coming, parts)) if coming == unit => parts,
-                _ => self.send_weights(unit)?,
-            };
-            for (name, values) in self.whole(unit, parts)? {
-                ops::replace(&self.params[&name], values)?;
-            }
-            self.units[unit].here = true;
-        }
-        if let Some(next) = next.filter(|next| self.group.overlaps() && !self.units[*next].here) {
-            self.coming = Some((next, self.send_weights(next)?));
-        }
-        Ok(())
-    }
-
     /// Whether neither this segment nor one before it has anything to learn.
     pub fn idle(&self, unit: usize) -> bool {
         unit < self.idle
-    }
-
-    /// After a segment's pass: its weights go (stage 3).
-    pub fn release(&mut self, unit: usize) -> Result<()> {
-        if self.stage < 3 {
-            return Ok(());
-        }
-        let unit = &mut self.units[unit];
-        for piece in unit.pieces.iter().flatten() {
-            ops::replace(&self.params[&piece.name], Vec::new())?;
-        }
-        unit.here = false;
-        Ok(())
     }
 
     /// After a segment's backward pass: its gradients go to their owners, where the stage or the step wants it.
