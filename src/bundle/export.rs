@@ -1,6 +1,11 @@
 //! Copies of a model folder: in another precision, with another decoder, or with the names of others.
 
-use super::{Bundle, Parts, WEIGHTS, import::Family, write};
+use super::{
+    Bundle, Parts, WEIGHTS,
+    import::Family,
+    write,
+    write::{sibling, write_weights},
+};
 use crate::{
     config::{Architecture, QuantizerKind, Task},
     error::{Context, Result, ensure, usage},
@@ -8,12 +13,7 @@ use crate::{
     tokenizer,
 };
 use safetensors::Dtype;
-use std::{
-    collections::BTreeMap,
-    fs::File,
-    io::{BufWriter, Write},
-    path::Path,
-};
+use std::{collections::BTreeMap, fs, path::Path};
 
 impl Bundle {
     /// Writes a copy of this model folder with its weights stored as `dtype`, and with `tokenizer` in the place of a
@@ -58,10 +58,10 @@ impl Bundle {
         let stored = weights::stored(&bytes, &own.place.file(WEIGHTS), dtype)?;
         let renamed: BTreeMap<_, _> =
             stored.into_iter().map(|(name, values)| (Family::LlamaGen.name(&name, levels), values)).collect();
-        let created = File::create(file).with_context(|| format!("cannot write {}", file.display()))?;
-        let mut out = BufWriter::new(created);
-        weights::write(&mut out, &renamed)?;
-        Ok(out.flush()?)
+        // An older file stays until the new one is complete.
+        let new = sibling(file, ".new");
+        let written = write_weights(&new, &renamed).and_then(|()| Ok(fs::rename(&new, file)?));
+        written.with_context(|| format!("cannot write {}", file.display()))
     }
 }
 
@@ -162,6 +162,6 @@ mod tests {
         assert_eq!(bits(&open(&folder).weights().unwrap()), bits(&tokenizer));
         let again = place.path().join("again.safetensors");
         open(&folder).export_llamagen(&again, Dtype::F32).unwrap();
-        assert!(std::fs::read(&file).unwrap() == std::fs::read(&again).unwrap());
+        assert!(fs::read(&file).unwrap() == fs::read(&again).unwrap());
     }
 }

@@ -53,7 +53,14 @@ pub(super) fn replace_folder(folder: &Path, mark: &str, write: impl FnOnce(&Path
     Ok(())
 }
 
-fn sibling(folder: &Path, suffix: &str) -> PathBuf {
+/// Writes a file of weights.
+pub(super) fn write_weights(path: &Path, values: &BTreeMap<String, Values>) -> Result<()> {
+    let mut out = BufWriter::new(File::create(path)?);
+    weights::write(&mut out, values)?;
+    Ok(out.flush()?)
+}
+
+pub(super) fn sibling(folder: &Path, suffix: &str) -> PathBuf {
     let mut name = folder.as_os_str().to_owned();
     name.push(suffix);
     name.into()
@@ -68,9 +75,7 @@ fn write_parts(folder: &Path, parts: &Parts, dtype: Dtype) -> Result<()> {
     config.text.vocab = parts.vocab.as_ref().map_or(String::new(), |_| VOCAB.into());
     config.image_tokenizer.path = parts.image_tokenizer.as_ref().map_or(String::new(), |_| IMAGE_TOKENIZER.into());
     fs::write(folder.join(CONFIG), config.to_toml()?)?;
-    let mut out = BufWriter::new(File::create(folder.join(WEIGHTS))?);
-    weights::write(&mut out, &parts.weights)?;
-    out.flush()?;
+    write_weights(&folder.join(WEIGHTS), &parts.weights)?;
     if let Some(vocab) = &parts.vocab {
         fs::write(folder.join(VOCAB), vocab)?;
     }

@@ -18,8 +18,8 @@ pub struct Args {
     /// Precision of the copy's weights
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Precision,
-    /// Folder of an image tokenizer that takes the place of the generator's own: its decoder was trained further, while encoder and
-    /// codebook were frozen (train.freeze)
+    /// Folder of an image tokenizer that takes the place of the generator's own: its decoder was trained further, while
+    /// encoder and codebook were frozen (train.freeze)
     #[arg(long, value_name = "DIR")]
     image_tokenizer: Option<String>,
     /// Names of the tensors; a VQGAN's and a dVAE's are those of taming-transformers and DALL-E already

@@ -120,8 +120,8 @@ pub struct ImageTokenizer {
     pub commitment: f64,
     /// taming's `legacy` quantiser: beta weighs the codebook term instead of the commitment term.
     pub legacy_beta: bool,
-    /// The codebook is no parameter but made of means of the latents that chose each code, weighed down by this factor a step (quantiser
-    /// `nearest`); 0: its gradients move it.
+    /// Each code is the mean of the latents that chose it, weighed down by this factor a step (quantiser `nearest`); 0: the
+    /// codebook's gradients move it.
     pub codebook_decay: f64,
     /// Weight of the codes' entropy (MaskGIT's and MAGVIT-2's, arXiv 2310.05737, eq. 4): each latent is to be sure of its
     /// code, and all codes are to be chosen alike. Its memory is latents × codes.

@@ -3,7 +3,8 @@
 //! It follows [`shards`](super::shards), [`optimizer`](super::optimizer), [`engine`](super::engine), [`state`](super::state)
 //! and [`crate::model::activations`]; a change there wants the same change here: `tests/it/memory.rs` counts the bytes of
 //! real steps. Weights that travel in bf16 are counted as f32. Not counted: the program itself, batches that are read
-//! ahead, and the allocator's gaps. Memory in RAM was 5 to 21 % above the formulas in small runs; buffers above 64 MB leave no gaps.
+//! ahead, and the allocator's gaps. Memory in RAM was 5 to 21 % above the formulas in small
+//! runs; buffers above 64 MB leave no gaps.
 
 use super::sizes::{Shares, Sizes};
 use crate::{

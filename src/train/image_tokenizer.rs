@@ -188,8 +188,11 @@ impl Task for ImageTokenizerTask {
                     average.start_at(nearest)?;
                 }
                 average.update(nearest, latents, &seen.codes)?;
-                average.forget(&dead)?;
             }
+            if dead.is_empty() {
+                return Ok(());
+            }
+            average.map_or(Ok(()), |average| average.forget(&dead))?;
             nearest.restart(&dead, latents, seed, step)
         })
     }

@@ -169,7 +169,8 @@ impl<'a> Memory<'a> {
     }
 
     /// What a GPU sends a step: its N-th part stays where it is. What it owns goes to its likes in other replicas as
-    /// often as gradients are summed. Gradients are fp32 on their way; in bf16, weights (of linear layers, nearly all) are not.
+    /// often as gradients are summed. Gradients are fp32 on their way; in bf16, weights (of
+    /// linear layers, nearly all) are not.
     fn traffic(&self, stage: u8) -> u64 {
         // How often the sums of gradients go to their owners, and weights (stage 0: the sums) to all.
         let (sums, weights) = match stage {

@@ -10,7 +10,7 @@ pub use inception::inception;
 pub use lpips::lpips;
 pub use vqgan::{Family, vqgan};
 
-use super::write::replace_folder;
+use super::write::{replace_folder, write_weights};
 use crate::{
     error::{Result, bail, failed},
     nn::{checkpoint_file::CheckpointFile, params::Params, weights},
@@ -18,8 +18,6 @@ use crate::{
 use candle_core::Tensor;
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::File,
-    io::{BufWriter, Write},
     path::Path,
 };
 
@@ -70,9 +68,5 @@ fn take(
 fn write_network(folder: &Path, file: &str, tensors: &HashMap<String, Tensor>) -> Result<()> {
     let values = tensors.iter().map(|(name, tensor)| Ok((name.clone(), weights::of_tensor(tensor)?)));
     let values = values.collect::<Result<BTreeMap<_, _>>>()?;
-    replace_folder(folder, file, |new| {
-        let mut out = BufWriter::new(File::create(new.join(file))?);
-        weights::write(&mut out, &values)?;
-        Ok(out.flush()?)
-    })
+    replace_folder(folder, file, |new| write_weights(&new.join(file), &values))
 }

@@ -1,5 +1,5 @@
-//! A codebook that is learned without gradients (arXiv 1711.00937, appendix A.1): each code is the mean of the latents that chose
-//! it lately. Names are taming-transformers'.
+//! A codebook that is learned without gradients (arXiv 1711.00937, appendix A.1): each code is the mean of the
+//! latents that chose it lately. Names are taming-transformers'.
 
 use super::nearest::Nearest;
 use crate::{

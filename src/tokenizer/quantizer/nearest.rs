@@ -111,8 +111,8 @@ impl Nearest {
     }
 }
 
-/// Codes that nobody has chosen for `after` steps (0: none), from the last step at which each was chosen and this step's choices.
-/// They count as chosen from now on.
+/// Codes that nobody has chosen for `after` steps (0: none), from the last step at which each was chosen and this step's
+/// choices. They count as chosen from now on.
 pub fn dead_codes(last_used: &mut [u64], chosen: &[u32], after: u64, step: u64) -> Vec<usize> {
     for code in chosen {
         if let Some(last) = last_used.get_mut(*code as usize) {

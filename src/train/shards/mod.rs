@@ -119,6 +119,7 @@ impl<'g> Shards<'g> {
         // One rank, or replicas: each rank owns everything.
         let stage = if group.shard_ranks() == 1 { 0 } else { stage };
         let owners = if stage == 0 { 1 } else { group.shard_ranks() };
+        let handling: BTreeMap<_, _> = params.iter().map(|(name, var)| (name.clone(), handling(name, var))).collect();
         let entries = units.iter().map(|names| names.iter().map(|name| entry(params, name, &handling)).collect());
         let entries = entries.collect::<Result<Vec<Vec<Entry>>>>()?;
         let pieces = layout(&entries, owners);
@@ -127,7 +128,6 @@ impl<'g> Shards<'g> {
         let covered: usize = pieces.iter().flatten().flatten().map(|piece| piece.range.len()).sum();
         let all: usize = params.values().map(|var| var.elem_count()).sum();
         ensure!(covered == all, "{covered} of {all} weights belong to exactly one segment");
-        let handling: BTreeMap<_, _> = params.iter().map(|(name, var)| (name.clone(), handling(name, var))).collect();
         let idle = units.iter().take_while(|names| names.iter().all(|name| handling[name].frozen)).count();
         let units = pieces.into_iter().map(|pieces| Unit { pieces, here: true, sent: false }).collect();
         let params = params.clone();
@@ -360,9 +360,9 @@ impl<'g> Shards<'g> {
     }
 }
 
-fn entry(params: &Params, name: &String, handling: impl Fn(&str, &Var) -> Handling) -> Result<Entry> {
+fn entry(params: &Params, name: &String, handling: &BTreeMap<String, Handling>) -> Result<Entry> {
     let var = params.get(name).with_context(|| format!("a segment holds `{name}`, which is no parameter"))?;
-    Ok(Entry { name: name.clone(), len: var.elem_count(), whole: handling(name, var).whole })
+    Ok(Entry { name: name.clone(), len: var.elem_count(), whole: handling[name].whole })
 }
 
 #[cfg(test)]
