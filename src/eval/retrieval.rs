@@ -2,8 +2,11 @@
 
 use super::{Rate, choose, open, tell_bad};
 use crate::{
-    data::{Kind, Record},
-    error::{Result, ensure, failed},
+    data::{
+        Dataset, Kind, Record,
+        image::{from_pixels, to_pixels},
+    },
+    error::{Context, Result, ensure, failed},
     generate::{Job, Models, Sampling},
     report,
 };
@@ -47,6 +50,9 @@ pub struct Retrieval {
     pub top5: Rate,
     pub chance_top1: f64,
     pub chance_top5: f64,
+    /// The same two where the picture itself goes through the image tokenizer: what no generator can surpass by much.
+    pub reconstructed_top1: Rate,
+    pub reconstructed_top5: Rate,
 }
 
 /// A picture that can be looked for.
@@ -54,16 +60,20 @@ struct Candidate {
     features: Vec<f32>,
     caption: String,
     style: usize,
+    /// Source and sample of its data set.
+    place: (usize, u64),
 }
 
 /// Paints a keyed choice of captions and looks for each one's own picture.
 pub fn run(models: &Models, settings: &Settings) -> Result<Retrieval> {
     ensure!(settings.candidates >= 2, "a picture is told apart from at least one other");
     let mut styles = HashMap::new();
-    let mut pictures = read(models, settings.data, &mut styles)?;
+    let side = models.image_tokenizer.image_size() as u32;
+    let data = open(settings.data, Kind::Pairs(side))?;
+    let mut pictures = read(&data, settings.data, &mut styles)?;
     let of_data = pictures.len();
     if let Some(pool) = settings.pool {
-        pictures.extend(read(models, pool, &mut styles)?);
+        pictures.extend(read(&open(pool, Kind::Pairs(side))?, pool, &mut styles)?);
     }
     let count = if settings.samples == 0 { of_data } else { settings.samples };
     let chosen = choose(count, of_data, settings.seed, "eval pairs", 0);
@@ -72,41 +82,58 @@ pub fn run(models: &Models, settings: &Settings) -> Result<Retrieval> {
     let others = others.collect::<Result<Vec<_>>>()?;
 
     let bar = report::bar(chosen.len() as u64, "painting");
-    let mut ranks = Vec::with_capacity(chosen.len());
+    let (mut ranks, mut reconstructed) = (Vec::with_capacity(chosen.len()), Vec::with_capacity(chosen.len()));
     for (chosen, others) in chosen.chunks(BATCH).zip(others.chunks(BATCH)) {
         let job = |&i: &usize| Job { prompt: pictures[i].caption.clone(), seed: settings.seed.wrapping_add(i as u64) };
         let jobs: Vec<Job> = chosen.iter().map(job).collect();
         let paintings = models.paint(&jobs, &settings.sampling, settings.best_of, |_| {})?;
-        for ((&own, others), painting) in chosen.iter().zip(others).zip(paintings) {
+        let place = |picture: &RgbImage, own: usize, others: &[usize]| {
             let others = others.iter().map(|&other| pictures[other].features.as_slice());
-            ranks.push(rank(&features(&painting.picture), &pictures[own].features, others));
+            rank(&features(picture), &pictures[own].features, others)
+        };
+        let reconstructions = reconstruct(models, &data, chosen.iter().map(|&own| pictures[own].place))?;
+        for (i, (&own, others)) in chosen.iter().zip(others).enumerate() {
+            ranks.push(place(&paintings[i].picture, own, others));
+            reconstructed.push(place(&reconstructions[i], own, others));
         }
         bar.inc(chosen.len() as u64);
     }
     bar.finish_and_clear();
-    let among = |best: usize| Rate::new(ranks.iter().filter(|&&rank| rank <= best).count(), ranks.len());
+    let among =
+        |ranks: &[usize], best: usize| Rate::new(ranks.iter().filter(|&&rank| rank <= best).count(), ranks.len());
     Ok(Retrieval {
         candidates: settings.candidates,
         distance: DISTANCE,
-        top1: among(1),
-        top5: among(5),
+        top1: among(&ranks, 1),
+        top5: among(&ranks, 5),
         chance_top1: 1.0 / settings.candidates as f64,
         chance_top5: (5.0 / settings.candidates as f64).min(1.0),
+        reconstructed_top1: among(&reconstructed, 1),
+        reconstructed_top5: among(&reconstructed, 5),
     })
 }
 
-fn read(models: &Models, path: &str, styles: &mut HashMap<String, usize>) -> Result<Vec<Candidate>> {
-    let dataset = open(path, Kind::Pairs(models.image_tokenizer.image_size() as u32))?;
+/// Pictures through the image tokenizer.
+fn reconstruct(models: &Models, data: &Dataset, places: impl Iterator<Item = (usize, u64)>) -> Result<Vec<RgbImage>> {
+    let picture = |(source, sample): (usize, u64)| {
+        let record = data.read(source, sample).ok();
+        record.and_then(|record| record.image).context("a picture that could be read before cannot any more")
+    };
+    let pixels = to_pixels(&places.map(picture).collect::<Result<Vec<_>>>()?)?;
+    from_pixels(&models.image_tokenizer.decode(&models.image_tokenizer.encode(&pixels)?)?)
+}
+
+fn read(dataset: &Dataset, path: &str, styles: &mut HashMap<String, usize>) -> Result<Vec<Candidate>> {
     let (mut found, mut bad) = (Vec::new(), dataset.bad.clone());
     for (source, shares) in dataset.sources.iter().enumerate() {
         let read = |sample| dataset.read(source, sample).map(reduce);
         let read: Vec<_> = (0..shares.len()).into_par_iter().map(read).collect();
-        for result in read {
+        for (sample, result) in read.into_iter().enumerate() {
             match result {
                 Ok((features, caption, style)) => {
                     let next = styles.len();
                     let style = *styles.entry(style).or_insert(next);
-                    found.push(Candidate { features, caption, style });
+                    found.push(Candidate { features, caption, style, place: (source, sample as u64) });
                 }
                 Err(e) => bad.add(e),
             }
@@ -239,7 +266,7 @@ mod tests {
     }
 
     fn candidate(style: usize, value: f32) -> Candidate {
-        Candidate { features: vec![value], caption: String::new(), style }
+        Candidate { features: vec![value], caption: String::new(), style, place: (0, 0) }
     }
 
     #[test]

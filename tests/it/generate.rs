@@ -216,6 +216,7 @@ fn measuring() {
     let number = |pointer: &str| result.pointer(pointer).and_then(Value::as_f64).unwrap();
     assert_eq!((number("/top1/of"), number("/top5/rate"), number("/chance_top1")), (10.0, 1.0, 0.2));
     assert!(number("/top1/interval/0") <= number("/top1/rate") && number("/top1/interval/1") <= 1.0);
+    assert_eq!((number("/reconstructed_top1/of"), number("/reconstructed_top5/rate")), (10.0, 1.0));
     assert!(result["distance"].as_str().unwrap().contains("16×16"));
     assert_eq!(retrieval(&["--candidates", "5", "--samples", "10", "--best-of", "2"]).1, stdout, "keyed by the seed");
 
