@@ -4,10 +4,13 @@ use candle_core::{Device, Tensor, Var};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
 use vilg::{
-    config::{ConvBorder, RowExtent},
+    config::{ConvBorder, Precision, RowExtent},
     model::{Direction, Layout},
     nn::pattern::{Grid, Pattern},
-    ops::{self, AdamW},
+    ops::{
+        self, AdamW, Padding,
+        conv::{self, Geometry},
+    },
     random::Random,
 };
 
@@ -74,9 +77,28 @@ fn attention(c: &mut Criterion) {
     group.finish();
 }
 
+/// The three products of 3×3 convolutions at a tokenizer's and LPIPS' sizes.
+fn convolution(c: &mut Criterion) {
+    let mut group = c.benchmark_group("3x3 convolution");
+    for (batch, side, channels) in [(16, 64, 32), (16, 64, 64), (4, 64, 128), (4, 32, 256), (16, 8, 512)] {
+        let g = Geometry::new([batch, side, side, channels], [channels, channels, 3, 3], 1, Padding::same(1));
+        let numbers = |count: usize| normal(&[count]).to_vec1::<f32>().unwrap();
+        let (x, w) = (numbers(batch * side * side * channels), numbers(channels * channels * 9));
+        let (mut y, mut dw) = (x.clone(), w.clone());
+        group.throughput(Throughput::Elements((2 * 9 * batch * side * side * channels * channels) as u64));
+        for precision in [Precision::F32, Precision::Bf16] {
+            let id = |what| BenchmarkId::new(what, format!("{} {batch}x{side}x{side}x{channels}", precision.name()));
+            group.bench_function(id("forward"), |b| b.iter(|| conv::forward(precision, &x, &w, None, None, &mut y, g)));
+            group.bench_function(id("input"), |b| b.iter(|| conv::input_gradient(precision, &x, &w, &mut y, g)));
+            group.bench_function(id("weight"), |b| b.iter(|| conv::weight_gradient(precision, &x, &y, &mut dw, g)));
+        }
+    }
+    group.finish();
+}
+
 criterion_group! {
     name = kernels;
     config = Criterion::default().sample_size(10);
-    targets = elementwise, adamw, attention
+    targets = elementwise, adamw, attention, convolution
 }
 criterion_main!(kernels);

@@ -42,7 +42,7 @@ pub fn train(shape: &Shape) -> Result<Work<'static>> {
 /// Whole steps on one batch of pictures.
 pub fn tokenizer(shape: &Shape) -> Result<Work<'static>> {
     let config = &shape.config.image_tokenizer;
-    let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
+    let scope = Scope::from_seed(1, DType::F32, &Device::Cpu).in_precision(shape.config.train.precision);
     let (model, params) = (ImageTokenizer::new(&scope, config)?, scope.params());
     let side = config.image_size;
     let mut random = Random::keyed(1, "pixels", 0, 0);
@@ -54,8 +54,8 @@ pub fn tokenizer(shape: &Shape) -> Result<Work<'static>> {
     let flops = crate::model::flops::tokenizer(config, shape.batch);
     Ok(Work {
         name: "tokenizer",
-        precision: Precision::F32.name(),
-        factors: Precision::F32,
+        precision: shape.config.train.precision.name(),
+        factors: shape.config.train.precision,
         run,
         parameters,
         amount: shape.batch,

@@ -22,7 +22,7 @@ pub struct Args {
 enum Command {
     /// Whole training steps of the generator: forward, backward, clipping, update
     Train(WorkArgs<Numbers>),
-    /// Whole training steps of the image tokenizer, in f32 whatever the precision
+    /// Whole training steps of the image tokenizer
     Tokenizer(WorkArgs<Numbers>),
     /// Painting: the codes of one picture a sequence, the likeliest each time
     Decode(WorkArgs<Format>),

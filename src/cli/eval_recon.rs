@@ -2,6 +2,7 @@
 
 use crate::{
     bundle::{Bundle, DEMO_NAME},
+    config::Precision,
     data::picture,
     error::Result,
     eval::{
@@ -46,7 +47,8 @@ pub struct Args {
 }
 
 pub fn run(args: &Args, json: bool) -> Result<()> {
-    let perceptual = args.lpips.as_ref().map(|folder| Perceptual::open(folder, &runtime::device()?)).transpose()?;
+    let open = |folder: &PathBuf| Perceptual::open(folder, Precision::F32, &runtime::device()?);
+    let perceptual = args.lpips.as_ref().map(open).transpose()?;
     let inception = args.inception.as_ref().map(|folder| Inception::open(folder, &runtime::device()?)).transpose()?;
     let settings = Settings {
         data: &args.data,

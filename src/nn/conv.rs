@@ -6,6 +6,7 @@ use super::{
     params::{Init, Scope},
 };
 use crate::{
+    config::Precision,
     error::{Context, Result},
     ops::{
         self,
@@ -28,6 +29,7 @@ pub struct Conv2d {
     name: String,
     stride: usize,
     padding: Padding,
+    precision: Precision,
 }
 
 impl Conv2d {
@@ -55,12 +57,12 @@ impl Conv2d {
         let init = Init::Uniform(((inputs * kernel * kernel) as f64).powf(-0.5));
         let weight = scope.get("weight", (outputs, inputs, kernel, kernel), init)?;
         let bias = scope.get("bias", outputs, init)?;
-        Ok(Self { weight, bias, name: scope.name().to_owned(), stride, padding })
+        Ok(Self { weight, bias, name: scope.name().to_owned(), stride, padding, precision: scope.precision() })
     }
 
     /// `(batch, height, width, in)` → `(batch, height / stride, width / stride, out)`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::conv2d(x, &self.weight, Some(&self.bias), self.stride, self.padding)
+        ops::conv2d_in(self.precision, x, &self.weight, Some(&self.bias), self.stride, self.padding)
     }
 
     fn geometry(&self, input: [usize; 4]) -> Result<Geometry> {
@@ -77,21 +79,21 @@ impl Conv2d {
     pub fn run(&self, x: &Features, residual: Option<&Features>, y: &mut Features) -> Result<()> {
         let (w, b) = (view::<f32>(&self.weight)?, view::<f32>(&self.bias)?);
         let residual = residual.map(|r| r.data.as_slice());
-        conv::forward(&x.data, &w, Some(&b), residual, &mut y.data, self.geometry(x.shape)?);
+        conv::forward(self.precision, &x.data, &w, Some(&b), residual, &mut y.data, self.geometry(x.shape)?);
         Ok(())
     }
 
     /// Writes the gradient of an input to `dx`.
     pub fn input_gradient(&self, dy: &Features, dx: &mut Features) -> Result<()> {
         let w = view::<f32>(&self.weight)?;
-        conv::input_gradient(&dy.data, &w, &mut dx.data, self.geometry(dx.shape)?);
+        conv::input_gradient(self.precision, &dy.data, &w, &mut dx.data, self.geometry(dx.shape)?);
         Ok(())
     }
 
     /// Adds the gradients of weight and bias.
     pub fn gradients(&self, x: &Features, dy: &Features, gradients: &mut Gradients) -> Result<()> {
         let geometry = self.geometry(x.shape)?;
-        self.accumulate(dy, gradients, |dw| conv::weight_gradient(&x.data, &dy.data, dw, geometry))
+        self.accumulate(dy, gradients, |dw| conv::weight_gradient(self.precision, &x.data, &dy.data, dw, geometry))
     }
 
     /// Norm of the gradient in the weight, on any device.
@@ -137,21 +139,21 @@ impl Upsample {
     /// Writes the output to `y`.
     pub fn run(&self, x: &Features, y: &mut Features) -> Result<()> {
         let (w, b) = (view::<f32>(&self.conv.weight)?, view::<f32>(&self.conv.bias)?);
-        conv_upsample::forward(&x.data, x.shape, &w, &b, &mut y.data);
+        conv_upsample::forward(self.conv.precision, &x.data, x.shape, &w, &b, &mut y.data);
         Ok(())
     }
 
     /// Writes the gradient of an input to `dx`.
     pub fn input_gradient(&self, dy: &Features, dx: &mut Features) -> Result<()> {
         let w = view::<f32>(&self.conv.weight)?;
-        conv_upsample::input_gradient(&dy.data, &w, dy.channels(), &mut dx.data, dx.shape);
+        conv_upsample::input_gradient(self.conv.precision, &dy.data, &w, dy.channels(), &mut dx.data, dx.shape);
         Ok(())
     }
 
     /// Adds the gradients of weight and bias.
     pub fn gradients(&self, x: &Features, dy: &Features, gradients: &mut Gradients) -> Result<()> {
         self.conv.accumulate(dy, gradients, |dw| {
-            conv_upsample::weight_gradient(&x.data, x.shape, &dy.data, dy.channels(), dw);
+            conv_upsample::weight_gradient(self.conv.precision, &x.data, x.shape, &dy.data, dy.channels(), dw);
         })
     }
 }

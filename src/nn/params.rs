@@ -4,6 +4,7 @@
 //! numbers on a CPU; both would break exact resumption, so parameters are ours.
 
 use crate::{
+    config::Precision,
     error::{Result, bail, ensure},
     ops,
 };
@@ -59,6 +60,7 @@ struct Store {
     origin: Origin,
     dtype: DType,
     device: Device,
+    precision: Precision,
     params: Params,
 }
 
@@ -95,8 +97,20 @@ impl Scope {
     }
 
     fn new(origin: Origin, dtype: DType, device: &Device) -> Self {
-        let store = Store { origin, dtype, device: device.clone(), params: Params::new() };
+        let (device, precision) = (device.clone(), Precision::F32);
+        let store = Store { origin, dtype, device, precision, params: Params::new() };
         Self { store: Rc::new(RefCell::new(store)), prefix: String::new() }
+    }
+
+    /// The same for convolutions that multiply in `precision`.
+    pub fn in_precision(self, precision: Precision) -> Self {
+        self.store.borrow_mut().precision = precision;
+        self
+    }
+
+    /// What convolutions multiply in.
+    pub fn precision(&self) -> Precision {
+        self.store.borrow().precision
     }
 
     /// The scope `name` below this one.

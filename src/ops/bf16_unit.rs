@@ -19,7 +19,7 @@ pub(super) const SIDE: usize = 2 * LINES;
 /// of the right factor has a row for each pair and a column for each of its columns.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct Tile(pub [[u32; LINES]; LINES]);
+pub struct Tile(pub [[u32; LINES]; LINES]);
 
 /// A packed factor's next steps: for each [`STEPS`] of them two tiles of [`LINES`] rows of A or columns of B.
 pub(super) type Panel = [[Tile; 2]];

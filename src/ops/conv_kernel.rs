@@ -9,10 +9,13 @@
 //! | weight gradient | kernel column × input channel | output channels | picture row | picture column |
 
 use super::{
+    bf16_unit::Bf16Unit,
     simd::{Level, Real, level},
     vector::{Portable, Vector},
+    winograd_products::Multiplier,
     winograd_transforms::Transforms,
 };
+use crate::config::Precision;
 
 /// One product. Strides are in elements; C has `m` rows and the width of one panel ([`Kernel::width`]).
 /// `fresh`: C's old content is not added to, and may be anything.
@@ -40,6 +43,12 @@ pub trait Element: Real {
 
     /// The transforms around the products of [`super::winograd`].
     fn transforms() -> Transforms<Self>;
+
+    /// What multiplies rounded factors.
+    type Rounded: Multiplier<Self>;
+
+    /// That unit, where `precision` asks for it and there is one.
+    fn rounded(precision: Precision) -> Option<Self::Rounded>;
 }
 
 /// A micro-kernel and the number of columns it computes at once.
@@ -60,6 +69,12 @@ impl Element for f64 {
     fn transforms() -> Transforms<f64> {
         Transforms::portable()
     }
+
+    type Rounded = Kernel<f64>;
+
+    fn rounded(_: Precision) -> Option<Kernel<f64>> {
+        None
+    }
 }
 
 impl Element for f32 {
@@ -79,6 +94,12 @@ impl Element for f32 {
 
     fn transforms() -> Transforms<f32> {
         Transforms::at(level())
+    }
+
+    type Rounded = Bf16Unit;
+
+    fn rounded(precision: Precision) -> Option<Bf16Unit> {
+        Bf16Unit::for_precision(precision)
     }
 }
 

@@ -6,11 +6,12 @@
 //! `[w₂, w₁ + w₂, w₀ + w₁, w₀]`. That is 4 products an output in the place of 9.
 
 use super::{
-    conv::Padding,
+    conv::{Padding, factors},
     conv_kernel::Element,
     conv_loops::{convolve, convolve_transposed, weight_gradient as convolution_gradient},
     conv_tiles::Geometry,
 };
+use crate::config::Precision;
 
 /// The convolution whose transpose this is: from `(b, 2h, 2w, out)` to `(b, h, w, in)`.
 fn geometry([images, height, width, inputs]: [usize; 4], outputs: usize) -> Geometry {
@@ -18,18 +19,36 @@ fn geometry([images, height, width, inputs]: [usize; 4], outputs: usize) -> Geom
     Geometry::new([images, 2 * height, 2 * width, outputs], [inputs, outputs, 4, 4], 2, padding)
 }
 
-/// `x (b, h, w, in)` of the given shape, `w (out, in, 3, 3)` → `y (b, 2h, 2w, out)`.
-pub fn forward<T: Element>(x: &[T], shape: [usize; 4], w: &[T], b: &[T], y: &mut [T]) {
+/// `x (b, h, w, in)` of the given shape, `w (out, in, 3, 3)` → `y (b, 2h, 2w, out)`. In bf16 it runs in f32, in f16 as
+/// [`super::conv::forward`].
+pub fn forward<T: Element>(precision: Precision, x: &[T], shape: [usize; 4], w: &[T], b: &[T], y: &mut [T]) {
+    let [x, w] = &factors(precision, [x, w]);
     convolve_transposed(x, &spread(w, shape[3], b.len()), Some(b), y, geometry(shape, b.len()));
 }
 
 /// Writes the gradient of `x`.
-pub fn input_gradient<T: Element>(dy: &[T], w: &[T], outputs: usize, dx: &mut [T], shape: [usize; 4]) {
+pub fn input_gradient<T: Element>(
+    precision: Precision,
+    dy: &[T],
+    w: &[T],
+    outputs: usize,
+    dx: &mut [T],
+    shape: [usize; 4],
+) {
+    let [dy, w] = &factors(precision, [dy, w]);
     convolve(dy, &spread(w, shape[3], outputs), None, None, dx, geometry(shape, outputs));
 }
 
 /// Adds the gradient of `w` to `dw`.
-pub fn weight_gradient<T: Element>(x: &[T], shape: [usize; 4], dy: &[T], outputs: usize, dw: &mut [T]) {
+pub fn weight_gradient<T: Element>(
+    precision: Precision,
+    x: &[T],
+    shape: [usize; 4],
+    dy: &[T],
+    outputs: usize,
+    dw: &mut [T],
+) {
+    let [x, dy] = &factors(precision, [x, dy]);
     let inputs = shape[3];
     let mut kernel = vec![T::ZERO; inputs * outputs * 16];
     convolution_gradient(dy, x, &mut kernel, geometry(shape, outputs));
@@ -92,9 +111,9 @@ mod tests {
 
                 let (xs, ws, dys) = (values(&x), values(&w), values(&dy));
                 let [mut ours, mut dx, mut dw] = [dys.len(), xs.len(), ws.len()].map(|count| vec![0.0; count]);
-                forward(&xs, shape, &ws, &values(&b), &mut ours);
-                input_gradient(&dys, &ws, outputs, &mut dx, shape);
-                weight_gradient(&xs, shape, &dys, outputs, &mut dw);
+                forward(Precision::F32, &xs, shape, &ws, &values(&b), &mut ours);
+                input_gradient(Precision::F32, &dys, &ws, outputs, &mut dx, shape);
+                weight_gradient(Precision::F32, &xs, shape, &dys, outputs, &mut dw);
                 for (ours, theirs) in [(ours, values(&y)), (dx, gradient(&x)), (dw, gradient(&w))] {
                     assert_eq!(ours.len(), theirs.len());
                     assert!(ours.iter().zip(&theirs).all(|(a, b)| (a - b).abs() < 1e-10), "{shape:?}");
@@ -102,5 +121,23 @@ mod tests {
             }
             Ok(())
         })
+    }
+
+    #[test]
+    fn f16_rounds_what_is_multiplied() {
+        let (shape, outputs) = ([1, 3, 4, 6], 5);
+        let numbers = |name: &str, count: usize| values(&normal(name, &[count], DType::F64));
+        let (x, w, b, dy) = (numbers("x", 72), numbers("w", 270), numbers("b", 5), numbers("dy", 240));
+        let rounded = |x: &[f64]| x.iter().map(|x| half::f16::from_f64(*x).to_f64()).collect::<Vec<_>>();
+        let all = |precision, x: &[f64], w: &[f64], dy: &[f64]| {
+            let [mut y, mut dx, mut dw] = [240, 72, 270].map(|count| vec![0.0; count]);
+            forward(precision, x, shape, w, &b, &mut y);
+            input_gradient(precision, dy, w, outputs, &mut dx, shape);
+            weight_gradient(precision, x, shape, dy, outputs, &mut dw);
+            [y, dx, dw]
+        };
+        let ours = all(Precision::F16, &x, &w, &dy);
+        assert_eq!(ours, all(Precision::F32, &rounded(&x), &rounded(&w), &rounded(&dy)));
+        assert_ne!(ours, all(Precision::F32, &x, &w, &dy));
     }
 }

@@ -1,21 +1,11 @@
 use super::*;
 use crate::ops::{
-    amx::Amx,
-    amx_emulator::with_amx,
-    avx512_bf16::Avx512Bf16,
     simd::{Level, level, tests::FORCED},
+    testing::with_each_unit,
 };
 use half::bf16;
 use proptest::prelude::*;
 use rayon::ThreadPoolBuilder;
-
-/// AMX, if only in software, and what this processor has besides.
-fn with_each_unit(test: impl Fn(Bf16Unit)) {
-    with_amx(|| test(Bf16Unit::Amx(Amx::get().expect("AMX, if only in software"))));
-    if let Some(unit) = Avx512Bf16::get() {
-        test(Bf16Unit::Avx512(unit));
-    }
-}
 
 /// Numbers that need rounding.
 fn numbers(seed: u32, len: usize) -> Vec<f32> {

@@ -47,11 +47,13 @@ pub mod testing;
 pub mod upsample;
 mod vector;
 mod winograd;
+mod winograd_bf16;
+mod winograd_products;
 mod winograd_transforms;
 
 pub use adamw::{AdamW, adamw_step};
 pub use attention::attention;
-pub use conv::{Padding, conv2d};
+pub use conv::{Padding, conv2d, conv2d_in};
 pub use cross_entropy::cross_entropy;
 pub use gelu::gelu;
 pub use group_norm::group_norm;

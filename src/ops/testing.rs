@@ -1,6 +1,9 @@
 //! Checks that every op passes: fused ≡ composed, gradient ≡ finite differences, one thread ≡ many.
 
-use super::simd::{Level, level, tests::FORCED};
+use super::{
+    bf16_unit::Bf16Unit,
+    simd::{Level, level, tests::FORCED},
+};
 use crate::{error::Result, random::Random};
 use candle_core::{DType, Device, Tensor, Var};
 
@@ -114,4 +117,13 @@ pub fn hashed(name: &str, shape: &[usize], scale: f64) -> Tensor {
     };
     let count = shape.iter().product::<usize>() as u32;
     Tensor::from_vec((0..count).map(value).collect::<Vec<_>>(), shape, &Device::Cpu).unwrap()
+}
+
+/// AMX, if only in software, and what this processor has besides.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub fn with_each_unit(test: impl Fn(Bf16Unit)) {
+    super::amx_emulator::with_amx(|| test(Bf16Unit::Amx(super::amx::Amx::get().expect("AMX, if only in software"))));
+    if let Some(unit) = super::avx512_bf16::Avx512Bf16::get() {
+        test(Bf16Unit::Avx512(unit));
+    }
 }

@@ -5,10 +5,11 @@
 //! transforms back; nothing of the picture's size is ever built.
 
 use super::{
-    conv_kernel::{Element, Kernel, Product},
+    conv_kernel::Element,
     conv_loops::{BLOCK, sum_partials},
     conv_region::{Picture, Region},
     conv_tiles::Geometry,
+    winograd_products::{GROUP, Multiplier, point_stride},
     winograd_transforms::{Output, POINTS, Patch, Transforms},
 };
 use rayon::prelude::*;
@@ -17,22 +18,14 @@ use rayon::prelude::*;
 const FORWARD_PATCHES: usize = 32;
 /// More of them where each point's sums pass through the cache once a strip.
 const GRADIENT_PATCHES: usize = 64;
-/// Channels come in multiples of this.
-const GROUP: usize = 16;
 /// Tasks that add up the filters' gradient: fixed, so that the result does not depend on the number of threads.
 const TASKS: usize = 8;
 
-/// Whether this module can do a convolution; the kernel is the one for its outputs.
-pub(super) fn fits<T: Element>(g: &Geometry) -> bool {
+/// Whether this module can do a convolution with panels of so many outputs.
+pub(super) fn fits(g: &Geometry, width: usize) -> bool {
     let square = (g.kernel_height, g.kernel_width, g.stride) == (3, 3, 1);
     let whole = |channels: usize| channels > 0 && channels.is_multiple_of(GROUP);
-    square && whole(g.inputs) && whole(g.outputs) && g.outputs.is_multiple_of(T::kernel(g.outputs).width)
-}
-
-/// Where the transforms of a strip lie: 16 points of `patches · channels`, a little apart so that they do not
-/// fall on the same lines of the cache.
-fn point_stride(patches: usize, channels: usize) -> usize {
-    patches * channels + GROUP
+    square && whole(g.inputs) && whole(g.outputs) && g.outputs.is_multiple_of(width)
 }
 
 /// Cuts columns of patches into strips: (rows, columns) of patches in one.
@@ -72,20 +65,22 @@ fn transform<T: Element>(
 }
 
 /// Buffers of one task.
-struct Scratch<T> {
+struct Scratch<T, B> {
     pixels: Vec<T>,
     input: Vec<T>,
     other: Vec<T>,
+    multiplier: B,
 }
 
-impl<T> Scratch<T> {
+impl<T, B: Default> Scratch<T, B> {
     fn new() -> Self {
-        Self { pixels: Vec::new(), input: Vec::new(), other: Vec::new() }
+        Self { pixels: Vec::new(), input: Vec::new(), other: Vec::new(), multiplier: B::default() }
     }
 }
 
 /// `y (b, h', w', out)`: the convolution, the bias and the residual; `flipped` for the input's gradient.
-pub(super) fn convolve<T: Element>(
+pub(super) fn convolve<T: Element, M: Multiplier<T>>(
+    multiplier: M,
     x: &[T],
     w: &[T],
     bias: Option<&[T]>,
@@ -94,8 +89,8 @@ pub(super) fn convolve<T: Element>(
     g: Geometry,
     flipped: bool,
 ) {
-    let (kernel, transforms) = (T::kernel(g.outputs), T::transforms());
-    let filters = transform_filters(w, g, flipped, kernel.width);
+    let transforms = T::transforms();
+    let filters = multiplier.filters(transform_filters(w, g, flipped, multiplier.width()), g.inputs);
     let zeros = vec![T::ZERO; if bias.is_some() { 0 } else { g.outputs }];
     let bias = bias.unwrap_or(&zeros);
     let (strip_rows, strip_columns) = strip(&g, FORWARD_PATCHES);
@@ -113,7 +108,8 @@ pub(super) fn convolve<T: Element>(
             let region = picture.region(corner, (2 * rows + 2, 2 * columns + 2), &mut scratch.pixels);
             let shape = (rows, columns, g.inputs);
             transform(transforms.input, &region, 4, shape, g.inputs, &mut scratch.input);
-            multiply(&scratch.input, &filters, &mut scratch.other, rows * columns, g, kernel);
+            let Scratch { input, other, multiplier: buffer, .. } = scratch;
+            multiplier.multiply(input, &filters, other, rows * columns, g, buffer);
             let strip = Strip { products: &scratch.other, rows, columns, left, bias, residual };
             put(strip, y, g, transforms);
         }
@@ -140,41 +136,6 @@ fn transform_filters<T: Element>(w: &[T], g: Geometry, flipped: bool, width: usi
         }
     });
     filters
-}
-
-/// At each point, (patches, inputs) · (inputs, outputs).
-fn multiply<T: Element>(
-    input: &[T],
-    filters: &[T],
-    products: &mut Vec<T>,
-    patches: usize,
-    g: Geometry,
-    kernel: Kernel<T>,
-) {
-    let (from, to) = (point_stride(patches, g.inputs), point_stride(patches, g.outputs));
-    products.resize(POINTS * to, T::ZERO);
-    assert!(input.len() >= POINTS * from && filters.len() == POINTS * g.inputs * g.outputs);
-    for point in 0..POINTS {
-        for column in (0..g.outputs).step_by(kernel.width) {
-            let product = Product {
-                m: patches,
-                outer: 1,
-                inner: g.inputs,
-                a: input[point * from..].as_ptr(),
-                a_m: g.inputs,
-                a_outer: 0,
-                a_inner: 1,
-                b: filters[(column * POINTS + point * kernel.width) * g.inputs..].as_ptr(),
-                b_outer: 0,
-                b_inner: kernel.width,
-                c: products[point * to + column..].as_mut_ptr(),
-                c_m: g.outputs,
-                fresh: true,
-            };
-            // SAFETY: the assertion for A and B, the size given to `products` for C.
-            unsafe { (kernel.run)(product) };
-        }
-    }
 }
 
 /// The products of a strip and what is added to them.
@@ -213,8 +174,14 @@ fn put<T: Element>(strip: Strip<T>, y: &mut [T], g: Geometry, transforms: Transf
 }
 
 /// Adds the gradient of the filters `(out, in, 3, 3)` to `dw`.
-pub(super) fn weight_gradient<T: Element>(x: &[T], dy: &[T], dw: &mut [T], g: Geometry) {
-    let (kernel, transforms) = (T::kernel(g.outputs), T::transforms());
+pub(super) fn weight_gradient<T: Element, M: Multiplier<T>>(
+    multiplier: M,
+    x: &[T],
+    dy: &[T],
+    dw: &mut [T],
+    g: Geometry,
+) {
+    let transforms = T::transforms();
     let (strip_rows, strip_columns) = strip(&g, GRADIENT_PATCHES);
     let per_image = g.out_height.div_ceil(2 * strip_rows);
     let strips = g.images * per_image;
@@ -235,8 +202,9 @@ pub(super) fn weight_gradient<T: Element>(x: &[T], dy: &[T], dw: &mut [T], g: Ge
                 let corner = (top as isize, left as isize);
                 let region = dy.region(corner, (2 * rows, 2 * columns), &mut dy_pixels);
                 let shape = (rows, columns, g.outputs);
-                transform(transforms.gradient, &region, 2, shape, kernel.width, &mut scratch.other);
-                add_products(&scratch, &mut sums, rows * columns, g, kernel);
+                transform(transforms.gradient, &region, 2, shape, multiplier.width(), &mut scratch.other);
+                let Scratch { input, other, multiplier: buffer, .. } = &mut scratch;
+                multiplier.add_products(input, other, &mut sums, rows * columns, g, buffer);
             }
         }
         sums
@@ -251,36 +219,6 @@ pub(super) fn weight_gradient<T: Element>(x: &[T], dy: &[T], dw: &mut [T], g: Ge
             add_filter_gradient(std::array::from_fn(at), &mut dw[(output * g.inputs + input) * 9..][..9]);
         }
     });
-}
-
-/// At each point, (inputs, patches) · (patches, outputs) onto the sums (point, input, output).
-fn add_products<T: Element>(scratch: &Scratch<T>, sums: &mut [T], patches: usize, g: Geometry, kernel: Kernel<T>) {
-    let (a, b) = (point_stride(patches, g.inputs), point_stride(patches, g.outputs));
-    assert!(scratch.input.len() >= POINTS * a && scratch.other.len() >= POINTS * b);
-    assert!(sums.len() == POINTS * g.inputs * g.outputs);
-    for point in 0..POINTS {
-        for input in (0..g.inputs).step_by(GROUP) {
-            for column in (0..g.outputs).step_by(kernel.width) {
-                let product = Product {
-                    m: GROUP,
-                    outer: 1,
-                    inner: patches,
-                    a: scratch.input[point * a + input * patches..].as_ptr(),
-                    a_m: 1,
-                    a_outer: 0,
-                    a_inner: GROUP,
-                    b: scratch.other[point * b + column * patches..].as_ptr(),
-                    b_outer: 0,
-                    b_inner: kernel.width,
-                    c: sums[(point * g.inputs + input) * g.outputs + column..].as_mut_ptr(),
-                    c_m: g.outputs,
-                    fresh: false,
-                };
-                // SAFETY: the assertions above.
-                unsafe { (kernel.run)(product) };
-            }
-        }
-    }
 }
 
 /// Adds Gᵀ s G.
@@ -303,7 +241,7 @@ mod tests {
         ops::{
             conv::Padding,
             conv_loops,
-            testing::{at_each_level, normal, values},
+            testing::{self, at_each_level, normal, values},
         },
     };
     use candle_core::DType;
@@ -319,40 +257,88 @@ mod tests {
         }
     }
 
+    const UNEVEN: Padding = Padding { top: 2, bottom: 0, left: 0, right: 1 };
+    const CASES: [([usize; 4], usize, Padding); 5] = [
+        ([1, 1, 1, 32], 32, Padding::same(1)),
+        ([2, 7, 9, 32], 64, Padding::same(1)),
+        ([1, 3, 70, 64], 32, Padding::same(1)),
+        ([3, 140, 3, 32], 32, UNEVEN),
+        ([1, 6, 5, 96], 32, Padding::same(0)),
+    ];
+
+    /// A case's geometry, picture, weights, bias, output's gradient and residual.
+    type Case = (Geometry, [Vec<f32>; 5]);
+
+    fn case((x, outputs, padding): ([usize; 4], usize, Padding), numbers: impl Fn(&str, usize) -> Vec<f32>) -> Case {
+        let g = Geometry::new(x, [outputs, x[3], 3, 3], 1, padding);
+        let (count, out_count) = (x.iter().product(), g.output().iter().product());
+        let counts = [("x", count), ("w", outputs * x[3] * 9), ("b", outputs), ("dy", out_count), ("r", out_count)];
+        (g, counts.map(|(name, count)| numbers(name, count)))
+    }
+
+    /// Output, gradient of the input, gradient of the weights added to ones.
+    fn run(multiplier: impl Multiplier<f32>, (g, [x, w, b, dy, residual]): &Case) -> [Vec<f32>; 3] {
+        let g = *g;
+        assert!(fits(&g, multiplier.width()) && fits(&g.transposed(), multiplier.width()));
+        let (mut y, mut dx, mut dw) = (vec![f32::NAN; dy.len()], vec![f32::NAN; x.len()], vec![1.0; w.len()]);
+        convolve(multiplier, x, w, Some(b), Some(residual), &mut y, g, false);
+        convolve(multiplier, dy, w, None, None, &mut dx, g.transposed(), true);
+        weight_gradient(multiplier, x, dy, &mut dw, g);
+        [y, dx, dw]
+    }
+
+    fn directly((g, [x, w, b, dy, residual]): &Case) -> [Vec<f32>; 3] {
+        let (mut y, mut dx, mut dw) = (vec![7.0; dy.len()], vec![7.0; x.len()], vec![1.0; w.len()]);
+        conv_loops::convolve(x, w, Some(b), Some(residual), &mut y, *g);
+        conv_loops::convolve_transposed(dy, w, None, &mut dx, *g);
+        conv_loops::weight_gradient(x, dy, &mut dw, *g);
+        [y, dx, dw]
+    }
+
     #[test]
     fn equals_the_direct_convolution_at_every_level() -> Result<()> {
-        let uneven = Padding { top: 2, bottom: 0, left: 0, right: 1 };
-        let cases = [
-            ([1, 1, 1, 32], 32, Padding::same(1)),
-            ([2, 7, 9, 32], 64, Padding::same(1)),
-            ([1, 3, 70, 64], 32, Padding::same(1)),
-            ([3, 140, 3, 32], 32, uneven),
-            ([1, 6, 5, 32], 32, Padding::same(0)),
-        ];
         at_each_level(|| {
-            for (x, outputs, padding) in cases {
-                let g = Geometry::new(x, [outputs, x[3], 3, 3], 1, padding);
-                assert!(fits::<f32>(&g) && fits::<f32>(&g.transposed()));
-                let (count, out_count) = (x.iter().product(), g.output().iter().product());
-                let (w, b) = (numbers("w", outputs * x[3] * 9), numbers("b", outputs));
-                let (x, dy, residual) = (numbers("x", count), numbers("dy", out_count), numbers("r", out_count));
-
-                let [mut ours, mut theirs] = [f32::NAN, 7.0].map(|any| vec![any; out_count]);
-                convolve(&x, &w, Some(&b), Some(&residual), &mut ours, g, false);
-                conv_loops::convolve(&x, &w, Some(&b), Some(&residual), &mut theirs, g);
-                assert_close("y", &ours, &theirs);
-
-                let [mut ours, mut theirs] = [f32::NAN, 7.0].map(|any| vec![any; count]);
-                convolve(&dy, &w, None, None, &mut ours, g.transposed(), true);
-                conv_loops::convolve_transposed(&dy, &w, None, &mut theirs, g);
-                assert_close("dx", &ours, &theirs);
-
-                let [mut ours, mut theirs] = [vec![1.0; w.len()], vec![1.0; w.len()]];
-                weight_gradient(&x, &dy, &mut ours, g);
-                conv_loops::weight_gradient(&x, &dy, &mut theirs, g);
-                assert_close("dw", &ours, &theirs);
+            for sizes in CASES {
+                let case = case(sizes, numbers);
+                for (ours, theirs) in run(f32::kernel(sizes.1), &case).iter().zip(&directly(&case)) {
+                    assert_close("a part", ours, theirs);
+                }
             }
             Ok(())
         })
+    }
+
+    /// Numbers that the transforms leave whole and small: bf16 has them all.
+    fn whole(name: &str, count: usize) -> Vec<f32> {
+        let step = if name == "w" { 4.0 } else { 1.0 };
+        numbers(name, count).into_iter().map(|x| step * (2.0 * x).round().clamp(-4.0, 4.0)).collect()
+    }
+
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    #[test]
+    fn in_bf16_whole_numbers_stay_exact_and_others_are_near() {
+        testing::with_each_unit(|unit| {
+            for sizes in CASES {
+                let exact = case(sizes, whole);
+                assert_eq!(run(unit, &exact), directly(&exact));
+                let case = case(sizes, numbers);
+                for (ours, theirs) in run(unit, &case).iter().zip(&directly(&case)) {
+                    let squares = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>();
+                    let error = squares(&mut ours.iter().zip(theirs).map(|(a, b)| a - b));
+                    let relative = (error / squares(&mut theirs.iter().copied())).sqrt();
+                    assert!((1e-4..6e-3).contains(&relative), "{sizes:?}: {relative}");
+                }
+            }
+        });
+    }
+
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    #[test]
+    fn in_bf16_threads_do_not_matter() {
+        testing::with_each_unit(|unit| {
+            let case = case(([5, 20, 20, 64], 32, Padding::same(1)), numbers);
+            let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+            assert_eq!(one.install(|| run(unit, &case)), run(unit, &case));
+        });
     }
 }

@@ -2,7 +2,7 @@
 //! taming-transformers'. It is trained beside the tokenizer and is no part of the model.
 
 use crate::{
-    config,
+    config::{self, Precision},
     error::{Result, ensure},
     nn::params::{Init, Scope},
     ops::{self, Padding},
@@ -27,6 +27,7 @@ const MAX_WIDENING: usize = 8;
 /// The network.
 pub struct Discriminator {
     layers: Vec<Layer>,
+    precision: Precision,
 }
 
 struct Layer {
@@ -70,7 +71,7 @@ impl Discriminator {
             layers.push(Layer { weight, bias, norm, stride: if i < halvings { 2 } else { 1 } });
             inputs = outputs;
         }
-        Ok(Self { layers })
+        Ok(Self { layers, precision: scope.precision() })
     }
 
     /// Pixels `(batch, height, width, 3)` → logits `(batch, h, w, 1)`, above 0 where a patch looks real. Frozen: no
@@ -79,8 +80,8 @@ impl Discriminator {
         let own = |tensor: &Tensor| if frozen { tensor.detach() } else { tensor.clone() };
         let mut x = pixels.clone();
         for (i, layer) in self.layers.iter().enumerate() {
-            let bias = layer.bias.as_ref().map(own);
-            x = ops::conv2d(&x, &own(&layer.weight), bias.as_ref(), layer.stride, Padding::same(1))?;
+            let (weight, bias) = (own(&layer.weight), layer.bias.as_ref().map(own));
+            x = ops::conv2d_in(self.precision, &x, &weight, bias.as_ref(), layer.stride, Padding::same(1))?;
             if let Some((weight, bias)) = &layer.norm {
                 x = batch_norm(&x)?.broadcast_mul(&own(weight))?.broadcast_add(&own(bias))?;
             }

@@ -2,7 +2,7 @@
 //! weights. The encoder gives a code's logits at each place; the decoder gives mean and spread of a distribution of pixels.
 
 use crate::{
-    config,
+    config::{self, Precision},
     error::{Context, Result},
     nn::{
         conv,
@@ -19,6 +19,7 @@ const EPS: f64 = 0.1;
 struct Conv {
     w: Tensor,
     b: Tensor,
+    precision: Precision,
 }
 
 impl Conv {
@@ -27,11 +28,12 @@ impl Conv {
         Ok(Self {
             w: scope.get("w", (outputs, inputs, kernel, kernel), init)?,
             b: scope.get("b", outputs, Init::Zeros)?,
+            precision: scope.precision(),
         })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::conv2d(x, &self.w, Some(&self.b), 1, Padding::same(self.w.dim(2)? / 2))
+        ops::conv2d_in(self.precision, x, &self.w, Some(&self.b), 1, Padding::same(self.w.dim(2)? / 2))
     }
 }
 

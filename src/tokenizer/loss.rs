@@ -43,13 +43,13 @@ pub struct Judged {
     pub terms: Vec<(&'static str, f64)>,
     /// Pixels and perception, weighted.
     pub loss: f64,
-    /// The gradient of all terms in the decoder's output.
+    /// The gradient of all terms in the decoder's output, times the batch's loss scale.
     pub gradient: Tensor,
-    /// Gradients of the discriminator's own loss in its parameters.
+    /// Gradients of the discriminator's own loss in its parameters, scaled alike.
     pub own: Vec<(String, Tensor)>,
 }
 
-/// What the discriminator says.
+/// What the discriminator says; all gradients are scaled.
 struct Adversarial {
     /// The gradient of −mean D(x̂) in the decoder's output.
     gradient: Tensor,
@@ -74,7 +74,7 @@ impl Criterion {
             let hint =
                 "name a folder that `vilg import lpips SRC DIR` wrote, or set image_tokenizer.perceptual_weight to 0";
             ensure!(!config.perceptual.is_empty(), usage("image_tokenizer.perceptual is empty", hint));
-            let network = Perceptual::open(Path::new(&config.perceptual), &scope.device());
+            let network = Perceptual::open(Path::new(&config.perceptual), scope.precision(), &scope.device());
             let network = network.context("image_tokenizer.perceptual")?;
             all.perceptual = Some((network, config.perceptual_weight, config.perceptual_start));
         }
@@ -118,12 +118,14 @@ impl Criterion {
             terms.push(("lpips", number(&distance)?));
             loss = (loss + (distance * *weight)?)?;
         }
-        let mut gradient = loss.backward()?.remove(&y).context("the loss does not depend on the reconstruction")?;
+        let mut store = (&loss * batch.loss_scale)?.backward()?;
+        let mut gradient = store.remove(&y).context("the loss does not depend on the reconstruction")?;
         let mut own = Vec::new();
         if let (Some(adversary), Some(anchors)) = (&self.adversary, batch.anchors) {
-            let adversarial = adversary.judge(&y, &pixels, &batch.pixels, anchors, &mut terms)?;
+            let adversarial = adversary.judge(&y, &pixels, batch, anchors, &mut terms)?;
             // λ (eq. 7): the adversary pulls at the decoder's last layer as hard as the other terms do.
-            let ratio = last_norm(&gradient)? / (last_norm(&adversarial.gradient)? + 1e-4);
+            let norm = |gradient: &Tensor| -> Result<f64> { Ok(last_norm(gradient)? / batch.loss_scale) };
+            let ratio = norm(&gradient)? / (norm(&adversarial.gradient)? + 1e-4);
             let lambda = ratio.clamp(0.0, MAX_ADAPTION) * adversary.weight;
             terms.push(("adaptive_weight", lambda));
             gradient = (gradient + (adversarial.gradient * lambda)?)?;
@@ -138,14 +140,15 @@ impl Adversary {
         &self,
         y: &Var,
         painted: &Tensor,
-        pixels: &Tensor,
+        batch: &PixelBatch,
         anchors: Anchors,
         terms: &mut Vec<(&'static str, f64)>,
     ) -> Result<Adversarial> {
         let generator = self.discriminator.forward(painted, true)?.mean_all()?.neg()?;
-        let gradient = generator.backward()?.remove(y).context("the adversary does not see the reconstruction")?;
+        let mut store = (&generator * batch.loss_scale)?.backward()?;
+        let gradient = store.remove(y).context("the adversary does not see the reconstruction")?;
 
-        let real = self.discriminator.forward(pixels, false)?;
+        let real = self.discriminator.forward(&batch.pixels, false)?;
         let fake = self.discriminator.forward(&painted.detach(), false)?;
         let mut loss = discriminator::loss(self.loss, &real, &fake)?;
         terms.extend([
@@ -161,7 +164,7 @@ impl Adversary {
         if self.lecam_weight > 0.0 {
             loss = (loss + (discriminator::lecam(&real, &fake, anchors)? * self.lecam_weight)?)?;
         }
-        let mut store = loss.backward()?;
+        let mut store = (loss * batch.loss_scale)?.backward()?;
         let own = self.params.iter().filter_map(|(name, var)| Some((name.clone(), store.remove(var)?))).collect();
         Ok(Adversarial { gradient, own })
     }

@@ -2,6 +2,7 @@
 //! VQGAN's training (paper §2.1), with the parameter names of taming-transformers.
 
 use crate::{
+    config::Precision,
     error::{Hint, Result},
     nn::{
         params::{Init, Scope},
@@ -30,23 +31,24 @@ const SCALE: [f32; 3] = [0.458, 0.448, 0.450];
 
 /// The network: nothing of it is trained.
 pub struct Perceptual {
+    precision: Precision,
     slices: Vec<Vec<(Tensor, Tensor)>>,
     /// The weight of each channel, `(channels)` a slice.
     heads: Vec<Tensor>,
 }
 
 impl Perceptual {
-    /// The network in a folder that `vilg import lpips` wrote.
+    /// The network in a folder that `vilg import lpips` wrote, with its products in `precision`.
     ///
     /// # Errors
     /// There is none, or its file is damaged.
-    pub fn open(folder: &Path, device: &Device) -> Result<Self> {
+    pub fn open(folder: &Path, precision: Precision, device: &Device) -> Result<Self> {
         let file = folder.join(FILE);
         let hint = "`vilg import lpips SRC DIR` writes such a folder";
         let bytes =
             weights::map(&file).hint(format!("there is no perceptual network in {}", folder.display()), hint)?;
         let tensors = weights::parse(&bytes, &file.display().to_string())?;
-        let scope = Scope::from_tensors(tensors, DType::F32, device);
+        let scope = Scope::from_tensors(tensors, DType::F32, device).in_precision(precision);
         let network = Self::new(&scope).and_then(|network| scope.finish().map(|()| network));
         network.hint(format!("{} is not an LPIPS network", file.display()), hint)
     }
@@ -71,7 +73,7 @@ impl Perceptual {
             let head = scope.at(format_args!("lin{i}")).at("model").at(1);
             heads.push(get(head, "weight", &[1, channels, 1, 1])?.flatten_all()?);
         }
-        Ok(Self { slices, heads })
+        Ok(Self { precision: scope.precision(), slices, heads })
     }
 
     /// Pixels `(batch, height, width, 3)` in \[-1, 1\] → the output of each slice, `(batch, h / 2ⁱ, w / 2ⁱ, channels)`.
@@ -87,7 +89,7 @@ impl Perceptual {
                 x = ops::max_pool2x(&x)?;
             }
             for (weight, bias) in slice {
-                x = ops::conv2d(&x, weight, Some(bias), 1, Padding::same(1))?.relu()?;
+                x = ops::conv2d_in(self.precision, &x, weight, Some(bias), 1, Padding::same(1))?.relu()?;
             }
             features.push(x.clone());
         }
@@ -194,10 +196,10 @@ pub(super) mod tests {
     #[test]
     fn missing_damaged_and_foreign_networks_are_named() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let open = || format!("{:#}", Perceptual::open(folder.path(), &Device::Cpu).err().unwrap());
+        let open = || format!("{:#}", Perceptual::open(folder.path(), Precision::F32, &Device::Cpu).err().unwrap());
         assert!(open().contains("no perceptual network in"), "{}", open());
         write_hashed(folder.path())?;
-        assert!(Perceptual::open(folder.path(), &Device::Cpu).is_ok());
+        assert!(Perceptual::open(folder.path(), Precision::F32, &Device::Cpu).is_ok());
         let golden = include_bytes!("../../tests/golden/lpips.safetensors");
         std::fs::write(folder.path().join(FILE), golden)?;
         assert!(open().contains("not an LPIPS network"), "{}", open());

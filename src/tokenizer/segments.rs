@@ -20,7 +20,7 @@ use std::{cell::RefCell, rc::Rc};
 pub struct PixelBatch {
     /// `(batch, side, side, 3)` in \[-1, 1\].
     pub pixels: Tensor,
-    /// Share of the step's loss that this batch makes up: its pictures / the step's pictures.
+    /// Share of the step's loss that this batch makes up: its pictures / the step's pictures; times the scale of f16.
     pub loss_scale: f64,
     /// The training step, from 1.
     pub step: u64,
@@ -120,9 +120,9 @@ impl Taped<PixelBatch> for Decode {
                 linear = (linear + (var.as_tensor() * gradient.detach())?.sum_all()?)?;
             }
         }
-        let value = (linear.detach().neg()? + judged.loss)?;
-        let loss = quantized.losses.iter().try_fold((linear + value)?, |sum, (_, loss)| sum + loss)?;
-        Ok((loss * batch.loss_scale)?)
+        let value = (linear.detach().neg()? + judged.loss * batch.loss_scale)?;
+        let add = |sum: Tensor, (_, loss): &(_, Tensor)| sum + (loss * batch.loss_scale)?;
+        Ok(quantized.losses.iter().try_fold((linear + value)?, add)?)
     }
 }
 

@@ -66,7 +66,7 @@ impl ImageTokenizerTask {
         let settings = &config.image_tokenizer;
         let kind = Kind::Pictures(u32::try_from(settings.image_size)?);
         let feed = Feed::new(config, kind, &[config.train.batch_size], group)?;
-        let scope = Scope::from_seed(config.seed, DType::F32, &runtime::device()?);
+        let scope = Scope::from_seed(config.seed, DType::F32, &runtime::device()?).in_precision(config.train.precision);
         let model = ImageTokenizer::in_training(&scope, settings)?;
         let last_used = vec![0; settings.codebook_size];
         Ok(Self {
@@ -137,7 +137,7 @@ impl Task for ImageTokenizerTask {
         names(&self.model.segments())
     }
 
-    fn gradients(&mut self, step: u64, _loss_scale: f64, shards: &mut Shards) -> Result<Measured> {
+    fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<Measured> {
         let (first, records) = self.feed.next(step)?.swap_remove(0);
         let segments = self.model.segments();
         let (settings, mut seen) = (&self.config.train, Vec::new());
@@ -146,7 +146,7 @@ impl Task for ImageTokenizerTask {
             let range = dist::part(records.len(), i, parts);
             let part = &records[range.clone()];
             let share = part.len() as f64 / settings.batch_size as f64;
-            let mut batch = PixelBatch::new(pixels(part)?, share);
+            let mut batch = PixelBatch::new(pixels(part)?, share * loss_scale);
             batch.step = step;
             batch.anchors = (step > self.config.image_tokenizer.adversarial_start).then_some(self.anchors);
             batch.relaxation = self.relaxation(step, first + range.start as u64);

@@ -1,6 +1,6 @@
 //! Dynamic loss scaling: in f16 the gradients of most activations would round to zero (arXiv 1710.03740, §3.2).
 
-use crate::config::{Config, Precision, Task};
+use crate::config::{Config, Precision};
 use serde::{Deserialize, Serialize};
 
 /// What the loss is multiplied by, a power of two. Its sequence is that of PyTorch's `GradScaler`, down to 1: where not
@@ -18,7 +18,7 @@ const INTERVAL: u32 = 2000;
 impl LossScale {
     /// The first one; `None` where nothing is scaled.
     pub fn of(config: &Config) -> Option<Self> {
-        let scaled = config.task == Task::Generator && config.train.precision == Precision::F16;
+        let scaled = config.train.precision == Precision::F16;
         scaled.then_some(Self { factor: START, finite: 0 })
     }
 
@@ -75,12 +75,12 @@ mod tests {
     }
 
     #[test]
-    fn only_a_generator_in_f16_is_scaled() {
+    fn only_f16_is_scaled() {
         let mut config = Config::default();
         assert_eq!(LossScale::of(&config), None);
         config.train.precision = Precision::F16;
         assert_eq!(LossScale::of(&config).map(LossScale::factor), Some(65536.0));
-        config.task = Task::ImageTokenizer;
+        config.train.precision = Precision::Bf16;
         assert_eq!(LossScale::of(&config), None);
     }
 }

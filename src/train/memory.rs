@@ -179,7 +179,7 @@ impl<'a> Memory<'a> {
             _ => (self.micro_steps(), 2 * self.micro_steps()),
         };
         let weight = match self.config.train.precision {
-            Precision::Bf16 if stage > 0 => 2,
+            Precision::Bf16 if stage > 0 && self.config.task == Task::Generator => 2,
             _ => 4,
         };
         let bytes = |each: u64, elements: u64, ranks: usize| {

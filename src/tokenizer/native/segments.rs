@@ -130,7 +130,7 @@ impl Segment<PixelBatch> for Native<'_, Decode> {
             terms.push((name, number(term)?));
             loss += number(term)?;
         }
-        let dy = features(&(judged.gradient * batch.loss_scale)?, self.buffers)?;
+        let dy = features(&judged.gradient, self.buffers)?;
         let (codes, latents) = (quantized.codes.to_vec1()?, half.quantize.follows_latents().then(|| z.detach()));
         *batch.statistics.borrow_mut() = Some(Statistics { terms, codes, latents });
         let loss = Tensor::new((loss * batch.loss_scale) as f32, &Device::Cpu)?;
@@ -149,7 +149,7 @@ impl Segment<PixelBatch> for Native<'_, Decode> {
         let half = &self.segment.half;
         let Decoded { layers, z, quantized, dy, own } = *saved.downcast().ok().context("what another segment saved")?;
         for (name, gradient) in own {
-            gradients.add(&name, (gradient * batch.loss_scale)?)?;
+            gradients.add(&name, gradient)?;
         }
         let dz_q = tensor(backward(&half.native_layers()?.0, layers, dy, self.buffers, gradients)?)?;
         let mut loss = (quantized.z_q * dz_q)?.sum_all()?;

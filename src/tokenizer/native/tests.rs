@@ -1,7 +1,7 @@
 //! Native ≡ taped, for small tokenizers of every kind.
 
 use crate::{
-    config,
+    config::{self, Precision},
     error::{Context, Result},
     nn::{gradients::Gradients, params::Scope, segment::Segment},
     ops::testing::{normal, values},
@@ -44,8 +44,8 @@ fn small() -> config::ImageTokenizer {
     }
 }
 
-fn tokenizer(config: &config::ImageTokenizer) -> Result<(ImageTokenizer, Scope)> {
-    let scope = Scope::from_seed(5, DType::F32, &Device::Cpu);
+fn tokenizer(config: &config::ImageTokenizer, precision: Precision) -> Result<(ImageTokenizer, Scope)> {
+    let scope = Scope::from_seed(5, DType::F32, &Device::Cpu).in_precision(precision);
     Ok((ImageTokenizer::in_training(&scope, config)?, scope))
 }
 
@@ -84,7 +84,7 @@ fn equals_the_tape() -> Result<()> {
         ..small()
     };
     for config in [small(), with_attention, deep, one_level, blocks, legacy, adversary] {
-        let (tokenizer, scope) = tokenizer(&config)?;
+        let (tokenizer, scope) = tokenizer(&config, Precision::F32)?;
         let [mut native, mut taped] = [Gradients::default(), Gradients::default()];
         // Two parts of a step: gradients add up, and the second one runs in used buffers.
         for (name, share) in [("first", 0.25), ("second", 0.75)] {
@@ -100,13 +100,52 @@ fn equals_the_tape() -> Result<()> {
     Ok(())
 }
 
+/// How far a step's gradients are from those in f32, as a share of their norm: by hand, and by the tape.
+fn distances_from_f32(config: &config::ImageTokenizer, precision: Precision) -> Result<[f64; 2]> {
+    let step = |precision: Precision, native: bool| -> Result<Gradients> {
+        let ((tokenizer, _), mut gradients) = (tokenizer(config, precision)?, Gradients::default());
+        let chain = if native { tokenizer.segments() } else { tokenizer.taped_segments() };
+        accumulate(&chain, &PixelBatch::new(pixels(config.image_size, "x")?, 0.5), &mut gradients)?;
+        Ok(gradients)
+    };
+    let exact = step(Precision::F32, true)?;
+    let distance = |native: bool| -> Result<f64> {
+        let (rounded, mut squares, mut whole) = (step(precision, native)?, 0.0, 0.0);
+        for (name, gradient) in exact.iter() {
+            let (theirs, ours) = (values(gradient), rounded.get(name).map(values).unwrap_or_default());
+            assert_eq!(ours.len(), theirs.len());
+            squares += ours.iter().zip(&theirs).map(|(a, b)| (a - b).powi(2)).sum::<f64>();
+            whole += theirs.iter().map(|x| x * x).sum::<f64>();
+        }
+        Ok((squares / whole).sqrt())
+    };
+    Ok([distance(true)?, distance(false)?])
+}
+
+#[test]
+fn f16_rounds_all_convolutions() -> Result<()> {
+    let distances = distances_from_f32(&small(), Precision::F16)?;
+    assert!(distances.iter().all(|distance| (2e-4..4e-3).contains(distance)), "{distances:?}");
+    Ok(())
+}
+
+/// On AMX, if only in software.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[test]
+fn bf16_rounds_wide_convolutions() {
+    crate::ops::amx_emulator::with_amx(|| {
+        let distances = distances_from_f32(&small(), Precision::Bf16).unwrap();
+        assert!(distances.iter().all(|distance| (2e-3..4e-2).contains(distance)), "{distances:?}");
+    });
+}
+
 #[test]
 fn threads_do_not_matter() -> Result<()> {
     let config = config::ImageTokenizer { image_size: 40, ..small() };
     let on = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
         pool.install(|| -> Result<Vec<Vec<f64>>> {
-            let (tokenizer, scope) = tokenizer(&config)?;
+            let (tokenizer, scope) = tokenizer(&config, Precision::F32)?;
             let mut gradients = Gradients::default();
             accumulate(&tokenizer.segments(), &PixelBatch::new(pixels(40, "x")?, 1.0), &mut gradients)?;
             Ok(scope.params().keys().map(|name| gradients.get(name).map(values).unwrap_or_default()).collect())
