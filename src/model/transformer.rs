@@ -87,6 +87,8 @@ pub struct Generator {
     pub(super) head: Head,
     pub(super) max_text: usize,
     pub(super) heads: usize,
+    /// Whether segments written by hand can run.
+    pub(super) native: bool,
     pub(super) precision: Precision,
     pub(super) decoding: Decoding,
 }
@@ -115,6 +117,8 @@ impl Generator {
         };
         let layers = (0..model.layers).map(layer).collect::<Result<_>>()?;
         let head = Head::new(scope, model.hidden, vocab_size, codebook_size)?;
+        let table = &embedding.text;
+        let native = table.device().is_cpu() && table.dtype() == DType::F32 && scope.precision() == Precision::F32;
         Ok(Self {
             embedding,
             layers,
@@ -122,6 +126,7 @@ impl Generator {
             max_text: config.text.max_tokens,
             heads: model.heads,
             precision: config.train.precision,
+            native,
             decoding: Decoding::default(),
         })
     }
@@ -139,8 +144,7 @@ impl Generator {
     /// The chain that training runs; its output is the loss. By hand on a CPU in f32, taped elsewhere; products in
     /// `train.precision`.
     pub fn segments(&self) -> Vec<Box<dyn Segment<Batch> + '_>> {
-        let table = &self.embedding.text;
-        if !table.device().is_cpu() || table.dtype() != DType::F32 {
+        if !self.native {
             return self.taped_segments(self.precision);
         }
         let precision = self.precision;

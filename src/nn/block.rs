@@ -41,15 +41,15 @@ impl Block {
         let head = hidden / heads;
         Ok(Self {
             norm1: norm(scope, "norm1", hidden)?,
-            qkv: Linear::new(&attention.at("qkv"), hidden, 3 * hidden, std)?,
-            proj: Linear::new(&attention.at("proj"), hidden, hidden, residual_std)?,
+            qkv: Linear::of_factor(&attention.at("qkv"), hidden, 3 * hidden, std)?,
+            proj: Linear::of_factor(&attention.at("proj"), hidden, hidden, residual_std)?,
             qk_norm: match model.qk_norm {
                 true => Some((norm(&attention, "q_norm", head)?, norm(&attention, "k_norm", head)?)),
                 false => None,
             },
             norm2: norm(scope, "norm2", hidden)?,
-            fc1: Linear::new(&mlp.at("fc1"), hidden, inner, std)?,
-            fc2: Linear::new(&mlp.at("fc2"), inner, hidden, residual_std)?,
+            fc1: Linear::of_factor(&mlp.at("fc1"), hidden, inner, std)?,
+            fc2: Linear::of_factor(&mlp.at("fc2"), inner, hidden, residual_std)?,
             post: match model.sandwich_norm {
                 true => Some((norm(scope, "norm1_post", hidden)?, norm(scope, "norm2_post", hidden)?)),
                 false => None,

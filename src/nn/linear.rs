@@ -23,6 +23,16 @@ impl Linear {
     /// `weight` (outputs, inputs), normal with `std`; `bias` (outputs), zero.
     pub fn new(scope: &Scope, inputs: usize, outputs: usize, std: f64) -> Result<Self> {
         let weight = scope.get("weight", (outputs, inputs), Init::Normal(std))?;
+        Self::of(scope, weight, outputs)
+    }
+
+    /// The same with a weight that is kept in the scope's precision.
+    pub fn of_factor(scope: &Scope, inputs: usize, outputs: usize, std: f64) -> Result<Self> {
+        let weight = scope.factor("weight", (outputs, inputs), Init::Normal(std))?;
+        Self::of(scope, weight, outputs)
+    }
+
+    fn of(scope: &Scope, weight: Tensor, outputs: usize) -> Result<Self> {
         let bias = scope.get("bias", outputs, Init::Zeros)?;
         Ok(Self { name: scope.name().to_owned(), weight, bias })
     }

@@ -31,9 +31,11 @@ pub enum Init {
 }
 
 enum Origin {
-    Seed(u64),
-    /// What parameters would be filled with is only noted.
-    Later(Fresh),
+    /// Fresh parameters; empty ones are filled by whoever wants them.
+    Seed {
+        fresh: Fresh,
+        empty: bool,
+    },
     Tensors(HashMap<String, Tensor>),
 }
 
@@ -74,20 +76,20 @@ pub struct Scope {
 impl Scope {
     /// Fresh parameters; each is keyed by (`seed`, its name), so that it depends on no other.
     pub fn from_seed(seed: u64, dtype: DType, device: &Device) -> Self {
-        Self::new(Origin::Seed(seed), dtype, device)
+        Self::new(Origin::Seed { fresh: Fresh { seed, fillings: BTreeMap::new() }, empty: false }, dtype, device)
     }
 
     /// The same parameters, f32 and empty (see [`ops::replace`]); [`Scope::fresh`] says what belongs into them. For
     /// ranks that hold a part of a model which is too large to be whole anywhere.
     pub fn empty_from_seed(seed: u64, device: &Device) -> Self {
-        Self::new(Origin::Later(Fresh { seed, fillings: BTreeMap::new() }), DType::F32, device)
+        Self::new(Origin::Seed { fresh: Fresh { seed, fillings: BTreeMap::new() }, empty: true }, DType::F32, device)
     }
 
-    /// What belongs into parameters that were made empty.
+    /// What fresh parameters are filled with, in full precision.
     pub fn fresh(&self) -> Option<Fresh> {
         match &self.store.borrow().origin {
-            Origin::Later(fresh) => Some(fresh.clone()),
-            _ => None,
+            Origin::Seed { fresh, .. } => Some(fresh.clone()),
+            Origin::Tensors(_) => None,
         }
     }
 
@@ -102,13 +104,13 @@ impl Scope {
         Self { store: Rc::new(RefCell::new(store)), prefix: String::new() }
     }
 
-    /// The same for convolutions that multiply in `precision`.
+    /// The same for layers that multiply in `precision`. Their [`Scope::factor`]s are kept in it.
     pub fn in_precision(self, precision: Precision) -> Self {
         self.store.borrow_mut().precision = precision;
         self
     }
 
-    /// What convolutions multiply in.
+    /// What layers multiply in.
     pub fn precision(&self) -> Precision {
         self.store.borrow().precision
     }
@@ -138,20 +140,37 @@ impl Scope {
     /// # Errors
     /// A checkpoint lacks it or holds it in another shape.
     pub fn get(&self, name: &str, shape: impl Into<Shape>, init: Init) -> Result<Tensor> {
+        let dtype = self.store.borrow().dtype;
+        self.get_as(dtype, name, shape.into(), init)
+    }
+
+    /// The same of a parameter that nothing reads but products, and that is kept as they want it.
+    ///
+    /// # Errors
+    /// As [`Scope::get`].
+    pub fn factor(&self, name: &str, shape: impl Into<Shape>, init: Init) -> Result<Tensor> {
+        let dtype = match self.precision() {
+            Precision::F32 => self.store.borrow().dtype,
+            Precision::Bf16 => DType::BF16,
+            Precision::F16 => DType::F16,
+        };
+        self.get_as(dtype, name, shape.into(), init)
+    }
+
+    fn get_as(&self, dtype: DType, name: &str, shape: Shape, init: Init) -> Result<Tensor> {
         let name = self.full_name(name);
-        let shape = shape.into();
         let mut store = self.store.borrow_mut();
-        let (dtype, device) = (store.dtype, store.device.clone());
+        let device = store.device.clone();
         let var = match &mut store.origin {
-            Origin::Seed(seed) => {
-                let values = fill(*seed, &name, shape.elem_count(), init);
-                Var::from_tensor(&Tensor::from_vec(values, shape, &device)?.to_dtype(dtype)?)?
-            }
-            Origin::Later(fresh) => {
+            Origin::Seed { fresh, empty } => {
                 fresh.fillings.insert(name.clone(), (shape.elem_count(), init));
-                let var = Var::zeros(shape, dtype, &device)?;
-                ops::replace(&var, Vec::new())?;
-                var
+                if *empty {
+                    let var = Var::zeros(shape, dtype, &device)?;
+                    ops::replace(&var, Vec::new())?;
+                    var
+                } else {
+                    Var::from_tensor(&Tensor::from_vec(fresh.values(&name)?, shape, &device)?.to_dtype(dtype)?)?
+                }
             }
             Origin::Tensors(tensors) => {
                 let Some(value) = tensors.remove(&name) else { bail!("tensor `{name}` is missing") };
@@ -206,7 +225,6 @@ mod tests {
                 scope.at("layer").get(&i.to_string(), (3, 5), init).unwrap();
             }
         }
-        assert!(whole.fresh().is_none());
         let fresh = empty.fresh().unwrap();
         for (name, var) in whole.params() {
             let empty = &empty.params()[&name];

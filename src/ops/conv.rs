@@ -13,7 +13,7 @@ use super::{
     linear::column_sums,
     simd::Real,
     slices::{by_dtype, fresh, slice, storage, tensor, view},
-    winograd,
+    winograd::{self, Filters},
     winograd_products::Multiplier,
 };
 use crate::{
@@ -102,8 +102,8 @@ pub fn forward<T: Element>(
 ) {
     let [x, w] = &factors(precision, [x, w]);
     match way::<T>(precision, &g) {
-        Way::Rounded(unit) => winograd::convolve(unit, x, w, b, residual, y, g, false),
-        Way::Winograd(kernel) => winograd::convolve(kernel, x, w, b, residual, y, g, false),
+        Way::Rounded(unit) => winograd::convolve(unit, x, Filters::Plain(w), b, residual, y, g),
+        Way::Winograd(kernel) => winograd::convolve(kernel, x, Filters::Plain(w), b, residual, y, g),
         Way::Direct => conv_loops::convolve(x, w, b, residual, y, g),
     }
 }
@@ -112,8 +112,8 @@ pub fn forward<T: Element>(
 pub fn input_gradient<T: Element>(precision: Precision, dy: &[T], w: &[T], dx: &mut [T], g: Geometry) {
     let [dy, w] = &factors(precision, [dy, w]);
     match way::<T>(precision, &g.transposed()) {
-        Way::Rounded(unit) => winograd::convolve(unit, dy, w, None, None, dx, g.transposed(), true),
-        Way::Winograd(kernel) => winograd::convolve(kernel, dy, w, None, None, dx, g.transposed(), true),
+        Way::Rounded(unit) => winograd::convolve(unit, dy, Filters::Flipped(w), None, None, dx, g.transposed()),
+        Way::Winograd(kernel) => winograd::convolve(kernel, dy, Filters::Flipped(w), None, None, dx, g.transposed()),
         Way::Direct => conv_loops::convolve_transposed(dy, w, None, dx, g),
     }
 }

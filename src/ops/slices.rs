@@ -2,10 +2,12 @@
 
 use super::simd::Real;
 use candle_core::{
-    CpuStorage, CudaStorage, Device, Error, InplaceOp1, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType,
+    CpuStorage, CudaStorage, DType, Device, Error, InplaceOp1, Layout, Result, Shape, Storage, StorageRef, Tensor,
+    WithDType,
     backend::{BackendDevice, BackendStorage},
     bail,
 };
+use half::{bf16, f16};
 use rayon::prelude::*;
 use std::{cell::RefCell, marker::PhantomData, ops::Deref, ops::Range};
 
@@ -116,8 +118,8 @@ fn with_copy<T: WithDType, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> R) ->
     Ok(result)
 }
 
-/// Gives an f32 tensor's storage `elements` and returns those it had (on a CPU; else none). An empty vector frees its
-/// memory: until it is given elements again, no kernel may read the tensor or one that shares its storage.
+/// Gives a tensor's storage `elements`, rounded to its type, and returns those it had (f32 on a CPU; else none). An empty
+/// vector frees its memory: until it is given elements again, no kernel may read the tensor or one that shares its storage.
 pub fn replace(tensor: &Tensor, elements: Vec<f32>) -> Result<Vec<f32>> {
     struct Replace(RefCell<Vec<f32>>);
 
@@ -127,8 +129,10 @@ pub fn replace(tensor: &Tensor, elements: Vec<f32>) -> Result<Vec<f32>> {
         }
 
         fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
-            let CpuStorage::F32(old) = storage else { bail!("replace the elements: expected f32") };
-            std::mem::swap(old, &mut *self.0.borrow_mut());
+            match storage {
+                CpuStorage::F32(old) => std::mem::swap(old, &mut *self.0.borrow_mut()),
+                storage => *storage = rounded(self.0.take(), storage.dtype())?,
+            }
             Ok(())
         }
 
@@ -137,9 +141,19 @@ pub fn replace(tensor: &Tensor, elements: Vec<f32>) -> Result<Vec<f32>> {
             if elements.is_empty() {
                 elements.push(0.0); // a driver may refuse memory of length zero
             }
-            *storage = storage.device().storage_from_cpu_storage_owned(CpuStorage::F32(elements))?;
+            let elements = rounded(elements, storage.dtype())?;
+            *storage = storage.device().storage_from_cpu_storage_owned(elements)?;
             Ok(())
         }
+    }
+
+    fn rounded(elements: Vec<f32>, dtype: DType) -> Result<CpuStorage> {
+        Ok(match dtype {
+            DType::F32 => CpuStorage::F32(elements),
+            DType::F16 => CpuStorage::F16(elements.into_par_iter().map(f16::from_f32).collect()),
+            DType::BF16 => CpuStorage::BF16(elements.into_par_iter().map(bf16::from_f32).collect()),
+            dtype => bail!("replace the elements: {dtype:?} is no type of weights"),
+        })
     }
 
     let elements = Replace(RefCell::new(elements));

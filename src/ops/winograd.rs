@@ -78,19 +78,26 @@ impl<T, B: Default> Scratch<T, B> {
     }
 }
 
-/// `y (b, h', w', out)`: the convolution, the bias and the residual; `flipped` for the input's gradient.
+/// Filters of a convolution: its weights `(out, in, 3, 3)` as they are, or, for the input's gradient, those of the
+/// transposed one, `(in, out, 3, 3)`, each turned around.
+#[derive(Clone, Copy)]
+pub(super) enum Filters<'a, T> {
+    Plain(&'a [T]),
+    Flipped(&'a [T]),
+}
+
+/// `y (b, h', w', out)`: the convolution, the bias and the residual.
 pub(super) fn convolve<T: Element, M: Multiplier<T>>(
     multiplier: M,
     x: &[T],
-    w: &[T],
+    filters: Filters<T>,
     bias: Option<&[T]>,
     residual: Option<&[T]>,
     y: &mut [T],
     g: Geometry,
-    flipped: bool,
 ) {
     let transforms = T::transforms();
-    let filters = multiplier.filters(transform_filters(w, g, flipped, multiplier.width()), g.inputs);
+    let filters = multiplier.filters(transform_filters(filters, g, multiplier.width()), g.inputs);
     let zeros = vec![T::ZERO; if bias.is_some() { 0 } else { g.outputs }];
     let bias = bias.unwrap_or(&zeros);
     let (strip_rows, strip_columns) = strip(&g, FORWARD_PATCHES);
@@ -117,12 +124,16 @@ pub(super) fn convolve<T: Element, M: Multiplier<T>>(
 }
 
 /// (G g Gᵀ) of all filters: (panel of outputs, point, input, output of the panel).
-fn transform_filters<T: Element>(w: &[T], g: Geometry, flipped: bool, width: usize) -> Vec<T> {
-    let mut filters = vec![T::ZERO; POINTS * g.inputs * g.outputs];
+fn transform_filters<T: Element>(filters: Filters<T>, g: Geometry, width: usize) -> Vec<T> {
+    let (w, flipped) = match filters {
+        Filters::Plain(w) => (w, false),
+        Filters::Flipped(w) => (w, true),
+    };
+    let mut transformed = vec![T::ZERO; POINTS * g.inputs * g.outputs];
     let half = T::from_f64(0.5);
     let line = |g: [T; 3]| [g[0], (g[0] + g[1] + g[2]) * half, (g[0] - g[1] + g[2]) * half, g[2]];
     let point = g.inputs * width;
-    filters.par_chunks_mut(POINTS * point).enumerate().for_each(|(panel, filters)| {
+    transformed.par_chunks_mut(POINTS * point).enumerate().for_each(|(panel, transformed)| {
         for (input, lane) in (0..g.inputs).flat_map(|input| (0..width).map(move |lane| (input, lane))) {
             let output = panel * width + lane;
             let at = if flipped { input * g.outputs + output } else { output * g.inputs + input } * 9;
@@ -130,12 +141,12 @@ fn transform_filters<T: Element>(w: &[T], g: Geometry, flipped: bool, width: usi
             let rows: [[T; 4]; 3] = std::array::from_fn(|i| line([filter(i, 0), filter(i, 1), filter(i, 2)]));
             for j in 0..4 {
                 for (i, v) in line([rows[0][j], rows[1][j], rows[2][j]]).into_iter().enumerate() {
-                    filters[(4 * i + j) * point + input * width + lane] = v;
+                    transformed[(4 * i + j) * point + input * width + lane] = v;
                 }
             }
         }
     });
-    filters
+    transformed
 }
 
 /// The products of a strip and what is added to them.
@@ -281,8 +292,8 @@ mod tests {
         let g = *g;
         assert!(fits(&g, multiplier.width()) && fits(&g.transposed(), multiplier.width()));
         let (mut y, mut dx, mut dw) = (vec![f32::NAN; dy.len()], vec![f32::NAN; x.len()], vec![1.0; w.len()]);
-        convolve(multiplier, x, w, Some(b), Some(residual), &mut y, g, false);
-        convolve(multiplier, dy, w, None, None, &mut dx, g.transposed(), true);
+        convolve(multiplier, x, Filters::Plain(w), Some(b), Some(residual), &mut y, g);
+        convolve(multiplier, dy, Filters::Flipped(w), None, None, &mut dx, g.transposed());
         weight_gradient(multiplier, x, dy, &mut dw, g);
         [y, dx, dw]
     }

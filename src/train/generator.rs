@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     bundle::{self, Bundle, Parts},
-    config::{Config, Task as Kind},
+    config::{Config, Precision, Task as Kind},
     data::{self, picture},
     dist::{self, Group},
     error::{Context, Result, ensure, failed, usage},
@@ -35,7 +35,7 @@ pub struct GeneratorTask {
     config: Config,
     model: Generator,
     params: Params,
-    /// What belongs into parameters that no rank holds whole.
+    /// What the parameters begin with, where they are random.
     fresh: Option<Fresh>,
     text: WordPiece,
     image_tokenizer: Bundle,
@@ -48,6 +48,13 @@ impl GeneratorTask {
     /// # Errors
     /// One of the three is missing, or the codes are of another tokenizer.
     pub fn new(config: &Config, group: &Group) -> Result<Self> {
+        // On the CPU products round f32 weights themselves, or not at all.
+        let kept = if runtime::device()?.is_cpu() { Precision::F32 } else { config.train.precision };
+        Self::kept_in(kept, config, group)
+    }
+
+    /// The same with weights of linear layers in `kept`, f32 or the precision of their products.
+    pub(super) fn kept_in(kept: Precision, config: &Config, group: &Group) -> Result<Self> {
         let mut config = config.clone();
         let text = WordPiece::load(&config.text.vocab)?;
         let image_tokenizer = Bundle::open(&config.image_tokenizer.path).context("image_tokenizer.path")?;
@@ -68,8 +75,10 @@ impl GeneratorTask {
             true => Scope::empty_from_seed(seed, &device),
             false => Scope::from_seed(seed, DType::F32, &device),
         };
+        let scope = scope.in_precision(kept);
         let model = build(&scope, &config, &text)?;
-        Ok(Self { model, params: scope.params(), fresh: scope.fresh(), text, image_tokenizer, feed, config })
+        let fresh = scope.fresh().filter(|_| config.train.init_from.is_empty());
+        Ok(Self { model, params: scope.params(), fresh, text, image_tokenizer, feed, config })
     }
 
     /// The parts of one direction's samples, which begin at position `first` of the step; the losses of all ranks add up

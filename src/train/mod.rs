@@ -166,6 +166,8 @@ fn task(config: &Config, group: &Group) -> Result<Box<dyn Task>> {
 }
 
 #[cfg(test)]
+mod kept_tests;
+#[cfg(test)]
 mod ranks_tests;
 #[cfg(test)]
 pub(crate) mod task_tests;

@@ -20,9 +20,17 @@ use std::{collections::BTreeMap, fs};
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Trains on so many ranks and returns the metrics that do not depend on time.
-fn live(parent: &Path, config: &Config, ranks: usize) -> Result<Vec<Vec<f64>>> {
+fn live(parent: &Path, config: &Config, ranks: usize) -> Result<Vec<Line>> {
     run_below(parent, config, &Resume::Auto, &Ranks::Threads(ranks), &Stop::default())?;
-    let metrics = fs::read_to_string(parent.join("runs").join(&config.name).join("metrics.jsonl"))?;
+    metrics(&parent.join("runs").join(&config.name))
+}
+
+/// The numbers of a step's line in the metrics that do not depend on time.
+pub(super) type Line = Vec<f64>;
+
+/// Those of all steps of a run.
+pub(super) fn metrics(run: &Path) -> Result<Vec<Line>> {
+    let metrics = fs::read_to_string(run.join("metrics.jsonl"))?;
     let numbers = |line: &str| {
         let line: BTreeMap<String, Value> = serde_json::from_str(line).unwrap();
         let timing = ["seconds", "per_second", "peak_memory_bytes"];
@@ -33,7 +41,7 @@ fn live(parent: &Path, config: &Config, ranks: usize) -> Result<Vec<Vec<f64>>> {
 }
 
 /// Every tensor of a checkpoint, whole, whatever the number of files.
-fn whole(checkpoint: &Path) -> BTreeMap<String, Vec<u32>> {
+pub(super) fn whole(checkpoint: &Path) -> BTreeMap<String, Vec<u32>> {
     let mut tensors: BTreeMap<String, BTreeMap<usize, Vec<u32>>> = BTreeMap::new();
     for entry in fs::read_dir(checkpoint).unwrap() {
         let path = entry.unwrap().path();
@@ -53,7 +61,7 @@ fn whole(checkpoint: &Path) -> BTreeMap<String, Vec<u32>> {
 }
 
 /// Largest distance of two runs' numbers, relative to the first's.
-fn distance(a: &[Vec<f64>], b: &[Vec<f64>]) -> f64 {
+pub(super) fn distance(a: &[Line], b: &[Line]) -> f64 {
     assert!(a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.len() == b.len()));
     let pairs = a.iter().flatten().zip(b.iter().flatten());
     pairs.fold(0.0, |most: f64, (a, b)| most.max((a - b).abs() / a.abs().max(1e-12)))

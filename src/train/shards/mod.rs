@@ -14,6 +14,8 @@
 //! [`layout`](super::layout); one rank is the case in which nothing moves.
 //!
 //! In bf16, weights that products round before use travel rounded (see [`Handling`]): half the traffic, the same bits.
+//! Variables may be kept in the precision of products, as on GPUs; then the weights that the optimizer updates, f32, lie
+//! beside them on the host.
 //!
 //! Where the group's collectives run beside computation, the next segment's weights are under way while a segment
 //! computes, and so are the last one's gradients; stages 0 and 1 send theirs during a step's last backward pass. What
@@ -33,7 +35,7 @@ use crate::{
     nn::{gradients::Gradients, params::Params},
     ops::{self, Floats, Store},
 };
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use std::{
     collections::{BTreeMap, HashMap},
     ops::Range,
@@ -66,7 +68,7 @@ pub struct Shards<'g> {
     idle: usize,
     /// Where the state lies that only the optimizer touches.
     store: Store,
-    /// Stage 3: the weights in `owned`; the variables are empty between uses.
+    /// The weights in `owned` of variables that are not there between uses (stage 3), or not in f32.
     weights: BTreeMap<String, Floats>,
     /// Of whole parameters: of this micro-batch (stages 2 and 3) or of this step.
     gradients: Gradients,
@@ -147,17 +149,18 @@ impl<'g> Shards<'g> {
             going: None,
             last: false,
         };
-        if stage == 3 {
-            // One after the other: they may not fit together.
-            for (name, range) in &shards.owned {
-                let part = match fresh(name)? {
-                    Some(values) => shards.store.copy(&values[range.clone()])?,
-                    None => shards.with_part(name, |weights| shards.store.copy(weights))??,
-                };
-                shards.weights.insert(name.clone(), part);
+        // One after the other: they may not fit together.
+        for (name, range) in &shards.owned {
+            if stage < 3 && !is_rounded(&shards.params[name]) {
+                continue;
             }
-            (0..shards.units.len()).try_for_each(|unit| shards.release(unit))?;
+            let part = match fresh(name)? {
+                Some(values) => shards.store.copy(&values[range.clone()])?,
+                None => shards.with_part(name, |weights| shards.store.copy(weights))??,
+            };
+            shards.weights.insert(name.clone(), part);
         }
+        (0..shards.units.len()).try_for_each(|unit| shards.release(unit))?;
         Ok(shards)
     }
 
@@ -256,12 +259,19 @@ impl<'g> Shards<'g> {
         self.receive_sums()
     }
 
-    /// After the update: the weights that others own come (stages 1 and 2).
+    /// After the update: the weights that others own come (stages 1 and 2), and variables that are not the weights
+    /// themselves become what those are now.
     pub fn refresh(&mut self) -> Result<()> {
-        if !(1..=2).contains(&self.stage) {
+        if self.stage == 0 {
+            return self.weights.iter().try_for_each(|(name, weights)| {
+                ops::replace(&self.params[name], weights.to_vec())?;
+                Ok(())
+            });
+        }
+        if self.stage == 3 {
             return Ok(());
         }
-        let elsewhere = self.params.values().any(|var| !var.device().is_cpu());
+        let elsewhere = self.params.values().any(|var| !var.device().is_cpu() || is_rounded(var));
         let mut coming = self.send_weights(0)?;
         for unit in 0..self.units.len() {
             let next = if unit + 1 < self.units.len() { Some(self.send_weights(unit + 1)?) } else { None };
@@ -304,7 +314,10 @@ impl<'g> Shards<'g> {
         let range = self.owned.get(name).with_context(|| format!("this rank owns nothing of `{name}`"))?;
         match self.weights.get(name) {
             Some(weights) => Ok(f(weights)),
-            None => Ok(ops::with_slice(&self.params[name], |weights: &[f32]| f(&weights[range.clone()]))?),
+            None => {
+                let weights = self.params[name].to_dtype(DType::F32)?;
+                Ok(ops::with_slice(&weights, |weights: &[f32]| f(&weights[range.clone()]))?)
+            }
         }
     }
 
@@ -358,6 +371,11 @@ impl<'g> Shards<'g> {
             counted.flat_map(|size| [f64::from(u8::from(size.is_some())), size.unwrap_or(0.0)]).collect();
         Ok(self.group.sum(&counted)?.chunks(2).map(|pair| (pair[0] > 0.0).then(|| pair[1])).collect())
     }
+}
+
+/// Whether a variable holds rounded weights.
+fn is_rounded(var: &Var) -> bool {
+    matches!(var.dtype(), DType::F16 | DType::BF16)
 }
 
 fn entry(params: &Params, name: &String, handling: &BTreeMap<String, Handling>) -> Result<Entry> {

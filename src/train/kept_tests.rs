@@ -1,0 +1,80 @@
+//! Weights of linear layers kept in the precision of their products, as on GPUs: here in f16, which candle multiplies on
+//! a CPU, too.
+
+use super::{
+    generator::GeneratorTask,
+    ranks_tests::{Line, distance, metrics, whole},
+    task_tests::generator_config,
+    *,
+};
+use crate::config::{MatrixOptimizer, Precision};
+use candle_core::DType;
+use std::collections::BTreeMap;
+
+/// Trains on so many ranks with weights kept in `kept`; metrics and the last checkpoint.
+fn live(parent: &Path, config: &Config, kept: Precision, ranks: usize) -> (Vec<Line>, BTreeMap<String, Vec<u32>>) {
+    Ranks::Threads(ranks)
+        .run(Duration::from_secs(60), |group| {
+            let mut task = GeneratorTask::kept_in(kept, config, group)?;
+            let rounded = task.params().iter().filter(|(_, var)| var.dtype() == DType::F16);
+            let rounded: Vec<&str> = rounded.map(|(name, _)| name.as_str()).collect();
+            assert_eq!(rounded.len(), if kept == Precision::F16 { 4 * config.model.layers } else { 0 });
+            assert!(rounded.iter().all(|name| name.starts_with("blocks.") && name.ends_with(".weight")));
+            let folder = RunFolder::open(parent, config, group.leads())?;
+            train(group, config, &mut task, folder, &Resume::Auto, &Stop::default())
+        })
+        .unwrap();
+    let run = parent.join("runs").join(&config.name);
+    (metrics(&run).unwrap(), whole(&run.join(format!("checkpoints/step-{}", config.train.steps))))
+}
+
+fn config(folder: &Path) -> Config {
+    let mut config = generator_config(folder);
+    let settings = &mut config.train;
+    (settings.precision, settings.batch_size, settings.caption_batch_size) = (Precision::F16, 6, 6);
+    (settings.steps, settings.checkpoint_every, settings.decay_start) = (6, 6, 1.0);
+    config
+}
+
+#[test]
+fn they_train_as_weights_in_f32_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(folder.path());
+    for kind in [MatrixOptimizer::Adamw, MatrixOptimizer::Muon] {
+        config.train.matrix_optimizer = kind;
+        let run = |kept: Precision| live(&folder.path().join(format!("{kind:?} {kept:?}")), &config, kept, 1);
+        let (exact, rounded) = (run(Precision::F32), run(Precision::F16));
+        let distance = distance(&exact.0, &rounded.0);
+        assert!((1e-7..5e-3).contains(&distance), "{kind:?}: {distance:e}");
+        // What is saved is what the optimizer updates: more of it than f16 has.
+        let precise = |(name, bits): (&String, &Vec<u32>)| {
+            name.starts_with("weights/blocks.") && bits.iter().any(|bits| bits & 0x1fff != 0)
+        };
+        assert_eq!(
+            rounded.1.iter().filter(|entry| precise(*entry)).count(),
+            exact.1.iter().filter(|e| precise(*e)).count()
+        );
+    }
+}
+
+#[test]
+fn every_stage_gives_the_same_bits_and_goes_on_with_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(folder.path());
+    // One direction and no parts, so that all stages add gradients up in one order.
+    (config.train.text_loss_weight, config.train.accumulation, config.train.clip_norm) = (0.0, 1, 0.0);
+    let mut run = |stage, stops: &[u64]| {
+        config.train.shard_stage = stage;
+        let parent = folder.path().join(format!("{stage} {stops:?}"));
+        let mut last = None;
+        for steps in stops {
+            config.train.steps = *steps;
+            last = Some(live(&parent, &config, Precision::F16, 2));
+        }
+        last.unwrap()
+    };
+    let expected = run(0, &[6]);
+    for stage in 0..=3 {
+        assert!(run(stage, &[2, 6]).1 == expected.1, "stage {stage}");
+    }
+}
