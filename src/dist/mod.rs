@@ -6,7 +6,7 @@
 //! Ranks are threads of one process ([`local`]) or processes that a launcher started ([`world`]), between which MPI
 //! ([`mpi`]) or TCP ([`tcp`]) carries messages.
 //!
-//! Collectives of floats give a [`Pending`]: with [`Group::overlap`] they run beside what the rank computes meanwhile
+//! What lies on devices goes between them ([`tensors`]). Collectives of floats give a [`Pending`]: with [`Group::overlap`] they run beside what the rank computes meanwhile
 //! ([`background`]), otherwise at once. Both have the same bits.
 
 mod background;
@@ -17,6 +17,7 @@ mod mpi;
 #[cfg_attr(not(feature = "nccl"), path = "nccl_disabled.rs")]
 mod nccl;
 mod tcp;
+mod tensors;
 mod wire;
 mod world;
 
@@ -37,7 +38,7 @@ use std::{
     },
     time::Duration,
 };
-use wire::{Among, Link, Part, Wire, cut, sum};
+use wire::{Among, Link, Part, Wire, sum};
 
 /// The `i`-th of `n` parts of `0..len`: sizes differ by one at most.
 pub fn part(len: usize, i: usize, n: usize) -> Range<usize> {
@@ -247,7 +248,7 @@ impl Group {
         self.background.get().is_some()
     }
 
-    /// Where the ranks have CUDA devices, floats go over NCCL from now on; what else ranks tell each other does not.
+    /// Where the ranks have CUDA devices, tensors go over NCCL from now on; what lies on the host does not.
     ///
     /// # Errors
     /// NCCL is not built in or not there, or two ranks have the same device.
@@ -263,7 +264,7 @@ impl Group {
         };
         let [all, shards, replicas] = Among::EVERY;
         let nccl = [communicator(all)?, communicator(shards)?, communicator(replicas)?];
-        ensure!(self.wire.nccl.set((device.clone(), Mutex::new(nccl))).is_ok(), "the group has its devices already");
+        ensure!(self.wire.nccl.set(Mutex::new(nccl)).is_ok(), "the group has its devices already");
         Ok(())
     }
 
@@ -279,14 +280,8 @@ impl Group {
     pub fn all_gather(&self, ours: Vec<f32>, counts: &[usize]) -> Result<Pending<Vec<Arc<Vec<f32>>>>> {
         let expected = self.count(counts)?;
         ensure!(ours.len() == expected, "all_gather: {} elements instead of {expected}", ours.len());
-        let (call, counts) = (self.call(Op::AllGather, counts.iter().sum()), counts.to_vec());
-        let among = Among::Shards;
-        Ok(self.start(move |wire| {
-            match wire.on_device((call, among), &ours, |nccl, ours| nccl.all_gather(ours, &counts))? {
-                Some(all) => Ok(cut(&all, &counts).map(|part| Arc::new(part.to_vec())).collect()),
-                None => wire.to_members(call, among, ours),
-            }
-        }))
+        let call = self.call(Op::AllGather, counts.iter().sum());
+        Ok(self.start(move |wire| wire.to_members(call, Among::Shards, ours)))
     }
 
     /// The sum over all ranks of this rank's part of `all`, in which `counts[r]` elements after another belong to the
@@ -300,12 +295,7 @@ impl Group {
         ensure!(all.len() == call.len, "reduce_scatter: {} elements instead of {}", all.len(), call.len);
         let one_replica = self.shard_ranks() == self.world_size();
         let parts = self.start(move |wire| {
-            let on_device =
-                wire.on_device((call, Among::Shards), &all, |nccl, all| nccl.reduce_scatter(all, &counts))?;
-            let parts = match on_device {
-                Some(sum) => vec![Part::whole(sum)],
-                None => wire.scatter(call, Among::Shards, all, &counts)?,
-            };
+            let parts = wire.scatter(call, Among::Shards, all, &counts)?;
             if one_replica {
                 return Ok(parts);
             }
@@ -364,10 +354,13 @@ impl Group {
 
     /// Every rank's `ours`, in rank order, after all that was called before.
     fn to_all<T: Number>(&self, op: Op, len: usize, ours: Vec<T>) -> Result<Vec<Arc<Vec<T>>>> {
-        if let Some(background) = self.background.get() {
-            background.run(|_| Ok(())).wait()?;
-        }
+        self.settle()?;
         self.wire.to_all(self.call(op, len), ours)
+    }
+
+    /// Waits for all collectives that run beside computation.
+    fn settle(&self) -> Result<()> {
+        self.background.get().map_or(Ok(()), |background| background.run(|_| Ok(())).wait())
     }
 }
 

@@ -9,13 +9,17 @@
 
 use crate::error::{Context, Error, Result, anyhow, bail, ensure};
 use candle_core::{
-    CudaDevice, CudaStorage, Device, Storage, Tensor,
-    cuda_backend::cudarc::{
-        driver::{CudaSlice, CudaView},
-        nccl::{Comm, Id, ReduceOp, group_end, group_start, result::NcclError, result::NcclStatus},
+    CudaDevice, CudaStorage, DType, Device, Storage, Tensor,
+    cuda_backend::{
+        CudaDType,
+        cudarc::{
+            driver::{CudaSlice, CudaView, DeviceRepr, ValidAsZeroBits},
+            nccl::{Comm, Id, NcclType, ReduceOp, group_end, group_start, result::NcclError, result::NcclStatus},
+        },
     },
     op::BackpropOp,
 };
+use half::{bf16, f16};
 use std::ops::Range;
 
 /// A rank's end of the collectives; all ranks call the same ones in the same order with the same counts.
@@ -50,14 +54,23 @@ impl Nccl {
         Ok(Self { comm: comm.map_err(explain("start"))?, device: device.clone() })
     }
 
-    /// All ranks' elements in rank order, where rank r gives `counts[r]`: flat, f32.
+    /// All ranks' elements in rank order, where rank r gives `counts[r]`: flat, f32, bf16 or f16.
     pub fn all_gather(&self, ours: &Tensor, counts: &[usize]) -> Result<Tensor> {
+        match ours.dtype() {
+            DType::F32 => self.gather::<f32>(ours, counts),
+            DType::BF16 => self.gather::<bf16>(ours, counts),
+            DType::F16 => self.gather::<f16>(ours, counts),
+            dtype => bail!("all_gather: {dtype:?} is no type of weights"),
+        }
+    }
+
+    fn gather<T: Element>(&self, ours: &Tensor, counts: &[usize]) -> Result<Tensor> {
         let (parts, len) = self.parts(counts)?;
         let expected = parts[self.comm.rank()].len();
         ensure!(ours.elem_count() == expected, "all_gather: {} elements instead of {expected}", ours.elem_count());
-        let mut all = self.room(len)?;
+        let mut all = self.room::<T>(len)?;
         if len > 0 {
-            with_view(ours, |ours| match equal(counts) {
+            with_view::<T>(ours, |ours| match equal(counts) {
                 true => done("all_gather", self.comm.all_gather(ours, &mut all)),
                 false => grouped(parts, |root, part| {
                     let ours = (root == self.comm.rank()).then_some(ours);
@@ -73,9 +86,9 @@ impl Nccl {
         let (parts, len) = self.parts(counts)?;
         ensure!(all.elem_count() == len, "reduce_scatter: {} elements instead of {len}", all.elem_count());
         let count = parts[self.comm.rank()].len();
-        let mut ours = self.room(count)?;
+        let mut ours = self.room::<f32>(count)?;
         if len > 0 {
-            with_view(all, |all| match equal(counts) {
+            with_view::<f32>(all, |all| match equal(counts) {
                 true => done("reduce_scatter", self.comm.reduce_scatter(all, &mut ours, &ReduceOp::Sum)),
                 false => grouped(parts, |root, part| {
                     let ours = (root == self.comm.rank()).then_some(&mut ours);
@@ -89,9 +102,9 @@ impl Nccl {
     /// The sum over all ranks.
     pub fn all_reduce(&self, ours: &Tensor) -> Result<Tensor> {
         let len = ours.elem_count();
-        let mut sum = self.room(len)?;
+        let mut sum = self.room::<f32>(len)?;
         if len > 0 {
-            with_view(ours, |ours| done("all_reduce", self.comm.all_reduce(ours, &mut sum, &ReduceOp::Sum)))?;
+            with_view::<f32>(ours, |ours| done("all_reduce", self.comm.all_reduce(ours, &mut sum, &ReduceOp::Sum)))?;
         }
         Ok(self.tensor(sum, len))
     }
@@ -110,11 +123,11 @@ impl Nccl {
     }
 
     /// Memory for `len` elements; a driver may refuse memory of length zero.
-    fn room(&self, len: usize) -> Result<CudaSlice<f32>> {
+    fn room<T: Element>(&self, len: usize) -> Result<CudaSlice<T>> {
         Ok(self.device.alloc_zeros(len.max(1))?)
     }
 
-    fn tensor(&self, elements: CudaSlice<f32>, len: usize) -> Tensor {
+    fn tensor<T: Element>(&self, elements: CudaSlice<T>, len: usize) -> Tensor {
         let storage = CudaStorage::wrap_cuda_slice(elements, self.device.clone());
         Tensor::from_storage(Storage::Cuda(storage), len, BackpropOp::none(), false)
     }
@@ -125,13 +138,18 @@ fn equal(counts: &[usize]) -> bool {
     counts.windows(2).all(|pair| pair[0] == pair[1])
 }
 
-/// Calls `f` with the elements of an f32 tensor on a CUDA device.
-fn with_view(tensor: &Tensor, f: impl FnOnce(&CudaView<f32>) -> Result<()>) -> Result<()> {
+/// What tensors on a device are made of.
+trait Element: NcclType + CudaDType + DeviceRepr + ValidAsZeroBits {}
+
+impl<T: NcclType + CudaDType + DeviceRepr + ValidAsZeroBits> Element for T {}
+
+/// Calls `f` with the elements of a tensor on a CUDA device.
+fn with_view<T: Element>(tensor: &Tensor, f: impl FnOnce(&CudaView<T>) -> Result<()>) -> Result<()> {
     let tensor = tensor.contiguous()?;
     let (storage, layout) = tensor.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { bail!("NCCL moves tensors of CUDA devices only") };
     let (start, end) = layout.contiguous_offsets().context("the tensor is not contiguous")?;
-    f(&storage.as_cuda_slice::<f32>()?.slice(start..end))
+    f(&storage.as_cuda_slice::<T>()?.slice(start..end))
 }
 
 /// Calls `f` for every rank whose part is not empty, as one operation.

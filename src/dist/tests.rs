@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::error::{Result, bail, hint_of};
+use candle_core::{DType, Tensor};
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -45,6 +46,13 @@ fn collectives_equal_plain_sums_at_any_world_size() -> Result<()> {
                 group.all_gather(ours, &counts)?.wait()?.iter().flat_map(|part| part.to_vec()).collect();
             assert_eq!(all, summed(world_size, len));
             assert_eq!(group.all_reduce(numbers(group.rank(), 9)).wait()?, summed(world_size, 9));
+            let flat = |values: Vec<f32>| Tensor::from_vec(values.clone(), values.len(), &Device::Cpu);
+            let ours = group.reduce_scatter_tensor(&flat(numbers(group.rank(), len))?, &counts)?;
+            assert_eq!(group.all_gather_tensor(&ours, &counts)?.to_vec1::<f32>()?, summed(world_size, len));
+            let halves = group.all_gather_tensor(&ours.to_dtype(DType::BF16)?, &counts)?.to_vec1::<half::bf16>()?;
+            assert_eq!(halves, summed(world_size, len).into_iter().map(half::bf16::from_f32).collect::<Vec<_>>());
+            let sum = group.all_reduce_tensor(&flat(numbers(group.rank(), 9))?)?;
+            assert_eq!(sum.to_vec1::<f32>()?, summed(world_size, 9));
             let uneven = group.gather(vec![group.rank() as u32; group.rank()])?;
             assert!(uneven.iter().enumerate().all(|(rank, values)| **values == vec![rank as u32; rank]));
             group.barrier()?;
@@ -75,6 +83,8 @@ fn replicas_share_out_among_their_own_ranks_and_sum_over_all() -> Result<()> {
         let all = group.all_gather(numbers(group.rank(), counts[group.shard_rank()]), &counts)?.wait()?;
         assert_eq!([&*all[0], &*all[1]], [&numbers(first, 3), &numbers(first + 1, 4)]);
         assert_eq!(group.all_reduce(numbers(group.rank(), 9)).wait()?, summed(6, 9));
+        let tensor = Tensor::new(numbers(group.rank(), 7), &Device::Cpu)?;
+        assert_eq!(group.reduce_scatter_tensor(&tensor, &counts)?.to_vec1::<f32>()?, ours);
         Ok(())
     })?;
     let odd = failure(3, PATIENCE, |group| group.shard_over(2));

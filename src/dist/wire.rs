@@ -2,10 +2,9 @@
 
 use super::{Call, Number, local::Meeting, nccl::Nccl, part, world::World};
 use crate::{error::Result, ops::slices};
-use candle_core::{Device, Tensor};
 use std::{
     ops::Range,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, Mutex, OnceLock},
 };
 
 /// What does a rank's collectives.
@@ -15,8 +14,8 @@ pub struct Wire {
     pub link: Link,
     /// Ranks that share one replica out among them; all of them until it is set.
     pub shard_ranks: OnceLock<usize>,
-    /// What moves floats, where ranks have CUDA devices: by [`Among`].
-    pub nccl: OnceLock<(Device, Mutex<[Nccl; 3]>)>,
+    /// What moves tensors, where ranks have CUDA devices: by [`Among`].
+    pub nccl: OnceLock<Mutex<[Nccl; 3]>>,
 }
 
 /// The ranks that exchange something.
@@ -54,20 +53,6 @@ impl Wire {
             Among::Shards => (rank - rank % shards..rank - rank % shards + shards).collect(),
             Among::Replicas => (rank % shards..self.world_size).step_by(shards).collect(),
         }
-    }
-
-    /// What `f` makes of `ours` on the device; `None` where floats do not go over NCCL.
-    pub fn on_device(
-        &self,
-        (call, among): (Call, Among),
-        ours: &[f32],
-        f: impl FnOnce(&Nccl, &Tensor) -> Result<Tensor>,
-    ) -> Result<Option<Vec<f32>>> {
-        let Some((device, nccl)) = self.nccl.get() else { return Ok(None) };
-        // NCCL waits for ever; this does not, and sees whether all ranks call the same.
-        self.to_all(call, Vec::<u8>::new())?;
-        let nccl = nccl.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(Some(f(&nccl[among as usize], &Tensor::from_slice(ours, ours.len(), device)?)?.to_vec1()?))
     }
 
     /// Every rank's `ours`, in rank order.
@@ -117,9 +102,6 @@ impl Wire {
 
     /// The sum over these ranks, on all of them.
     pub fn all_reduce(&self, call: Call, among: Among, ours: Vec<f32>) -> Result<Vec<f32>> {
-        if let Some(sum) = self.on_device((call, among), &ours, Nccl::all_reduce)? {
-            return Ok(sum);
-        }
         let members = self.members(among).len();
         let counts: Vec<usize> = (0..members).map(|i| part(ours.len(), i, members).len()).collect();
         let parts = self.to_members(call, among, sum(&self.scatter(call, among, ours, &counts)?))?;

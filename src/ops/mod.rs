@@ -63,7 +63,7 @@ pub use max_pool::max_pool2x;
 pub use muon::{Muon, muon_step};
 pub use nearest_code::nearest_code;
 pub use peak::peak_flops;
-pub use slices::{replace, with_slice, with_slice_mut};
+pub use slices::{assign, replace, with_slice, with_slice_mut};
 pub use store::{Floats, Store};
 pub use upsample::upsample_nearest2x;
 

@@ -161,6 +161,44 @@ pub fn replace(tensor: &Tensor, elements: Vec<f32>) -> Result<Vec<f32>> {
     Ok(elements.0.into_inner())
 }
 
+/// Gives a tensor's storage a copy of `source`'s elements; both are of one type, shape and device. The storage may have
+/// been empty.
+pub fn assign(tensor: &Tensor, source: &Tensor) -> Result<()> {
+    struct Assign(Tensor);
+
+    impl InplaceOp1 for Assign {
+        fn name(&self) -> &'static str {
+            "assign the elements"
+        }
+
+        fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
+            let (source, _) = self.0.storage_and_layout();
+            let Storage::Cpu(source) = &*source else { bail!("assign the elements: they are elsewhere") };
+            *storage = source.clone();
+            Ok(())
+        }
+
+        fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
+            let (source, layout) = self.0.storage_and_layout();
+            let Storage::Cuda(source) = &*source else { bail!("assign the elements: they are elsewhere") };
+            *storage = source.try_clone(layout)?;
+            Ok(())
+        }
+    }
+
+    if (tensor.shape(), tensor.dtype()) != (source.shape(), source.dtype()) {
+        bail!(
+            "assign the elements: {:?} {:?} to {:?} {:?}",
+            source.dtype(),
+            source.dims(),
+            tensor.dtype(),
+            tensor.dims()
+        );
+    }
+    // A view may be a part of its storage.
+    tensor.inplace_op1(&Assign(source.force_contiguous()?))
+}
+
 /// A new vector that `fill` writes, without the pass over memory that fills it with zeros first.
 ///
 /// # Safety

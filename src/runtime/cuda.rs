@@ -9,12 +9,12 @@
 //! - *Memory*: `cuMemAllocAsync` from the driver's pool. Its release threshold is 0 by default, which hands freed memory
 //!   back at every synchronisation, and each loss read is one; we keep it, as `keep_memory` does on the CPU. Nothing of
 //!   length zero is allocated, which the driver may refuse.
-//! - *Numbers*: f32, but for the products of linear layers and convolutions, whose factors are cast to `train.precision` and
-//!   back. Packed weights are for the CPU; candle leaves TF32 off. candle's kernels index with 32-bit counts in places, so
+//! - *Numbers*: f32, but for the products of linear layers and convolutions: their factors are cast to `train.precision`, in
+//!   which the generator's linear layers are kept. Packed weights are for the CPU; candle leaves TF32 off. candle's kernels index with 32-bit counts in places, so
 //!   one tensor must stay below 2³² elements.
 //! - *Segments*: the taped ones run, of stock ops only; attention builds n×n scores there. There is no kernel of ours.
-//! - *Optimizer*: its state lies in host memory, and gradients and weights cross the bus once a step to be updated there
-//!   (`ops::with_slice`, `ops::with_slice_mut`): right, and slow.
+//! - *Optimizer*: it and the weights that it updates lie in host memory. Variables are copies: gradients add up on the device
+//!   and cross the bus once a step, weights before each use (stage 3) or once a step (`train::shards::copies`).
 //! - *Threads*: handles are shared by all threads of a rank; cudarc binds the context to the thread at every call.
 
 use crate::error::{Result, failed, usage};

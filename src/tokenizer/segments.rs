@@ -20,7 +20,9 @@ use std::{cell::RefCell, rc::Rc};
 pub struct PixelBatch {
     /// `(batch, side, side, 3)` in \[-1, 1\].
     pub pixels: Tensor,
-    /// Share of the step's loss that this batch makes up: its pictures / the step's pictures; times the scale of f16.
+    /// Share of the step's loss that this batch makes up: its pictures / the step's pictures.
+    pub share: f64,
+    /// What losses are multiplied by so that f16 keeps small gradients; a power of two, which costs no bit.
     pub loss_scale: f64,
     /// The training step, from 1.
     pub step: u64,
@@ -33,9 +35,9 @@ pub struct PixelBatch {
 }
 
 impl PixelBatch {
-    pub fn new(pixels: Tensor, loss_scale: f64) -> Self {
+    pub fn new(pixels: Tensor, share: f64) -> Self {
         let relaxation = Relaxation { temperature: 1.0, ..Relaxation::default() };
-        Self { pixels, loss_scale, step: 1, anchors: None, relaxation, statistics: RefCell::new(None) }
+        Self { pixels, share, loss_scale: 1.0, step: 1, anchors: None, relaxation, statistics: RefCell::new(None) }
     }
 }
 
@@ -122,7 +124,7 @@ impl Taped<PixelBatch> for Decode {
         }
         let value = (linear.detach().neg()? + judged.loss * batch.loss_scale)?;
         let add = |sum: Tensor, (_, loss): &(_, Tensor)| sum + (loss * batch.loss_scale)?;
-        Ok(quantized.losses.iter().try_fold((linear + value)?, add)?)
+        Ok((quantized.losses.iter().try_fold((linear + value)?, add)? * batch.share)?)
     }
 }
 

@@ -146,7 +146,8 @@ impl Task for ImageTokenizerTask {
             let range = dist::part(records.len(), i, parts);
             let part = &records[range.clone()];
             let share = part.len() as f64 / settings.batch_size as f64;
-            let mut batch = PixelBatch::new(pixels(part)?, share * loss_scale);
+            let mut batch = PixelBatch::new(pixels(part)?, share);
+            batch.loss_scale = loss_scale;
             batch.step = step;
             batch.anchors = (step > self.config.image_tokenizer.adversarial_start).then_some(self.anchors);
             batch.relaxation = self.relaxation(step, first + range.start as u64);

@@ -63,18 +63,20 @@ fn every_stage_gives_the_same_bits_and_goes_on_with_them() {
     let mut config = config(folder.path());
     // One direction and no parts, so that all stages add gradients up in one order.
     (config.train.text_loss_weight, config.train.accumulation, config.train.clip_norm) = (0.0, 1, 0.0);
-    let mut run = |stage, stops: &[u64]| {
+    let mut run = |ranks, stage, stops: &[u64]| {
         config.train.shard_stage = stage;
-        let parent = folder.path().join(format!("{stage} {stops:?}"));
+        let parent = folder.path().join(format!("{ranks} {stage} {stops:?}"));
         let mut last = None;
         for steps in stops {
             config.train.steps = *steps;
-            last = Some(live(&parent, &config, Precision::F16, 2));
+            last = Some(live(&parent, &config, Precision::F16, ranks));
         }
         last.unwrap()
     };
-    let expected = run(0, &[6]);
-    for stage in 0..=3 {
-        assert!(run(stage, &[2, 6]).1 == expected.1, "stage {stage}");
+    for ranks in [2, 3] {
+        let expected = run(ranks, 0, &[6]);
+        for stage in 0..=3 {
+            assert!(run(ranks, stage, &[2, 6]).1 == expected.1, "{ranks} ranks, stage {stage}");
+        }
     }
 }

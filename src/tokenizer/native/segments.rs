@@ -130,10 +130,10 @@ impl Segment<PixelBatch> for Native<'_, Decode> {
             terms.push((name, number(term)?));
             loss += number(term)?;
         }
-        let dy = features(&judged.gradient, self.buffers)?;
+        let dy = features(&(judged.gradient * batch.share)?, self.buffers)?;
         let (codes, latents) = (quantized.codes.to_vec1()?, half.quantize.follows_latents().then(|| z.detach()));
         *batch.statistics.borrow_mut() = Some(Statistics { terms, codes, latents });
-        let loss = Tensor::new((loss * batch.loss_scale) as f32, &Device::Cpu)?;
+        let loss = Tensor::new((loss * batch.share * batch.loss_scale) as f32, &Device::Cpu)?;
         let saved = Decoded { layers, z, quantized, dy, own };
         Ok((loss, Box::new(saved)))
     }
@@ -149,12 +149,12 @@ impl Segment<PixelBatch> for Native<'_, Decode> {
         let half = &self.segment.half;
         let Decoded { layers, z, quantized, dy, own } = *saved.downcast().ok().context("what another segment saved")?;
         for (name, gradient) in own {
-            gradients.add(&name, gradient)?;
+            gradients.add(&name, (gradient * batch.share)?)?;
         }
         let dz_q = tensor(backward(&half.native_layers()?.0, layers, dy, self.buffers, gradients)?)?;
         let mut loss = (quantized.z_q * dz_q)?.sum_all()?;
         for (_, term) in &quantized.losses {
-            loss = (loss + (term * batch.loss_scale)?)?;
+            loss = (loss + (term * (batch.share * batch.loss_scale))?)?;
         }
         let mut store = loss.backward()?;
         for (name, var) in Taped::params(self.segment) {

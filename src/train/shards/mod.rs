@@ -14,13 +14,13 @@
 //! [`layout`](super::layout); one rank is the case in which nothing moves.
 //!
 //! In bf16, weights that products round before use travel rounded (see [`Handling`]): half the traffic, the same bits.
-//! Variables may be kept in the precision of products, as on GPUs; then the weights that the optimizer updates, f32, lie
-//! beside them on the host.
+//! On GPUs variables are copies of the weights: see [`copies`].
 //!
 //! Where the group's collectives run beside computation, the next segment's weights are under way while a segment
 //! computes, and so are the last one's gradients; stages 0 and 1 send theirs during a step's last backward pass. What
 //! arrives is added in the same order either way, so that the bits are the same.
 
+mod copies;
 mod passes;
 mod traffic;
 
@@ -68,7 +68,9 @@ pub struct Shards<'g> {
     idle: usize,
     /// Where the state lies that only the optimizer touches.
     store: Store,
-    /// The weights in `owned` of variables that are not there between uses (stage 3), or not in f32.
+    /// Whether variables are copies of the weights.
+    copied: bool,
+    /// The weights in `owned` where variables are copies, or empty between uses (stage 3).
     weights: BTreeMap<String, Floats>,
     /// Of whole parameters: of this micro-batch (stages 2 and 3) or of this step.
     gradients: Gradients,
@@ -132,16 +134,16 @@ impl<'g> Shards<'g> {
         ensure!(covered == all, "{covered} of {all} weights belong to exactly one segment");
         let idle = units.iter().take_while(|names| names.iter().all(|name| handling[name].frozen)).count();
         let units = pieces.into_iter().map(|pieces| Unit { pieces, here: true, sent: false }).collect();
-        let params = params.clone();
         let mut shards = Self {
             group,
             stage,
-            params,
+            params: params.clone(),
             units,
             owned,
             handling,
             idle,
             store,
+            copied: params.values().any(|var| !var.device().is_cpu() || var.dtype() != DType::F32),
             weights: BTreeMap::new(),
             gradients: Gradients::default(),
             sums: Gradients::default(),
@@ -149,11 +151,9 @@ impl<'g> Shards<'g> {
             going: None,
             last: false,
         };
+        let apart = if stage == 3 || shards.copied { &shards.owned } else { &BTreeMap::new() };
         // One after the other: they may not fit together.
-        for (name, range) in &shards.owned {
-            if stage < 3 && !is_rounded(&shards.params[name]) {
-                continue;
-            }
+        for (name, range) in apart {
             let part = match fresh(name)? {
                 Some(values) => shards.store.copy(&values[range.clone()])?,
                 None => shards.with_part(name, |weights| shards.store.copy(weights))??,
@@ -262,34 +262,26 @@ impl<'g> Shards<'g> {
     /// After the update: the weights that others own come (stages 1 and 2), and variables that are not the weights
     /// themselves become what those are now.
     pub fn refresh(&mut self) -> Result<()> {
-        if self.stage == 0 {
-            return self.weights.iter().try_for_each(|(name, weights)| {
-                ops::replace(&self.params[name], weights.to_vec())?;
-                Ok(())
-            });
-        }
         if self.stage == 3 {
             return Ok(());
         }
-        let elsewhere = self.params.values().any(|var| !var.device().is_cpu() || is_rounded(var));
+        if self.copied {
+            return (0..self.units.len()).try_for_each(|unit| self.copy_weights(unit));
+        }
+        if self.stage == 0 {
+            return Ok(());
+        }
         let mut coming = self.send_weights(0)?;
         for unit in 0..self.units.len() {
             let next = if unit + 1 < self.units.len() { Some(self.send_weights(unit + 1)?) } else { None };
-            if elsewhere {
-                // Each weight goes to the device once, not once a piece.
-                for (name, values) in self.whole(unit, coming)? {
-                    ops::replace(&self.params[&name], values)?;
+            self.receive_weights(unit, coming, |arrived| {
+                // What this rank owns is there already, and exact.
+                if arrived.rank == self.group.shard_rank() {
+                    return Ok(());
                 }
-            } else {
-                self.receive_weights(unit, coming, |arrived| {
-                    // What this rank owns is there already, and exact.
-                    if arrived.rank == self.group.shard_rank() {
-                        return Ok(());
-                    }
-                    let write = |weights: &mut [f32]| arrived.write(&mut weights[arrived.piece.range.clone()]);
-                    Ok(ops::with_slice_mut(&self.params[&arrived.piece.name], write)?)
-                })?;
-            }
+                let write = |weights: &mut [f32]| arrived.write(&mut weights[arrived.piece.range.clone()]);
+                Ok(ops::with_slice_mut(&self.params[&arrived.piece.name], write)?)
+            })?;
             let Some(next) = next else { break };
             coming = next;
         }
@@ -371,11 +363,6 @@ impl<'g> Shards<'g> {
             counted.flat_map(|size| [f64::from(u8::from(size.is_some())), size.unwrap_or(0.0)]).collect();
         Ok(self.group.sum(&counted)?.chunks(2).map(|pair| (pair[0] > 0.0).then(|| pair[1])).collect())
     }
-}
-
-/// Whether a variable holds rounded weights.
-fn is_rounded(var: &Var) -> bool {
-    matches!(var.dtype(), DType::F16 | DType::BF16)
 }
 
 fn entry(params: &Params, name: &String, handling: &BTreeMap<String, Handling>) -> Result<Entry> {

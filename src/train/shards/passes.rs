@@ -6,6 +6,10 @@ use crate::{error::Result, ops};
 impl Shards<'_> {
     /// Before a segment's pass: its weights come, and those of the segment after it set out (stage 3).
     pub fn gather(&mut self, unit: usize, next: Option<usize>) -> Result<()> {
+        if !self.units[unit].here && self.copied {
+            self.copy_weights(unit)?;
+            self.units[unit].here = true;
+        }
         if !self.units[unit].here {
             let parts = match self.coming.take() {
                 Some((coming, parts)) if coming == unit => parts,
@@ -16,7 +20,7 @@ impl Shards<'_> {
             }
             self.units[unit].here = true;
         }
-        if let Some(next) = next.filter(|next| self.group.overlaps() && !self.units[*next].here) {
+        if let Some(next) = next.filter(|next| self.group.overlaps() && !self.copied && !self.units[*next].here) {
             self.coming = Some((next, self.send_weights(next)?));
         }
         Ok(())
@@ -39,11 +43,9 @@ impl Shards<'_> {
     pub fn edit(&mut self, unit: usize, edit: impl FnOnce() -> Result<()>) -> Result<()> {
         self.gather(unit, None)?;
         edit()?;
-        if self.stage == 3 {
-            for Piece { name, range } in &self.units[unit].pieces[self.group.shard_rank()] {
-                if let Some(weights) = self.weights.get_mut(name) {
-                    ops::with_slice(&self.params[name], |all: &[f32]| weights.copy_from_slice(&all[range.clone()]))?;
-                }
+        for Piece { name, .. } in self.units[unit].pieces.iter().flatten() {
+            if let (Some(range), Some(weights)) = (self.owned.get(name), self.weights.get_mut(name)) {
+                ops::with_slice(&self.params[name], |all: &[f32]| weights.copy_from_slice(&all[range.clone()]))?;
             }
         }
         self.release(unit)

@@ -111,11 +111,11 @@ impl Shards<'_> {
 
     /// Sends a unit's gradients to be summed over all ranks, after the last unit's have come.
     pub(super) fn send_gradients(&mut self, unit: usize) -> Result<()> {
+        if self.copied {
+            return self.sum_tensors(unit);
+        }
         self.receive_sums()?;
-        let live = |pieces: &Vec<Piece>| -> Vec<Piece> {
-            pieces.iter().filter(|piece| self.gradients.get(&piece.name).is_some()).cloned().collect()
-        };
-        let mut pieces: Vec<Vec<Piece>> = self.units[unit].pieces.iter().map(live).collect();
+        let mut pieces = self.live(unit);
         let counts: Vec<usize> = pieces.iter().map(|pieces| length(pieces)).collect();
         let mut all = Vec::with_capacity(counts.iter().sum());
         for piece in pieces.iter().flatten() {
@@ -131,6 +131,14 @@ impl Shards<'_> {
         self.units[unit].sent = true;
         self.going = Some(Going { pieces: pieces.swap_remove(ours), sums });
         if self.group.overlaps() { Ok(()) } else { self.receive_sums() }
+    }
+
+    /// The pieces of a unit that have gradients, by rank.
+    pub(super) fn live(&self, unit: usize) -> Vec<Vec<Piece>> {
+        let live = |pieces: &Vec<Piece>| -> Vec<Piece> {
+            pieces.iter().filter(|piece| self.gradients.get(&piece.name).is_some()).cloned().collect()
+        };
+        self.units[unit].pieces.iter().map(live).collect()
     }
 
     /// Waits for the sums under way: in place of this rank's own gradients, or added to those it owns.
