@@ -54,7 +54,7 @@ fn adamw(c: &mut Criterion) {
     let hyper = AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.96, eps: 1e-8, weight_decay: 0.045, step: 10 };
     let mut group = c.benchmark_group("update");
     group.throughput(Throughput::Elements(count as u64));
-    let mut step = || ops::adamw_step(&mut weights, &gradient, &mut m, &mut v, &hyper, 0.5).unwrap();
+    let mut step = || ops::adamw_step(&mut weights, &gradient, [&mut m, &mut v], None, &hyper, 0.5).unwrap();
     group.bench_function("adamw", |b| b.iter(&mut step));
     group.finish();
 }

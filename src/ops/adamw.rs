@@ -1,10 +1,11 @@
-//! AdamW (arXiv 1711.05101) in one pass over parameter, gradient and moments.
+//! AdamW (arXiv 1711.05101) in one pass over parameter, gradient and moments, and the parameter's copy in bf16.
 
 use super::{
     CHUNK,
     simd::{Real, multiversion},
 };
 use crate::error::{Result, ensure};
+use half::{bf16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
 /// The numbers of one step.
@@ -62,16 +63,31 @@ multiversion! {
     }
 }
 
-/// Updates the weights `w` and their moments with `scale · g` (the scale clips the global norm).
+/// Updates the weights `w` and their moments with `scale · g` (the scale clips the global norm); `rounded`, if there,
+/// becomes the new weights.
 ///
 /// # Errors
-/// The four are not of one length.
-pub fn adamw_step(w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], hyper: &AdamW, scale: f64) -> Result<()> {
+/// They are not of one length.
+pub fn adamw_step(
+    w: &mut [f32],
+    g: &[f32],
+    [m, v]: [&mut [f32]; 2],
+    rounded: Option<&mut [bf16]>,
+    hyper: &AdamW,
+    scale: f64,
+) -> Result<()> {
     ensure!([g.len(), m.len(), v.len()] == [w.len(); 3], "sizes of an AdamW step");
+    ensure!(rounded.as_ref().is_none_or(|rounded| rounded.len() == w.len()), "size of rounded weights");
     let factors = Factors::of(hyper, scale);
     let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
     let chunks = w.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK)).zip(moments);
-    chunks.for_each(|((w, g), (m, v))| update(w, g, m, v, &factors));
+    match rounded {
+        None => chunks.for_each(|((w, g), (m, v))| update(w, g, m, v, &factors)),
+        Some(rounded) => chunks.zip(rounded.par_chunks_mut(CHUNK)).for_each(|(((w, g), (m, v)), rounded)| {
+            update(w, g, m, v, &factors);
+            rounded.convert_from_f32_slice(w);
+        }),
+    }
     Ok(())
 }
 
@@ -91,11 +107,13 @@ mod tests {
         let mut w = normal("weights", 0);
         let mut expected: Vec<f64> = w.iter().copied().map(f64::from).collect();
         let (mut m, mut v) = (vec![0f32; count], vec![0f32; count]);
+        let mut rounded = vec![bf16::ZERO; count];
         let (mut em, mut ev) = (vec![0f64; count], vec![0f64; count]);
         for step in 1..=4 {
             let g = normal("gradient", step);
             let hyper = AdamW { learning_rate: 0.01, beta1: 0.9, beta2: 0.96, eps: 1e-8, weight_decay: 0.1, step };
-            adamw_step(&mut w, &g, &mut m, &mut v, &hyper, 0.5)?;
+            adamw_step(&mut w, &g, [&mut m, &mut v], Some(&mut rounded), &hyper, 0.5)?;
+            assert!(rounded.iter().zip(&w).all(|(rounded, w)| *rounded == bf16::from_f32(*w)));
             for i in 0..count {
                 let g = f64::from(g[i]) * 0.5;
                 em[i] = 0.9 * em[i] + 0.1 * g;

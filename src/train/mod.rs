@@ -166,7 +166,7 @@ fn task(config: &Config, group: &Group) -> Result<Box<dyn Task>> {
 }
 
 #[cfg(test)]
-mod kept_tests;
+mod f16_tests;
 #[cfg(test)]
 mod ranks_tests;
 #[cfg(test)]

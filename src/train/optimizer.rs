@@ -14,6 +14,7 @@ use crate::{
     tokenizer::discriminator,
 };
 use candle_core::{D, Tensor, Var};
+use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use std::{collections::BTreeMap, ops::Range};
 
@@ -71,7 +72,7 @@ impl Optimizer {
                         weight_decay,
                         step,
                     };
-                    owned.update(|w, g| ops::adamw_step(w, g, m, v, &hyper, scale))
+                    owned.update(|w, rounded, g| ops::adamw_step(w, g, [m, v], rounded, &hyper, scale))
                 }
                 Moments::Muon { momentum } => {
                     let hyper = ops::Muon {
@@ -82,7 +83,11 @@ impl Optimizer {
                         precision: config.precision,
                     };
                     let size = var.dims2()?;
-                    owned.update(|w, g| ops::muon_step(w, g, momentum, size, &hyper, scale))
+                    owned.update(|w, rounded, g| {
+                        ops::muon_step(w, g, momentum, size, &hyper, scale)?;
+                        rounded.into_iter().for_each(|rounded| rounded.convert_from_f32_slice(w));
+                        Ok(())
+                    })
                 }
             }
         };

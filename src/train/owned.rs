@@ -5,6 +5,7 @@ use crate::{
     ops::{self, Floats},
 };
 use candle_core::{Tensor, Var};
+use half::bf16;
 use std::ops::Range;
 
 /// This rank's part of a parameter.
@@ -16,6 +17,8 @@ pub struct Owned<'a> {
     pub(super) range: Range<usize>,
     /// `None`: they lie in the variable.
     pub(super) weights: Option<&'a mut Floats>,
+    /// The same weights in bf16, where others want them so.
+    pub(super) rounded: Option<&'a mut Vec<bf16>>,
 }
 
 impl Owned<'_> {
@@ -24,12 +27,13 @@ impl Owned<'_> {
         self.range.len()
     }
 
-    /// Calls `f` with these weights, to change them, and their gradient.
-    pub fn update(self, f: impl FnOnce(&mut [f32], &[f32]) -> Result<()>) -> Result<()> {
-        let Self { var, gradient, range, weights, .. } = self;
+    /// Calls `f` with these weights, to change them and their copy in bf16, and their gradient.
+    pub fn update(self, f: impl FnOnce(&mut [f32], Option<&mut [bf16]>, &[f32]) -> Result<()>) -> Result<()> {
+        let Self { var, gradient, range, weights, rounded, .. } = self;
+        let rounded = rounded.map(Vec::as_mut_slice);
         ops::with_slice(gradient, |gradient: &[f32]| match weights {
-            Some(weights) => f(weights, gradient),
-            None => ops::with_slice_mut(var, |weights| f(&mut weights[range], gradient))?,
+            Some(weights) => f(weights, rounded, gradient),
+            None => ops::with_slice_mut(var, |weights| f(&mut weights[range], rounded, gradient))?,
         })?
     }
 }

@@ -118,7 +118,7 @@ fn live(parent: &Path, config: &Config) -> Result<()> {
 }
 
 /// Trains to the end with a stop after each step of `stops`; gives metrics and the last checkpoint.
-fn lives(parent: &Path, config: &Config, stops: &[u64]) -> (Vec<Value>, Vec<u8>, Vec<u8>) {
+pub(super) fn lives(parent: &Path, config: &Config, stops: &[u64]) -> (Vec<Value>, Vec<u8>, Vec<u8>) {
     fs::create_dir_all(parent).unwrap();
     for stop_at in stops.iter().map(Some).chain([None]) {
         let mut config = config.clone();
@@ -152,33 +152,6 @@ fn resumes_bit_by_bit(mut config: Config, folder: &Path) {
     assert!(whole == parts, "a resumed run differs: {:#?} {:#?}", whole.0, parts.0);
     let other = lives(&folder.join("other"), &Config { seed: config.seed + 1, ..config }, &[]);
     assert!(whole.1 != other.1, "the seed changes nothing");
-}
-
-/// In f16 a run resumes bit by bit, and its losses stay near those of f32.
-fn f16_is_near_f32(mut config: Config, folder: &Path, losses: [&str; 2], bound: f64) {
-    config.train.decay_start = 1.0;
-    let exact = lives(&folder.join("f32"), &config, &[]);
-    config.train.precision = config::Precision::F16;
-    let whole = lives(&folder.join("whole"), &config, &[]);
-    assert!(whole == lives(&folder.join("cut"), &config, &[1, 3]));
-    let mut farthest = 0f64;
-    for (a, b) in exact.0.iter().zip(&whole.0) {
-        assert_eq!(b["loss_scale"], 65536.0);
-        for loss in losses {
-            let [a, b] = [a, b].map(|line| line[loss].as_f64().unwrap());
-            farthest = farthest.max((a - b).abs() / a);
-        }
-    }
-    assert!((1e-7..bound).contains(&farthest), "{farthest:e}");
-}
-
-#[test]
-fn in_f16_runs_resume_bit_by_bit_and_stay_near_f32() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut config = generator_config(folder.path());
-    config.train.steps = 20;
-    f16_is_near_f32(config, &folder.path().join("generator"), ["image", "text"], 2e-4);
-    f16_is_near_f32(tokenizer_config(folder.path()), &folder.path().join("tokenizer"), ["l1", "l2"], 1e-3);
 }
 
 #[test]

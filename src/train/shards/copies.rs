@@ -4,17 +4,18 @@
 
 use super::{Piece, Shards};
 use crate::{error::Result, ops};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 
 impl Shards<'_> {
     /// The variables of a unit become what all ranks' weights are now.
     pub(super) fn copy_weights(&self, unit: usize) -> Result<()> {
         if self.replicated() {
-            return self.units[unit].pieces.iter().flatten().try_for_each(|piece| {
-                ops::replace(&self.params[&piece.name], self.part(&piece.name)?)?;
-                Ok(())
-            });
+            for Piece { name, .. } in self.units[unit].pieces.iter().flatten() {
+                let var = &self.params[name];
+                ops::assign(var, &self.flat([name].into_iter(), var)?.reshape(var.shape())?)?;
+            }
+            return Ok(());
         }
         for (name, parts) in self.gather_tensors(unit)? {
             let var = &self.params[name];
@@ -31,11 +32,8 @@ impl Shards<'_> {
             let counts = pieces.iter().map(|pieces| length(pieces.iter().filter(of)));
             let counts: Vec<usize> = counts.collect();
             let Some(first) = pieces.iter().flatten().find(of) else { continue };
-            let mut ours = Vec::new();
-            for piece in pieces[self.group.shard_rank()].iter().filter(of) {
-                self.with_part(&piece.name, |weights| ours.extend_from_slice(weights))?;
-            }
-            let ours = there(ours, dtype, &self.params[&first.name])?;
+            let names = pieces[self.group.shard_rank()].iter().filter(of).map(|piece| &piece.name);
+            let ours = self.flat(names, &self.params[&first.name])?;
             let (all, mut at) = (self.group.all_gather_tensor(&ours, &counts)?, 0);
             for piece in pieces.iter().flatten().filter(of) {
                 parts.entry(&piece.name).or_default().push(all.narrow(0, at, piece.range.len())?);
@@ -43,6 +41,24 @@ impl Shards<'_> {
             }
         }
         Ok(parts)
+    }
+
+    /// What this rank owns of these parameters, one after another, of the type and on the device of `like`.
+    fn flat<'a>(&self, names: impl Iterator<Item = &'a String>, like: &Tensor) -> Result<Tensor> {
+        let (mut floats, mut halves) = (Vec::new(), Vec::new());
+        for name in names {
+            match self.rounded.get(name) {
+                Some(rounded) => halves.extend_from_slice(rounded),
+                None => self.with_part(name, |weights| floats.extend_from_slice(weights))?,
+            }
+        }
+        let flat = match (floats.len(), halves.len()) {
+            // A driver has no memory of length zero.
+            (0, 0) => return Ok(Tensor::zeros(1, like.dtype(), like.device())?.narrow(0, 0, 0)?),
+            (0, len) => Tensor::from_vec(halves, len, &Device::Cpu)?,
+            (len, _) => Tensor::from_vec(floats, len, &Device::Cpu)?,
+        };
+        Ok(flat.to_dtype(like.dtype())?.to_device(like.device())?)
     }
 
     /// A unit's gradients are summed over all ranks, to where their owners add them up.
@@ -82,14 +98,4 @@ impl Shards<'_> {
 
 fn length<'a>(pieces: impl Iterator<Item = &'a Piece>) -> usize {
     pieces.map(|piece| piece.range.len()).sum()
-}
-
-/// Weights as a flat tensor of this type where the variable is. A driver has no memory of length zero.
-fn there(weights: Vec<f32>, dtype: DType, var: &Tensor) -> Result<Tensor> {
-    let len = weights.len();
-    if len == 0 {
-        return Ok(Tensor::zeros(1, dtype, var.device())?.narrow(0, 0, 0)?);
-    }
-    let rounded = Tensor::from_vec(weights, len, &candle_core::Device::Cpu)?.to_dtype(dtype)?;
-    Ok(rounded.to_device(var.device())?)
 }

@@ -36,6 +36,7 @@ use crate::{
     ops::{self, Floats, Store},
 };
 use candle_core::{DType, Device, Tensor, Var};
+use half::{bf16, slice::HalfFloatSliceExt, vec::HalfFloatVecExt};
 use std::{
     collections::{BTreeMap, HashMap},
     ops::Range,
@@ -72,6 +73,8 @@ pub struct Shards<'g> {
     copied: bool,
     /// The weights in `owned` where variables are copies, or empty between uses (stage 3).
     weights: BTreeMap<String, Floats>,
+    /// The same in bf16, of variables that are copies in bf16: the optimizer rounds as it updates.
+    rounded: BTreeMap<String, Vec<bf16>>,
     /// Of whole parameters: of this micro-batch (stages 2 and 3) or of this step.
     gradients: Gradients,
     /// Stages 1 to 3: summed over all ranks, of the elements in `owned`.
@@ -145,6 +148,7 @@ impl<'g> Shards<'g> {
             store,
             copied: params.values().any(|var| !var.device().is_cpu() || var.dtype() != DType::F32),
             weights: BTreeMap::new(),
+            rounded: BTreeMap::new(),
             gradients: Gradients::default(),
             sums: Gradients::default(),
             coming: None,
@@ -159,6 +163,9 @@ impl<'g> Shards<'g> {
                 None => shards.with_part(name, |weights| shards.store.copy(weights))??,
             };
             shards.weights.insert(name.clone(), part);
+        }
+        for (name, weights) in shards.weights.iter().filter(|(name, _)| params[*name].dtype() == DType::BF16) {
+            shards.rounded.insert(name.clone(), Vec::from_f32_slice(weights));
         }
         (0..shards.units.len()).try_for_each(|unit| shards.release(unit))?;
         Ok(shards)
@@ -293,10 +300,12 @@ impl<'g> Shards<'g> {
         let gradients = if self.stage == 0 { &self.gradients } else { &self.sums };
         let mut weights: BTreeMap<&str, &mut Floats> =
             self.weights.iter_mut().map(|(name, values)| (name.as_str(), values)).collect();
+        let mut rounded: BTreeMap<&str, &mut Vec<bf16>> =
+            self.rounded.iter_mut().map(|(name, values)| (name.as_str(), values)).collect();
         let update = |(name, range): (&'_ String, &Range<usize>)| {
-            let (gradient, weights) = (gradients.get(name), weights.remove(name.as_str()));
+            let (weights, rounded) = (weights.remove(name.as_str()), rounded.remove(name.as_str()));
             let (name, var) = self.params.get_key_value(name)?;
-            Some(Owned { name, var, gradient: gradient?, range: range.clone(), weights })
+            Some(Owned { name, var, gradient: gradients.get(name)?, range: range.clone(), weights, rounded })
         };
         self.owned.iter().filter_map(update).collect()
     }
@@ -324,6 +333,9 @@ impl<'g> Shards<'g> {
         match self.weights.get_mut(name) {
             Some(weights) => weights.copy_from_slice(values),
             None => ops::with_slice_mut(&self.params[name], |w: &mut [f32]| w[range.clone()].copy_from_slice(values))?,
+        }
+        if let Some(rounded) = self.rounded.get_mut(name) {
+            rounded.convert_from_f32_slice(values);
         }
         Ok(())
     }

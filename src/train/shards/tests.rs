@@ -1,5 +1,10 @@
 use super::*;
-use crate::{dist::launch, train::engine::tests as toy};
+use crate::{
+    config::{Precision, Train},
+    dist::launch,
+    nn::params::{Init, Scope},
+    train::{engine::tests as toy, optimizer::Optimizer},
+};
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -37,6 +42,46 @@ fn owners_keep_exact_weights_where_others_get_rounded_ones() {
         Ok(())
     })
     .unwrap();
+}
+
+#[test]
+fn copies_are_what_the_optimizer_left_rounded_to_their_type() {
+    for ranks in [1, 3] {
+        launch(ranks, PATIENCE, |group| {
+            for (stage, precision) in (0..=3).flat_map(|stage| [(stage, Precision::Bf16), (stage, Precision::F16)]) {
+                let scope = Scope::from_seed(1, DType::F32, &Device::Cpu).in_precision(precision);
+                scope.at("blocks.0").factor("weight", (5, 7), Init::Normal(1.0))?;
+                scope.at("blocks.0").get("bias", 4, Init::Ones)?;
+                let (params, fresh, settings) = (scope.params(), scope.fresh().unwrap(), Train::default());
+                let (units, handling) = ([params.keys().cloned().collect()], |_: &str, _: &Var| Handling::default());
+                let fill = |name: &str| fresh.values(name).map(Some);
+                let mut shards = Shards::new(group, stage, Store::Memory, &params, &units, handling, fill)?;
+                let mut optimizer = Optimizer::new(&shards, &settings)?;
+                for step in 1..=2 {
+                    shards.begin(step);
+                    for (name, var) in &params {
+                        shards.gradients().add(name, Tensor::ones(var.shape(), DType::F32, &Device::Cpu)?)?;
+                    }
+                    shards.reduce(0)?;
+                    shards.finish()?;
+                    optimizer.step(&mut shards, &settings, step, 1.0, 1.0)?;
+                    shards.refresh()?;
+                }
+                let exact = shards.collect(Shards::part)?;
+                shards.gather(0, None)?;
+                for (name, exact) in exact.into_iter().flatten() {
+                    let (var, exact) = (&params[&name], exact.flatten_all()?);
+                    let rounded = exact.to_dtype(var.dtype())?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+                    assert_eq!(elements(&Var::from_tensor(&var.to_dtype(DType::F32)?)?), rounded, "{name}");
+                    assert!(exact.to_vec1::<f32>()?.iter().zip(fresh.values(&name)?).all(|(a, b)| *a != b));
+                    assert_eq!(var.dtype() == DType::F32, exact.to_vec1::<f32>()? == rounded);
+                }
+                shards.release(0)?;
+            }
+            Ok(())
+        })
+        .unwrap();
+    }
 }
 
 #[test]

@@ -1,15 +1,42 @@
-//! Weights of linear layers kept in the precision of their products, as on GPUs: here in f16, which candle multiplies on
-//! a CPU, too.
+//! Training in f16, which candle multiplies on a CPU, too: with weights in f32, and with those of linear layers kept in
+//! the precision of their products, as on GPUs.
 
 use super::{
     generator::GeneratorTask,
     ranks_tests::{Line, distance, metrics, whole},
-    task_tests::generator_config,
+    task_tests::{generator_config, lives, tokenizer_config},
     *,
 };
 use crate::config::{MatrixOptimizer, Precision};
 use candle_core::DType;
 use std::collections::BTreeMap;
+
+/// In f16 a run resumes bit by bit, and its losses stay near those of f32.
+fn f16_is_near_f32(mut config: Config, folder: &Path, losses: [&str; 2], bound: f64) {
+    config.train.decay_start = 1.0;
+    let exact = lives(&folder.join("f32"), &config, &[]);
+    config.train.precision = Precision::F16;
+    let whole = lives(&folder.join("whole"), &config, &[]);
+    assert!(whole == lives(&folder.join("cut"), &config, &[1, 3]));
+    let mut farthest = 0f64;
+    for (a, b) in exact.0.iter().zip(&whole.0) {
+        assert_eq!(b["loss_scale"], 65536.0);
+        for loss in losses {
+            let [a, b] = [a, b].map(|line| line[loss].as_f64().unwrap());
+            farthest = farthest.max((a - b).abs() / a);
+        }
+    }
+    assert!((1e-7..bound).contains(&farthest), "{farthest:e}");
+}
+
+#[test]
+fn in_f16_runs_resume_bit_by_bit_and_stay_near_f32() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = generator_config(folder.path());
+    config.train.steps = 20;
+    f16_is_near_f32(config, &folder.path().join("generator"), ["image", "text"], 2e-4);
+    f16_is_near_f32(tokenizer_config(folder.path()), &folder.path().join("tokenizer"), ["l1", "l2"], 1e-3);
+}
 
 /// Trains on so many ranks with weights kept in `kept`; metrics and the last checkpoint.
 fn live(parent: &Path, config: &Config, kept: Precision, ranks: usize) -> (Vec<Line>, BTreeMap<String, Vec<u32>>) {
@@ -37,7 +64,7 @@ fn config(folder: &Path) -> Config {
 }
 
 #[test]
-fn they_train_as_weights_in_f32_do() {
+fn rounded_weights_train_as_those_in_f32_do() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = config(folder.path());
     for kind in [MatrixOptimizer::Adamw, MatrixOptimizer::Muon] {
@@ -58,7 +85,7 @@ fn they_train_as_weights_in_f32_do() {
 }
 
 #[test]
-fn every_stage_gives_the_same_bits_and_goes_on_with_them() {
+fn with_rounded_weights_every_stage_gives_the_same_bits_and_goes_on_with_them() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = config(folder.path());
     // One direction and no parts, so that all stages add gradients up in one order.
