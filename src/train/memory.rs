@@ -149,11 +149,13 @@ impl<'a> Memory<'a> {
         micro.map(|micro| Micro { bytes: self.weight(), ..micro }.most(&config, settings.recompute)).max()
     }
 
-    /// Host memory of one GPU's share: fp32 master weights, moments, moving average.
+    /// Host memory of one GPU's share: fp32 master weights, what goes to the device of them in bf16, moments, moving average.
     fn host(&self, settings: Settings) -> u64 {
         let (owned, muons) = self.owned(settings.stage);
         let average = if self.config.train.ema_decay > 0.0 { 4 } else { 0 };
-        if settings.offload { (12 + average) * owned - 4 * muons } else { 0 }
+        let rounded = self.config.task == Task::Generator && self.config.train.precision == Precision::Bf16;
+        let copy = if rounded { 2 } else { 0 };
+        if settings.offload { (12 + copy + average) * owned - 4 * muons } else { 0 }
     }
 
     /// Forward and backward passes a step.
