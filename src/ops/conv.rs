@@ -89,8 +89,8 @@ pub fn composed(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stride: usize, paddi
 
 /// `y (b, h', w', out)` = convolution of `x (b, h, w, in)` with `w (out, in, kh, kw)`, + bias, + residual.
 ///
-/// In bf16 the factors of 3×3 convolutions of stride 1 are rounded where there are 32 channels and their multiples, and
-/// the processor multiplies bf16 faster; all others run in f32. f16 rounds pictures and weights, as a GPU would.
+/// In bf16, where the processor multiplies it faster, the factors of 3×3 convolutions of stride 1 with 32, 64, ... channels
+/// are rounded after their transforms; all others run in f32. f16 rounds pictures and weights, as a GPU would.
 pub fn forward<T: Element>(
     precision: Precision,
     x: &[T],
