@@ -2,10 +2,18 @@
 
 use super::conv_kernel::Element;
 
-/// Pixels of a picture that patches read, and the distance of their rows.
+/// Pixels of a picture that patches read, and the distances of their rows and of pixels in a row.
 pub(super) struct Region<'a, T> {
     pub(super) pixels: &'a [T],
     pub(super) row: usize,
+    pub(super) pixel: usize,
+}
+
+impl<T> Region<'_, T> {
+    /// The same pixels without their first channels.
+    pub(super) fn without_channels(self, first: usize) -> Self {
+        Self { pixels: &self.pixels[first..], ..self }
+    }
 }
 
 /// A picture `(height, width, channels)`.
@@ -34,7 +42,7 @@ impl<'a, T: Element> Picture<'a, T> {
         let (height, width, channels) = (self.height as isize, self.width as isize, self.channels);
         if top >= 0 && left >= 0 && top + rows as isize <= height && left + columns as isize <= width {
             let start = (top as usize * self.width + left as usize) * channels;
-            return Region { pixels: &self.pixels[start..], row: self.width * channels };
+            return Region { pixels: &self.pixels[start..], row: self.width * channels, pixel: channels };
         }
         let row = columns * channels;
         buffer.resize(rows * row, T::ZERO);
@@ -52,6 +60,6 @@ impl<'a, T: Element> Picture<'a, T> {
                 out.fill(T::ZERO);
             }
         }
-        Region { pixels: buffer, row }
+        Region { pixels: buffer, row, pixel: channels }
     }
 }

@@ -18,8 +18,10 @@ use rayon::prelude::*;
 const FORWARD_PATCHES: usize = 32;
 /// More of them where each point's sums pass through the cache once a strip.
 const GRADIENT_PATCHES: usize = 64;
-/// Tasks that add up the filters' gradient: fixed, so that the result does not depend on the number of threads.
+/// Tasks that add up the filters' gradient, at least: fixed, so that the result does not depend on the number of threads.
 const TASKS: usize = 8;
+/// Sums that one task adds up: what the caches hold while all strips pass by. Filters that need more are cut by inputs.
+const SUMS: usize = 1 << 19;
 
 /// Whether this module can do a convolution with panels of so many outputs.
 pub(super) fn fits(g: &Geometry, width: usize) -> bool {
@@ -46,13 +48,14 @@ fn transform<T: Element>(
 ) {
     let (patches, point) = (rows * columns, point_stride(rows * columns, channels));
     to.resize(POINTS * point, T::ZERO);
-    let needed = (2 * (rows - 1) + size - 1) * region.row + (2 * (columns - 1) + size) * channels;
+    let needed = (2 * (rows - 1) + size - 1) * region.row + (2 * (columns - 1) + size - 1) * region.pixel + channels;
     assert!(region.pixels.len() >= needed && channels.is_multiple_of(group));
     for i in 0..patches {
-        let start = 2 * (i / columns) * region.row + 2 * (i % columns) * channels;
+        let start = 2 * (i / columns) * region.row + 2 * (i % columns) * region.pixel;
         let patch = Patch {
             pixels: region.pixels[start..].as_ptr(),
             row: region.row,
+            pixel: region.pixel,
             channels,
             to: to[i * group..].as_mut_ptr(),
             point,
@@ -196,9 +199,13 @@ pub(super) fn weight_gradient<T: Element, M: Multiplier<T>>(
     let (strip_rows, strip_columns) = strip(&g, GRADIENT_PATCHES);
     let per_image = g.out_height.div_ceil(2 * strip_rows);
     let strips = g.images * per_image;
-    let tasks = TASKS.min(strips);
-    let partial = |task: usize| {
-        let mut sums = vec![T::ZERO; POINTS * g.inputs * g.outputs];
+    let cuts = (POINTS * g.inputs * g.outputs).div_ceil(SUMS);
+    let inputs = g.inputs.div_ceil(cuts).next_multiple_of(GROUP);
+    let cuts = g.inputs.div_ceil(inputs);
+    let tasks = (TASKS / cuts).clamp(1, strips.max(1));
+    let partial = |(first, task): (usize, usize)| {
+        let cut = Geometry { inputs: inputs.min(g.inputs - first), ..g };
+        let mut sums = vec![T::ZERO; POINTS * cut.inputs * g.outputs];
         let (mut scratch, mut dy_pixels) = (Scratch::new(), Vec::new());
         for strip in strips * task / tasks..strips * (task + 1) / tasks {
             let (image, top) = (strip / per_image, strip % per_image * 2 * strip_rows);
@@ -209,24 +216,29 @@ pub(super) fn weight_gradient<T: Element, M: Multiplier<T>>(
                 let columns = strip_columns.min((g.out_width - left).div_ceil(2));
                 let corner = (top as isize - g.top, left as isize - g.left);
                 let region = x.region(corner, (2 * rows + 2, 2 * columns + 2), &mut scratch.pixels);
-                transform(transforms.input, &region, 4, (rows, columns, g.inputs), GROUP, &mut scratch.input);
+                let (region, shape) = (region.without_channels(first), (rows, columns, cut.inputs));
+                transform(transforms.input, &region, 4, shape, GROUP, &mut scratch.input);
                 let corner = (top as isize, left as isize);
                 let region = dy.region(corner, (2 * rows, 2 * columns), &mut dy_pixels);
                 let shape = (rows, columns, g.outputs);
                 transform(transforms.gradient, &region, 2, shape, multiplier.width(), &mut scratch.other);
                 let Scratch { input, other, multiplier: buffer, .. } = &mut scratch;
-                multiplier.add_products(input, other, &mut sums, rows * columns, g, buffer);
+                multiplier.add_products(input, other, &mut sums, rows * columns, cut, buffer);
             }
         }
         sums
     };
-    let partials: Vec<Vec<T>> = (0..tasks).into_par_iter().map(partial).collect();
-    let sums = sum_partials(partials);
+    let partials: Vec<Vec<T>> =
+        (0..cuts * tasks).into_par_iter().map(|i| partial((i / tasks * inputs, i % tasks))).collect();
+    let mut partials = partials.into_iter();
+    let sums: Vec<Vec<T>> = (0..cuts).map(|_| sum_partials(partials.by_ref().take(tasks).collect())).collect();
     dw.par_chunks_mut(BLOCK * 9 * g.inputs).enumerate().for_each(|(block, dw)| {
         let outputs = dw.len() / (9 * g.inputs);
         // Neighbouring outputs share lines of the sums.
         for (input, output) in (0..g.inputs).flat_map(|input| (0..outputs).map(move |output| (input, output))) {
-            let at = |point: usize| sums[(point * g.inputs + input) * g.outputs + block * BLOCK + output];
+            let (sums, input_of_cut) = (&sums[input / inputs], input % inputs);
+            let rows = sums.len() / (POINTS * g.outputs);
+            let at = |point: usize| sums[(point * rows + input_of_cut) * g.outputs + block * BLOCK + output];
             add_filter_gradient(std::array::from_fn(at), &mut dw[(output * g.inputs + input) * 9..][..9]);
         }
     });
@@ -276,6 +288,8 @@ mod tests {
         ([3, 140, 3, 32], 32, UNEVEN),
         ([1, 6, 5, 96], 32, Padding::same(0)),
     ];
+    /// Filters whose gradient is cut, into parts of two sizes.
+    const WIDE: ([usize; 4], usize, Padding) = ([2, 5, 3, 416], 320, Padding::same(1));
 
     /// A case's geometry, picture, weights, bias, output's gradient and residual.
     type Case = (Geometry, [Vec<f32>; 5]);
@@ -309,7 +323,7 @@ mod tests {
     #[test]
     fn equals_the_direct_convolution_at_every_level() -> Result<()> {
         at_each_level(|| {
-            for sizes in CASES {
+            for sizes in CASES.into_iter().chain([WIDE]) {
                 let case = case(sizes, numbers);
                 for (ours, theirs) in run(f32::kernel(sizes.1), &case).iter().zip(&directly(&case)) {
                     assert_close("a part", ours, theirs);
@@ -329,7 +343,7 @@ mod tests {
     #[test]
     fn in_bf16_whole_numbers_stay_exact_and_others_are_near() {
         testing::with_each_unit(|unit| {
-            for sizes in CASES {
+            for sizes in CASES.into_iter().chain([WIDE]) {
                 let exact = case(sizes, whole);
                 assert_eq!(run(unit, &exact), directly(&exact));
                 let case = case(sizes, numbers);

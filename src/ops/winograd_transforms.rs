@@ -17,8 +17,10 @@ pub(super) const POINTS: usize = 16;
 #[derive(Clone, Copy)]
 pub struct Patch<T> {
     pub pixels: *const T,
-    /// Between the patch's rows; its pixels lie `channels` apart.
+    /// Between the patch's rows, and between pixels of a row.
     pub row: usize,
+    pub pixel: usize,
+    /// How many are transformed.
     pub channels: usize,
     /// Where channel 0 of point 0 goes.
     pub to: *mut T,
@@ -122,7 +124,7 @@ unsafe fn input<V: Vector>(p: Patch<V::Element>) {
             let mut rows = [[V::zero(); 4]; 4];
             for (i, row) in rows.iter_mut().enumerate() {
                 let at = p.pixels.add(i * p.row + c);
-                let d: [V; 4] = std::array::from_fn(|j| V::load(at.add(j * p.channels)));
+                let d: [V; 4] = std::array::from_fn(|j| V::load(at.add(j * p.pixel)));
                 *row = input_line(d);
             }
             let to = p.to.add(c / p.group * p.group_stride + c % p.group);
@@ -148,7 +150,7 @@ unsafe fn gradient<V: Vector>(p: Patch<V::Element>) {
     unsafe {
         for c in (0..p.channels).step_by(V::LANES) {
             let at = p.pixels.add(c);
-            let load = |i: usize| gradient_line([V::load(at.add(i * p.row)), V::load(at.add(i * p.row + p.channels))]);
+            let load = |i: usize| gradient_line([V::load(at.add(i * p.row)), V::load(at.add(i * p.row + p.pixel))]);
             let rows = [load(0), load(1)];
             let to = p.to.add(c / p.group * p.group_stride + c % p.group);
             let column = |j: usize| rows.map(|row| row[j]);
