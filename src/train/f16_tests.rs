@@ -35,7 +35,7 @@ fn in_f16_runs_resume_bit_by_bit_and_stay_near_f32() {
     let mut config = generator_config(folder.path());
     config.train.steps = 20;
     f16_is_near_f32(config, &folder.path().join("generator"), ["image", "text"], 2e-4);
-    f16_is_near_f32(tokenizer_config(folder.path()), &folder.path().join("tokenizer"), ["l1", "l2"], 1e-3);
+    f16_is_near_f32(tokenizer_config(folder.path()), &folder.path().join("tokenizer"), ["l1", "l2"], 2e-3);
 }
 
 /// Trains on so many ranks with weights kept in `kept`; metrics and the last checkpoint.
