@@ -354,13 +354,10 @@ impl Group {
 
     /// Every rank's `ours`, in rank order, after all that was called before.
     fn to_all<T: Number>(&self, op: Op, len: usize, ours: Vec<T>) -> Result<Vec<Arc<Vec<T>>>> {
-        self.settle()?;
+        if let Some(background) = self.background.get() {
+            background.run(|_| Ok(())).wait()?;
+        }
         self.wire.to_all(self.call(op, len), ours)
-    }
-
-    /// Waits for all collectives that run beside computation.
-    fn settle(&self) -> Result<()> {
-        self.background.get().map_or(Ok(()), |background| background.run(|_| Ok(())).wait())
     }
 }
 

@@ -1,14 +1,10 @@
 //! Collectives of tensors that lie on devices: over NCCL they go from device to device. Without it they travel as floats do,
 //! which tests on the CPU rely on.
 
-use super::{
-    Call, Group, Op,
-    nccl::Nccl,
-    wire::{Among, sum},
-};
+use super::{Call, Group, Op, nccl::Nccl, wire::Among};
 use crate::error::Result;
 use candle_core::{DType, Device, Tensor};
-use std::sync::PoisonError;
+use std::sync::{Mutex, PoisonError};
 
 impl Group {
     /// The flat tensors of the ranks that share this one's replica out, one after another: the r-th gives `counts[r]`
@@ -17,13 +13,12 @@ impl Group {
     /// # Errors
     /// The lengths are not these, or a rank does not come.
     pub fn all_gather_tensor(&self, ours: &Tensor, counts: &[usize]) -> Result<Tensor> {
+        let Some(nccl) = self.wire.nccl.get() else {
+            let parts = self.all_gather(floats(ours)?, counts)?.wait()?;
+            return like(ours, parts.iter().flat_map(|part| part.iter().copied()).collect());
+        };
         let call = self.call(Op::AllGather, counts.iter().sum());
-        if let Some(all) = self.on_device(call, Among::Shards, |nccl| nccl.all_gather(ours, counts))? {
-            return Ok(all);
-        }
-        self.settle()?;
-        let parts = self.wire.to_members(call, Among::Shards, floats(ours)?)?;
-        like(ours, parts.iter().flat_map(|part| part.iter().copied()).collect())
+        self.on_device(nccl, (call, Among::Shards), |nccl| nccl.all_gather(ours, counts))
     }
 
     /// As [`Group::reduce_scatter`], of a flat tensor of f32.
@@ -31,15 +26,15 @@ impl Group {
     /// # Errors
     /// As [`Group::all_gather_tensor`].
     pub fn reduce_scatter_tensor(&self, all: &Tensor, counts: &[usize]) -> Result<Tensor> {
-        let call = self.call(Op::ReduceScatter, counts.iter().sum());
-        let part = match self.on_device(call, Among::Shards, |nccl| nccl.reduce_scatter(all, counts))? {
-            Some(part) => part,
-            None => {
-                self.settle()?;
-                like(all, sum(&self.wire.scatter(call, Among::Shards, floats(all)?, counts)?))?
-            }
+        let Some(nccl) = self.wire.nccl.get() else {
+            return like(all, self.reduce_scatter(floats(all)?, counts)?.wait()?);
         };
-        if self.shard_ranks() == self.world_size() { Ok(part) } else { self.reduce(call, Among::Replicas, &part) }
+        let call = self.call(Op::ReduceScatter, counts.iter().sum());
+        let part = self.on_device(nccl, (call, Among::Shards), |nccl| nccl.reduce_scatter(all, counts))?;
+        if self.shard_ranks() == self.world_size() {
+            return Ok(part);
+        }
+        self.on_device(nccl, (call, Among::Replicas), |nccl| nccl.all_reduce(&part))
     }
 
     /// As [`Group::all_reduce`], of a flat tensor of f32.
@@ -47,24 +42,21 @@ impl Group {
     /// # Errors
     /// As [`Group::all_gather_tensor`].
     pub fn all_reduce_tensor(&self, ours: &Tensor) -> Result<Tensor> {
-        self.reduce(self.call(Op::AllReduce, ours.elem_count()), Among::All, ours)
+        let Some(nccl) = self.wire.nccl.get() else { return like(ours, self.all_reduce(floats(ours)?).wait()?) };
+        let call = self.call(Op::AllReduce, ours.elem_count());
+        self.on_device(nccl, (call, Among::All), |nccl| nccl.all_reduce(ours))
     }
 
-    fn reduce(&self, call: Call, among: Among, ours: &Tensor) -> Result<Tensor> {
-        if let Some(sum) = self.on_device(call, among, |nccl| nccl.all_reduce(ours))? {
-            return Ok(sum);
-        }
-        self.settle()?;
-        like(ours, self.wire.all_reduce(call, among, floats(ours)?)?)
-    }
-
-    /// What `f` gives; `None` where the ranks have no devices that NCCL joins.
-    fn on_device(&self, call: Call, among: Among, f: impl FnOnce(&Nccl) -> Result<Tensor>) -> Result<Option<Tensor>> {
-        let Some(nccl) = self.wire.nccl.get() else { return Ok(None) };
+    /// What `f` gives on the communicator among these ranks.
+    fn on_device(
+        &self,
+        nccl: &Mutex<[Nccl; 3]>,
+        (call, among): (Call, Among),
+        f: impl FnOnce(&Nccl) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         // NCCL waits for ever; this does not, and sees whether all ranks call the same.
         self.to_all(call.op, call.len, Vec::<u8>::new())?;
-        let nccl = nccl.lock().unwrap_or_else(PoisonError::into_inner);
-        f(&nccl[among as usize]).map(Some)
+        f(&nccl.lock().unwrap_or_else(PoisonError::into_inner)[among as usize])
     }
 }
 

@@ -87,14 +87,15 @@ pub fn run(models: &Models, settings: &Settings) -> Result<Retrieval> {
         let job = |&i: &usize| Job { prompt: pictures[i].caption.clone(), seed: settings.seed.wrapping_add(i as u64) };
         let jobs: Vec<Job> = chosen.iter().map(job).collect();
         let paintings = models.paint(&jobs, &settings.sampling, settings.best_of, |_| {})?;
-        let place = |picture: &RgbImage, own: usize, others: &[usize]| {
+        let rank_of = |picture: &RgbImage, own: usize, others: &[usize]| {
             let others = others.iter().map(|&other| pictures[other].features.as_slice());
             rank(&features(picture), &pictures[own].features, others)
         };
         let reconstructions = reconstruct(models, &data, chosen.iter().map(|&own| pictures[own].place))?;
-        for (i, (&own, others)) in chosen.iter().zip(others).enumerate() {
-            ranks.push(place(&paintings[i].picture, own, others));
-            reconstructed.push(place(&reconstructions[i], own, others));
+        let pairs = paintings.iter().map(|painting| &painting.picture).zip(&reconstructions);
+        for ((&own, others), (painting, reconstruction)) in chosen.iter().zip(others).zip(pairs) {
+            ranks.push(rank_of(painting, own, others));
+            reconstructed.push(rank_of(reconstruction, own, others));
         }
         bar.inc(chosen.len() as u64);
     }

@@ -149,11 +149,7 @@ impl Scope {
     /// # Errors
     /// As [`Scope::get`].
     pub fn factor(&self, name: &str, shape: impl Into<Shape>, init: Init) -> Result<Tensor> {
-        let dtype = match self.precision() {
-            Precision::F32 => self.store.borrow().dtype,
-            Precision::Bf16 => DType::BF16,
-            Precision::F16 => DType::F16,
-        };
+        let dtype = ops::factor_dtype(self.precision()).unwrap_or(self.store.borrow().dtype);
         self.get_as(dtype, name, shape.into(), init)
     }
 

@@ -10,7 +10,8 @@ pub use super::conv_tiles::Geometry;
 use super::{
     conv_kernel::{Element, Kernel},
     conv_loops,
-    linear::column_sums,
+    gemm::rounded_to_f16,
+    linear::{column_sums, factor_dtype},
     simd::Real,
     slices::{by_dtype, fresh, slice, storage, tensor, view},
     winograd::{self, Filters},
@@ -20,8 +21,7 @@ use crate::{
     config::Precision,
     error::{Result, ensure},
 };
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Tensor, backend::BackendStorage};
-use half::f16;
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor, backend::BackendStorage};
 use std::borrow::Cow;
 
 /// Zero pixels around a picture.
@@ -60,11 +60,7 @@ pub fn conv2d_in(
     ensure!(stride > 0 && kh > 0 && kw > 0, "a convolution needs a stride and a kernel of at least 1");
     ensure!(padded.0 >= kh && padded.1 >= kw, "a {height}×{width} picture is too small for a {kh}×{kw} convolution");
     if !x.device().is_cpu() {
-        let dtype = match precision {
-            Precision::F32 => return composed(x, w, b, stride, padding),
-            Precision::Bf16 => DType::BF16,
-            Precision::F16 => DType::F16,
-        };
+        let Some(dtype) = factor_dtype(precision) else { return composed(x, w, b, stride, padding) };
         let y = composed(&x.to_dtype(dtype)?, &w.to_dtype(dtype)?, None, stride, padding)?.to_dtype(x.dtype())?;
         return Ok(b.map_or(Ok(y.clone()), |b| y.broadcast_add(b))?);
     }
@@ -146,9 +142,8 @@ fn way<T: Element>(precision: Precision, g: &Geometry) -> Way<T> {
 
 /// What a product in this precision multiplies: f16 rounds before.
 pub(super) fn factors<T: Real>(precision: Precision, factors: [&[T]; 2]) -> [Cow<'_, [T]>; 2] {
-    let round = |x: &T| T::from_f64(f16::from_f64(x.to_f64()).to_f64());
     factors.map(|x| match precision {
-        Precision::F16 => x.iter().map(round).collect(),
+        Precision::F16 => Cow::Owned(rounded_to_f16(x)),
         Precision::F32 | Precision::Bf16 => Cow::Borrowed(x),
     })
 }

@@ -76,8 +76,12 @@ pub fn gemm_in(precision: Precision, c: &mut [f32], onto: Onto, alpha: f32, a: M
     }
 }
 
-fn rounded_to_f16(x: &[f32]) -> Vec<f32> {
-    let round = |x: &[f32]| Vec::<f16>::from_f32_slice(x).to_f32_vec();
+/// Factors as a product in f16 sees them: beyond 65504 they are infinite.
+pub(super) fn rounded_to_f16<T: Real>(x: &[T]) -> Vec<T> {
+    let round = |x: &[T]| {
+        let x: Vec<f32> = x.iter().map(|x| x.to_f64() as f32).collect();
+        Vec::<f16>::from_f32_slice(&x).to_f32_vec().into_iter().map(|x| T::from_f64(f64::from(x)))
+    };
     x.par_chunks(super::CHUNK).flat_map_iter(round).collect()
 }
 

@@ -29,14 +29,21 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
 /// The same with factors and product rounded to `precision` by stock candle ops, and so its gradients. candle's CPU has
 /// no product of bf16: f32 there.
 pub fn linear_in(precision: Precision, x: &Tensor, w: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let dtype = match precision {
-        Precision::F32 => return linear(x, w, Some(b)),
-        Precision::Bf16 if x.device().is_cpu() => return linear(x, w, Some(b)),
-        Precision::Bf16 => DType::BF16,
-        Precision::F16 => DType::F16,
+    let dtype = match factor_dtype(precision) {
+        Some(dtype) if dtype == DType::F16 || !x.device().is_cpu() => dtype,
+        _ => return linear(x, w, Some(b)),
     };
     let y = composed(&x.to_dtype(dtype)?, &w.to_dtype(dtype)?, None)?;
     Ok(y.to_dtype(x.dtype())?.broadcast_add(b)?)
+}
+
+/// What factors of products in this precision are cast to; `None`: they stay as they are.
+pub fn factor_dtype(precision: Precision) -> Option<DType> {
+    match precision {
+        Precision::F32 => None,
+        Precision::Bf16 => Some(DType::BF16),
+        Precision::F16 => Some(DType::F16),
+    }
 }
 
 /// Whether training's linear layers round their weights to bf16 here, so that nobody misses what rounding takes.

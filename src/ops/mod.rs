@@ -58,7 +58,7 @@ pub use cross_entropy::cross_entropy;
 pub use gelu::gelu;
 pub use group_norm::group_norm;
 pub use layer_norm::layer_norm;
-pub use linear::{linear, linear_in, rounds_to_bf16};
+pub use linear::{factor_dtype, linear, linear_in, rounds_to_bf16};
 pub use max_pool::max_pool2x;
 pub use muon::{Muon, muon_step};
 pub use nearest_code::nearest_code;

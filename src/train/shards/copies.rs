@@ -2,7 +2,7 @@
 //! beside its moments, f32 on the host. A rank's own go to its device when others want them, rounded where the variable
 //! is; gradients add up on the device and come to the host once a step, when it updates.
 
-use super::{Piece, Shards};
+use super::{Piece, Shards, traffic::length};
 use crate::{error::Result, ops};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
@@ -29,8 +29,7 @@ impl Shards<'_> {
         let (pieces, mut parts) = (&self.units[unit].pieces, BTreeMap::<&str, Vec<Tensor>>::new());
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             let of = |piece: &&Piece| self.params[&piece.name].dtype() == dtype;
-            let counts = pieces.iter().map(|pieces| length(pieces.iter().filter(of)));
-            let counts: Vec<usize> = counts.collect();
+            let counts: Vec<usize> = pieces.iter().map(|pieces| length(pieces.iter().filter(of))).collect();
             let Some(first) = pieces.iter().flatten().find(of) else { continue };
             let names = pieces[self.group.shard_rank()].iter().filter(of).map(|piece| &piece.name);
             let ours = self.flat(names, &self.params[&first.name])?;
@@ -78,7 +77,7 @@ impl Shards<'_> {
         let (ours, sum) = if self.replicated() {
             (&pieces[0], self.group.all_reduce_tensor(&all)?)
         } else {
-            let counts: Vec<usize> = pieces.iter().map(|pieces| length(pieces.iter())).collect();
+            let counts: Vec<usize> = pieces.iter().map(length).collect();
             (&pieces[self.group.shard_rank()], self.group.reduce_scatter_tensor(&all, &counts)?)
         };
         let mut at = 0;
@@ -94,8 +93,4 @@ impl Shards<'_> {
         }
         Ok(())
     }
-}
-
-fn length<'a>(pieces: impl Iterator<Item = &'a Piece>) -> usize {
-    pieces.map(|piece| piece.range.len()).sum()
 }

@@ -6,17 +6,17 @@ use crate::{error::Result, ops};
 impl Shards<'_> {
     /// Before a segment's pass: its weights come, and those of the segment after it set out (stage 3).
     pub fn gather(&mut self, unit: usize, next: Option<usize>) -> Result<()> {
-        if !self.units[unit].here && self.copied {
-            self.copy_weights(unit)?;
-            self.units[unit].here = true;
-        }
         if !self.units[unit].here {
-            let parts = match self.coming.take() {
-                Some((coming, parts)) if coming == unit => parts,
-                _ => self.send_weights(unit)?,
-            };
-            for (name, values) in self.whole(unit, parts)? {
-                ops::replace(&self.params[&name], values)?;
+            if self.copied {
+                self.copy_weights(unit)?;
+            } else {
+                let parts = match self.coming.take() {
+                    Some((coming, parts)) if coming == unit => parts,
+                    _ => self.send_weights(unit)?,
+                };
+                for (name, values) in self.whole(unit, parts)? {
+                    ops::replace(&self.params[&name], values)?;
+                }
             }
             self.units[unit].here = true;
         }

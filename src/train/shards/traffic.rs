@@ -162,6 +162,7 @@ impl Shards<'_> {
     }
 }
 
-fn length(pieces: &[Piece]) -> usize {
-    pieces.iter().map(|piece| piece.range.len()).sum()
+/// How many elements pieces have together.
+pub(super) fn length<'a>(pieces: impl IntoIterator<Item = &'a Piece>) -> usize {
+    pieces.into_iter().map(|piece| piece.range.len()).sum()
 }
