@@ -248,7 +248,8 @@ impl Group {
         self.background.get().is_some()
     }
 
-    /// Where the ranks have CUDA devices, tensors go over NCCL from now on; what lies on the host does not.
+    /// Where the ranks have CUDA devices, tensors go over NCCL from now on, beside computation if [`Group::overlap`] was
+    /// called before; what lies on the host does not.
     ///
     /// # Errors
     /// NCCL is not built in or not there, or two ranks have the same device.
@@ -256,14 +257,15 @@ impl Group {
         if !device.is_cuda() || self.world_size() == 1 {
             return Ok(());
         }
-        let communicator = |among: Among| {
-            let members = self.wire.members(among);
+        let mut nccl = Nccl::new(device, self.overlaps())?;
+        let several = 1 < self.shard_ranks() && self.shard_ranks() < self.world_size();
+        let among: &[Among] = if several { &[Among::All, Among::Shards, Among::Replicas] } else { &[Among::All] };
+        for among in among {
+            let members = self.wire.members(*among);
             let exchange = |ours: Option<Vec<u8>>| Ok(self.gather(ours.unwrap_or_default())?[members[0]].to_vec());
             let place = members.iter().position(|rank| *rank == self.rank()).unwrap_or(0);
-            Nccl::new(device, place, members.len(), exchange)
-        };
-        let [all, shards, replicas] = Among::EVERY;
-        let nccl = [communicator(all)?, communicator(shards)?, communicator(replicas)?];
+            nccl.join(*among, place, members.len(), exchange)?;
+        }
         ensure!(self.wire.nccl.set(Mutex::new(nccl)).is_ok(), "the group has its devices already");
         Ok(())
     }

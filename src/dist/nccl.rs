@@ -2,124 +2,163 @@
 //!
 //! One communicator a rank, each rank with a device of its own: a process or a thread.
 //!
-//! Everything goes on the device's one stream, so what candle computed before is there and what it computes next waits.
-//! That also makes groups of calls right: NCCL starts them at the group's end, and buffers live until then. Sums of
+//! Collectives have a stream of their own if they are to run beside computation, otherwise the one that computes. cudarc
+//! keeps two events a buffer, of who read and who wrote it last: a collective waits for what its buffers come from, kernels
+//! that read its result wait for it, and memory is freed after both. The event of reading is one, so that nobody else may read
+//! what a collective is given. Sums of
 //! floats have NCCL's order, which is not that of ranks on the CPU. A rank that dies leaves the others waiting on the
 //! device; the ranks' control messages, which have a time limit, come before each collective.
 
+use super::wire::Among;
 use crate::error::{Context, Error, Result, anyhow, bail, ensure};
 use candle_core::{
     CudaDevice, CudaStorage, DType, Device, Storage, Tensor,
     cuda_backend::{
         CudaDType,
         cudarc::{
-            driver::{CudaSlice, CudaView, DeviceRepr, ValidAsZeroBits},
-            nccl::{Comm, Id, NcclType, ReduceOp, group_end, group_start, result::NcclError, result::NcclStatus},
+            driver::{CudaSlice, CudaStream, CudaView, DeviceRepr, ValidAsZeroBits},
+            nccl::{Comm, Id, NcclType, ReduceOp, result::NcclError, result::NcclStatus},
         },
     },
     op::BackpropOp,
 };
 use half::{bf16, f16};
-use std::ops::Range;
+use std::{collections::BTreeMap, sync::Arc};
 
 /// A rank's end of the collectives; all ranks call the same ones in the same order with the same counts.
 pub struct Nccl {
-    comm: Comm,
     device: CudaDevice,
+    stream: Arc<CudaStream>,
+    comms: BTreeMap<Among, Comm>,
 }
 
 // SAFETY: NCCL allows a communicator on any thread, one at a time; the group keeps it behind a mutex.
 unsafe impl Send for Nccl {}
 
 impl Nccl {
-    /// `exchange` is called once on every rank: it takes rank 0's bytes and returns them on all.
+    /// Without communicators yet; `beside`: collectives run beside computation.
     ///
     /// # Errors
-    /// The device is none of CUDA, two ranks have the same one, or a rank does not come.
-    pub fn new(
-        device: &Device,
-        rank: usize,
-        world_size: usize,
-        exchange: impl FnOnce(Option<Vec<u8>>) -> Result<Vec<u8>>,
-    ) -> Result<Self> {
+    /// The device is none of CUDA, or has no second stream.
+    pub fn new(device: &Device, beside: bool) -> Result<Self> {
         let Device::Cuda(device) = device else { bail!("NCCL needs a CUDA device, not {:?}", device.location()) };
-        ensure!(rank < world_size && i32::try_from(world_size).is_ok(), "rank {rank} of {world_size}");
+        let stream = device.cuda_stream();
+        let stream = if beside { stream.fork().context("a stream for NCCL")? } else { stream };
+        Ok(Self { device: device.clone(), stream, comms: BTreeMap::new() })
+    }
+
+    /// Joins this rank to the others in `among`, of which it is the `rank`-th. `exchange` is called once on every rank: it
+    /// takes the first one's bytes and returns them on all.
+    ///
+    /// # Errors
+    /// Two ranks have the same device, or one does not come.
+    pub fn join(
+        &mut self,
+        among: Among,
+        rank: usize,
+        ranks: usize,
+        exchange: impl FnOnce(Option<Vec<u8>>) -> Result<Vec<u8>>,
+    ) -> Result<()> {
+        ensure!(rank < ranks && i32::try_from(ranks).is_ok(), "rank {rank} of {ranks}");
         let ours = match rank {
             0 => Some(Id::new().map_err(explain("id"))?.internal().iter().map(|&byte| byte as u8).collect()),
             _ => None,
         };
         let id: Vec<_> = exchange(ours)?.into_iter().map(|byte| byte as std::ffi::c_char).collect();
         let id = id.try_into().ok().context("the ranks exchanged no NCCL id")?;
-        let comm = Comm::from_rank(device.cuda_stream(), rank, world_size, Id::uninit(id));
-        Ok(Self { comm: comm.map_err(explain("start"))?, device: device.clone() })
+        let comm = Comm::from_rank(self.stream.clone(), rank, ranks, Id::uninit(id)).map_err(explain("start"))?;
+        self.comms.insert(among, comm);
+        Ok(())
     }
 
-    /// All ranks' elements in rank order, where rank r gives `counts[r]`: flat, f32, bf16 or f16.
-    pub fn all_gather(&self, ours: &Tensor, counts: &[usize]) -> Result<Tensor> {
+    /// All ranks' elements in rank order, equally many of each: flat, f32, bf16 or f16.
+    pub fn all_gather(&self, among: Among, ours: &Tensor) -> Result<Tensor> {
         match ours.dtype() {
-            DType::F32 => self.gather::<f32>(ours, counts),
-            DType::BF16 => self.gather::<bf16>(ours, counts),
-            DType::F16 => self.gather::<f16>(ours, counts),
+            DType::F32 => self.gather::<f32>(among, ours),
+            DType::BF16 => self.gather::<bf16>(among, ours),
+            DType::F16 => self.gather::<f16>(among, ours),
             dtype => bail!("all_gather: {dtype:?} is no type of weights"),
         }
     }
 
-    fn gather<T: Element>(&self, ours: &Tensor, counts: &[usize]) -> Result<Tensor> {
-        let (parts, len) = self.parts(counts)?;
-        let expected = parts[self.comm.rank()].len();
-        ensure!(ours.elem_count() == expected, "all_gather: {} elements instead of {expected}", ours.elem_count());
+    fn gather<T: Element>(&self, among: Among, ours: &Tensor) -> Result<Tensor> {
+        let comm = self.comm(among)?;
+        let len = ours.elem_count() * comm.world_size();
         let mut all = self.room::<T>(len)?;
-        if len > 0 {
-            with_view::<T>(ours, |ours| match equal(counts) {
-                true => done("all_gather", self.comm.all_gather(ours, &mut all)),
-                false => grouped(parts, |root, part| {
-                    let ours = (root == self.comm.rank()).then_some(ours);
-                    done("broadcast", self.comm.broadcast(ours, &mut all.slice_mut(part), root as i32))
-                }),
-            })?;
-        }
+        with_view::<T>(ours, |ours| done("all_gather", comm.all_gather(ours, &mut all)))?;
         Ok(self.tensor(all, len))
     }
 
-    /// The sum over all ranks of this rank's part of `all`, in which `counts[r]` elements after another are rank r's.
-    pub fn reduce_scatter(&self, all: &Tensor, counts: &[usize]) -> Result<Tensor> {
-        let (parts, len) = self.parts(counts)?;
-        ensure!(all.elem_count() == len, "reduce_scatter: {} elements instead of {len}", all.elem_count());
-        let count = parts[self.comm.rank()].len();
-        let mut ours = self.room::<f32>(count)?;
-        if len > 0 {
-            with_view::<f32>(all, |all| match equal(counts) {
-                true => done("reduce_scatter", self.comm.reduce_scatter(all, &mut ours, &ReduceOp::Sum)),
-                false => grouped(parts, |root, part| {
-                    let ours = (root == self.comm.rank()).then_some(&mut ours);
-                    done("reduce", self.comm.reduce(&all.slice(part), ours, &ReduceOp::Sum, root as i32))
-                }),
-            })?;
+    /// All ranks' elements in rank order, where rank r gives `counts[r]`: flat, f32, bf16 or f16.
+    pub fn broadcasts(&self, among: Among, ours: &Tensor, counts: &[usize]) -> Result<Vec<Tensor>> {
+        match ours.dtype() {
+            DType::F32 => self.spread::<f32>(among, ours, counts),
+            DType::BF16 => self.spread::<bf16>(among, ours, counts),
+            DType::F16 => self.spread::<f16>(among, ours, counts),
+            dtype => bail!("broadcast: {dtype:?} is no type of weights"),
         }
+    }
+
+    fn spread<T: Element>(&self, among: Among, ours: &Tensor, counts: &[usize]) -> Result<Vec<Tensor>> {
+        let comm = self.comm(among)?;
+        let mut rooms: Vec<CudaSlice<T>> = counts.iter().map(|count| self.room(*count)).collect::<Result<_>>()?;
+        with_view::<T>(ours, |ours| {
+            let views = rooms.iter_mut().zip(counts).map(|(room, count)| room.slice_mut(..*count));
+            let views: Vec<_> = views.enumerate().filter(|(_, view)| view.len() > 0).collect();
+            let mut group = comm.group();
+            for (root, view) in views {
+                let ours = (root == comm.rank()).then(|| ours.slice(..));
+                done("broadcast", group.broadcast(ours, view, root as i32))?;
+            }
+            Ok(())
+        })?;
+        Ok(rooms.into_iter().zip(counts).map(|(room, count)| self.tensor(room, *count)).collect())
+    }
+
+    /// The sum over these ranks of this rank's part of `all`: flat, f32, cut in equal parts.
+    pub fn reduce_scatter(&self, among: Among, all: &Tensor) -> Result<Tensor> {
+        let comm = self.comm(among)?;
+        let len = all.elem_count() / comm.world_size();
+        let mut ours = self.room::<f32>(len)?;
+        with_view::<f32>(all, |all| done("reduce_scatter", comm.reduce_scatter(all, &mut ours, &ReduceOp::Sum)))?;
+        Ok(self.tensor(ours, len))
+    }
+
+    /// The sum over these ranks of this rank's part of `all`, in which `counts[r]` elements after another are rank r's.
+    pub fn reductions(&self, among: Among, all: &Tensor, counts: &[usize]) -> Result<Tensor> {
+        let (comm, mut at) = (self.comm(among)?, 0);
+        let count = counts[comm.rank()];
+        let mut ours = self.room::<f32>(count)?;
+        with_view::<f32>(all, |all| {
+            let part = |count: &usize| {
+                at += count;
+                all.slice(at - count..at)
+            };
+            let parts: Vec<_> = counts.iter().map(part).enumerate().filter(|(_, part)| part.len() > 0).collect();
+            let mut ours = Some(ours.slice_mut(..));
+            let mut group = comm.group();
+            for (root, part) in parts {
+                let ours = if root == comm.rank() { ours.take() } else { None };
+                done("reduce", group.reduce(part, ours, &ReduceOp::Sum, root as i32))?;
+            }
+            Ok(())
+        })?;
         Ok(self.tensor(ours, count))
     }
 
-    /// The sum over all ranks.
-    pub fn all_reduce(&self, ours: &Tensor) -> Result<Tensor> {
-        let len = ours.elem_count();
+    /// The sum over these ranks.
+    pub fn all_reduce(&self, among: Among, ours: &Tensor) -> Result<Tensor> {
+        let (comm, len) = (self.comm(among)?, ours.elem_count());
         let mut sum = self.room::<f32>(len)?;
         if len > 0 {
-            with_view::<f32>(ours, |ours| done("all_reduce", self.comm.all_reduce(ours, &mut sum, &ReduceOp::Sum)))?;
+            with_view::<f32>(ours, |ours| done("all_reduce", comm.all_reduce(ours, &mut sum, &ReduceOp::Sum)))?;
         }
         Ok(self.tensor(sum, len))
     }
 
-    /// Each rank's range, and the elements in all.
-    fn parts(&self, counts: &[usize]) -> Result<(Vec<Range<usize>>, usize)> {
-        let ranks = self.comm.world_size();
-        ensure!(counts.len() == ranks, "{} counts for {ranks} ranks", counts.len());
-        let mut len = 0;
-        let part = |count: &usize| {
-            len += count;
-            len - count..len
-        };
-        let parts = counts.iter().map(part).collect();
-        Ok((parts, len))
+    /// Where all ranks share one replica out, they have one communicator.
+    fn comm(&self, among: Among) -> Result<&Comm> {
+        self.comms.get(&among).or_else(|| self.comms.get(&Among::All)).context("the ranks are not joined by NCCL")
     }
 
     /// Memory for `len` elements; a driver may refuse memory of length zero.
@@ -131,11 +170,6 @@ impl Nccl {
         let storage = CudaStorage::wrap_cuda_slice(elements, self.device.clone());
         Tensor::from_storage(Storage::Cuda(storage), len, BackpropOp::none(), false)
     }
-}
-
-/// Whether all ranks have equally many, which NCCL has collectives of its own for.
-fn equal(counts: &[usize]) -> bool {
-    counts.windows(2).all(|pair| pair[0] == pair[1])
 }
 
 /// What tensors on a device are made of.
@@ -150,16 +184,6 @@ fn with_view<T: Element>(tensor: &Tensor, f: impl FnOnce(&CudaView<T>) -> Result
     let Storage::Cuda(storage) = &*storage else { bail!("NCCL moves tensors of CUDA devices only") };
     let (start, end) = layout.contiguous_offsets().context("the tensor is not contiguous")?;
     f(&storage.as_cuda_slice::<T>()?.slice(start..end))
-}
-
-/// Calls `f` for every rank whose part is not empty, as one operation.
-fn grouped(parts: Vec<Range<usize>>, mut f: impl FnMut(usize, Range<usize>) -> Result<()>) -> Result<()> {
-    done("group", group_start())?;
-    let mut parts = parts.into_iter().enumerate().filter(|(_, part)| !part.is_empty());
-    let called = parts.try_for_each(|(rank, part)| f(rank, part));
-    // A group that was begun must end, also after an error.
-    let ended = done("group", group_end());
-    called.and(ended)
 }
 
 fn done(what: &'static str, result: Result<NcclStatus, NcclError>) -> Result<()> {

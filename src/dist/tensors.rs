@@ -2,26 +2,35 @@
 //! which tests on the CPU rely on.
 
 use super::{Call, Group, Op, nccl::Nccl, wire::Among};
-use crate::error::Result;
+use crate::error::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use std::sync::{Mutex, PoisonError};
 
 impl Group {
-    /// The flat tensors of the ranks that share this one's replica out, one after another: the r-th gives `counts[r]`
-    /// elements of f32, bf16 or f16.
+    /// The flat tensors of the ranks that share this one's replica out, in rank order, where the r-th gives `counts[r]`
+    /// elements. Over NCCL this returns before they are there: kernels that read them wait on the device.
     ///
     /// # Errors
     /// The lengths are not these, or a rank does not come.
-    pub fn all_gather_tensor(&self, ours: &Tensor, counts: &[usize]) -> Result<Tensor> {
+    pub fn all_gather_tensor(&self, ours: &Tensor, counts: &[usize]) -> Result<Vec<Tensor>> {
         let Some(nccl) = self.wire.nccl.get() else {
             let parts = self.all_gather(floats(ours)?, counts)?.wait()?;
-            return like(ours, parts.iter().flat_map(|part| part.iter().copied()).collect());
+            return parts.iter().map(|part| like(ours, part.to_vec())).collect();
         };
+        let expected = self.count(counts)?;
+        ensure!(ours.elem_count() == expected, "all_gather: {} elements instead of {expected}", ours.elem_count());
         let call = self.call(Op::AllGather, counts.iter().sum());
-        self.on_device(nccl, (call, Among::Shards), |nccl| nccl.all_gather(ours, counts))
+        match Room::of(counts) {
+            Room::Equal(room) => {
+                let ours = padded(ours, room)?;
+                let all = self.on_device(nccl, call, |nccl| nccl.all_gather(Among::Shards, &ours))?;
+                counts.iter().enumerate().map(|(rank, count)| Ok(all.narrow(0, rank * room, *count)?)).collect()
+            }
+            Room::Own => self.on_device(nccl, call, |nccl| nccl.broadcasts(Among::Shards, ours, counts)),
+        }
     }
 
-    /// As [`Group::reduce_scatter`], of a flat tensor of f32.
+    /// As [`Group::reduce_scatter`], of a flat tensor of f32; the sum is there when [`Group::all_gather_tensor`]'s would be.
     ///
     /// # Errors
     /// As [`Group::all_gather_tensor`].
@@ -29,42 +38,100 @@ impl Group {
         let Some(nccl) = self.wire.nccl.get() else {
             return like(all, self.reduce_scatter(floats(all)?, counts)?.wait()?);
         };
-        let call = self.call(Op::ReduceScatter, counts.iter().sum());
-        let part = self.on_device(nccl, (call, Among::Shards), |nccl| nccl.reduce_scatter(all, counts))?;
+        let (call, ours) = (self.call(Op::ReduceScatter, counts.iter().sum()), self.count(counts)?);
+        ensure!(all.elem_count() == call.len, "reduce_scatter: {} elements instead of {}", all.elem_count(), call.len);
+        let part = match Room::of(counts) {
+            Room::Equal(room) => {
+                let all = spread(all, counts, room)?;
+                self.on_device(nccl, call, |nccl| nccl.reduce_scatter(Among::Shards, &all))?.narrow(0, 0, ours)?
+            }
+            Room::Own => self.on_device(nccl, call, |nccl| nccl.reductions(Among::Shards, all, counts))?,
+        };
         if self.shard_ranks() == self.world_size() {
             return Ok(part);
         }
-        self.on_device(nccl, (call, Among::Replicas), |nccl| nccl.all_reduce(&part))
+        self.on_device(nccl, call, |nccl| nccl.all_reduce(Among::Replicas, &part))
     }
 
-    /// As [`Group::all_reduce`], of a flat tensor of f32.
+    /// As [`Group::all_reduce`], of a flat tensor of f32; the sum is there when [`Group::all_gather_tensor`]'s would be.
     ///
     /// # Errors
     /// As [`Group::all_gather_tensor`].
     pub fn all_reduce_tensor(&self, ours: &Tensor) -> Result<Tensor> {
         let Some(nccl) = self.wire.nccl.get() else { return like(ours, self.all_reduce(floats(ours)?).wait()?) };
         let call = self.call(Op::AllReduce, ours.elem_count());
-        self.on_device(nccl, (call, Among::All), |nccl| nccl.all_reduce(ours))
+        self.on_device(nccl, call, |nccl| nccl.all_reduce(Among::All, ours))
     }
 
-    /// What `f` gives on the communicator among these ranks.
-    fn on_device(
-        &self,
-        nccl: &Mutex<[Nccl; 3]>,
-        (call, among): (Call, Among),
-        f: impl FnOnce(&Nccl) -> Result<Tensor>,
-    ) -> Result<Tensor> {
+    fn on_device<R>(&self, nccl: &Mutex<Nccl>, call: Call, f: impl FnOnce(&Nccl) -> Result<R>) -> Result<R> {
         // NCCL waits for ever; this does not, and sees whether all ranks call the same.
         self.to_all(call.op, call.len, Vec::<u8>::new())?;
-        f(&nccl.lock().unwrap_or_else(PoisonError::into_inner)[among as usize])
+        f(&nccl.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
-fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
-    Ok(tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_vec1()?)
+/// How much room each rank's part has on its way.
+#[derive(Debug, PartialEq, Eq)]
+enum Room {
+    /// As much as the largest: one collective for all.
+    Equal(usize),
+    /// Its own: one operation a rank.
+    Own,
 }
 
-fn like(tensor: &Tensor, floats: Vec<f32>) -> Result<Tensor> {
-    let len = floats.len();
-    Ok(Tensor::from_vec(floats, len, &Device::Cpu)?.to_dtype(tensor.dtype())?.to_device(tensor.device())?)
+impl Room {
+    /// Parts that are cut alike differ by little; where a few ranks have nearly all, room for all would be mostly empty.
+    fn of(counts: &[usize]) -> Self {
+        let (most, len) = (counts.iter().copied().max().unwrap_or(0), counts.iter().sum::<usize>());
+        if most * counts.len() <= len + len / 8 { Self::Equal(most) } else { Self::Own }
+    }
+}
+
+/// A flat tensor with zeros behind it, `len` elements in all.
+fn padded(part: &Tensor, len: usize) -> Result<Tensor> {
+    match part.elem_count() {
+        0 => Ok(Tensor::zeros(len, part.dtype(), part.device())?),
+        count => Ok(part.pad_with_zeros(0, 0, len - count)?),
+    }
+}
+
+/// The parts of a flat tensor, `room` elements apart.
+fn spread(all: &Tensor, counts: &[usize], room: usize) -> Result<Tensor> {
+    if counts.iter().all(|count| *count == room) {
+        return Ok(all.clone());
+    }
+    let mut at = 0;
+    let part = |count: &usize| {
+        at += count;
+        padded(&all.narrow(0, at - count, *count)?, room)
+    };
+    let parts: Vec<Tensor> = counts.iter().map(part).collect::<Result<_>>()?;
+    Ok(Tensor::cat(&parts, 0)?)
+}
+
+/// A flat tensor's elements as f32.
+fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.to_dtype(DType::F32)?.to_vec1()?)
+}
+
+/// A flat tensor of these, of the type and on the device of `like`.
+fn like(like: &Tensor, values: Vec<f32>) -> Result<Tensor> {
+    let len = values.len();
+    Ok(Tensor::from_vec(values, len, &Device::Cpu)?.to_dtype(like.dtype())?.to_device(like.device())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_travel_in_equal_room_where_little_of_it_is_empty() -> Result<()> {
+        assert_eq!(Room::of(&[8, 8, 8]), Room::Equal(8));
+        assert_eq!(Room::of(&[8, 8, 7]), Room::Equal(8));
+        assert_eq!(Room::of(&[9, 0, 0]), Room::Own);
+        let all = Tensor::new(&[1f32, 2.0, 3.0, 4.0, 5.0], &Device::Cpu)?;
+        let spread = spread(&all, &[2, 1, 2], 2)?;
+        assert_eq!(spread.to_vec1::<f32>()?, [1.0, 2.0, 3.0, 0.0, 4.0, 5.0]);
+        Ok(())
+    }
 }

@@ -48,8 +48,10 @@ fn collectives_equal_plain_sums_at_any_world_size() -> Result<()> {
             assert_eq!(group.all_reduce(numbers(group.rank(), 9)).wait()?, summed(world_size, 9));
             let flat = |values: Vec<f32>| Tensor::from_vec(values.clone(), values.len(), &Device::Cpu);
             let ours = group.reduce_scatter_tensor(&flat(numbers(group.rank(), len))?, &counts)?;
-            assert_eq!(group.all_gather_tensor(&ours, &counts)?.to_vec1::<f32>()?, summed(world_size, len));
-            let halves = group.all_gather_tensor(&ours.to_dtype(DType::BF16)?, &counts)?.to_vec1::<half::bf16>()?;
+            let all = Tensor::cat(&group.all_gather_tensor(&ours, &counts)?, 0)?;
+            assert_eq!(all.to_vec1::<f32>()?, summed(world_size, len));
+            let halves = group.all_gather_tensor(&ours.to_dtype(DType::BF16)?, &counts)?;
+            let halves = Tensor::cat(&halves, 0)?.to_vec1::<half::bf16>()?;
             assert_eq!(halves, summed(world_size, len).into_iter().map(half::bf16::from_f32).collect::<Vec<_>>());
             let sum = group.all_reduce_tensor(&flat(numbers(group.rank(), 9))?)?;
             assert_eq!(sum.to_vec1::<f32>()?, summed(world_size, 9));

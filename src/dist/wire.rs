@@ -14,22 +14,18 @@ pub struct Wire {
     pub link: Link,
     /// Ranks that share one replica out among them; all of them until it is set.
     pub shard_ranks: OnceLock<usize>,
-    /// What moves tensors, where ranks have CUDA devices: by [`Among`].
-    pub nccl: OnceLock<Mutex<[Nccl; 3]>>,
+    /// What moves tensors, where ranks have CUDA devices.
+    pub nccl: OnceLock<Mutex<Nccl>>,
 }
 
 /// The ranks that exchange something.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Among {
     All,
     /// Those that share this rank's replica out.
     Shards,
     /// Those that own the same part of other replicas, and this one.
     Replicas,
-}
-
-impl Among {
-    pub const EVERY: [Self; 3] = [Self::All, Self::Shards, Self::Replicas];
 }
 
 /// What joins a rank to the others.

@@ -3,9 +3,9 @@
 //!
 //! - *Device*: one a rank. candle's `cuda_is_available` only says what was built, so the driver is asked and a device
 //!   opened; every failure on the way is an error, and `--device auto` then means the CPU.
-//! - *Stream*: one of the device's own, on which candle puts all kernels, copies, cuBLAS and our NCCL, so they run in
-//!   the order of the calls. Not the per-thread default stream, which is another one on each compute thread. candle
-//!   gives each tensor two events that nothing here needs; they stay until a GPU can show what they cost.
+//! - *Streams*: one of the device's own, on which candle puts all kernels, copies and cuBLAS, so they run in the order of the
+//!   calls. Not the per-thread default stream, which is another one on each compute thread. NCCL has a second one where
+//!   collectives run beside computation (`train.overlap`); the two events that cudarc keeps for each buffer order the two.
 //! - *Memory*: `cuMemAllocAsync` from the driver's pool. Its release threshold is 0 by default, which hands freed memory
 //!   back at every synchronisation, and each loss read is one; we keep it, as `keep_memory` does on the CPU. Nothing of
 //!   length zero is allocated, which the driver may refuse.

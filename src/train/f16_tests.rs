@@ -90,9 +90,9 @@ fn with_rounded_weights_every_stage_gives_the_same_bits_and_goes_on_with_them() 
     let mut config = config(folder.path());
     // One direction and no parts, so that all stages add gradients up in one order.
     (config.train.text_loss_weight, config.train.accumulation, config.train.clip_norm) = (0.0, 1, 0.0);
-    let mut run = |ranks, stage, stops: &[u64]| {
-        config.train.shard_stage = stage;
-        let parent = folder.path().join(format!("{ranks} {stage} {stops:?}"));
+    let mut run = |ranks, stage, overlap, stops: &[u64]| {
+        (config.train.shard_stage, config.train.overlap) = (stage, overlap);
+        let parent = folder.path().join(format!("{ranks} {stage} {overlap} {stops:?}"));
         let mut last = None;
         for steps in stops {
             config.train.steps = *steps;
@@ -101,9 +101,10 @@ fn with_rounded_weights_every_stage_gives_the_same_bits_and_goes_on_with_them() 
         last.unwrap()
     };
     for ranks in [2, 3] {
-        let expected = run(ranks, 0, &[6]);
+        let expected = run(ranks, 0, false, &[6]);
         for stage in 0..=3 {
-            assert!(run(ranks, stage, &[2, 6]).1 == expected.1, "{ranks} ranks, stage {stage}");
+            assert!(run(ranks, stage, true, &[2, 6]).1 == expected.1, "{ranks} ranks, stage {stage}");
+            assert!(run(ranks, stage, false, &[6]).1 == expected.1, "{ranks} ranks, stage {stage}, no overlap");
         }
     }
 }

@@ -71,10 +71,10 @@ impl<'a> Trainer<'a> {
     ) -> Result<Self> {
         let settings = &config.train;
         group.shard_over(settings.shard_ranks)?;
-        group.use_device(&runtime::device()?)?;
         if settings.overlap {
             group.overlap()?;
         }
+        group.use_device(&runtime::device()?)?;
         let rounded = ops::rounds_to_bf16(settings.precision, &runtime::device()?);
         // A processor without bf16 wants all of every weight.
         let rounded = group.gather(vec![u8::from(rounded)])?.iter().all(|rank| rank[0] == 1);

@@ -1,51 +1,86 @@
 //! Variables that are copies of the weights: those on a GPU, and rounded ones. The weights that the optimizer updates lie
-//! beside its moments, f32 on the host. A rank's own go to its device when others want them, rounded where the variable
-//! is; gradients add up on the device and come to the host once a step, when it updates.
+//! beside its moments, f32 on the host. A rank's own go to its device after each update, rounded where the variable is;
+//! gradients add up on the device and come to the host once a step, when it updates.
 
-use super::{Piece, Shards, traffic::length};
+use super::{
+    Piece, Shards,
+    traffic::{Weights, length},
+};
 use crate::{error::Result, ops};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 
+/// Types of variables; each goes by itself.
+const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+
 impl Shards<'_> {
-    /// The variables of a unit become what all ranks' weights are now.
-    pub(super) fn copy_weights(&self, unit: usize) -> Result<()> {
-        if self.replicated() {
-            for Piece { name, .. } in self.units[unit].pieces.iter().flatten() {
-                let var = &self.params[name];
-                ops::assign(var, &self.flat([name].into_iter(), var)?.reshape(var.shape())?)?;
-            }
-            return Ok(());
+    /// At stage 3, what this rank gives of each unit becomes what the weights are now.
+    pub(super) fn give_copies(&mut self) -> Result<()> {
+        if self.copied && self.stage == 3 {
+            self.given = (0..self.units.len()).map(|unit| self.own_copies(unit)).collect::<Result<_>>()?;
         }
-        for (name, parts) in self.gather_tensors(unit)? {
+        Ok(())
+    }
+
+    /// Sends this rank's weights of a unit to all ranks, on the device.
+    pub(super) fn send_copies(&self, unit: usize) -> Result<Weights> {
+        let made;
+        let ours = match self.given.get(unit) {
+            Some(given) => given,
+            None => {
+                made = self.own_copies(unit)?;
+                &made
+            }
+        };
+        let send = |(dtype, ours): (DType, &Tensor)| {
+            if self.replicated() {
+                return Ok(vec![ours.clone()]);
+            }
+            let counts = self.units[unit].pieces.iter().map(|pieces| length(self.of_type(pieces, dtype)));
+            let counts: Vec<usize> = counts.collect();
+            if counts.iter().all(|count| *count == 0) {
+                return Ok(Vec::new());
+            }
+            self.group.all_gather_tensor(ours, &counts)
+        };
+        let parts = DTYPES.into_iter().zip(ours).map(send);
+        Ok(Weights::Tensors(parts.collect::<Result<_>>()?))
+    }
+
+    /// The variables of a unit become what all ranks sent, by type.
+    pub(super) fn receive_copies(&self, unit: usize, parts: &[Vec<Tensor>]) -> Result<()> {
+        let mut found: BTreeMap<&str, Vec<Tensor>> = BTreeMap::new();
+        for (dtype, parts) in DTYPES.into_iter().zip(parts) {
+            for (pieces, part) in self.units[unit].pieces.iter().zip(parts) {
+                let mut at = 0;
+                for Piece { name, range } in self.of_type(pieces, dtype) {
+                    found.entry(name).or_default().push(part.narrow(0, at, range.len())?);
+                    at += range.len();
+                }
+            }
+        }
+        for (name, parts) in found {
             let var = &self.params[name];
             ops::assign(var, &Tensor::cat(&parts, 0)?.reshape(var.shape())?)?;
         }
         Ok(())
     }
 
-    /// A unit's parameters, each in the parts that its owners have.
-    fn gather_tensors(&self, unit: usize) -> Result<BTreeMap<&str, Vec<Tensor>>> {
-        let (pieces, mut parts) = (&self.units[unit].pieces, BTreeMap::<&str, Vec<Tensor>>::new());
-        for dtype in [DType::F32, DType::BF16, DType::F16] {
-            let of = |piece: &&Piece| self.params[&piece.name].dtype() == dtype;
-            let counts: Vec<usize> = pieces.iter().map(|pieces| length(pieces.iter().filter(of))).collect();
-            let Some(first) = pieces.iter().flatten().find(of) else { continue };
-            let names = pieces[self.group.shard_rank()].iter().filter(of).map(|piece| &piece.name);
-            let ours = self.flat(names, &self.params[&first.name])?;
-            let (all, mut at) = (self.group.all_gather_tensor(&ours, &counts)?, 0);
-            for piece in pieces.iter().flatten().filter(of) {
-                parts.entry(&piece.name).or_default().push(all.narrow(0, at, piece.range.len())?);
-                at += piece.range.len();
-            }
-        }
-        Ok(parts)
+    /// What this rank owns of a unit, flat, by type.
+    fn own_copies(&self, unit: usize) -> Result<Vec<Tensor>> {
+        let rank = if self.replicated() { 0 } else { self.group.shard_rank() };
+        let ours = &self.units[unit].pieces[rank];
+        DTYPES.into_iter().map(|dtype| self.flat(self.of_type(ours, dtype), dtype)).collect()
     }
 
-    /// What this rank owns of these parameters, one after another, of the type and on the device of `like`.
-    fn flat<'a>(&self, names: impl Iterator<Item = &'a String>, like: &Tensor) -> Result<Tensor> {
+    fn of_type<'a>(&'a self, pieces: &'a [Piece], dtype: DType) -> impl Iterator<Item = &'a Piece> {
+        pieces.iter().filter(move |piece| self.params[&piece.name].dtype() == dtype)
+    }
+
+    /// This rank's pieces, one after another, on the device.
+    fn flat<'a>(&self, pieces: impl Iterator<Item = &'a Piece>, dtype: DType) -> Result<Tensor> {
         let (mut floats, mut halves) = (Vec::new(), Vec::new());
-        for name in names {
+        for Piece { name, .. } in pieces {
             match self.rounded.get(name) {
                 Some(rounded) => halves.extend_from_slice(rounded),
                 None => self.with_part(name, |weights| floats.extend_from_slice(weights))?,
@@ -53,17 +88,15 @@ impl Shards<'_> {
         }
         let flat = match (floats.len(), halves.len()) {
             // A driver has no memory of length zero.
-            (0, 0) => return Ok(Tensor::zeros(1, like.dtype(), like.device())?.narrow(0, 0, 0)?),
+            (0, 0) => return Ok(Tensor::zeros(1, dtype, &self.device)?.narrow(0, 0, 0)?),
             (0, len) => Tensor::from_vec(halves, len, &Device::Cpu)?,
             (len, _) => Tensor::from_vec(floats, len, &Device::Cpu)?,
         };
-        Ok(flat.to_dtype(like.dtype())?.to_device(like.device())?)
+        Ok(flat.to_dtype(dtype)?.to_device(&self.device)?)
     }
 
-    /// A unit's gradients are summed over all ranks, to where their owners add them up.
-    pub(super) fn sum_tensors(&mut self, unit: usize) -> Result<()> {
-        self.units[unit].sent = true;
-        let pieces = self.live(unit);
+    /// Sends the gradients of these pieces, by rank, to be summed over all ranks; `None`: there are none.
+    pub(super) fn sum_tensors(&self, pieces: &[Vec<Piece>], counts: &[usize]) -> Result<Option<Tensor>> {
         let mut flat = Vec::new();
         for Piece { name, range } in pieces.iter().flatten() {
             if let Some(gradient) = self.gradients.get(name) {
@@ -71,18 +104,21 @@ impl Shards<'_> {
             }
         }
         if flat.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
         let all = Tensor::cat(&flat, 0)?;
-        let (ours, sum) = if self.replicated() {
-            (&pieces[0], self.group.all_reduce_tensor(&all)?)
-        } else {
-            let counts: Vec<usize> = pieces.iter().map(length).collect();
-            (&pieces[self.group.shard_rank()], self.group.reduce_scatter_tensor(&all, &counts)?)
-        };
+        match self.replicated() {
+            true => self.group.all_reduce_tensor(&all),
+            false => self.group.reduce_scatter_tensor(&all, counts),
+        }
+        .map(Some)
+    }
+
+    /// Adds the sums of these pieces to those this rank owns, or puts them in place of its own gradients.
+    pub(super) fn receive_tensor(&mut self, pieces: &[Piece], sums: &Tensor) -> Result<()> {
         let mut at = 0;
-        for Piece { name, range } in ours {
-            let part = sum.narrow(0, at, range.len())?;
+        for Piece { name, range } in pieces {
+            let part = sums.narrow(0, at, range.len())?;
             at += range.len();
             if self.replicated() {
                 self.gradients.free(name);

@@ -18,7 +18,8 @@
 //!
 //! Where the group's collectives run beside computation, the next segment's weights are under way while a segment
 //! computes, and so are the last one's gradients; stages 0 and 1 send theirs during a step's last backward pass. What
-//! arrives is added in the same order either way, so that the bits are the same.
+//! arrives is added in the same order either way, so that the bits are the same. What [`traffic`] says of floats on the
+//! host, [`copies`] says of tensors on devices; this policy is one for both.
 
 mod copies;
 mod passes;
@@ -42,7 +43,7 @@ use std::{
     ops::Range,
     sync::LazyLock,
 };
-use traffic::{Going, Parts};
+use traffic::{Going, Weights};
 
 /// What a parameter wants of its shards.
 #[derive(Debug, Clone, Copy, Default)]
@@ -69,8 +70,12 @@ pub struct Shards<'g> {
     idle: usize,
     /// Where the state lies that only the optimizer touches.
     store: Store,
+    /// Where the variables are.
+    device: Device,
     /// Whether variables are copies of the weights.
     copied: bool,
+    /// What this rank gives of each unit, on the device, where variables are copies that go after use (stage 3).
+    given: Vec<Vec<Tensor>>,
     /// The weights in `owned` where variables are copies, or empty between uses (stage 3).
     weights: BTreeMap<String, Floats>,
     /// The same in bf16, of variables that are copies in bf16: the optimizer rounds as it updates.
@@ -80,7 +85,7 @@ pub struct Shards<'g> {
     /// Stages 1 to 3: summed over all ranks, of the elements in `owned`.
     sums: Gradients,
     /// Weights under way, of the unit that comes next.
-    coming: Option<(usize, Parts)>,
+    coming: Option<(usize, Weights)>,
     /// Sums under way, of the unit whose gradients went last.
     going: Option<Going>,
     /// Whether this is the step's last micro-batch.
@@ -137,6 +142,7 @@ impl<'g> Shards<'g> {
         ensure!(covered == all, "{covered} of {all} weights belong to exactly one segment");
         let idle = units.iter().take_while(|names| names.iter().all(|name| handling[name].frozen)).count();
         let units = pieces.into_iter().map(|pieces| Unit { pieces, here: true, sent: false }).collect();
+        let device = params.values().next().map_or(Device::Cpu, |var| var.device().clone());
         let mut shards = Self {
             group,
             stage,
@@ -146,7 +152,9 @@ impl<'g> Shards<'g> {
             handling,
             idle,
             store,
-            copied: params.values().any(|var| !var.device().is_cpu() || var.dtype() != DType::F32),
+            copied: !device.is_cpu() || params.values().any(|var| var.dtype() != DType::F32),
+            device,
+            given: Vec::new(),
             weights: BTreeMap::new(),
             rounded: BTreeMap::new(),
             gradients: Gradients::default(),
@@ -168,6 +176,7 @@ impl<'g> Shards<'g> {
             shards.rounded.insert(name.clone(), Vec::from_f32_slice(weights));
         }
         (0..shards.units.len()).try_for_each(|unit| shards.release(unit))?;
+        shards.give_copies()?;
         Ok(shards)
     }
 
@@ -270,25 +279,15 @@ impl<'g> Shards<'g> {
     /// themselves become what those are now.
     pub fn refresh(&mut self) -> Result<()> {
         if self.stage == 3 {
-            return Ok(());
+            return self.give_copies();
         }
-        if self.copied {
-            return (0..self.units.len()).try_for_each(|unit| self.copy_weights(unit));
-        }
-        if self.stage == 0 {
+        if self.stage == 0 && !self.copied {
             return Ok(());
         }
         let mut coming = self.send_weights(0)?;
         for unit in 0..self.units.len() {
             let next = if unit + 1 < self.units.len() { Some(self.send_weights(unit + 1)?) } else { None };
-            self.receive_weights(unit, coming, |arrived| {
-                // What this rank owns is there already, and exact.
-                if arrived.rank == self.group.shard_rank() {
-                    return Ok(());
-                }
-                let write = |weights: &mut [f32]| arrived.write(&mut weights[arrived.piece.range.clone()]);
-                Ok(ops::with_slice_mut(&self.params[&arrived.piece.name], write)?)
-            })?;
+            self.receive_weights(unit, coming)?;
             let Some(next) = next else { break };
             coming = next;
         }

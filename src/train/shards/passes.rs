@@ -7,20 +7,14 @@ impl Shards<'_> {
     /// Before a segment's pass: its weights come, and those of the segment after it set out (stage 3).
     pub fn gather(&mut self, unit: usize, next: Option<usize>) -> Result<()> {
         if !self.units[unit].here {
-            if self.copied {
-                self.copy_weights(unit)?;
-            } else {
-                let parts = match self.coming.take() {
-                    Some((coming, parts)) if coming == unit => parts,
-                    _ => self.send_weights(unit)?,
-                };
-                for (name, values) in self.whole(unit, parts)? {
-                    ops::replace(&self.params[&name], values)?;
-                }
-            }
+            let weights = match self.coming.take() {
+                Some((coming, weights)) if coming == unit => weights,
+                _ => self.send_weights(unit)?,
+            };
+            self.receive_weights(unit, weights)?;
             self.units[unit].here = true;
         }
-        if let Some(next) = next.filter(|next| self.group.overlaps() && !self.copied && !self.units[*next].here) {
+        if let Some(next) = next.filter(|next| self.group.overlaps() && !self.units[*next].here) {
             self.coming = Some((next, self.send_weights(next)?));
         }
         Ok(())
@@ -48,6 +42,7 @@ impl Shards<'_> {
                 ops::with_slice(&self.params[name], |all: &[f32]| weights.copy_from_slice(&all[range.clone()]))?;
             }
         }
-        self.release(unit)
+        self.release(unit)?;
+        self.give_copies()
     }
 }
