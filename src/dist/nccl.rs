@@ -104,7 +104,7 @@ impl Nccl {
         let mut rooms: Vec<CudaSlice<T>> = counts.iter().map(|count| self.room(*count)).collect::<Result<_>>()?;
         with_view::<T>(ours, |ours| {
             let views = rooms.iter_mut().zip(counts).map(|(room, count)| room.slice_mut(..*count));
-            let views: Vec<_> = views.enumerate().filter(|(_, view)| view.len() > 0).collect();
+            let views: Vec<_> = views.enumerate().filter(|(_, view)| !view.is_empty()).collect();
             let mut group = comm.group();
             for (root, view) in views {
                 let ours = (root == comm.rank()).then(|| ours.slice(..));
@@ -134,7 +134,7 @@ impl Nccl {
                 at += count;
                 all.slice(at - count..at)
             };
-            let parts: Vec<_> = counts.iter().map(part).enumerate().filter(|(_, part)| part.len() > 0).collect();
+            let parts: Vec<_> = counts.iter().map(part).enumerate().filter(|(_, part)| !part.is_empty()).collect();
             let mut ours = Some(ours.slice_mut(..));
             let mut group = comm.group();
             for (root, part) in parts {
