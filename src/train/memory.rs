@@ -40,6 +40,9 @@ pub struct Kinds {
     pub optimizer: u64,
     /// One segment's gathered weights and gradients.
     pub working_set: u64,
+    /// What ZeRO's formulas leave out: the next segment's weights on their way (stage 3), and copies of one segment's
+    /// gradients as they are sent and as they come (stages 0 and 1).
+    pub under_way: u64,
     /// fp32 moving average of the weights.
     pub average: u64,
     /// Of the largest micro-batch; `None` where nobody has worked them out (image tokenizers).
@@ -47,13 +50,13 @@ pub struct Kinds {
 }
 
 impl Kinds {
-    /// Without the average and activations: what does not depend on the batch, as ZeRO counts.
+    /// What does not depend on the batch, as ZeRO counts: without what is under way, the average and activations.
     pub fn states(&self) -> u64 {
         self.weights + self.gradients + self.optimizer + self.working_set
     }
 
     pub fn total(&self) -> u64 {
-        self.states() + self.average + self.activations.unwrap_or(0)
+        self.states() + self.under_way + self.average + self.activations.unwrap_or(0)
     }
 }
 
@@ -130,12 +133,19 @@ impl<'a> Memory<'a> {
         let master = if weight == 4 { 0 } else { 4 * owned };
         let average = if self.config.train.ema_decay > 0.0 { 4 * owned } else { 0 };
         let on_gpu = |bytes: u64| if settings.offload { 0 } else { bytes };
+        let under_way = match split {
+            _ if self.shares.world_size == 1 => 0,
+            0 | 1 => 2 * GRADIENT * unit,
+            3 if self.config.train.overlap => weight * unit,
+            _ => 0,
+        };
         let gradients_of_unit = if split >= 2 { 2 * GRADIENT * unit } else { 0 };
         Kinds {
             weights: weight * if whole { total } else { owned },
             gradients: GRADIENT * if split >= 2 { owned } else { total },
             optimizer: on_gpu(master + 8 * owned - 4 * muons),
             working_set: gradients_of_unit + if whole { 0 } else { weight * unit },
+            under_way,
             average: on_gpu(average),
             activations: self.activations(settings),
         }

@@ -48,7 +48,10 @@ fn states_of_10_b_are_those_worked_out_by_hand() {
             );
             // The average is a kind of its own, and goes with the optimizer's state.
             assert_eq!(row.kinds.average, if offload { 0 } else { row.kinds.optimizer / 3 });
-            assert_eq!(row.total_bytes, row.states_bytes + row.kinds.average + row.kinds.activations.unwrap());
+            let extra = row.kinds.under_way + row.kinds.average + row.kinds.activations.unwrap();
+            assert_eq!(row.total_bytes, row.states_bytes + extra);
+            let (unit, alone) = (memory.shares().largest_unit(), gpus == 1);
+            assert_eq!(row.kinds.under_way, if alone { 0 } else { [8, 8, 0, 2][usize::from(stage)] * unit });
         }
     }
 }
@@ -121,4 +124,6 @@ fn other_settings_change_their_kind_only() {
     config.train.precision = Precision::F32;
     let exact = kinds(&config, settings);
     assert_eq!((exact.weights, exact.optimizer), (2 * before.weights, before.optimizer / 3 * 2));
+    config.train.overlap = false;
+    assert_eq!(kinds(&config, settings), Kinds { under_way: 0, ..exact });
 }
