@@ -6,8 +6,9 @@
 //! Ranks are threads of one process ([`local`]) or processes that a launcher started ([`world`]), between which MPI
 //! ([`mpi`]) or TCP ([`tcp`]) carries messages.
 //!
-//! What lies on devices goes between them ([`tensors`]). Collectives of floats give a [`Pending`]: with [`Group::overlap`] they run beside what the rank computes meanwhile
-//! ([`background`]), otherwise at once. Both have the same bits.
+//! What lies on devices goes between them ([`tensors`]). Collectives of floats give a [`Pending`]: with
+//! [`Group::overlap`] they run beside what the rank computes meanwhile ([`background`]), otherwise at once. Both have the
+//! same bits.
 
 mod background;
 mod launcher;
@@ -107,6 +108,9 @@ pub struct Group {
     background: OnceLock<Background>,
     /// The step that messages name.
     step: AtomicU64,
+    /// Exchanges that are none of weights or gradients, so far.
+    #[cfg(test)]
+    pub agreements: AtomicU64,
 }
 
 /// Numbers that travel as they lie in memory.
@@ -178,7 +182,13 @@ impl Group {
 
     fn new(rank: usize, world_size: usize, link: Link) -> Self {
         let wire = Arc::new(Wire { rank, world_size, link, shard_ranks: OnceLock::new(), nccl: OnceLock::new() });
-        Self { wire, background: OnceLock::new(), step: AtomicU64::new(0) }
+        Self {
+            wire,
+            background: OnceLock::new(),
+            step: AtomicU64::new(0),
+            #[cfg(test)]
+            agreements: AtomicU64::new(0),
+        }
     }
 
     pub fn rank(&self) -> usize {
@@ -356,6 +366,8 @@ impl Group {
 
     /// Every rank's `ours`, in rank order, after all that was called before.
     fn to_all<T: Number>(&self, op: Op, len: usize, ours: Vec<T>) -> Result<Vec<Arc<Vec<T>>>> {
+        #[cfg(test)]
+        self.agreements.fetch_add(1, Ordering::Relaxed);
         if let Some(background) = self.background.get() {
             background.run(|_| Ok(())).wait()?;
         }

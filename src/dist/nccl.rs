@@ -3,11 +3,11 @@
 //! One communicator a rank, each rank with a device of its own: a process or a thread.
 //!
 //! Collectives have a stream of their own if they are to run beside computation, otherwise the one that computes. cudarc
-//! keeps two events a buffer, of who read and who wrote it last: a collective waits for what its buffers come from, kernels
-//! that read its result wait for it, and memory is freed after both. The event of reading is one, so that nobody else may read
-//! what a collective is given. Sums of
-//! floats have NCCL's order, which is not that of ranks on the CPU. A rank that dies leaves the others waiting on the
-//! device; the ranks' control messages, which have a time limit, come before each collective.
+//! keeps two events a buffer, of who read and who wrote it last: a collective waits for what its buffers come from,
+//! kernels that read its result wait for it, and memory is freed after both. There is one event of reading, so nobody else
+//! may read what a collective was given. Sums of floats have NCCL's order, which is not that of ranks on the CPU. A rank
+//! that dies leaves the others waiting on the device; the ranks' control messages, which have a time limit, come before
+//! each collective.
 
 use super::wire::Among;
 use crate::error::{Context, Error, Result, anyhow, bail, ensure};
@@ -74,14 +74,14 @@ impl Nccl {
     /// All ranks' elements in rank order, equally many of each: flat, f32, bf16 or f16.
     pub fn all_gather(&self, among: Among, ours: &Tensor) -> Result<Tensor> {
         match ours.dtype() {
-            DType::F32 => self.gather::<f32>(among, ours),
-            DType::BF16 => self.gather::<bf16>(among, ours),
-            DType::F16 => self.gather::<f16>(among, ours),
+            DType::F32 => self.all_gather_of::<f32>(among, ours),
+            DType::BF16 => self.all_gather_of::<bf16>(among, ours),
+            DType::F16 => self.all_gather_of::<f16>(among, ours),
             dtype => bail!("all_gather: {dtype:?} is no type of weights"),
         }
     }
 
-    fn gather<T: Element>(&self, among: Among, ours: &Tensor) -> Result<Tensor> {
+    fn all_gather_of<T: Element>(&self, among: Among, ours: &Tensor) -> Result<Tensor> {
         let comm = self.comm(among)?;
         let len = ours.elem_count() * comm.world_size();
         let mut all = self.room::<T>(len)?;
@@ -92,14 +92,14 @@ impl Nccl {
     /// All ranks' elements in rank order, where rank r gives `counts[r]`: flat, f32, bf16 or f16.
     pub fn broadcasts(&self, among: Among, ours: &Tensor, counts: &[usize]) -> Result<Vec<Tensor>> {
         match ours.dtype() {
-            DType::F32 => self.spread::<f32>(among, ours, counts),
-            DType::BF16 => self.spread::<bf16>(among, ours, counts),
-            DType::F16 => self.spread::<f16>(among, ours, counts),
+            DType::F32 => self.broadcasts_of::<f32>(among, ours, counts),
+            DType::BF16 => self.broadcasts_of::<bf16>(among, ours, counts),
+            DType::F16 => self.broadcasts_of::<f16>(among, ours, counts),
             dtype => bail!("broadcast: {dtype:?} is no type of weights"),
         }
     }
 
-    fn spread<T: Element>(&self, among: Among, ours: &Tensor, counts: &[usize]) -> Result<Vec<Tensor>> {
+    fn broadcasts_of<T: Element>(&self, among: Among, ours: &Tensor, counts: &[usize]) -> Result<Vec<Tensor>> {
         let comm = self.comm(among)?;
         let mut rooms: Vec<CudaSlice<T>> = counts.iter().map(|count| self.room(*count)).collect::<Result<_>>()?;
         with_view::<T>(ours, |ours| {

@@ -90,8 +90,8 @@ fn with_rounded_weights_every_stage_gives_the_same_bits_and_goes_on_with_them() 
     let mut config = config(folder.path());
     // One direction and no parts, so that all stages add gradients up in one order.
     (config.train.text_loss_weight, config.train.accumulation, config.train.clip_norm) = (0.0, 1, 0.0);
-    let mut run = |ranks, stage, overlap, stops: &[u64]| {
-        (config.train.shard_stage, config.train.overlap) = (stage, overlap);
+    let mut run = |(ranks, replica), stage, overlap, stops: &[u64]| {
+        (config.train.shard_stage, config.train.shard_ranks, config.train.overlap) = (stage, replica, overlap);
         let parent = folder.path().join(format!("{ranks} {stage} {overlap} {stops:?}"));
         let mut last = None;
         for steps in stops {
@@ -100,11 +100,12 @@ fn with_rounded_weights_every_stage_gives_the_same_bits_and_goes_on_with_them() 
         }
         last.unwrap()
     };
-    for ranks in [2, 3] {
-        let expected = run(ranks, 0, false, &[6]);
-        for stage in 0..=3 {
-            assert!(run(ranks, stage, true, &[2, 6]).1 == expected.1, "{ranks} ranks, stage {stage}");
-            assert!(run(ranks, stage, false, &[6]).1 == expected.1, "{ranks} ranks, stage {stage}, no overlap");
+    // Sums over replicas have an order of their own: that of stages 1 to 3.
+    for (world, first) in [((2, 0), 0), ((3, 0), 0), ((4, 2), 1)] {
+        let expected = run(world, first, false, &[6]);
+        for stage in first..=3 {
+            assert!(run(world, stage, true, &[2, 6]).1 == expected.1, "{world:?} ranks, stage {stage}");
+            assert!(run(world, stage, false, &[6]).1 == expected.1, "{world:?} ranks, stage {stage}, no overlap");
         }
     }
 }

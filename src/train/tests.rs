@@ -3,6 +3,7 @@
 use super::{engine::tests as toy, shards::Shards, *};
 use crate::{
     config::{MatrixOptimizer, Spike, Train},
+    dist::launch,
     error::bail,
 };
 use serde_json::json;
@@ -283,4 +284,27 @@ fn a_spike_is_skipped_or_taken_back_and_both_are_bounded() {
     let error = with_spikes(&at("lost"), &spiky(Spike::RollBack), 71, 1000).unwrap_err();
     let text = format!("{error:#}");
     assert!(text.contains("a spike, the 6th") && text.contains("a row"), "{text}");
+}
+
+#[test]
+fn norm_signals_and_checkpoints_take_one_exchange_a_step() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config();
+    (config.train.checkpoint_every, config.train.sample_every, config.train.clip_norm) = (100, 0, 0.01);
+    for stage in 0..=3 {
+        config.train.shard_stage = stage;
+        let mut agreements = |steps| {
+            config.train.steps = steps;
+            let parent = folder.path().join(format!("{stage} {steps}"));
+            launch(2, Duration::from_secs(60), |group| {
+                let folder = RunFolder::open(&parent, &config, group.leads())?;
+                train(group, &config, &mut ToyTask::new(&config), folder, &Resume::Auto, &Stop::default())?;
+                Ok(group.agreements.load(std::sync::atomic::Ordering::Relaxed))
+            })
+            .unwrap()
+        };
+        let (few, more) = (agreements(3), agreements(8));
+        // One more in each step: the task sums its losses.
+        assert_eq!(more, few.iter().map(|few| few + 5 * 2).collect::<Vec<_>>(), "stage {stage}");
+    }
 }

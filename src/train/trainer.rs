@@ -177,7 +177,7 @@ impl<'a> Trainer<'a> {
         !self.task.idle(name) && !self.config.train.freezes(name)
     }
 
-    /// The one exchange of a step beside the gradients'.
+    /// The trainer's one exchange of a step; weights, gradients and what the task reports have their own.
     fn agree(&self, factor: f64) -> Result<Agreed> {
         let squares = optimizer::squares(self.shards.reduced())?;
         let saved = f64::from(u8::from(self.saving.is_written()));

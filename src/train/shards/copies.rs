@@ -24,24 +24,20 @@ impl Shards<'_> {
 
     /// Sends this rank's weights of a unit to all ranks, on the device.
     pub(super) fn send_copies(&self, unit: usize) -> Result<Weights> {
-        let made;
         let ours = match self.given.get(unit) {
-            Some(given) => given,
-            None => {
-                made = self.own_copies(unit)?;
-                &made
-            }
+            Some(given) => given.clone(),
+            None => self.own_copies(unit)?,
         };
-        let send = |(dtype, ours): (DType, &Tensor)| {
+        let send = |(dtype, ours): (DType, Tensor)| {
             if self.replicated() {
-                return Ok(vec![ours.clone()]);
+                return Ok(vec![ours]);
             }
             let counts = self.units[unit].pieces.iter().map(|pieces| length(self.of_type(pieces, dtype)));
             let counts: Vec<usize> = counts.collect();
             if counts.iter().all(|count| *count == 0) {
                 return Ok(Vec::new());
             }
-            self.group.all_gather_tensor(ours, &counts)
+            self.group.all_gather_tensor(&ours, &counts)
         };
         let parts = DTYPES.into_iter().zip(ours).map(send);
         Ok(Weights::Tensors(parts.collect::<Result<_>>()?))
