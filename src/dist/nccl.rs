@@ -42,8 +42,11 @@ impl Nccl {
     /// The device is none of CUDA, or has no second stream.
     pub fn new(device: &Device, beside: bool) -> Result<Self> {
         let Device::Cuda(device) = device else { bail!("NCCL needs a CUDA device, not {:?}", device.location()) };
-        let stream = device.cuda_stream();
-        let stream = if beside { stream.fork().context("a stream for NCCL")? } else { stream };
+        let mut stream = device.cuda_stream();
+        if beside {
+            // Others wait for what it does: its kernels go first.
+            stream = stream.context().new_stream_with_priority(-1).context("a stream for NCCL")?;
+        }
         Ok(Self { device: device.clone(), stream, comms: BTreeMap::new() })
     }
 
