@@ -64,8 +64,7 @@ impl Shards<'_> {
 
     /// What this rank owns of a unit, flat, by type.
     fn own_copies(&self, unit: usize) -> Result<Vec<Tensor>> {
-        let rank = if self.replicated() { 0 } else { self.group.shard_rank() };
-        let ours = &self.units[unit].pieces[rank];
+        let ours = &self.units[unit].pieces[self.owner];
         DTYPES.into_iter().map(|dtype| self.flat(self.of_type(ours, dtype), dtype)).collect()
     }
 
@@ -91,23 +90,19 @@ impl Shards<'_> {
         Ok(flat.to_dtype(dtype)?.to_device(&self.device)?)
     }
 
-    /// Sends the gradients of these pieces, by rank, to be summed over all ranks; `None`: there are none.
-    pub(super) fn sum_tensors(&self, pieces: &[Vec<Piece>], counts: &[usize]) -> Result<Option<Tensor>> {
+    /// Sends the gradients of these pieces, by rank, to be summed over all ranks; there is one at least.
+    pub(super) fn sum_tensors(&self, pieces: &[Vec<Piece>], counts: &[usize]) -> Result<Tensor> {
         let mut flat = Vec::new();
         for Piece { name, range } in pieces.iter().flatten() {
             if let Some(gradient) = self.gradients.get(name) {
                 flat.push(gradient.flatten_all()?.narrow(0, range.start, range.len())?);
             }
         }
-        if flat.is_empty() {
-            return Ok(None);
-        }
         let all = Tensor::cat(&flat, 0)?;
         match self.replicated() {
             true => self.group.all_reduce_tensor(&all),
             false => self.group.reduce_scatter_tensor(&all, counts),
         }
-        .map(Some)
     }
 
     /// Adds the sums of these pieces to those this rank owns, or puts them in place of its own gradients.

@@ -62,6 +62,8 @@ pub struct Shards<'g> {
     stage: u8,
     params: Params,
     units: Vec<Unit>,
+    /// Which of the owners of pieces this rank is.
+    owner: usize,
     /// This rank's range of every parameter of which it owns something.
     owned: BTreeMap<String, Range<usize>>,
     /// What each parameter wants.
@@ -135,8 +137,8 @@ impl<'g> Shards<'g> {
         let entries = units.iter().map(|names| names.iter().map(|name| entry(params, name, &handling)).collect());
         let entries = entries.collect::<Result<Vec<Vec<Entry>>>>()?;
         let pieces = layout(&entries, owners);
-        let ours = if stage == 0 { 0 } else { group.shard_rank() };
-        let owned = pieces.iter().flat_map(|ranks| &ranks[ours]).map(|p| (p.name.clone(), p.range.clone())).collect();
+        let owner = if stage == 0 { 0 } else { group.shard_rank() };
+        let owned = pieces.iter().flat_map(|ranks| &ranks[owner]).map(|p| (p.name.clone(), p.range.clone())).collect();
         let covered: usize = pieces.iter().flatten().flatten().map(|piece| piece.range.len()).sum();
         let all: usize = params.values().map(|var| var.elem_count()).sum();
         ensure!(covered == all, "{covered} of {all} weights belong to exactly one segment");
@@ -148,6 +150,7 @@ impl<'g> Shards<'g> {
             stage,
             params: params.clone(),
             units,
+            owner,
             owned,
             handling,
             idle,

@@ -148,13 +148,16 @@ impl Shards<'_> {
         self.receive_sums()?;
         let mut pieces = self.live(unit);
         let counts: Vec<usize> = pieces.iter().map(length).collect();
-        let sums = match self.copied {
-            true => self.sum_tensors(&pieces, &counts)?.map(Sums::Tensor),
-            false => Some(Sums::Floats(self.sum_floats(&pieces, &counts)?)),
-        };
         self.units[unit].sent = true;
-        let ours = if self.replicated() { 0 } else { self.group.shard_rank() };
-        self.going = sums.map(|sums| Going { pieces: pieces.swap_remove(ours), sums });
+        // Nothing in it has a gradient in this step: on all ranks alike.
+        if counts.iter().all(|count| *count == 0) {
+            return Ok(());
+        }
+        let sums = match self.copied {
+            true => Sums::Tensor(self.sum_tensors(&pieces, &counts)?),
+            false => Sums::Floats(self.sum_floats(&pieces, &counts)?),
+        };
+        self.going = Some(Going { pieces: pieces.swap_remove(self.owner), sums });
         if self.group.overlaps() { Ok(()) } else { self.receive_sums() }
     }
 
