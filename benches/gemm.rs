@@ -4,10 +4,12 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::{hint::black_box, time::Duration};
 use vilg::ops::{
-    bf16_unit::Bf16Unit,
     epilogue::Epilogue,
     gemm::{Matrix, Onto, gemm},
-    gemm_bf16::{PackedB, gemm_bf16, gemm_packed},
+    matmul::bf16::{
+        gemm::{PackedB, gemm_bf16, gemm_packed},
+        unit::Bf16Unit,
+    },
 };
 
 /// Name, rows and columns of C, inner size; which factors are stored transposed.

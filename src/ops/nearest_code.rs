@@ -2,8 +2,11 @@
 //! for all entries. No gradient: the quantiser passes gradients straight through.
 
 use super::{
-    gemm::{Matrix, Onto, gemm_serial},
-    with_slice,
+    matmul::{
+        gemm::gemm_serial,
+        matrix::{Matrix, Onto},
+    },
+    slices::with_slice,
 };
 use crate::error::{Result, ensure};
 use candle_core::{DType, Device, Tensor};

@@ -1,8 +1,14 @@
 //! The machine's speed limit: multiply-adds on numbers that never leave the registers or the first-level cache.
 
 use super::{
-    bf16_unit::{Bf16Unit, LINES, SIDE, STEPS, Tile},
-    gemm::{Matrix, Onto, gemm_serial},
+    matmul::{
+        bf16::{
+            tile::{LINES, SIDE, STEPS, Tile},
+            unit::Bf16Unit,
+        },
+        gemm::gemm_serial,
+        matrix::{Matrix, Onto},
+    },
     simd::{Real, multiversion},
 };
 use crate::config::Precision;

@@ -1,6 +1,6 @@
 //! Gradients of table rows: an embedding's backward pass.
 
-use super::gemm::Onto;
+use super::matmul::matrix::Onto;
 use rayon::prelude::*;
 
 /// `table[targets[i].0] += dy[targets[i].1]` for rows of `hidden` elements, or the same onto a table of zeros. Each

@@ -11,6 +11,9 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use std::{cell::RefCell, marker::PhantomData, ops::Deref, ops::Range};
 
+/// Elements that one task of a parallel elementwise loop takes.
+pub(super) const CHUNK: usize = 1 << 14;
+
 /// Runs `$body` with the type `$T` standing for the element type of `$dtype` (`F32` or `F64`).
 macro_rules! by_dtype {
     ($dtype:expr, $op:expr, $T:ident => $body:expr) => {
@@ -215,7 +218,7 @@ pub unsafe fn fresh<T: Real>(len: usize, fill: impl FnOnce(&mut [T])) -> Vec<T> 
 
 /// y += x.
 pub fn add(y: &mut [f32], x: &[f32]) {
-    let parts = y.par_chunks_mut(super::CHUNK).zip(x.par_chunks(super::CHUNK));
+    let parts = y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
     parts.for_each(|(y, x)| y.iter_mut().zip(x).for_each(|(y, x)| *y += x));
 }
 

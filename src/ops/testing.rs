@@ -1,7 +1,7 @@
 //! Checks that every op passes: fused ≡ composed, gradient ≡ finite differences, one thread ≡ many.
 
 use super::{
-    bf16_unit::Bf16Unit,
+    matmul::bf16::unit::Bf16Unit,
     simd::{Level, level, tests::FORCED},
 };
 use crate::{error::Result, random::Random};
@@ -122,8 +122,10 @@ pub fn hashed(name: &str, shape: &[usize], scale: f64) -> Tensor {
 /// AMX, if only in software, and what this processor has besides.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub fn with_each_unit(test: impl Fn(Bf16Unit)) {
-    super::amx_emulator::with_amx(|| test(Bf16Unit::Amx(super::amx::Amx::get().expect("AMX, if only in software"))));
-    if let Some(unit) = super::avx512_bf16::Avx512Bf16::get() {
+    super::matmul::bf16::amx_emulator::with_amx(|| {
+        test(Bf16Unit::Amx(super::matmul::bf16::amx::Amx::get().expect("AMX, if only in software")))
+    });
+    if let Some(unit) = super::matmul::bf16::avx512::Avx512Bf16::get() {
         test(Bf16Unit::Avx512(unit));
     }
 }

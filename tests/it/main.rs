@@ -4,6 +4,7 @@ mod bench;
 mod commands;
 mod generate;
 mod house;
+mod imports;
 mod memory;
 mod plan;
 mod ranks;

@@ -2,10 +2,10 @@
 //! held is a row for each key; the scores exist for one chunk at a time.
 
 use super::{
-    Sizes,
     kernel::{Element, LANES, Part},
     plan::Plan,
     products::{CHUNK, Chunks, Lanes, Piece, Shape},
+    sizes::Sizes,
 };
 use crate::ops::{
     simd::{Real, dot, multiversion},

@@ -1,7 +1,7 @@
 //! The inner loop that all products of attention share: a tile of sums held in registers.
 
-use crate::ops::{
-    simd::{Level, Real, level},
+use crate::ops::simd::{
+    Level, Real, level,
     vector::{Portable, Vector},
 };
 

@@ -1,8 +1,8 @@
 //! How the keys of a batch are walked: blocks of neighbouring queries, each against spans of keys.
 
 use super::{
-    super::key_ranges::{KeyRanges, Run},
     kernel::LANES,
+    key_ranges::{KeyRanges, Run},
 };
 use std::ops::Range;
 

@@ -1,0 +1,71 @@
+//! The part of a processor that multiplies pairs of bf16 into f32, whichever it has.
+
+use super::{
+    amx::{Amx, Tiles},
+    avx512::Avx512Bf16,
+    tile::{Panel, Tile},
+};
+use crate::{config::Precision, ops::matmul::matrix::Onto};
+
+/// A unit that this processor has. Their sums differ in the last bits.
+#[derive(Clone, Copy)]
+pub enum Bf16Unit {
+    Amx(Amx),
+    Avx512(Avx512Bf16),
+}
+
+impl Bf16Unit {
+    /// The fastest one; `None` where f32 is the faster way.
+    pub fn get() -> Option<Self> {
+        let avx512 = || Avx512Bf16::get().filter(|unit| unit.beats_f32()).map(Self::Avx512);
+        Amx::get().map(Self::Amx).or_else(avx512)
+    }
+
+    /// The unit that multiplies in bf16 where that is asked for and there is one.
+    pub fn for_precision(precision: Precision) -> Option<Self> {
+        match precision {
+            Precision::F32 | Precision::F16 => None,
+            Precision::Bf16 => Self::get(),
+        }
+    }
+
+    /// Prepares this thread for products with `rows ≤ 16` rows in each tile of the left factor.
+    pub(in crate::ops) fn ready(self, rows: usize) -> Ready {
+        match self {
+            Self::Amx(amx) => Ready::Amx(amx.tiles(rows)),
+            Self::Avx512(unit) => Ready::Avx512(unit, rows),
+        }
+    }
+}
+
+/// A unit that this thread may use until this is dropped.
+pub(in crate::ops) enum Ready {
+    Amx(Tiles),
+    Avx512(Avx512Bf16, usize),
+}
+
+impl Ready {
+    /// C (32 × 32) = A·B or C += A·B, with rows of C `stride` floats apart.
+    ///
+    /// # Safety
+    /// The unit is ready for 16 rows; C may be read (onto the old) and written.
+    pub unsafe fn square(&self, a: &Panel, b: &Panel, c: *mut f32, stride: usize, onto: Onto) {
+        // SAFETY: passed on.
+        match self {
+            Self::Amx(tiles) => unsafe { tiles.square(a, b, c, stride, onto) },
+            Self::Avx512(unit, _) => unsafe { unit.square(a, b, c, stride, onto) },
+        }
+    }
+
+    /// C (rows × 32) = A·B or C += A·B for the few rows that the unit is ready for. It reads B once or twice, in order.
+    ///
+    /// # Safety
+    /// C may be read (onto the old) and written; its rows are `stride` floats apart.
+    pub unsafe fn flat(&self, a: &[[Tile; 1]], b: &Panel, c: *mut f32, stride: usize, onto: Onto) {
+        // SAFETY: passed on.
+        match self {
+            Self::Amx(tiles) => unsafe { tiles.flat(a, b, c, stride, onto) },
+            Self::Avx512(unit, rows) => unsafe { unit.flat(a, *rows, b, c, stride, onto) },
+        }
+    }
+}

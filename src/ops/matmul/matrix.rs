@@ -1,0 +1,50 @@
+//! Matrices in slices, and what a product does with the old content of its destination.
+
+/// A matrix in a slice: element (i, j) is at `i * row_stride + j * column_stride`.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a, T> {
+    pub(super) data: &'a [T],
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) row_stride: usize,
+    pub(super) column_stride: usize,
+}
+
+impl<'a, T> Matrix<'a, T> {
+    /// A `rows × columns` matrix stored row by row without gaps.
+    pub fn new(data: &'a [T], rows: usize, columns: usize) -> Self {
+        Self::strided(data, rows, columns, columns)
+    }
+
+    /// A matrix whose rows start `row_stride` elements apart.
+    ///
+    /// # Panics
+    /// The slice is too short (a defect of the caller, never of user input).
+    pub fn strided(data: &'a [T], rows: usize, columns: usize, row_stride: usize) -> Self {
+        assert!(rows == 0 || columns == 0 || data.len() >= (rows - 1) * row_stride + columns, "matrix out of bounds");
+        Self { data, rows, columns, row_stride, column_stride: 1 }
+    }
+
+    /// The transpose, without moving anything.
+    pub fn t(self) -> Self {
+        Self {
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+            ..self
+        }
+    }
+}
+
+/// What a product does with the old content of its destination.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Onto {
+    /// C = alpha·A·B; C may be uninitialised.
+    Nothing,
+    /// C += alpha·A·B.
+    Old,
+}
+
+/// Below this many multiplications a product stays on the calling thread.
+pub(super) const SERIAL_WORK: usize = 1 << 18;

@@ -1,0 +1,11 @@
+//! Products of matrices: f32, f64 and bf16, the linear layer on them, and weights packed for decoding.
+
+pub mod bf16;
+pub mod epilogue;
+pub mod gemm;
+pub mod linear;
+pub mod matrix;
+pub mod packed;
+mod packed_kernel;
+
+pub use linear::{factor_dtype, linear, linear_in, rounds_to_bf16};

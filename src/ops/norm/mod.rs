@@ -1,0 +1,7 @@
+//! Normalisation over channels and over groups of channels.
+
+pub mod group_norm;
+pub mod layer_norm;
+
+pub use group_norm::group_norm;
+pub use layer_norm::layer_norm;

@@ -1,0 +1,9 @@
+//! Functions of each element, or of each row.
+
+pub mod bf16_pairs;
+pub mod cross_entropy;
+pub mod gelu;
+pub mod softmax;
+
+pub use cross_entropy::cross_entropy;
+pub use gelu::gelu;
