@@ -1,4 +1,5 @@
-//! Maths that candle lacks or does slowly: forward and backward over slices, wrapped as candle ops.
+//! Maths that candle lacks or does slowly: forward and backward over slices, wrapped as candle ops. One folder a kind of
+//! op; `simd`, `slices`, `store` and `scatter` are what they share.
 //!
 //! On a CPU each op runs our kernel; on any other device (and in tests, as the oracle) it is composed
 //! from stock candle ops. Kernels are generic over `f32` and `f64`, so that gradients can be checked

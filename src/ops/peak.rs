@@ -1,4 +1,4 @@
-//! The machine's speed limit: multiply-adds on numbers that never leave the registers or the first-level cache.
+//! Peak FLOP/s of this machine, measured: multiply-adds on numbers that stay in registers or in the L1 cache.
 
 use super::{
     matmul::{
@@ -58,14 +58,14 @@ fn narrow_and_wide() -> f64 {
     measure(96, chains_of_96::<f32>).max(measure(256, chains_of_256::<f32>))
 }
 
-/// Each thread runs `chains` on `width` values for itself.
+/// Each thread runs `chains` on `width` values of its own.
 fn measure(width: usize, chains: fn(f32, f32, usize) -> f32) -> f64 {
     on_all_threads(2.0 * (width * ROUNDS) as f64, || {
         black_box(chains(black_box(0.999), black_box(0.001), ROUNDS));
     })
 }
 
-/// Operations a second when each thread does so many.
+/// Operations per second, if each thread does `operations` in `run`.
 fn on_all_threads(operations: f64, run: impl Fn() + Sync) -> f64 {
     let begun = Instant::now();
     rayon::broadcast(|_| run());

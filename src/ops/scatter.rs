@@ -4,7 +4,7 @@ use super::matmul::matrix::Onto;
 use rayon::prelude::*;
 
 /// `table[targets[i].0] += dy[targets[i].1]` for rows of `hidden` elements, or the same onto a table of zeros. Each
-/// row of the table adds up its rows of `dy` in the order of `targets`, whatever the number of threads.
+/// row of the table adds up its rows of `dy` in the order of `targets`, so the result does not depend on the number of threads.
 ///
 /// # Panics
 /// A row is outside the table or `dy` (a defect of the caller).

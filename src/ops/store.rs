@@ -16,7 +16,7 @@ use std::{
 pub enum Store {
     #[default]
     Memory,
-    /// In files of this folder. They have no name once they are open, so nothing is left whatever ends the program.
+    /// In files of this folder. They have no name once they are open, so nothing is left behind, however the program ends.
     Disk(PathBuf),
 }
 

@@ -1,5 +1,5 @@
-//! Self-attention of all positions of a picture with one head, as VQGAN has it at its lowest resolution: forward and
-//! backward on slices, a picture a task.
+//! Full self-attention over the positions of an image with one head, as in VQGAN at its lowest resolution: forward and
+//! backward on slices, one task per image.
 
 use crate::ops::{
     matmul::{

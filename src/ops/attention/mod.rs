@@ -1,10 +1,9 @@
-//! Sparse attention: each query reads only the keys that its list names, in the forward and in the backward
-//! pass. Nothing of size n×n is built; the backward pass takes the probabilities again from the log-sum-exp of
-//! each query.
+//! Sparse attention: each query reads only the keys of its list, in the forward and in the backward pass. No n×n
+//! matrix is built; the backward pass recomputes the probabilities from the log-sum-exp of each query.
 //!
-//! One task is one head of one sample: its keys and values are gathered once, columns of codes together
-//! (`plan`), and blocks of neighbouring queries meet the union of their keys in register-blocked products
-//! (`products`, `kernel`), with a softmax that goes over the keys once (Dao et al., arXiv 2205.14135).
+//! The trick: one task is one head of one sample. Its keys and values are gathered once, with columns of codes made
+//! contiguous (`plan`). Blocks of neighbouring queries are then multiplied with the union of their keys in
+//! register-blocked products (`products`, `kernel`), with an online softmax (Dao et al., arXiv 2205.14135).
 
 pub mod cached;
 mod heads;

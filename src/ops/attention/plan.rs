@@ -1,4 +1,4 @@
-//! How the keys of a batch are walked: blocks of neighbouring queries, each against spans of keys.
+//! The order in which the keys of a batch are read: blocks of neighbouring queries, each against spans of keys.
 
 use super::{
     kernel::LANES,

@@ -1,4 +1,4 @@
-//! The products of one block of queries with a chunk of its keys. Scores lie key by key, a lane for each query.
+//! The products of one block of queries with a chunk of its keys. Scores are stored key by key, with one lane per query.
 //!
 //! A key that only a part of the block sees costs a part of the work: see `width` and [`Shape::mix`].
 

@@ -1,9 +1,9 @@
-//! The sizes of a convolution and the tiles of rows that its pictures are cut into.
+//! The sizes of a convolution, its padding, and the tiles of rows that its images are split into.
 
 use super::kernel::Element;
 use std::ops::Range;
 
-/// Zero pixels around a picture.
+/// Zero pixels around an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Padding {
     pub top: usize,
@@ -32,7 +32,7 @@ pub struct Geometry {
     pub(super) kernel_height: usize,
     pub(super) kernel_width: usize,
     pub(super) stride: usize,
-    /// Padded rows above and columns left of the picture; negative where the picture is cut.
+    /// Padded rows above and columns left of the image; negative where the image is cut.
     pub(super) top: isize,
     pub(super) left: isize,
 }
@@ -49,7 +49,10 @@ pub(super) struct Tile {
 }
 
 impl Geometry {
-    /// `x (b, h, w, in)`, `w (out, in, kh, kw)`; the padded picture is no smaller than the kernel.
+    /// `x (b, h, w, in)`, `w (out, in, kh, kw)`; the padded image is at least as large as the kernel.
+    ///
+    /// # Panics
+    /// The channels of `x` and `w` differ (a defect of the caller).
     pub fn new(
         [images, height, width, inputs]: [usize; 4],
         [outputs, w_inputs, kernel_height, kernel_width]: [usize; 4],
@@ -127,7 +130,7 @@ impl Geometry {
         (0..self.images * per_image).map(|i| self.tile(i / per_image, i % per_image)).collect()
     }
 
-    /// The part of the padded picture that a tile reads: the picture itself where nothing is padded.
+    /// The part of the padded image that a tile reads: the image itself where nothing is padded.
     pub(super) fn padded<'a, T: Element>(&self, x: &'a [T], tile: &Tile, buffer: &'a mut Vec<T>) -> &'a [T] {
         let image = &x[tile.image * self.height * self.width * self.inputs..][..self.height * self.width * self.inputs];
         if self.kernel_height * self.kernel_width * self.stride == 1 && (self.top, self.left) == (0, 0) {

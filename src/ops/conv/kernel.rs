@@ -1,4 +1,4 @@
-//! The product at the heart of a convolution, without im2col: the kernel reads the padded picture in place.
+//! The micro-kernel of a convolution, without im2col: the kernel reads the padded image in place.
 //!
 //! `C[m, n] += Σ_outer Σ_inner A[m, outer, inner] · B[outer, inner, n]`, where A is read element by element with
 //! strides of its own and rows of B are contiguous. In NHWC this one shape serves all three products:
@@ -6,7 +6,7 @@
 //! | | m | n | outer | inner |
 //! | --- | --- | --- | --- | --- |
 //! | forward, input gradient | pixels of a row | output channels | kernel row | kernel column × input channel |
-//! | weight gradient | kernel column × input channel | output channels | picture row | picture column |
+//! | weight gradient | kernel column × input channel | output channels | image row | image column |
 
 use crate::ops::simd::{
     Level, Real, level,

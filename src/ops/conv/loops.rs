@@ -13,7 +13,7 @@ const WEIGHT_PIXELS: usize = 128;
 /// not depend on the number of threads.
 const WEIGHT_TASKS: usize = 8;
 
-/// An ordinary convolution whose outputs are every `step`-th pixel of a picture, from (`row`, `column`) on.
+/// An ordinary convolution whose outputs are every `step`-th pixel of an image, from (`row`, `column`) on.
 /// A convolution is one of step 1; the gradient of its input is `stride²` of them, one for each remainder.
 struct Phase<T> {
     g: Geometry,
@@ -95,7 +95,7 @@ fn phase<T: Element>(w: &[T], g: Geometry, row: usize, column: usize) -> Option<
     Some(Phase { g: sizes, row, column, weights })
 }
 
-/// All phases over the same picture, tile by tile; `y` is `(images, height, width, outputs)`.
+/// All phases over the same image, tile by tile; `y` is `(images, height, width, outputs)`.
 fn run<T: Element>(
     x: &[T],
     phases: &[Phase<T>],

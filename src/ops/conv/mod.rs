@@ -1,10 +1,9 @@
-//! Two-dimensional convolution in NHWC, forward and backward, any stride, padding on each side by itself.
+//! Two-dimensional convolution in NHWC, forward and backward, with any stride and a padding for each side.
 //!
-//! Pictures are cut into tiles of rows that fit the cache ([`geometry`]); a tile is copied once into a
-//! padded buffer, which the micro-kernel of [`kernel`] then reads in place (no im2col). The input's
-//! gradient is the same convolution over the output's gradient with flipped weights; where the stride is 2, four of
-//! them, one for each remainder of row and column. Where it can, [`winograd`] takes over, whose products
-//! may be of bf16.
+//! The trick: no im2col. Images are split into tiles of rows that fit the cache ([`geometry`]); a tile is copied once
+//! into a padded buffer, which the micro-kernel of [`kernel`] reads in place. The gradient of the input is the same
+//! convolution over the gradient of the output with flipped weights; with stride 2 it is four of them, one for each
+//! remainder of row and column. 3×3 convolutions of stride 1 run in [`winograd`], optionally with products in bf16.
 
 mod geometry;
 mod kernel;
@@ -31,12 +30,19 @@ use kernel::Kernel;
 use std::borrow::Cow;
 use winograd::{Filters, element::WinogradElement, products::Multiplier};
 
-/// `x (b, h, w, in)`, `w (out, in, kh, kw)`, `b (out)` → `(b, h', w', out)`.
+/// `x (b, h, w, in)`, `w (out, in, kh, kw)`, `b (out)` → `(b, h', w', out)`, in f32 (f64: for gradient checks).
+///
+/// # Errors
+/// The stride or the kernel is 0, the padded image is smaller than the kernel, or the channels do not match.
 pub fn conv2d(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stride: usize, padding: Padding) -> Result<Tensor> {
     conv2d_in(Precision::F32, x, w, b, stride, padding)
 }
 
-/// The same with products in `precision`, and so its gradients: on a CPU as [`forward`] says, elsewhere all of them.
+/// [`conv2d`] with products in `precision`, in the backward pass too: on a CPU as in [`forward`], on other devices
+/// every product.
+///
+/// # Errors
+/// As [`conv2d`].
 pub fn conv2d_in(
     precision: Precision,
     x: &Tensor,
@@ -63,7 +69,7 @@ pub fn conv2d_in(
     })
 }
 
-/// The same from stock candle ops.
+/// [`conv2d`] from stock candle ops: for other devices, and the reference in tests.
 pub fn composed(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stride: usize, padding: Padding) -> Result<Tensor> {
     let x = x.permute((0, 3, 1, 2))?;
     let x = x.pad_with_zeros(2, padding.top, padding.bottom)?.pad_with_zeros(3, padding.left, padding.right)?;
@@ -77,7 +83,7 @@ pub fn composed(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stride: usize, paddi
 /// `y (b, h', w', out)` = convolution of `x (b, h, w, in)` with `w (out, in, kh, kw)`, + bias, + residual.
 ///
 /// In bf16, where the processor multiplies it faster, the factors of 3×3 convolutions of stride 1 with 32, 64, ... channels
-/// are rounded after their transforms; all others run in f32. f16 rounds pictures and weights, as a GPU would.
+/// are rounded after their transforms; all others run in f32. f16 rounds images and weights, as a GPU would.
 pub fn forward<T: WinogradElement>(
     precision: Precision,
     x: &[T],
@@ -95,7 +101,7 @@ pub fn forward<T: WinogradElement>(
     }
 }
 
-/// Writes the gradient of `x`.
+/// Writes the gradient of `x`, `(b, h, w, in)`, to `dx`, from the gradient `dy (b, h', w', out)` of the output.
 pub fn input_gradient<T: WinogradElement>(precision: Precision, dy: &[T], w: &[T], dx: &mut [T], g: Geometry) {
     let [dy, w] = &factors(precision, [dy, w]);
     match way::<T>(precision, &g.transposed()) {
@@ -105,7 +111,7 @@ pub fn input_gradient<T: WinogradElement>(precision: Precision, dy: &[T], w: &[T
     }
 }
 
-/// Adds the gradient of `w` to `dw`.
+/// Adds the gradient of `w` to `dw (out, in, kh, kw)`.
 pub fn weight_gradient<T: WinogradElement>(precision: Precision, x: &[T], dy: &[T], dw: &mut [T], g: Geometry) {
     let [x, dy] = &factors(precision, [x, dy]);
     match way::<T>(precision, &g) {
@@ -131,7 +137,7 @@ fn way<T: WinogradElement>(precision: Precision, g: &Geometry) -> Way<T> {
     }
 }
 
-/// What a product in this precision multiplies: f16 rounds before.
+/// The factors as a product in this precision sees them: f16 rounds them first.
 pub(super) fn factors<T: Real>(precision: Precision, factors: [&[T]; 2]) -> [Cow<'_, [T]>; 2] {
     factors.map(|x| match precision {
         Precision::F16 => Cow::Owned(rounded_to_f16(x)),

@@ -1,8 +1,8 @@
-//! Rectangles of a picture with zeros around it, copied only where they reach beyond its edge.
+//! Rectangles of a zero-padded image, copied only where they reach beyond its edge.
 
 use super::kernel::Element;
 
-/// Pixels of a picture that patches read, and the distances of their rows and of pixels in a row.
+/// Pixels of an image that patches read, and the distances of their rows and of pixels in a row.
 pub(super) struct Region<'a, T> {
     pub(super) pixels: &'a [T],
     pub(super) row: usize,
@@ -16,7 +16,7 @@ impl<T> Region<'_, T> {
     }
 }
 
-/// A picture `(height, width, channels)`.
+/// An image `(height, width, channels)`.
 #[derive(Clone, Copy)]
 pub(super) struct Picture<'a, T> {
     pixels: &'a [T],
@@ -26,13 +26,13 @@ pub(super) struct Picture<'a, T> {
 }
 
 impl<'a, T: Element> Picture<'a, T> {
-    /// One of many pictures.
+    /// Image number `image` of a batch.
     pub(super) fn new(x: &'a [T], image: usize, height: usize, width: usize, channels: usize) -> Self {
         let size = height * width * channels;
         Self { pixels: &x[image * size..(image + 1) * size], height, width, channels }
     }
 
-    /// The rectangle at (`top`, `left`); zeros outside of the picture. Copies only where there are such.
+    /// The rectangle at (`top`, `left`); zeros outside of the image. Copies only if a part is outside.
     pub(super) fn region(
         &self,
         (top, left): (isize, isize),

@@ -1,4 +1,4 @@
-//! What follows a matrix product while its result is still in the cache.
+//! Bias, residual and GELU, added to a tile of a matrix product while it is still in the cache.
 
 use crate::ops::{
     pointwise::gelu::gate,
@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 
 /// C = A·B + bias + residual, and beside it gelu(C).
 pub struct Epilogue<'a, T> {
-    /// One number a column of C.
+    /// One number per column of C.
     pub bias: Option<&'a [T]>,
     /// Of C's shape.
     pub residual: Option<&'a [T]>,
@@ -17,7 +17,7 @@ pub struct Epilogue<'a, T> {
 }
 
 impl<T> Epilogue<'_, T> {
-    /// Nothing follows.
+    /// No epilogue.
     pub const NONE: Self = Self { bias: None, residual: None, gelu: None };
 
     /// # Panics

@@ -35,7 +35,7 @@ pub fn gemm_in(precision: Precision, c: &mut [f32], onto: Onto, alpha: f32, a: M
     }
 }
 
-/// Factors as a product in f16 sees them: beyond 65504 they are infinite.
+/// Factors rounded to f16: beyond 65504 they become infinite.
 pub(in crate::ops) fn rounded_to_f16<T: Real>(x: &[T]) -> Vec<T> {
     let round = |x: &[T]| {
         let x: Vec<f32> = x.iter().map(|x| x.to_f64() as f32).collect();
@@ -44,7 +44,7 @@ pub(in crate::ops) fn rounded_to_f16<T: Real>(x: &[T]) -> Vec<T> {
     x.par_chunks(CHUNK).flat_map_iter(round).collect()
 }
 
-/// The same on the calling thread only, for loops that are parallel outside; rows of C are `stride` apart.
+/// [`gemm()`] on the calling thread only, for loops that are parallel outside; rows of C are `stride` elements apart.
 pub fn gemm_serial<T: Real>(c: &mut [T], stride: usize, onto: Onto, alpha: f64, a: Matrix<T>, b: Matrix<T>) {
     product(c, stride, onto, alpha, a, b, Parallelism::None);
 }

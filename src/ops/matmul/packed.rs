@@ -1,7 +1,7 @@
-//! `y = x Wᵀ + b` for a few rows of x and weights that are packed once: decoding's products.
+//! `y = x Wᵀ + b` for a few rows of x and weights that are packed once: the products of decoding.
 //!
-//! With one row the product is as fast as the weights come from memory, so bf16 halves and int8 quarters its time; with
-//! many it is as fast as the multiply-adds. Sums are in f32 whatever the weights are stored in.
+//! With one row the product is bound by memory: bf16 weights halve its time, int8 weights quarter it. With many rows it
+//! is bound by the multiply-adds. Sums are in f32 for every storage format.
 
 use super::packed_kernel::{Bf16Line, F32Line, Int8Line, Line, PANEL, PANELS, ROWS, panels_beside, sums};
 use crate::ops::{
@@ -108,7 +108,7 @@ impl PackedLinear {
         self.outputs
     }
 
-    /// x (rows, inputs) → y (rows, outputs). The same bits for a row whatever rows are beside it.
+    /// x (rows, inputs) → y (rows, outputs). The bits of a row do not depend on the other rows.
     pub fn apply(&self, y: &mut [f32], x: &[f32], finish: Finish) {
         match &self.lines {
             Lines::F32(lines) => self.product(lines, y, x, finish),

@@ -1,4 +1,4 @@
-//! Group normalisation in NHWC, optionally followed by SiLU, in one pass each way over a picture in cache.
+//! Group normalisation in NHWC, optionally followed by SiLU, in one pass forward and one backward over an image in the cache.
 //!
 //! With `x̂ = (x - mean) / sqrt(var + eps)` over the pixels and channels of a group: `y = f(x̂ · w + b)`, where `f` is
 //! the identity or `u · sigmoid(u)`.
@@ -66,7 +66,7 @@ fn moments_of_image<T: Real>(x: &[T], channels: usize, groups: usize, eps: f64) 
         let of_group = |g: &[f64]| g.iter().sum::<f64>() / count;
         sums.chunks_exact(channels / groups).flat_map(|g| vec![of_group(g); g.len()]).collect()
     };
-    // Two passes over a picture in cache: the difference of large sums would lose the variance.
+    // Two passes over an image in cache: the difference of large sums would lose the variance.
     let zeros = vec![T::ZERO; channels];
     let sums = sum_chunks(channels, x.par_chunks(chunk).map(|x| products(x, &zeros, x, &zeros)));
     let mean: Vec<T> = spread(&sums[..channels]).into_iter().map(T::from_f64).collect();

@@ -1,6 +1,6 @@
 //! `y = (x − mean) / sqrt(variance + eps) · weight + bias` over the last dimension.
 //!
-//! The backward pass takes mean and variance again: a row is in cache anyway, and nothing is kept.
+//! The backward pass recomputes mean and variance while the row is in the cache, so the forward pass saves nothing.
 
 use crate::{
     error::Result,

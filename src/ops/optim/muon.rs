@@ -1,4 +1,4 @@
-//! Muon (K. Jordan et al. 2024): momentum, orthogonalised, for the matrices of a network's middle.
+//! Muon (K. Jordan et al. 2024): orthogonalised momentum, for the hidden weight matrices of a network.
 
 use super::newton_schulz::newton_schulz;
 use crate::{

@@ -1,4 +1,4 @@
-//! Weights in bf16 on their way between ranks, two in the memory of an f32: collectives of floats move bits.
+//! Two bf16 numbers in the memory of one f32, so that collectives over f32 can send weights in bf16.
 
 use crate::ops::slices::CHUNK;
 use half::{bf16, slice::HalfFloatSliceExt};

@@ -1,4 +1,4 @@
-//! Sums of exponentials over a row of logits, block by block: what drawing a token and its log-probability need.
+//! Sums of exponentials over a row of logits, block by block, for sampling a token and for its log-probability.
 
 use crate::ops::simd::{self, Real, multiversion, sum};
 

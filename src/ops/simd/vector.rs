@@ -1,4 +1,4 @@
-//! The vector register of the convolution micro-kernel: AVX-512, AVX2 with FMA, or portable lanes,
+//! A vector register, for the micro-kernels of convolution and attention: AVX-512, AVX2 with FMA, or portable lanes,
 //! chosen at run time.
 
 use super::Real;

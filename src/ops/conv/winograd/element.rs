@@ -15,10 +15,10 @@ pub trait WinogradElement: Element {
     /// The transforms around the products.
     fn transforms() -> Transforms<Self>;
 
-    /// What multiplies rounded factors.
+    /// The multiplier of factors rounded to bf16.
     type Rounded: Multiplier<Self>;
 
-    /// That unit, where `precision` asks for it and there is one.
+    /// That multiplier, where `precision` asks for it and there is one.
     fn rounded(precision: Precision) -> Option<Self::Rounded>;
 }
 

@@ -1,14 +1,16 @@
-//! 3×3 convolutions of stride 1 by Winograd's F(2×2, 3×3) (arXiv 1509.09308): 16 products of matrices in the place
-//! of 36, for each 2×2 pixels of the output; errors stay those of f32 sums, as the transforms only add and halve.
+//! 3×3 convolutions of stride 1 by Winograd's F(2×2, 3×3) (arXiv 1509.09308): 16 multiplications
+//! instead of 36 for each 2×2 pixels of the output, done as 16 matrix products. The transforms only add and halve, so
+//! rounding errors stay those of f32 sums.
 //!
-//! A task takes a strip of the output, transforms its patches into cache, multiplies point by point, and
-//! transforms back; nothing of the picture's size is ever built.
+//! A task takes a strip of the output, transforms its patches into the cache, multiplies point by point, and
+//! transforms back; no buffer has the size of the image.
 
 use super::{
     geometry::Geometry,
     loops::{BLOCK, sum_partials},
     region::{Picture, Region},
 };
+
 mod bf16;
 pub(super) mod element;
 pub(super) mod products;
@@ -19,16 +21,17 @@ use products::{GROUP, Multiplier, point_stride};
 use rayon::prelude::*;
 use transforms::{Output, POINTS, Patch, Transforms};
 
-/// Patches that are transformed at once: what L2 holds beside the filters.
+/// Patches that are transformed at once: as many as fit into L2 beside the filters.
 const FORWARD_PATCHES: usize = 32;
 /// More of them where each point's sums pass through the cache once a strip.
 const GRADIENT_PATCHES: usize = 64;
 /// Tasks that add up the filters' gradient, at least: fixed, so that the result does not depend on the number of threads.
 const TASKS: usize = 8;
-/// Sums that one task adds up: what the caches hold while all strips pass by. Filters that need more are cut by inputs.
+/// Sums of one task: as many as stay in the caches while all strips are processed. Larger filters are split by inputs.
 const SUMS: usize = 1 << 19;
 
-/// Whether this module can do a convolution with panels of so many outputs.
+/// Whether Winograd applies: a 3×3 kernel, stride 1, and channels in multiples of [`GROUP`] and of `width`, the outputs
+/// of one panel.
 pub(super) fn fits(g: &Geometry, width: usize) -> bool {
     let square = (g.kernel_height, g.kernel_width, g.stride) == (3, 3, 1);
     let whole = |channels: usize| channels > 0 && channels.is_multiple_of(GROUP);
@@ -167,7 +170,7 @@ struct Strip<'a, T> {
     residual: Option<&'a [T]>,
 }
 
-/// Transforms products back into the pixels of the strip; those beyond the picture's edge are dropped.
+/// Transforms products back into the pixels of the strip; those beyond the image's edge are dropped.
 fn put<T: WinogradElement>(strip: Strip<T>, y: &mut [T], g: Geometry, transforms: Transforms<T>) {
     let point = point_stride(strip.rows * strip.columns, g.outputs);
     let height = y.len() / g.out_row();
@@ -187,7 +190,7 @@ fn put<T: WinogradElement>(strip: Strip<T>, y: &mut [T], g: Geometry, transforms
             rows: (height - top).min(2),
             columns: (g.out_width - left).min(2),
         };
-        // SAFETY: the assertions above; `rows` and `columns` end at the picture's edge.
+        // SAFETY: the assertions above; `rows` and `columns` end at the image's edge.
         unsafe { (transforms.output)(output) };
     }
 }
@@ -295,7 +298,7 @@ mod tests {
     /// Filters whose gradient is cut, into parts of two sizes.
     const WIDE: ([usize; 4], usize, Padding) = ([2, 5, 3, 416], 320, Padding::same(1));
 
-    /// A case's geometry, picture, weights, bias, output's gradient and residual.
+    /// A case's geometry, image, weights, bias, output's gradient and residual.
     type Case = (Geometry, [Vec<f32>; 5]);
 
     fn case((x, outputs, padding): ([usize; 4], usize, Padding), numbers: impl Fn(&str, usize) -> Vec<f32>) -> Case {

@@ -15,7 +15,7 @@ pub(super) fn point_stride(patches: usize, channels: usize) -> usize {
     patches * channels + GROUP
 }
 
-/// What multiplies the transforms at the 16 points.
+/// Multiplies the transforms at the 16 points.
 pub trait Multiplier<T>: Copy + Sync {
     /// Transformed filters as it reads them.
     type Filters: Sync;
@@ -28,7 +28,7 @@ pub trait Multiplier<T>: Copy + Sync {
     /// From (panel of outputs, point, input, output of the panel).
     fn filters(self, transformed: Vec<T>, inputs: usize) -> Self::Filters;
 
-    /// At each point, (patches, inputs) · (inputs, outputs). The input lies as (point, patch, channel), so do the products.
+    /// At each point, (patches, inputs) · (inputs, outputs). Layout of input and products: (point, patch, channel).
     fn multiply(
         self,
         input: &[T],

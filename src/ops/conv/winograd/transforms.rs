@@ -1,6 +1,6 @@
 //! The transforms of Winograd's minimal filtering F(2×2, 3×3) (arXiv 1509.09308), over neighbouring channels.
 //!
-//! With `B`, `G` and `A` of the paper, a 4×4 patch `d` of the picture, a 3×3 filter `g`, the 2×2 outputs `y`:
+//! With `B`, `G` and `A` of the paper, a 4×4 patch `d` of the image, a 3×3 filter `g`, the 2×2 outputs `y`:
 //! `y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A`, and the filter's gradient is `Gᵀ [(Bᵀ d B) ⊙ (A dy Aᵀ)] G`.
 
 use crate::ops::simd::{
@@ -24,7 +24,7 @@ pub struct Patch<T> {
     pub to: *mut T,
     /// Between the 16 points.
     pub point: usize,
-    /// Channels that lie side by side, and the distance of such groups.
+    /// Channels that are contiguous, and the distance between two such groups.
     pub group: usize,
     pub group_stride: usize,
 }
@@ -40,7 +40,7 @@ pub struct Output<T> {
     pub residual: *const T,
     pub y: *mut T,
     pub row: usize,
-    /// Rows and columns of the output inside the picture: 1 or 2.
+    /// Rows and columns of the output inside the image: 1 or 2.
     pub rows: usize,
     pub columns: usize,
 }

@@ -1,9 +1,9 @@
 //! Matrix product in bf16: f32 in and out, factors rounded to bf16, sums in f32.
 //!
-//! B is packed once as a whole. C is cut into blocks of rows, a task each, which packs its rows of A for so many steps
-//! as a core's second-level cache holds. Inside, a panel of 32 columns of B stays in the first-level cache while
-//! the block's rows pass by, 32 at a time. Each element of C is summed up in the order of the steps whatever
-//! the cut, so that the result does not depend on the number of threads.
+//! The trick: B is packed once. C is split into blocks of rows, one task each; a task packs as many steps of its rows
+//! of A as fit into the L2 cache of a core. A panel of 32 columns of B stays in the L1 cache while the rows of the
+//! block are multiplied with it, 32 at a time. Each element of C is summed in the order of the steps, however C is
+//! split, so the result does not depend on the number of threads.
 
 use super::{
     pack::{Factor, pack},

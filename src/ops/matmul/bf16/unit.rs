@@ -1,4 +1,4 @@
-//! The part of a processor that multiplies pairs of bf16 into f32, whichever it has.
+//! The unit of the processor that multiplies pairs of bf16 and adds up in f32: AVX-512 BF16, or AMX with `--amx`.
 
 use super::{
     amx::{Amx, Tiles},
@@ -21,7 +21,7 @@ impl Bf16Unit {
         Amx::get().map(Self::Amx).or_else(avx512)
     }
 
-    /// The unit that multiplies in bf16 where that is asked for and there is one.
+    /// The unit for products in `precision`; `None` where `precision` is not bf16 or the processor has no unit.
     pub fn for_precision(precision: Precision) -> Option<Self> {
         match precision {
             Precision::F32 | Precision::F16 => None,
