@@ -11,7 +11,10 @@ use std::{
     fs::{File, read_to_string},
     ops::Deref,
     path::Path,
-    sync::OnceLock,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 /// Keeps freed memory in the process. A training step frees and allocates the same buffers over and
@@ -87,6 +90,7 @@ pub fn facts() -> Vec<(&'static str, String)> {
         ("threads", rayon::current_num_threads().to_string()),
         ("processor", field("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned())),
         ("vector units", vector_units().join(" ")),
+        ("amx", amx_state(amx::present(), amx_bf16(), AMX_WANTED.load(Ordering::Relaxed)).to_owned()),
         ("memory", memory("MemTotal")),
         ("memory available", memory("MemAvailable")),
         ("disk available here", disk().map_or("unknown".to_owned(), gigabytes)),
@@ -120,11 +124,30 @@ pub fn amd() -> bool {
     [b, d, c].as_flattened() == b"AuthenticAMD"
 }
 
-/// Whether this process may use AMX tiles with bf16. Asked once: the processor, whether the system saves the tiles, and
-/// (Linux) for the permission that a process needs before it touches their 8 KiB of state.
+/// Whether the user asked for AMX.
+static AMX_WANTED: AtomicBool = AtomicBool::new(false);
+
+/// Lets this process use AMX where the processor has it. Call it before the first product. Off by default, because
+/// our AMX code has so far only run in an emulator.
+pub fn want_amx() {
+    AMX_WANTED.store(true, Ordering::Relaxed);
+}
+
+/// Whether this process may and should use AMX tiles with bf16: the user asked for them, the processor has them, and
+/// the system saves them and (Linux, asked once) permits this process to touch their 8 KiB of state.
 pub fn amx_bf16() -> bool {
     static USABLE: OnceLock<bool> = OnceLock::new();
-    *USABLE.get_or_init(amx::usable)
+    AMX_WANTED.load(Ordering::Relaxed) && *USABLE.get_or_init(amx::usable)
+}
+
+/// The line of `vilg doctor` about AMX.
+fn amx_state(present: bool, usable: bool, wanted: bool) -> &'static str {
+    match (present, usable, wanted) {
+        (false, ..) => "not on this processor",
+        (true, _, false) => "present but off: so far tested only in an emulator; switch it on with --amx",
+        (true, false, true) => "present, but the system does not permit it",
+        (true, true, true) => "on",
+    }
 }
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -140,7 +163,7 @@ mod amx {
 
     /// The processor has AMX with bf16, and the system has enabled it.
     #[allow(unused_unsafe, reason = "cpuid is an unsafe function in older compilers that we support")]
-    fn present() -> bool {
+    pub fn present() -> bool {
         const OSXSAVE: u32 = 1 << 27;
         const AMX_BF16: u32 = 1 << 22;
         const AMX_TILE: u32 = 1 << 24;
@@ -166,6 +189,10 @@ mod amx {
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 mod amx {
+    pub fn present() -> bool {
+        false
+    }
+
     pub fn usable() -> bool {
         false
     }
@@ -226,4 +253,17 @@ pub fn restart_peak() -> Option<u64> {
     }
     std::fs::write("/proc/self/clear_refs", "5").ok()?;
     status_bytes("VmRSS")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amx_is_off_until_it_is_asked_for() {
+        assert!(!amx_bf16(), "no test asks for it");
+        assert!(amx_state(true, false, false).contains("--amx"));
+        assert!(!amx_state(false, false, true).contains("--amx"));
+        assert_eq!(amx_state(true, true, true), "on");
+    }
 }

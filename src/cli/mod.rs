@@ -47,6 +47,9 @@ struct Cli {
     /// Where to compute; auto: on a CUDA device where this build and machine have one, else on the CPU
     #[arg(long, global = true, value_name = "auto|cpu|cuda|cuda:N", default_value = "auto")]
     device: Wanted,
+    /// Multiply bf16 on the AMX units of the processor; so far tested only in an emulator [default: off]
+    #[arg(long, global = true)]
+    amx: bool,
 }
 
 #[derive(Subcommand)]
@@ -82,6 +85,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Err(error) => return Err(usage_error(&error, &args)),
     };
     runtime::choose_device(cli.device);
+    if cli.amx {
+        runtime::want_amx();
+    }
     runtime::start_threads(cli.threads.map(usize::from))?;
     match cli.command {
         // Its own threads hand work to the pool; with one thread it would wait for itself there.

@@ -162,7 +162,7 @@ pub enum Decay {
 #[serde(rename_all = "kebab-case")]
 pub enum Precision {
     F32,
-    /// Rounded to bf16 where the processor multiplies it faster (AMX, AVX-512 BF16); f32 elsewhere.
+    /// Rounded to bf16 where the processor multiplies it faster (AVX-512 BF16 of AMD, or AMX with `--amx`); f32 elsewhere.
     Bf16,
     /// Rounded to f16, with the loss scaled so that gradients keep their bits: what GPUs without bf16 want. On the CPU it
     /// is slower than f32, for trying a recipe.

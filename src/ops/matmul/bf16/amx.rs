@@ -1,6 +1,7 @@
 //! The AMX matrix unit: eight tile registers of 16 rows × 64 bytes and an instruction that multiplies two tiles of
 //! bf16 pairs into a tile of f32. Instructions as in Intel's Software Developer's Manual, volume 2; written in
-//! assembly, because Rust's intrinsics for them are not stable.
+//! assembly, because Rust's intrinsics for them are not stable. So far this code has run only in an emulator, so it is
+//! off unless the user asks for it with `--amx`.
 
 use super::tile::{LINES, Panel, Tile};
 use crate::ops::matmul::matrix::Onto;
@@ -11,7 +12,7 @@ use std::marker::PhantomData;
 pub struct Amx(#[cfg(target_arch = "x86_64")] (), #[cfg(not(target_arch = "x86_64"))] std::convert::Infallible);
 
 impl Amx {
-    /// `None` where the processor lacks AMX or the system does not grant it.
+    /// `None` unless the user asked for AMX (`--amx`), the processor has it, and the system permits it.
     pub fn get() -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
         if usable() {
