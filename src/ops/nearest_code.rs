@@ -15,8 +15,8 @@ use rayon::prelude::*;
 /// Vectors that one task compares with the whole codebook.
 const ROWS: usize = 32;
 
-/// Index `(rows)` as `u32` of the nearest of `codebook: (codes, dim)` for each of `z: (rows, dim)`; the
-/// lowest one of equally near codes.
+/// Index `(rows)`, as `u32`, of the nearest code of `codebook (codes, dim)` for each vector of `z (rows, dim)`; of equally
+/// near codes the lowest index.
 pub fn nearest_code(z: &Tensor, codebook: &Tensor) -> Result<Tensor> {
     let ((rows, dim), (codes, code_dim)) = (z.dims2()?, codebook.dims2()?);
     ensure!(dim == code_dim && codes > 0, "vectors of {dim} numbers for a codebook of {codes} x {code_dim}");

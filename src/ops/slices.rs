@@ -74,7 +74,7 @@ pub fn view<T: WithDType>(tensor: &Tensor) -> Result<View<'_, T>> {
     Ok(View { storage, range, elements: PhantomData })
 }
 
-/// Calls `f` with the elements of a tensor, in row-major order; those of another device than the CPU are copied.
+/// Calls `f` with the elements of a tensor in row-major order. From a device other than the CPU they are copied.
 pub fn with_slice<T: WithDType, R>(tensor: &Tensor, f: impl FnOnce(&[T]) -> R) -> Result<R> {
     let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
     let result = f(&view(&tensor)?);
@@ -82,8 +82,8 @@ pub fn with_slice<T: WithDType, R>(tensor: &Tensor, f: impl FnOnce(&[T]) -> R) -
 }
 
 /// Calls `f` with the elements of a contiguous tensor, to change them in place. Tensors that share the storage (a `Var`
-/// and the layers that hold it) see the change; a taped graph does not know of it. From another device than the CPU the
-/// elements come as a copy, which then goes back.
+/// and the layers that hold it) see the change; a taped graph does not know of it. On a device other than
+/// the CPU, `f` changes a copy, which is then written back.
 pub fn with_slice_mut<T: Real, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
     struct Edit<T, F, R>(RefCell<(Option<F>, Option<R>)>, PhantomData<T>);
 
@@ -222,7 +222,7 @@ pub fn add(y: &mut [f32], x: &[f32]) {
     parts.for_each(|(y, x)| y.iter_mut().zip(x).for_each(|(y, x)| *y += x));
 }
 
-/// A slice whose rows several tasks write at once, each its own.
+/// A slice that several tasks write at once, each to rows of its own.
 pub struct Scatter<'a, T> {
     start: *mut T,
     len: usize,

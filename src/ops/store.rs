@@ -11,7 +11,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-/// Where new vectors lie.
+/// Where new vectors are stored.
 #[derive(Debug, Clone, Default)]
 pub enum Store {
     #[default]
@@ -20,7 +20,7 @@ pub enum Store {
     Disk(PathBuf),
 }
 
-/// f32 numbers in memory, or in a mapped file that leaves memory when it is short.
+/// f32 numbers in memory, or in a mapped file whose pages the system can evict when memory is short.
 pub enum Floats {
     Memory(Vec<f32>),
     Disk(MmapMut),
@@ -30,7 +30,7 @@ impl Store {
     /// `len` zeros.
     ///
     /// # Errors
-    /// The disk has no room for them.
+    /// The disk is full.
     pub fn zeros(&self, len: usize) -> Result<Floats> {
         match self {
             Self::Disk(folder) if len > 0 => {

@@ -10,7 +10,7 @@ use crate::ops::{
 };
 use rayon::prelude::*;
 
-/// Queries, keys and values, each `(pictures, positions, channels)`.
+/// Queries, keys and values, each `(images, positions, channels)`.
 #[derive(Clone, Copy)]
 pub struct Heads<'a, T> {
     pub q: &'a [T],
@@ -67,7 +67,7 @@ pub fn backward<T: Real>(heads: Heads<T>, dy: &[T], [dq, dk, dv]: [&mut [T]; 3])
 }
 
 multiversion! {
-    /// A row of scores becomes probabilities.
+    /// Turns a row of scores into probabilities.
     fn softmax<T: Real, const FMA: bool>(row: &mut [T]) {
         let largest = simd::max(row);
         row.iter_mut().for_each(|x| *x = Real::exp(*x - largest));
@@ -77,7 +77,7 @@ multiversion! {
 }
 
 multiversion! {
-    /// A row of gradients of probabilities becomes one of scores.
+    /// Turns a row of gradients of probabilities into gradients of scores.
     fn through_softmax<T: Real, const FMA: bool>(d: &mut [T], p: &[T]) {
         let mean = simd::dot::<T, FMA>(d, p);
         d.iter_mut().zip(p).for_each(|(d, &p)| *d = p * (*d - mean));

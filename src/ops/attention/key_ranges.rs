@@ -11,7 +11,7 @@ pub struct Run {
     pub stride: usize,
 }
 
-/// Which keys each query reads. All samples share the lists, but for the length of their source text.
+/// Which keys each query reads. All samples share the lists; only the lengths of their source texts differ.
 #[derive(Debug, Clone)]
 pub struct KeyRanges {
     /// The runs of query q are `runs[offsets[q]..offsets[q + 1]]`; no key may be listed twice.
@@ -19,7 +19,7 @@ pub struct KeyRanges {
     pub runs: Vec<Run>,
     /// Positions that hold the source text with its padding.
     pub text: Range<usize>,
-    /// Of each sample, the positions of `text` in use; nobody reads the rest. `None`: all of them.
+    /// Positions of `text` in use, for each sample; no query reads the rest. `None`: all are in use.
     pub text_lengths: Option<Vec<usize>>,
 }
 
@@ -52,7 +52,10 @@ impl KeyRanges {
         }
     }
 
-    /// Checks that the lists fit a batch.
+    /// Checks that the lists match a batch of `samples` with `positions` each.
+    ///
+    /// # Errors
+    /// They do not match.
     pub fn check(&self, samples: usize, positions: usize) -> Result<()> {
         let last = self.runs.iter().filter(|run| run.len > 0).map(|run| run.start + (run.len - 1) * run.stride).max();
         ensure!(

@@ -39,7 +39,7 @@ pub fn attention(qkv: &Tensor, keys: &Arc<KeyRanges>) -> Result<Tensor> {
     Ok(qkv.contiguous()?.apply_op1(Attention { keys: keys.clone() })?)
 }
 
-/// The same with a full mask from stock candle ops.
+/// [`attention()`] with a full mask, from stock candle ops.
 pub(crate) fn composed(qkv: &Tensor, keys: &KeyRanges) -> Result<Tensor> {
     let (b, l, _, heads, d) = qkv.dims5()?;
     let part = |i: usize| qkv.narrow(2, i, 1)?.squeeze(2)?.transpose(1, 2)?.contiguous();

@@ -31,8 +31,8 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     })
 }
 
-/// The same with factors and product rounded to `precision` by stock candle ops, and so its gradients. candle's CPU has
-/// no product of bf16: f32 there.
+/// [`linear()`] with factors and product rounded to `precision` by stock candle ops, in the backward pass too. On a CPU
+/// candle has no bf16 product and computes in f32.
 pub fn linear_in(precision: Precision, x: &Tensor, w: &Tensor, b: &Tensor) -> Result<Tensor> {
     let dtype = match factor_dtype(precision) {
         Some(dtype) if dtype == DType::F16 || !x.device().is_cpu() => dtype,
@@ -42,7 +42,7 @@ pub fn linear_in(precision: Precision, x: &Tensor, w: &Tensor, b: &Tensor) -> Re
     Ok(y.to_dtype(x.dtype())?.broadcast_add(b)?)
 }
 
-/// What factors of products in this precision are cast to; `None`: they stay as they are.
+/// The dtype that factors are cast to for products in this precision; `None`: no cast.
 pub fn factor_dtype(precision: Precision) -> Option<DType> {
     match precision {
         Precision::F32 => None,
@@ -51,12 +51,12 @@ pub fn factor_dtype(precision: Precision) -> Option<DType> {
     }
 }
 
-/// Whether training's linear layers round their weights to bf16 here, so that nobody misses what rounding takes.
+/// Whether linear layers in training round their weights to bf16 on this device, so that sending them in bf16 loses nothing.
 pub fn rounds_to_bf16(precision: Precision, device: &Device) -> bool {
     precision == Precision::Bf16 && (!device.is_cpu() || Bf16Unit::get().is_some())
 }
 
-/// The same from stock candle ops.
+/// [`linear()`] from stock candle ops.
 pub(crate) fn composed(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     let (outputs, inputs) = w.dims2()?;
     let rows = x.elem_count() / inputs;
@@ -135,7 +135,7 @@ pub fn forward_gelu(
     (y, gelu)
 }
 
-/// Writes what the product is added to, if there is something.
+/// Writes the matrix that the product is added to, if there is one.
 fn start<T: Real>(y: &mut [T], outputs: usize, bias: Option<&[T]>, residual: Option<&[T]>) -> Onto {
     let chunk = outputs.max(1) * 64;
     match (bias, residual) {

@@ -12,10 +12,10 @@ use crate::ops::{
 use half::bf16;
 use rayon::prelude::*;
 
-/// What packed weights are stored in.
+/// Storage format of packed weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
-    /// As they are.
+    /// f32, unchanged.
     F32,
     /// Eight bits of mantissa.
     Bf16,
@@ -24,7 +24,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// As options name it.
+    /// Its name in command-line options.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -40,7 +40,7 @@ enum Lines {
     Int8(Vec<Int8Line>),
 }
 
-/// What becomes of the products.
+/// What is done with the product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
     /// `y = x Wᵀ + b`
@@ -69,7 +69,7 @@ impl PackedLinear {
     /// `weight` (outputs, inputs), `bias` (outputs).
     ///
     /// # Panics
-    /// The lengths do not fit, or there are no inputs (a defect of the caller, never of user input).
+    /// The lengths do not match, or there are no inputs (a defect of the caller, never of user input).
     pub fn new(weight: &[f32], bias: &[f32], format: Format) -> Self {
         let outputs = bias.len();
         let inputs = weight.len() / outputs.max(1);

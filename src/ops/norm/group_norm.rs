@@ -13,7 +13,11 @@ use crate::{
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
-/// `x (b, .., c)`, `weight (c)`, `bias (c)` → the shape of x.
+/// Group normalisation of `x (b, .., c)` with `weight (c)` and `bias (c)`, followed by SiLU if `silu`; the output has the
+/// shape of x.
+///
+/// # Errors
+/// The channels are not a multiple of `groups`, or shapes do not match.
 pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps: f64, silu: bool) -> Result<Tensor> {
     let channels = x.dim(D::Minus1)?;
     ensure!(
@@ -27,7 +31,7 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
     Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?)
 }
 
-/// The same from stock candle ops.
+/// [`group_norm()`] from stock candle ops.
 pub fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps: f64, silu: bool) -> Result<Tensor> {
     let (images, channels) = (x.dim(0)?, x.dim(D::Minus1)?);
     let grouped = x.reshape((images, (), groups, channels / groups))?;
@@ -132,7 +136,7 @@ multiversion! {
     }
 }
 
-/// Mean and 1/sqrt(var + eps) of each channel's group, image by image: all that backward needs beside x.
+/// Mean and 1/sqrt(var + eps) of each channel's group, image by image: all that the backward pass needs besides x.
 pub struct Statistics<T>(Vec<[Vec<T>; 2]>);
 
 impl GroupNorm {
@@ -152,8 +156,8 @@ impl GroupNorm {
         });
     }
 
-    /// Turns the output's gradient in `dx` into the input's, and adds `plus` to it (the gradient that reaches `x` on
-    /// another way). Returns the gradients of weight and bias.
+    /// Replaces the gradient of the output in `dx` by that of the input, plus `plus` (the gradient that reaches `x` by
+    /// another path). Returns the gradients of weight and bias.
     pub fn backward<T: Real>(
         &self,
         x: &[T],
@@ -259,12 +263,12 @@ fn backward_image<T: Real>(
     sums
 }
 
-/// The numbers of a normalisation.
+/// The settings of a group normalisation.
 #[derive(Debug, Clone, Copy)]
 pub struct GroupNorm {
     pub groups: usize,
     pub eps: f64,
-    /// Followed by SiLU.
+    /// Whether SiLU follows.
     pub silu: bool,
 }
 

@@ -13,7 +13,7 @@ use crate::{
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
-/// `x (.., channels)`, `weight (channels)`, `bias (channels)` → like x.
+/// Layer normalisation of `x (.., channels)` with `weight (channels)` and `bias (channels)`; the output has the shape of x.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     if !x.device().is_cpu() {
         return composed(x, weight, bias, eps);
@@ -21,7 +21,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, LayerNorm { eps })?)
 }
 
-/// The same from stock candle ops.
+/// [`layer_norm()`] from stock candle ops.
 pub(crate) fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let deviation = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;

@@ -10,7 +10,7 @@ use crate::{
 use half::{bf16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
-/// The numbers of one step.
+/// Hyperparameters of one step.
 #[derive(Debug, Clone, Copy)]
 pub struct AdamW {
     pub learning_rate: f64,
@@ -65,11 +65,11 @@ multiversion! {
     }
 }
 
-/// Updates the weights `w` and their moments with `scale · g` (the scale clips the global norm); `rounded`, if there,
-/// becomes the new weights.
+/// Updates the weights `w` and their moments with the gradient `scale · g` (`scale` clips the global norm). `rounded`,
+/// if given, receives the new weights in bf16.
 ///
 /// # Errors
-/// They are not of one length.
+/// The lengths differ.
 pub fn adamw_step(
     w: &mut [f32],
     g: &[f32],

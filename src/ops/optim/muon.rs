@@ -11,23 +11,23 @@ use rayon::prelude::*;
 /// Decay of the momentum, which looks ahead as Nesterov's does.
 const MOMENTUM: f32 = 0.95;
 
-/// The numbers of one step.
+/// Hyperparameters of one step.
 #[derive(Debug, Clone, Copy)]
 pub struct Muon {
     pub learning_rate: f64,
     /// Decoupled: the parameter shrinks by `learning_rate · weight_decay`.
     pub weight_decay: f64,
-    /// Matrices of equal size that the parameter holds one below the other.
+    /// Matrices of equal size that are stacked in the parameter, along its rows.
     pub parts: usize,
-    /// Of the products in the orthogonalisation.
+    /// Precision of the products in the orthogonalisation.
     pub precision: Precision,
 }
 
-/// Updates the weights `w (rows, columns)` and their momentum with `scale · g`: each part moves along its
-/// orthogonalised direction, times `sqrt(max(1, rows / columns))`.
+/// Updates the weights `w (rows, columns)` and their momentum with the gradient `scale · g`: the update of each part is
+/// its orthogonalised momentum times `sqrt(max(1, rows / columns))`.
 ///
 /// # Errors
-/// The three are not of one size, or the rows make no `parts` matrices.
+/// The sizes differ, or the rows cannot be split into `parts` matrices.
 pub fn muon_step(
     w: &mut [f32],
     g: &[f32],
@@ -51,7 +51,7 @@ pub fn muon_step(
     Ok(())
 }
 
-/// Takes a gradient into the momentum and returns where that will be one step later.
+/// Adds a gradient to the momentum and returns the look-ahead (Nesterov) momentum.
 fn look_ahead(grad: &[f32], momentum: &mut [f32], scale: f32) -> Vec<f32> {
     let mut ahead = vec![0.0; grad.len()];
     let parts = ahead.par_chunks_mut(CHUNK).zip(momentum.par_chunks_mut(CHUNK)).zip(grad.par_chunks(CHUNK));

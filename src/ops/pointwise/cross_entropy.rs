@@ -12,10 +12,10 @@ use rayon::prelude::*;
 use std::sync::OnceLock;
 
 /// `logits (rows, vocabulary)`, `targets (rows)` u32, `weights (rows)` → scalar, differentiable in the
-/// logits. A row of weight 0 costs nothing and has no gradient.
+/// logits. A row of weight 0 is skipped and has no gradient.
 ///
 /// # Errors
-/// A target is outside the vocabulary, or shapes do not fit.
+/// A target is outside the vocabulary, or shapes do not match.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Result<Tensor> {
     let (rows, vocabulary) = logits.dims2()?;
     ensure!(
@@ -35,7 +35,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Res
     Ok(logits.contiguous()?.apply_op1(CrossEntropy { targets, weights, log_sums: OnceLock::new() })?)
 }
 
-/// The same from stock candle ops.
+/// [`cross_entropy()`] from stock candle ops.
 pub(crate) fn composed(logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Result<Tensor> {
     let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
     let log_sums = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
@@ -74,7 +74,7 @@ pub fn backward<T: Real>(
     unsafe { fresh(logits.len(), fill) }
 }
 
-/// The loss of rows of logits, which become its gradient in their place.
+/// The loss of rows of logits; overwrites the logits with their gradient.
 ///
 /// # Panics
 /// A target is outside the vocabulary (a defect of the caller, who checks them).

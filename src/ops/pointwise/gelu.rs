@@ -10,7 +10,7 @@ use crate::{
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
-/// Of any shape.
+/// GELU of each element of a tensor of any shape.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
     if !x.device().is_cpu() {
         return composed(x);
@@ -18,7 +18,7 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
     Ok(x.contiguous()?.apply_op1(Gelu)?)
 }
 
-/// The same from stock candle ops; candle's own `gelu` rounds its constants to six digits in the gradient.
+/// [`gelu()`] from stock candle ops; candle's own `gelu` rounds its constants to six digits in the gradient.
 pub(crate) fn composed(x: &Tensor) -> Result<Tensor> {
     let u = ((x * &(x.sqr()? * CUBIC)?)? + x)?;
     Ok((x * ((u * SLOPE)?.tanh()? + 1.0)?)?.affine(0.5, 0.0)?)
@@ -28,19 +28,19 @@ pub(crate) fn composed(x: &Tensor) -> Result<Tensor> {
 const SLOPE: f64 = 0.797_884_560_802_865_4;
 const CUBIC: f64 = 0.044715;
 
-/// y of x.
+/// y = gelu(x).
 pub fn forward<T: Real>(x: &[T]) -> Vec<T> {
     // SAFETY: `forward_into` writes every element.
     unsafe { fresh(x.len(), |y| forward_into(y, x)) }
 }
 
-/// The same into `y`, of x's length.
+/// [`forward`] into `y`, which has the length of x.
 pub fn forward_into<T: Real>(y: &mut [T], x: &[T]) {
     assert_eq!(y.len(), x.len());
     y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| forward_chunk(y, x));
 }
 
-/// dx of x and dy.
+/// The gradient of x from the gradient `dy` of the output.
 pub fn backward<T: Real>(x: &[T], dy: &[T]) -> Vec<T> {
     let fill = |dx: &mut [T]| {
         let chunks = dx.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).zip(dy.par_chunks(CHUNK));

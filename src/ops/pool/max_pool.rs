@@ -10,8 +10,8 @@ use crate::{
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
-/// `(batch, height, width, c)` → `(batch, height / 2, width / 2, c)`; an odd last row or column is left out. The
-/// gradient goes to the first of the largest.
+/// `(batch, height, width, c)` → `(batch, height / 2, width / 2, c)`; an odd last row or column is dropped. The
+/// gradient goes to the first of the largest pixels.
 pub fn max_pool2x(x: &Tensor) -> Result<Tensor> {
     let (_, h, w, _) = x.dims4()?;
     ensure!(h > 1 && w > 1, "a {h}×{w} picture is too small to be halved");
@@ -22,7 +22,7 @@ pub fn max_pool2x(x: &Tensor) -> Result<Tensor> {
     Ok(x.contiguous()?.apply_op1(MaxPool)?)
 }
 
-/// The same from stock candle ops, of even sides.
+/// [`max_pool2x()`] from stock candle ops, of even sides.
 pub fn composed(x: &Tensor) -> Result<Tensor> {
     let (b, h, w, c) = x.dims4()?;
     let x = x.contiguous()?.reshape((b, h / 2, 2, w / 2, 2, c))?.permute((0, 1, 3, 5, 2, 4))?;

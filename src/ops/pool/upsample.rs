@@ -20,7 +20,7 @@ pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
     Ok(x.contiguous()?.apply_op1(Upsample)?)
 }
 
-/// The same from stock candle ops.
+/// [`upsample_nearest2x()`] from stock candle ops.
 pub fn composed(x: &Tensor) -> Result<Tensor> {
     let (b, h, w, c) = x.dims4()?;
     let x = x.reshape((b, h, 1, w, 1, c))?.broadcast_as((b, h, 2, w, 2, c))?;
