@@ -1,7 +1,7 @@
 //! Which source file uses which other one: `use` trees and paths in code are resolved to the file that defines the item.
 //!
 //! A small reader of Rust, enough for this tree: it follows `crate::`, `self::`, `super::`, groups, renamed imports,
-//! re-exports and inline modules. Items under `#[cfg(test)]` are left out, and so is `#[path]` (its file is a twin).
+//! re-exports and inline modules. Items under `#[cfg(test)]` are left out; `#[path]` is not followed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -76,8 +76,7 @@ fn test_modules(path: &str, text: &str) -> Vec<Vec<String>> {
     let mut found = Vec::new();
     for (at, _) in text.match_indices("#[cfg(test)]").chain(text.match_indices("#[cfg(all(test,")) {
         let item = text[at..].split_once("]\n").map_or("", |(_, rest)| rest);
-        let item = item.trim_start_matches("#[path = \"gemm_tests.rs\"]\n");
-        let line = item.lines().next().unwrap_or("");
+        let line = item.lines().find(|line| !line.starts_with("#[")).unwrap_or("");
         if let Some((_, name)) = line.split_once("mod ").filter(|_| line.ends_with(';')) {
             let mut module = module_path(path);
             module.push(name.trim_end_matches(';').to_owned());
