@@ -14,14 +14,14 @@ pub enum Exit {
     Failed = 1,
     /// Wrong usage or a bad configuration.
     Usage = 2,
-    /// A signal stopped the run after a checkpoint was written: start it again to go on.
+    /// A signal stopped the run after it wrote a checkpoint; the same command resumes it.
     Requeue = 75,
     /// Interrupted from the keyboard.
     Interrupted = 130,
 }
 
 impl Exit {
-    /// What another process left with.
+    /// The exit status of another process that ended with `code`.
     pub fn of_code(code: usize) -> Self {
         let known = [Self::Usage, Self::Requeue, Self::Interrupted];
         known.into_iter().find(|exit| *exit as usize == code).unwrap_or(Self::Failed)
@@ -81,8 +81,7 @@ pub fn stopped(message: impl fmt::Display, hint: impl fmt::Display, exit: Exit) 
 }
 
 fn advice(error: &Error) -> Vec<&Advice> {
-    // anyhow keeps a context value reachable through `downcast_ref` only from the outside in, and a
-    // plain source through the chain; look at both.
+    // anyhow finds a context value through `downcast_ref` of the whole error, a plain source through the chain.
     let mut found: Vec<&Advice> = error.downcast_ref::<Advice>().into_iter().collect();
     found.extend(error.chain().filter_map(|e| e.downcast_ref::<Advice>()));
     found

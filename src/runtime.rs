@@ -78,23 +78,42 @@ impl Deref for Mapped {
     }
 }
 
-/// What this machine offers and what this build contains, as (name, value).
-pub fn facts() -> Vec<(&'static str, String)> {
-    let build = if cfg!(debug_assertions) { "debug (slow: build with --release)" } else { "release" };
-    vec![
-        ("version", env!("CARGO_PKG_VERSION").to_owned()),
-        ("build", build.to_owned()),
-        ("device", device::name()),
-        ("cuda", cuda::describe()),
-        ("nccl", if cfg!(feature = "nccl") { "built" } else { "not built" }.to_owned()),
-        ("threads", rayon::current_num_threads().to_string()),
-        ("processor", field("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned())),
-        ("vector units", vector_units().join(" ")),
-        ("amx", amx_state(amx::present(), amx_bf16(), AMX_WANTED.load(Ordering::Relaxed)).to_owned()),
-        ("memory", memory("MemTotal")),
-        ("memory available", memory("MemAvailable")),
-        ("disk available here", disk().map_or("unknown".to_owned(), gigabytes)),
-    ]
+/// What this machine offers and what this build contains.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// `release` or `debug`.
+    pub build: &'static str,
+    /// The device that commands compute on, or why there is none.
+    pub device: String,
+    pub cuda: String,
+    pub nccl: &'static str,
+    pub threads: usize,
+    pub processor: String,
+    pub vector_units: Vec<&'static str>,
+    /// Whether the processor has AMX and products use it.
+    pub amx: &'static str,
+    /// RAM of the machine; `None` where the system does not say.
+    pub memory_bytes: Option<u64>,
+    pub memory_available_bytes: Option<u64>,
+    /// What may still be written below the current folder.
+    pub disk_available_here_bytes: Option<u64>,
+}
+
+/// What this machine offers and what this build contains.
+pub fn facts() -> Facts {
+    Facts {
+        build: if cfg!(debug_assertions) { "debug (slow: build with --release)" } else { "release" },
+        device: device::name(),
+        cuda: cuda::describe(),
+        nccl: if cfg!(feature = "nccl") { "built" } else { "not built" },
+        threads: rayon::current_num_threads(),
+        processor: field("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
+        vector_units: vector_units(),
+        amx: amx_state(amx::present(), amx_bf16(), AMX_WANTED.load(Ordering::Relaxed)),
+        memory_bytes: memory("MemTotal"),
+        memory_available_bytes: memory("MemAvailable"),
+        disk_available_here_bytes: disk(),
+    }
 }
 
 /// The instruction sets that make a difference to us.
@@ -207,9 +226,10 @@ fn field(file: &str, name: &str) -> Option<String> {
     })
 }
 
-fn memory(name: &str) -> String {
-    let kilobytes = field("/proc/meminfo", name).and_then(|v| v.split(' ').next()?.parse::<u64>().ok());
-    kilobytes.map_or("unknown".to_owned(), |kb| gigabytes(kb * 1024))
+/// Bytes of a field of `/proc/meminfo`.
+fn memory(name: &str) -> Option<u64> {
+    let kilobytes: u64 = field("/proc/meminfo", name)?.split(' ').next()?.parse().ok()?;
+    Some(kilobytes * 1024)
 }
 
 /// Bytes that a user may still write below the current folder.
@@ -223,10 +243,6 @@ fn disk() -> Option<u64> {
     }
     #[cfg(not(target_os = "linux"))]
     None
-}
-
-fn gigabytes(bytes: u64) -> String {
-    format!("{:.1} GB", bytes as f64 / 1e9)
 }
 
 /// Memory of this process that is in RAM, in bytes; 0 where the system does not say.

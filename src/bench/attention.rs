@@ -1,4 +1,4 @@
-//! Cost of attention against the number of codes, and of one whole block, each pattern against dense.
+//! Cost of attention over the number of codes, and of one whole block: each pattern compared with dense.
 
 use super::{Spread, flops::layout, seconds, shapes::Shape, work};
 use crate::{
@@ -17,15 +17,15 @@ use serde::Serialize;
 /// Time and memory of one pattern at one size.
 #[derive(Debug, Clone, Serialize)]
 pub struct Cost {
-    /// `row`, `column`, `conv`, `dense`; `dense n×n` builds the whole matrix of scores, as the others never do.
+    /// `row`, `column`, `conv`, `dense`; `dense n×n` builds the whole matrix of scores, the others never do.
     pub pattern: &'static str,
-    /// Image codes; the text comes on top.
+    /// Number of image codes, without the text tokens.
     pub codes: usize,
-    /// Of forward and backward.
+    /// Time of forward and backward, in seconds.
     pub seconds: Spread,
     /// Useful operations of forward and backward.
     pub flops: f64,
-    /// What the work added to the memory in use before it, at most.
+    /// Peak memory that the work added to the memory in use before it, in bytes.
     pub memory_bytes: Option<u64>,
     /// Times faster than `dense` at the same size.
     pub speedup: f64,

@@ -1,7 +1,7 @@
-//! `vilg bench`: speed and memory of the real thing on synthetic data.
+//! `vilg bench`: speed and memory of the real code on synthetic data.
 //!
-//! A measurement is one warm-up and then repetitions, each timed as a whole; medians and spread are reported beside
-//! every single value. Shares of the machine's speed refer to [`ops::peak_flops`], measured in the same run.
+//! A measurement is one warm-up and then timed repetitions; the report has the median, the spread and every value. The
+//! share of the peak refers to [`ops::peak_flops`], measured in the same run.
 
 pub mod attention;
 mod flops;
@@ -23,7 +23,7 @@ use crate::{
 use serde::Serialize;
 use std::time::Instant;
 
-/// What a measurement of one kind of work found.
+/// The result of a measurement.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
     pub work: &'static str,
@@ -32,9 +32,9 @@ pub struct Report {
     pub batch: usize,
     pub threads: usize,
     pub parameters: usize,
-    /// Of one repetition.
+    /// Time of one repetition, in seconds.
     pub seconds: Spread,
-    /// What one repetition goes through.
+    /// Number of `unit`s that one repetition processes.
     pub amount: usize,
     pub unit: &'static str,
     /// `amount` / median.
@@ -42,7 +42,7 @@ pub struct Report {
     /// Useful operations of one repetition.
     pub flops: f64,
     pub flops_per_second: f64,
-    /// Of multiply-adds as the work's products do them, on all threads.
+    /// Peak of multiply-adds in the precision of the work's matrix products, on all threads.
     pub peak_flops_per_second: f64,
     pub share_of_peak: f64,
     /// Largest memory of this process so far, in bytes.
@@ -53,7 +53,7 @@ pub struct Report {
 struct Work<'a> {
     name: &'static str,
     precision: &'static str,
-    /// What its products multiply.
+    /// Precision of its matrix products.
     factors: Precision,
     run: Box<dyn FnMut() -> Result<()> + 'a>,
     parameters: usize,
@@ -72,7 +72,7 @@ pub fn tokenizer(shape: &Shape, repeat: usize) -> Result<Report> {
     report(shape, repeat, work::tokenizer(shape)?)
 }
 
-/// Painting the codes of one picture a sequence, the likeliest code each time, with weights kept in `format`.
+/// Generation: the codes of one image for each sequence, the most likely code each time, with weights stored in `format`.
 pub fn decode(shape: &Shape, format: Format, repeat: usize) -> Result<Report> {
     report(shape, repeat, work::decode(shape, format)?)
 }
@@ -100,7 +100,7 @@ fn report(shape: &Shape, repeat: usize, mut work: Work) -> Result<Report> {
     })
 }
 
-/// Seconds of each of `repeat` repetitions after one that does not count.
+/// Seconds of each of `repeat` repetitions, after one that is not counted.
 fn seconds(repeat: usize, run: &mut dyn FnMut() -> Result<()>) -> Result<Spread> {
     run()?;
     let timed = |_| {

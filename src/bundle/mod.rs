@@ -86,13 +86,14 @@ pub struct Bundle {
 }
 
 impl Bundle {
-    /// Opens the model folder `model`, or the demo model by its name.
+    /// Opens the model folder `model`, the model of the training run in the folder `model`, or the demo model by its
+    /// name.
     ///
     /// # Errors
     /// There is no such folder, or it is not a model folder.
     pub fn open(model: &str) -> Result<Self> {
         if model != DEMO_NAME {
-            return Self::at(Place::Folder(model.into()));
+            return Self::at(Place::Folder(model_folder(model.into())?));
         }
         Self::at(Place::Demo(""))
     }
@@ -247,6 +248,17 @@ impl Deref for Weights {
     }
 }
 
+/// `folder`, or the `model` in it where `folder` is that of a training run.
+fn model_folder(folder: PathBuf) -> Result<PathBuf> {
+    let model = folder.join("model");
+    if folder.join(WEIGHTS).exists() || !folder.join("checkpoints").is_dir() && !model.join(WEIGHTS).exists() {
+        return Ok(folder);
+    }
+    let hint = "a run writes its model when it ends: start `vilg train` again to go on";
+    ensure!(model.is_dir(), usage(format_args!("the run {} has no model yet", folder.display()), hint));
+    Ok(model)
+}
+
 /// Reads a text file of a model folder; none is anywhere near this large.
 fn read_small(path: &Path) -> Result<Vec<u8>> {
     const LIMIT: u64 = 64 << 20;
@@ -344,6 +356,16 @@ mod tests {
         fs::copy(path.join("image-tokenizer/model.safetensors"), path.join(WEIGHTS)).unwrap();
         assert!(message(&open_all(&path).unwrap_err()).contains("does not fit the config.toml"));
         assert!(message(&open(&folder.path().join("nowhere")).unwrap_err()).contains("no model folder"));
+    }
+
+    #[test]
+    fn the_folder_of_a_run_stands_for_its_model() {
+        let folder = tempfile::tempdir().unwrap();
+        model(folder.path());
+        open_all(folder.path()).unwrap();
+        let run = folder.path().join("run");
+        fs::create_dir_all(run.join("checkpoints")).unwrap();
+        assert!(message(&open(&run).unwrap_err()).contains("has no model yet"));
     }
 
     #[test]

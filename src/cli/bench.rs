@@ -24,66 +24,65 @@ enum Command {
     Train(WorkArgs<Numbers>),
     /// Whole training steps of the image tokenizer
     Tokenizer(WorkArgs<Numbers>),
-    /// Painting: the codes of one picture a sequence, the likeliest each time
+    /// Generation: the codes of one image for each sequence, the most likely code each time
     Decode(WorkArgs<Format>),
     Attention(AttentionArgs),
 }
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Data and weights are random. One repetition warms up and does not count. The share of the peak \
-    refers to f32 multiply-adds that never leave the registers, measured in the same run; peak memory is that of the \
-    whole process."
+    after_help = "Data and weights are random. One more repetition warms up and is not counted. The peak is measured in \
+    the same run: multiply-adds on values in registers. Peak memory is that of the whole process."
 )]
 struct WorkArgs<P: ValueEnum + Clone + Send + Sync + 'static> {
     #[command(flatten)]
     common: Common,
-    /// Sequences or pictures at once [default: the shape's]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    /// Batch size, in sequences or images [default: the shape's]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096), allow_negative_numbers = true)]
     batch: Option<u16>,
-    /// Numbers that matrix products multiply; what the weights are kept in while decoding
+    /// Number format of matrix products; for `decode`: of the weights
     #[arg(long, value_name = "P", default_value = "f32")]
     precision: P,
-    /// Attention of the generator's layers
+    /// Attention of the generator's layers: sparse (row, column and conv as in the paper) or dense
     #[arg(long, value_name = "KIND", default_value = "sparse")]
     attention: Kind,
 }
 
-/// Attention forward and backward for each pattern, against the number of codes
+/// Attention, forward and backward, of each pattern over the number of image codes
 #[derive(clap::Args)]
 #[command(
-    after_help = "Memory is what the work adds to what the process held before. `dense n×n` builds the whole matrix \
-    of scores; the others never do."
+    after_help = "Memory is what the work adds to the memory in use before it. `dense n×n` builds the whole matrix of \
+    scores; the other patterns never do."
 )]
 struct AttentionArgs {
     #[command(flatten)]
     common: Common,
-    /// Sides of the square grids of codes
+    /// Sides of the square grids of codes, separated by commas
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "16,32,64",
         value_parser = clap::value_parser!(u16).range(1..=256))]
     sides: Vec<u16>,
-    /// Measure one whole block of the shape instead, on the shape's own grid
+    /// Measure one whole transformer block of the shape on the shape's own grid instead
     #[arg(long, conflicts_with_all = ["sides", "plot"])]
     block: bool,
-    /// Draw the times as SVG
+    /// SVG file to write: time over the number of codes
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
 }
 
 #[derive(clap::Args)]
 struct Common {
-    /// Sizes of the model
+    /// Sizes of the model to measure
     #[arg(long, value_name = "NAME", default_value = "perf", value_parser = PossibleValuesParser::new(SHAPES))]
     shape: String,
-    /// Repetitions that count
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    /// Number of repetitions; the median is reported
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..), allow_negative_numbers = true)]
     repeat: u16,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Numbers {
     F32,
-    /// Rounded to bf16 where the processor multiplies that faster
+    /// bf16 where the processor computes with it faster
     Bf16,
 }
 
@@ -157,6 +156,7 @@ fn rows(r: &Report) -> Vec<Vec<String>> {
 }
 
 fn run_attention(args: &AttentionArgs, json: bool) -> Result<()> {
+    args.plot.as_ref().map_or(Ok(()), |plot| super::output::check(plot, "--plot"))?;
     let (shape, repeat) = (Shape::named(&args.common.shape)?, usize::from(args.common.repeat));
     let sides: Vec<usize> = args.sides.iter().map(|&side| usize::from(side)).collect();
     let costs = match args.block {

@@ -2,7 +2,7 @@
 
 use super::{
     model::ModelOptions,
-    sampling::{from_0_to_100, probability},
+    sampling::{from_0_to_100, length_penalty, probability},
 };
 use crate::{
     data::image::open_square,
@@ -13,38 +13,48 @@ use crate::{
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
-/// Pictures read and described at once.
+/// Images that are read and captioned at once.
 const BATCH: usize = 64;
 
-/// Describe pictures in Chinese
+/// Write Chinese captions for images
 #[derive(clap::Args)]
 #[command(
-    after_help = "Prints a line a caption, after its picture's name where there are several. A picture that cannot be \
-    read is reported and the others go on; the exit code is then 1. `score` in the JSON is the mean \
-    log-probability of a token of the caption, given the picture."
+    after_help = "Prints one caption on each line, after the file name of its image where there are several images. An \
+    image that cannot be read is reported and skipped; the exit code is then 1. `score` in the JSON is the mean ln p of \
+    a token of the caption, given the image.\n\n\
+    Beam search continues the B most likely beginnings of captions by one token at a time, and ends when none of them can \
+    become better than the B best finished captions. Captions compete by ln p(caption) / tokens^A with A of \
+    --length-penalty."
 )]
 pub struct Args {
-    /// Pictures (PNG, JPEG, WebP, GIF, BMP, TIFF)
+    /// Image files (PNG, JPEG, WebP, GIF, BMP, TIFF)
     #[arg(required = true, value_name = "IMG")]
     images: Vec<PathBuf>,
-    /// Captions for each picture, the best first
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    /// Number of captions for each image, best first
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64),
+        allow_negative_numbers = true)]
     number: u32,
-    /// Search for the likeliest captions with a beam of this width, at least N, instead of sampling
-    #[arg(long, value_name = "B", value_parser = clap::value_parser!(u32).range(1..=64),
+    /// Use beam search of width B instead of sampling; a B below N counts as N
+    #[arg(long, value_name = "B", value_parser = clap::value_parser!(u32).range(1..=64), allow_negative_numbers = true,
         conflicts_with_all = ["temperature", "top_k", "top_p", "seed"])]
     beam: Option<u32>,
-    /// Divides the logits; 0 takes the likeliest token [default: 0 for one caption, 1 for several]
+    /// Exponent A of the caption's length in beam search, from 0 to 10: 1 compares the mean of a token, lower values prefer
+    /// short captions, higher values long ones
+    #[arg(long, value_name = "A", default_value_t = 1.0, value_parser = length_penalty, requires = "beam",
+        allow_negative_numbers = true)]
+    length_penalty: f64,
+    /// Sampling temperature, from 0 to 100: divides the logits; 0 takes the most likely token each time [default: 0 for
+    /// one caption, 1 for several]
     #[arg(long, value_name = "T", value_parser = from_0_to_100, allow_negative_numbers = true)]
     temperature: Option<f64>,
-    /// Draw only from the K likeliest tokens; 0: from all
-    #[arg(long, value_name = "K", default_value_t = 0)]
+    /// Sample only from the K most likely tokens; 0: from all
+    #[arg(long, value_name = "K", default_value_t = 0, allow_negative_numbers = true)]
     top_k: usize,
-    /// Draw only from the likeliest tokens that make up this probability; 1: from all
+    /// Sample only from the most likely tokens whose probabilities add up to P (nucleus sampling), above 0; 1: from all
     #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability, allow_negative_numbers = true)]
     top_p: f64,
     /// Seed of the sampling
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
     #[command(flatten)]
     model: ModelOptions,
@@ -53,7 +63,7 @@ pub struct Args {
 impl Args {
     fn decoding(&self) -> Decoding {
         if let Some(width) = self.beam {
-            return Decoding::Beam { width: width.max(self.number) as usize };
+            return Decoding::Beam { width: width.max(self.number) as usize, length_penalty: self.length_penalty };
         }
         let temperature = self.temperature.unwrap_or(if self.number == 1 { 0.0 } else { 1.0 });
         let sampling = Sampling { temperature, top_k: self.top_k, top_p: self.top_p, guidance: 1.0 };
@@ -83,15 +93,15 @@ pub fn run(args: Args, json: bool) -> Result<()> {
             captions.iter().for_each(|caption| print(path, caption, &args, json));
         }
     }
-    let hint = "the others are described; PNG, JPEG, WebP, GIF, BMP and TIFF are read";
-    let message = format!("{unread} of {} pictures cannot be read", args.images.len());
+    let hint = "the others have their captions; PNG, JPEG, WebP, GIF, BMP and TIFF can be read";
+    let message = format!("{unread} of {} images cannot be read", args.images.len());
     ensure!(unread == 0, failed(message, hint));
     Ok(())
 }
 
 fn print(path: &Path, caption: &Caption, args: &Args, json: bool) {
     if json {
-        report::json(&json!({ "image": path.display().to_string(), "caption": caption.text, "score": caption.score }));
+        report::json(&json!({ "image": report::path(path), "caption": caption.text, "score": caption.score }));
     } else if args.images.len() > 1 {
         report::result(format_args!("{}\t{}", path.display(), caption.text));
     } else {

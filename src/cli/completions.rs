@@ -2,10 +2,11 @@
 
 use crate::{error::Result, report};
 
-/// Print the completion script of a shell
+/// Print a shell completion script
 #[derive(clap::Args)]
+#[command(after_help = "Example: vilg completions bash > ~/.local/share/bash-completion/completions/vilg")]
 pub struct Args {
-    /// The shell
+    /// Shell to write the script for
     shell: clap_complete::Shell,
 }
 

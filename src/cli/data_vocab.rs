@@ -53,7 +53,9 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     fs::write(&args.output, &vocab).hint(format_args!("cannot write {file}"), "choose another place with -o")?;
     let (tokens, captions) = (vocab.lines().count(), captions.len());
     if json {
-        report::json(&serde_json::json!({"file": args.output, "tokens": tokens, "captions": captions, "bad": bad}));
+        report::json(
+            &serde_json::json!({"file": report::path(&args.output), "tokens": tokens, "captions": captions, "bad": bad}),
+        );
     } else {
         report::result(format_args!("{file}: {tokens} tokens from {captions} captions"));
     }

@@ -1,6 +1,9 @@
 //! `vilg eval`
 
-use super::{model::ModelOptions, sampling::Options};
+use super::{
+    model::ModelOptions,
+    sampling::{Options, length_penalty},
+};
 use crate::{
     error::Result,
     eval::{self, Rate, retrieval},
@@ -10,7 +13,7 @@ use crate::{
 use clap::Subcommand;
 use serde_json::json;
 
-/// Measure how well a model paints and describes
+/// Measure the quality of a model
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -24,39 +27,42 @@ enum Command {
     Recon(super::eval_recon::Args),
 }
 
-/// Paint captions, and look for each one's own picture among others of its style
+/// Measure text-to-image: generate from captions and search each caption's own image among others of its style
 #[derive(clap::Args)]
 #[command(
-    after_help = "The others are pictures with the same `style` in their JSON, a choice keyed by the seed. The nearest \
-    has the least mean squared RGB difference after box-filtering both pictures to 16×16; ties count against the \
-    model. What the picture itself reaches after the image tokenizer is about the most that painting can. Intervals \
-    are Wilson's, 95 %."
+    after_help = "The other images have the same `style` in their JSON; the seed chooses them. The nearest image has the \
+    smallest mean squared RGB difference after box-filtering both to 16×16; ties count against the model. Upper bound: \
+    real images after a tokenizer round trip. Intervals are 95 % Wilson intervals."
 )]
 struct RetrievalArgs {
     #[command(flatten)]
     common: Common,
-    /// More pictures, for styles of which the data has too few
+    /// More images to search among, for styles with too few images in the data; same forms as --data
     #[arg(long, value_name = "SRC")]
     pool: Option<String>,
-    /// Pictures to choose from, its own included
+    /// Number of images to search among, the right one included
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(2..=1_000_000))]
     candidates: u32,
-    /// Paint so many candidates for each caption and keep the one that fits it best
+    /// Generate K candidates for each caption and keep the one that fits it best; takes K times as long
     #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     best_of: u32,
     #[command(flatten)]
     sampling: Options,
 }
 
-/// Describe pictures, and count the captions that contain the `name_zh` of the picture's JSON
+/// Measure image-to-text: count the captions that contain the `name_zh` of the image's JSON
 #[derive(clap::Args)]
-#[command(after_help = "Case and spaces do not count. Intervals are Wilson's, 95 %.")]
+#[command(after_help = "Case and spaces are ignored. Intervals are 95 % Wilson intervals.")]
 struct CaptionArgs {
     #[command(flatten)]
     common: Common,
-    /// Search with a beam of this width [default: the likeliest token each time]
+    /// Use beam search of width B [default: the most likely token each time]
     #[arg(long, value_name = "B", value_parser = clap::value_parser!(u32).range(1..=64))]
     beam: Option<u32>,
+    /// Exponent A of the caption's length in beam search, from 0 to 10: captions compete by ln p(caption) / tokens^A
+    #[arg(long, value_name = "A", default_value_t = 1.0, value_parser = length_penalty, requires = "beam",
+        allow_negative_numbers = true)]
+    length_penalty: f64,
 }
 
 #[derive(clap::Args)]
@@ -64,11 +70,11 @@ struct Common {
     /// Tar shards (`DIR/{00000..00012}.tar`, `DIR/*.tar`), a folder of shards, or a folder of pairs
     #[arg(long, value_name = "SRC")]
     data: String,
-    /// Pairs to try, a choice keyed by the seed; 0: all
-    #[arg(long, value_name = "N", default_value_t = 400)]
+    /// Number of samples to measure, chosen by the seed; 0: all
+    #[arg(long, value_name = "N", default_value_t = 400, allow_negative_numbers = true)]
     samples: usize,
-    /// Seed of the choice of pairs and of the sampling
-    #[arg(long, default_value_t = 0)]
+    /// Seed of the choice of samples and of the sampling
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
     #[command(flatten)]
     model: ModelOptions,
@@ -107,7 +113,7 @@ fn run_retrieval(args: &RetrievalArgs, json: bool) -> Result<()> {
     report::result(format_args!("top-1  {}  chance {:.1} %", line(&result.top1), 100.0 * result.chance_top1));
     report::result(format_args!("top-5  {}  chance {:.1} %", line(&result.top5), 100.0 * result.chance_top5));
     let (one, five) = (line(&result.reconstructed_top1), line(&result.reconstructed_top5));
-    report::result(format_args!("the pictures themselves, through the image tokenizer: top-1  {one}, top-5  {five}"));
+    report::result(format_args!("upper bound (real images after a tokenizer round trip): top-1  {one}, top-5  {five}"));
     Ok(())
 }
 
@@ -115,12 +121,13 @@ fn run_caption(args: &CaptionArgs, json: bool) -> Result<()> {
     let common = &args.common;
     let (_, models) = common.model.load()?;
     let decoding = match args.beam {
-        Some(width) => Decoding::Beam { width: width as usize },
+        Some(width) => Decoding::Beam { width: width as usize, length_penalty: args.length_penalty },
         None => Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 },
     };
     let accuracy = eval::caption::run(&models, &common.data, common.samples, &decoding, common.seed)?;
     if json {
-        report::json(&json!({ "data": common.data, "accuracy": accuracy, "beam": args.beam, "seed": common.seed }));
+        report::json(&json!({ "data": common.data, "accuracy": accuracy, "beam": args.beam,
+            "length_penalty": args.beam.map(|_| args.length_penalty), "seed": common.seed }));
     } else {
         report::result(format_args!("the caption contains the name  {}", line(&accuracy)));
     }

@@ -15,38 +15,39 @@ use crate::{
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Turn pictures into codes and back with one or several image tokenizers, and compare
+/// Measure image tokenizers: encode and decode images, and compare the results with the originals
 #[derive(clap::Args)]
 #[command(
-    after_help = "PSNR and SSIM (scikit-image's, windows of 7 × 7) are means over pictures. LPIPS and the Fréchet \
-    distance (between VGG-16's last features, their mean over space; not comparable with the FID) need \
-    `--lpips`, the FID needs `--inception`, and thousands of pictures to mean something. Use: the share of the codebook that any picture chose."
+    after_help = "PSNR (in dB) and SSIM (as scikit-image computes it, 7 × 7 windows) are means over images. LPIPS and \
+    the Fréchet distance of VGG-16 features (averaged over space; not comparable with FID) need --lpips; FID needs \
+    --inception and thousands of images. `use` is the share of the codebook that at least one image uses."
 )]
 pub struct Args {
-    /// Tar shards (`DIR/{00000..00012}.tar`, `DIR/*.tar`), a folder of shards, or a folder of pictures
+    /// Tar shards (`DIR/{00000..00012}.tar`, `DIR/*.tar`), a folder of shards, or a folder of images
     #[arg(long, value_name = "SRC")]
     data: String,
-    /// Pictures, a choice keyed by the seed; 0: all
-    #[arg(long, value_name = "N", default_value_t = 400)]
+    /// Number of images to measure, chosen by the seed; 0: all
+    #[arg(long, value_name = "N", default_value_t = 400, allow_negative_numbers = true)]
     samples: usize,
-    /// Seed of the choice
-    #[arg(long, default_value_t = 0)]
+    /// Seed of the choice of images
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
-    /// Model folder with the image tokenizer; several are compared on the same pictures
+    /// Model folder with the image tokenizer; give the option several times to compare models on the same images
     #[arg(short, long, value_name = "DIR|NAME", default_value = DEMO_NAME)]
     model: Vec<String>,
-    /// Folder that `vilg import lpips` wrote
+    /// Folder written by `vilg import lpips`
     #[arg(long, value_name = "DIR")]
     lpips: Option<PathBuf>,
-    /// Folder that `vilg import inception` wrote
+    /// Folder written by `vilg import inception`
     #[arg(long, value_name = "DIR")]
     inception: Option<PathBuf>,
-    /// PNG file of the first 12 pictures above what each tokenizer made of them
+    /// PNG file to write: the first 12 images above their reconstructions by each tokenizer
     #[arg(long, value_name = "FILE")]
     sheet: Option<PathBuf>,
 }
 
 pub fn run(args: &Args, json: bool) -> Result<()> {
+    args.sheet.as_ref().map_or(Ok(()), |sheet| super::output::check(sheet, "--sheet"))?;
     let open = |folder: &PathBuf| Perceptual::open(folder, Precision::F32, &runtime::device()?);
     let perceptual = args.lpips.as_ref().map(open).transpose()?;
     let inception = args.inception.as_ref().map(|folder| Inception::open(folder, &runtime::device()?)).transpose()?;

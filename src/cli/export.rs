@@ -57,7 +57,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         Names::LlamagenVq => bundle.export_llamagen(&args.output, dtype)?,
     }
     if json {
-        report::json(&json!({ "path": args.output }));
+        report::json(&json!({ "path": report::path(&args.output) }));
     } else {
         report::note(format_args!("wrote {}", args.output.display()));
     }

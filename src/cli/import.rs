@@ -63,7 +63,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         Kind::LlamagenVq => import::vqgan(source, Family::LlamaGen, None, folder)?,
     }
     if json {
-        report::json(&json!({ "path": args.folder }));
+        report::json(&json!({ "path": report::path(&args.folder) }));
     } else {
         report::note(format_args!("wrote {}", args.folder.display()));
     }

@@ -32,7 +32,7 @@ fn page() -> Result<Vec<u8>> {
     Ok(page)
 }
 
-/// A command's section (general options are explained once, at the top), or those of the commands below it.
+/// The section of a command, or those of its subcommands. Global options are explained once, at the top.
 fn command_section(command: &clap::Command, page: &mut Vec<u8>) -> Result<()> {
     if command.has_subcommands() {
         return command.get_subcommands().try_for_each(|below| command_section(below, page));

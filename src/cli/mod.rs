@@ -1,4 +1,4 @@
-//! The command line: one file a command, each with its `Args` and a `run` that calls the floors below.
+//! The command line: one file for each command, with its `Args` and a `run` that calls the floors below.
 
 mod bench;
 mod caption;
@@ -15,7 +15,9 @@ mod export;
 mod import;
 mod man;
 mod model;
+mod output;
 mod plan;
+mod prompts;
 mod reconstruct;
 mod sampling;
 mod summary;
@@ -25,32 +27,52 @@ mod train;
 
 use crate::{
     error::{Error, Result, usage},
+    report::{self, Verbosity},
     runtime::{self, Wanted},
 };
-use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
-use std::ffi::OsString;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind};
+use std::{ffi::OsString, sync::LazyLock};
 
-/// Paints Chinese text and describes pictures in Chinese, with one model for both directions.
+/// What `--version` prints.
+static VERSION: LazyLock<String> = LazyLock::new(|| report::version().to_string());
+
+/// Generate images from Chinese text and Chinese captions from images, with one model for both directions
 #[derive(Parser)]
-#[command(name = "vilg", version, propagate_version = true, max_term_width = 100)]
+#[command(name = "vilg", version, long_version = VERSION.as_str(), propagate_version = true, max_term_width = 100)]
 #[command(after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, \
     75 stopped by a signal after a checkpoint (start it again), 130 interrupted.")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// Print the result as JSON: one object, or one line an item
+    /// Print results as JSON: one object, or one line for each item
     #[arg(long, global = true)]
     json: bool,
-    /// Threads to compute with [default: one a core]
-    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    /// Print only results, warnings and errors: no notes, no progress
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    quiet: bool,
+    /// Print details: the version, the device, the model and timings
+    #[arg(short, long, global = true)]
+    verbose: bool,
+    /// Number of compute threads [default: one for each core]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024),
+        allow_negative_numbers = true)]
     threads: Option<u16>,
-    /// Where to compute; auto: on a CUDA device where this build and machine have one, else on the CPU
+    /// Device to compute on. auto: the first CUDA device where this build and this machine have one, else the CPU
     #[arg(long, global = true, value_name = "auto|cpu|cuda|cuda:N", default_value = "auto")]
     device: Wanted,
     /// Multiply bf16 on the AMX units of the processor; so far tested only in an emulator [default: off]
     #[arg(long, global = true)]
     amx: bool,
 }
+
+/// The commands in the order of the overview, by what a user wants to do.
+const GROUPS: [(&str, &[&str]); 5] = [
+    ("Use a model", &["t2i", "caption", "tokenize", "reconstruct"]),
+    ("Prepare data", &["data"]),
+    ("Train", &["config", "plan", "train"]),
+    ("Measure", &["eval", "bench"]),
+    ("Exchange models and set up", &["import", "export", "doctor", "completions", "man"]),
+];
 
 #[derive(Subcommand)]
 enum Command {
@@ -75,7 +97,7 @@ enum Command {
 /// Parses `args` (the first is the program's name) and runs the command.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     let args: Vec<OsString> = args.into_iter().collect();
-    let cli = match Cli::try_parse_from(&args) {
+    let cli = match parse(&args) {
         Ok(cli) => cli,
         Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
             // A closed pipe (`vilg --help | head`) is no failure.
@@ -84,6 +106,12 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         }
         Err(error) => return Err(usage_error(&error, &args)),
     };
+    report::set_verbosity(match (cli.quiet, cli.verbose) {
+        (true, _) => Verbosity::Quiet,
+        (_, true) => Verbosity::Verbose,
+        _ => Verbosity::Normal,
+    });
+    report::detail(format_args!("vilg {}", report::version()));
     runtime::choose_device(cli.device);
     if cli.amx {
         runtime::want_amx();
@@ -116,12 +144,33 @@ fn dispatch(command: Command, json: bool) -> Result<()> {
     }
 }
 
-/// The whole command line as clap knows it: the source of help, completions and man page.
-fn command() -> clap::Command {
-    Cli::command()
+fn parse(args: &[OsString]) -> Result<Cli, clap::Error> {
+    Cli::from_arg_matches(&command().try_get_matches_from(args)?)
 }
 
-/// clap's message in the form of ours: what is wrong, then a hint.
+/// The whole command line as clap knows it: the source of help, completions and man page.
+fn command() -> clap::Command {
+    let command = Cli::command();
+    let overview = overview(&command);
+    command.help_template(format!(
+        "{{about-with-newline}}\n{{usage-heading}} {{usage}}\n\n{overview}\
+        Options:\n{{options}}{{after-help}}\n"
+    ))
+}
+
+/// The commands with what they do, in groups.
+fn overview(command: &clap::Command) -> String {
+    let line = |name: &&str| {
+        let about = command.find_subcommand(name).and_then(clap::Command::get_about);
+        format!("  {name:<12} {}\n", about.map(ToString::to_string).unwrap_or_default())
+    };
+    let group =
+        |(title, names): &(&str, &[&str])| format!("{title}:\n{}\n", names.iter().map(line).collect::<String>());
+    let groups: String = GROUPS.iter().map(group).collect();
+    format!("{groups}`vilg help COMMAND` explains a command and its options.\n\n")
+}
+
+/// clap's message in our form: what is wrong, then a hint.
 fn usage_error(error: &clap::Error, args: &[OsString]) -> Error {
     let help = format!("`{} --help` explains commands and options", command_of(args));
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
@@ -130,7 +179,29 @@ fn usage_error(error: &clap::Error, args: &[OsString]) -> Error {
     let text = error.render().to_string();
     let mut paragraphs = text.split("\n\n").map(str::trim);
     let message = paragraphs.next().map_or("", |p| p.strip_prefix("error: ").unwrap_or(p));
-    usage(message, paragraphs.find_map(|p| p.strip_prefix("tip: ")).unwrap_or(&help))
+    usage(plain_words(message), paragraphs.find_map(|p| p.strip_prefix("tip: ")).unwrap_or(&help))
+}
+
+/// Says what a value must be, where the message of clap or of Rust's number parser says it in terms of Rust.
+fn plain_words(message: &str) -> String {
+    let message =
+        match message.split_once(" is not in ").and_then(|(text, range)| Some((text, range.split_once("..=")?))) {
+            // `invalid value '0' for '--threads <N>': 0 is not in 1..=1024`
+            Some((text, (low, high))) => {
+                let text = text.rsplit_once(": ").map_or(text, |(text, _)| text);
+                format!("{text}: must be a whole number from {low} to {high}")
+            }
+            None => message.to_owned(),
+        };
+    let words = [
+        ("invalid digit found in string", "must be a whole number, at least 0"),
+        ("cannot parse integer from empty string", "must be a whole number"),
+        ("number too large to fit in target type", "the number is too large"),
+        ("number too small to fit in target type", "the number is too small"),
+        ("number would be zero for non-zero type", "must be at least 1"),
+        ("invalid float literal", "must be a number"),
+    ];
+    words.iter().fold(message, |message, (rust, plain)| message.replace(rust, plain))
 }
 
 /// The command that `args` name, as it is typed: `vilg config show`.
@@ -150,5 +221,41 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         super::command().debug_assert();
+    }
+
+    #[test]
+    fn the_overview_names_every_command_once_and_says_what_it_does() {
+        let command = super::command();
+        let mut grouped: Vec<&str> = super::GROUPS.iter().flat_map(|(_, names)| names.iter().copied()).collect();
+        let mut names: Vec<&str> = command.get_subcommands().map(clap::Command::get_name).collect();
+        (grouped.sort_unstable(), names.sort_unstable());
+        assert_eq!(grouped, names);
+        let help = super::command().render_help().to_string();
+        for command in command.get_subcommands() {
+            let about = command.get_about().unwrap().to_string();
+            assert!(help.contains(&format!("  {:<12} {about}\n", command.get_name())), "{help}");
+        }
+    }
+
+    #[test]
+    fn values_are_explained_in_plain_words() {
+        let message = |args: &[&str]| {
+            let args: Vec<super::OsString> = ["vilg"].iter().chain(args).map(Into::into).collect();
+            super::usage_error(&super::parse(&args).err().unwrap(), &args).to_string()
+        };
+        let number = "must be a whole number";
+        for (args, end) in [
+            (&["t2i", "月", "-n", "9999999999"][..], format!("{number} from 1 to 1024")),
+            (&["t2i", "月", "-n", "-1"], format!("{number} from 1 to 1024")),
+            (&["t2i", "月", "-n", "many"], format!("{number}, at least 0")),
+            (&["t2i", "月", "--top-k", "-1"], format!("{number}, at least 0")),
+            (&["t2i", "月", "--seed", "-1"], format!("{number}, at least 0")),
+            (&["t2i", "月", "--seed", "99999999999999999999"], "the number is too large".to_owned()),
+            (&["eval", "caption", "--data", "x", "--samples", "-1"], format!("{number}, at least 0")),
+            (&["bench", "train", "--batch", "0"], format!("{number} from 1 to 4096")),
+        ] {
+            let message = message(args);
+            assert!(message.ends_with(&end) && message.starts_with("invalid value"), "{args:?}: {message}");
+        }
     }
 }

@@ -5,15 +5,17 @@ use crate::{
     error::Result,
     generate::Models,
     ops::packed::Format,
+    report,
 };
+use std::time::Instant;
 
 /// Which model runs, and how.
 #[derive(clap::Args)]
 pub struct ModelOptions {
-    /// Model folder, or `demo`
+    /// Model folder, the folder of a training run (its `model` is taken), or `demo` for the built-in model
     #[arg(long, value_name = "DIR|NAME", default_value = DEMO_NAME)]
     model: String,
-    /// What the weights are kept in while tokens are drawn: bf16 is as good as f32 and faster, int8 is smaller still
+    /// Format of the weights while tokens are generated: bf16 is as good as f32 and faster, int8 halves the memory of bf16
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = Format::Bf16)]
     precision: Format,
 }
@@ -22,7 +24,9 @@ impl ModelOptions {
     /// Opens the model folder and loads what is in it.
     pub fn load(&self) -> Result<(Bundle, Models)> {
         let bundle = Bundle::open(&self.model)?;
+        let begun = Instant::now();
         let models = Models::load(&bundle, self.precision)?;
+        report::detail(format_args!("model {} loaded in {:.1} s", self.model, begun.elapsed().as_secs_f64()));
         Ok((bundle, models))
     }
 }

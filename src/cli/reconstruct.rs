@@ -77,7 +77,9 @@ fn one(tokenizer: &ImageTokenizer, image: &Path, output: &Path, whole: bool, jso
     let used = codes.into_iter().collect::<BTreeSet<u32>>().len();
     let (psnr, size) = (psnr(&original, &painted), tokenizer.codebook_size()?);
     if json {
-        report::json(&json!({ "image": image, "path": output, "psnr": psnr, "codebook_used": used }));
+        report::json(
+            &json!({ "image": report::path(image), "path": report::path(output), "psnr": psnr, "codebook_used": used }),
+        );
     } else {
         let output = output.display();
         report::result(format_args!("{output}: PSNR {psnr:.1} dB, {used} of the {size} codes"));

@@ -1,20 +1,23 @@
-//! The options that commands which draw tokens share.
+//! The options that commands which sample tokens share.
 
 use crate::{config, generate::Sampling};
 
-/// How codes are drawn; what is not given is taken from the model's configuration.
+/// How image codes are sampled; options that are not given come from the model's configuration.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Divides the logits; lower is safer and plainer, 0 takes the likeliest code [default: the model's]
+    /// Sampling temperature, from 0 to 100: divides the logits. Lower values give more typical images; 0 takes the most
+    /// likely code each time [default: the model's]
     #[arg(long, value_name = "T", value_parser = from_0_to_100, allow_negative_numbers = true)]
     pub temperature: Option<f64>,
-    /// Draw only from the K likeliest codes; 0: from all [default: the model's]
-    #[arg(long, value_name = "K")]
+    /// Sample only from the K most likely codes; 0: from all [default: the model's]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<usize>,
-    /// Draw only from the likeliest codes that make up this probability; 1: from all [default: the model's]
+    /// Sample only from the most likely codes whose probabilities add up to P (nucleus sampling), above 0; 1: from all
+    /// [default: the model's]
     #[arg(long, value_name = "P", value_parser = probability, allow_negative_numbers = true)]
     pub top_p: Option<f64>,
-    /// Classifier-free guidance: 1 is none, more follows the prompt more closely [default: the model's]
+    /// Scale of classifier-free guidance, from 0 to 100: 1 is none, higher values follow the prompt more closely; other
+    /// values than 1 double the cost [default: the model's]
     #[arg(long, value_name = "S", value_parser = from_0_to_100, allow_negative_numbers = true)]
     pub guidance: Option<f64>,
 }
@@ -35,6 +38,12 @@ impl Options {
 pub fn from_0_to_100(text: &str) -> Result<f64, String> {
     let number: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
     if (0.0..=100.0).contains(&number) { Ok(number) } else { Err("must be from 0 to 100".to_owned()) }
+}
+
+/// An exponent of the length, from 0 to 10.
+pub fn length_penalty(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if (0.0..=10.0).contains(&number) { Ok(number) } else { Err("must be from 0 to 10".to_owned()) }
 }
 
 /// A number above 0, at most 1.

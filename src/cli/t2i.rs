@@ -1,95 +1,159 @@
 //! `vilg t2i`
 
-use super::{model::ModelOptions, sampling::Options};
+use super::{model::ModelOptions, output, prompts, sampling::Options};
 use crate::{
-    data::picture::{grid, write_png},
+    data::picture::{grid, png, write_png},
     error::{Result, ensure, usage},
     generate::{Job, Models, Painting},
     report,
 };
 use image::RgbImage;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},
     time::Instant,
 };
 
-/// Paint a line of Chinese
+/// Most images in a grid.
+const MAX_GRID: usize = 1024;
+/// Images that are generated before they are written with `--each`.
+const CHUNK: usize = 64;
+
+/// Generate images from Chinese text
 #[derive(clap::Args)]
 #[command(
-    after_help = "The same prompt, seed, options and model give the same picture. With --best-of, and in the JSON as \
-    `score`, the model itself judges: the mean log-probability of a token of the prompt, given the picture."
+    after_help = "The same prompt, seed, options and model give the same image. The model itself judges candidates of \
+    --best-of, and each image as `score` in the JSON: the mean ln p of a token of the prompt, given the image.\n\n\
+    Examples:\n  \
+    vilg t2i 一轮弯月，扁平风格 -o moon.png\n  \
+    vilg t2i --prompts prompts.txt --each -o images/moon.png\n  \
+    echo 红苹果 | vilg t2i - -o - | display"
 )]
 pub struct Args {
-    /// What to paint, e.g. 细腻风格的女宇航员; several prompts go into one grid
-    #[arg(required = true, value_name = "TEXT")]
+    /// What to generate, e.g. 细腻风格的女宇航员; the images of several prompts go into one grid. `-`: the lines of stdin
+    #[arg(required_unless_present = "prompts", value_name = "TEXT")]
     texts: Vec<String>,
-    /// The PNG file to write
+    /// Text file with one prompt on each line (UTF-8, at most 16 MB); `-`: stdin
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<PathBuf>,
+    /// PNG file to write; `-`: stdout
     #[arg(short, long, value_name = "FILE", default_value = "picture.png")]
     output: PathBuf,
-    /// Number of pictures of each prompt; more than one are laid out in a grid
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    /// Number of images for each prompt; more than one image are laid out in a grid
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024),
+        allow_negative_numbers = true)]
     number: u32,
-    /// Write each picture to a file of its own: FILE-1.png, FILE-2.png, …
+    /// Write each image to a file of its own: FILE-1.png, FILE-2.png, …
     #[arg(long)]
     each: bool,
-    /// Paint so many candidates for each picture and keep the one that fits the prompt best
-    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    /// Generate K candidates for each image and keep the one that fits the prompt best; takes K times as long
+    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024),
+        allow_negative_numbers = true)]
     best_of: u32,
     #[command(flatten)]
     sampling: Options,
-    /// Seed of each prompt's first picture; the others count up from it
-    #[arg(long, default_value_t = 0)]
+    /// Seed of each prompt's first image; the seeds of the others count up from it
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
     #[command(flatten)]
     model: ModelOptions,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
-    ensure!(args.texts.iter().all(|text| !text.trim().is_empty()), empty_prompt());
-    let png = args.output.extension().is_some_and(|e| e.eq_ignore_ascii_case("png"));
-    let message = format!("-o {}: pictures are written as PNG files", args.output.display());
-    ensure!(png, usage(message, format_args!("name it {}", args.output.with_extension("png").display())));
+    let texts = prompts::collect(&args.texts, args.prompts.as_deref())?;
+    let count = texts.len() * args.number as usize;
+    check_output(&args, count, json)?;
     let (bundle, models) = args.model.load()?;
-    args.texts.iter().try_for_each(|text| check_prompt(&models, text))?;
+    texts.iter().try_for_each(|text| check_prompt(&models, text))?;
 
     let seeds = || (0..u64::from(args.number)).map(|i| args.seed.wrapping_add(i));
     let job = |prompt: &String, seed| Job { prompt: prompt.clone(), seed };
-    let jobs: Vec<Job> = args.texts.iter().flat_map(|text| seeds().map(move |seed| job(text, seed))).collect();
+    let jobs: Vec<Job> = texts.iter().flat_map(|text| seeds().map(move |seed| job(text, seed))).collect();
     let sampling = args.sampling.over(&bundle.config.sample);
+    report::detail(format_args!("{} images, best of {}, {sampling:?}", jobs.len(), args.best_of));
     let codes = models.generator.grid().len() as u64 * jobs.len() as u64 * u64::from(args.best_of);
-    let bar = report::bar(codes, "painting");
+    let bar = report::bar(codes, "generating");
     let begun = Instant::now();
-    let paintings = models.paint(&jobs, &sampling, args.best_of as usize, |codes| bar.inc(codes))?;
-    let tokens_per_second = codes as f64 / begun.elapsed().as_secs_f64();
+    // Files of their own are written as they come, so that memory does not grow with their number.
+    let each = args.each && jobs.len() > 1;
+    let chunk = if each { CHUNK } else { jobs.len() };
+    let (mut images, mut seconds) = (Vec::new(), 0.0);
+    for (i, jobs) in jobs.chunks(chunk).enumerate() {
+        let begun = Instant::now();
+        let paintings = models.paint(jobs, &sampling, args.best_of as usize, |codes| bar.inc(codes))?;
+        seconds += begun.elapsed().as_secs_f64();
+        let paths = match each {
+            true => write_each(&args.output, &paintings, i * chunk)?,
+            false => write_grid(&args.output, &paintings)?,
+        };
+        images.extend(
+            paths.iter().zip(jobs).zip(&paintings).map(|((path, job), painting)| describe(path, job, painting)),
+        );
+        if !json && !to_stdout(&args.output) {
+            let mut shown = paths;
+            shown.dedup();
+            bar.suspend(|| shown.iter().for_each(|path| report::result(path.display())));
+        }
+    }
     bar.finish_and_clear();
-
-    let paths = write(&args, &paintings)?;
+    report::detail(format_args!("done in {:.1} s", begun.elapsed().as_secs_f64()));
     if json {
-        let image = |((path, job), painting): ((&PathBuf, &Job), &Painting)| json!({ "path": path.display().to_string(), "prompt": job.prompt, "seed": job.seed, "score": painting.score });
-        let images: Vec<_> = paths.iter().zip(&jobs).zip(&paintings).map(image).collect();
-        report::json(&json!({ "images": images, "tokens_per_second": tokens_per_second }));
-    } else {
-        let mut shown = paths;
-        shown.dedup();
-        shown.iter().for_each(|path| report::result(path.display()));
+        report::json(&json!({ "images": images, "tokens_per_second": codes as f64 / seconds }));
     }
     Ok(())
 }
 
-/// Writes the pictures; returns the file of each.
-fn write(args: &Args, paintings: &[Painting]) -> Result<Vec<PathBuf>> {
-    if args.each && paintings.len() > 1 {
-        let paths = (1..=paintings.len()).map(|i| numbered(&args.output, i));
-        let write = |(path, painting): (PathBuf, &Painting)| write_png(&path, &painting.picture).map(|()| path);
-        return paths.zip(paintings).map(write).collect();
+/// Whether `-o` says stdout.
+fn to_stdout(output: &Path) -> bool {
+    output == Path::new("-")
+}
+
+/// Refuses an output that could not be written, before the work begins.
+fn check_output(args: &Args, count: usize, json: bool) -> Result<()> {
+    let several = args.each && count > 1;
+    let hint = "--each writes each image to a file of its own";
+    let message = format!("{count} images are too many for a grid, which takes {MAX_GRID}");
+    ensure!(several || count <= MAX_GRID, usage(message, hint));
+    if to_stdout(&args.output) {
+        let clash = |what| usage(format_args!("-o - and {what} both write to stdout"), "name a file with -o");
+        ensure!(!json, clash("--json"));
+        ensure!(!several, usage("-o - takes one image, --each writes several", "name a file with -o"));
+        ensure!(
+            !report::stdout_is_terminal(),
+            usage("a terminal cannot show a PNG", "name a file with -o, or use a pipe")
+        );
+        return Ok(());
     }
+    let png = args.output.extension().is_some_and(|e| e.eq_ignore_ascii_case("png"));
+    let message = format!("-o {}: images are written as PNG files", args.output.display());
+    ensure!(png, usage(message, format_args!("name it {}", args.output.with_extension("png").display())));
+    output::check(&if several { numbered(&args.output, 1) } else { args.output.clone() }, "-o")
+}
+
+/// An image as it is described in the JSON.
+fn describe(path: &Path, job: &Job, painting: &Painting) -> Value {
+    json!({ "path": report::path(path), "prompt": job.prompt, "seed": job.seed, "score": painting.score })
+}
+
+/// Writes each image to its own file; returns the files. `before` images have been written already.
+fn write_each(output: &Path, paintings: &[Painting], before: usize) -> Result<Vec<PathBuf>> {
+    let paths = (before + 1..).map(|i| numbered(output, i));
+    let write = |(path, painting): (PathBuf, &Painting)| write_png(&path, &painting.picture).map(|()| path);
+    paths.zip(paintings).map(write).collect()
+}
+
+/// Writes the only image, or a grid of all; returns the file of each.
+fn write_grid(output: &Path, paintings: &[Painting]) -> Result<Vec<PathBuf>> {
     let pictures: Vec<RgbImage> = paintings.iter().map(|painting| painting.picture.clone()).collect();
-    match pictures.as_slice() {
-        [picture] => write_png(&args.output, picture)?,
-        pictures => write_png(&args.output, &grid(pictures, 0))?,
+    let sheet = match pictures.as_slice() {
+        [picture] => picture,
+        pictures => &grid(pictures, 0),
+    };
+    match to_stdout(output) {
+        true => report::bytes(&png(sheet)?),
+        false => write_png(output, sheet)?,
     }
-    Ok(vec![args.output.clone(); paintings.len()])
+    Ok(vec![output.to_owned(); paintings.len()])
 }
 
 /// `a/b.png` → `a/b-3.png`
@@ -99,16 +163,12 @@ fn numbered(path: &Path, number: usize) -> PathBuf {
     path.with_file_name(name)
 }
 
-fn empty_prompt() -> crate::error::Error {
-    usage("the prompt is empty", "say what to paint: vilg t2i 现代风格的彩虹")
-}
-
-/// Warns of what the model will not see of the prompt.
+/// Warns about the parts of a prompt that the model does not see.
 fn check_prompt(models: &Models, prompt: &str) -> Result<()> {
     let (text, longest) = (&models.text, models.generator.max_text());
     let seen = text.encode(prompt, longest)?;
     let tokens = &seen[1..seen.len() - 1];
-    ensure!(!tokens.is_empty(), empty_prompt());
+    ensure!(!tokens.is_empty(), prompts::empty());
     let quoted = match prompt.char_indices().nth(20) {
         Some((end, _)) => format!("“{}…”", &prompt[..end]),
         None => format!("“{prompt}”"),

@@ -37,7 +37,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
             }
         };
         if json {
-            report::json(&json!({ "image": path, "grid": tokenizer.grid(), "codes": codes }));
+            report::json(&json!({ "image": report::path(path), "grid": tokenizer.grid(), "codes": codes }));
         } else {
             let codes: Vec<String> = codes.iter().map(u32::to_string).collect();
             report::result(format_args!("{}\t{}", path.display(), codes.join(" ")));

@@ -58,7 +58,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let ranks = Ranks::find(args.nproc.get())?;
     train::run(&config, &resume, &ranks, args.time_limit)?;
     if json && ranks.leads() {
-        report::json(&json!({ "model": train::model_folder(&config), "steps": config.train.steps }));
+        report::json(&json!({ "model": report::path(&train::model_folder(&config)), "steps": config.train.steps }));
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Captioning, measured: does the caption contain the name of what the picture shows?
+//! Caption accuracy: does the caption contain the name of the object in the image?
 
 use super::{Rate, choose, open, tell_bad};
 use crate::{
@@ -9,10 +9,13 @@ use crate::{
 };
 use image::RgbImage;
 
-/// Pictures described at once.
+/// Images that are captioned in one batch.
 const BATCH: usize = 64;
 
-/// A keyed choice of `samples` pictures (0: all) of `data` is described; each must have `name_zh` in its JSON.
+/// The share of captions that contain the image's `name_zh`, for `samples` images (0: all) of `data` chosen by `seed`.
+///
+/// # Errors
+/// The data cannot be read, no image has `name_zh` in its JSON, or the model is damaged.
 pub fn run(models: &Models, data: &str, samples: usize, decoding: &Decoding, seed: u64) -> Result<Rate> {
     let dataset = open(data, Kind::Pictures(models.image_tokenizer.image_size() as u32))?;
     let places: Vec<(usize, u64)> =
@@ -20,7 +23,7 @@ pub fn run(models: &Models, data: &str, samples: usize, decoding: &Decoding, see
     let count = if samples == 0 { places.len() } else { samples };
     let chosen = choose(count, places.len(), seed, "eval pairs", 0);
     let (mut hits, mut of, mut nameless, mut bad) = (0, 0, 0, dataset.bad.clone());
-    let bar = report::bar(chosen.len() as u64, "describing");
+    let bar = report::bar(chosen.len() as u64, "captioning");
     for chunk in chosen.chunks(BATCH) {
         let (mut pictures, mut names): (Vec<RgbImage>, Vec<String>) = Default::default();
         for &i in chunk {
@@ -44,15 +47,15 @@ pub fn run(models: &Models, data: &str, samples: usize, decoding: &Decoding, see
     }
     bar.finish_and_clear();
     tell_bad(data, &bad, of + nameless)?;
-    let hint = "the name of what a picture shows is `name_zh` in its JSON, as scripts/ makes it for the emoji";
-    ensure!(of > 0, failed(format_args!("no picture in `{data}` has a name"), hint));
+    let hint = "an image's name is `name_zh` in its JSON side file, as scripts/build_emoji.sh writes it";
+    ensure!(of > 0, failed(format_args!("no image in `{data}` has a name"), hint));
     if nameless > 0 {
-        report::warn(format_args!("{nameless} pictures have no `name_zh` and were left out"));
+        report::warn(format_args!("{nameless} images have no `name_zh` and were left out"));
     }
     Ok(Rate::new(hits, of))
 }
 
-/// Whether `caption` contains `name`; case and spaces do not count, since a caption has neither.
+/// Whether `caption` contains `name`. Case and spaces are ignored: captions have neither.
 fn names_it(caption: &str, name: &str) -> bool {
     let plain = |text: &str| text.to_lowercase().split_whitespace().collect::<String>();
     let name = plain(name);

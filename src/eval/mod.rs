@@ -1,5 +1,5 @@
-//! How good a model is: what it paints is told apart from like pictures, what it says names the thing, its image
-//! tokenizer keeps what it sees.
+//! Quality of a model: retrieval accuracy of generated images, naming accuracy of captions, and reconstruction quality of
+//! image tokenizers.
 
 pub mod caption;
 mod frechet;
@@ -17,13 +17,13 @@ use crate::{
 };
 use serde::Serialize;
 
-/// Hits among tries.
+/// A rate of successes with its confidence interval.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Rate {
     pub hits: usize,
     pub of: usize,
     pub rate: f64,
-    /// Bounds of Wilson's 95 % interval.
+    /// Bounds of the 95 % Wilson score interval.
     pub interval: [f64; 2],
 }
 
@@ -57,9 +57,9 @@ fn open(path: &str, kind: Kind) -> Result<Dataset> {
     Dataset::open(&config::Data { sources: vec![source], ..config::Data::default() }, kind)
 }
 
-/// Says what could not be read; fails if that was everything.
+/// Warns about samples that could not be read; an error if none could.
 fn tell_bad(path: &str, bad: &BadCounts, good: usize) -> Result<()> {
-    let hint = "`vilg data inspect PATH` tells what is there";
+    let hint = "`vilg data inspect PATH` shows what is there";
     ensure!(good > 0, failed(format_args!("nothing in `{path}` can be used: {bad}"), hint));
     if bad.total() > 0 {
         report::warn(format_args!("skipped in `{path}`: {bad}"));

@@ -1,4 +1,4 @@
-//! Painting, measured: is the picture that the caption belongs to the nearest of many of its style?
+//! Retrieval accuracy of generated images: is the caption's own image the nearest of many images of the same style?
 
 use super::{Rate, choose, open, tell_bad};
 use crate::{
@@ -15,24 +15,24 @@ use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::HashMap;
 
-/// Captions painted at once.
+/// Captions in one batch.
 const BATCH: usize = 64;
 
-/// Side to which pictures are reduced before they are compared.
+/// Side in pixels to which images are reduced before they are compared.
 const SIDE: usize = 16;
 
-/// How near two pictures are.
+/// The distance between two images.
 pub const DISTANCE: &str = "mean squared RGB difference after box-filtering both pictures to 16×16";
 
-/// What is painted, and among what it is looked for.
+/// The images to generate, and the images to search among.
 #[derive(Debug)]
 pub struct Settings<'a> {
     pub data: &'a str,
-    /// More pictures to be told apart from, for styles of which `data` has too few.
+    /// More images to search among, for styles with too few images in `data`.
     pub pool: Option<&'a str>,
-    /// Pairs that are tried; 0: all.
+    /// Number of samples to measure; 0: all.
     pub samples: usize,
-    /// Pictures among which the painted one's own is looked for, itself included.
+    /// Number of images to search among, the right one included.
     pub candidates: usize,
     pub sampling: Sampling,
     pub best_of: usize,
@@ -44,18 +44,18 @@ pub struct Settings<'a> {
 pub struct Retrieval {
     pub candidates: usize,
     pub distance: &'static str,
-    /// Its own picture is the nearest.
+    /// The right image is the nearest.
     pub top1: Rate,
-    /// Its own picture is among the five nearest.
+    /// The right image is among the five nearest.
     pub top5: Rate,
     pub chance_top1: f64,
     pub chance_top5: f64,
-    /// The same two where the picture itself goes through the image tokenizer: what no generator can surpass by much.
+    /// Upper bound: the same two rates for real images after a tokenizer round trip.
     pub reconstructed_top1: Rate,
     pub reconstructed_top5: Rate,
 }
 
-/// A picture that can be looked for.
+/// An image that can be found.
 struct Candidate {
     features: Vec<f32>,
     caption: String,
@@ -64,9 +64,12 @@ struct Candidate {
     place: (usize, u64),
 }
 
-/// Paints a keyed choice of captions and looks for each one's own picture.
+/// Generates images from captions chosen by the seed and searches the image of each caption.
+///
+/// # Errors
+/// The data cannot be read, or a style has too few images.
 pub fn run(models: &Models, settings: &Settings) -> Result<Retrieval> {
-    ensure!(settings.candidates >= 2, "a picture is told apart from at least one other");
+    ensure!(settings.candidates >= 2, "--candidates must be at least 2");
     let mut styles = HashMap::new();
     let side = models.image_tokenizer.image_size() as u32;
     let data = open(settings.data, Kind::Pairs(side))?;
@@ -81,7 +84,7 @@ pub fn run(models: &Models, settings: &Settings) -> Result<Retrieval> {
     let others = chosen.iter().map(|&own| shelf.others(own, settings.candidates - 1, settings.seed));
     let others = others.collect::<Result<Vec<_>>>()?;
 
-    let bar = report::bar(chosen.len() as u64, "painting");
+    let bar = report::bar(chosen.len() as u64, "generating");
     let (mut ranks, mut reconstructed) = (Vec::with_capacity(chosen.len()), Vec::with_capacity(chosen.len()));
     for (chosen, others) in chosen.chunks(BATCH).zip(others.chunks(BATCH)) {
         let job = |&i: &usize| Job { prompt: pictures[i].caption.clone(), seed: settings.seed.wrapping_add(i as u64) };
@@ -114,11 +117,11 @@ pub fn run(models: &Models, settings: &Settings) -> Result<Retrieval> {
     })
 }
 
-/// Pictures through the image tokenizer.
+/// Images after a round trip through the image tokenizer.
 fn reconstruct(models: &Models, data: &Dataset, places: impl Iterator<Item = (usize, u64)>) -> Result<Vec<RgbImage>> {
     let picture = |(source, sample): (usize, u64)| {
         let record = data.read(source, sample).ok();
-        record.and_then(|record| record.image).context("a picture that could be read before cannot any more")
+        record.and_then(|record| record.image).context("an image that was readable before cannot be read any more")
     };
     let pixels = to_pixels(&places.map(picture).collect::<Result<Vec<_>>>()?)?;
     from_pixels(&models.image_tokenizer.decode(&models.image_tokenizer.encode(&pixels)?)?)

@@ -1,48 +1,68 @@
-//! Beam search for one caption: bookkeeping only, the model's log-probabilities come from outside.
+//! Beam search for the caption of one image: bookkeeping only, the model's log-probabilities come from outside.
 
 use super::sampling::likelier;
 
-/// A caption, finished or on the way.
+/// A caption, finished or not yet.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Hypothesis {
-    /// Without `[CLS]`; the last is `[SEP]` when finished.
+    /// Token ids without `[CLS]`; the last one is `[SEP]` when finished.
     pub tokens: Vec<u32>,
-    /// Σ ln p of the tokens.
+    /// Sum of ln p over the tokens, at most 0.
     pub log_p: f64,
 }
 
 impl Hypothesis {
-    /// ln p a token: without this normalisation by length the shortest caption would win.
+    /// Mean ln p of a token.
     pub fn score(&self) -> f64 {
         self.log_p / self.tokens.len() as f64
     }
 }
 
-/// The search for one picture. It ends when `width` captions are finished.
+/// What [`Beam`] searches for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Settings {
+    /// Unfinished hypotheses that are continued at each step, and finished captions that are kept.
+    pub width: usize,
+    /// Exponent α of the length in the score Σ ln p / lengthᵅ, as `length_penalty` of Hugging Face; from 0 (the plain
+    /// sum, which favours short captions) through 1 (the mean of a token) to more (which favours long captions).
+    pub length_penalty: f64,
+    /// The token `[SEP]` that ends a caption.
+    pub sep: u32,
+    /// The most tokens of a caption, `[SEP]` included.
+    pub longest: usize,
+}
+
+/// The search for the caption of one image.
+///
+/// It keeps the `width` best finished captions and ends as soon as no unfinished hypothesis can still replace the worst
+/// of them (`early_stopping="never"` of Hugging Face's `BeamSearchScorer`).
 #[derive(Debug)]
 pub struct Beam {
-    width: usize,
-    sep: u32,
+    settings: Settings,
     live: Vec<Hypothesis>,
+    /// The best finished captions, best first, at most `width` of them.
     finished: Vec<Hypothesis>,
 }
 
 impl Beam {
-    pub fn new(width: usize, sep: u32) -> Self {
-        Self { width, sep, live: vec![Hypothesis::default()], finished: Vec::new() }
+    /// A search that starts with the empty caption.
+    pub fn new(settings: Settings) -> Self {
+        Self { settings, live: vec![Hypothesis::default()], finished: Vec::new() }
     }
 
-    /// Captions on the way; each wants its log-probabilities at the next [`Beam::step`].
+    /// Unfinished hypotheses; each needs its log-probabilities at the next [`Beam::step`]. Empty when the search is over.
     pub fn live(&self) -> &[Hypothesis] {
         &self.live
     }
 
-    /// Goes on by a token. `rows` has the log-probabilities of each live hypothesis; −∞ is never taken.
-    /// Returns which of the old live hypotheses each new one continues.
+    /// Continues every live hypothesis by one token. `rows` holds the log-probabilities of the next token for each live
+    /// hypothesis; tokens at −∞ are never taken. Returns, for each new live hypothesis, the index of the old one that it
+    /// continues.
     pub fn step(&mut self, rows: &[Vec<f32>]) -> Vec<usize> {
+        let Settings { width, sep, .. } = self.settings;
         let mut candidates: Vec<(f64, usize, u32)> = Vec::new();
         for (parent, (hypothesis, row)) in self.live.iter().zip(rows).enumerate() {
-            let tokens = best(row, self.width + 1); // one of them may be [SEP]
+            let tokens = best(row, width + 1); // one of them may be [SEP]
             candidates.extend(tokens.map(|token| (hypothesis.log_p + f64::from(row[token as usize]), parent, token)));
         }
         candidates.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
@@ -52,14 +72,16 @@ impl Beam {
             let mut tokens = self.live[parent].tokens.clone();
             tokens.push(token);
             let hypothesis = Hypothesis { tokens, log_p };
-            if token != self.sep && live.len() < self.width {
+            if token != sep && live.len() < width {
                 live.push(hypothesis);
                 parents.push(parent);
-            } else if token == self.sep && rank < self.width {
+            } else if token == sep && rank < width {
                 self.finished.push(hypothesis);
             }
         }
-        if self.finished.len() >= self.width {
+        self.finished.sort_by(|a, b| self.settings.penalized(b).total_cmp(&self.settings.penalized(a)));
+        self.finished.truncate(width);
+        if self.is_done(&live) {
             live.clear();
             parents.clear();
         }
@@ -67,10 +89,31 @@ impl Beam {
         parents
     }
 
+    /// Whether none of the hypotheses `live` can become better than the worst kept caption. A beam of 1 is greedy search:
+    /// it ends with the caption that the likeliest tokens make.
+    fn is_done(&self, live: &[Hypothesis]) -> bool {
+        let Settings { width, .. } = self.settings;
+        let Some(worst) = self.finished.get(width.saturating_sub(1)) else { return false };
+        let worst = self.settings.penalized(worst);
+        width == 1 || live.iter().all(|hypothesis| self.settings.attainable(hypothesis) <= worst)
+    }
+
     /// The finished captions, the best first.
-    pub fn into_finished(mut self) -> Vec<Hypothesis> {
-        self.finished.sort_by(|a, b| b.score().total_cmp(&a.score()));
+    pub fn into_finished(self) -> Vec<Hypothesis> {
         self.finished
+    }
+}
+
+impl Settings {
+    /// The score by which finished captions compete: Σ ln p / lengthᵅ.
+    fn penalized(&self, hypothesis: &Hypothesis) -> f64 {
+        hypothesis.log_p / (hypothesis.tokens.len() as f64).powf(self.length_penalty)
+    }
+
+    /// An upper bound of the score that a live hypothesis may reach: the sum of ln p can only fall, and a negative sum
+    /// weighs least at the greatest length.
+    fn attainable(&self, hypothesis: &Hypothesis) -> f64 {
+        hypothesis.log_p / (self.longest as f64).powf(self.length_penalty)
     }
 }
 
@@ -108,42 +151,99 @@ mod tests {
         log_p
     }
 
-    fn search(seed: u64, width: usize, longest: usize) -> Vec<Hypothesis> {
-        let mut beam = Beam::new(width, SEP);
+    fn settings(width: usize, length_penalty: f64, longest: usize) -> Settings {
+        Settings { width, length_penalty, sep: SEP, longest }
+    }
+
+    /// What the search finds in the language `seed`, and the number of its steps.
+    fn search(seed: u64, settings: Settings) -> (Vec<Hypothesis>, usize) {
+        let (mut beam, mut steps) = (Beam::new(settings), 0);
         while !beam.live().is_empty() {
             let old: Vec<Vec<u32>> = beam.live().iter().map(|h| h.tokens.clone()).collect();
-            let rows: Vec<_> = old.iter().map(|tokens| model(seed, tokens, longest)).collect();
+            let rows: Vec<_> = old.iter().map(|tokens| model(seed, tokens, settings.longest)).collect();
             let parents = beam.step(&rows);
-            assert!(parents.len() == beam.live().len() && parents.len() <= width);
+            assert!(parents.len() == beam.live().len() && parents.len() <= settings.width);
             for (hypothesis, parent) in beam.live().iter().zip(parents) {
                 assert!(hypothesis.tokens.starts_with(&old[parent]));
             }
+            steps += 1;
         }
-        beam.into_finished()
+        (beam.into_finished(), steps)
+    }
+
+    /// The same search without an early end, or one that ends at the first `width` finished captions.
+    fn plain_search(seed: u64, settings: Settings, first_finished: bool) -> (Vec<Hypothesis>, usize) {
+        let Settings { width, longest, .. } = settings;
+        let (mut live, mut finished, mut steps) = (vec![Hypothesis::default()], Vec::new(), 0);
+        while !live.is_empty() && !(first_finished && finished.len() >= width) {
+            let mut candidates: Vec<Hypothesis> = live.iter().flat_map(|h| next(seed, h, longest)).collect();
+            candidates.sort_by(|a, b| b.log_p.total_cmp(&a.log_p));
+            let is_finished = |h: &Hypothesis| h.tokens.last() == Some(&SEP);
+            finished.extend(candidates.iter().take(width).filter(|h| is_finished(h)).cloned());
+            live = candidates.into_iter().filter(|h| !is_finished(h)).take(width).collect();
+            steps += 1;
+        }
+        finished.sort_by(|a, b| score(b, settings.length_penalty).total_cmp(&score(a, settings.length_penalty)));
+        finished.truncate(width);
+        (finished, steps)
+    }
+
+    fn score(hypothesis: &Hypothesis, length_penalty: f64) -> f64 {
+        hypothesis.log_p / (hypothesis.tokens.len() as f64).powf(length_penalty)
+    }
+
+    /// Every way in which `prefix` goes on by a token.
+    fn next(seed: u64, prefix: &Hypothesis, longest: usize) -> Vec<Hypothesis> {
+        let row = model(seed, &prefix.tokens, longest);
+        let possible = row.iter().enumerate().filter(|(_, log_p)| **log_p > f32::NEG_INFINITY);
+        let longer = possible.map(|(token, &log_p)| Hypothesis {
+            tokens: prefix.tokens.iter().copied().chain([token as u32]).collect(),
+            log_p: prefix.log_p + f64::from(log_p),
+        });
+        longer.collect()
     }
 
     fn all(seed: u64, prefix: &Hypothesis, longest: usize, found: &mut Vec<Hypothesis>) {
-        for (token, &log_p) in model(seed, &prefix.tokens, longest).iter().enumerate() {
-            let mut next = prefix.clone();
-            next.tokens.push(token as u32);
-            next.log_p += f64::from(log_p);
-            match token as u32 {
-                SEP => found.push(next),
-                _ if log_p > f32::NEG_INFINITY => all(seed, &next, longest, found),
-                _ => {}
+        for longer in next(seed, prefix, longest) {
+            match longer.tokens.last() {
+                Some(&SEP) => found.push(longer),
+                _ => all(seed, &longer, longest, found),
+            }
+        }
+    }
+
+    const PENALTIES: [f64; 4] = [0.0, 0.6, 1.0, 2.0];
+
+    /// 31 captions. No step has more than 24 candidates, so that a beam of 24 loses none on the way.
+    #[test]
+    fn a_wide_beam_finds_what_trying_everything_finds() {
+        for (seed, penalty) in (0..20).flat_map(|seed| PENALTIES.map(|penalty| (seed, penalty))) {
+            let mut everything = Vec::new();
+            all(seed, &Hypothesis::default(), 5, &mut everything);
+            everything.sort_by(|a, b| score(b, penalty).total_cmp(&score(a, penalty)));
+            assert_eq!(everything.len(), 1 + 2 + 4 + 8 + 16);
+            for width in [24, 1000] {
+                let (found, _) = search(seed, settings(width, penalty, 5));
+                assert_eq!(found, everything[..width.min(31)], "seed {seed}, width {width}, penalty {penalty}");
             }
         }
     }
 
     #[test]
-    fn a_wide_beam_finds_what_trying_everything_finds() {
-        for seed in 0..20 {
-            let mut everything = Vec::new();
-            all(seed, &Hypothesis::default(), 5, &mut everything);
-            everything.sort_by(|a, b| b.score().total_cmp(&a.score()));
-            assert_eq!(everything.len(), 1 + 2 + 4 + 8 + 16);
-            assert_eq!(search(seed, 1000, 5), everything, "seed {seed}");
+    fn a_search_ends_when_nothing_better_can_come_and_no_earlier() {
+        let (mut saved, mut better) = (0, 0);
+        for (seed, penalty) in (0..50).flat_map(|seed| PENALTIES.map(|penalty| (seed, penalty))) {
+            for settings in (2..6).map(|width| settings(width, penalty, 9)) {
+                let (found, steps) = search(seed, settings);
+                let (expected, all_steps) = plain_search(seed, settings, false);
+                assert_eq!(found, expected, "seed {seed}, {settings:?}");
+                assert!(steps <= all_steps);
+                saved += all_steps - steps;
+                let first = plain_search(seed, settings, true).0;
+                better += usize::from(score(&found[0], penalty) > score(&first[0], penalty));
+            }
         }
+        assert!(saved > 500 && better > 50, "{saved} steps saved, {better} better than the first finished captions");
     }
 
     #[test]
@@ -155,14 +255,14 @@ mod tests {
                 let order = likelier(&row);
                 tokens.push((0..VOCABULARY as u32).min_by(|a, b| order(a, b)).unwrap());
             }
-            let found = search(seed, 1, 7);
+            let (found, _) = search(seed, settings(1, 1.0, 7));
             assert_eq!((found.len(), &found[0].tokens), (1, &tokens), "seed {seed}");
         }
     }
 
     #[test]
     fn wider_is_seldom_worse() {
-        let best = |seed, width| search(seed, width, 6)[0].score();
+        let best = |seed, width| search(seed, settings(width, 1.0, 6)).0[0].score();
         let worse = (0..100).filter(|&seed| best(seed, 8) < best(seed, 1) - 1e-9).count();
         let better = (0..100).filter(|&seed| best(seed, 8) > best(seed, 1) + 1e-9).count();
         assert!(worse <= 10 && better >= 20, "{worse} worse, {better} better");

@@ -1,8 +1,8 @@
-//! Pictures to text (paper §2.2): by sampling, greedily, or by beam search.
+//! Image to text (paper §2.2): sampling, greedy decoding or beam search.
 
 use super::{
     Models,
-    beam::Beam,
+    beam::{self, Beam},
     sampling::{Sampling, log_softmax},
 };
 use crate::{
@@ -13,47 +13,48 @@ use crate::{
 };
 use rayon::prelude::*;
 
-/// Captions that are written side by side.
+/// Captions that are generated in one batch.
 const BATCH: usize = 64;
 
-/// How captions are found.
+/// The decoding algorithm for captions.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Decoding {
-    /// Token by token. A picture's captions depend on no other picture; guidance has no meaning here.
+    /// Sampling token by token. An image's captions do not depend on other images; guidance is not used.
     Sample { sampling: Sampling, seed: u64 },
-    /// The likeliest captions that a beam of this width finds.
-    Beam { width: usize },
+    /// The captions of the greatest Σ ln p / lengthᵅ that a beam search finds. `width` hypotheses are continued at each
+    /// step; α is `length_penalty`, at least 0: 1 compares the mean ln p of a token, 0 the sum.
+    Beam { width: usize, length_penalty: f64 },
 }
 
-/// What was said about a picture.
+/// A caption of an image.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Caption {
     pub text: String,
     /// `[CLS]` tokens `[SEP]`.
     pub tokens: Vec<u32>,
-    /// ln p(caption | picture), a token on average.
+    /// Mean ln p of a token of the caption, `[SEP]` included, given the image.
     pub score: f64,
 }
 
-/// A caption on the way by sampling.
+/// A caption that is being sampled.
 #[derive(Default, Clone)]
 struct Line {
     tokens: Vec<u32>,
     log_p: f64,
 }
 
-/// Which tokens may come next.
+/// The tokens that may come next.
 struct Allowed {
-    /// By token.
+    /// For each token: whether it is a special token.
     special: Vec<bool>,
     sep: u32,
-    /// Tokens after `[CLS]`, `[SEP]` included, for which there are positions.
+    /// The most tokens of a caption without `[CLS]`, with `[SEP]`: the positions that the model has.
     longest: usize,
 }
 
 impl Allowed {
-    /// −∞ where the token after `before` others may not come: special tokens never, `[SEP]` never first, and
-    /// nothing else where the positions end.
+    /// Sets the logits of forbidden tokens to −∞, for the token after `before` others: special tokens always, `[SEP]` at
+    /// the first position, and everything but `[SEP]` at the last position.
     fn mask(&self, row: &mut [f32], before: usize) {
         let last = before + 1 >= self.longest;
         for (token, value) in row.iter_mut().enumerate() {
@@ -69,20 +70,27 @@ impl Allowed {
 }
 
 impl Models {
-    /// `count` captions for each picture of codes, the best first; a beam narrower than that gives fewer.
+    /// Up to `count` captions for the codes of each image, best first; a beam of a width below `count` gives fewer.
+    ///
+    /// # Errors
+    /// A logit is not a finite number: the weights are damaged.
     pub fn describe(&self, codes: &[Vec<u32>], decoding: &Decoding, count: usize) -> Result<Vec<Vec<Caption>>> {
         let (vocabulary, sep) = (self.text.vocab_size() as u32, self.text.sep());
         let special = (0..vocabulary).map(|token| self.text.decode(&[token]).is_empty()).collect();
         let allowed = Allowed { special, sep, longest: self.generator.max_text() - 1 };
         let rows = match decoding {
             Decoding::Sample { .. } => count,
-            Decoding::Beam { width } => *width,
+            Decoding::Beam { width, .. } => *width,
         };
         let mut captions = Vec::with_capacity(codes.len());
         for codes in codes.chunks((BATCH / rows.max(1)).max(1)) {
             captions.extend(match decoding {
                 Decoding::Sample { sampling, seed } => self.sample(codes, sampling, *seed, count, &allowed)?,
-                Decoding::Beam { width } => self.search(codes, *width, count, &allowed)?,
+                Decoding::Beam { width, length_penalty } => {
+                    let (sep, longest) = (allowed.sep, allowed.longest);
+                    let settings = beam::Settings { width: *width, length_penalty: *length_penalty, sep, longest };
+                    self.search(codes, settings, count, &allowed)?
+                }
             });
         }
         Ok(captions)
@@ -120,7 +128,7 @@ impl Models {
             if lines.iter().all(|line| line.tokens.last() == Some(&allowed.sep)) {
                 break;
             }
-            // Finished lines go along; what follows their [SEP] is not read.
+            // Finished captions stay in the batch; the tokens after their [SEP] are ignored.
             let last: Vec<u32> = lines.iter().map(|line| line.tokens.last().copied().unwrap_or(allowed.sep)).collect();
             logits = state.logits_next(&last)?;
             rows = (0..lines.len()).collect();
@@ -131,10 +139,16 @@ impl Models {
         Ok(captions)
     }
 
-    fn search(&self, codes: &[Vec<u32>], width: usize, count: usize, allowed: &Allowed) -> Result<Vec<Vec<Caption>>> {
+    fn search(
+        &self,
+        codes: &[Vec<u32>],
+        settings: beam::Settings,
+        count: usize,
+        allowed: &Allowed,
+    ) -> Result<Vec<Vec<Caption>>> {
         let (mut state, mut first) = self.generator.decode_start(Source::Image { codes, cls: self.text.cls() })?;
         let (vocabulary, mut logits) = (state.vocabulary(), first.as_mut_slice());
-        let mut beams: Vec<Beam> = codes.iter().map(|_| Beam::new(width, allowed.sep)).collect();
+        let mut beams: Vec<Beam> = codes.iter().map(|_| Beam::new(settings)).collect();
         loop {
             let mut log_p: Vec<Vec<f32>> = logits.par_chunks(vocabulary).map(log_softmax).collect();
             let (mut first, mut index, mut tokens) = (0, Vec::new(), Vec::new());

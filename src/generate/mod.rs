@@ -1,7 +1,8 @@
-//! Painting and describing with a trained model.
+//! Generation with a trained model: text to image and image to text.
 //!
-//! Reading order: [`sampling`] turns logits into tokens, [`paint`](self) and `caption` decode with them,
-//! `beam` searches for the likeliest caption, `score` measures one. All are methods of [`Models`].
+//! Reading order: [`sampling`] turns logits into tokens, `paint` (text to image) and `caption` (image to text) decode
+//! with it, `beam` is beam search for captions, `score` computes the log-likelihood of a caption. All are methods of
+//! [`Models`].
 
 mod beam;
 mod caption;
@@ -21,7 +22,7 @@ use crate::{
 };
 use image::RgbImage;
 
-/// What it takes to go from text to pictures and back.
+/// The models of both directions: text to image and image to text.
 pub struct Models {
     pub generator: Generator,
     pub image_tokenizer: ImageTokenizer,
@@ -29,13 +30,19 @@ pub struct Models {
 }
 
 impl Models {
-    /// The parts of an opened model folder; the generator decodes with weights stored in `format`.
+    /// Loads the parts of an opened model folder; the generator decodes with weights stored in `format`.
+    ///
+    /// # Errors
+    /// A part is missing, damaged or does not fit the others, or the folder is not a generator's.
     pub fn load(bundle: &Bundle, format: Format) -> Result<Self> {
         let generator = bundle.generator()?.decode_in(format);
         Ok(Self { generator, image_tokenizer: bundle.image_tokenizer()?, text: bundle.text()? })
     }
 
-    /// The codes of square pictures of [`ImageTokenizer::image_size`], in raster order.
+    /// Encodes square images of [`ImageTokenizer::image_size`] pixels: the codes of each image in raster order.
+    ///
+    /// # Errors
+    /// The images differ in size or do not fit the image tokenizer.
     pub fn encode(&self, pictures: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
         if pictures.is_empty() {
             return Ok(Vec::new());

@@ -1,4 +1,4 @@
-//! Text to pictures (paper §2.4): codes one by one, then the image tokenizer's decoder.
+//! Text to image (paper §2.4): codes one by one, then the image tokenizer's decoder.
 
 use super::{
     Models,
@@ -15,23 +15,23 @@ use candle_core::Tensor;
 use image::RgbImage;
 use rayon::prelude::*;
 
-/// Pictures that are painted side by side.
+/// Images that are generated in one batch.
 const BATCH: usize = 64;
 
-/// A picture to paint. What comes out depends on nothing beside it.
+/// An image to generate. The result depends on the prompt and the seed only, not on other jobs in the batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Job {
     pub prompt: String,
     pub seed: u64,
 }
 
-/// A painted picture.
+/// A generated image.
 #[derive(Debug, Clone)]
 pub struct Painting {
     pub picture: RgbImage,
-    /// In raster order.
+    /// The image's codes in raster order.
     pub codes: Vec<u32>,
-    /// ln p(prompt | picture) by the same model, a token on average.
+    /// Mean ln p of a token of the prompt, given the image, by the same model.
     pub score: f64,
 }
 
@@ -44,8 +44,11 @@ struct Draw {
 }
 
 impl Models {
-    /// Paints every job: `best_of` candidates each, of which the one wins that the model itself finds the
-    /// likeliest to be described by its prompt. `advance` hears of painted codes: n for each candidate.
+    /// Generates the image of every job. Of `best_of` candidates for a job, the one with the greatest
+    /// ln p(prompt | image) by the same model is kept. `advance` is called with the number of codes that were generated.
+    ///
+    /// # Errors
+    /// A logit is not a finite number: the weights are damaged.
     pub fn paint(
         &self,
         jobs: &[Job],
@@ -75,7 +78,7 @@ impl Models {
         best.into_iter().map(finish).collect()
     }
 
-    /// The codes of each draw. Prompts are read once, however many candidates they have.
+    /// The codes of each draw. The prefill of a prompt is computed once for all its candidates.
     fn paint_codes(
         &self,
         prompts: &[Vec<u32>],
@@ -88,7 +91,7 @@ impl Models {
         let mut rows: Vec<usize> = draws.iter().map(|draw| draw.job - first).collect();
         let guided = sampling.guidance != 1.0;
         if guided {
-            // A second half of rows paints the same codes without a prompt.
+            // A second half of the rows generates the same codes without a prompt (classifier-free guidance).
             rows.extend(std::iter::repeat_n(sources.len(), draws.len()));
             sources.push(self.text.encode("", self.generator.max_text())?);
         }
@@ -111,7 +114,7 @@ impl Models {
         Ok(codes)
     }
 
-    /// The picture of codes in raster order. One at a time, so that a picture's bytes depend on no other.
+    /// Decodes codes in raster order to an image. One image at a time, so that its bytes do not depend on others.
     fn picture(&self, codes: &[u32]) -> Result<RgbImage> {
         let device = &runtime::device()?;
         let pixels = self.image_tokenizer.decode(&Tensor::from_slice(codes, (1, codes.len()), device)?)?;
@@ -119,7 +122,7 @@ impl Models {
     }
 }
 
-/// logits (rows, vocabulary), with a second half of unconditional rows under guidance → the next code of each draw.
+/// Logits `(rows, vocabulary)` → the next code of each draw. With guidance, the second half of the rows is unconditional.
 fn next_codes(values: &mut [f32], draws: &[Draw], sampling: &Sampling, position: u64) -> Result<Vec<u32>> {
     let guided = sampling.guidance != 1.0;
     let vocabulary = values.len() / draws.len() / if guided { 2 } else { 1 };

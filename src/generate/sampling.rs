@@ -7,14 +7,14 @@ use crate::{
 };
 use std::cmp::Ordering;
 
-/// How tokens are drawn.
+/// How a token is sampled.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
-    /// Divides the logits; 0 takes the likeliest token.
+    /// Divides the logits; 0 takes the most likely token.
     pub temperature: f64,
-    /// Only the K likeliest tokens are drawn; 0: all.
+    /// Sample only from the K most likely tokens; 0: from all.
     pub top_k: usize,
-    /// Only the likeliest tokens that make up this probability are drawn; 1: all.
+    /// Nucleus sampling: sample only from the most likely tokens that make up this probability; 1: from all.
     pub top_p: f64,
     /// Classifier-free guidance scale; 1: none.
     pub guidance: f64,
@@ -28,7 +28,7 @@ impl From<&config::Sample> for Sampling {
 }
 
 impl Sampling {
-    /// Always the likeliest token.
+    /// Always the most likely token.
     pub const GREEDY: Self = Self { temperature: 0.0, top_k: 0, top_p: 1.0, guidance: 1.0 };
 
     /// Draws a token; `unit` in `0..1` decides. Tokens at −∞ are never drawn, and ties go to the lower token.

@@ -1,4 +1,4 @@
-//! How likely the model finds a text for a picture.
+//! The log-likelihood of a text, given an image.
 
 use super::Models;
 use crate::{
@@ -10,11 +10,15 @@ use crate::{
 use candle_core::DType;
 use rayon::prelude::*;
 
-/// Pairs measured at once: their logits over the whole vocabulary are in memory together.
+/// Pairs in one batch: their logits over the whole vocabulary are in memory together.
 const BATCH: usize = 16;
 
 impl Models {
-    /// ln p(text | picture) a token, `[SEP]` among them, for each pair of codes and `[CLS]` tokens `[SEP]`.
+    /// Mean ln p of a token of the text, `[SEP]` included, given the image: for each pair of an image's codes (raster
+    /// order) and a text (`[CLS]` tokens `[SEP]`).
+    ///
+    /// # Errors
+    /// The numbers of images and texts differ, or a code or token is not in the vocabulary.
     pub fn score(&self, codes: &[Vec<u32>], texts: &[&[u32]]) -> Result<Vec<f64>> {
         ensure!(codes.len() == texts.len(), "{} pictures and {} texts", codes.len(), texts.len());
         let mut scores = Vec::with_capacity(codes.len());

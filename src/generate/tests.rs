@@ -107,6 +107,40 @@ fn pictures(models: &Models) -> Vec<Vec<u32>> {
     models.paint(&jobs(&["一", "月星", "弯"], 1), &SAMPLING, 1, |_| {}).unwrap().into_iter().map(|p| p.codes).collect()
 }
 
+fn beam(width: usize) -> Decoding {
+    Decoding::Beam { width, length_penalty: 1.0 }
+}
+
+/// Every caption that a model can give: one to four of six words.
+fn every_caption() -> Vec<Vec<u32>> {
+    let mut shorter = vec![vec![2]];
+    let mut all = Vec::new();
+    for _ in 0..4 {
+        shorter = shorter.iter().flat_map(|c| (5..11).map(|word| [c.as_slice(), &[word]].concat())).collect();
+        all.extend(shorter.iter().map(|c| [c.as_slice(), &[3]].concat()));
+    }
+    all
+}
+
+#[test]
+fn a_beam_without_limits_finds_the_best_of_all_captions() {
+    let models = tiny();
+    let (codes, all) = (pictures(&models).remove(1), every_caption());
+    let texts: Vec<&[u32]> = all.iter().map(Vec::as_slice).collect();
+    let means = models.score(&vec![codes.clone(); all.len()], &texts).unwrap();
+    for length_penalty in [0.0, 1.0, 3.0] {
+        let decoding = Decoding::Beam { width: 1296 * 7, length_penalty };
+        let found = models.describe(std::slice::from_ref(&codes), &decoding, all.len()).unwrap().remove(0);
+        assert_eq!(found.len(), all.len());
+        let penalized = |mean: f64, tokens: usize| mean * ((tokens - 1) as f64).powf(1.0 - length_penalty);
+        let mut scores: Vec<f64> = means.iter().zip(&all).map(|(&mean, c)| penalized(mean, c.len())).collect();
+        scores.sort_by(|a, b| b.total_cmp(a));
+        for (caption, score) in found.iter().zip(scores) {
+            assert!((penalized(caption.score, caption.tokens.len()) - score).abs() < 1e-3, "{caption:?} {score}");
+        }
+    }
+}
+
 #[test]
 fn captions_hold_no_special_tokens_and_their_scores_are_the_model_s() {
     let models = tiny();
@@ -115,13 +149,13 @@ fn captions_hold_no_special_tokens_and_their_scores_are_the_model_s() {
     for decoding in [
         Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 },
         Decoding::Sample { sampling: hot, seed: 4 },
-        Decoding::Beam { width: 1 },
-        Decoding::Beam { width: 5 },
+        beam(1),
+        beam(5),
     ] {
         let captions = models.describe(&codes, &decoding, 5).unwrap();
         assert_eq!(captions.len(), 3);
         for (codes, captions) in codes.iter().zip(captions) {
-            assert_eq!(captions.len(), if decoding == (Decoding::Beam { width: 1 }) { 1 } else { 5 });
+            assert_eq!(captions.len(), if decoding == beam(1) { 1 } else { 5 });
             assert!(captions.windows(2).all(|pair| pair[0].score >= pair[1].score), "best first");
             for caption in captions {
                 let (first, rest) = (caption.tokens[0], &caption.tokens[1..]);
@@ -140,7 +174,7 @@ fn captions_depend_on_their_own_picture_alone() {
     let models = tiny();
     let codes = pictures(&models);
     let hot = Sampling { temperature: 3.0, ..Sampling::GREEDY };
-    for decoding in [Decoding::Sample { sampling: hot, seed: 4 }, Decoding::Beam { width: 3 }] {
+    for decoding in [Decoding::Sample { sampling: hot, seed: 4 }, beam(3)] {
         let together = models.describe(&codes, &decoding, 3).unwrap();
         for (codes, captions) in codes.iter().zip(together) {
             let alone = models.describe(std::slice::from_ref(codes), &decoding, 3).unwrap().remove(0);
@@ -157,7 +191,7 @@ fn greedy_is_a_beam_of_one_and_follows_the_logits() {
         let describe =
             |decoding| models.describe(std::slice::from_ref(&codes), &decoding, 1).unwrap()[0][0].tokens.clone();
         let greedy = describe(Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 });
-        assert_eq!(describe(Decoding::Beam { width: 1 }), greedy);
+        assert_eq!(describe(beam(1)), greedy);
         let source = Source::Image { codes: std::slice::from_ref(&codes), cls: 2 };
         let (mut state, mut logits) = models.generator.decode_start(source).unwrap();
         for (i, &token) in greedy[1..].iter().enumerate() {
@@ -195,7 +229,7 @@ fn a_damaged_model_is_an_error() {
     }
     let error = models.paint(&jobs(&["月"], 0), &SAMPLING, 1, |_| {}).unwrap_err();
     assert!(error.to_string().contains("damaged"), "{error}");
-    for decoding in [Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 }, Decoding::Beam { width: 2 }] {
+    for decoding in [Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 }, beam(2)] {
         assert!(models.describe(&codes, &decoding, 1).unwrap_err().to_string().contains("damaged"));
     }
 }

@@ -50,6 +50,32 @@ fn what_init_prints_is_a_configuration() {
 }
 
 #[test]
+fn the_version_names_commit_features_and_target() {
+    let long = String::from_utf8(vilg(&["--version"]).output().unwrap().stdout).unwrap();
+    assert_eq!(long, format!("vilg {}\n", vilg::report::version()));
+    let short = String::from_utf8(vilg(&["-V"]).output().unwrap().stdout).unwrap();
+    assert_eq!(short, format!("vilg {}\n", vilg::report::version().version));
+    let doctor = vilg(&["doctor", "--json"]).output().unwrap().stdout;
+    let doctor: serde_json::Value = serde_json::from_slice(&doctor).unwrap();
+    assert!(doctor["threads"].is_u64() && doctor["vector_units"].is_array(), "{doctor}");
+    assert!(doctor["memory_bytes"].is_u64() || doctor["memory_bytes"].is_null(), "{doctor}");
+}
+
+#[test]
+fn quiet_prints_no_notes_and_verbose_prints_details() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("moon.png");
+    let stderr = |flag: &[&str]| {
+        let output = vilg(&["t2i", "ไทย", "-o"]).arg(&file).args(flag).output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let (quiet, verbose) = (stderr(&["-q"]), stderr(&["-v"]));
+    assert!(quiet.starts_with("warning: ") && quiet.lines().count() == 1, "{quiet}");
+    assert!(verbose.contains("vilg 0.") && verbose.contains("model demo loaded"), "{verbose}");
+}
+
+#[test]
 fn json_results_are_json() {
     for args in [["doctor", "--json"].as_slice(), &["config", "show", "--json"], &["config", "check", "--json"]] {
         let output = vilg(args).output().unwrap();

@@ -105,6 +105,79 @@ fn painting() {
 }
 
 #[test]
+fn prompts_from_stdin_and_files_and_images_to_stdout() {
+    let folder = folder();
+    let at = folder.path();
+    assert!(run(at, &["t2i", "红月", "-o", "expected.png"]).0.status.success());
+    let expected = fs::read(at.join("expected.png")).unwrap();
+    fs::write(at.join("prompts.txt"), "\u{feff}红月\r\n\n月\n").unwrap();
+    fs::write(at.join("one.txt"), "红月").unwrap();
+    for (args, stdin) in [(&["t2i", "-", "-o", "-"][..], true), (&["t2i", "--prompts", "one.txt", "-o", "-"], false)] {
+        let mut command = vilg(args);
+        command.args(["--model", "model"]).current_dir(at);
+        if stdin {
+            command.stdin(fs::File::open(at.join("one.txt")).unwrap());
+        }
+        let output = command.output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+        assert!(output.status.success() && output.stdout == expected, "{args:?}");
+    }
+    let (output, stdout, stderr) = run(at, &["t2i", "--prompts", "prompts.txt", "--each", "-o", "p.png"]);
+    assert!(output.status.success() && stdout == "p-1.png\np-2.png\n", "{stdout} {stderr}");
+    assert_eq!(fs::read(at.join("p-1.png")).unwrap(), expected);
+    // The folder of a run stands for its model.
+    let output = vilg(&["t2i", "红月", "-o", "run.png", "--model", "."]).current_dir(at).output().unwrap();
+    assert!(output.status.success() && fs::read(at.join("run.png")).unwrap() == expected);
+}
+
+#[test]
+fn outputs_that_cannot_be_written_are_refused_before_the_work() {
+    let folder = folder();
+    let at = folder.path();
+    fs::write(at.join("file"), "x").unwrap();
+    fs::create_dir(at.join("folder.png")).unwrap();
+    fs::write(at.join("bad.txt"), b"\xe6\x9c\x88\n\xff").unwrap();
+    for (args, said) in [
+        (&["t2i", "月", "-o", "folder.png"][..], "is a folder"),
+        (&["t2i", "月", "-o", "file/a.png"], "cannot write file/a.png"),
+        (&["t2i", "--prompts", "folder.png"], "cannot read folder.png"),
+        (&["t2i", "--prompts", "none.txt"], "cannot read none.txt"),
+        (&["t2i", "--prompts", "bad.txt"], "bad.txt, line 2: not UTF-8"),
+        (&["t2i", "--prompts", "file", "-o", "a.txt"], "PNG"),
+        (&["eval", "recon", "--data", "none", "--sheet", "folder.png"], "is a folder"),
+    ] {
+        let (output, stdout, stderr) = run(at, args);
+        assert!(matches!(output.status.code(), Some(1 | 2)) && stdout.is_empty(), "{args:?} {stderr}");
+        assert!(stderr.contains(said) && stderr.contains("hint: "), "{args:?} {stderr}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn odd_file_names_are_printed_safely() {
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+    let folder = folder();
+    let at = folder.path();
+    write_png(&at.join("a\u{1b}[2J.png"), &picture(90)).unwrap();
+    write_png(&at.join(OsStr::from_bytes(b"b\xff.png")), &picture(90)).unwrap();
+    let caption = |json: bool| {
+        let mut command = vilg(&["caption", "a\u{1b}[2J.png"]);
+        command.arg(OsStr::from_bytes(b"b\xff.png")).arg("none\u{1b}[2J.png").args(["--model", "model"]);
+        let output = command.args(json.then_some("--json")).current_dir(at).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(!output.stdout.contains(&0x1b) && !output.stderr.contains(&0x1b));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert!(caption(false).contains("a\\u{1b}[2J.png\t"));
+    let captions = lines(&caption(true));
+    assert_eq!(captions[0]["image"], "a\u{1b}[2J.png");
+    assert_eq!(captions[1]["image"], "b\u{fffd}.png");
+    let mut command = vilg(&["tokenize", "--json", "--model", "tokenizer"]);
+    command.arg(OsStr::from_bytes(b"b\xff.png")).current_dir(at);
+    assert!(command.output().unwrap().status.success());
+}
+
+#[test]
 fn odd_prompts() {
     let folder = folder();
     let paint = |prompt: &str| {

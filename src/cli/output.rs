@@ -1,0 +1,47 @@
+//! Output files: refused before hours of work, not after.
+
+use crate::error::{Hint, Result, ensure, usage};
+use std::{fs, path::Path};
+
+/// Checks that the file `path` of the option `option` can be written, and makes the folders on the way. An existing file
+/// keeps its content.
+///
+/// # Errors
+/// `path` is a folder, or the file or its folder cannot be written.
+pub fn check(path: &Path, option: &str) -> Result<()> {
+    let name = path.display();
+    ensure!(!path.is_dir(), usage(format_args!("{option} {name} is a folder"), "name a file in it"));
+    let hint = format!("choose another file with {option}");
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    folder.map_or(Ok(()), fs::create_dir_all).hint(format_args!("cannot write {name}"), &hint)?;
+    // Pipes and devices are opened once, when there is something to write.
+    let exists = path.exists();
+    if exists && !path.is_file() {
+        return Ok(());
+    }
+    fs::File::options().append(true).create(true).open(path).hint(format_args!("cannot write {name}"), &hint)?;
+    if !exists {
+        fs::remove_file(path).hint(format_args!("cannot write {name}"), hint)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_cannot_be_written_is_refused_and_nothing_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a.png");
+        check(&file, "-o").unwrap();
+        assert!(!file.exists());
+        fs::write(&file, "old").unwrap();
+        check(&file, "-o").unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "old");
+        assert!(check(folder.path(), "-o").unwrap_err().to_string().contains("is a folder"));
+        assert!(check(&file.join("b.png"), "-o").unwrap_err().to_string().contains("cannot write"));
+        check(&folder.path().join("new/b.png"), "-o").unwrap();
+        assert!(folder.path().join("new").read_dir().unwrap().next().is_none());
+    }
+}
