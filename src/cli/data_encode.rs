@@ -4,13 +4,19 @@ use crate::{
     bundle::{self, Bundle},
     config,
     data::{CodesInfo, Encoder, Source},
-    error::{Hint, Result},
+    error::{Hint, Result, ensure, failed},
     report,
 };
 use std::{fs, path::PathBuf};
 
-/// Turn shards of pictures into shards of image codes; run it again to go on where it stopped
+/// Encode shards of images as shards of image codes; run it again to continue where it stopped
 #[derive(clap::Args)]
+#[command(
+    after_help = "Each output shard records its source (samples, sizes, modification times) and the tokenizer. A shard \
+    whose source is unchanged is kept, one whose source changed is encoded again, and one of another source is never \
+    replaced. Images of folders are stored under their path without dots. A source shard without a usable sample is \
+    reported, and the exit code is then 1."
+)]
 pub struct Args {
     /// Shards or folders, as for `vilg data inspect`
     #[arg(required = true, value_name = "SOURCE")]
@@ -18,13 +24,13 @@ pub struct Args {
     /// Model folder with the image tokenizer
     #[arg(short, long, value_name = "DIR")]
     model: String,
-    /// Folder for the shards; those that stand there already are kept
+    /// Folder for the shards
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
-    /// Pictures that are encoded at once
-    #[arg(long, default_value_t = 32, value_name = "N")]
-    batch: usize,
-    /// Stop when more than this share of the samples is bad
+    /// Images that are encoded at once
+    #[arg(long, default_value_t = 32, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    batch: u16,
+    /// Stop when more than this share of the samples is bad (0: at the first bad sample)
     #[arg(long, default_value_t = config::Data::default().max_bad_ratio, value_name = "RATIO")]
     max_bad_ratio: f64,
 }
@@ -40,7 +46,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         tokenizer: &tokenizer,
         info,
         output: args.output.clone(),
-        batch_size: args.batch,
+        batch_size: args.batch.into(),
         max_bad_ratio: args.max_bad_ratio,
     };
     let bar = report::bar(sources.iter().map(Source::len).sum(), "encoding");
@@ -50,20 +56,30 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     if done.bad.total() > 0 {
         report::warn(format_args!("left out: {}", done.bad));
     }
+    if done.ignored.total() > 0 {
+        report::warn(format_args!("ignored: {}", done.ignored));
+    }
     if json {
         report::json(&done);
     } else {
         let (shards, skipped) = (done.shards, done.skipped_shards);
         let output = args.output.display();
         report::result(format_args!(
-            "{output}: {} samples in {shards} shards; {skipped} shards were there",
+            "{output}: {} samples in {shards} shards; {skipped} shards were finished before",
             done.samples
         ));
     }
+    let message = format!("{} shards have no usable sample: {}", done.unusable_shards, done.bad);
+    let hint = "repair or remove them and run this again; the other shards are complete";
+    ensure!(done.unusable_shards == 0, failed(message, hint));
+    ensure!(
+        done.shards + done.skipped_shards > 0,
+        failed(format_args!("no samples: {}", done.bad), "`vilg data inspect PATH` shows what a source contains")
+    );
     Ok(())
 }
 
-/// The licences of the pictures hold for their codes as well.
+/// The licences of the images apply to their codes as well.
 fn copy_attribution(args: &Args) -> Result<()> {
     let sources: Vec<config::Source> =
         args.sources.iter().map(|path| config::Source { path: path.clone(), weight: 1.0 }).collect();

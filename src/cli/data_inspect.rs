@@ -5,14 +5,15 @@ use crate::{
         Source,
         inspect::{Findings, Inspection, Spread, inspect},
     },
-    error::Result,
+    error::{Result, failed},
     report,
 };
 
-/// Read every sample and tell what is there: counts, sizes, captions, what is bad and why
+/// Read every sample and print counts, image sizes, caption lengths, and bad samples by cause
 #[derive(clap::Args)]
+#[command(after_help = "The exit code is 1 if one of the paths contains no readable image or codes.")]
 pub struct Args {
-    /// Tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), folders of shards, folders of pictures
+    /// Tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), folders of shards, folders of images
     #[arg(required = true, value_name = "PATH")]
     paths: Vec<String>,
 }
@@ -24,6 +25,10 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     bar.finish_and_clear();
     for inspection in &inspections {
         if json { report::json(inspection) } else { print(inspection) }
+    }
+    if let Some(Inspection { path, .. }) = inspections.iter().find(|inspection| !inspection.found.usable()) {
+        let hint = "a source is tar shards, or a folder with images and their captions (`a.jpg` and `a.txt`)";
+        return Err(failed(format_args!("`{path}` has no usable sample"), hint));
     }
     Ok(())
 }
@@ -42,6 +47,9 @@ fn print(inspection: &Inspection) {
     }
     let bad = if found.bad.total() == 0 { "none".to_owned() } else { found.bad.to_string() };
     report::result(format_args!("bad: {bad}"));
+    if found.ignored.total() > 0 {
+        report::result(format_args!("ignored: {}", found.ignored));
+    }
     if let Some((key, caption)) = &found.example {
         report::result(format_args!("example: {key} {caption}"));
     }

@@ -17,10 +17,10 @@ pub struct Args {
     /// The file to write, one token a line
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// Tokens at most
-    #[arg(long, default_value_t = 8192, value_name = "N")]
-    size: usize,
-    /// Read at most about so many samples, evenly spread
+    /// Largest number of tokens, special tokens included
+    #[arg(long, default_value_t = 8192, value_name = "N", value_parser = clap::value_parser!(u32).range(6..=1_000_000))]
+    size: u32,
+    /// Largest number of samples that are read, evenly spread over the sources
     #[arg(long, default_value_t = 1_000_000, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     samples: u64,
 }
@@ -31,24 +31,30 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let dataset = Dataset::open(&data, Kind::Captions)?;
     let total: u64 = dataset.shares().iter().map(|(samples, _)| samples).sum();
     let bar = report::bar(total, "reading captions");
-    let (mut captions, mut bad) = (Vec::new(), BadCounts::default());
+    let (mut captions, mut bad, mut ignored) = (Vec::new(), dataset.bad.clone(), BadCounts::default());
     let mut read = 0;
     for record in dataset.records(total.div_ceil(args.samples)) {
         read += 1;
         bar.set_position(read * total.div_ceil(args.samples));
         match record {
-            Ok(record) => captions.extend(record.captions),
+            Ok(record) => {
+                captions.extend(record.captions);
+                record.ignored.into_iter().for_each(|one| ignored.add(one));
+            }
             Err(one) => bad.add(one),
         }
     }
     bar.finish_and_clear();
     if captions.is_empty() {
-        return Err(failed(format_args!("no captions: {bad}"), "`vilg data inspect` tells what is there"));
+        return Err(failed(format_args!("no captions: {bad}"), "`vilg data inspect` shows what a source contains"));
     }
     if bad.total() > 0 {
         report::warn(format_args!("left out: {bad}"));
     }
-    let vocab = text::train(captions.iter().map(String::as_str), args.size)?;
+    if ignored.total() > 0 {
+        report::warn(format_args!("ignored: {ignored}"));
+    }
+    let vocab = text::train(captions.iter().map(String::as_str), args.size as usize)?;
     let file = args.output.display();
     fs::write(&args.output, &vocab).hint(format_args!("cannot write {file}"), "choose another place with -o")?;
     let (tokens, captions) = (vocab.lines().count(), captions.len());

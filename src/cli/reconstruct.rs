@@ -4,7 +4,7 @@ use crate::{
     bundle::{Bundle, DEMO_NAME},
     data::{
         image::{from_pixels, open_picture, square, to_pixels},
-        paths, picture,
+        keys, paths, picture,
     },
     error::{Result, ensure, failed, usage},
     eval::similarity::psnr,
@@ -18,19 +18,23 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Turn pictures into image codes and back: what the transformer can see and paint of them
+/// Most pixels of an image that is processed whole: about 40 bytes of memory each.
+const MAX_WHOLE_PIXELS: u64 = 4096 * 4096;
+
+/// Encode images as image codes and decode them again: the upper bound of what the transformer can generate
 #[derive(clap::Args)]
 #[command(
-    after_help = "Of a folder, every picture in it and below is written under its own name into the folder of `-o`; \
-    those that cannot be read are reported, and the exit code is then 1."
+    after_help = "Of a folder, every image in it and in its subfolders is written to the folder of `-o`, as a PNG under \
+    its path without dots (`x.jpg` beside `x.png`: `x.png` and `x_png.png`). Images that cannot be read are reported, \
+    and the exit code is then 1. A source image is never overwritten."
 )]
 pub struct Args {
-    /// Picture file, or folder of pictures
+    /// Image file, or folder of images
     image: PathBuf,
     /// PNG file (or folder) to write
     #[arg(short, long, value_name = "FILE|DIR", default_value = "reconstruction.png")]
     output: PathBuf,
-    /// Take whole pictures in their own size, tile by tile, instead of their centred squares
+    /// Process whole images at their own size (at most 4096x4096 pixels), tile by tile, instead of their centred squares
     #[arg(long)]
     whole: bool,
     /// Model folder with the image tokenizer
@@ -41,25 +45,46 @@ pub struct Args {
 pub fn run(args: Args, json: bool) -> Result<()> {
     let tokenizer = Bundle::open(&args.model)?.image_tokenizer()?;
     if !args.image.is_dir() {
+        let same = same_file(&args.image, &args.output);
+        ensure!(
+            !same,
+            usage(format_args!("{} is the image itself", args.output.display()), "name another file with -o")
+        );
         return one(&tokenizer, &args.image, &args.output, args.whole, json);
     }
-    let hint = "name a folder with -o: each picture is written there under its own name";
+    let hint = "name a folder with -o: each image is written there under its own name";
     let folder = args.output.is_dir() || args.output.extension().is_none();
-    ensure!(folder, usage(format_args!("{} is no folder", args.output.display()), hint));
-    let images = paths::find(&args.image.display().to_string())?.images;
+    ensure!(folder, usage(format_args!("{} is not a folder", args.output.display()), hint));
+    let found = paths::find(&args.image.display().to_string())?;
+    if found.bad.total() > 0 {
+        report::warn(format_args!("left out: {}", found.bad));
+    }
+    let images = found.images;
     let hint = "`vilg eval recon` measures tar shards";
-    ensure!(!images.is_empty(), usage(format_args!("no pictures in {}", args.image.display()), hint));
+    ensure!(!images.is_empty(), usage(format_args!("no images in {}", args.image.display()), hint));
+    let keys = keys(images.iter().map(|(_, below)| below.as_path()));
+    let outputs: Vec<PathBuf> = keys.iter().map(|key| args.output.join(format!("{key}.png"))).collect();
+    let sources: BTreeSet<PathBuf> = images.iter().filter_map(|(image, _)| image.canonicalize().ok()).collect();
+    let source = |output: &&PathBuf| output.canonicalize().is_ok_and(|path| sources.contains(&path));
+    if let Some(output) = outputs.iter().find(source) {
+        let message = format!("{} is one of the images and would be overwritten", output.display());
+        return Err(usage(message, "name another folder with -o"));
+    }
     let mut unread = 0;
-    for image in &images {
-        let name = image.strip_prefix(&args.image).unwrap_or(image).with_extension("png");
-        if let Err(e) = one(&tokenizer, image, &args.output.join(name), args.whole, json) {
+    for ((image, _), output) in images.iter().zip(&outputs) {
+        if let Err(e) = one(&tokenizer, image, output, args.whole, json) {
             report::error(&e);
             unread += 1;
         }
     }
-    let message = format!("{unread} of {} pictures were not reconstructed", images.len());
+    let message = format!("{unread} of {} images were not reconstructed", images.len());
     ensure!(unread == 0, failed(message, "the others are complete"));
     Ok(())
+}
+
+/// Whether two paths lead to one file.
+fn same_file(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
 fn one(tokenizer: &ImageTokenizer, image: &Path, output: &Path, whole: bool, json: bool) -> Result<()> {
@@ -89,6 +114,12 @@ fn one(tokenizer: &ImageTokenizer, image: &Path, output: &Path, whole: bool, jso
 
 fn in_tiles(tokenizer: &ImageTokenizer, picture: &RgbImage) -> Result<(RgbImage, Vec<u32>)> {
     let (width, height) = picture.dimensions();
+    let pixels = u64::from(width) * u64::from(height);
+    let hint = "scale it down, cut it into parts, or leave out --whole";
+    ensure!(
+        pixels <= MAX_WHOLE_PIXELS,
+        failed(format_args!("{width}x{height} pixels are too many for --whole: at most {MAX_WHOLE_PIXELS}"), hint)
+    );
     let grid = tokenizer.encode_whole(&to_pixels([picture])?.squeeze(0)?)?;
     let pixels = tokenizer.decode_whole(&grid, height as usize, width as usize)?;
     Ok((from_pixels(&pixels.unsqueeze(0)?)?.swap_remove(0), grid.codes))

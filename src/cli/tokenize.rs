@@ -2,21 +2,24 @@
 
 use crate::{
     bundle::{Bundle, DEMO_NAME},
-    data::image::{open_square, to_pixels},
+    data::{
+        image::{open_square, to_pixels},
+        printable,
+    },
     error::{Result, ensure, failed},
     report,
 };
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Show pictures as the image codes that the transformer reads and writes
+/// Print the image codes of images
 #[derive(clap::Args)]
 #[command(
-    after_help = "Prints a line a picture: its name and its codes row by row. A picture that cannot be read is reported \
-    and the others go on; the exit code is then 1."
+    after_help = "Prints one line per image: its name and its codes in raster order. Images that cannot be read are \
+    reported, and the exit code is then 1."
 )]
 pub struct Args {
-    /// Picture files; their centred square is taken
+    /// Image files; the centred square of each is encoded
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<PathBuf>,
     /// Model folder with the image tokenizer
@@ -40,10 +43,10 @@ pub fn run(args: Args, json: bool) -> Result<()> {
             report::json(&json!({ "image": report::path(path), "grid": tokenizer.grid(), "codes": codes }));
         } else {
             let codes: Vec<String> = codes.iter().map(u32::to_string).collect();
-            report::result(format_args!("{}\t{}", path.display(), codes.join(" ")));
+            report::result(format_args!("{}\t{}", printable(&path.display().to_string()), codes.join(" ")));
         }
     }
-    let message = format!("{unread} of {} pictures cannot be read", args.images.len());
+    let message = format!("{unread} of {} images cannot be read", args.images.len());
     ensure!(unread == 0, failed(message, "the codes of the others are complete"));
     Ok(())
 }

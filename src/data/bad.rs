@@ -10,7 +10,9 @@ use std::{collections::BTreeMap, fmt};
 pub enum Cause {
     /// The file cannot be opened or read.
     Unreadable,
-    /// The tar is cut or damaged from here on.
+    /// The file is not a tar archive: compressed, a table, text.
+    NotATar,
+    /// The tar archive is cut or damaged here.
     BrokenTar,
     /// An absolute name, `..`, control characters, or not UTF-8.
     UnsafeName,
@@ -20,8 +22,14 @@ pub enum Cause {
     Duplicate,
     /// A member, sample or header beyond our limits.
     TooLarge,
-    /// There is no picture.
+    /// A symbolic link whose target does not exist.
+    DanglingLink,
+    /// A file of a folder that is neither an image, a caption nor a shard.
+    UnknownKind,
+    /// There is no image.
     NoImage,
+    /// An image in a format that is not decoded (AVIF, SVG, …).
+    UnsupportedImage,
     /// The picture cannot be decoded.
     BadImage,
     /// The picture's header announces more pixels than we decode.
@@ -53,9 +61,16 @@ pub struct Bad {
 }
 
 impl Bad {
+    /// A bad sample at `place`; control characters of file names are escaped.
     pub fn new(cause: Cause, place: impl fmt::Display) -> Self {
-        Self { cause, place: place.to_string() }
+        Self { cause, place: printable(&place.to_string()) }
     }
+}
+
+/// Text from a file name as it may be shown on a terminal: control characters are escaped.
+pub fn printable(text: &str) -> String {
+    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    if text.chars().any(char::is_control) { text.chars().map(escape).collect() } else { text.to_owned() }
 }
 
 /// Bad samples counted by cause, with the first few places of each.
@@ -71,10 +86,11 @@ struct Found {
 /// Places that are kept for each cause.
 const EXAMPLES: usize = 3;
 
-/// Samples that must have been read before the bad ratio can end a run.
+/// Samples that must have been read before a bad ratio above 0 can end a run.
 const MIN_READ: u64 = 100;
 
 impl BadCounts {
+    /// Counts one bad sample.
     pub fn add(&mut self, bad: Bad) {
         let found = self.0.entry(bad.cause).or_default();
         found.count += 1;
@@ -83,6 +99,7 @@ impl BadCounts {
         }
     }
 
+    /// Adds the counts of `other`; its places follow ours.
     pub fn merge(&mut self, other: Self) {
         for (cause, from) in other.0 {
             let found = self.0.entry(cause).or_default();
@@ -92,14 +109,16 @@ impl BadCounts {
         }
     }
 
+    /// Bad samples of all causes.
     pub fn total(&self) -> u64 {
         self.0.values().map(|found| found.count).sum()
     }
 
-    /// Fails when more than `max_ratio` of the `read` samples were bad.
+    /// Fails when more than `max_ratio` of the `read` samples were bad. A ratio above 0 is not judged before 100
+    /// samples were read; 0 allows no bad sample at all.
     pub fn check(&self, read: u64, max_ratio: f64) -> Result<()> {
         let total = self.total();
-        if read < MIN_READ || total as f64 <= max_ratio * read as f64 {
+        if (read < MIN_READ && max_ratio > 0.0) || total as f64 <= max_ratio * read as f64 {
             return Ok(());
         }
         Err(failed(

@@ -3,18 +3,23 @@
 use super::{
     bad::{Bad, BadCounts, Cause},
     codes::CodesInfo,
+    files::open_regular,
+    keys::keys,
+    members::Members,
     paths,
-    record::{Kind, Record},
-    tar::{self, Members, Place},
+    record::{Kind, Record, wants},
+    tar::{self, Place},
 };
 use crate::{
     config,
-    error::{Hint, Result, ensure, failed, usage},
+    error::{Context, Hint, Result, ensure, failed, usage},
 };
 use rayon::prelude::*;
 use std::{
-    fs, io,
+    fs,
+    io::{self, Read},
     path::{Path, PathBuf},
+    time::UNIX_EPOCH,
 };
 
 /// Largest file of a folder of pairs that is read.
@@ -24,37 +29,51 @@ const MAX_FILE: u64 = 64 << 20;
 #[derive(Debug)]
 pub struct Dataset {
     pub sources: Vec<Source>,
-    /// What was wrong with the shards themselves.
+    /// Damage of the shards and folders themselves.
     pub bad: BadCounts,
     kind: Kind,
     codes: Option<CodesInfo>,
 }
 
-/// One source: its shards one behind the other.
+/// One source: a sequence of shards.
 #[derive(Debug)]
 pub struct Source {
+    /// As the user wrote it.
     pub path: String,
+    /// How often an epoch shows each of its samples.
     pub weight: f64,
     pub shards: Vec<Shard>,
+    /// Images and shards of its folders that cannot be used.
+    pub bad: BadCounts,
+    /// Other files of its folders that no sample is made of.
+    pub ignored: BadCounts,
     /// Number of samples up to and with each shard.
     ends: Vec<u64>,
 }
 
-/// A tar shard, or the pictures of a folder.
+/// A tar shard, or the images of a folder.
 #[derive(Debug)]
 pub struct Shard {
     pub path: PathBuf,
     /// Path below the source's folder, the name under which derived shards are written.
     pub name: PathBuf,
     samples: Samples,
-    /// What was wrong with this shard.
+    /// Damage of the shard itself.
     pub bad: BadCounts,
 }
 
 #[derive(Debug)]
 enum Samples {
     Tar(Vec<Place>),
-    Files(Vec<PathBuf>),
+    Files(Vec<ImageFile>),
+}
+
+/// An image of a folder.
+#[derive(Debug)]
+struct ImageFile {
+    path: PathBuf,
+    /// Unique among the images of its source, without dots.
+    key: String,
 }
 
 impl Dataset {
@@ -65,19 +84,17 @@ impl Dataset {
         let sources = config.sources.iter().map(|source| Source::open(&source.path, source.weight));
         let sources = sources.collect::<Result<Vec<_>>>()?;
         let mut bad = BadCounts::default();
-        for shard in sources.iter().flat_map(|source| &source.shards) {
-            bad.merge(shard.bad.clone());
-        }
+        sources.iter().for_each(|source| bad.merge(source.damage()));
         if let Some(source) = sources.iter().find(|source| source.is_empty()) {
             let message = format!("no samples in `{}`", source.path);
             let message = if bad.total() == 0 { message } else { format!("{message}: {bad}") };
-            return Err(failed(message, "`vilg data inspect PATH` tells what is there"));
+            return Err(failed(message, "`vilg data inspect PATH` shows what it contains"));
         }
         let codes = if kind == Kind::Codes { Some(common_codes(&sources)?) } else { None };
         Ok(Self { sources, bad, kind, codes })
     }
 
-    /// What the code shards say about their codes ([`Kind::Codes`] only).
+    /// The description of the code shards ([`Kind::Codes`] only).
     pub fn codes(&self) -> Option<&CodesInfo> {
         self.codes.as_ref()
     }
@@ -87,7 +104,36 @@ impl Dataset {
         self.sources.iter().map(|source| (source.len(), source.weight)).collect()
     }
 
+    /// Digest of the samples' identity: shard names, keys or member positions, and sizes of files. It does not depend on
+    /// where the sources are stored, nor on modification times.
+    ///
+    /// # Errors
+    /// A file cannot be examined any more.
+    pub fn fingerprint(&self) -> Result<String> {
+        let mut hasher = blake3::Hasher::new();
+        for source in &self.sources {
+            hasher.update(&(source.shards.len() as u64).to_le_bytes());
+            for shard in &source.shards {
+                hasher.update(shard.digest(false)?.as_bytes());
+            }
+        }
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+
+    /// Bytes of one sample in memory, estimated: captions are counted as 4 KiB.
+    pub(super) fn sample_bytes(&self) -> usize {
+        let content = match self.kind {
+            Kind::Pictures(size) | Kind::Pairs(size) => 3 * (size as usize).pow(2),
+            Kind::Codes => self.codes.as_ref().map_or(0, |info| 2 * info.grid[0] * info.grid[1]),
+            Kind::Captions => 0,
+        };
+        content + (4 << 10)
+    }
+
     /// Reads one sample.
+    ///
+    /// # Errors
+    /// The sample is bad; the error names its shard, key and cause.
     pub fn read(&self, source: usize, sample: u64) -> Result<Record, Bad> {
         let missing = || Bad::new(Cause::Unreadable, format_args!("sample {sample} of source {source}"));
         let found = self.sources.get(source).and_then(|s| s.place(sample));
@@ -96,7 +142,7 @@ impl Dataset {
         Ok(Record { source, ..record })
     }
 
-    /// Every `step`-th sample in the order in which they are stored.
+    /// Every `step`-th sample in storage order.
     pub fn records(&self, step: u64) -> impl Iterator<Item = Result<Record, Bad>> {
         let places = self.sources.iter().enumerate().flat_map(|(i, source)| (0..source.len()).map(move |n| (i, n)));
         places.step_by(step.max(1) as usize).map(|(source, sample)| self.read(source, sample))
@@ -132,7 +178,10 @@ impl Source {
         let mut shards: Vec<Shard> = found.tars.into_par_iter().map(|(path, name)| Shard::tar(path, name)).collect();
         if !found.images.is_empty() {
             let (folder, name) = (PathBuf::from(path), PathBuf::from("00000.tar"));
-            shards.push(Shard { path: folder, name, samples: Samples::Files(found.images), bad: BadCounts::default() });
+            let keys = keys(found.images.iter().map(|(_, below)| below.as_path()));
+            let images = found.images.into_iter().zip(keys).map(|((path, _), key)| ImageFile { path, key });
+            let samples = Samples::Files(images.collect());
+            shards.push(Shard { path: folder, name, samples, bad: BadCounts::default() });
         }
         let mut end = 0;
         let ends = shards.iter().map(|shard| {
@@ -140,7 +189,15 @@ impl Source {
             end
         });
         let ends = ends.collect();
-        Ok(Self { path: path.to_owned(), weight, shards, ends })
+        let (bad, ignored) = (found.bad, found.ignored);
+        Ok(Self { path: path.to_owned(), weight, shards, bad, ignored, ends })
+    }
+
+    /// Damage of the folders and of all shards.
+    pub fn damage(&self) -> BadCounts {
+        let mut bad = self.bad.clone();
+        self.shards.iter().for_each(|shard| bad.merge(shard.bad.clone()));
+        bad
     }
 
     /// Number of samples.
@@ -179,51 +236,112 @@ impl Shard {
         self.len() == 0
     }
 
-    /// The key and the raw members of sample `index`.
-    pub fn members(&self, index: usize) -> Result<(String, Members), Bad> {
+    /// Digest of the shard's name, its samples and the sizes of its files, with `times` of their modification times as
+    /// well.
+    ///
+    /// # Errors
+    /// A file cannot be examined any more.
+    pub fn digest(&self, times: bool) -> Result<blake3::Hash> {
+        let mut hasher = blake3::Hasher::new();
+        let file = |hasher: &mut blake3::Hasher, path: &Path| -> io::Result<()> {
+            let meta = fs::metadata(path)?;
+            let modified = meta.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+            hasher.update(&meta.len().to_le_bytes());
+            if times {
+                hasher.update(&modified.unwrap_or_default().as_nanos().to_le_bytes());
+            }
+            Ok(())
+        };
+        hasher.update(self.name.as_os_str().as_encoded_bytes()).update(&[0]).update(&self.len().to_le_bytes());
+        match &self.samples {
+            Samples::Tar(places) => {
+                file(&mut hasher, &self.path).with_context(|| format!("cannot examine {}", self.path.display()))?;
+                for Place { start, length } in places {
+                    hasher.update(&start.to_le_bytes()).update(&length.to_le_bytes());
+                }
+            }
+            Samples::Files(images) => {
+                for ImageFile { path, key } in images {
+                    hasher.update(key.as_bytes()).update(&[0]);
+                    file(&mut hasher, path).with_context(|| format!("cannot examine {}", path.display()))?;
+                    for extension in ["txt", "json"] {
+                        if let Some(beside) = beside(path, extension) {
+                            hasher.update(extension.as_bytes());
+                            file(&mut hasher, &beside)
+                                .with_context(|| format!("cannot examine {}", beside.display()))?;
+                        }
+                    }
+                }
+            }
+        }
+        Ok(hasher.finalize())
+    }
+
+    /// The key of sample `index` and those of its members that are read for `kind` (`None`: for any kind).
+    ///
+    /// # Errors
+    /// The sample is bad.
+    pub fn members(&self, index: usize, kind: Option<Kind>) -> Result<(String, Members), Bad> {
         let missing = || Bad::new(Cause::Unreadable, format_args!("{}: sample {index}", self.path.display()));
         match &self.samples {
-            Samples::Tar(places) => tar::read(&self.path, *places.get(index).ok_or_else(missing)?),
-            Samples::Files(images) => read_files(images.get(index).ok_or_else(missing)?),
+            Samples::Tar(places) => {
+                tar::read(&self.path, *places.get(index).ok_or_else(missing)?, |extension| wants(kind, extension))
+            }
+            Samples::Files(images) => read_files(images.get(index).ok_or_else(missing)?, kind),
         }
     }
 
     /// Reads sample `index`.
     pub fn read(&self, index: usize, kind: Kind, codes: Option<&CodesInfo>) -> Result<Record, Bad> {
-        let (key, members) = self.members(index)?;
-        Record::parse(&key, &members, kind, codes).map_err(|bad| self.locate(&key, bad))
+        let (key, members) = self.members(index, Some(kind))?;
+        self.parse(&key, &members, kind, codes)
     }
 
-    /// Adds shard and key to what is known about a bad sample.
+    /// The record in the members of a sample of this shard; errors and warnings name shard and key.
+    pub(super) fn parse(
+        &self,
+        key: &str,
+        members: &Members,
+        kind: Kind,
+        codes: Option<&CodesInfo>,
+    ) -> Result<Record, Bad> {
+        let record = Record::parse(key, members, kind, codes).map_err(|bad| self.locate(key, bad))?;
+        let ignored = record.ignored.clone().map(|bad| self.locate(key, bad));
+        Ok(Record { ignored, ..record })
+    }
+
+    /// Adds shard and key to the place of a bad sample.
     pub fn locate(&self, key: &str, bad: Bad) -> Bad {
         let separator = if bad.place.is_empty() { "" } else { ": " };
         Bad::new(bad.cause, format_args!("{}: {key}{separator}{}", self.path.display(), bad.place))
     }
 }
 
-/// A picture file and the `.txt` and `.json` beside it.
-fn read_files(image: &Path) -> Result<(String, Members), Bad> {
+/// The members of an image file: itself, and the `.txt` and `.json` of the same name (in lower or upper case).
+fn read_files(image: &ImageFile, kind: Option<Kind>) -> Result<(String, Members), Bad> {
     let mut members = Members::default();
-    let extension = image.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
-    for (extension, path) in [(extension.as_str(), image.to_path_buf())]
-        .into_iter()
-        .chain(["txt", "json"].map(|e| (e, image.with_extension(e))))
-    {
+    let extension = image.path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+    let itself = wants(kind, &extension).then(|| (extension.as_str(), image.path.clone()));
+    let others = ["txt", "json"].into_iter().filter_map(|e| Some((e, beside(&image.path, e)?)));
+    for (extension, path) in itself.into_iter().chain(others) {
         match read_limited(&path) {
             Ok(content) => members.push(extension, &content),
-            Err(e) if e.kind() == io::ErrorKind::NotFound && path != image => {}
             Err(e) if e.kind() == io::ErrorKind::FileTooLarge => return Err(Bad::new(Cause::TooLarge, path.display())),
+            Err(e) if e.kind() == io::ErrorKind::InvalidInput => return Err(Bad::new(Cause::NotAFile, path.display())),
             Err(e) => return Err(Bad::new(Cause::Unreadable, format_args!("{}: {e}", path.display()))),
         }
     }
-    let key = image.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-    Ok((key, members))
+    Ok((image.key.clone(), members))
+}
+
+/// The file beside an image with another extension, in lower or upper case.
+fn beside(image: &Path, extension: &str) -> Option<PathBuf> {
+    let spellings = [extension.to_owned(), extension.to_ascii_uppercase()];
+    spellings.iter().map(|extension| image.with_extension(extension)).find(|path| path.exists())
 }
 
 fn read_limited(path: &Path) -> io::Result<Vec<u8>> {
-    let meta = fs::metadata(path)?;
-    if !meta.is_file() || meta.len() > MAX_FILE {
-        return Err(io::ErrorKind::FileTooLarge.into());
-    }
-    fs::read(path)
+    let mut content = Vec::new();
+    open_regular(path)?.take(MAX_FILE + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > MAX_FILE { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(content) }
 }

@@ -1,12 +1,13 @@
-//! From shards of pictures to shards of image codes, computed once and trained from many times.
+//! From shards of images to shards of image codes, computed once and trained from many times.
 
 use super::{
     bad::{Bad, BadCounts},
     codes::{CODES_FILE, CodesInfo, npy},
     dataset::{Shard, Source},
+    encode_output::{Lock, MADE_FROM, MadeFrom, Standing, remove_leftovers, write_whole},
     image::to_pixels,
+    members::Members,
     record::{Kind, Record},
-    tar::Members,
 };
 use crate::{
     error::{Context, Hint, Result, anyhow, ensure, failed},
@@ -18,33 +19,42 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io::{BufWriter, Write},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::mpsc::{Receiver, sync_channel},
     thread,
 };
 use tar::{Builder, Header};
 
-/// What an encoding run did.
+/// The result of an encoding run.
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
-    /// Shards that were finished before.
+    /// Shards that an earlier run finished and whose source is unchanged.
     pub skipped_shards: u64,
+    /// Shards that were written.
     pub shards: u64,
+    /// Source shards without a usable sample; nothing was written for them.
+    pub unusable_shards: u64,
+    /// Samples that were written.
     pub samples: u64,
+    /// Samples and shards that were left out.
     pub bad: BadCounts,
+    /// Damaged JSON of samples that were written, and files that no sample is made of.
+    pub ignored: BadCounts,
 }
 
-/// Encodes shards into a folder; shards that stand there already are left as they are.
+/// Encodes shards into a folder. A shard is finished if its record says that it was made from the same samples with the
+/// same tokenizer; it is encoded again if its source changed since.
 pub struct Encoder<'a> {
     pub tokenizer: &'a ImageTokenizer,
     pub info: CodesInfo,
     pub output: PathBuf,
-    /// Pictures that are encoded at once.
+    /// Images that are encoded at once.
     pub batch_size: usize,
+    /// The run ends when more than this share of the samples is bad.
     pub max_bad_ratio: f64,
 }
 
-/// A picture ready to be encoded, with the members that are kept beside its codes.
+/// An image ready to be encoded, with the members that are kept beside its codes.
 struct Ready {
     record: Record,
     members: Members,
@@ -53,7 +63,11 @@ struct Ready {
 type Batch = Vec<Result<Ready, Bad>>;
 
 impl Encoder<'_> {
-    /// Encodes all shards of all sources; `progress` hears of samples as they are done.
+    /// Encodes all shards of all sources; `progress` is called with the number of samples of each finished batch.
+    ///
+    /// # Errors
+    /// The output folder is locked by another process, belongs to another tokenizer or holds shards of another source;
+    /// too many samples are bad; a file cannot be written.
     pub fn run(&self, sources: &[Source], progress: impl Fn(u64)) -> Result<Report> {
         let shards: Vec<&Shard> = sources.iter().flat_map(|source| &source.shards).collect();
         let mut names = BTreeSet::new();
@@ -62,17 +76,37 @@ impl Encoder<'_> {
             let twice = || failed(format_args!("two shards would be written as {}", shard.name.display()), hint);
             ensure!(names.insert(&shard.name), twice());
         }
+        let cannot = || format!("cannot make {}", self.output.display());
+        fs::create_dir_all(&self.output).hint(cannot(), "choose another folder with -o")?;
+        let lock = Lock::take(&self.output)?;
         self.describe(&shards)?;
+        // All are compared before the first one is encoded, so that a refusal costs no time.
+        let mut work = Vec::new();
+        for shard in &shards {
+            let made_from = MadeFrom::of(shard, &self.info)?;
+            work.push((*shard, Standing::of(&self.output.join(&shard.name), &made_from)?, made_from));
+        }
         let mut report = Report::default();
-        for shard in shards {
+        let mut skipped = 0;
+        for (shard, standing, made_from) in work {
             report.bad.merge(shard.bad.clone());
-            if self.output.join(&shard.name).exists() {
+            if lock.is_held() {
+                remove_leftovers(&self.output.join(&shard.name));
+            }
+            if standing == Standing::Finished {
                 report.skipped_shards += 1;
+                skipped += shard.len();
                 progress(shard.len());
             } else {
-                self.encode_shard(shard, &mut report, &progress)?;
+                self.encode_shard(shard, &made_from, &mut report, &progress)?;
             }
         }
+        // Not before: unusable files of a large folder would count against its first batch alone.
+        for source in sources {
+            report.bad.merge(source.bad.clone());
+            report.ignored.merge(source.ignored.clone());
+        }
+        report.bad.check(skipped + report.samples + report.bad.total(), self.max_bad_ratio)?;
         Ok(report)
     }
 
@@ -91,15 +125,24 @@ impl Encoder<'_> {
             let cannot = || format!("cannot write {}", path.display());
             fs::create_dir_all(&folder).hint(cannot(), "choose another folder with -o")?;
             let text = serde_json::to_vec_pretty(&self.info)?;
-            write_whole(&path, |file| Ok(file.write_all(&text)?)).with_context(cannot)?;
+            let write = |file: &mut BufWriter<File>| Ok(file.write_all(&text).map(|()| true)?);
+            write_whole(&path, write).with_context(cannot)?;
         }
         Ok(())
     }
 
-    fn encode_shard(&self, shard: &Shard, report: &mut Report, progress: &impl Fn(u64)) -> Result<()> {
+    /// Writes the codes of a shard; a shard without a usable sample writes nothing, so that it is tried again.
+    fn encode_shard(
+        &self,
+        shard: &Shard,
+        made_from: &MadeFrom,
+        report: &mut Report,
+        progress: &impl Fn(u64),
+    ) -> Result<()> {
         let path = self.output.join(&shard.name);
         let kind = Kind::Pictures(u32::try_from(self.tokenizer.image_size())?);
-        let write = |file: &mut BufWriter<File>| {
+        let before = report.samples;
+        let write = |file: &mut BufWriter<File>| -> Result<bool> {
             thread::scope(|scope| {
                 // One batch is read and decoded while the one before is encoded.
                 let (sender, receiver) = sync_channel(1);
@@ -114,22 +157,26 @@ impl Encoder<'_> {
                         }
                     }
                 });
-                self.write_batches(receiver, file, report, progress)
-            })
+                self.write_batches(made_from, receiver, file, report, progress)
+            })?;
+            Ok(report.samples > before)
         };
         write_whole(&path, write).with_context(|| format!("cannot write {}", path.display()))?;
-        report.shards += 1;
+        let written = if report.samples > before { &mut report.shards } else { &mut report.unusable_shards };
+        *written += 1;
         Ok(())
     }
 
     fn write_batches(
         &self,
+        made_from: &MadeFrom,
         batches: Receiver<Batch>,
         file: &mut BufWriter<File>,
         report: &mut Report,
         progress: &impl Fn(u64),
     ) -> Result<()> {
         let mut tar = Builder::new(file);
+        append(&mut tar, MADE_FROM, &serde_json::to_vec(made_from)?)?;
         for batch in batches {
             progress(batch.len() as u64);
             let mut good = Vec::new();
@@ -142,11 +189,15 @@ impl Encoder<'_> {
             report.samples += good.len() as u64;
             report.bad.check(report.samples + report.bad.total(), self.max_bad_ratio)?;
             for (sample, codes) in good.iter().zip(self.encode(&good)?) {
-                append(&mut tar, &sample.record.key, "npy", &npy(self.info.grid, &codes))?;
+                let name = |extension| format!("{}.{extension}", sample.record.key);
+                append(&mut tar, &name("npy"), &npy(self.info.grid, &codes))?;
                 for extension in ["txt", "json"] {
                     if let Some(content) = sample.members.get(extension) {
-                        append(&mut tar, &sample.record.key, extension, content)?;
+                        append(&mut tar, &name(extension), content)?;
                     }
+                }
+                if let Some(bad) = &sample.record.ignored {
+                    report.ignored.add(bad.clone());
                 }
             }
         }
@@ -165,34 +216,15 @@ impl Encoder<'_> {
 }
 
 fn read(shard: &Shard, index: usize, kind: Kind) -> Result<Ready, Bad> {
-    let (key, members) = shard.members(index)?;
-    let record = Record::parse(&key, &members, kind, None).map_err(|bad| shard.locate(&key, bad))?;
+    let (key, members) = shard.members(index, Some(kind))?;
+    let record = shard.parse(&key, &members, kind, None)?;
     Ok(Ready { record, members })
 }
 
-/// Writes a file under a temporary name and gives it its own only when it is whole and on the disk.
-fn write_whole(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".tmp");
-    let temporary = PathBuf::from(name);
-    let mut file = BufWriter::new(File::create(&temporary)?);
-    let written = write(&mut file).and_then(|()| Ok(file.into_inner()?.sync_all()?));
-    if let Err(error) = written {
-        // What stopped the writing is worth telling; that it cannot be cleared away is not.
-        let _ = fs::remove_file(&temporary);
-        return Err(error);
-    }
-    fs::rename(&temporary, path)?;
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    // Makes the new name itself durable; not every file system can.
-    let _ = File::open(folder.unwrap_or(Path::new("."))).and_then(|folder| folder.sync_all());
-    Ok(())
-}
-
-fn append(tar: &mut Builder<&mut BufWriter<File>>, key: &str, extension: &str, content: &[u8]) -> Result<()> {
+fn append(tar: &mut Builder<&mut BufWriter<File>>, name: &str, content: &[u8]) -> Result<()> {
     let mut header = Header::new_gnu();
     header.set_size(content.len() as u64);
     header.set_mode(0o644);
-    tar.append_data(&mut header, format!("{key}.{extension}"), content)?;
+    tar.append_data(&mut header, name, content)?;
     Ok(())
 }

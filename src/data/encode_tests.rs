@@ -5,7 +5,7 @@ use crate::{config, nn::params::Scope, tokenizer::ImageTokenizer};
 use candle_core::{DType, Device};
 use std::{collections::BTreeMap, fs, path::Path};
 
-fn tokenizer() -> ImageTokenizer {
+pub(super) fn tokenizer() -> ImageTokenizer {
     let config = config::ImageTokenizer {
         image_size: 8,
         channels: 32,
@@ -39,7 +39,7 @@ fn pictures(folder: &Path) {
     }
 }
 
-fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+pub(super) fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();

@@ -1,6 +1,9 @@
-//! Picture files to square RGB pictures, and pictures to tensors and back.
+//! Image files to square RGB images, and images to tensors and back.
 
-use super::bad::{Bad, Cause};
+use super::{
+    bad::{Bad, Cause},
+    files::open_without_waiting,
+};
 use crate::error::{Context, Hint, Result, ensure, failed};
 use candle_core::{Device, Tensor};
 use image::{
@@ -9,9 +12,12 @@ use image::{
 };
 use std::{
     fs::File,
-    io::{Cursor, Read},
+    io::{self, Cursor, Read},
+    os::unix::fs::FileTypeExt,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
+    thread,
+    time::{Duration, Instant},
 };
 
 /// Most pixels of a picture that is decoded.
@@ -20,6 +26,9 @@ const MAX_PIXELS: u64 = 8192 * 8192;
 const MAX_FILE: u64 = 64 << 20;
 /// Most bytes that a decoder may allocate.
 const MAX_BYTES: u64 = 256 << 20;
+
+/// How long a pipe may have no writer before it counts as empty.
+const PIPE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Decodes a picture: first frame, EXIF orientation applied, alpha laid onto white, 8 bits, RGB.
 pub fn decode(bytes: &[u8]) -> Result<RgbImage, Bad> {
@@ -43,12 +52,30 @@ pub fn open_picture(path: &Path) -> Result<RgbImage> {
     let name = path.display();
     let mut bytes = Vec::new();
     // Not by the file's size: a pipe has none.
-    let read = File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes));
+    let read = open_without_waiting(path).and_then(|file| match file.metadata()?.file_type().is_fifo() {
+        true => read_pipe(file, &mut bytes),
+        false => file.take(MAX_FILE + 1).read_to_end(&mut bytes).map(|_| ()),
+    });
     read.hint(format_args!("cannot read {name}"), "name a picture file")?;
     ensure!(bytes.len() as u64 <= MAX_FILE, "{name} is larger than {} MB", MAX_FILE >> 20);
     let hint = "PNG, JPEG, WebP, GIF, BMP and TIFF are read";
     let unusable = |bad: Bad| failed(format_args!("{name} is no usable picture: {} ({})", bad.cause, bad.place), hint);
     decode(&bytes).map_err(unusable)
+}
+
+/// Reads a pipe that was opened without waiting; it stays empty if nobody opens it for writing within 3 seconds.
+fn read_pipe(mut pipe: File, bytes: &mut Vec<u8>) -> io::Result<()> {
+    let opened = Instant::now();
+    let mut chunk = vec![0; 64 << 10];
+    while bytes.len() as u64 <= MAX_FILE {
+        match pipe.read(&mut chunk) {
+            Ok(0) if !bytes.is_empty() || opened.elapsed() > PIPE_PATIENCE => break,
+            Ok(read) if read > 0 => bytes.extend_from_slice(&chunk[..read]),
+            Err(e) if !matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => return Err(e),
+            _ => thread::sleep(Duration::from_millis(5)),
+        }
+    }
+    Ok(())
 }
 
 fn decode_unguarded(bytes: &[u8]) -> Result<RgbImage, Bad> {
@@ -82,7 +109,8 @@ fn decode_unguarded(bytes: &[u8]) -> Result<RgbImage, Bad> {
     Ok(onto_white(picture))
 }
 
-/// JPEG decoders fill what is missing with grey; a missing end-of-image marker tells.
+/// Whether a JPEG lacks its end-of-image marker. Decoders fill the missing part with grey without an error. A scan that
+/// is cut but still followed by the marker is not noticed: only decoding it strictly would show that.
 fn is_cut_jpeg(bytes: &[u8]) -> bool {
     let Some(mut rest) = bytes.strip_prefix(&[0xff, 0xd8]) else { return false };
     // Segments are skipped up to the first scan, since a thumbnail in the EXIF segment has an end of its own.

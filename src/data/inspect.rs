@@ -1,17 +1,17 @@
-//! What lies in a source: counts, sizes, captions, and what is wrong.
+//! Statistics of a source: counts, sizes, captions, and bad samples by cause.
 
 use super::{
-    bad::{Bad, BadCounts, Cause},
+    bad::{Bad, BadCounts, Cause, printable},
     codes::CodesInfo,
     dataset::{Shard, Source},
     image,
-    record::{IMAGE_EXTENSIONS, Kind, Record},
+    record::{Kind, image_member},
 };
 use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
-/// What was found in one source.
+/// The statistics of one source.
 #[derive(Debug, Serialize)]
 pub struct Inspection {
     pub path: String,
@@ -29,7 +29,7 @@ pub struct ShardCount {
     pub bad: u64,
 }
 
-/// What the samples are like.
+/// Statistics of samples.
 #[derive(Debug, Default, Serialize)]
 pub struct Findings {
     pub samples: u64,
@@ -43,6 +43,8 @@ pub struct Findings {
     /// Characters a caption.
     pub caption_lengths: Spread,
     pub bad: BadCounts,
+    /// Damaged JSON of good samples, and files of folders that no sample is made of.
+    pub ignored: BadCounts,
     /// Key and caption of the first good sample.
     pub example: Option<(String, String)>,
 }
@@ -51,7 +53,7 @@ pub struct Findings {
 #[derive(Debug, Default)]
 pub struct Spread(BTreeMap<u64, u64>);
 
-/// What is told of a [`Spread`].
+/// The summary of a [`Spread`].
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Summary {
     pub min: u64,
@@ -105,21 +107,29 @@ impl Findings {
         self.captions.merge(other.captions);
         self.caption_lengths.merge(other.caption_lengths);
         self.bad.merge(other.bad);
+        self.ignored.merge(other.ignored);
         self.example = self.example.or(other.example);
         self
     }
 }
 
-/// Reads every sample of a source; `progress` hears of each shard's samples.
+impl Findings {
+    /// Whether any image or codes could be read.
+    pub fn usable(&self) -> bool {
+        self.pictures + self.codes > 0
+    }
+}
+
+/// Reads every sample of a source; `progress` is called with the number of samples of each finished shard.
 pub fn inspect(source: &Source, progress: impl Fn(u64)) -> Inspection {
     let mut shards = Vec::new();
-    let mut found = Findings::default();
+    let mut found = Findings { bad: source.bad.clone(), ignored: source.ignored.clone(), ..Findings::default() };
     for shard in &source.shards {
         let mut of_shard = inspect_shard(shard);
         progress(shard.len());
         of_shard.bad.merge(shard.bad.clone());
         let (samples, bad) = (shard.len(), of_shard.bad.total());
-        shards.push(ShardCount { name: shard.path.display().to_string(), samples, bad });
+        shards.push(ShardCount { name: printable(&shard.path.display().to_string()), samples, bad });
         found = found.merge(of_shard);
     }
     Inspection { path: source.path.clone(), shards, found }
@@ -147,21 +157,20 @@ fn inspect_sample(shard: &Shard, index: usize, info: Option<&CodesInfo>) -> Find
 }
 
 fn look_at(shard: &Shard, index: usize, info: Option<&CodesInfo>, found: &mut Findings) -> Result<(), Bad> {
-    let (key, members) = shard.members(index)?;
+    let (key, members) = shard.members(index, None)?;
     let locate = |bad| shard.locate(&key, bad);
     if let Some(npy) = members.get("npy") {
         let info = info.ok_or_else(|| Bad::new(Cause::BadCodes, "no readable codes.json beside the shard"));
         info.and_then(|info| info.parse(npy)).map_err(locate)?;
         found.codes += 1;
     } else {
-        let bytes = IMAGE_EXTENSIONS.iter().find_map(|extension| members.get(extension));
-        let bytes = bytes.ok_or_else(|| locate(Bad::new(Cause::NoImage, "")))?;
-        let picture = image::decode(bytes).map_err(locate)?;
+        let picture = image_member(&members).and_then(image::decode).map_err(locate)?;
         found.pictures += 1;
         found.widths.add(picture.width().into());
         found.heights.add(picture.height().into());
     }
-    let record = Record::parse(&key, &members, Kind::Captions, None).map_err(locate)?;
+    let record = shard.parse(&key, &members, Kind::Captions, None)?;
+    record.ignored.into_iter().for_each(|bad| found.ignored.add(bad));
     found.captions.add(record.captions.len() as u64);
     record.captions.iter().for_each(|caption| found.caption_lengths.add(caption.chars().count() as u64));
     found.example = Some((record.key, record.caption));

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     config,
-    error::{Context, Result},
+    error::{Context, Result, ensure, usage},
 };
 use std::{
     ops::Range,
@@ -21,17 +21,25 @@ use std::{
 
 /// Bad samples in a row that one position may meet.
 const MAX_ATTEMPTS: u64 = 100;
+/// Most threads that read.
+const MAX_WORKERS: usize = 256;
+/// Most samples of a batch.
+const MAX_BATCH: usize = 1 << 20;
+/// Bytes of samples that may wait in the queues, beyond one batch a worker.
+const MAX_WAITING: usize = 1 << 30;
 
 /// Batches of samples, or this rank's samples of each, read ahead by worker threads.
 ///
 /// Worker `w` of `W` makes the batches `w, w + W, …` and has a bounded queue of its own; taking from the
-/// queues in turn gives the exact order whatever the number of workers. Dropping the loader ends its threads.
+/// queues in turn gives the exact order for any number of workers. Dropping the loader ends its threads.
+/// `data.prefetch` batches are read ahead, fewer where they would take more than 1 GiB.
 pub struct Loader {
     queues: Vec<Receiver<Batch>>,
     workers: Vec<JoinHandle<()>>,
     taken: usize,
     read: u64,
     bad: BadCounts,
+    ignored: BadCounts,
     max_bad_ratio: f64,
 }
 
@@ -43,6 +51,9 @@ struct Batch {
 
 impl Loader {
     /// Batches of `batch_size` samples from `position` (samples consumed before) on, of each the samples `mine`.
+    ///
+    /// # Errors
+    /// A batch has more than 2²⁰ samples, or a thread cannot be started.
     pub fn new(
         dataset: &Arc<Dataset>,
         config: &config::Data,
@@ -51,17 +62,20 @@ impl Loader {
         mine: Vec<Range<usize>>,
         position: u64,
     ) -> Result<Self> {
+        let hint = "lower train.batch_size";
+        ensure!(batch_size <= MAX_BATCH, usage(format_args!("{batch_size} samples in a batch: too many"), hint));
+        let samples: usize = mine.iter().map(ExactSizeIterator::len).sum();
         let mine: Arc<[Range<usize>]> = mine.into();
-        let count = config.workers.max(1);
-        let depth = config.prefetch.div_ceil(count).max(1);
+        let count = config.workers.clamp(1, MAX_WORKERS);
+        let depth = depth(config.prefetch, count, samples.saturating_mul(dataset.sample_bytes()));
         let (mut queues, mut workers) = (Vec::new(), Vec::new());
         for worker in 0..count {
             let (sender, receiver) = sync_channel(depth);
             let (dataset, sampler, mine) = (dataset.clone(), sampler.clone(), mine.clone());
             let work = move || {
                 for batch in (worker as u64..).step_by(count) {
-                    let start = position + batch * batch_size as u64;
-                    // Nobody listens any more: the loader was dropped.
+                    let start = position.wrapping_add(batch.wrapping_mul(batch_size as u64));
+                    // The loader was dropped.
                     if sender.send(read_batch(&dataset, &sampler, start, &mine)).is_err() {
                         return;
                     }
@@ -71,8 +85,8 @@ impl Loader {
             workers.push(spawned.context("cannot start a data thread")?);
             queues.push(receiver);
         }
-        let (bad, max_bad_ratio) = (BadCounts::default(), config.max_bad_ratio);
-        Ok(Self { queues, workers, taken: 0, read: 0, bad, max_bad_ratio })
+        let (bad, ignored) = Default::default();
+        Ok(Self { queues, workers, taken: 0, read: 0, bad, ignored, max_bad_ratio: config.max_bad_ratio })
     }
 
     /// The next batch. Bad samples are replaced and counted; too many of them are an error.
@@ -84,6 +98,8 @@ impl Loader {
         batch.bad.into_iter().for_each(|bad| self.bad.add(bad));
         self.bad.check(self.read, self.max_bad_ratio)?;
         let records: Option<Vec<Record>> = batch.records.into_iter().collect();
+        let ignored = records.iter().flatten().filter_map(|record| record.ignored.clone());
+        ignored.for_each(|one| self.ignored.add(one));
         records.with_context(|| format!("{MAX_ATTEMPTS} bad samples in a row: {}", self.bad))
     }
 
@@ -91,6 +107,16 @@ impl Loader {
     pub fn bad(&self) -> &BadCounts {
         &self.bad
     }
+
+    /// Damaged JSON of good samples met so far.
+    pub fn ignored(&self) -> &BadCounts {
+        &self.ignored
+    }
+}
+
+/// Batches of `bytes` bytes that each of `workers` queues holds.
+fn depth(prefetch: usize, workers: usize, bytes: usize) -> usize {
+    prefetch.min(MAX_WAITING / bytes.max(1)).div_ceil(workers).max(1)
 }
 
 impl Drop for Loader {

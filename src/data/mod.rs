@@ -1,20 +1,28 @@
 //! Samples: found, indexed, read in a repeatable order, and delivered in batches.
 //!
-//! Reading order: `paths` and `tar` find and index shards, [`Dataset`] holds them, [`Sampler`] says which sample
-//! stands where, [`Record`] is one sample, [`Loader`] reads ahead in threads. What is wrong with a sample
-//! is a [`Bad`], counted in [`BadCounts`].
+//! Reading order: `paths` and `tar` find and index shards, [`Dataset`] holds them, [`Sampler`] gives the sample at each
+//! position, [`Record`] is one sample, [`Loader`] reads ahead in threads. A damaged sample is a [`Bad`], counted in
+//! [`BadCounts`].
 
 mod bad;
 mod codes;
 mod dataset;
 mod encode;
 #[cfg(test)]
+mod encode_fault_tests;
+mod encode_output;
+#[cfg(test)]
 mod encode_tests;
+#[cfg(test)]
+mod fault_tests;
+mod files;
 pub mod image;
 #[cfg(test)]
 mod image_tests;
 pub mod inspect;
+mod keys;
 mod loader;
+mod members;
 pub mod paths;
 pub mod picture;
 mod record;
@@ -23,12 +31,13 @@ mod tar;
 #[cfg(test)]
 mod tests;
 
-pub use bad::{Bad, BadCounts, Cause};
+pub use bad::{Bad, BadCounts, Cause, printable};
 pub use codes::{CODES_FILE, CodesInfo, npy};
 pub use dataset::{Dataset, Shard, Source};
 pub use encode::{Encoder, Report};
+pub use keys::keys;
 pub use loader::Loader;
+pub use members::Members;
 pub use paths::is_there;
 pub use record::{IMAGE_EXTENSIONS, Kind, Record};
 pub use sampler::{Draw, Sampler};
-pub use tar::Members;

@@ -1,6 +1,10 @@
-//! From what a user writes as a source to a list of shards: brace lists, globs, folders.
+//! From the sources that a user names to a list of shards: brace lists, globs, folders.
 
-use super::record::IMAGE_EXTENSIONS;
+use super::{
+    bad::{Bad, BadCounts, Cause},
+    codes::CODES_FILE,
+    record::{IMAGE_EXTENSIONS, UNSUPPORTED_EXTENSIONS},
+};
 use crate::error::{Context, Hint, Result, ensure, failed, usage};
 use std::{
     fs,
@@ -15,22 +19,32 @@ const MAX_ALTERNATIVES: usize = 1_000_000;
 pub struct Found {
     /// Tar shards with their path below the source's folder.
     pub tars: Vec<(PathBuf, PathBuf)>,
-    /// Pictures that lie in a folder beside their text.
-    pub images: Vec<PathBuf>,
+    /// Image files with their path below the source's folder.
+    pub images: Vec<(PathBuf, PathBuf)>,
+    /// Images and shards that cannot be used.
+    pub bad: BadCounts,
+    /// Other files that no sample is made of.
+    pub ignored: BadCounts,
+}
+
+impl Found {
+    fn len(&self) -> usize {
+        self.tars.len() + self.images.len()
+    }
 }
 
 /// Finds the files of a source: tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`) or folders, which
 /// are searched with their subfolders (names that begin with a dot are left out).
 pub fn find(source: &str) -> Result<Found> {
     let mut found = Found::default();
-    // A name with braces that stands there is meant as it is.
+    // A file whose name has braces is meant literally.
     let patterns = if Path::new(source).exists() { vec![source.to_owned()] } else { braces(source)? };
     for path in patterns {
-        let before = found.tars.len() + found.images.len();
+        let before = found.len();
         for path in glob(&path)? {
             add(&path, &mut found)?;
         }
-        ensure!(found.tars.len() + found.images.len() > before, failed_to_find(&path));
+        ensure!(found.len() > before, failed_to_find(&path, &found.bad));
     }
     Ok(found)
 }
@@ -51,19 +65,23 @@ pub fn is_there(source: &str) -> Result<bool> {
     Ok(false)
 }
 
-fn failed_to_find(path: &str) -> crate::error::Error {
-    let hint = "name tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), a folder of them, or a folder of pictures";
-    usage(format_args!("no shards or pictures at `{path}`"), hint)
+fn failed_to_find(path: &str, bad: &BadCounts) -> crate::error::Error {
+    let hint = "name tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), a folder of them, or a folder of images";
+    let reason = if bad.total() == 0 { String::new() } else { format!(": {bad}") };
+    usage(format_args!("no shards or images at `{path}`{reason}"), hint)
 }
 
 fn add(path: &Path, found: &mut Found) -> Result<()> {
     if path.is_dir() {
         return add_folder(path, path, found);
     }
-    if is_picture(path) {
-        found.images.push(path.to_path_buf());
+    let name = path.file_name().map(PathBuf::from).unwrap_or_default();
+    let extension = extension(path);
+    if UNSUPPORTED_EXTENSIONS.contains(&extension.as_str()) {
+        found.bad.add(Bad::new(Cause::UnsupportedImage, path.display()));
+    } else if IMAGE_EXTENSIONS.contains(&extension.as_str()) {
+        found.images.push((path.to_path_buf(), name));
     } else {
-        let name = path.file_name().map(PathBuf::from).unwrap_or_default();
         found.tars.push((path.to_path_buf(), name));
     }
     Ok(())
@@ -74,21 +92,45 @@ fn add_folder(root: &Path, folder: &Path, found: &mut Found) -> Result<()> {
         // Links to folders are not followed: they can run in circles.
         if path.is_dir() && !path.is_symlink() {
             add_folder(root, &path, found)?;
-        } else if path.is_file() && extension(&path) == "tar" {
+        } else {
             let below = path.strip_prefix(root).unwrap_or(&path).to_path_buf();
-            found.tars.push((path, below));
-        } else if path.is_file() && is_picture(&path) {
-            found.images.push(path);
+            match unusable(&path) {
+                Some((true, cause)) => found.bad.add(Bad::new(cause, path.display())),
+                Some((false, cause)) => found.ignored.add(Bad::new(cause, path.display())),
+                None if extension(&path) == "tar" => found.tars.push((path, below)),
+                None if is_image(&path) => found.images.push((path, below)),
+                // Captions are found from their image; the rest describes the folder.
+                None => {}
+            }
         }
     }
     Ok(())
+}
+
+/// Why a file of a folder cannot be used, and whether a sample is lost by it.
+fn unusable(path: &Path) -> Option<(bool, Cause)> {
+    let extension = extension(path);
+    let extension = extension.as_str();
+    let unsupported = UNSUPPORTED_EXTENSIONS.contains(&extension);
+    let sample = unsupported || extension == "tar" || IMAGE_EXTENSIONS.contains(&extension);
+    let described =
+        matches!(extension, "" | "txt" | "json" | "md") || path.file_name().is_some_and(|n| n == CODES_FILE);
+    if path.is_symlink() && !path.exists() {
+        Some((sample, Cause::DanglingLink))
+    } else if !path.is_file() {
+        Some((sample, Cause::NotAFile))
+    } else if unsupported {
+        Some((true, Cause::UnsupportedImage))
+    } else {
+        (!sample && !described).then_some((false, Cause::UnknownKind))
+    }
 }
 
 fn extension(path: &Path) -> String {
     path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase()
 }
 
-fn is_picture(path: &Path) -> bool {
+fn is_image(path: &Path) -> bool {
     IMAGE_EXTENSIONS.contains(&extension(path).as_str())
 }
 

@@ -1,33 +1,49 @@
-//! One sample: its picture or codes, its captions, and what else its JSON says.
+//! One sample: its image or codes, its captions, and the other fields of its JSON.
 
 use super::{
     bad::{Bad, Cause},
     codes::CodesInfo,
     image::decode_square,
-    tar::Members,
+    members::Members,
 };
 use image::RgbImage;
 use serde_json::Value;
 
-/// Extensions of picture members, in the order in which they are looked for.
-pub const IMAGE_EXTENSIONS: [&str; 8] = ["png", "jpg", "jpeg", "webp", "gif", "bmp", "tiff", "tif"];
+/// Extensions of image members, in the order in which they are looked for.
+pub const IMAGE_EXTENSIONS: [&str; 9] = ["png", "jpg", "jpeg", "webp", "gif", "bmp", "tiff", "tif", "jfif"];
+
+/// Extensions of image formats that are not decoded; such a sample is counted as [`Cause::UnsupportedImage`].
+pub const UNSUPPORTED_EXTENSIONS: [&str; 12] =
+    ["avif", "svg", "heic", "heif", "jxl", "jp2", "psd", "ico", "tga", "exr", "hdr", "eps"];
 
 /// Largest text or JSON member that is read.
 const MAX_TEXT: usize = 1 << 20;
 /// Characters of a caption that are kept.
 const MAX_CAPTION: usize = 4096;
 
-/// What a sample must have, and what is read of it.
+/// What a sample must have, and which of its members are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// A picture, cut and resized to this side; a caption is welcome.
+    /// An image, cropped and resized to this side; a caption is optional.
     Pictures(u32),
-    /// A picture, cut and resized to this side, and a caption.
+    /// An image, cropped and resized to this side, and a caption.
     Pairs(u32),
     /// Image codes and a caption.
     Codes,
     /// A caption.
     Captions,
+}
+
+/// Whether a member with this extension (lower case) is read for `kind`; `None` stands for all kinds.
+pub(super) fn wants(kind: Option<Kind>, extension: &str) -> bool {
+    let image = || IMAGE_EXTENSIONS.contains(&extension);
+    matches!(extension, "txt" | "json")
+        || match kind {
+            Some(Kind::Pictures(_) | Kind::Pairs(_)) => image(),
+            Some(Kind::Codes) => extension == "npy",
+            Some(Kind::Captions) => false,
+            None => image() || extension == "npy",
+        }
 }
 
 /// One sample.
@@ -37,32 +53,35 @@ pub struct Record {
     pub key: String,
     /// Index of its source in the configuration.
     pub source: usize,
-    /// Square picture ([`Kind::Pictures`], [`Kind::Pairs`]).
+    /// Square image ([`Kind::Pictures`], [`Kind::Pairs`]).
     pub image: Option<RgbImage>,
     /// Codes in raster order ([`Kind::Codes`]).
     pub codes: Option<Vec<u16>>,
-    /// The caption of this turn, one of `captions`; empty where there is none.
+    /// The caption drawn for this visit, one of `captions`; empty if there is none.
     pub caption: String,
     /// All caption variants.
     pub captions: Vec<String>,
-    /// The sample's JSON; `Null` where there is none.
+    /// The sample's JSON; `Null` if there is none or it was ignored.
     pub meta: Value,
+    /// Why a damaged JSON member was ignored. The sample itself is good.
+    pub ignored: Option<Bad>,
 }
 
 impl Record {
     /// Reads what `kind` asks for from the members of a sample.
     pub(super) fn parse(key: &str, members: &Members, kind: Kind, codes: Option<&CodesInfo>) -> Result<Self, Bad> {
-        let meta = json(members)?;
+        let (meta, ignored) = match json(members) {
+            Ok(meta) => (meta, None),
+            Err(bad) => (Value::Null, Some(bad)),
+        };
         let captions = captions(members, &meta)?;
-        let mut record = Self { key: key.to_owned(), meta, ..Self::default() };
         if captions.is_empty() && !matches!(kind, Kind::Pictures(_)) {
-            return Err(Bad::new(Cause::NoCaption, ""));
+            return Err(ignored.unwrap_or_else(|| Bad::new(Cause::NoCaption, "")));
         }
+        let mut record = Self { key: key.to_owned(), meta, ignored, ..Self::default() };
         match kind {
             Kind::Pictures(size) | Kind::Pairs(size) => {
-                let bytes = IMAGE_EXTENSIONS.iter().find_map(|extension| members.get(extension));
-                let bytes = bytes.ok_or_else(|| Bad::new(Cause::NoImage, ""))?;
-                record.image = Some(decode_square(bytes, size)?);
+                record.image = Some(decode_square(image_member(members)?, size)?);
             }
             Kind::Codes => {
                 let npy = members.get("npy").ok_or_else(|| Bad::new(Cause::NoCodes, ""))?;
@@ -76,8 +95,18 @@ impl Record {
     }
 }
 
+/// The bytes of a sample's image.
+pub(super) fn image_member(members: &Members) -> Result<&[u8], Bad> {
+    let found = IMAGE_EXTENSIONS.iter().find_map(|extension| members.get(extension));
+    found.ok_or_else(|| match members.unsupported() {
+        Some(extension) => Bad::new(Cause::UnsupportedImage, extension),
+        None => Bad::new(Cause::NoImage, ""),
+    })
+}
+
 fn json(members: &Members) -> Result<Value, Bad> {
     let Some(bytes) = text_member(members, "json")? else { return Ok(Value::Null) };
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     serde_json::from_slice(bytes).map_err(|e| Bad::new(Cause::BadJson, e))
 }
 
@@ -90,7 +119,8 @@ fn text_member<'a>(members: &'a Members, extension: &str) -> Result<Option<&'a [
     }
 }
 
-/// The captions of a sample: `captions` of its JSON, else `caption`, else its text.
+/// The captions of a sample: `captions` of its JSON, else `caption`, else the lines of its text, each line a caption
+/// of its own (as DALLE-pytorch has it).
 fn captions(members: &Members, meta: &Value) -> Result<Vec<String>, Bad> {
     let variants = meta.get("captions").and_then(Value::as_array);
     let variants = variants.into_iter().flatten().filter_map(Value::as_str);
@@ -104,11 +134,11 @@ fn captions(members: &Members, meta: &Value) -> Result<Vec<String>, Bad> {
     }
     let Some(bytes) = text_member(members, "txt")? else { return Ok(Vec::new()) };
     let text = std::str::from_utf8(bytes).map_err(|e| Bad::new(Cause::NotUtf8, e))?;
-    let caption = clean(text);
-    Ok(if caption.is_empty() { Vec::new() } else { vec![caption] })
+    Ok(text.split(['\n', '\r']).map(clean).filter(|caption| !caption.is_empty()).collect())
 }
 
-/// A caption on one line: control characters and runs of spaces become one space; overlong ones are cut.
+/// A caption on one line: control characters and runs of spaces become one space; a caption is cut after 4096
+/// characters.
 fn clean(text: &str) -> String {
     let text = text.trim_start_matches('\u{feff}');
     let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());

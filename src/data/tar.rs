@@ -1,30 +1,38 @@
-//! Where the samples lie in a tar shard. Headers only are read, nothing is ever unpacked.
+//! The index of a tar shard: only headers are read, nothing is unpacked to disk.
 //!
 //! A sample is a run of neighbouring members `KEY.ext` (the WebDataset convention); its [`Place`] is the
-//! byte range from its first header to the end of its last member, so one read fetches all of it.
+//! byte range from its first header to the end of its last member.
 
-use super::bad::{Bad, BadCounts, Cause};
+use super::{
+    bad::{Bad, BadCounts, Cause},
+    files::{foreign_format, open_regular},
+    members::Members,
+};
 use std::{
     collections::HashSet,
     fs::File,
     hash::{DefaultHasher, Hash, Hasher},
-    io::{BufReader, Cursor, Read, Seek, SeekFrom},
+    io::{BufReader, Read, Seek, SeekFrom},
     ops::Range,
     path::Path,
 };
 use tar::{EntryType, Header};
 
-/// Largest sample that is read, headers included.
+/// Most bytes that are read of one sample: the members that the caller wants, without headers.
 const MAX_SAMPLE: u64 = 128 << 20;
+/// Bytes that are read at once while a sample is read.
+const READ_AHEAD: u64 = 64 << 10;
 /// Largest extended header (PAX or GNU long name) that is read.
 const MAX_EXTENSION: u64 = 64 << 10;
 const BLOCK: u64 = 512;
+/// Archives are padded to a multiple of this many bytes by GNU tar and Python.
+const RECORD: u64 = 20 * BLOCK;
 
-/// Where a sample lies in its shard.
+/// The byte range of a sample in its shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
-    start: u64,
-    length: u32,
+    pub(super) start: u64,
+    pub(super) length: u64,
 }
 
 /// The samples of one shard, and what was wrong with it.
@@ -45,11 +53,29 @@ pub struct Name {
 pub fn index(path: &Path) -> Index {
     let mut index = Index::default();
     let shown = path.display();
-    match File::open(path).and_then(|file| Ok((file.metadata()?.len(), file))) {
-        Ok((length, file)) => list(&mut Walker::new(BufReader::new(file), length), &mut index, &shown.to_string()),
-        Err(e) => index.bad.add(Bad::new(Cause::Unreadable, format_args!("{shown}: {e}"))),
+    if let Err(bad) = open_and_list(path, &mut index) {
+        index.bad.add(Bad::new(bad.cause, format_args!("{shown}: {}", bad.place)));
     }
     index
+}
+
+fn open_and_list(path: &Path, index: &mut Index) -> Result<(), Bad> {
+    let unreadable = |e| Bad::new(Cause::Unreadable, e);
+    let mut file = open_regular(path).map_err(unreadable)?;
+    let length = file.metadata().map_err(unreadable)?.len();
+    if length == 0 {
+        return Err(Bad::new(Cause::BrokenTar, "the file is empty"));
+    }
+    let mut head = Vec::new();
+    file.by_ref().take(BLOCK).read_to_end(&mut head).map_err(unreadable)?;
+    if !is_header(&head)
+        && let Some(format) = foreign_format(&head)
+    {
+        return Err(Bad::new(Cause::NotATar, format));
+    }
+    file.rewind().map_err(unreadable)?;
+    list(&mut Walker::new(BufReader::new(file), length), index, &path.display().to_string());
+    Ok(())
 }
 
 fn list<R: Read + Seek>(walker: &mut Walker<R>, index: &mut Index, shown: &str) {
@@ -57,6 +83,14 @@ fn list<R: Read + Seek>(walker: &mut Walker<R>, index: &mut Index, shown: &str) 
     let mut open: Option<(String, Range<u64>)> = None;
     loop {
         let member = walker.next();
+        if let Ok(Some(Member { begins_archive: true, .. })) = member
+            && let Some((key, range)) = open.take()
+        {
+            close(&key, range, &mut seen, index, shown);
+        }
+        if let Some(bad) = walker.gap.take() {
+            index.bad.add(Bad::new(bad.cause, format_args!("{shown}: {}", bad.place)));
+        }
         let next = match member {
             Ok(Some(member)) => match member.name {
                 Ok(Some(name)) => Some((name.key, member.header..member.end)),
@@ -96,68 +130,59 @@ fn list<R: Read + Seek>(walker: &mut Walker<R>, index: &mut Index, shown: &str) 
 fn close(key: &str, range: Range<u64>, seen: &mut HashSet<u64>, index: &mut Index, shown: &str) {
     let mut hasher = DefaultHasher::new();
     key.hash(&mut hasher);
-    let length = range.end - range.start;
-    let cause = if length > MAX_SAMPLE {
-        Cause::TooLarge
-    } else if !seen.insert(hasher.finish()) {
-        Cause::Duplicate
+    if seen.insert(hasher.finish()) {
+        index.places.push(Place { start: range.start, length: range.end - range.start });
     } else {
-        return index.places.push(Place { start: range.start, length: length as u32 });
-    };
-    index.bad.add(Bad::new(cause, format_args!("{shown}: {key}")));
+        index.bad.add(Bad::new(Cause::Duplicate, format_args!("{shown}: {key}")));
+    }
 }
 
-/// Reads a sample: its key and its members by extension.
-pub fn read(path: &Path, place: Place) -> Result<(String, Members), Bad> {
-    let mut bytes = vec![0; place.length as usize];
-    let read = File::open(path).and_then(|mut file| {
-        file.seek(SeekFrom::Start(place.start))?;
-        file.read_exact(&mut bytes)
-    });
-    read.map_err(|e| Bad::new(Cause::Unreadable, format_args!("{}: {e}", path.display())))?;
-    let mut sample_key = String::new();
-    let mut members: Vec<(String, Range<usize>)> = Vec::new();
-    let mut walker = Walker::new(Cursor::new(&bytes), u64::from(place.length));
+/// Reads a sample: its key, and those of its members whose extension `wants` accepts. Other members are skipped.
+///
+/// # Errors
+/// The shard cannot be read, a wanted member occurs twice, or the wanted members exceed 128 MiB.
+pub fn read(path: &Path, place: Place, wants: impl Fn(&str) -> bool) -> Result<(String, Members), Bad> {
+    let in_shard = |bad: Bad| Bad::new(bad.cause, format_args!("{}: {}", path.display(), bad.place));
+    let opened = open_regular(path).and_then(|mut file| file.seek(SeekFrom::Start(place.start)).map(|_| file));
+    let file = opened.map_err(|e| in_shard(Bad::new(Cause::Unreadable, e)))?;
+    let buffer = place.length.clamp(BLOCK, READ_AHEAD) as usize;
+    let mut walker = Walker::new(BufReader::with_capacity(buffer, file), place.length);
+    read_members(&mut walker, wants).map_err(in_shard)
+}
+
+fn read_members(walker: &mut Walker<BufReader<File>>, wants: impl Fn(&str) -> bool) -> Result<(String, Members), Bad> {
+    let (mut sample_key, mut members) = (String::new(), Members::default());
     while let Some(member) = walker.next()? {
         // Refused members were counted when the shard was indexed.
-        let Ok(Some(Name { key, extension })) = member.name else { continue };
-        if members.iter().any(|(other, _)| *other == extension) {
-            return Err(Bad::new(Cause::Duplicate, format_args!("{}: {key}.{extension}", path.display())));
+        let Ok(Some(Name { key, extension })) = &member.name else { continue };
+        if wants(extension) {
+            if members.get(extension).is_some() {
+                return Err(Bad::new(Cause::Duplicate, format_args!("{key}.{extension}")));
+            }
+            let size = member.data.end - member.data.start;
+            if members.bytes().len() as u64 + size > MAX_SAMPLE {
+                return Err(Bad::new(Cause::TooLarge, format_args!("{key}.{extension}")));
+            }
+            walker.content(size, members.bytes())?;
+            members.end_member(extension);
+        } else {
+            members.skip(extension);
         }
-        members.push((extension, member.data.start as usize..member.data.end as usize));
-        sample_key = key;
+        if sample_key.is_empty() {
+            sample_key.clone_from(key);
+        }
     }
-    Ok((sample_key, Members { bytes, members }))
+    Ok((sample_key, members))
 }
 
-/// The members of one sample.
-#[derive(Debug, Default)]
-pub struct Members {
-    bytes: Vec<u8>,
-    members: Vec<(String, Range<usize>)>,
-}
-
-impl Members {
-    /// The content of the member with this extension.
-    pub fn get(&self, extension: &str) -> Option<&[u8]> {
-        let (_, range) = self.members.iter().find(|(other, _)| other == extension)?;
-        self.bytes.get(range.clone())
-    }
-
-    /// Adds a member read from a file of its own.
-    pub fn push(&mut self, extension: &str, content: &[u8]) {
-        let start = self.bytes.len();
-        self.bytes.extend_from_slice(content);
-        self.members.push((extension.to_owned(), start..self.bytes.len()));
-    }
-}
-
-/// One member; `name` is `None` for what is no part of a sample (folders, files without extension).
+/// One member; `name` is `None` if it belongs to no sample (folders, files without extension).
 struct Member {
     name: Result<Option<Name>, Bad>,
     header: u64,
     data: Range<u64>,
     end: u64,
+    /// Whether zero blocks come before it: one archive ended and another one begins.
+    begins_archive: bool,
 }
 
 /// Walks over the headers of a tar.
@@ -165,19 +190,28 @@ struct Walker<R> {
     reader: R,
     at: u64,
     length: u64,
+    /// The end of the last member.
+    next_at: u64,
+    /// The first byte of the archive, of several that were concatenated.
+    archive: u64,
+    /// Zero blocks between members that are not the end of an archive.
+    gap: Option<Bad>,
 }
 
 impl<R: Read + Seek> Walker<R> {
     fn new(reader: R, length: u64) -> Self {
-        Self { reader, at: 0, length }
+        Self { reader, at: 0, length, next_at: 0, archive: 0, gap: None }
     }
 
     /// The next member; an error where the tar cannot be followed any further.
     fn next(&mut self) -> Result<Option<Member>, Bad> {
-        let header_at = self.at;
+        self.skip_to(self.next_at)?;
+        let archive = self.archive;
+        let mut header_at = None;
         let mut long_name: Option<Result<Vec<u8>, Bad>> = None;
         loop {
             let Some(header) = self.header()? else { return Ok(None) };
+            let header_at = *header_at.get_or_insert(self.at - BLOCK);
             let size = header.entry_size().map_err(|_| self.broken("a size field that is no number"))?;
             let start = self.at;
             let end = start.checked_add(size).filter(|end| *end <= self.length);
@@ -188,33 +222,59 @@ impl<R: Read + Seek> Walker<R> {
                 EntryType::XHeader | EntryType::GNULongName => long_name = Some(self.extension(kind, size)?),
                 EntryType::XGlobalHeader | EntryType::GNULongLink => {}
                 _ => {
-                    self.skip_to(padded)?;
+                    self.next_at = padded;
                     let name = member_name(&header, kind, long_name);
-                    return Ok(Some(Member { name, header: header_at, data: start..end, end: padded }));
+                    let begins_archive = self.archive != archive;
+                    let data = start..end;
+                    return Ok(Some(Member { name, header: header_at, data, end: padded, begins_archive }));
                 }
             }
             self.skip_to(padded)?;
         }
     }
 
-    /// The header at this place; `None` at the end of the archive.
+    /// The next header, also of a further archive behind this one; `None` at the end of the file.
     fn header(&mut self) -> Result<Option<Header>, Bad> {
-        if self.at == self.length {
-            return Ok(None);
-        }
+        let first = self.at;
         let mut header = Header::new_old();
-        self.reader.read_exact(header.as_mut_bytes()).map_err(|_| self.broken("a header is cut"))?;
-        self.at += BLOCK;
-        if header.as_bytes().iter().all(|byte| *byte == 0) {
-            return Ok(None);
+        loop {
+            let zeros = (self.at - first) / BLOCK;
+            if self.at == self.length || (zeros > 0 && self.length - self.at < BLOCK) {
+                return Ok(None);
+            }
+            self.reader.read_exact(header.as_mut_bytes()).map_err(|_| self.broken("a header is cut"))?;
+            if is_header(header.as_bytes()) {
+                if zeros > 0 {
+                    self.begin_archive(first, zeros);
+                }
+                self.at += BLOCK;
+                return Ok(Some(header));
+            }
+            if header.as_bytes().iter().any(|byte| *byte != 0) {
+                let what = if zeros > 0 { "bytes that are no tar" } else { "a header's checksum is wrong" };
+                return Err(self.broken(what));
+            }
+            self.at += BLOCK;
         }
-        let sum: u32 = header.as_bytes().iter().map(|byte| u32::from(*byte)).sum();
-        let field: u32 = header.as_old().cksum.iter().map(|byte| u32::from(*byte)).sum();
-        let sum = sum - field + 8 * u32::from(b' ');
-        match header.cksum() {
-            Ok(expected) if expected == sum => Ok(Some(header)),
-            _ => Err(self.broken("a header's checksum is wrong")),
+    }
+
+    /// A header follows `zeros` zero blocks. Only whole records are the end of an archive for sure; other zero blocks
+    /// may have overwritten members.
+    fn begin_archive(&mut self, first: u64, zeros: u64) {
+        if zeros < 2 || !(self.at - self.archive).is_multiple_of(RECORD) {
+            let what = format_args!("byte {first}: {zeros} zero blocks between members");
+            self.gap = Some(Bad::new(Cause::BrokenTar, what));
         }
+        self.archive = self.at;
+    }
+
+    /// Appends the next `size` bytes, the content of the member that [`Walker::next`] returned.
+    fn content(&mut self, size: u64, bytes: &mut Vec<u8>) -> Result<(), Bad> {
+        let start = bytes.len();
+        bytes.resize(start + size as usize, 0);
+        self.reader.read_exact(&mut bytes[start..]).map_err(|e| Bad::new(Cause::Unreadable, e))?;
+        self.at += size;
+        Ok(())
     }
 
     /// The name that an extended header gives to the member behind it.
@@ -258,6 +318,17 @@ impl<R: Read + Seek> Walker<R> {
     }
 }
 
+/// Whether a block is a tar header: its checksum is right.
+fn is_header(block: &[u8]) -> bool {
+    let Some(block) = block.first_chunk::<{ BLOCK as usize }>() else { return false };
+    let mut header = Header::new_old();
+    header.as_mut_bytes().copy_from_slice(block);
+    let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
+    let field: u32 = header.as_old().cksum.iter().map(|byte| u32::from(*byte)).sum();
+    let sum = sum - field + 8 * u32::from(b' ');
+    header.cksum().is_ok_and(|expected| expected == sum)
+}
+
 fn member_name(header: &Header, kind: EntryType, long: Option<Result<Vec<u8>, Bad>>) -> Result<Option<Name>, Bad> {
     let bytes = match long.transpose()? {
         Some(name) if !name.is_empty() => name,
@@ -265,23 +336,27 @@ fn member_name(header: &Header, kind: EntryType, long: Option<Result<Vec<u8>, Ba
     };
     let name = safe_name(&bytes)?;
     match kind {
-        EntryType::Regular => Ok(split_name(name)),
+        EntryType::Regular => Ok(split_name(&name)),
         EntryType::Directory => Ok(None),
         _ => Err(Bad::new(Cause::NotAFile, name)),
     }
 }
 
-/// Nothing is written under these names, but who sends such a name sends nothing that we want.
-fn safe_name(bytes: &[u8]) -> Result<&str, Bad> {
+/// A member's name without empty and `.` parts. Nothing is written under these names, but codes are stored under them,
+/// and an absolute name or `..` there would be refused by other tools.
+fn safe_name(bytes: &[u8]) -> Result<String, Bad> {
     let refuse = || Bad::new(Cause::UnsafeName, String::from_utf8_lossy(bytes).escape_debug());
     let name = std::str::from_utf8(bytes).map_err(|_| refuse())?;
-    let unsafe_part = name.starts_with('/') || name.split('/').any(|part| part == "..");
-    if unsafe_part || name.chars().any(char::is_control) { Err(refuse()) } else { Ok(name) }
+    let absolute = name.trim_start_matches("./").starts_with('/') || name.starts_with('/');
+    let unsafe_part = absolute || name.split('/').any(|part| part == "..");
+    if unsafe_part || name.chars().any(char::is_control) {
+        return Err(refuse());
+    }
+    Ok(name.split('/').filter(|part| !["", "."].contains(part)).collect::<Vec<_>>().join("/"))
 }
 
 /// `dir/000000012.png` is (`dir/000000012`, `png`).
 fn split_name(name: &str) -> Option<Name> {
-    let name = name.trim_start_matches("./");
     let base = name.rfind('/').map_or(0, |slash| slash + 1);
     let dot = base + name.get(base..)?.find('.')?;
     let (key, extension) = (name.get(..dot)?, name.get(dot + 1..)?);

@@ -10,10 +10,10 @@ use std::{
 };
 
 /// A tar made member by member, rightly or wrongly.
-struct Tar(Builder<Vec<u8>>);
+pub(super) struct Tar(Builder<Vec<u8>>);
 
 impl Tar {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(Builder::new(Vec::new()))
     }
 
@@ -27,26 +27,26 @@ impl Tar {
         self
     }
 
-    fn file(self, name: &str, content: impl AsRef<[u8]>) -> Self {
+    pub(super) fn file(self, name: &str, content: impl AsRef<[u8]>) -> Self {
         let content = content.as_ref();
         self.raw(name.as_bytes(), EntryType::Regular, content.len() as u64, content)
     }
 
     /// A sample whose picture has one colour.
-    fn sample(self, key: &str, shade: u8) -> Self {
+    pub(super) fn sample(self, key: &str, shade: u8) -> Self {
         self.file(&format!("{key}.png"), picture(shade)).file(&format!("{key}.txt"), format!("第{shade}张"))
     }
 
-    fn bytes(self) -> Vec<u8> {
+    pub(super) fn bytes(self) -> Vec<u8> {
         self.0.into_inner().unwrap()
     }
 
-    fn write(self, path: &Path) {
+    pub(super) fn write(self, path: &Path) {
         fs::write(path, self.bytes()).unwrap();
     }
 }
 
-fn picture(shade: u8) -> Vec<u8> {
+pub(super) fn picture(shade: u8) -> Vec<u8> {
     picture::png(&::image::RgbImage::from_pixel(2, 2, ::image::Rgb([shade; 3]))).unwrap()
 }
 
@@ -54,16 +54,16 @@ fn folder() -> tempfile::TempDir {
     tempfile::tempdir().unwrap()
 }
 
-fn config(paths: &[(&Path, f64)]) -> config::Data {
+pub(super) fn config(paths: &[(&Path, f64)]) -> config::Data {
     let source = |(path, weight): &(&Path, f64)| config::Source { path: path.display().to_string(), weight: *weight };
     config::Data { sources: paths.iter().map(source).collect(), ..Default::default() }
 }
 
-fn open(path: &Path) -> Dataset {
+pub(super) fn open(path: &Path) -> Dataset {
     Dataset::open(&config(&[(path, 1.0)]), Kind::Pairs(2)).unwrap()
 }
 
-fn causes(counts: &BadCounts) -> serde_json::Value {
+pub(super) fn causes(counts: &BadCounts) -> serde_json::Value {
     let mut value = serde_json::to_value(counts).unwrap();
     for found in value.as_object_mut().unwrap().values_mut() {
         *found = found["count"].take();
@@ -72,7 +72,7 @@ fn causes(counts: &BadCounts) -> serde_json::Value {
 }
 
 /// The keys that can be read, and the causes of those that cannot.
-fn read_all(dataset: &Dataset) -> (Vec<String>, serde_json::Value) {
+pub(super) fn read_all(dataset: &Dataset) -> (Vec<String>, serde_json::Value) {
     let mut bad = dataset.bad.clone();
     let mut keys = Vec::new();
     for record in dataset.records(1) {
@@ -84,7 +84,7 @@ fn read_all(dataset: &Dataset) -> (Vec<String>, serde_json::Value) {
     (keys, causes(&bad))
 }
 
-fn read_tar(tar: Vec<u8>) -> (Vec<String>, serde_json::Value) {
+pub(super) fn read_tar(tar: Vec<u8>) -> (Vec<String>, serde_json::Value) {
     let dir = folder();
     // A good shard behind the bad one must be read all the same.
     fs::write(dir.path().join("0.tar"), tar).unwrap();
@@ -196,6 +196,9 @@ fn bad_text_goes_by_rule() {
     assert_eq!(read_tar(with(b"a\0b")).0, ["a"]);
     let deep = "[".repeat(100_000);
     let json = Tar::new().sample("a", 1).file("a.json", deep).bytes();
+    // The JSON is ignored, the text is good.
+    assert_eq!(read_tar(json), (vec!["a".into()], serde_json::json!({})));
+    let json = Tar::new().file("a.png", picture(1)).file("a.json", "[").bytes();
     assert_eq!(read_tar(json), only("bad-json"));
     let no_image = Tar::new().file("a.txt", "x").bytes();
     assert_eq!(read_tar(no_image), only("no-image"));

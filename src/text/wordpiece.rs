@@ -59,18 +59,34 @@ impl WordPiece {
     ///
     /// Of a very long text only the first 128 characters a token are looked at.
     pub fn encode(&self, text: &str, max_tokens: usize) -> Result<Vec<u32>> {
-        ensure!(max_tokens >= 2, "{max_tokens} tokens leave no room for [CLS] and [SEP]");
-        let end = text.char_indices().nth(max_tokens * CHARACTERS_A_TOKEN).map_or(text.len(), |(end, _)| end);
-        let mut ids = vec![self.cls];
-        for word in words(&text[..end])? {
-            if ids.len() >= max_tokens - 1 {
-                break;
-            }
-            ids.extend(self.pieces.tokenize(&word).map_err(|e| anyhow!(e))?.iter().map(|token| token.id));
-        }
+        let (mut ids, _) = self.pieces_of(text, max_tokens)?;
         ids.truncate(max_tokens - 1);
         ids.push(self.sep);
         Ok(ids)
+    }
+
+    /// The same for a text that a model learns to write: if it is cut, it has no `[SEP]`, since it does not end there.
+    /// The last token then has no successor.
+    pub fn encode_target(&self, text: &str, max_tokens: usize) -> Result<Vec<u32>> {
+        let (mut ids, complete) = self.pieces_of(text, max_tokens)?;
+        ids.extend(complete.then_some(self.sep));
+        ids.truncate(max_tokens);
+        Ok(ids)
+    }
+
+    /// `[CLS]` and at least the first `max_tokens - 1` tokens of a text, and whether these are all of its tokens.
+    fn pieces_of(&self, text: &str, max_tokens: usize) -> Result<(Vec<u32>, bool)> {
+        ensure!(max_tokens >= 2, "{max_tokens} tokens leave no room for [CLS] and [SEP]");
+        let end =
+            text.char_indices().nth(max_tokens.saturating_mul(CHARACTERS_A_TOKEN)).map_or(text.len(), |(end, _)| end);
+        let mut ids = vec![self.cls];
+        for word in words(&text[..end])? {
+            if ids.len() >= max_tokens {
+                return Ok((ids, false));
+            }
+            ids.extend(self.pieces.tokenize(&word).map_err(|e| anyhow!(e))?.iter().map(|token| token.id));
+        }
+        Ok((ids, end == text.len()))
     }
 
     /// Readable text: pieces joined, spaces only between words that are not Chinese, special tokens dropped.
@@ -177,6 +193,18 @@ mod tests {
         assert_eq!(wordpiece.encode("月", 2).unwrap(), [2, 3]);
         assert!(wordpiece.encode("月", 1).is_err());
         assert_eq!(wordpiece.decode(&[7, 4_000_000_000, 7]), "月月");
+    }
+
+    #[test]
+    fn a_cut_target_does_not_end() {
+        let wordpiece = WordPiece::parse(VOCAB).unwrap();
+        let target = |text: &str, max| wordpiece.encode_target(text, max).unwrap();
+        assert_eq!(target("一弯月", 5), [2, 5, 6, 7, 3], "as long as there is room");
+        assert_eq!(target("一弯月", 8), wordpiece.encode("一弯月", 8).unwrap());
+        assert_eq!(target("一弯月", 4), [2, 5, 6, 7], "its end does not fit");
+        assert_eq!(target("一弯月一弯月一弯月", 5), [2, 5, 6, 7, 5]);
+        assert_eq!(target("", 2), [2, 3]);
+        assert_eq!(target(&"x".repeat(1 << 20), 8), [2, 1], "what follows was not read");
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub struct Feed {
     mine: Vec<Range<usize>>,
     loader: Option<(u64, Loader)>,
     bad: u64,
+    /// Samples with damaged JSON at the last warning.
+    ignored: u64,
     /// Of the last step.
     names: Vec<String>,
 }
@@ -58,6 +60,7 @@ impl Feed {
             mine,
             loader: None,
             bad: 0,
+            ignored: 0,
             names: Vec::new(),
         })
     }
@@ -100,6 +103,11 @@ impl Feed {
         if loader.bad().total() > self.bad {
             self.bad = loader.bad().total();
             report::warn(format_args!("bad samples were replaced so far: {}", loader.bad()));
+        }
+        // Each power of ten, since whole data sets have such JSON.
+        if loader.ignored().total() >= (10 * self.ignored).max(1) {
+            self.ignored = loader.ignored().total();
+            report::warn(format_args!("damaged JSON was ignored so far: {}", loader.ignored()));
         }
         self.loader = Some((step + 1, loader));
         let batch = |mine: &Range<usize>| (mine.start as u64, records.by_ref().take(mine.len()).collect());

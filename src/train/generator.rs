@@ -104,7 +104,11 @@ impl GeneratorTask {
                 let mut random = Random::keyed(self.config.seed, "condition dropout", step, index);
                 let dropped = direction == Direction::TextToImage && random.unit() < settings.condition_dropout;
                 let caption = if dropped { "" } else { record.caption.as_str() };
-                rows.push(self.text.encode(caption, self.config.text.max_tokens)?);
+                let width = self.config.text.max_tokens;
+                rows.push(match direction {
+                    Direction::TextToImage => self.text.encode(caption, width)?,
+                    Direction::ImageToText => self.text.encode_target(caption, width)?,
+                });
                 codes.extend(record.codes.as_deref().context("a sample without codes")?.iter().map(|&c| u32::from(c)));
             }
             let device = runtime::device()?;

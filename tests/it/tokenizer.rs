@@ -108,10 +108,35 @@ fn a_folder_is_reconstructed_and_whole_pictures_keep_their_size() {
     let output = vilg(&args, &model);
     assert_eq!(output.status.code(), Some(1), "one picture is bad");
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(told.contains("bad.png") && told.contains("1 of 3 pictures"), "{told}");
+    assert!(told.contains("bad.png") && told.contains("1 of 3 images"), "{told}");
     assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), 2);
     let size = |name: &str| image::image_dimensions(out.join(name)).unwrap();
     assert_eq!((size("a.png"), size("below/b.png")), ((40, 30), (16, 16)));
+}
+
+#[test]
+fn images_of_one_name_are_both_reconstructed_and_never_overwritten() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, input) = (model(folder.path()), folder.path().join("in"));
+    std::fs::create_dir(&input).unwrap();
+    let image = image::RgbImage::from_pixel(16, 16, image::Rgb([1, 2, 3]));
+    for name in ["x.jpg", "x.png", "y.v1.png"] {
+        image.save(input.join(name)).unwrap();
+    }
+    let reconstruct = |source: &Path, out: &Path| {
+        vilg(&["reconstruct", source.to_str().unwrap(), "-o", out.to_str().unwrap()], &model)
+    };
+    let out = folder.path().join("out");
+    let output = reconstruct(&input, &out);
+    assert!(output.status.success(), "{output:?}");
+    assert!(["x.png", "x_png.png", "y_v1.png"].iter().all(|name| out.join(name).exists()));
+
+    let before = std::fs::read(input.join("x.png")).unwrap();
+    for (source, out) in [(input.clone(), input.clone()), (input.join("x.png"), input.join("x.png"))] {
+        let output = reconstruct(&source, &out);
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+    }
+    assert_eq!(std::fs::read(input.join("x.png")).unwrap(), before);
 }
 
 #[test]

@@ -1,0 +1,49 @@
+//! The members of one sample.
+
+use super::record::UNSUPPORTED_EXTENSIONS;
+use std::ops::Range;
+
+/// The members of one sample that were read.
+#[derive(Debug, Default)]
+pub struct Members {
+    bytes: Vec<u8>,
+    members: Vec<(String, Range<usize>)>,
+    unsupported: Option<String>,
+}
+
+impl Members {
+    /// The content of the member with this extension.
+    pub fn get(&self, extension: &str) -> Option<&[u8]> {
+        let (_, range) = self.members.iter().find(|(other, _)| other == extension)?;
+        self.bytes.get(range.clone())
+    }
+
+    /// Adds a member read from a file of its own.
+    pub fn push(&mut self, extension: &str, content: &[u8]) {
+        self.bytes.extend_from_slice(content);
+        self.end_member(extension);
+    }
+
+    /// Records a member that was not read.
+    pub fn skip(&mut self, extension: &str) {
+        if UNSUPPORTED_EXTENSIONS.contains(&extension) {
+            self.unsupported = Some(extension.to_owned());
+        }
+    }
+
+    /// The extension of a skipped image whose format is not decoded.
+    pub fn unsupported(&self) -> Option<&str> {
+        self.unsupported.as_deref()
+    }
+
+    /// The content of all members; bytes appended here become a member with [`Members::end_member`].
+    pub(super) fn bytes(&mut self) -> &mut Vec<u8> {
+        &mut self.bytes
+    }
+
+    /// Makes the bytes behind the last member a member.
+    pub(super) fn end_member(&mut self, extension: &str) {
+        let start = self.members.last().map_or(0, |(_, range)| range.end);
+        self.members.push((extension.to_owned(), start..self.bytes.len()));
+    }
+}
