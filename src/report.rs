@@ -1,5 +1,9 @@
 //! The only place that prints: results go to stdout, talk goes to stderr. No colour anywhere.
 
+mod version;
+
+pub use version::{Version, version};
+
 use crate::error::{Error, Exit, hint_of};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
