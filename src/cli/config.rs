@@ -1,6 +1,6 @@
 //! `vilg config`
 
-use super::summary::Summary;
+use super::{config_files::Found, summary::Summary};
 use crate::{
     config::{Config, Loaded, Origin, values},
     error::{Context, Result, ensure, usage},
@@ -8,6 +8,7 @@ use crate::{
     train::sizes::Sizes,
 };
 use clap::{Subcommand, ValueEnum};
+use serde_json::json;
 use std::{fs::OpenOptions, io::Write, path::Path, path::PathBuf};
 
 /// Show, check or start a configuration
@@ -19,16 +20,16 @@ pub struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Print every value with its source, then parameters, sequence layout and layers
+    /// Print every value and where it comes from, then parameters, sequence layout and layers
     Show(Source),
-    /// Check a configuration; exit code 2 if something is wrong with it
+    /// Check the values and paths of a configuration; exit code 2 on an error, warnings for paths that do not exist
     Check(Source),
     /// Print a commented configuration to start from
     Init {
-        /// Which one
+        /// Name of the example
         #[arg(value_enum, default_value = "emoji")]
         name: Example,
-        /// Write it to this file instead; an existing one is kept
+        /// Write it to this file instead; an existing file is never replaced
         #[arg(short, long, value_name = "FILE")]
         output: Option<PathBuf>,
     },
@@ -37,7 +38,7 @@ enum Command {
 /// Where a configuration comes from.
 #[derive(clap::Args)]
 pub struct Source {
-    /// Configuration file [default: built-in defaults]
+    /// Configuration file; keys that it does not set have built-in defaults. `train` and `plan` need it or --set
     #[arg(short, long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Override a value, e.g. `--set train.steps=100`; may be repeated
@@ -46,7 +47,7 @@ pub struct Source {
 }
 
 impl Source {
-    /// The configuration, for commands that make no sense with the built-in defaults alone; `example` is one to start from.
+    /// The configuration, for commands that need more than the built-in defaults; the hint names `example`.
     pub fn load(&self, example: &str) -> Result<Config> {
         let hint = format!("`vilg config init {example} -o {example}.toml` writes one to start from");
         ensure!(self.config.is_some() || !self.sets.is_empty(), usage("--config is missing", hint));
@@ -119,23 +120,33 @@ fn init(example: Example, path: &Path) -> Result<()> {
 }
 
 fn check(source: &Source, json: bool) -> Result<()> {
-    let problems = Loaded::read(source.config.as_deref(), &source.sets)?.config.problems()?;
+    let loaded = Loaded::read(source.config.as_deref(), &source.sets)?;
+    let problems = loaded.problems()?.into_iter();
+    let mut problems: Vec<_> = problems.map(|problem| (problem.message, problem.hint)).collect();
+    // Wrong values first: what they name is not worth a look.
+    let found = if problems.is_empty() { Found::of(&loaded.config) } else { Found::default() };
+    problems.extend(found.wrong.into_iter().map(|what| (what, "correct the path in the configuration".to_owned())));
+    let missing = found.missing;
     if json {
-        let list: Vec<_> = problems.iter().map(|p| serde_json::json!({"message": p.message, "hint": p.hint})).collect();
-        report::json(&serde_json::json!({"ok": list.is_empty(), "problems": list}));
+        let list: Vec<_> = problems.iter().map(|(message, hint)| json!({ "message": message, "hint": hint })).collect();
+        report::json(&json!({ "ok": list.is_empty(), "problems": list, "warnings": missing }));
     } else if problems.is_empty() {
-        report::result("ok");
+        let warnings = if missing.len() == 1 { "1 warning".to_owned() } else { format!("{} warnings", missing.len()) };
+        report::result(if missing.is_empty() { "ok".to_owned() } else { format!("ok, with {warnings}") });
     }
-    let Some((last, others)) = problems.split_last() else { return Ok(()) };
-    for problem in others {
-        report::error(&usage(&problem.message, &problem.hint));
+    missing.iter().for_each(report::warn);
+    let Some(((message, hint), others)) = problems.split_last() else { return Ok(()) };
+    for (message, hint) in others {
+        report::error(&usage(message, hint));
     }
-    Err(usage(&last.message, &last.hint))
+    Err(usage(message, hint))
 }
 
 fn show(source: &Source, json: bool) -> Result<()> {
     let loaded = Loaded::read(source.config.as_deref(), &source.sets)?;
-    loaded.config.validate()?;
+    if let Some(problem) = loaded.problems()?.into_iter().next() {
+        return Err(usage(problem.message, problem.hint));
+    }
     let summary = Summary::new(&loaded.config, &Sizes::of(&loaded.config)?);
     let rows = values(&loaded.config)?.into_iter().map(|(key, value)| {
         let from = match loaded.origin(&key) {
@@ -147,8 +158,8 @@ fn show(source: &Source, json: bool) -> Result<()> {
     });
     if json {
         let values: serde_json::Map<_, _> =
-            rows.map(|(key, value, from)| (key, serde_json::json!({"value": value, "from": from}))).collect();
-        report::json(&serde_json::json!({"values": values, "summary": summary}));
+            rows.map(|(key, value, from)| (key, json!({"value": value, "from": from}))).collect();
+        report::json(&json!({"values": values, "summary": summary}));
     } else {
         let rows: Vec<_> = rows.map(|(key, value, from)| vec![key, from.to_owned(), value.to_string()]).collect();
         report::table(&["key", "from", "value"], &rows);

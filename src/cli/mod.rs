@@ -4,6 +4,7 @@ mod bench;
 mod caption;
 mod completions;
 mod config;
+mod config_files;
 mod data;
 mod data_encode;
 mod data_inspect;

@@ -15,29 +15,31 @@ use crate::{
 use serde_json::json;
 use std::{num::NonZeroUsize, time::Duration};
 
-/// Train what the configuration's `task` says; the results lie in runs/NAME
+/// Train what the configuration's `task` says and write the results to runs/NAME
 #[derive(clap::Args)]
 #[command(
-    after_help = "Ctrl-C, SIGTERM, SIGUSR1 and --time-limit finish the step, write a checkpoint and leave (exit codes 130 and \
-    75); the same command goes on from there with the same bits as if nothing had happened."
+    after_help = "Ctrl-C, SIGTERM, SIGUSR1 and --time-limit finish the current step, write a checkpoint and exit (exit codes 130 and \
+    75). The same command resumes from it; the result is bit-equal to an uninterrupted run.\n\n\
+    With --json, each step prints its metrics as one line of JSON."
 )]
 pub struct Args {
     #[command(flatten)]
     source: Source,
-    /// auto: from the newest whole checkpoint; never: only from the beginning; or a checkpoint's folder
+    /// Where to start: auto (the newest complete checkpoint, if any), never (from the beginning; an error if there are
+    /// checkpoints) or the folder of a checkpoint
     #[arg(long, value_name = "auto|never|PATH", default_value = "auto")]
     resume: String,
-    /// Ranks that train together in this process, each on its share of the threads; `train.shard_stage` says what they split.
-    /// Where torchrun, srun or mpirun (feature `mpi`) starts several processes, each is a rank
+    /// Number of ranks to run in this process, each with its share of the threads; `train.shard_stage` says what is sharded
+    /// over them. If torchrun, srun or mpirun (feature `mpi`) starts several processes, each process is one rank
     #[arg(long, value_name = "N", default_value_t = NonZeroUsize::MIN)]
     nproc: NonZeroUsize,
-    /// Stop with a checkpoint (exit code 75) before so much time is over: 90s, 45m, 12h or 2d
+    /// Write a checkpoint and stop (exit code 75) before this time is over: 90s, 45m, 12h or 2d
     #[arg(long, value_name = "TIME", value_parser = duration)]
     time_limit: Option<Duration>,
-    /// Print parameters, tokens a step and the sources found, and train nothing
+    /// Print the number of parameters, the tokens per step and the data sources found, without training
     #[arg(long)]
     dry_run: bool,
-    /// With --dry-run: also what each of N ranks gets and holds; what is not on this machine is only warned of
+    /// With --dry-run: also print the samples and the memory of each of N ranks; data missing on this machine is a warning
     #[arg(long, value_name = "N", requires = "dry_run", value_parser = clap::value_parser!(u32).range(1..=65536))]
     world_size: Option<u32>,
 }
@@ -56,7 +58,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         path => Resume::From(path.into()),
     };
     let ranks = Ranks::find(args.nproc.get())?;
-    train::run(&config, &resume, &ranks, args.time_limit)?;
+    train::run(&config, &resume, &ranks, args.time_limit, json)?;
     if json && ranks.leads() {
         report::json(&json!({ "model": report::path(&train::model_folder(&config)), "steps": config.train.steps }));
     }

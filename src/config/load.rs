@@ -1,6 +1,6 @@
 //! From text to a configuration: defaults < file < `--set`, and errors that name the place.
 
-use super::Config;
+use super::{Config, Problem};
 use crate::error::{Error, Result, usage};
 use std::path::Path;
 use toml::{Table, Value};
@@ -16,6 +16,8 @@ pub enum Origin {
 /// A configuration together with what the file and the `--set` options said.
 pub struct Loaded {
     pub config: Config,
+    /// The file's name in messages.
+    name: String,
     file: Table,
     sets: Table,
 }
@@ -35,11 +37,54 @@ impl Loaded {
         let (mut all, mut set) = (file.clone(), Table::new());
         for text in sets {
             let one = assignment(text)?;
+            let mut with = all.clone();
+            merge(&mut with, &one);
+            let parsed = with.clone().try_into();
+            // A number for a key that wants text: `--set name=2024`.
+            let (one, with, parsed) = match (parsed, as_text(text)) {
+                (Err(e), Some(quoted)) => {
+                    let mut again = all.clone();
+                    merge(&mut again, &quoted);
+                    match again.clone().try_into() {
+                        Ok(config) => (quoted, again, Ok(config)),
+                        Err(_) => (one, with, Err(e)),
+                    }
+                }
+                (parsed, _) => (one, with, parsed),
+            };
+            config = parsed.map_err(|e| wrong(&format!("--set {text}"), &e))?;
             merge(&mut set, &one);
-            merge(&mut all, &one);
-            config = all.clone().try_into().map_err(|e| wrong(&format!("--set {text}"), &e))?;
+            all = with;
         }
-        Ok(Self { config, file, sets: set })
+        let mut loaded = Self { config, name, file, sets: set };
+        if loaded.origin("train.warmup_steps") == Origin::Default {
+            let train = &mut loaded.config.train;
+            train.warmup_steps = train.warmup_steps.min(train.steps / 10);
+        }
+        Ok(loaded)
+    }
+
+    /// Everything that is wrong with the values; those that the file gives are named with it.
+    ///
+    /// # Errors
+    /// A number does not fit into TOML.
+    pub fn problems(&self) -> Result<Vec<Problem>> {
+        let mut problems = self.config.problems()?;
+        for problem in problems.iter_mut().filter(|problem| self.origin(&problem.key) == Origin::File) {
+            problem.message = format!("{}: {}", self.name, problem.message);
+        }
+        Ok(problems)
+    }
+
+    /// The configuration, if all its values are right.
+    ///
+    /// # Errors
+    /// The first problem, as a usage error.
+    pub fn validated(self) -> Result<Config> {
+        match self.problems()?.into_iter().next() {
+            Some(problem) => Err(usage(problem.message, problem.hint)),
+            None => Ok(self.config),
+        }
     }
 
     /// Where the value of `key` (`model.layers`) comes from.
@@ -58,9 +103,7 @@ impl Config {
     /// # Errors
     /// The file cannot be read, a key is unknown, or a value is wrong.
     pub fn load(path: Option<&Path>, sets: &[String]) -> Result<Self> {
-        let config = Loaded::read(path, sets)?.config;
-        config.validate()?;
-        Ok(config)
+        Loaded::read(path, sets)?.validated()
     }
 
     /// Reads the text of a configuration file; `name` is the file's name in messages.
@@ -70,7 +113,12 @@ impl Config {
     pub fn parse(text: &str, name: &str) -> Result<Self> {
         toml::from_str(text).map_err(|e| {
             let line = e.span().map(|span| 1 + text[..span.start.min(text.len())].matches('\n').count());
-            wrong(&line.map_or(name.to_owned(), |line| format!("{name}:{line}")), &e)
+            let key =
+                line.and_then(|line| text.lines().nth(line - 1)?.split_once('=')).map_or("", |(key, _)| key.trim());
+            let place = line.map_or(name.to_owned(), |line| format!("{name}:{line}"));
+            // A complaint about a value does not name its key.
+            let of_value = !key.is_empty() && e.message().starts_with("invalid");
+            wrong(&if of_value { format!("{place}: `{key}`") } else { place }, &e)
         })
     }
 
@@ -100,6 +148,14 @@ fn assignment(text: &str) -> Result<Table> {
         .ok_or_else(|| {
             usage(format_args!("--set {text}: not of the form key=value"), "for example --set train.steps=100")
         })
+}
+
+/// `a.b=value` as a table with the value as a string, unless it is one already.
+fn as_text(text: &str) -> Option<Table> {
+    let (key, value) = text.split_once('=').map(|(key, value)| (key.trim(), value.trim()))?;
+    let plain = value.chars().all(|c| c.is_alphanumeric() || "+-.:_".contains(c));
+    let quoted = Value::String(value.to_owned());
+    toml::from_str(&format!("{key} = {quoted}")).ok().filter(|_| plain)
 }
 
 fn merge(into: &mut Table, from: &Table) {
@@ -133,7 +189,7 @@ pub fn values(config: &Config) -> Result<Vec<(String, Value)>> {
 
 /// serde's complaint as a usage error with the place and the nearest known key or value.
 fn wrong(place: &str, error: &toml::de::Error) -> Error {
-    let message = error.message().trim().replace('\n', ", ");
+    let message = plain(&error.message().trim().replace('\n', ", "));
     let unknown = message.strip_prefix("unknown field ").map(|rest| ("key", rest));
     let unknown = unknown.or_else(|| message.strip_prefix("unknown variant ").map(|rest| ("value", rest)));
     let Some((what, rest)) = unknown else {
@@ -143,6 +199,29 @@ fn wrong(place: &str, error: &toml::de::Error) -> Error {
     let given = names.next().unwrap_or_default();
     let known: Vec<&str> = names.collect();
     usage(format_args!("{place}: unknown {what} `{given}`"), nearest(given, &known))
+}
+
+/// serde's names of types in words that do not need Rust.
+fn plain(message: &str) -> String {
+    const WORDS: [(&str, &str); 13] = [
+        ("usize", "a whole number >= 0"),
+        ("u64", "a whole number >= 0"),
+        ("u32", "a whole number >= 0"),
+        ("u8", "a whole number from 0 to 255"),
+        ("f64", "a number"),
+        ("a boolean", "true or false"),
+        ("a string", "text in quotes"),
+        ("a sequence", "a list in [ ]"),
+        ("an array of length 2", "a list of 2 values"),
+        ("a tuple of size 2", "a list of 2 values"),
+        ("struct Source", "a table like { path = \"data/train\" }"),
+        ("a map", "a table"),
+        ("string or table", "text in quotes"),
+    ];
+    let Some((what, expected)) = message.rsplit_once(", expected ") else { return message.to_owned() };
+    let section = expected.starts_with("struct ").then_some("a section of keys");
+    let known = WORDS.iter().find(|(rust, _)| *rust == expected).map(|(_, words)| *words).or(section);
+    format!("{what}, expected {}", known.unwrap_or(expected))
 }
 
 fn nearest(given: &str, known: &[&str]) -> String {
@@ -187,6 +266,26 @@ mod tests {
     }
 
     #[test]
+    fn text_keys_take_numbers_and_warm_up_follows_the_steps() {
+        let loaded = sets(&["name=2024", "train.steps=50", "text.vocab=1.5"]).unwrap();
+        assert_eq!((loaded.config.name.as_str(), loaded.config.text.vocab.as_str()), ("2024", "1.5"));
+        assert_eq!(loaded.config.train.warmup_steps, 5);
+        loaded.validated().unwrap();
+        assert_eq!(sets(&["train.steps=50000"]).unwrap().config.train.warmup_steps, 1000);
+        assert_eq!(sets(&["train.warmup_steps=7"]).unwrap().config.train.warmup_steps, 7);
+        complaint(sets(&["train.steps=many"]));
+    }
+
+    #[test]
+    fn wrong_values_of_a_file_are_named_with_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, "[train]\nbatch_size = 9223372036854775807\n").unwrap();
+        let (message, hint) = complaint(Config::load(Some(file.path()), &[]));
+        let place = format!("{}: `train.batch_size` = 9223372036854775807: must be", file.path().display());
+        assert!(message.starts_with(&place) && !hint.is_empty(), "{message}");
+    }
+
+    #[test]
     fn written_configurations_read_back_equal() {
         let config =
             sets(&["model.layers=3", "train.betas=[0.5, 0.6]", "sample.prompts=[\"一轮弯月\"]"]).unwrap().config;
@@ -201,7 +300,10 @@ mod tests {
         let (message, hint) = parse("[model]\nattention = \"spars\"\n");
         assert_eq!((message.as_str(), hint.as_str()), ("a.toml:2: unknown value `spars`", "did you mean `sparse`?"));
         assert_eq!(parse("[train]\nheads = 4\n").1, "`heads` is a key of [model]");
-        assert!(parse("[model]\nlayers = -1\n").0.starts_with("a.toml:2: invalid value"));
+        let message = parse("[model]\nlayers = -1\n").0;
+        assert_eq!(message, "a.toml:2: `layers`: invalid value: integer `-1`, expected a whole number >= 0");
+        let message = parse("[train]\nlearning_rate = \"fast\"\n").0;
+        assert_eq!(message, "a.toml:2: `learning_rate`: invalid type: string \"fast\", expected a number");
         assert!(parse("[model\n").0.starts_with("a.toml:1: "));
         let (message, hint) = complaint(sets(&["model.layers=2", "model.hiden=3"]));
         assert_eq!(message, "--set model.hiden=3: unknown key `hiden`");

@@ -7,7 +7,7 @@ mod train;
 mod validate;
 
 pub use load::{Loaded, Origin, values};
-pub use train::{Decay, MatrixOptimizer, Offload, Precision, Spike, Train, begins_with};
+pub use train::{Decay, LossReduction, MatrixOptimizer, Offload, Precision, Spike, Train, begins_with};
 pub use validate::Problem;
 
 use serde::{Deserialize, Serialize};
@@ -52,7 +52,7 @@ pub enum Task {
 pub struct Data {
     /// Sources that are mixed.
     pub sources: Vec<Source>,
-    /// Batches that are read ahead.
+    /// Batches to read ahead.
     pub prefetch: usize,
     /// Reader threads.
     pub workers: usize,
@@ -80,7 +80,7 @@ fn one() -> f64 {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Text {
-    /// WordPiece vocabulary file, one token a line.
+    /// WordPiece vocabulary file with one token a line, or `demo`: that of the embedded model.
     pub vocab: String,
     /// Text positions: `[CLS]`, tokens, `[SEP]`; longer captions are cut.
     pub max_tokens: usize,
@@ -90,7 +90,7 @@ pub struct Text {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ImageTokenizer {
-    /// Model folder of a trained tokenizer (task `generator` only; the other keys are then read from there).
+    /// Model folder of a trained tokenizer, or `demo` (task `generator` only; the other keys are then read from there).
     pub path: String,
     /// Encoder and decoder.
     pub architecture: Architecture,
@@ -136,8 +136,10 @@ pub struct ImageTokenizer {
     pub kl_weight: f64,
     /// First and last temperature of the relaxed choice (quantiser `gumbel`).
     pub temperature: [f64; 2],
-    /// Steps over which the temperature falls, as half a cosine, and the divergence's weight rises from 0, evenly.
+    /// Steps over which the temperature falls, as half a cosine.
     pub temperature_steps: u64,
+    /// Steps over which `kl_weight` rises linearly from 0 (DALL-E: 5000); 0: as many as `temperature_steps`.
+    pub kl_steps: u64,
     /// Folder of the perceptual network (`vilg import lpips`).
     pub perceptual: String,
     /// Weight of the perceptual distance LPIPS; 0: none.
@@ -327,6 +329,7 @@ impl Default for ImageTokenizer {
             kl_weight: 5e-4,
             temperature: [1.0, 0.0625],
             temperature_steps: 100_000,
+            kl_steps: 0,
             perceptual: String::new(),
             perceptual_weight: 0.0,
             perceptual_start: 0,

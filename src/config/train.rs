@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 pub struct Train {
     /// Model folder (or `demo`) whose weights a new run starts from; empty: random weights.
     pub init_from: String,
-    /// Parameters that stay as they are: names, or what names begin with, up to a dot.
+    /// Parameters to freeze: full names, or prefixes of names that end before a dot.
     pub freeze: Vec<String>,
     /// Optimizer steps.
     pub steps: u64,
@@ -16,12 +16,14 @@ pub struct Train {
     pub batch_size: usize,
     /// image→text sequences a step (generator).
     pub caption_batch_size: usize,
-    /// Parts into which a step's samples are cut; their gradients add up to the whole batch's.
+    /// Gradient accumulation: number of micro-batches a step's samples are split into.
     pub accumulation: usize,
     /// Weight of the text→image loss.
     pub image_loss_weight: f64,
     /// Weight of the image→text loss.
     pub text_loss_weight: f64,
+    /// How the losses of a batch's target tokens are combined, for each direction.
+    pub loss_reduction: LossReduction,
     /// Share of text→image samples whose text is dropped, for classifier-free guidance.
     pub condition_dropout: f64,
     /// Optimizer of the transformer's matrices; everything else is AdamW's.
@@ -34,42 +36,45 @@ pub struct Train {
     pub betas: [f64; 2],
     /// Decoupled weight decay of matrices; biases, norms and embeddings have none.
     pub weight_decay: f64,
-    /// Steps of linear warm-up.
+    /// Steps of linear warm-up. Where a file does not give it: 1000, but at most a tenth of `steps`.
     pub warmup_steps: u64,
     /// Shape of the decay.
     pub decay: Decay,
     /// Share of the steps after which the decay begins.
     pub decay_start: f64,
-    /// Final learning rate as a share of the peak.
+    /// Final learning rate as a share of the peak. With 0, the rate would reach 0 one step after the last.
     pub final_lr_ratio: f64,
     /// The gradient's global norm is clipped to this; 0 turns clipping off.
     pub clip_norm: f64,
     /// Decay a step of the moving average of the weights; 0 turns it off.
     pub ema_decay: f64,
-    /// Every so-manieth segment forgets its activations and runs forward again in the backward pass: 1 all, 0 none.
+    /// Activation checkpointing: recompute the activations of every k-th segment in the backward pass (0: none, 1: all).
     pub recompute: usize,
-    /// What several ranks split among them: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights.
+    /// ZeRO stage, what is sharded over the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights.
     pub shard_stage: u8,
-    /// So many ranks after another split a replica among them, and the replicas are alike; 0: all ranks split one.
+    /// Ranks per shard group (HSDP): state is sharded within a group of this many consecutive ranks and replicated across
+    /// groups; 0: sharded over all ranks.
     pub shard_ranks: usize,
-    /// Move weights and gradients between ranks while segments compute; the bits are the same either way.
+    /// Overlap communication with computation; the results are bit-equal either way.
     pub overlap: bool,
-    /// Where the state lies that only the optimizer touches: moments, moving average and, at stage 3, the weights.
+    /// Where optimizer state (moments, moving average and, at stage 3, master weights) is stored.
     pub offload: Offload,
-    /// Seconds that a rank waits for the others before the run ends.
+    /// Seconds a rank waits for the others before the run ends with an error.
     pub rank_timeout: u64,
-    /// Of matrix products; weights, gradients and sums stay f32.
+    /// Precision of matrix products; weights, gradients and sums stay f32.
     pub precision: Precision,
-    /// What is done about a step whose loss or gradient norm is far above those before (6 standard deviations).
+    /// What to do about a step whose loss or gradient norm is more than 6 standard deviations above the recent mean.
     pub spike: Spike,
-    /// A checkpoint every so many steps.
+    /// Steps between checkpoints.
     pub checkpoint_every: u64,
-    /// Write checkpoints beside training, from a copy of the state in memory; otherwise training waits.
+    /// Write checkpoints in the background, from a copy of the state in memory; otherwise training waits.
     pub background_checkpoints: bool,
-    /// Newest checkpoints that are kept; at least 2.
+    /// Number of newest checkpoints to keep; at least 2.
     pub keep_checkpoints: usize,
-    /// Sample pictures every so many steps; 0 turns them off.
+    /// Steps between sample images; 0: none.
     pub sample_every: u64,
+    /// Print a line every this many steps; metrics.jsonl has a line for each step.
+    pub log_every: u64,
 }
 
 impl Train {
@@ -95,6 +100,7 @@ impl Default for Train {
             accumulation: 1,
             image_loss_weight: 1.0,
             text_loss_weight: 1.0,
+            loss_reduction: LossReduction::Mean,
             condition_dropout: 0.1,
             matrix_optimizer: MatrixOptimizer::Adamw,
             learning_rate: 4.5e-4,
@@ -119,8 +125,19 @@ impl Default for Train {
             background_checkpoints: true,
             keep_checkpoints: 2,
             sample_every: 1000,
+            log_every: 1,
         }
     }
+}
+
+/// How the losses of a batch's target tokens are combined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LossReduction {
+    /// The mean over all target tokens of the batch (our default).
+    Mean,
+    /// The sum over each sequence's tokens, averaged over the sequences of the batch (the paper's loss, §2.2).
+    Sum,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,6 +6,8 @@ use std::fmt::Display;
 
 /// A value that cannot work.
 pub struct Problem {
+    /// The key, as `train.steps`.
+    pub key: String,
     /// What is wrong, with the key and its value.
     pub message: String,
     /// What to do about it.
@@ -23,7 +25,8 @@ impl Check {
     fn that(&mut self, ok: bool, key: &str, must: impl Display, hint: impl Display) {
         if !ok {
             let value = self.values.get(key).map(|v| format!(" = {v}")).unwrap_or_default();
-            self.problems.push(Problem { message: format!("`{key}`{value}: must {must}"), hint: hint.to_string() });
+            let message = format!("`{key}`{value}: must {must}");
+            self.problems.push(Problem { key: key.to_owned(), message, hint: hint.to_string() });
         }
     }
 
@@ -78,10 +81,11 @@ fn data(check: &mut Check, data: &Data) {
             "have a path each",
             "a folder, or tar shards like dir/*.tar",
         );
-        let ok = source.weight.is_finite() && source.weight > 0.0;
-        check.that(ok, "data.sources", "have weights above 0", "leave out a source that is not wanted");
+        let ok = source.weight > 0.0 && source.weight <= 1e6;
+        check.that(ok, "data.sources", "have weights above 0, at most 1e6", "leave out a source that is not wanted");
     }
-    check.that(data.prefetch >= 1, "data.prefetch", "be at least 1", "4 keeps the trainer from waiting");
+    let ok = (1..=4096).contains(&data.prefetch);
+    check.that(ok, "data.prefetch", "be from 1 to 4096", "batches to read ahead: 4 to 8 are usual");
     check.that(
         (1..=256).contains(&data.workers),
         "data.workers",
@@ -200,9 +204,18 @@ fn model(check: &mut Check, model: &Model) {
     check.that(ok, "model.conv_size", "be odd and below 1024", "the paper uses 11: 5 on either side of the query");
 }
 
+/// Limits that keep products of sizes within 64 bits, and far above all that can be trained.
+const MOST_STEPS: u64 = 1_000_000_000_000;
+const MOST_SAMPLES: usize = 1 << 20;
+const MOST_SECONDS: u64 = 31_536_000;
+
 fn train(check: &mut Check, t: &Train) {
-    check.that(t.steps >= 1, "train.steps", "be at least 1", "one step is one update of the weights");
-    check.that(t.batch_size >= 1, "train.batch_size", "be at least 1", "samples a step");
+    let ok = (1..=MOST_STEPS).contains(&t.steps);
+    check.that(ok, "train.steps", format_args!("be from 1 to {MOST_STEPS}"), "one step is one update of the weights");
+    let must = format!("be from 1 to {MOST_SAMPLES}");
+    check.that((1..=MOST_SAMPLES).contains(&t.batch_size), "train.batch_size", must, "samples per step");
+    let (ok, must) = (t.caption_batch_size <= MOST_SAMPLES, format!("be at most {MOST_SAMPLES}"));
+    check.that(ok, "train.caption_batch_size", must, "image-to-text sequences per step; 0: none");
     let ok = (1..=t.batch_size).contains(&t.accumulation);
     check.that(ok, "train.accumulation", "be from 1 to train.batch_size", "it cuts a step's samples into parts");
     let weights = [
@@ -252,8 +265,12 @@ fn train(check: &mut Check, t: &Train) {
     );
     let hint = "0: nothing is split over the ranks; 3: optimizer state, gradients and weights are";
     check.that(t.shard_stage <= 3, "train.shard_stage", "be from 0 to 3", hint);
-    check.that(t.rank_timeout >= 1, "train.rank_timeout", "be at least 1", "600 s are usual");
+    let ok = (1..=MOST_SECONDS).contains(&t.rank_timeout);
+    check.that(ok, "train.rank_timeout", format_args!("be from 1 to {MOST_SECONDS}"), "600 s are usual");
+    let ok = t.shard_ranks <= 65536;
+    check.that(ok, "train.shard_ranks", "be at most 65536", "the number of ranks of a node is usual; 0: all ranks");
     let hint = "a run that stops between two checkpoints repeats the steps since the last";
+    check.that(t.log_every >= 1, "train.log_every", "be at least 1", "metrics.jsonl has every step");
     check.that(t.checkpoint_every >= 1, "train.checkpoint_every", "be at least 1", hint);
     let hint = "should the newest be damaged, a run goes on from the one before";
     check.that(t.keep_checkpoints >= 2, "train.keep_checkpoints", "be at least 2", hint);
@@ -283,6 +300,8 @@ mod tests {
             "name=../x",
             "data.sources=[{path=\"x\", weight=0.0}]",
             "data.prefetch=0",
+            "data.prefetch=9223372036854775807",
+            "data.sources=[{path=\"x\", weight=1e300}]",
             "data.workers=0",
             "data.max_bad_ratio=nan",
             "text.max_tokens=2",
@@ -310,6 +329,12 @@ mod tests {
             "model.conv_size=10",
             "train.steps=0",
             "train.batch_size=0",
+            "train.batch_size=9223372036854775807",
+            "train.caption_batch_size=9223372036854775807",
+            "train.steps=9223372036854775807",
+            "train.rank_timeout=9223372036854775807",
+            "train.shard_ranks=9223372036854775807",
+            "train.log_every=0",
             "train.accumulation=65",
             "train.condition_dropout=1.5",
             "train.learning_rate=inf",

@@ -34,6 +34,9 @@ pub(super) const TENSORS: &str = ".safetensors";
 pub struct State {
     /// Steps done.
     pub step: u64,
+    /// Updates of the weights done: steps without those whose update was skipped. Absent in old checkpoints: `step`.
+    #[serde(default)]
+    pub updates: Option<u64>,
     /// Steps in a row whose update was skipped.
     pub skipped: u64,
     /// Steps whose samples were left out because of spikes.
@@ -49,6 +52,9 @@ pub struct State {
     pub loss_scale: Option<LossScale>,
     /// Digests of what the weights belong to (vocabulary, image tokenizer).
     pub identity: BTreeMap<String, String>,
+    /// Samples of each data source; empty in old checkpoints.
+    #[serde(default)]
+    pub sources: Vec<u64>,
     /// What the task itself remembers.
     pub task: serde_json::Value,
 }
@@ -218,7 +224,7 @@ pub fn set_aside_after(folder: &Path, step: u64) -> Result<()> {
 }
 
 /// Keys that a resumed run may change: they move no number of the steps already done.
-const FREE: [&str; 17] = [
+const FREE: [&str; 19] = [
     "name",
     "data.prefetch",
     "data.workers",
@@ -234,6 +240,9 @@ const FREE: [&str; 17] = [
     "train.background_checkpoints",
     "train.keep_checkpoints",
     "train.sample_every",
+    "train.log_every",
+    // Their digests are compared.
+    "text.vocab",
     "sample",
     "image_tokenizer.path",
 ];
@@ -248,7 +257,7 @@ impl Loaded {
     ///
     /// # Errors
     /// Names the first field that differs.
-    pub fn check(&self, config: &Config, identity: &BTreeMap<String, String>) -> Result<()> {
+    pub fn check(&self, config: &Config, identity: &BTreeMap<String, String>, sources: &[u64]) -> Result<()> {
         let step = self.state.step;
         let hint = "start another run with another `name`, or put the field back";
         if let Some((key, was, is)) = difference("", &self.config, &serde_json::to_value(config)?) {
@@ -259,8 +268,37 @@ impl Loaded {
         if let Some(name) = names.into_iter().find(|name| self.state.identity.get(*name) != identity.get(*name)) {
             bail!(failed(format!("the checkpoint of step {step} was made with another {name}"), hint));
         }
+        self.check_sources(config, sources)
+    }
+
+    /// Checks that data sources whose paths changed have as many samples as before: the order of samples depends on it.
+    fn check_sources(&self, config: &Config, sources: &[u64]) -> Result<()> {
+        let paths: Vec<&str> = config.data.sources.iter().map(|source| source.path.as_str()).collect();
+        let stored = self.config["data"]["sources"].as_array().into_iter().flatten();
+        let moved = !stored.map(|source| source["path"].as_str().unwrap_or_default()).eq(paths.iter().copied());
+        let known = !self.state.sources.is_empty() && self.state.sources.as_slice() != sources;
+        let at = self.state.sources.iter().zip(sources).position(|(was, is)| was != is).unwrap_or(0);
+        let count = |counts: &[u64]| counts.get(at).copied().unwrap_or(0);
+        ensure!(
+            !(moved && known),
+            failed(
+                format!(
+                    "data.sources: `{}` has {} samples, but the checkpoint of step {} was made with {}",
+                    paths.get(at).unwrap_or(&""),
+                    count(sources),
+                    self.state.step,
+                    count(&self.state.sources)
+                ),
+                "name the folder that the data moved to, or start another run with another `name`"
+            )
+        );
         Ok(())
     }
+}
+
+/// The weights of data sources. Their folders may move: [`Loaded::check_sources`] compares what is in them.
+fn weights(sources: Option<&serde_json::Value>) -> Option<Vec<Option<f64>>> {
+    Some(sources?.as_array()?.iter().map(|source| source["weight"].as_f64()).collect())
 }
 
 /// The first key below `prefix` whose values differ, with both values.
@@ -275,6 +313,9 @@ fn difference(prefix: &str, was: &serde_json::Value, is: &serde_json::Value) -> 
     keys.into_iter().find_map(|key| {
         let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
         if FREE.contains(&name.as_str()) {
+            return None;
+        }
+        if name == "data.sources" && weights(a.get(key)) == weights(b.get(key)) {
             return None;
         }
         difference(&name, a.get(key).unwrap_or(&missing), b.get(key).unwrap_or(&missing))

@@ -13,11 +13,11 @@ pub fn start(shards: &Shards) -> Result<Average> {
     shards.stored_parts()
 }
 
-/// `average += (1 - d) (weights - average)` with `d = min(decay, (1 + step) / (10 + step))`, so that the
-/// random start is forgotten early in a run.
-pub fn update(average: &mut Average, shards: &Shards, decay: f64, step: u64) -> Result<()> {
-    let step = step as f64;
-    let rate = (1.0 - decay.min((1.0 + step) / (10.0 + step))) as f32;
+/// `average += (1 - d) (weights - average)` with `d = min(decay, (1 + t) / (10 + t))` after the `t`-th update of the
+/// weights, so that the random initial weights are forgotten early in a run.
+pub fn update(average: &mut Average, shards: &Shards, decay: f64, updates: u64) -> Result<()> {
+    let t = updates as f64;
+    let rate = (1.0 - decay.min((1.0 + t) / (10.0 + t))) as f32;
     for (name, average) in average {
         shards.with_part(name, |weights| {
             let parts = average.par_chunks_mut(1 << 14).zip(weights.par_chunks(1 << 14));

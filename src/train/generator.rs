@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     bundle::{self, Bundle, Parts},
-    config::{Config, Precision, Task as Kind},
+    config::{Config, LossReduction, Precision, Task as Kind},
     data::{self, picture},
     dist::{self, Group},
     error::{Context, Result, ensure, failed, usage},
@@ -56,8 +56,14 @@ impl GeneratorTask {
     /// The same with weights of linear layers in `kept`, f32 or the precision of their products.
     pub(super) fn kept_in(kept: Precision, config: &Config, group: &Group) -> Result<Self> {
         let mut config = config.clone();
-        let text = WordPiece::load(&config.text.vocab)?;
-        let image_tokenizer = Bundle::open(&config.image_tokenizer.path).context("image_tokenizer.path")?;
+        let text = match config.text.vocab.as_str() {
+            "demo" => Bundle::open("demo")?.text()?,
+            path => WordPiece::load(path)?,
+        };
+        let image_tokenizer = match config.image_tokenizer.path.as_str() {
+            "demo" => Bundle::open("demo")?.image_tokenizer_folder()?,
+            path => Bundle::open(path).context("image_tokenizer.path")?,
+        };
         let hint = "name the model folder of a run with task = \"image-tokenizer\"";
         let kind = image_tokenizer.config.task;
         ensure!(kind == Kind::ImageTokenizer, usage("image_tokenizer.path is not an image tokenizer", hint));
@@ -82,7 +88,7 @@ impl GeneratorTask {
     }
 
     /// The parts of one direction's samples, which begin at position `first` of the step; the losses of all ranks add up
-    /// to `weight` · mean over all target tokens.
+    /// to `weight` · mean over all target tokens, or over all sequences (`train.loss_reduction`).
     fn batches(
         &self,
         direction: Direction,
@@ -121,9 +127,12 @@ impl GeneratorTask {
         let parts = settings.accumulation.min(records.len());
         let parts = (0..parts).map(|i| part(&records[dist::part(records.len(), i, parts)]));
         let mut batches = parts.collect::<Result<Vec<_>>>()?;
-        let tokens: usize = batches.iter().map(Batch::targets).sum();
-        let tokens = group.sum(&[tokens as f64])?[0];
-        batches.iter_mut().for_each(|batch| batch.loss_scale = weight / tokens);
+        let count: usize = match settings.loss_reduction {
+            LossReduction::Mean => batches.iter().map(Batch::targets).sum(),
+            LossReduction::Sum => records.len(),
+        };
+        let count = group.sum(&[count as f64])?[0];
+        batches.iter_mut().for_each(|batch| batch.loss_scale = weight / count);
         Ok(batches)
     }
 
@@ -198,6 +207,10 @@ impl Task for GeneratorTask {
             }
         }
         Ok(measured)
+    }
+
+    fn sources(&self) -> Vec<u64> {
+        self.feed.dataset().sources.iter().map(data::Source::len).collect()
     }
 
     fn samples(&self) -> Vec<String> {

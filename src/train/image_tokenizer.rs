@@ -9,7 +9,7 @@ use crate::{
     bundle::{self, Parts},
     config::Config,
     data::{
-        Kind, Record,
+        self, Kind, Record,
         image::{from_pixels, to_pixels},
         picture,
     },
@@ -58,6 +58,8 @@ pub struct ImageTokenizerTask {
     anchors: Anchors,
     /// What the current step saw.
     seen: Option<Statistics>,
+    /// Whether the codebook's moving average has begun.
+    averaging: bool,
 }
 
 impl ImageTokenizerTask {
@@ -77,6 +79,7 @@ impl ImageTokenizerTask {
             last_used,
             anchors: Anchors::default(),
             seen: None,
+            averaging: false,
         })
     }
 
@@ -86,7 +89,8 @@ impl ImageTokenizerTask {
         let ([begin, end], steps) = (settings.temperature, settings.temperature_steps);
         let done = step.saturating_sub(1).min(steps) as f64 / steps as f64;
         let temperature = end + (begin - end) * (1.0 + (done * std::f64::consts::PI).cos()) / 2.0;
-        let kl_weight = settings.kl_weight * done;
+        let kl_steps = if settings.kl_steps == 0 { steps } else { settings.kl_steps };
+        let kl_weight = settings.kl_weight * (step.saturating_sub(1).min(kl_steps) as f64 / kl_steps as f64);
         Relaxation { temperature, kl_weight, seed: self.config.seed, step, first }
     }
 }
@@ -164,6 +168,10 @@ impl Task for ImageTokenizerTask {
         Ok(Measured { losses, figures, amount: settings.batch_size, unit: "images" })
     }
 
+    fn sources(&self) -> Vec<u64> {
+        self.feed.dataset().sources.iter().map(data::Source::len).collect()
+    }
+
     fn samples(&self) -> Vec<String> {
         self.feed.names().to_vec()
     }
@@ -185,10 +193,12 @@ impl Task for ImageTokenizerTask {
         }
         shards.edit(WITH_CODEBOOK, || {
             if let Some(average) = average {
-                if step == 1 && !self.config.train.init_from.is_empty() {
+                // The first update, which need not be the first step: its gradients may have overflowed.
+                if !self.averaging && !self.config.train.init_from.is_empty() {
                     average.start_at(nearest)?;
                 }
                 average.update(nearest, latents, &seen.codes)?;
+                self.averaging = true;
             }
             if dead.is_empty() {
                 return Ok(());
@@ -199,13 +209,15 @@ impl Task for ImageTokenizerTask {
     }
 
     fn state(&self) -> Value {
-        json!({ "code_last_used": self.last_used, "logits": self.anchors })
+        json!({ "code_last_used": self.last_used, "logits": self.anchors, "averaging": self.averaging })
     }
 
     fn restore(&mut self, state: &Value) -> Result<()> {
         let last_used: Vec<u64> = serde_json::from_value(state["code_last_used"].clone())?;
         ensure!(last_used.len() == self.last_used.len(), "code_last_used is of another codebook");
         self.last_used = last_used;
+        // Older checkpoints don't say: all but that of step 0 are from after the first update.
+        self.averaging = state["averaging"].as_bool().unwrap_or(true);
         // Checkpoints from before there were adversaries have none.
         self.anchors = serde_json::from_value(state["logits"].clone()).unwrap_or_default();
         Ok(())
@@ -236,4 +248,28 @@ impl Task for ImageTokenizerTask {
 fn pixels(records: &[Record]) -> Result<Tensor> {
     let pictures: Option<Vec<_>> = records.iter().map(|record| record.image.as_ref()).collect();
     Ok(to_pixels(pictures.context("a sample without a picture")?)?.to_device(&runtime::device()?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::task_tests::tokenizer_config;
+
+    #[test]
+    fn the_divergence_may_have_a_ramp_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = tokenizer_config(folder.path());
+        let settings = &mut config.image_tokenizer;
+        (settings.kl_weight, settings.temperature_steps) = (1.0, 100);
+        let mut task = ImageTokenizerTask::new(&config, &Group::alone()).unwrap();
+        let mut at = |kl_steps, step| {
+            task.config.image_tokenizer.kl_steps = kl_steps;
+            let relaxation = task.relaxation(step, 0);
+            (relaxation.kl_weight, relaxation.temperature)
+        };
+        // 0: that of the temperature, as before there was a key.
+        assert_eq!([1, 51, 101, 500].map(|step| at(0, step).0), [0.0, 0.5, 1.0, 1.0]);
+        assert_eq!([1, 6, 11, 500].map(|step| at(10, step).0), [0.0, 0.5, 1.0, 1.0]);
+        assert_eq!(at(0, 51).1, at(10, 51).1);
+    }
 }

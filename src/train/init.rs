@@ -5,7 +5,7 @@
 use super::{Task, generator};
 use crate::{
     bundle::Bundle,
-    config::{Config, Task as Kind},
+    config::{AttentionKind, Config, Task as Kind, values},
     error::{Context, Result, ensure, usage},
     tokenizer,
 };
@@ -64,10 +64,32 @@ fn check_meaning(config: &Config, task: &dyn Task, bundle: &Bundle) -> Result<()
         let what = format!("the model in train.init_from, `{model}`, was made with another {name}");
         ensure!(theirs.get(name) == Some(ours), usage(what, &hint));
     }
-    let (theirs, ours) = (bundle.config.model.heads, config.model.heads);
-    let what = format!("the model in train.init_from, `{model}`, has model.heads = {theirs}, not {ours}");
-    ensure!(config.task == Kind::ImageTokenizer || theirs == ours, usage(what, "set model.heads to the same"));
+    for key in options(config) {
+        let of = |config: &Config| -> Result<Option<toml::Value>> {
+            Ok(values(config)?.into_iter().find(|(name, _)| name == key).map(|(_, value)| value))
+        };
+        let (Some(theirs), Some(ours)) = (of(&bundle.config)?, of(config)?) else { continue };
+        let what = format!("the model in train.init_from, `{model}`, has {key} = {theirs}, not {ours}");
+        ensure!(theirs == ours, usage(what, format!("set {key} to the same value")));
+    }
     Ok(())
+}
+
+/// The keys that change what a model computes but not the shapes of its weights.
+fn options(config: &Config) -> &'static [&'static str] {
+    let sparse = config.model.attention == AttentionKind::Sparse;
+    match config.task {
+        Kind::Generator if sparse => {
+            &["model.heads", "model.attention", "model.row_extent", "model.conv_border", "model.conv_size"]
+        }
+        Kind::Generator => &["model.heads", "model.attention"],
+        Kind::ImageTokenizer => &[
+            "image_tokenizer.architecture",
+            "image_tokenizer.quantizer",
+            "image_tokenizer.l2_normalize",
+            "image_tokenizer.fsq_levels",
+        ],
+    }
 }
 
 #[cfg(test)]
@@ -167,6 +189,11 @@ mod tests {
             ("they lack `blocks.3.", &|c| c.model.layers = 4),
             ("`blocks.2.", &|c| c.model.layers = 2),
             ("model.heads = 2, not 4", &|c| c.model.heads = 4),
+            ("model.attention = \"sparse\", not \"dense\"", &|c| c.model.attention = AttentionKind::Dense),
+            ("model.conv_size = 3, not 5", &|c| c.model.conv_size = 5),
+            ("model.row_extent = \"window\"", &|c| c.model.row_extent = crate::config::RowExtent::SameRow),
+            ("model.conv_border = \"clip\"", &|c| c.model.conv_border = crate::config::ConvBorder::RasterWrap),
+            ("_norm.", &|c| c.model.qk_norm = true),
             ("is [8, 16] there and [9, 16] here", &|c| c.text.max_tokens = 9),
             ("another vocabulary", &|c| {
                 let vocab = fs::read_to_string(&c.text.vocab).unwrap();

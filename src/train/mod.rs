@@ -15,6 +15,7 @@ pub mod held;
 mod image_tokenizer;
 mod init;
 mod layout;
+mod log;
 mod loss_scale;
 pub mod memory;
 pub mod optimizer;
@@ -93,6 +94,11 @@ pub trait Task {
     /// Digests of what the weights belong to beside the configuration.
     fn identity(&self) -> Result<BTreeMap<String, String>>;
 
+    /// The number of samples of each data source.
+    fn sources(&self) -> Vec<u64> {
+        Vec::new()
+    }
+
     /// Whether the configuration keeps this parameter from ever getting a gradient.
     fn idle(&self, _name: &str) -> bool {
         false
@@ -126,14 +132,22 @@ pub trait Task {
 
 /// Trains what the configuration says, in `runs/NAME` below the current folder; stops with a checkpoint before
 /// `time_limit` is over.
-pub fn run(config: &Config, resume: &Resume, ranks: &Ranks, time_limit: Option<Duration>) -> Result<()> {
-    run_below(Path::new(""), config, resume, ranks, &Stop::on_signals(time_limit)?)
+///
+/// With `json`, each step's metrics go to stdout as a line of JSON as well.
+pub fn run(config: &Config, resume: &Resume, ranks: &Ranks, time_limit: Option<Duration>, json: bool) -> Result<()> {
+    launch(Path::new(""), config, resume, ranks, &Stop::on_signals(time_limit)?, json)
 }
 
+#[cfg(test)]
 fn run_below(parent: &Path, config: &Config, resume: &Resume, ranks: &Ranks, stop: &Stop) -> Result<()> {
+    launch(parent, config, resume, ranks, stop, false)
+}
+
+fn launch(parent: &Path, config: &Config, resume: &Resume, ranks: &Ranks, stop: &Stop, json: bool) -> Result<()> {
     sizes::check_ranks(config, ranks.world_size())?;
     ranks.run(Duration::from_secs(config.train.rank_timeout), |group| {
-        let (mut task, folder) = prepare(parent, config, resume, group)?;
+        let (mut task, mut folder) = prepare(parent, config, resume, group)?;
+        folder.to_stdout = json;
         train(group, config, task.as_mut(), folder, resume, stop)
     })
 }
@@ -165,6 +179,8 @@ fn task(config: &Config, group: &Group) -> Result<Box<dyn Task>> {
     })
 }
 
+#[cfg(test)]
+mod diverging_tests;
 #[cfg(test)]
 mod f16_tests;
 #[cfg(test)]

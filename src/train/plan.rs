@@ -62,7 +62,9 @@ fn planned(config: &Config, here: &config::Data, all: bool) -> Result<Plan> {
     let settings = &config.train;
     let path = &config.image_tokenizer.path;
     // The tokenizer's own settings count where its folder is there already.
-    let tokenizer = if config.task == Task::Generator && Path::new(path).is_dir() {
+    let tokenizer = if config.task == Task::Generator && path == "demo" {
+        Bundle::open(path)?.image_tokenizer_folder()?.config.image_tokenizer
+    } else if config.task == Task::Generator && Path::new(path).is_dir() {
         Bundle::open(path)?.config.image_tokenizer
     } else {
         config.image_tokenizer.clone()

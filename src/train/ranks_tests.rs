@@ -33,7 +33,7 @@ pub(super) fn metrics(run: &Path) -> Result<Vec<Line>> {
     let metrics = fs::read_to_string(run.join("metrics.jsonl"))?;
     let numbers = |line: &str| {
         let line: BTreeMap<String, Value> = serde_json::from_str(line).unwrap();
-        let timing = ["seconds", "per_second", "peak_memory_bytes"];
+        let timing = ["time", "seconds", "per_second", "peak_memory_bytes"];
         let kept = line.into_iter().filter(|(key, _)| !timing.contains(&key.as_str()));
         kept.filter_map(|(_, value)| value.as_f64()).collect()
     };

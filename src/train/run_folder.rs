@@ -1,27 +1,44 @@
-//! The run folder `runs/NAME/`: config.toml, metrics.jsonl, samples/, checkpoints/, model/.
+//! The run folder `runs/NAME/`: config.toml, launches.jsonl, metrics.jsonl, samples/, checkpoints/, model/.
 
+use super::log;
 use crate::{
     config::Config,
     error::{Context, Result, failed},
+    report,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io::Write,
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 /// The folder of one run; at most one process holds it.
 pub struct RunFolder {
     root: PathBuf,
-    /// The leading rank's; the others only know where things lie.
+    /// The leading rank's; the others only know the paths.
     held: Option<Held>,
+    /// Print each line of the metrics to stdout as well.
+    pub to_stdout: bool,
 }
 
 struct Held {
     metrics: File,
+    /// Whether launches.jsonl has its line.
+    launched: bool,
     /// Locked until the process ends.
     _lock: File,
+}
+
+/// What started this process: program, command line, host and time; one line of launches.jsonl.
+fn launch(step: u64) -> Value {
+    let command: Vec<String> = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect();
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    json!({
+        "time": log::rfc3339(SystemTime::now()), "step": step, "program": report::version(),
+        "command": command, "host": host.trim(), "process": std::process::id(),
+    })
 }
 
 fn root(parent: &Path, config: &Config) -> PathBuf {
@@ -41,7 +58,7 @@ impl RunFolder {
     pub fn open(parent: &Path, config: &Config, leads: bool) -> Result<Self> {
         let root = root(parent, config);
         if !leads {
-            return Ok(Self { root, held: None });
+            return Ok(Self { root, held: None, to_stdout: false });
         }
         for folder in ["samples", "checkpoints"] {
             let folder = root.join(folder);
@@ -59,7 +76,7 @@ impl RunFolder {
             Ok(()) => {}
         }
         let metrics = OpenOptions::new().create(true).append(true).open(root.join("metrics.jsonl"))?;
-        Ok(Self { root, held: Some(Held { metrics, _lock: lock }) })
+        Ok(Self { root, held: Some(Held { metrics, launched: false, _lock: lock }), to_stdout: false })
     }
 
     /// Keeps the configuration beside the results, and only the metrics of steps up to `step`, so that
@@ -67,6 +84,10 @@ impl RunFolder {
     pub fn begin(&mut self, config: &Config, step: u64) -> Result<()> {
         let Some(held) = &mut self.held else { return Ok(()) };
         fs::write(self.root.join("config.toml"), config.to_toml()?)?;
+        if !std::mem::replace(&mut held.launched, true) {
+            let mut launches = OpenOptions::new().create(true).append(true).open(self.root.join("launches.jsonl"))?;
+            launches.write_all(format!("{}\n", launch(step)).as_bytes()).context("cannot write launches.jsonl")?;
+        }
         let path = self.root.join("metrics.jsonl");
         // Bytes, not text: a crash may have cut a line anywhere.
         let old = fs::read(&path)?;
@@ -85,6 +106,9 @@ impl RunFolder {
     /// Adds one line to metrics.jsonl.
     pub fn log(&mut self, line: &Value) -> Result<()> {
         let Some(held) = &mut self.held else { return Ok(()) };
+        if self.to_stdout {
+            report::json(line);
+        }
         held.metrics.write_all(format!("{line}\n").as_bytes()).context("cannot write metrics.jsonl")
     }
 

@@ -28,6 +28,8 @@ pub struct Saving<'g> {
     folder: PathBuf,
     /// How many are kept.
     keep: usize,
+    /// The last step whose weights gave a finite loss and gradient.
+    sound: Option<u64>,
     pending: Option<Pending>,
 }
 
@@ -46,7 +48,12 @@ enum Files {
 
 impl<'g> Saving<'g> {
     pub fn new(group: &'g Group, folder: PathBuf, keep: usize) -> Self {
-        Self { group, folder, keep, pending: None }
+        Self { group, folder, keep, sound: None, pending: None }
+    }
+
+    /// The weights after `step` gave a finite loss and gradient.
+    pub fn confirm(&mut self, step: u64) {
+        self.sound = Some(step);
     }
 
     /// Starts the checkpoint of `state.step`, each rank with `parts` of it; waits for the one before. In the `background`
@@ -105,7 +112,7 @@ impl<'g> Saving<'g> {
         if self.group.leads() {
             let path = at(&self.folder, step);
             publish(&tmp(&self.folder, step), &path, files).hint(cannot(&path), HINT)?;
-            prune(&self.folder, self.keep)?;
+            prune(&self.folder, self.keep, self.sound)?;
         }
         self.group.barrier()?;
         Ok(Some(step))
@@ -132,7 +139,13 @@ fn write_files(tmp: &Path, tensors: &str, parts: &Parts<'_>, others: Vec<(&str, 
         }
         Ok(written)
     };
-    write().hint(cannot(&tmp.with_extension("")), HINT)
+    write().hint(cannot(&tmp.with_extension("")), HINT).inspect_err(|_| {
+        // Half a checkpoint is of no use, and the disk may be full. Other ranks' files go with the next checkpoint.
+        for name in [tensors, STATE, CONFIG] {
+            let _ = fs::remove_file(tmp.join(name));
+        }
+        let _ = fs::remove_dir(tmp);
+    })
 }
 
 /// Gives a folder whose files are all there its manifest and its name.
@@ -147,8 +160,9 @@ fn publish(tmp: &Path, path: &Path, files: Written) -> Result<()> {
     sync(path.parent().unwrap_or(path))
 }
 
-/// Deletes what an earlier crash left half written, and all but the `keep` newest checkpoints.
-fn prune(folder: &Path, keep: usize) -> Result<()> {
+/// Deletes incomplete checkpoints and all but the `keep` newest complete ones. The newest checkpoint whose weights are
+/// known to be `sound` is kept as well; as long as none is known to be, nothing complete is deleted.
+fn prune(folder: &Path, keep: usize, sound: Option<u64>) -> Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension == "tmp") {
@@ -156,8 +170,11 @@ fn prune(folder: &Path, keep: usize) -> Result<()> {
         }
     }
     let mut steps = list(folder)?;
+    let Some(sound) = sound.and_then(|sound| steps.iter().map(|(step, _)| *step).rfind(|step| *step <= sound)) else {
+        return Ok(());
+    };
     steps.truncate(steps.len().saturating_sub(keep.max(2)));
-    for (_, old) in steps {
+    for (_, old) in steps.into_iter().filter(|(step, _)| *step != sound) {
         fs::remove_dir_all(&old).with_context(|| format!("cannot delete {}", old.display()))?;
     }
     Ok(())

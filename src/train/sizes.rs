@@ -5,6 +5,7 @@ use super::{
     optimizer,
 };
 use crate::{
+    bundle::Bundle,
     config::{Config, ImageTokenizer, Task},
     error::{Result, ensure, usage},
     model::{Direction, Layout, activations::Micro, listing, size},
@@ -34,10 +35,17 @@ impl Sizes {
     pub fn of(config: &Config) -> Result<Self> {
         let file = Path::new(&config.image_tokenizer.path).join("config.toml");
         let (tokenizer, tokenizer_found) = match config.task {
+            Task::Generator if config.image_tokenizer.path == "demo" => {
+                (Bundle::open("demo")?.image_tokenizer_folder()?.config.image_tokenizer, true)
+            }
             Task::Generator if file.is_file() => (Config::load(Some(&file), &[])?.image_tokenizer, true),
             task => (config.image_tokenizer.clone(), task == Task::ImageTokenizer),
         };
-        let (vocabulary, vocabulary_found) = match read_to_string(&config.text.vocab) {
+        let text = match config.text.vocab.as_str() {
+            "demo" => Ok(Bundle::open("demo")?.text()?.vocab_text()),
+            path => read_to_string(path),
+        };
+        let (vocabulary, vocabulary_found) = match text {
             Ok(text) => (text.lines().count(), true),
             Err(_) => (CHINESE_VOCABULARY, false),
         };

@@ -17,12 +17,15 @@ use crate::{
     report,
 };
 use candle_core::Tensor;
+use rayon::prelude::*;
 use std::{borrow::Cow, collections::HashMap, path::Path};
 
 /// The state of a run beside its parameters: this rank's part of it.
 pub struct RunState {
     /// Steps done.
     pub step: u64,
+    /// Updates of the weights done.
+    pub updates: u64,
     /// Steps in a row whose update was skipped.
     pub skipped: u64,
     /// Steps whose samples were left out because of spikes.
@@ -49,8 +52,17 @@ impl RunState {
         let average = if config.train.ema_decay > 0.0 { Some(ema::start(shards)?) } else { None };
         let optimizer = Optimizer::new(shards, &config.train)?;
         let (spikes, loss_scale) = (Spikes::default(), LossScale::of(config));
-        let mut run =
-            Self { step: 0, skipped: 0, passed_over: 0, rollbacks: 0, spikes, loss_scale, optimizer, average };
+        let mut run = Self {
+            step: 0,
+            updates: 0,
+            skipped: 0,
+            passed_over: 0,
+            rollbacks: 0,
+            spikes,
+            loss_scale,
+            optimizer,
+            average,
+        };
         let loaded = match resume {
             Resume::Auto => checkpoint::newest(shards.group(), checkpoints)?,
             Resume::From(path) => {
@@ -68,7 +80,7 @@ impl RunState {
         let step = loaded.as_ref().map(|loaded| loaded.state.step);
         shards.group().same("newest checkpoint", &format!("{step:?}"))?;
         if let Some(loaded) = loaded {
-            loaded.check(config, &task.identity()?)?;
+            loaded.check(config, &task.identity()?, &task.sources())?;
             run.restore(config, &loaded, task, shards)?;
             if shards.group().leads() {
                 checkpoint::set_aside_after(checkpoints, run.step)?;
@@ -121,20 +133,30 @@ impl RunState {
         let state = &loaded.state;
         task.restore(&state.task).context("the checkpoint's task state")?;
         (self.step, self.skipped) = (state.step, state.skipped);
+        self.updates = state.updates.unwrap_or(state.step);
         (self.passed_over, self.rollbacks, self.spikes) = (state.passed_over, state.rollbacks, state.spikes.clone());
         self.loss_scale = state.loss_scale;
         Ok(())
     }
 
-    /// Starts a checkpoint; see [`Saving::begin`].
-    pub fn save(
-        &self,
-        config: &Config,
-        task: &dyn Task,
-        shards: &Shards,
-        saving: &mut Saving,
-        background: bool,
-    ) -> Result<()> {
+    /// Checks that all weights, moments and averages of all ranks are finite.
+    ///
+    /// # Errors
+    /// On all ranks: names a tensor that is not.
+    pub fn check_finite(&self, shards: &Shards) -> Result<()> {
+        self.check_parts(shards, &self.parts(shards)?)
+    }
+
+    fn check_parts(&self, shards: &Shards, parts: &Parts<'_>) -> Result<()> {
+        let bad = parts.iter().find(|(_, part)| !is_finite(&part.values)).map_or("", |(name, _)| name.as_str());
+        let all = shards.group().gather(bad.as_bytes().to_vec())?;
+        let Some(bad) = all.iter().find(|name| !name.is_empty()) else { return Ok(()) };
+        let what = format!("step {}: `{}` is not finite any more", self.step, String::from_utf8_lossy(bad));
+        Err(failed(what, "lower train.learning_rate; the older checkpoints and the model folder are kept as they were"))
+    }
+
+    /// This rank's part of every tensor of a checkpoint.
+    fn parts(&self, shards: &Shards) -> Result<Parts<'_>> {
         let mut parts = Parts::new();
         let owned = shards.owned().iter().filter(|_| shards.writes());
         for (name, range) in owned {
@@ -155,14 +177,33 @@ impl RunState {
                 add("average", Cow::Borrowed(average));
             }
         }
+        Ok(parts)
+    }
+
+    /// Starts a checkpoint; see [`Saving::begin`].
+    ///
+    /// # Errors
+    /// A tensor is not finite ([`RunState::check_finite`]): nothing is written then.
+    pub fn save(
+        &self,
+        config: &Config,
+        task: &dyn Task,
+        shards: &Shards,
+        saving: &mut Saving,
+        background: bool,
+    ) -> Result<()> {
+        let parts = self.parts(shards)?;
+        self.check_parts(shards, &parts)?;
         let state = State {
             step: self.step,
+            updates: Some(self.updates),
             skipped: self.skipped,
             passed_over: self.passed_over,
             rollbacks: self.rollbacks,
             spikes: self.spikes.clone(),
             loss_scale: self.loss_scale,
             identity: task.identity()?,
+            sources: task.sources(),
             task: task.state(),
         };
         saving.begin(config, &state, parts, background)
@@ -175,4 +216,8 @@ impl RunState {
             None => shards.part(name),
         })
     }
+}
+
+fn is_finite(values: &[f32]) -> bool {
+    values.par_chunks(1 << 14).all(|chunk| chunk.iter().all(|value| value.is_finite()))
 }

@@ -133,7 +133,7 @@ pub(super) fn lives(parent: &Path, config: &Config, stops: &[u64]) -> (Vec<Value
     let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let line = |line: &str| {
         let mut line: Value = serde_json::from_str(line).unwrap();
-        for timing in ["seconds", "per_second", "peak_memory_bytes"] {
+        for timing in ["time", "seconds", "per_second", "peak_memory_bytes"] {
             line.as_object_mut().unwrap().remove(timing);
         }
         line

@@ -1,11 +1,11 @@
 //! The loop: a step from top to bottom, and what happens around it.
 
 use super::{
-    Measured, Resume, Task, checkpoint, ema, loss_scale::LossScale, optimizer, run_folder::RunFolder, saving::Saving,
-    schedule, shards::Shards, signals::Stop, state::RunState,
+    Resume, Task, checkpoint, ema, log::StepLog, loss_scale::LossScale, optimizer, run_folder::RunFolder,
+    saving::Saving, schedule, shards::Shards, signals::Stop, state::RunState,
 };
 use crate::{
-    config::{Config, Offload, Spike, Train},
+    config::{Config, Offload, Spike},
     dist::Group,
     error::{Result, ensure, failed},
     nn::gradients,
@@ -13,7 +13,6 @@ use crate::{
     report, runtime,
 };
 use candle_core::Var;
-use serde_json::json;
 use std::time::Instant;
 
 /// Steps in a row whose update may be left out.
@@ -46,6 +45,7 @@ struct Trainer<'a> {
     shards: Shards<'a>,
     run: RunState,
     saving: Saving<'a>,
+    log: StepLog,
     /// The step whose model folder this process wrote last.
     published: Option<u64>,
 }
@@ -89,8 +89,9 @@ impl<'a> Trainer<'a> {
             Shards::new(group, settings.shard_stage, store, task.params(), &task.units(), handling, fresh)?;
         let run = RunState::start(config, task, &mut shards, &folder.checkpoints(), resume)?;
         folder.begin(config, run.step)?;
+        let log = StepLog::start(settings, run.step);
         let saving = Saving::new(group, folder.checkpoints(), settings.keep_checkpoints);
-        let mut trainer = Self { config, task, folder, stop, shards, run, saving, published: None };
+        let mut trainer = Self { config, task, folder, stop, shards, run, saving, log, published: None };
         if trainer.run.step == 0 || matches!(resume, Resume::From(_)) {
             // Before the first step, so that a full disk shows at once.
             trainer.save(false)?;
@@ -108,16 +109,18 @@ impl<'a> Trainer<'a> {
         let factor = self.run.loss_scale.map_or(1.0, LossScale::factor);
         let measured = self.task.gradients(step + self.run.passed_over, factor, &mut self.shards)?;
         self.shards.finish()?;
-        if step == 1 {
-            self.check_complete()?;
-        }
         let Agreed { norm, signal, saved } = self.agree(factor)?;
         let rate = schedule::rate(settings, step);
-        if norm.is_finite() {
+        let finite = norm.is_finite() && measured.loss().is_finite();
+        if finite {
             self.run.loss_scale.iter_mut().for_each(LossScale::grow);
+            self.saving.confirm(step - 1);
         }
-        if !norm.is_finite() {
-            self.overflow()?;
+        if finite && self.run.updates == 0 {
+            self.check_complete()?;
+        }
+        if !finite {
+            self.overflow(norm)?;
         } else if settings.spike != Spike::Ignore && self.run.spikes.judge(measured.loss(), norm) {
             match settings.spike {
                 Spike::RollBack => return self.roll_back(),
@@ -127,7 +130,8 @@ impl<'a> Trainer<'a> {
             self.update(norm, rate, factor)?;
         }
         if self.shards.group().leads() {
-            log(&mut self.folder, settings, &self.run, &measured, norm, rate * settings.learning_rate, begun)?;
+            let rate = rate * settings.learning_rate;
+            self.log.step(&mut self.folder, &self.run, &measured, norm, rate, begun)?;
         }
 
         let last = step == settings.steps;
@@ -166,13 +170,13 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// After the first step: every parameter that can have a gradient has one.
+    /// Before the first update: every parameter that can have a gradient has one.
     fn check_complete(&self) -> Result<()> {
         let names: Vec<&String> = self.task.params().keys().filter(|name| self.learns(name)).collect();
         gradients::check_complete(&names, &self.shards.sizes(&names)?)
     }
 
-    /// Whether a parameter has a gradient in the first step.
+    /// Whether a parameter has a gradient in the first steps.
     fn learns(&self, name: &str) -> bool {
         !self.task.idle(name) && !self.config.train.freezes(name)
     }
@@ -190,21 +194,33 @@ impl<'a> Trainer<'a> {
 
     fn update(&mut self, norm: f64, rate: f64, factor: f64) -> Result<()> {
         let (settings, step) = (&self.config.train, self.run.step);
+        self.run.updates += 1;
+        let updates = self.run.updates;
         let scale = optimizer::clip_scale(norm, settings.clip_norm) / factor;
-        self.run.optimizer.step(&mut self.shards, settings, step, rate, scale)?;
+        self.run.optimizer.step(&mut self.shards, settings, updates, rate, scale)?;
         self.shards.refresh()?;
         self.task.after_step(step, &mut self.shards)?;
         if let Some(average) = &mut self.run.average {
-            ema::update(average, &self.shards, settings.ema_decay, step)?;
+            ema::update(average, &self.shards, settings.ema_decay, updates)?;
         }
         self.run.skipped = 0;
         Ok(())
     }
 
-    /// The gradient is not finite: a smaller loss scale may help, otherwise the step is a bad one.
-    fn overflow(&mut self) -> Result<()> {
+    /// The loss or the gradient is not finite: a smaller loss scale may help; otherwise the update is skipped.
+    ///
+    /// # Errors
+    /// The weights themselves are not finite: no later step can be either.
+    fn overflow(&mut self, norm: f64) -> Result<()> {
+        if let Err(diverged) = self.run.check_finite(&self.shards) {
+            self.complete()?;
+            return Err(diverged);
+        }
         let shrunk = self.run.loss_scale.as_mut().and_then(|scale| scale.shrink().then_some(*scale));
-        let Some(scale) = shrunk else { return self.skip("the gradient is not finite") };
+        let Some(scale) = shrunk else {
+            let why = if norm.is_finite() { "the loss is not finite" } else { "the gradient is not finite" };
+            return self.skip(why);
+        };
         if self.shards.group().leads() {
             let (step, factor) = (self.run.step, scale.factor());
             report::warn(format_args!(
@@ -224,6 +240,7 @@ impl<'a> Trainer<'a> {
             }
             return Ok(());
         }
+        self.complete()?;
         let what = format!("step {step}: {why}, the {MAX_SKIPPED}th in a row; its samples: {}", self.samples()?);
         Err(failed(what, "look at these samples, or lower train.learning_rate; the newest checkpoint is from before"))
     }
@@ -258,7 +275,12 @@ impl<'a> Trainer<'a> {
     }
 
     fn save(&mut self, background: bool) -> Result<()> {
-        self.run.save(self.config, self.task, &self.shards, &mut self.saving, background)
+        let saved = self.run.save(self.config, self.task, &self.shards, &mut self.saving, background);
+        if saved.is_err() {
+            // The one before may still be in progress.
+            self.complete()?;
+        }
+        saved
     }
 
     /// Ends the checkpoint under way, if there is one, and makes a model folder of it.
@@ -287,40 +309,4 @@ impl<'a> Trainer<'a> {
 
 fn due(step: u64, every: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
-}
-
-/// One line on stderr and one in metrics.jsonl.
-fn log(
-    folder: &mut RunFolder,
-    settings: &Train,
-    run: &RunState,
-    measured: &Measured,
-    norm: f64,
-    learning_rate: f64,
-    begun: Instant,
-) -> Result<()> {
-    let seconds = begun.elapsed().as_secs_f64();
-    let speed = measured.amount as f64 / seconds;
-    let peak = runtime::peak_bytes().unwrap_or_else(runtime::resident_bytes);
-    let numbers = || measured.losses.iter().chain(&measured.figures);
-    let shown: Vec<_> = numbers().map(|(name, number)| format!("{name} {number:.4}")).collect();
-    report::note(format_args!(
-        "step {}/{}  {}  norm {norm:.3}  lr {learning_rate:.2e}  {speed:.0} {}/s  {:.2} GB",
-        run.step,
-        settings.steps,
-        shown.join("  "),
-        measured.unit,
-        peak as f64 / 1e9,
-    ));
-    let mut line = json!({
-        "step": run.step, "gradient_norm": norm, "learning_rate": learning_rate, "seconds": seconds,
-        "per_second": speed, "unit": measured.unit, "peak_memory_bytes": peak,
-    });
-    if let Some(scale) = run.loss_scale {
-        line["loss_scale"] = json!(scale.factor());
-    }
-    for (name, number) in numbers() {
-        line[*name] = json!(number);
-    }
-    folder.log(&line)
 }
