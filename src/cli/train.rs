@@ -18,7 +18,7 @@ use std::{num::NonZeroUsize, time::Duration};
 /// Train what the configuration's `task` says; the results lie in runs/NAME
 #[derive(clap::Args)]
 #[command(
-    after_help = "Ctrl-C, SIGTERM, SIGUSR1 and --time-limit finish the step, write a checkpoint and leave (exit codes 130 and \
+    after_help = "Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and --time-limit finish the step, write a checkpoint and leave (exit codes 130 and \
     75); the same command goes on from there with the same bits as if nothing had happened."
 )]
 pub struct Args {

@@ -1,11 +1,11 @@
 //! Collectives beside computation: a thread of each rank does them one after another, in the order of the calls.
 
 use super::Wire;
-use crate::error::{Context, Result};
+use crate::error::{Result, anyhow, failed};
 use std::{
     sync::{
         Arc,
-        mpsc::{Sender, channel},
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
     },
     thread::{self, JoinHandle},
 };
@@ -32,6 +32,7 @@ impl<T: Send + 'static> Pending<T> {
 
 /// A rank's thread of collectives; it ends after the last of them when this is dropped.
 pub(super) struct Background {
+    wire: Arc<Wire>,
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -43,9 +44,10 @@ impl Background {
     /// The system gives no thread.
     pub fn start(wire: Arc<Wire>) -> Result<Self> {
         let (name, (jobs, queue)) = (format!("{}-collectives", wire.rank), channel::<Job>());
-        let work = move || queue.into_iter().for_each(|job| job(&wire));
+        let worker = wire.clone();
+        let work = move || queue.into_iter().for_each(|job| job(&worker));
         let thread = thread::Builder::new().name(name).spawn(work)?;
-        Ok(Self { jobs: Some(jobs), thread: Some(thread) })
+        Ok(Self { wire, jobs: Some(jobs), thread: Some(thread) })
     }
 
     /// Does `f` when everything before it is through.
@@ -53,8 +55,37 @@ impl Background {
         let (sender, receiver) = channel();
         // Nobody waits for what a rank called before it failed.
         let job: Job = Box::new(move |wire| drop(sender.send(f(wire))));
-        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
-        Pending(Box::new(move || receiver.recv().ok().filter(|_| sent).context("the thread of collectives ended")?))
+        // A job that cannot be sent is dropped, and its end of the channel with it.
+        if let Some(jobs) = &self.jobs {
+            let _ = jobs.send(job);
+        }
+        let wire = self.wire.clone();
+        Pending(Box::new(move || receive(&receiver, &wire)))
+    }
+}
+
+/// Waits for a result of the thread of collectives.
+///
+/// # Errors
+/// The thread ended, or stands still: an exchange gives up by itself after the ranks' time limit, so a thread that
+/// neither begins nor ends one within twice that time hangs somewhere else.
+fn receive<R>(results: &Receiver<Result<R>>, wire: &Wire) -> Result<R> {
+    let limit = wire.patience().saturating_mul(2);
+    loop {
+        let before = wire.progress();
+        match results.recv_timeout(limit) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Disconnected) => return Err(anyhow!("the thread of collectives ended")),
+            Err(RecvTimeoutError::Timeout) if wire.progress() == before => {
+                let what = format!(
+                    "rank {}: the thread of collectives has not moved for {} s",
+                    wire.rank,
+                    limit.as_secs_f64()
+                );
+                return Err(failed(what, "the same command resumes from the newest checkpoint; please report this"));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
     }
 }
 

@@ -51,6 +51,11 @@ impl Meeting {
         Self { world_size, patience, round: Mutex::new(round), changed: Condvar::new() }
     }
 
+    /// How long a rank waits for the others.
+    pub fn patience(&self) -> Duration {
+        self.patience
+    }
+
     fn lock(&self) -> MutexGuard<'_, Round> {
         // Nothing panics while it holds the lock.
         self.round.lock().unwrap_or_else(PoisonError::into_inner)
@@ -181,12 +186,13 @@ pub fn launch<R: Send>(
         }
         drop(sender);
         let mut failed = None;
+        let grace = patience.clamp(MIN_GRACE, MAX_GRACE);
         loop {
-            match finished.recv_timeout(GRACE) {
+            match finished.recv_timeout(POLL) {
                 Ok((i, result)) => results[i] = Some(result),
                 Err(RecvTimeoutError::Disconnected) => break,
                 // A thread that hangs cannot be ended from outside; the process can.
-                Err(RecvTimeoutError::Timeout) if failed.is_some_and(|since: Instant| since.elapsed() > GRACE) => {
+                Err(RecvTimeoutError::Timeout) if failed.is_some_and(|since: Instant| since.elapsed() > grace) => {
                     results.iter().flatten().filter_map(|result| result.as_ref().err()).take(1).for_each(report::error);
                     report::leave(Exit::Failed);
                 }
@@ -204,8 +210,11 @@ pub fn launch<R: Send>(
     results.into_iter().map(|result| result.context("a rank ended without a result")?).collect()
 }
 
-/// How long ranks may take to notice that the group is over.
-const GRACE: Duration = Duration::from_secs(30);
+/// How long ranks may take to notice that one of them failed: the time limit of collectives, within these bounds.
+const MIN_GRACE: Duration = Duration::from_secs(5);
+const MAX_GRACE: Duration = Duration::from_secs(30);
+/// How often the thread that started the ranks looks whether one failed.
+const POLL: Duration = Duration::from_millis(500);
 
 /// A rank's panic as its error.
 pub(super) fn panicked(rank: usize, panic: &(dyn Any + Send)) -> Error {

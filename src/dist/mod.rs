@@ -181,7 +181,8 @@ impl Group {
     }
 
     fn new(rank: usize, world_size: usize, link: Link) -> Self {
-        let wire = Arc::new(Wire { rank, world_size, link, shard_ranks: OnceLock::new(), nccl: OnceLock::new() });
+        let (shard_ranks, nccl, events) = (OnceLock::new(), OnceLock::new(), AtomicU64::new(0));
+        let wire = Arc::new(Wire { rank, world_size, link, shard_ranks, nccl, events });
         Self {
             wire,
             background: OnceLock::new(),

@@ -4,7 +4,11 @@ use super::{Call, Number, local::Meeting, nccl::Nccl, part, world::World};
 use crate::{error::Result, ops::slices};
 use std::{
     ops::Range,
-    sync::{Arc, Mutex, OnceLock},
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 /// What does a rank's collectives.
@@ -16,6 +20,8 @@ pub struct Wire {
     pub shard_ranks: OnceLock<usize>,
     /// What moves tensors, where ranks have CUDA devices.
     pub nccl: OnceLock<Mutex<Nccl>>,
+    /// Exchanges of this rank that have begun or ended so far; see [`Wire::progress`].
+    pub events: AtomicU64,
 }
 
 /// The ranks that exchange something.
@@ -41,6 +47,28 @@ impl Wire {
         self.shard_ranks.get().copied().unwrap_or(self.world_size)
     }
 
+    /// How long an exchange waits for the other ranks.
+    pub fn patience(&self) -> Duration {
+        match &self.link {
+            Link::Alone => Duration::MAX,
+            Link::Threads(meeting) => meeting.patience(),
+            Link::Processes(world) => world.patience(),
+        }
+    }
+
+    /// A number that grows whenever an exchange of this rank begins or ends.
+    pub fn progress(&self) -> u64 {
+        self.events.load(Ordering::Relaxed)
+    }
+
+    /// Calls `f`, an exchange, and counts it as progress.
+    fn exchange<R>(&self, f: impl FnOnce() -> R) -> R {
+        self.events.fetch_add(1, Ordering::Relaxed);
+        let result = f();
+        self.events.fetch_add(1, Ordering::Relaxed);
+        result
+    }
+
     /// The ranks that exchange something with this one, and itself.
     pub fn members(&self, among: Among) -> Vec<usize> {
         let (rank, shards) = (self.rank, self.shard_ranks());
@@ -62,13 +90,13 @@ impl Wire {
         match &self.link {
             Link::Alone => Ok(vec![Arc::new(ours)]),
             Link::Threads(meeting) => {
-                let everywhere = meeting.exchange(self.rank, call, ours)?;
+                let everywhere = self.exchange(|| meeting.exchange(self.rank, call, ours))?;
                 Ok(members.iter().map(|&rank| everywhere[rank].clone()).collect())
             }
             Link::Processes(world) => {
                 let mut parts: Vec<&[T]> = vec![&[]; self.world_size];
                 members.iter().for_each(|&rank| parts[rank] = ours.as_slice());
-                let mut everywhere = world.swap(call, &parts)?;
+                let mut everywhere = self.exchange(|| world.swap(call, &parts))?;
                 Ok(members.iter().map(|&rank| Arc::new(std::mem::take(&mut everywhere[rank]))).collect())
             }
         }
@@ -83,14 +111,14 @@ impl Wire {
                 let before = counts.iter().zip(&members).take_while(|(_, rank)| **rank < self.rank);
                 let start = before.map(|(count, _)| count).sum::<usize>();
                 let ours = members.iter().position(|rank| *rank == self.rank).map_or(0, |i| counts[i]);
-                let everywhere = meeting.exchange(self.rank, call, all)?;
+                let everywhere = self.exchange(|| meeting.exchange(self.rank, call, all))?;
                 let part = |&rank: &usize| Part { of: everywhere[rank].clone(), range: start..start + ours };
                 Ok(members.iter().map(part).collect())
             }
             Link::Processes(world) => {
                 let mut parts: Vec<&[f32]> = vec![&[]; self.world_size];
                 members.iter().zip(cut(&all, counts)).for_each(|(&rank, part)| parts[rank] = part);
-                let mut everywhere = world.swap(call, &parts)?;
+                let mut everywhere = self.exchange(|| world.swap(call, &parts))?;
                 Ok(members.iter().map(|&rank| Part::whole(std::mem::take(&mut everywhere[rank]))).collect())
             }
         }
@@ -126,6 +154,17 @@ pub fn cut<'a>(mut all: &'a [f32], counts: &[usize]) -> impl Iterator<Item = &'a
 pub fn sum(parts: &[Part]) -> Vec<f32> {
     let mut parts = parts.iter().map(|part| &part.of[part.range.clone()]);
     let mut sum = parts.next().map(<[f32]>::to_vec).unwrap_or_default();
-    parts.for_each(|part| slices::add(&mut sum, part));
+    parts.for_each(|part| add(&mut sum, part));
     sum
+}
+
+/// Adds `x` to `y`, element by element.
+///
+/// Only a compute thread shares the work with its pool. The thread of collectives belongs to no pool; it would have to
+/// wait for the process's global pool, and all workers of that may be waiting for this sum.
+fn add(y: &mut [f32], x: &[f32]) {
+    match rayon::current_thread_index() {
+        Some(_) => slices::add(y, x),
+        None => y.iter_mut().zip(x).for_each(|(y, x)| *y += x),
+    }
 }

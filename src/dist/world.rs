@@ -101,6 +101,11 @@ pub fn run(
 }
 
 impl World {
+    /// How long a rank waits for the others.
+    pub fn patience(&self) -> Duration {
+        self.patience
+    }
+
     /// Sends `parts[r]` to rank r and returns what came from each rank.
     pub fn swap<T: Number>(&self, call: Call, parts: &[&[T]]) -> Result<Vec<Vec<T>>> {
         let mut carrier = lock(&self.carrier);

@@ -127,7 +127,14 @@ pub trait Task {
 /// Trains what the configuration says, in `runs/NAME` below the current folder; stops with a checkpoint before
 /// `time_limit` is over.
 pub fn run(config: &Config, resume: &Resume, ranks: &Ranks, time_limit: Option<Duration>) -> Result<()> {
-    run_below(Path::new(""), config, resume, ranks, &Stop::on_signals(time_limit)?)
+    let stop = Stop::on_signals(time_limit)?;
+    let _watchdog = stop.watch(Duration::from_secs(config.train.rank_timeout))?;
+    let work = || run_below(Path::new(""), config, resume, ranks, &stop);
+    match ranks {
+        Ranks::Threads(1) => runtime::on_threads(work),
+        // These have pools of their own; this thread only waits for them.
+        _ => work(),
+    }
 }
 
 fn run_below(parent: &Path, config: &Config, resume: &Resume, ranks: &Ranks, stop: &Stop) -> Result<()> {
@@ -167,6 +174,8 @@ fn task(config: &Config, group: &Group) -> Result<Box<dyn Task>> {
 
 #[cfg(test)]
 mod f16_tests;
+#[cfg(test)]
+mod hang_tests;
 #[cfg(test)]
 mod ranks_tests;
 #[cfg(test)]

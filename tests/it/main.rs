@@ -2,9 +2,11 @@
 
 mod bench;
 mod commands;
+mod file_systems;
 mod generate;
 mod house;
 mod memory;
+mod one_cpu;
 mod plan;
 mod ranks;
 mod ranks_tcp;
