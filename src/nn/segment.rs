@@ -39,6 +39,10 @@ pub trait Segment<B> {
     ) -> Result<Option<Tensor>>;
 }
 
+/// Segments that run one after another, each on the output of the one before. In training the last one returns the loss,
+/// or an output whose gradient comes from outside.
+pub type Chain<'a, B> = [Box<dyn Segment<B> + 'a>];
+
 /// A segment whose gradients candle's tape finds.
 pub trait Taped<B> {
     /// As [`Segment::name`].

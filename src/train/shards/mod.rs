@@ -26,14 +26,13 @@ mod passes;
 mod traffic;
 
 use super::{
-    engine::Chain,
     layout::{Entry, Piece, layout},
     owned::Owned,
 };
 use crate::{
     dist::Group,
     error::{Context, Result, ensure},
-    nn::{gradients::Gradients, params::Params},
+    nn::{gradients::Gradients, params::Params, segment::Chain},
     ops::{self, Floats, Store},
 };
 use candle_core::{DType, Device, Tensor, Var};
@@ -68,8 +67,6 @@ pub struct Shards<'g> {
     owned: BTreeMap<String, Range<usize>>,
     /// What each parameter wants.
     handling: BTreeMap<String, Handling>,
-    /// How many segments at the chain's beginning have nothing to learn.
-    idle: usize,
     /// Where the state lies that only the optimizer touches.
     store: Store,
     /// Where the variables are.
@@ -102,6 +99,8 @@ struct Unit {
     here: bool,
     /// Whether this step's gradients went to their owners (stages 0 and 1).
     sent: bool,
+    /// Whether none of its parameters learns.
+    frozen: bool,
 }
 
 impl Shards<'static> {
@@ -142,8 +141,9 @@ impl<'g> Shards<'g> {
         let covered: usize = pieces.iter().flatten().flatten().map(|piece| piece.range.len()).sum();
         let all: usize = params.values().map(|var| var.elem_count()).sum();
         ensure!(covered == all, "{covered} of {all} weights belong to exactly one segment");
-        let idle = units.iter().take_while(|names| names.iter().all(|name| handling[name].frozen)).count();
-        let units = pieces.into_iter().map(|pieces| Unit { pieces, here: true, sent: false }).collect();
+        let frozen = units.iter().map(|names| names.iter().all(|name| handling[name].frozen));
+        let unit = |(pieces, frozen)| Unit { pieces, here: true, sent: false, frozen };
+        let units = pieces.into_iter().zip(frozen).map(unit).collect();
         let device = params.values().next().map_or(Device::Cpu, |var| var.device().clone());
         let mut shards = Self {
             group,
@@ -153,7 +153,6 @@ impl<'g> Shards<'g> {
             owner,
             owned,
             handling,
-            idle,
             store,
             copied: !device.is_cpu() || params.values().any(|var| var.dtype() != DType::F32),
             device,
@@ -245,9 +244,9 @@ impl<'g> Shards<'g> {
         self.last = true;
     }
 
-    /// Whether neither this segment nor one before it has anything to learn.
-    pub fn idle(&self, unit: usize) -> bool {
-        unit < self.idle
+    /// Whether every parameter of this segment is frozen.
+    pub fn is_frozen(&self, unit: usize) -> bool {
+        self.units[unit].frozen
     }
 
     /// After a segment's backward pass: its gradients go to their owners, where the stage or the step wants it.
