@@ -1,4 +1,4 @@
-//! Collectives beside computation: a thread of each rank does them one after another, in the order of the calls.
+//! Collectives that overlap computation: each rank has one thread that runs them in the order of the calls.
 
 use super::Wire;
 use crate::error::{Result, anyhow, failed};
@@ -10,8 +10,8 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-/// What a collective gives, once it is through.
-#[must_use = "all ranks do the collective, but this one loses what it gives"]
+/// The result of a collective that may still run.
+#[must_use = "the collective runs on all ranks, but this one drops its result"]
 pub struct Pending<T>(Box<dyn FnOnce() -> Result<T> + Send>);
 
 impl<T: Send + 'static> Pending<T> {
@@ -19,7 +19,10 @@ impl<T: Send + 'static> Pending<T> {
         Self(Box::new(|| result))
     }
 
-    /// Waits until it is through.
+    /// Waits for the result.
+    ///
+    /// # Errors
+    /// A rank failed or did not come in time.
     pub fn wait(self) -> Result<T> {
         (self.0)()
     }
@@ -30,7 +33,7 @@ impl<T: Send + 'static> Pending<T> {
     }
 }
 
-/// A rank's thread of collectives; it ends after the last of them when this is dropped.
+/// A rank's thread of collectives; dropping this waits until it has run all of them.
 pub(super) struct Background {
     wire: Arc<Wire>,
     jobs: Option<Sender<Job>>,
@@ -50,10 +53,10 @@ impl Background {
         Ok(Self { wire, jobs: Some(jobs), thread: Some(thread) })
     }
 
-    /// Does `f` when everything before it is through.
+    /// Runs `f` after all earlier jobs.
     pub fn run<R: Send + 'static>(&self, f: impl FnOnce(&Wire) -> Result<R> + Send + 'static) -> Pending<R> {
         let (sender, receiver) = channel();
-        // Nobody waits for what a rank called before it failed.
+        // Nobody waits for the result if the rank failed after this call.
         let job: Job = Box::new(move |wire| drop(sender.send(f(wire))));
         // A job that cannot be sent is dropped, and its end of the channel with it.
         if let Some(jobs) = &self.jobs {
@@ -93,7 +96,7 @@ impl Drop for Background {
     fn drop(&mut self) {
         self.jobs = None;
         if let Some(thread) = self.thread.take() {
-            // Its panics have reached those who wait as errors.
+            // Whoever waited for a job that panicked has got an error.
             let _ = thread.join();
         }
     }

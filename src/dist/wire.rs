@@ -1,4 +1,4 @@
-//! What joins a rank to the others, and the two exchanges that all collectives are made of.
+//! A rank's connection to the others, and the two exchanges that all collectives consist of.
 
 use super::{Call, Number, local::Meeting, nccl::Nccl, part, world::World};
 use crate::{error::Result, ops::slices};
@@ -11,30 +11,30 @@ use std::{
     time::Duration,
 };
 
-/// What does a rank's collectives.
+/// A rank's connection to the others.
 pub struct Wire {
     pub rank: usize,
     pub world_size: usize,
     pub link: Link,
-    /// Ranks that share one replica out among them; all of them until it is set.
+    /// The number of ranks in a shard group; all ranks until it is set.
     pub shard_ranks: OnceLock<usize>,
-    /// What moves tensors, where ranks have CUDA devices.
+    /// Moves tensors where ranks have CUDA devices.
     pub nccl: OnceLock<Mutex<Nccl>>,
     /// Exchanges of this rank that have begun or ended so far; see [`Wire::progress`].
     pub events: AtomicU64,
 }
 
-/// The ranks that exchange something.
+/// The ranks that take part in an exchange.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Among {
     All,
-    /// Those that share this rank's replica out.
+    /// The ranks of this rank's shard group.
     Shards,
-    /// Those that own the same part of other replicas, and this one.
+    /// This rank, and the ranks that own the same part in the other shard groups.
     Replicas,
 }
 
-/// What joins a rank to the others.
+/// The transport between ranks.
 pub enum Link {
     Alone,
     Threads(Arc<Meeting>),
@@ -42,7 +42,7 @@ pub enum Link {
 }
 
 impl Wire {
-    /// Ranks that share one replica out among them.
+    /// The number of ranks in a shard group.
     pub fn shard_ranks(&self) -> usize {
         self.shard_ranks.get().copied().unwrap_or(self.world_size)
     }
@@ -69,7 +69,7 @@ impl Wire {
         result
     }
 
-    /// The ranks that exchange something with this one, and itself.
+    /// The ranks of `among`, with this one, in order.
     pub fn members(&self, among: Among) -> Vec<usize> {
         let (rank, shards) = (self.rank, self.shard_ranks());
         match among {
@@ -133,7 +133,7 @@ impl Wire {
     }
 }
 
-/// What one rank gives to a sum.
+/// One rank's summand.
 pub struct Part {
     of: Arc<Vec<f32>>,
     range: Range<usize>,
@@ -145,12 +145,12 @@ impl Part {
     }
 }
 
-/// Parts of these lengths, one after another.
+/// Consecutive parts of `all` with these lengths.
 pub fn cut<'a>(mut all: &'a [f32], counts: &[usize]) -> impl Iterator<Item = &'a [f32]> {
     counts.iter().filter_map(move |count| all.split_off(..*count))
 }
 
-/// Adds them in their order.
+/// The sum of the parts, added in their order.
 pub fn sum(parts: &[Part]) -> Vec<f32> {
     let mut parts = parts.iter().map(|part| &part.of[part.range.clone()]);
     let mut sum = parts.next().map(<[f32]>::to_vec).unwrap_or_default();

@@ -21,7 +21,7 @@ use std::{
 /// A request to stop after the current step.
 #[derive(Clone, Default)]
 pub struct Stop {
-    /// Of the signal that came; 0: none.
+    /// The number of the signal that came; 0: none.
     signal: Arc<AtomicUsize>,
     deadline: Option<Instant>,
     /// What the longest step so far took with its checkpoint, in milliseconds.
@@ -30,13 +30,16 @@ pub struct Stop {
     heard: Arc<AtomicBool>,
 }
 
-/// Stands for the time limit among the signals; greater than all of them.
+/// Stands for the time limit; greater than all signal numbers.
 const TIME_LIMIT: i32 = 1 << 10;
 
 impl Stop {
-    /// A stop that signals of this process raise. A second Ctrl-C ends the process at once; the newest
-    /// checkpoint stays valid, because a folder gets its name only when it is complete.
-    /// It stops as well where the next step might not end before `time_limit` is over.
+    /// A request that signals to this process raise, or the time limit: when the next step might not end before
+    /// `time_limit`. A second Ctrl-C ends the process at once; the newest checkpoint stays valid, because a folder gets its
+    /// name only when it is complete.
+    ///
+    /// # Errors
+    /// The system refuses a signal handler.
     pub fn on_signals(time_limit: Option<Duration>) -> Result<Self> {
         let deadline = time_limit.and_then(|limit| Instant::now().checked_add(limit));
         let stop = Self { deadline, ..Self::default() };
@@ -54,7 +57,7 @@ impl Stop {
 
     /// The signal that came to this process, or [`TIME_LIMIT`]; 0: none.
     pub fn signal(&self) -> i32 {
-        // Twice: the step that is under way is not over yet, and its checkpoint is not written.
+        // Twice: the current step must still end, and write its checkpoint.
         let needed = Duration::from_millis(2 * self.longest.load(Ordering::SeqCst));
         if self.deadline.is_some_and(|deadline| deadline.saturating_duration_since(Instant::now()) <= needed) {
             return TIME_LIMIT;
@@ -94,7 +97,7 @@ impl Stop {
         Ok(Watchdog { _running: sender })
     }
 
-    /// A step took so long, with its checkpoint.
+    /// A step with its checkpoint took `time`.
     pub fn took(&self, time: Duration) {
         self.longest.fetch_max(time.as_millis() as u64, Ordering::SeqCst);
     }
