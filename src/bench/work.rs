@@ -6,12 +6,15 @@ use crate::{
     error::Result,
     generate::Sampling,
     model::{Batch, Direction, Generator, Source},
-    nn::params::{Params, Scope},
+    nn::{
+        params::{Params, Scope},
+        segment::Chain,
+    },
     ops::packed::Format,
     random::Random,
     tokenizer::{ImageTokenizer, PixelBatch},
     train::{
-        engine::{self, Chain},
+        engine,
         optimizer::{self, Optimizer},
         shards::Shards,
     },

@@ -119,8 +119,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     }
     runtime::start_threads(cli.threads.map(usize::from))?;
     match cli.command {
-        // Its own threads hand work to the pool; with one thread it would wait for itself there.
-        Command::Data(_) => dispatch(cli.command, cli.json),
+        // Threads of their own hand work to the pool: waiting for them on its only thread would never end.
+        Command::Data(_) | Command::Train(_) => dispatch(cli.command, cli.json),
         _ => runtime::on_threads(|| dispatch(cli.command, cli.json)),
     }
 }

@@ -18,7 +18,7 @@ use std::{num::NonZeroUsize, time::Duration};
 /// Train what the configuration's `task` says and write the results to runs/NAME
 #[derive(clap::Args)]
 #[command(
-    after_help = "Ctrl-C, SIGTERM, SIGUSR1 and --time-limit finish the current step, write a checkpoint and exit (exit codes 130 and \
+    after_help = "Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and --time-limit finish the current step, write a checkpoint and exit (exit codes 130 and \
     75). The same command resumes from it; the result is bit-equal to an uninterrupted run.\n\n\
     With --json, each step prints its metrics as one line of JSON."
 )]

@@ -1,17 +1,17 @@
-//! Collectives beside computation: a thread of each rank does them one after another, in the order of the calls.
+//! Collectives that overlap computation: each rank has one thread that runs them in the order of the calls.
 
 use super::Wire;
-use crate::error::{Context, Result};
+use crate::error::{Result, anyhow, failed};
 use std::{
     sync::{
         Arc,
-        mpsc::{Sender, channel},
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
     },
     thread::{self, JoinHandle},
 };
 
-/// What a collective gives, once it is through.
-#[must_use = "all ranks do the collective, but this one loses what it gives"]
+/// The result of a collective that may still run.
+#[must_use = "the collective runs on all ranks, but this one drops its result"]
 pub struct Pending<T>(Box<dyn FnOnce() -> Result<T> + Send>);
 
 impl<T: Send + 'static> Pending<T> {
@@ -19,7 +19,10 @@ impl<T: Send + 'static> Pending<T> {
         Self(Box::new(|| result))
     }
 
-    /// Waits until it is through.
+    /// Waits for the result.
+    ///
+    /// # Errors
+    /// A rank failed or did not come in time.
     pub fn wait(self) -> Result<T> {
         (self.0)()
     }
@@ -30,8 +33,9 @@ impl<T: Send + 'static> Pending<T> {
     }
 }
 
-/// A rank's thread of collectives; it ends after the last of them when this is dropped.
+/// A rank's thread of collectives; dropping this waits until it has run all of them.
 pub(super) struct Background {
+    wire: Arc<Wire>,
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -43,18 +47,48 @@ impl Background {
     /// The system gives no thread.
     pub fn start(wire: Arc<Wire>) -> Result<Self> {
         let (name, (jobs, queue)) = (format!("{}-collectives", wire.rank), channel::<Job>());
-        let work = move || queue.into_iter().for_each(|job| job(&wire));
+        let worker = wire.clone();
+        let work = move || queue.into_iter().for_each(|job| job(&worker));
         let thread = thread::Builder::new().name(name).spawn(work)?;
-        Ok(Self { jobs: Some(jobs), thread: Some(thread) })
+        Ok(Self { wire, jobs: Some(jobs), thread: Some(thread) })
     }
 
-    /// Does `f` when everything before it is through.
+    /// Runs `f` after all earlier jobs.
     pub fn run<R: Send + 'static>(&self, f: impl FnOnce(&Wire) -> Result<R> + Send + 'static) -> Pending<R> {
         let (sender, receiver) = channel();
-        // Nobody waits for what a rank called before it failed.
+        // Nobody waits for the result if the rank failed after this call.
         let job: Job = Box::new(move |wire| drop(sender.send(f(wire))));
-        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
-        Pending(Box::new(move || receiver.recv().ok().filter(|_| sent).context("the thread of collectives ended")?))
+        // A job that cannot be sent is dropped, and its end of the channel with it.
+        if let Some(jobs) = &self.jobs {
+            let _ = jobs.send(job);
+        }
+        let wire = self.wire.clone();
+        Pending(Box::new(move || receive(&receiver, &wire)))
+    }
+}
+
+/// Waits for a result of the thread of collectives.
+///
+/// # Errors
+/// The thread ended, or stands still: an exchange gives up by itself after the ranks' time limit, so a thread that
+/// neither begins nor ends one within twice that time hangs somewhere else.
+fn receive<R>(results: &Receiver<Result<R>>, wire: &Wire) -> Result<R> {
+    let limit = wire.patience().saturating_mul(2);
+    loop {
+        let before = wire.progress();
+        match results.recv_timeout(limit) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Disconnected) => return Err(anyhow!("the thread of collectives ended")),
+            Err(RecvTimeoutError::Timeout) if wire.progress() == before => {
+                let what = format!(
+                    "rank {}: the thread of collectives has not moved for {} s",
+                    wire.rank,
+                    limit.as_secs_f64()
+                );
+                return Err(failed(what, "the same command resumes from the newest checkpoint; please report this"));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
     }
 }
 
@@ -62,7 +96,7 @@ impl Drop for Background {
     fn drop(&mut self) {
         self.jobs = None;
         if let Some(thread) = self.thread.take() {
-            // Its panics have reached those who wait as errors.
+            // Whoever waited for a job that panicked has got an error.
             let _ = thread.join();
         }
     }

@@ -1,26 +1,26 @@
-//! Who am I? What the launcher that started this process says about it in its environment.
+//! The environment variables by which a launcher tells this process its rank.
 
 use crate::error::{Result, usage};
 
-/// This process among those that were started together.
+/// This process's rank among those that a launcher started together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
-    /// Who started it.
+    /// The launcher's name.
     pub launcher: &'static str,
     pub rank: usize,
     pub world_size: usize,
-    /// Its number on its host, where the launcher says so.
+    /// Its rank among those of its host, if the launcher sets one.
     pub local_rank: Option<usize>,
-    /// Where rank 0 is to be found, if the launcher is none of MPI and says so.
+    /// Where rank 0 listens, if the launcher sets it and is not MPI's.
     pub master: Option<Master>,
 }
 
-/// Where the ranks meet.
+/// Where rank 0 listens for the others (`MASTER_ADDR`, `MASTER_PORT`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Master {
     pub host: String,
     pub port: u16,
-    /// What tells this run from others.
+    /// The name of the run: connections from other runs are refused.
     pub run: String,
 }
 
@@ -30,9 +30,9 @@ struct Launcher {
     rank: &'static str,
     world_size: &'static str,
     local_rank: &'static str,
-    /// Another variable that shows that the three are meant for this process.
+    /// Another variable, without which the three do not apply to this process.
     needs: Option<&'static str>,
-    /// Whether it is MPI's, which finds the ranks itself.
+    /// Whether it is MPI's, which connects the ranks itself.
     mpi: bool,
 }
 
@@ -56,10 +56,10 @@ const fn launcher(name: &'static str, variables: [&'static str; 3]) -> Launcher 
     Launcher { name, rank, world_size, local_rank, needs: None, mpi: true }
 }
 
-/// This process's place, from its environment; `None`: no launcher started it.
+/// This process's rank, from its environment; `None`: no launcher started it.
 ///
 /// # Errors
-/// A launcher's variables are half there or no numbers.
+/// Some of a launcher's variables are missing or are not numbers.
 pub fn place() -> Result<Option<Place>> {
     resolve(|name| std::env::var(name).ok())
 }
@@ -100,7 +100,7 @@ fn resolve(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Place>> {
     Ok(None)
 }
 
-/// Where `MASTER_ADDR` and `MASTER_PORT` say that the ranks meet.
+/// Where rank 0 listens, by `MASTER_ADDR` and `MASTER_PORT`.
 fn master(variable: &impl Fn(&str) -> Option<String>) -> Result<Option<Master>> {
     let (Some(host), Some(port)) = (variable("MASTER_ADDR"), variable("MASTER_PORT")) else { return Ok(None) };
     let wrong =

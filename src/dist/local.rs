@@ -1,7 +1,7 @@
-//! Ranks as threads of one process, each with a pool of compute threads of its own.
+//! Ranks as threads of one process, each with its own pool of compute threads.
 //!
-//! All collectives stand on one meeting: every rank lays down a parcel, waits until all have, and takes away references
-//! to all of them.
+//! All collectives use one exchange: every rank deposits a parcel, waits until all ranks have, and takes references to all
+//! parcels.
 
 use super::{Call, Group, different, late, wire::Link};
 use crate::{
@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Where the ranks lay down their parcels.
+/// Where the ranks exchange their parcels.
 pub struct Meeting {
     world_size: usize,
     /// How long a rank waits for the others.
@@ -29,15 +29,15 @@ pub struct Meeting {
 }
 
 struct Round {
-    /// By rank: what was laid down in this round.
+    /// By rank: the parcel of this round.
     parcels: Vec<Option<(Call, Parcel)>>,
-    /// Ranks that have taken this round's parcels away.
+    /// Number of ranks that have taken this round's parcels.
     taken: usize,
     /// By rank: the last call, for messages.
     last: Vec<Option<Call>>,
-    /// By rank: whether it is done and comes to no call any more.
+    /// By rank: whether it has finished and makes no more calls.
     done: Vec<bool>,
-    /// Why the group is over, and the rank that ended it.
+    /// The rank that ended the run, and why.
     failure: Option<(usize, String)>,
 }
 
@@ -51,12 +51,20 @@ impl Meeting {
         Self { world_size, patience, round: Mutex::new(round), changed: Condvar::new() }
     }
 
+    /// How long a rank waits for the others.
+    pub fn patience(&self) -> Duration {
+        self.patience
+    }
+
     fn lock(&self) -> MutexGuard<'_, Round> {
         // Nothing panics while it holds the lock.
         self.round.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lays `ours` down and returns what all ranks did, in rank order.
+    /// Deposits `ours` and returns the values of all ranks, in rank order.
+    ///
+    /// # Errors
+    /// The ranks make different calls, one failed, or one did not come in time.
     pub fn exchange<T: Send + Sync + 'static>(
         &self,
         rank: usize,
@@ -94,7 +102,7 @@ impl Meeting {
         Ok(parcels)
     }
 
-    /// Waits until `ready`, the group is over, or patience is.
+    /// Waits until `ready`; it is an error if a rank fails or the time limit passes before.
     fn wait<'a>(
         &'a self,
         mut round: MutexGuard<'a, Round>,
@@ -123,7 +131,7 @@ impl Meeting {
         }
     }
 
-    /// Ends the group because ranks stayed away.
+    /// Ends the run because ranks did not come.
     fn late(&self, round: &mut Round, rank: usize, call: Call) -> Error {
         let missing = round.parcels.iter().zip(&round.last).enumerate();
         let missing: Vec<_> =
@@ -181,12 +189,13 @@ pub fn launch<R: Send>(
         }
         drop(sender);
         let mut failed = None;
+        let grace = patience.clamp(MIN_GRACE, MAX_GRACE);
         loop {
-            match finished.recv_timeout(GRACE) {
+            match finished.recv_timeout(POLL) {
                 Ok((i, result)) => results[i] = Some(result),
                 Err(RecvTimeoutError::Disconnected) => break,
                 // A thread that hangs cannot be ended from outside; the process can.
-                Err(RecvTimeoutError::Timeout) if failed.is_some_and(|since: Instant| since.elapsed() > GRACE) => {
+                Err(RecvTimeoutError::Timeout) if failed.is_some_and(|since: Instant| since.elapsed() > grace) => {
                     results.iter().flatten().filter_map(|result| result.as_ref().err()).take(1).for_each(report::error);
                     report::leave(Exit::Failed);
                 }
@@ -204,8 +213,11 @@ pub fn launch<R: Send>(
     results.into_iter().map(|result| result.context("a rank ended without a result")?).collect()
 }
 
-/// How long ranks may take to notice that the group is over.
-const GRACE: Duration = Duration::from_secs(30);
+/// How long ranks may take to notice that one of them failed: the time limit of collectives, within these bounds.
+const MIN_GRACE: Duration = Duration::from_secs(5);
+const MAX_GRACE: Duration = Duration::from_secs(30);
+/// How often the thread that started the ranks looks whether one failed.
+const POLL: Duration = Duration::from_millis(500);
 
 /// A rank's panic as its error.
 pub(super) fn panicked(rank: usize, panic: &(dyn Any + Send)) -> Error {

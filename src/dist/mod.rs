@@ -1,14 +1,13 @@
-//! Ranks that train together, and what all of them call in the same order (paper §3.2).
+//! Ranks that train together, and the collectives that all of them call in the same order (paper §3.2).
 //!
-//! A [`Group`] is one rank's end. Every collective checks that all ranks called the same one with the same length; a
-//! rank that fails, panics or stays away longer than the time limit makes the call an error on all others, never a hang.
-//! Sums run in rank order on whoever needs them: the same bits on every rank, each time, and whatever carries them.
-//! Ranks are threads of one process ([`local`]) or processes that a launcher started ([`world`]), between which MPI
-//! ([`mpi`]) or TCP ([`tcp`]) carries messages.
+//! A [`Group`] is one rank's handle. Every collective checks that all ranks call the same operation with the same length.
+//! A rank that fails, panics or does not come within the time limit makes the call an error on all other ranks, never a
+//! hang. Sums are added in rank order, so that they have the same bits on every rank, in every run and over every
+//! transport. Ranks are threads of one process ([`local`]) or processes that a launcher started ([`world`]); processes
+//! exchange messages over MPI ([`mpi`]) or TCP ([`tcp`]).
 //!
-//! What lies on devices goes between them ([`tensors`]). Collectives of floats give a [`Pending`]: with
-//! [`Group::overlap`] they run beside what the rank computes meanwhile ([`background`]), otherwise at once. Both have the
-//! same bits.
+//! Tensors on devices have collectives of their own ([`tensors`]). Collectives of floats return a [`Pending`]: with
+//! [`Group::overlap`] they run while the rank computes ([`background`]), otherwise at once. Both give the same bits.
 
 mod background;
 mod launcher;
@@ -51,7 +50,7 @@ pub fn part(len: usize, i: usize, n: usize) -> Range<usize> {
 /// The ranks of a run: who they are, before they start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ranks {
-    /// So many threads of this process.
+    /// This number of threads of this process.
     Threads(usize),
     /// This process is one of those that a launcher started.
     Processes(Place),
@@ -86,7 +85,7 @@ impl Ranks {
         !matches!(self, Self::Processes(place) if place.rank > 0)
     }
 
-    /// Runs `f` on every rank, each on its share of this machine's compute threads; `patience` is how long a rank waits
+    /// Runs `f` on every rank, each with its share of this machine's compute threads; `patience` is how long a rank waits
     /// for the others.
     ///
     /// # Errors
@@ -104,16 +103,16 @@ impl Ranks {
 /// One rank's end of a group.
 pub struct Group {
     wire: Arc<Wire>,
-    /// What collectives of floats run on, if not on the thread that calls.
+    /// The thread that runs collectives of floats; without it, the calling thread does.
     background: OnceLock<Background>,
     /// The step that messages name.
     step: AtomicU64,
-    /// Exchanges that are none of weights or gradients, so far.
+    /// Number of exchanges so far, without those of weights and gradients.
     #[cfg(test)]
     pub agreements: AtomicU64,
 }
 
-/// Numbers that travel as they lie in memory.
+/// Numbers that are sent as their bytes in memory.
 pub trait Number: bytemuck::Pod + Send + Sync {}
 
 impl<T: bytemuck::Pod + Send + Sync> Number for T {}
@@ -156,14 +155,14 @@ impl fmt::Display for Call {
     }
 }
 
-/// What to say when ranks call different things.
+/// The message when ranks call different collectives.
 fn different((rank, call): (usize, Call), (other, others): (usize, Call)) -> String {
     let ((a, first), (b, second)) =
         if rank < other { ((rank, call), (other, others)) } else { ((other, others), (rank, call)) };
     format!("ranks call different collectives: rank {a} {first}, rank {b} {second}")
 }
 
-/// What to say when a rank waited too long for others, each with its last call.
+/// The error when a rank waited too long for others, each given with its last call.
 fn late(patience: Duration, call: Call, missing: &[(usize, Option<Call>)]) -> Error {
     let name = |(rank, last): &(usize, Option<Call>)| match last {
         Some(last) => format!("rank {rank} (last seen at {last})"),
@@ -181,7 +180,8 @@ impl Group {
     }
 
     fn new(rank: usize, world_size: usize, link: Link) -> Self {
-        let wire = Arc::new(Wire { rank, world_size, link, shard_ranks: OnceLock::new(), nccl: OnceLock::new() });
+        let (shard_ranks, nccl, events) = (OnceLock::new(), OnceLock::new(), AtomicU64::new(0));
+        let wire = Arc::new(Wire { rank, world_size, link, shard_ranks, nccl, events });
         Self {
             wire,
             background: OnceLock::new(),
@@ -209,8 +209,8 @@ impl Group {
         self.step.store(step, Ordering::Relaxed);
     }
 
-    /// Every `ranks` ranks after another share a replica out among them from now on, instead of all ranks one
-    /// (hybrid sharding: what is large moves inside of a node). 0: all.
+    /// From now on parameters are sharded within groups of `ranks` consecutive ranks and replicated across groups (hybrid
+    /// sharding, HSDP: the large transfers stay within a node). 0: shard over all ranks.
     ///
     /// # Errors
     /// The world is no multiple of it.
@@ -226,22 +226,22 @@ impl Group {
         Ok(())
     }
 
-    /// Ranks that share one replica out among them.
+    /// The number of ranks in a shard group; each group holds one replica.
     pub fn shard_ranks(&self) -> usize {
         self.wire.shard_ranks()
     }
 
-    /// Which of them this rank is.
+    /// This rank's place in its shard group.
     pub fn shard_rank(&self) -> usize {
         self.rank() % self.shard_ranks()
     }
 
-    /// Whether this rank's replica is the one that is looked at and written.
+    /// Whether this rank is in the shard group that writes checkpoints.
     pub fn in_first_replica(&self) -> bool {
         self.rank() < self.shard_ranks()
     }
 
-    /// Collectives of floats run beside computation from now on; where there is one rank, there are none.
+    /// From now on collectives of floats run on a thread of their own while the rank computes. No effect with one rank.
     ///
     /// # Errors
     /// The system gives no thread.
@@ -253,13 +253,13 @@ impl Group {
         Ok(())
     }
 
-    /// Whether collectives of floats run beside computation.
+    /// Whether collectives of floats run while the rank computes.
     pub fn overlaps(&self) -> bool {
         self.background.get().is_some()
     }
 
-    /// Where the ranks have CUDA devices, tensors go over NCCL from now on, beside computation if [`Group::overlap`] was
-    /// called before; what lies on the host does not.
+    /// From now on tensors on CUDA devices go over NCCL, while the rank computes if [`Group::overlap`] was called before.
+    /// Floats on the host do not.
     ///
     /// # Errors
     /// NCCL is not built in or not there, or two ranks have the same device.
@@ -285,10 +285,10 @@ impl Group {
         self.to_all(Op::Gather, 0, ours)
     }
 
-    /// The values of the ranks that share this one's replica out, in rank order, where the r-th gives `counts[r]`.
+    /// The values of all ranks of this shard group, in rank order: `counts[r]` elements from the r-th.
     ///
     /// # Errors
-    /// The lengths are not these; what else can go wrong shows when the result is waited for.
+    /// `ours` does not have this rank's length. Failures of the exchange are errors of [`Pending::wait`].
     pub fn all_gather(&self, ours: Vec<f32>, counts: &[usize]) -> Result<Pending<Vec<Arc<Vec<f32>>>>> {
         let expected = self.count(counts)?;
         ensure!(ours.len() == expected, "all_gather: {} elements instead of {expected}", ours.len());
@@ -296,8 +296,8 @@ impl Group {
         Ok(self.start(move |wire| wire.to_members(call, Among::Shards, ours)))
     }
 
-    /// The sum over all ranks of this rank's part of `all`, in which `counts[r]` elements after another belong to the
-    /// r-th rank of each replica: first over the ranks of a replica, then over the replicas.
+    /// This rank's part of the sum of `all` over all ranks. `all` is the concatenation of one part for each rank of a shard
+    /// group, `counts[r]` elements for the r-th. Sums run first within a shard group, then over the replicas.
     ///
     /// # Errors
     /// As [`Group::all_gather`].
@@ -322,7 +322,7 @@ impl Group {
         self.start(move |wire| wire.all_reduce(call, Among::All, ours))
     }
 
-    /// The sum over all ranks, number by number.
+    /// The element-wise sum over all ranks.
     pub fn sum(&self, ours: &[f64]) -> Result<Vec<f64>> {
         let parts = self.to_all(Op::Sum, ours.len(), ours.to_vec())?;
         Ok((0..ours.len()).map(|i| parts.iter().map(|part| part[i]).sum()).collect())
@@ -356,7 +356,7 @@ impl Group {
         Call { op, len, step: self.step.load(Ordering::Relaxed) }
     }
 
-    /// Does `f` beside computation, or now.
+    /// Runs `f` on the thread of collectives, or now if there is none.
     fn start<R: Send + 'static>(&self, f: impl FnOnce(&Wire) -> Result<R> + Send + 'static) -> Pending<R> {
         match self.background.get() {
             Some(background) => background.run(f),
@@ -364,7 +364,7 @@ impl Group {
         }
     }
 
-    /// Every rank's `ours`, in rank order, after all that was called before.
+    /// Every rank's `ours`, in rank order, after all earlier collectives.
     fn to_all<T: Number>(&self, op: Op, len: usize, ours: Vec<T>) -> Result<Vec<Arc<Vec<T>>>> {
         #[cfg(test)]
         self.agreements.fetch_add(1, Ordering::Relaxed);

@@ -2,12 +2,12 @@
 //!
 //! One communicator a rank, each rank with a device of its own: a process or a thread.
 //!
-//! Collectives have a stream of their own if they are to run beside computation, otherwise the one that computes. cudarc
-//! keeps two events a buffer, of who read and who wrote it last: a collective waits for what its buffers come from,
-//! kernels that read its result wait for it, and memory is freed after both. There is one event of reading, so nobody else
-//! may read what a collective was given. Sums of floats have NCCL's order, which is not that of ranks on the CPU. A rank
-//! that dies leaves the others waiting on the device; the ranks' control messages, which have a time limit, come before
-//! each collective.
+//! Collectives that overlap computation have a CUDA stream of their own; otherwise they use the compute stream. cudarc keeps
+//! two events for each buffer, of its last read and its last write: a collective waits for the kernels that write its
+//! input, kernels that read its output wait for it, and memory is freed after both. There is only one read event, so that
+//! nothing else may read a collective's input. NCCL adds floats in its own order, not in that of ranks on the CPU. A rank
+//! that dies leaves the others waiting on the device; therefore a control message with a time limit comes before each
+//! collective.
 
 use super::wire::Among;
 use crate::error::{Context, Error, Result, anyhow, bail, ensure};

@@ -1,7 +1,7 @@
 //! Messages between processes over TCP, where no MPI started them: torchrun, srun, or variables set by hand.
 //!
-//! Rank 0 listens where `MASTER_ADDR` and `MASTER_PORT` say. All others tell it where they listen, get the list of all,
-//! and connect to the ranks below them. What connects without knowing the run is turned away.
+//! Rank 0 listens at `MASTER_ADDR:MASTER_PORT`. The other ranks tell it where they listen, receive the list of all ranks,
+//! and connect to the ranks below them. Connections that do not name this run are refused.
 
 use super::{
     Group, Place,
@@ -23,7 +23,7 @@ use std::{
 /// Connections to all other ranks, by rank.
 pub struct Mesh(Vec<Option<TcpStream>>);
 
-/// What a rank says first on a connection: these bytes, digests of the run and of its host, its rank, and the port that it
+/// The first message on a connection: these bytes, digests of the run and of the host, the rank, and the port that it
 /// listens on.
 const HELLO: Digest = *b"vilg/1\0\0";
 const GREETING: usize = 3 * size_of::<Digest>() + 4 + 2;
@@ -46,7 +46,7 @@ pub fn run(place: &Place, master: &Master, patience: Duration, f: impl Fn(&Group
     world::run((rank, world_size), Carrier::Tcp(mesh), threads, patience, || {}, f)
 }
 
-/// A rank as another one meets it.
+/// A rank that has connected.
 struct Guest {
     rank: usize,
     host: Digest,
@@ -55,7 +55,7 @@ struct Guest {
     stream: TcpStream,
 }
 
-/// What a rank needs to meet the others.
+/// What a rank needs to connect to the others.
 struct Rendezvous {
     rank: usize,
     world_size: usize,
@@ -67,7 +67,7 @@ struct Rendezvous {
 }
 
 impl Mesh {
-    /// Meets all other ranks; returns how many ranks are on this host, too.
+    /// Connects to all other ranks; also returns the number of ranks on this host.
     fn connect(rank: usize, world_size: usize, master: &Master, patience: Duration) -> Result<(Self, usize)> {
         let port = if rank == 0 { master.port } else { 0 };
         let hint = "another run listens there, or an old one still does: choose another MASTER_PORT";
@@ -123,7 +123,7 @@ struct Open<'a> {
 }
 
 impl Open<'_> {
-    /// Moves what can be moved now; returns whether anything could.
+    /// Sends and receives what is possible without waiting; returns whether anything was.
     fn step(&mut self) -> std::io::Result<bool> {
         let mut moved = false;
         while !self.out.is_empty() {
@@ -155,7 +155,7 @@ fn ready(result: std::io::Result<usize>) -> std::io::Result<Option<usize>> {
 }
 
 impl Rendezvous {
-    /// Rank 0: waits for all others and tells each where all are.
+    /// Rank 0: waits for all others and sends each the list of all ranks.
     fn receive(self) -> Result<(Mesh, usize)> {
         let guests = self.guests(1..self.world_size)?;
         let own = (self.listener.local_addr()?, self.host);
@@ -170,7 +170,7 @@ impl Rendezvous {
         self.mesh(streams, &told)
     }
 
-    /// Any other rank: asks rank 0 where the others are, connects to those below it and waits for those above.
+    /// Any other rank: gets the list from rank 0, connects to the ranks below it and waits for those above.
     fn join(self, master: &Master) -> Result<(Mesh, usize)> {
         const ENTRY: usize = 200;
         let mut first = self.reach(&format!("{}:{}", master.host, master.port), 0)?;
@@ -191,7 +191,7 @@ impl Rendezvous {
         self.mesh(streams, &all)
     }
 
-    /// Connects to a rank and says who this one is.
+    /// Connects to a rank and introduces this one.
     fn reach(&self, address: &str, rank: usize) -> Result<TcpStream> {
         loop {
             let connected = address.to_socket_addrs().and_then(|mut found| {
@@ -253,7 +253,7 @@ impl Rendezvous {
         Ok(guests.into_iter().flatten().collect())
     }
 
-    /// The mesh of these connections, and how many ranks are on this host.
+    /// The mesh of these connections, and the number of ranks on this host.
     fn mesh(&self, streams: Vec<Option<TcpStream>>, all: &[(SocketAddr, Digest)]) -> Result<(Mesh, usize)> {
         for stream in streams.iter().flatten() {
             stream.set_nodelay(true)?;
@@ -262,7 +262,7 @@ impl Rendezvous {
         Ok((Mesh(streams), all.iter().filter(|(_, host)| *host == self.host).count().max(1)))
     }
 
-    /// Who has connected; `None`: nobody of this run.
+    /// The rank that has connected; `None`: the connection is not from this run.
     fn introduced(&self, mut stream: TcpStream, from: IpAddr) -> Option<Guest> {
         stream.set_nonblocking(false).ok()?;
         stream.set_read_timeout(Some(INTRODUCTION)).ok()?;

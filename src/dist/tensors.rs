@@ -1,5 +1,5 @@
-//! Collectives of tensors that lie on devices: over NCCL they go from device to device. Without it they travel as floats do,
-//! which tests on the CPU rely on.
+//! Collectives of tensors on devices. NCCL sends them from device to device; without NCCL they travel as floats through
+//! the host, which tests on the CPU use.
 
 use super::{Call, Group, Op, nccl::Nccl, wire::Among};
 use crate::error::{Result, ensure};
@@ -7,8 +7,8 @@ use candle_core::{DType, Device, Tensor};
 use std::sync::{Mutex, PoisonError};
 
 impl Group {
-    /// The flat tensors of the ranks that share this one's replica out, in rank order, where the r-th gives `counts[r]`
-    /// elements. Over NCCL this returns before they are there: kernels that read them wait on the device.
+    /// The flat tensors of all ranks of this shard group, in rank order: `counts[r]` elements from the r-th. With NCCL this
+    /// returns before the transfer ends: kernels that read the tensors wait on the device.
     ///
     /// # Errors
     /// The lengths are not these, or a rank does not come.
@@ -30,7 +30,7 @@ impl Group {
         }
     }
 
-    /// As [`Group::reduce_scatter`], of a flat tensor of f32; the sum is there when [`Group::all_gather_tensor`]'s would be.
+    /// As [`Group::reduce_scatter`], of a flat f32 tensor; with NCCL it returns before the transfer ends, too.
     ///
     /// # Errors
     /// As [`Group::all_gather_tensor`].
@@ -53,7 +53,7 @@ impl Group {
         self.on_device(nccl, call, |nccl| nccl.all_reduce(Among::Replicas, &part))
     }
 
-    /// As [`Group::all_reduce`], of a flat tensor of f32; the sum is there when [`Group::all_gather_tensor`]'s would be.
+    /// As [`Group::all_reduce`], of a flat f32 tensor; with NCCL it returns before the transfer ends, too.
     ///
     /// # Errors
     /// As [`Group::all_gather_tensor`].
@@ -64,7 +64,7 @@ impl Group {
     }
 
     fn on_device<R>(&self, nccl: &Mutex<Nccl>, call: Call, f: impl FnOnce(&Nccl) -> Result<R>) -> Result<R> {
-        // NCCL waits for ever; this does not, and sees whether all ranks call the same.
+        // NCCL has no time limit; this exchange has one, and checks that all ranks make the same call.
         self.to_all(call.op, call.len, Vec::<u8>::new())?;
         f(&nccl.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -73,14 +73,15 @@ impl Group {
 /// How much room each rank's part has on its way.
 #[derive(Debug, PartialEq, Eq)]
 enum Room {
-    /// As much as the largest: one collective for all.
+    /// The same for all, that of the largest part: one collective.
     Equal(usize),
-    /// Its own: one operation a rank.
+    /// Its own length: one operation for each rank.
     Own,
 }
 
 impl Room {
-    /// Parts that are cut alike differ by little; where a few ranks have nearly all, room for all would be mostly empty.
+    /// Evenly cut parts differ by one element at most. Where a few ranks have nearly everything, equal buffers would be
+    /// mostly empty.
     fn of(counts: &[usize]) -> Self {
         let (most, len) = (counts.iter().copied().max().unwrap_or(0), counts.iter().sum::<usize>());
         if most * counts.len() <= len + len / 8 { Self::Equal(most) } else { Self::Own }

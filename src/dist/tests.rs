@@ -215,3 +215,17 @@ fn a_rank_that_stays_away_is_named_with_its_last_call() {
         assert!(late.contains(part), "{late}");
     }
 }
+
+#[test]
+fn a_thread_of_collectives_that_hangs_is_an_error_of_who_waits() {
+    let hung = failure(2, Duration::from_millis(300), |group| {
+        group.overlap()?;
+        let sleep = |seconds| {
+            std::thread::sleep(Duration::from_secs(seconds));
+            Ok(())
+        };
+        let pending = group.start(move |_| sleep(2));
+        if group.rank() == 0 { pending.wait() } else { sleep(1) }
+    });
+    assert!(hung.contains("rank 0: the thread of collectives has not moved for 0.6 s"), "{hung}");
+}

@@ -1,34 +1,40 @@
-//! What joins a rank to the others, and the two exchanges that all collectives are made of.
+//! A rank's connection to the others, and the two exchanges that all collectives consist of.
 
 use super::{Call, Number, local::Meeting, nccl::Nccl, part, world::World};
 use crate::{error::Result, ops::slices};
 use std::{
     ops::Range,
-    sync::{Arc, Mutex, OnceLock},
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
-/// What does a rank's collectives.
+/// A rank's connection to the others.
 pub struct Wire {
     pub rank: usize,
     pub world_size: usize,
     pub link: Link,
-    /// Ranks that share one replica out among them; all of them until it is set.
+    /// The number of ranks in a shard group; all ranks until it is set.
     pub shard_ranks: OnceLock<usize>,
-    /// What moves tensors, where ranks have CUDA devices.
+    /// Moves tensors where ranks have CUDA devices.
     pub nccl: OnceLock<Mutex<Nccl>>,
+    /// Exchanges of this rank that have begun or ended so far; see [`Wire::progress`].
+    pub events: AtomicU64,
 }
 
-/// The ranks that exchange something.
+/// The ranks that take part in an exchange.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Among {
     All,
-    /// Those that share this rank's replica out.
+    /// The ranks of this rank's shard group.
     Shards,
-    /// Those that own the same part of other replicas, and this one.
+    /// This rank, and the ranks that own the same part in the other shard groups.
     Replicas,
 }
 
-/// What joins a rank to the others.
+/// The transport between ranks.
 pub enum Link {
     Alone,
     Threads(Arc<Meeting>),
@@ -36,12 +42,34 @@ pub enum Link {
 }
 
 impl Wire {
-    /// Ranks that share one replica out among them.
+    /// The number of ranks in a shard group.
     pub fn shard_ranks(&self) -> usize {
         self.shard_ranks.get().copied().unwrap_or(self.world_size)
     }
 
-    /// The ranks that exchange something with this one, and itself.
+    /// How long an exchange waits for the other ranks.
+    pub fn patience(&self) -> Duration {
+        match &self.link {
+            Link::Alone => Duration::MAX,
+            Link::Threads(meeting) => meeting.patience(),
+            Link::Processes(world) => world.patience(),
+        }
+    }
+
+    /// A number that grows whenever an exchange of this rank begins or ends.
+    pub fn progress(&self) -> u64 {
+        self.events.load(Ordering::Relaxed)
+    }
+
+    /// Calls `f`, an exchange, and counts it as progress.
+    fn exchange<R>(&self, f: impl FnOnce() -> R) -> R {
+        self.events.fetch_add(1, Ordering::Relaxed);
+        let result = f();
+        self.events.fetch_add(1, Ordering::Relaxed);
+        result
+    }
+
+    /// The ranks of `among`, with this one, in order.
     pub fn members(&self, among: Among) -> Vec<usize> {
         let (rank, shards) = (self.rank, self.shard_ranks());
         match among {
@@ -62,13 +90,13 @@ impl Wire {
         match &self.link {
             Link::Alone => Ok(vec![Arc::new(ours)]),
             Link::Threads(meeting) => {
-                let everywhere = meeting.exchange(self.rank, call, ours)?;
+                let everywhere = self.exchange(|| meeting.exchange(self.rank, call, ours))?;
                 Ok(members.iter().map(|&rank| everywhere[rank].clone()).collect())
             }
             Link::Processes(world) => {
                 let mut parts: Vec<&[T]> = vec![&[]; self.world_size];
                 members.iter().for_each(|&rank| parts[rank] = ours.as_slice());
-                let mut everywhere = world.swap(call, &parts)?;
+                let mut everywhere = self.exchange(|| world.swap(call, &parts))?;
                 Ok(members.iter().map(|&rank| Arc::new(std::mem::take(&mut everywhere[rank]))).collect())
             }
         }
@@ -83,14 +111,14 @@ impl Wire {
                 let before = counts.iter().zip(&members).take_while(|(_, rank)| **rank < self.rank);
                 let start = before.map(|(count, _)| count).sum::<usize>();
                 let ours = members.iter().position(|rank| *rank == self.rank).map_or(0, |i| counts[i]);
-                let everywhere = meeting.exchange(self.rank, call, all)?;
+                let everywhere = self.exchange(|| meeting.exchange(self.rank, call, all))?;
                 let part = |&rank: &usize| Part { of: everywhere[rank].clone(), range: start..start + ours };
                 Ok(members.iter().map(part).collect())
             }
             Link::Processes(world) => {
                 let mut parts: Vec<&[f32]> = vec![&[]; self.world_size];
                 members.iter().zip(cut(&all, counts)).for_each(|(&rank, part)| parts[rank] = part);
-                let mut everywhere = world.swap(call, &parts)?;
+                let mut everywhere = self.exchange(|| world.swap(call, &parts))?;
                 Ok(members.iter().map(|&rank| Part::whole(std::mem::take(&mut everywhere[rank]))).collect())
             }
         }
@@ -105,7 +133,7 @@ impl Wire {
     }
 }
 
-/// What one rank gives to a sum.
+/// One rank's summand.
 pub struct Part {
     of: Arc<Vec<f32>>,
     range: Range<usize>,
@@ -117,15 +145,26 @@ impl Part {
     }
 }
 
-/// Parts of these lengths, one after another.
+/// Consecutive parts of `all` with these lengths.
 pub fn cut<'a>(mut all: &'a [f32], counts: &[usize]) -> impl Iterator<Item = &'a [f32]> {
     counts.iter().filter_map(move |count| all.split_off(..*count))
 }
 
-/// Adds them in their order.
+/// The sum of the parts, added in their order.
 pub fn sum(parts: &[Part]) -> Vec<f32> {
     let mut parts = parts.iter().map(|part| &part.of[part.range.clone()]);
     let mut sum = parts.next().map(<[f32]>::to_vec).unwrap_or_default();
-    parts.for_each(|part| slices::add(&mut sum, part));
+    parts.for_each(|part| add(&mut sum, part));
     sum
+}
+
+/// Adds `x` to `y`, element by element.
+///
+/// Only a compute thread shares the work with its pool. The thread of collectives belongs to no pool; it would have to
+/// wait for the process's global pool, and all workers of that may be waiting for this sum.
+fn add(y: &mut [f32], x: &[f32]) {
+    match rayon::current_thread_index() {
+        Some(_) => slices::add(y, x),
+        None => y.iter_mut().zip(x).for_each(|(y, x)| *y += x),
+    }
 }

@@ -1,10 +1,10 @@
 //! Ranks as processes that a launcher started, on one machine or many.
 //!
 //! A collective is a round of messages from every rank to every other: first a [`Header`] that says what is called and
-//! how much follows, then the numbers. Each rank so sees what all others call before it judges, ranks that stay away are
-//! known by name, and a rank that failed says so in place of its next call. MPI's own collectives would give neither,
-//! and sum in an order of their own; what travels is as much as theirs. MPI carries the messages where
-//! its launcher started the ranks, [`tcp`] where the environment only names the first rank's host.
+//! how much follows, then the numbers. So each rank sees what all others call before it decides, ranks that do not come
+//! can be named, and a rank that failed says so in place of its next call. MPI's own collectives offer neither, and they
+//! add in an order of their own; the traffic is the same. Messages go over MPI where its launcher started the ranks, and
+//! over [`tcp`] where the environment only names the first rank's host.
 
 #[cfg(feature = "mpi")]
 use super::mpi;
@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-/// This process's end of the world of processes.
+/// This process's connection to the other ranks.
 pub struct World {
     rank: usize,
     world_size: usize,
@@ -33,14 +33,14 @@ pub struct World {
     verdict: Mutex<Option<Verdict>>,
 }
 
-/// What takes messages between processes.
+/// The transport between processes.
 pub enum Carrier {
     #[cfg(feature = "mpi")]
     Mpi(mpi::Comm),
     Tcp(tcp::Mesh),
 }
 
-/// Why messages did not come through.
+/// Why an exchange failed.
 pub enum Lost {
     /// These ranks did not come in time.
     Late(Vec<usize>),
@@ -55,7 +55,7 @@ enum Verdict {
     Own,
     /// Another rank failed: it tells why, and with this code.
     Other(Exit),
-    /// Something that every rank saw.
+    /// An error that every rank has alike.
     Alike,
 }
 
@@ -76,7 +76,7 @@ const EAGER: Duration = Duration::from_millis(1);
 /// How long it then sleeps between looks.
 const NAP: Duration = Duration::from_micros(100);
 
-/// Runs `f` as rank `rank`, on so many compute threads; `end` comes before this process leaves because of a failure.
+/// Runs `f` as rank `rank` on `threads` compute threads; `end` is called before this process leaves because of a failure.
 ///
 /// # Errors
 /// When a rank fails, no process returns from here: each leaves with that rank's exit code.
@@ -101,6 +101,11 @@ pub fn run(
 }
 
 impl World {
+    /// How long a rank waits for the others.
+    pub fn patience(&self) -> Duration {
+        self.patience
+    }
+
     /// Sends `parts[r]` to rank r and returns what came from each rank.
     pub fn swap<T: Number>(&self, call: Call, parts: &[&[T]]) -> Result<Vec<Vec<T>>> {
         let mut carrier = lock(&self.carrier);
@@ -233,7 +238,7 @@ pub struct Wait<'e> {
 }
 
 impl Wait<'_> {
-    /// A pause after having waited so long: other ranks may need the core more than who waits.
+    /// A pause after having waited for `waited`: other ranks may need the core.
     pub fn rest(&self, waited: Duration) {
         if waited < self.eager { thread::yield_now() } else { thread::sleep(NAP) }
     }

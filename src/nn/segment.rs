@@ -1,6 +1,6 @@
 //! The contract between a model and the training engine: a model is a chain of segments.
 //!
-//! A segment has one contract and two implementations, and the engine does not know which it drives.
+//! A segment has one contract and two implementations; the engine does not know which one it runs.
 //! *Taped*: the forward pass is written with candle ops and candle's tape gives the gradients; it runs on any
 //! device and is the oracle. *Native*: forward and backward are written by hand over slices, for the CPU.
 //! Dropping what forward saved and running it again is activation recomputation (paper §3.2).
@@ -16,7 +16,8 @@ pub type Saved = Box<dyn Any>;
 /// One link of the chain embedding → block 1 … block L → head with loss.
 ///
 /// `B` is what the whole chain reads beside the hidden states: tokens, masks, targets. The first
-/// segment ignores `x` (it is an empty tensor); the last one returns the scalar loss.
+/// segment ignores `x` (an empty tensor); the last one returns the scalar loss, or an output whose gradient comes from
+/// outside (an embedding).
 pub trait Segment<B> {
     /// The segment's name in messages (`blocks.3`).
     fn name(&self) -> &str;
@@ -24,11 +25,17 @@ pub trait Segment<B> {
     /// Its trainable parameters by full name.
     fn params(&self) -> &Params;
 
-    /// y of x, and what [`Segment::backward`] needs of this pass.
+    /// The output y of x, and what [`Segment::backward`] needs of this pass.
+    ///
+    /// # Errors
+    /// The shapes do not fit, or the device fails.
     fn forward(&self, x: &Tensor, batch: &B) -> Result<(Tensor, Saved)>;
 
-    /// Adds the parameters' gradients to `gradients` and returns that of x, where y depends on it.
-    /// `dy` is `None` for the last segment, whose y is the loss.
+    /// Adds the parameters' gradients to `gradients` and returns that of x (of x's shape), if y depends on x. `dy` is the
+    /// loss's gradient with respect to y, of y's shape; `None`: y is the loss itself, a scalar.
+    ///
+    /// # Errors
+    /// `saved` is another segment's, the shapes do not fit, or the device fails.
     fn backward(
         &self,
         x: &Tensor,
@@ -38,6 +45,10 @@ pub trait Segment<B> {
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>>;
 }
+
+/// Segments that run one after another, each on the output of the one before. In training the last one returns the loss,
+/// or an output whose gradient comes from outside.
+pub type Chain<'a, B> = [Box<dyn Segment<B> + 'a>];
 
 /// A segment whose gradients candle's tape finds.
 pub trait Taped<B> {

@@ -1,87 +1,142 @@
-//! The engine: gradients of one micro-batch over a chain of segments (paper §3.2).
+//! The engine: forward and backward passes over a chain of segments (paper §3.2).
 //!
-//! Forward runs segment by segment; backward goes through the chain from its end. `recompute` decides
-//! whether what a segment saved is kept between the two or made again from its input; both give the same
-//! bits. A segment's weights are needed only while it runs, and its gradients of this micro-batch are complete when its
-//! backward pass ends: that is where [`Shards`] moves them in a sharded run.
+//! [`Pass::forward`] runs segment by segment, [`Pass::backward`] from the end of the chain to its beginning. Activation
+//! checkpointing decides whether what a segment saved is kept between the two or computed again from its input; both give
+//! the same bits. A segment's weights are needed only while it runs, and its gradients of this micro-batch are complete
+//! when its backward pass ends: that is where [`Shards`] moves them in a sharded run.
+//!
+//! [`accumulate`] is both passes of a chain that ends in a loss. A loss over several chains or micro-batches
+//! (contrastive learning) runs all forward passes first, computes the loss and its gradients with respect to their
+//! outputs, and hands these to the backward passes.
 
 use super::shards::Shards;
 use crate::{
     error::{Context, Result, ensure},
-    nn::segment::{Saved, Segment},
+    nn::segment::{Chain, Saved},
 };
 use candle_core::{DType, Device, Tensor};
 
-/// A chain of segments; the last one returns the loss.
-pub type Chain<'a, B> = [Box<dyn Segment<B> + 'a>];
+/// One micro-batch on its way through a chain of segments.
+pub struct Pass<'a, B> {
+    pub chain: &'a Chain<'a, B>,
+    pub batch: &'a B,
+    /// Which unit of the shards is the chain's first segment; the others follow it. Chains that share shards have ranges
+    /// of units of their own.
+    pub first_unit: usize,
+    /// Activation checkpointing: every k-th segment runs forward again in the backward pass (0: none, 1: all).
+    pub recompute: usize,
+}
 
-/// What a forward pass keeps of one segment.
+/// What a forward pass keeps for its backward pass, segment by segment.
+pub struct Activations(Vec<Link>);
+
 struct Link {
     input: Tensor,
     /// `None`: run forward again.
     saved: Option<Saved>,
 }
 
-/// Adds the gradients of one micro-batch to those in `shards` and returns its loss. Every `recompute`-th segment
-/// forgets what it saved and runs forward again in the backward pass; 0: none does, 1: all do.
+/// Adds the gradients of one micro-batch to those in `shards` and returns its loss, the scalar that the last segment
+/// returns. The chain's segments are the first units of `shards`; `recompute` is that of [`Pass`].
+///
+/// # Errors
+/// A segment fails, the last one returns no scalar, or a rank does not come.
 pub fn accumulate<B>(chain: &Chain<B>, batch: &B, recompute: usize, shards: &mut Shards) -> Result<f64> {
-    let (links, loss) = forward(chain, batch, recompute, shards)?;
+    let pass = Pass { chain, batch, first_unit: 0, recompute };
+    let (loss, activations) = pass.run(true, shards)?;
     let loss = loss.to_dtype(DType::F64)?.to_scalar::<f64>().context("the last segment must return a scalar")?;
-    backward(chain, batch, links, shards)?;
+    pass.backward(activations, None, shards)?;
     Ok(loss)
 }
 
-fn forward<B>(chain: &Chain<B>, batch: &B, recompute: usize, shards: &mut Shards) -> Result<(Vec<Link>, Tensor)> {
-    let mut links = Vec::with_capacity(chain.len());
-    // On the CPU whatever the device: nobody reads it, and a CUDA driver has no memory of length zero.
-    let mut x = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
-    for (i, segment) in chain.iter().enumerate() {
-        // The last segment's backward comes at once: nothing is saved by forgetting what it needs.
-        let last = i + 1 == chain.len();
-        let next = if last { i.checked_sub(1) } else { Some(i + 1) };
-        shards.gather(i, next)?;
-        let (y, saved) = segment.forward(&x, batch).with_context(|| format!("segment `{}`", segment.name()))?;
-        if !last {
-            shards.release(i)?;
-        }
-        let keep = recompute == 0 || !(i + 1).is_multiple_of(recompute) || last;
-        links.push(Link { input: x, saved: keep.then_some(saved) });
-        x = y;
+impl<B> Pass<'_, B> {
+    /// The output of the last segment, and what [`Pass::backward`] needs.
+    ///
+    /// # Errors
+    /// A segment fails, or a rank does not come.
+    pub fn forward(&self, shards: &mut Shards) -> Result<(Tensor, Activations)> {
+        self.run(false, shards)
     }
-    Ok((links, x))
-}
 
-fn backward<B>(chain: &Chain<B>, batch: &B, mut links: Vec<Link>, shards: &mut Shards) -> Result<()> {
-    let mut dy = None;
-    for (i, segment) in chain.iter().enumerate().rev() {
-        let Some(Link { input, saved }) = links.pop() else { break };
-        shards.gather(i, i.checked_sub(1))?;
-        if !shards.idle(i) {
-            let saved = match saved {
-                Some(saved) => saved,
-                None => segment.forward(&input, batch)?.1,
+    /// `backward_next`: the backward pass follows at once, so that nothing is saved by freeing what the last segment
+    /// needs for it.
+    fn run(&self, backward_next: bool, shards: &mut Shards) -> Result<(Tensor, Activations)> {
+        let mut links = Vec::with_capacity(self.chain.len());
+        // On the CPU whatever the device: nobody reads it, and a CUDA driver has no memory of length zero.
+        let mut x = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
+        for (i, segment) in self.chain.iter().enumerate() {
+            let unit = self.first_unit + i;
+            let last = i + 1 == self.chain.len();
+            let next = match last {
+                false => Some(unit + 1),
+                true => self.before(i).filter(|_| backward_next),
             };
-            dy = segment.backward(&input, batch, saved, dy, shards.gradients())?;
+            shards.gather(unit, next)?;
+            let (y, saved) =
+                segment.forward(&x, self.batch).with_context(|| format!("segment `{}`", segment.name()))?;
+            let stays = last && backward_next;
+            if !stays {
+                shards.release(unit)?;
+            }
+            let keep = stays || self.recompute == 0 || !(i + 1).is_multiple_of(self.recompute);
+            links.push(Link { input: x, saved: keep.then_some(saved) });
+            x = y;
         }
-        shards.release(i)?;
-        shards.reduce(i)?;
-        ensure!(
-            dy.is_some() || links.is_empty(),
-            "segment `{}` passes no gradient on to the one before it",
-            segment.name()
-        );
+        Ok((x, Activations(links)))
     }
-    Ok(())
+
+    /// Adds the parameters' gradients of this micro-batch to those in `shards`. `dy` is the loss's gradient with respect
+    /// to the output of [`Pass::forward`], of its shape; `None`: that output is the loss, a scalar.
+    ///
+    /// # Errors
+    /// A segment fails or passes no gradient on, or a rank does not come.
+    pub fn backward(&self, activations: Activations, mut dy: Option<Tensor>, shards: &mut Shards) -> Result<()> {
+        let Activations(mut links) = activations;
+        let frozen = (0..self.chain.len()).take_while(|i| shards.is_frozen(self.first_unit + i)).count();
+        for (i, segment) in self.chain.iter().enumerate().rev() {
+            let Some(Link { input, saved }) = links.pop() else { break };
+            let unit = self.first_unit + i;
+            shards.gather(unit, self.before(i))?;
+            // Nothing before the first segment that learns needs a gradient.
+            if i >= frozen {
+                let saved = match saved {
+                    Some(saved) => saved,
+                    None => segment.forward(&input, self.batch)?.1,
+                };
+                dy = segment.backward(&input, self.batch, saved, dy, shards.gradients())?;
+            }
+            shards.release(unit)?;
+            shards.reduce(unit)?;
+            ensure!(
+                dy.is_some() || links.is_empty(),
+                "segment `{}` passes no gradient on to the one before it",
+                segment.name()
+            );
+        }
+        Ok(())
+    }
+
+    /// The unit of the segment before the `i`-th.
+    fn before(&self, i: usize) -> Option<usize> {
+        i.checked_sub(1).map(|i| self.first_unit + i)
+    }
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::nn::{
-        gradients::{Gradients, check_complete},
-        params::{Init, Params, Scope},
-        segment::Taped,
+    use crate::{
+        dist::{Group, launch},
+        nn::{
+            gradients::{Gradients, check_complete},
+            params::{Init, Params, Scope},
+            segment::{Segment, Taped},
+        },
+        ops::Store,
+        train::shards::Handling,
     };
+    use candle_core::Var;
+    use std::time::Duration;
 
     /// `x -> tanh(x W)`, or the mean of squares at the end of the chain.
     pub struct Toy {
@@ -176,5 +231,90 @@ pub(super) mod tests {
             assert_eq!(run(every), run(0), "every {every}");
         }
         assert_ne!(run(0), run_over(0..1, 0));
+    }
+
+    fn assert_near(got: &Tensor, expected: &Tensor, what: &str) {
+        let difference = (got - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(difference < 1e-7, "{what}: {difference}");
+    }
+
+    #[test]
+    fn backward_of_a_given_gradient_equals_one_tape() {
+        let (params, toys) = chain(1, 3);
+        // Without the segment with the loss: the chain ends in an embedding of shape (3, 4).
+        let (segments, x, dy) = (segments(&toys[..2]), inputs(2), inputs(3));
+        let y = toys[1].taped(&toys[0].taped(&x, &x).unwrap(), &x).unwrap();
+        let store = (&y * &dy).unwrap().sum_all().unwrap().backward().unwrap();
+        for recompute in 0..3 {
+            let mut shards = Shards::alone(&segments).unwrap();
+            let pass = Pass { chain: &segments, batch: &x, first_unit: 0, recompute };
+            let (embedding, activations) = pass.forward(&mut shards).unwrap();
+            assert_near(&embedding, &y, "embedding");
+            pass.backward(activations, Some(dy.clone()), &mut shards).unwrap();
+            for name in ["blocks.0.weight", "blocks.1.weight"] {
+                assert_near(shards.reduced().get(name).unwrap(), store.get(&params[name]).unwrap(), name);
+            }
+        }
+    }
+
+    /// Two towers over one set of shards, each with two micro-batches whose gradients come from outside.
+    fn towers(group: &Group, stage: u8, together: bool) -> Result<Vec<(String, Vec<u32>)>> {
+        let (params, toys) = chain(5, 4);
+        let ranges = [0..2, 2..4];
+        let mut all: Vec<(String, Vec<u32>)> = Vec::new();
+        let sets = if together { vec![ranges.to_vec()] } else { ranges.map(|range| vec![range]).to_vec() };
+        for set in sets {
+            let first = set[0].start;
+            let ours = &toys[first..set[set.len() - 1].end];
+            let names: Vec<String> = ours.iter().flat_map(|toy| toy.params.keys().cloned()).collect();
+            let params: Params = names.iter().map(|name| (name.clone(), params[name].clone())).collect();
+            let handling = |_: &str, _: &Var| Handling::default();
+            let mut shards = Shards::new(group, stage, Store::Memory, &params, &units(ours), handling, |_| Ok(None))?;
+            shards.begin(1);
+            let batches = [2, 3].map(|seed| inputs(seed + 10 * group.rank() as u64));
+            let chains: Vec<_> = set.iter().map(|range| segments(&toys[range.clone()])).collect();
+            let mut passes = Vec::new();
+            for batch in &batches {
+                for (chain, range) in chains.iter().zip(&set) {
+                    let pass = Pass { chain, batch, first_unit: range.start - first, recompute: 2 };
+                    let (_, activations) = pass.forward(&mut shards)?;
+                    passes.push((pass, activations));
+                }
+            }
+            for (i, (pass, activations)) in passes.into_iter().enumerate() {
+                if i == chains.len() {
+                    shards.last_micro_batch();
+                }
+                // The second tower ends in a scalar.
+                let dy = match pass.chain[1].name() {
+                    "blocks.1" => inputs(20),
+                    _ => Tensor::new(0.5f32, &Device::Cpu)?,
+                };
+                pass.backward(activations, Some(dy), &mut shards)?;
+            }
+            shards.finish()?;
+            all.extend(bits(shards.reduced()));
+            for unit in 0..ours.len() {
+                shards.gather(unit, None)?;
+            }
+        }
+        Ok(all)
+    }
+
+    #[test]
+    fn two_chains_over_one_set_of_shards_equal_each_alone() {
+        for (ranks, stage) in [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)] {
+            for overlap in [false, true] {
+                launch(ranks, Duration::from_secs(60), |group| {
+                    if overlap {
+                        group.overlap()?;
+                    }
+                    let (together, alone) = (towers(group, stage, true)?, towers(group, stage, false)?);
+                    assert!(together == alone && !together.is_empty(), "{ranks} ranks, stage {stage}");
+                    Ok(())
+                })
+                .unwrap();
+            }
+        }
     }
 }

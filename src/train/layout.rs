@@ -1,8 +1,8 @@
-//! Who owns what: a pure function of the parameters' names and sizes and the number of ranks.
+//! Which rank owns which elements: a pure function of the parameters' names and sizes and the number of ranks.
 //!
-//! A unit is what one segment of the engine's chain holds, since that is gathered and reduced together. Its parameters
-//! lie one after another and are cut into equal parts, so that every rank has the same work; only a parameter that
-//! cannot be cut (Muon turns whole matrices) goes to one rank, the one that has the fewest such elements so far.
+//! A unit is the parameters of one segment of the engine's chain, which are gathered and reduced together. They are
+//! concatenated and cut into equal parts, so that every rank has the same work. Only a parameter that cannot be cut (Muon
+//! needs whole matrices) goes to a single rank: the one that has the fewest such elements so far.
 
 use crate::dist;
 use std::ops::Range;

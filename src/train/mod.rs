@@ -135,7 +135,14 @@ pub trait Task {
 ///
 /// With `json`, each step's metrics go to stdout as a line of JSON as well.
 pub fn run(config: &Config, resume: &Resume, ranks: &Ranks, time_limit: Option<Duration>, json: bool) -> Result<()> {
-    launch(Path::new(""), config, resume, ranks, &Stop::on_signals(time_limit)?, json)
+    let stop = Stop::on_signals(time_limit)?;
+    let _watchdog = stop.watch(Duration::from_secs(config.train.rank_timeout))?;
+    let work = || launch(Path::new(""), config, resume, ranks, &stop, json);
+    match ranks {
+        Ranks::Threads(1) => runtime::on_threads(work),
+        // These have pools of their own; this thread only waits for them.
+        _ => work(),
+    }
 }
 
 #[cfg(test)]
@@ -183,6 +190,8 @@ fn task(config: &Config, group: &Group) -> Result<Box<dyn Task>> {
 mod diverging_tests;
 #[cfg(test)]
 mod f16_tests;
+#[cfg(test)]
+mod hang_tests;
 #[cfg(test)]
 mod ranks_tests;
 #[cfg(test)]

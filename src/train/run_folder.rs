@@ -5,10 +5,11 @@ use crate::{
     config::Config,
     error::{Context, Result, failed},
     report,
+    runtime::{self, Lock},
 };
 use serde_json::{Value, json};
 use std::{
-    fs::{self, File, OpenOptions, TryLockError},
+    fs::{self, File, OpenOptions},
     io::Write,
     path::{Path, PathBuf},
     time::SystemTime,
@@ -65,15 +66,18 @@ impl RunFolder {
             fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         }
         let lock = File::create(root.join(".lock"))?;
-        match lock.try_lock() {
-            Err(TryLockError::WouldBlock) => {
+        match runtime::lock(&lock).context("cannot lock the run folder")? {
+            Lock::Held => {}
+            Lock::Busy => {
                 return Err(failed(
                     format_args!("another process trains in {}", root.display()),
                     "wait for it, or give this run another `name`",
                 ));
             }
-            Err(TryLockError::Error(e)) => return Err(e).context("cannot lock the run folder"),
-            Ok(()) => {}
+            Lock::Unsupported(error) => report::warn(format_args!(
+                "the file system of {} has no locks ({error}): make sure that no other run uses this folder",
+                root.display()
+            )),
         }
         let metrics = OpenOptions::new().create(true).append(true).open(root.join("metrics.jsonl"))?;
         Ok(Self { root, held: Some(Held { metrics, launched: false, _lock: lock }), to_stdout: false })

@@ -11,6 +11,7 @@ use crate::{
     config::Config,
     dist::Group,
     error::{Context, Hint, Result, anyhow},
+    runtime::sync_folder,
 };
 use std::{
     borrow::Cow,
@@ -150,14 +151,14 @@ fn write_files(tmp: &Path, tensors: &str, parts: &Parts<'_>, others: Vec<(&str, 
 
 /// Gives a folder whose files are all there its manifest and its name.
 fn publish(tmp: &Path, path: &Path, files: Written) -> Result<()> {
-    sync(tmp)?;
+    sync_folder(tmp)?;
     let manifest = serde_json::to_vec_pretty(&Manifest { format: FORMAT, files })?;
     write_synced(&tmp.join(MANIFEST), |out| Ok(out.write_all(&manifest)?))?;
-    sync(tmp)?;
+    sync_folder(tmp)?;
     // Only a damaged folder, or one of a run that was taken back, can be in the way.
     remove(path)?;
     fs::rename(tmp, path)?;
-    sync(path.parent().unwrap_or(path))
+    sync_folder(path.parent().unwrap_or(path))
 }
 
 /// Deletes incomplete checkpoints and all but the `keep` newest complete ones. The newest checkpoint whose weights are
@@ -211,8 +212,4 @@ impl Write for Digesting {
     fn flush(&mut self) -> io::Result<()> {
         self.file.flush()
     }
-}
-
-fn sync(folder: &Path) -> Result<()> {
-    File::open(folder)?.sync_all().with_context(|| format!("cannot sync {}", folder.display()))
 }

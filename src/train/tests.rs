@@ -5,6 +5,7 @@ use crate::{
     config::{MatrixOptimizer, Spike, Train},
     dist::launch,
     error::bail,
+    report,
 };
 use serde_json::json;
 
@@ -26,6 +27,8 @@ pub(super) enum Event {
     Spike(u64),
     Error,
     Panic,
+    /// Holds a thread of its pool for ever.
+    Hang,
 }
 
 impl ToyTask {
@@ -63,6 +66,14 @@ impl Task for ToyTask {
             Some((_, Event::Spike(_))) => far = 1e5,
             Some((_, Event::Error)) => bail!("the disk is on fire"),
             Some((_, Event::Panic)) => panic!("on purpose"),
+            Some((_, Event::Hang)) => {
+                report::note("hangs now");
+                rayon::scope(|_| {
+                    loop {
+                        std::thread::park();
+                    }
+                })
+            }
             None => {}
         }
         self.chain.iter_mut().for_each(|toy| toy.loss_scale = loss_scale);

@@ -139,6 +139,9 @@ impl<'a> Trainer<'a> {
             self.complete()?;
         }
         let leave = last || signal != 0;
+        if leave {
+            self.stop.heard();
+        }
         if leave || due(step, settings.checkpoint_every) {
             let background = settings.background_checkpoints && !leave;
             self.save(background)?;

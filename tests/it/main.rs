@@ -2,10 +2,12 @@
 
 mod bench;
 mod commands;
+mod file_systems;
 mod generate;
 mod house;
 mod imports;
 mod memory;
+mod one_cpu;
 mod plan;
 mod ranks;
 mod ranks_tcp;

@@ -1,6 +1,6 @@
 //! `vilg train` from outside: killed, stopped and started again on two threads, it ends with the bits of one run on one.
 
-use signal_hook::consts::{SIGINT, SIGKILL, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGTERM, SIGUSR1};
 use std::{
     fs,
     path::Path,
@@ -34,7 +34,7 @@ checkpoint_every = 5
 sample_every = 0
 "#;
 
-fn prepare(folder: &Path) {
+pub fn prepare(folder: &Path) {
     fs::create_dir_all(folder.join("pictures")).unwrap();
     fs::write(folder.join("tiny.toml"), CONFIG).unwrap();
     for i in 0..7u8 {
@@ -96,4 +96,36 @@ fn survives_signals_bit_by_bit() {
         let read = |folder: &Path| fs::read(folder.join("runs/tiny").join(file)).unwrap();
         assert!(read(whole.path()) == read(cut.path()), "{file} differs");
     }
+}
+
+/// A run without end that gets these signals, one a few steps after the other; what it ends with. `prefix` is shell code.
+fn hung_up(prefix: &str, signals: &[i32]) -> (Option<i32>, String) {
+    let folder = tempfile::tempdir().unwrap();
+    prepare(folder.path());
+    let mut command = Command::new("sh");
+    let args = "train --config tiny.toml --set train.steps=1000000 --set train.decay_start=1";
+    command.args(["-c", &format!("{prefix} exec '{}' {args}", env!("CARGO_BIN_EXE_vilg"))]);
+    let mut child = command.current_dir(folder.path()).stderr(Stdio::piped()).spawn().unwrap();
+    // Somebody must read what it says.
+    let said = child.stderr.take().unwrap();
+    let said = std::thread::spawn(move || std::io::read_to_string(said).unwrap());
+    for signal in signals {
+        let (before, begun) = (steps(folder.path()), Instant::now());
+        while steps(folder.path()) < before + 4 && begun.elapsed() < Duration::from_secs(60) {
+            sleep(Duration::from_millis(2));
+        }
+        // SAFETY: kill has no memory effects; the child is ours and not yet waited for.
+        assert_eq!(unsafe { libc::kill(child.id() as i32, *signal) }, 0);
+    }
+    let code = child.wait().unwrap().code();
+    (code, said.join().unwrap())
+}
+
+#[test]
+fn a_hangup_saves_unless_it_is_ignored() {
+    let (code, text) = hung_up("", &[SIGHUP]);
+    assert!(code == Some(75) && text.contains("stopped by SIGHUP after step"), "{code:?} {text}");
+    // As nohup does.
+    let (code, text) = hung_up("trap '' HUP;", &[SIGHUP, SIGTERM]);
+    assert!(code == Some(75) && text.contains("stopped by SIGTERM after step"), "{code:?} {text}");
 }

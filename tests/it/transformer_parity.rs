@@ -8,12 +8,11 @@ use vilg::{
     config::{Config, ConvBorder, Model, Precision, RowExtent, Train},
     error::{Context, Result},
     model::{Batch, Direction, Generator},
-    nn::params::{Params, Scope},
-    train::{
-        engine::{self, Chain},
-        optimizer,
-        shards::Shards,
+    nn::{
+        params::{Params, Scope},
+        segment::Chain,
     },
+    train::{engine, optimizer, shards::Shards},
 };
 
 const DIRECTIONS: [(Direction, &str); 2] = [(Direction::TextToImage, "image"), (Direction::ImageToText, "text")];

@@ -1,58 +1,52 @@
-//! What this rank holds of weights and gradients, and when they move: sharding stages 0 to 3 (paper §3.2).
+//! The weights and gradients that this rank holds, and their transfers: ZeRO stages 0 to 3 (arXiv 1910.02054; paper §3.2).
 //!
-//! | stage | split over the ranks | what moves |
+//! | stage | sharded over the ranks | transfers |
 //! | --- | --- | --- |
-//! | 0 | nothing | gradients are summed once a step |
-//! | 1 | optimizer state | gradients to their owners, weights back, once a step |
-//! | 2 | gradients too | gradients to their owners after every segment's backward pass, weights once a step |
-//! | 3 | weights too | as 2, and each segment's weights come before its pass and go after it |
+//! | 0 | nothing | all-reduce of gradients once a step |
+//! | 1 | optimizer state | reduce-scatter of gradients and all-gather of weights once a step |
+//! | 2 | also gradients | reduce-scatter after every segment's backward pass, all-gather of weights once a step |
+//! | 3 | also weights | as 2, but an all-gather before each of a segment's passes; the weights are freed after it |
 //!
-//! With `train.shard_ranks = n`, n ranks after another (a node's) do this among them, and own what the ranks of the
-//! other replicas own alike; gradients are summed over the replicas, too.
+//! With `train.shard_ranks = n` (HSDP), each group of n consecutive ranks (a node) does this among itself, and the groups
+//! are replicas: gradients are also summed over the groups.
 //!
-//! The stages are ZeRO's (arXiv 1910.02054). All of them are this one policy over the same engine and the same
-//! [`layout`](super::layout); one rank is the case in which nothing moves.
+//! All stages are one policy over the same engine and the same [`layout`](super::layout). With one rank there are no
+//! transfers.
 //!
-//! In bf16, weights that products round before use travel rounded (see [`Handling`]): half the traffic, the same bits.
-//! On GPUs variables are copies of the weights: see [`copies`].
-//!
-//! Where the group's collectives run beside computation, the next segment's weights are under way while a segment
-//! computes, and so are the last one's gradients; stages 0 and 1 send theirs during a step's last backward pass. What
-//! arrives is added in the same order either way, so that the bits are the same. What [`traffic`] says of floats on the
-//! host, [`copies`] says of tensors on devices; this policy is one for both.
+//! In bf16, weights that products round before use are sent rounded (see [`Handling`]): half the traffic, the same bits.
+//! On GPUs variables are copies of the weights: see [`device`]. [`in_flight`] says what travels when.
 
-mod copies;
-mod passes;
-mod traffic;
+mod device;
+mod host;
+mod in_flight;
 
 use super::{
-    engine::Chain,
     layout::{Entry, Piece, layout},
     owned::Owned,
 };
 use crate::{
     dist::Group,
     error::{Context, Result, ensure},
-    nn::{gradients::Gradients, params::Params},
+    nn::{gradients::Gradients, params::Params, segment::Chain},
     ops::{self, Floats, Store},
 };
 use candle_core::{DType, Device, Tensor, Var};
 use half::{bf16, slice::HalfFloatSliceExt, vec::HalfFloatVecExt};
+use in_flight::{GradientState, WeightState};
 use std::{
     collections::{BTreeMap, HashMap},
     ops::Range,
     sync::LazyLock,
 };
-use traffic::{Going, Weights};
 
-/// What a parameter wants of its shards.
+/// How the shards treat a parameter.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Handling {
-    /// It must lie on one rank.
+    /// A single rank must own all of it.
     pub whole: bool,
-    /// Whatever reads it rounds it to bf16 first, so that other ranks need no more of it.
+    /// All readers round it to bf16 first, so that other ranks get it in bf16.
     pub rounded: bool,
-    /// It stays as it is.
+    /// It is not trained.
     pub frozen: bool,
 }
 
@@ -62,46 +56,46 @@ pub struct Shards<'g> {
     stage: u8,
     params: Params,
     units: Vec<Unit>,
-    /// Which of the owners of pieces this rank is.
+    /// This rank's number among the owners of pieces.
     owner: usize,
     /// This rank's range of every parameter of which it owns something.
     owned: BTreeMap<String, Range<usize>>,
-    /// What each parameter wants.
+    /// By parameter.
     handling: BTreeMap<String, Handling>,
-    /// How many segments at the chain's beginning have nothing to learn.
-    idle: usize,
-    /// Where the state lies that only the optimizer touches.
+    /// Where optimizer state is stored.
     store: Store,
     /// Where the variables are.
     device: Device,
+    masters: Masters,
+    /// Gradients of whole parameters: of this micro-batch (stages 2 and 3) or of this step (0 and 1).
+    gradients: Gradients,
+    /// Stages 1 to 3: gradients of the elements in `owned`, summed over all ranks.
+    sums: Gradients,
+    /// Whether this is the step's last micro-batch.
+    last: bool,
+}
+
+/// The weights that the optimizer updates, where these are not the variables themselves.
+#[derive(Default)]
+struct Masters {
     /// Whether variables are copies of the weights.
     copied: bool,
-    /// What this rank gives of each unit, on the device, where variables are copies that go after use (stage 3).
-    given: Vec<Vec<Tensor>>,
-    /// The weights in `owned` where variables are copies, or empty between uses (stage 3).
+    /// The weights in [`Shards::owned`] where variables are copies, or freed between uses (stage 3).
     weights: BTreeMap<String, Floats>,
     /// The same in bf16, of variables that are copies in bf16: the optimizer rounds as it updates.
     rounded: BTreeMap<String, Vec<bf16>>,
-    /// Of whole parameters: of this micro-batch (stages 2 and 3) or of this step.
-    gradients: Gradients,
-    /// Stages 1 to 3: summed over all ranks, of the elements in `owned`.
-    sums: Gradients,
-    /// Weights under way, of the unit that comes next.
-    coming: Option<(usize, Weights)>,
-    /// Sums under way, of the unit whose gradients went last.
-    going: Option<Going>,
-    /// Whether this is the step's last micro-batch.
-    last: bool,
 }
 
 /// The parameters of one segment.
 struct Unit {
     /// By rank.
     pieces: Vec<Vec<Piece>>,
-    /// Whether the variables hold the weights.
-    here: bool,
-    /// Whether this step's gradients went to their owners (stages 0 and 1).
-    sent: bool,
+    weights: WeightState,
+    gradients: GradientState,
+    /// What this rank gives of the weights, on the device, where variables are copies that are freed after use (stage 3).
+    device_part: Vec<Tensor>,
+    /// Whether none of its parameters learns.
+    frozen: bool,
 }
 
 impl Shards<'static> {
@@ -119,8 +113,11 @@ pub fn names<B>(chain: &Chain<B>) -> Vec<Vec<String>> {
 }
 
 impl<'g> Shards<'g> {
-    /// Shards the parameters, of which `units` lists the names by segment, as `handling` wants each. The parameters must be
-    /// equal on all ranks, or be empty (stage 3): `fresh` then gives all elements of one.
+    /// Shards `params`; `units` lists their names by segment, and `handling` says how each is treated. The parameters must
+    /// be equal on all ranks, or empty (stage 3): then `fresh` returns all elements of one.
+    ///
+    /// # Errors
+    /// A parameter belongs to no segment or to two, or the store cannot be written.
     pub fn new(
         group: &'g Group,
         stage: u8,
@@ -142,8 +139,12 @@ impl<'g> Shards<'g> {
         let covered: usize = pieces.iter().flatten().flatten().map(|piece| piece.range.len()).sum();
         let all: usize = params.values().map(|var| var.elem_count()).sum();
         ensure!(covered == all, "{covered} of {all} weights belong to exactly one segment");
-        let idle = units.iter().take_while(|names| names.iter().all(|name| handling[name].frozen)).count();
-        let units = pieces.into_iter().map(|pieces| Unit { pieces, here: true, sent: false }).collect();
+        let frozen = units.iter().map(|names| names.iter().all(|name| handling[name].frozen));
+        let unit = |(pieces, frozen)| {
+            let (weights, gradients) = (WeightState::Resident, GradientState::Accumulating);
+            Unit { pieces, weights, gradients, device_part: Vec::new(), frozen }
+        };
+        let units = pieces.into_iter().zip(frozen).map(unit).collect();
         let device = params.values().next().map_or(Device::Cpu, |var| var.device().clone());
         let mut shards = Self {
             group,
@@ -153,33 +154,31 @@ impl<'g> Shards<'g> {
             owner,
             owned,
             handling,
-            idle,
             store,
-            copied: !device.is_cpu() || params.values().any(|var| var.dtype() != DType::F32),
+            masters: Masters {
+                copied: !device.is_cpu() || params.values().any(|var| var.dtype() != DType::F32),
+                ..Masters::default()
+            },
             device,
-            given: Vec::new(),
-            weights: BTreeMap::new(),
-            rounded: BTreeMap::new(),
             gradients: Gradients::default(),
             sums: Gradients::default(),
-            coming: None,
-            going: None,
             last: false,
         };
-        let apart = if stage == 3 || shards.copied { &shards.owned } else { &BTreeMap::new() };
+        let apart = if stage == 3 || shards.masters.copied { &shards.owned } else { &BTreeMap::new() };
         // One after the other: they may not fit together.
         for (name, range) in apart {
             let part = match fresh(name)? {
                 Some(values) => shards.store.copy(&values[range.clone()])?,
                 None => shards.with_part(name, |weights| shards.store.copy(weights))??,
             };
-            shards.weights.insert(name.clone(), part);
+            shards.masters.weights.insert(name.clone(), part);
         }
-        for (name, weights) in shards.weights.iter().filter(|(name, _)| params[*name].dtype() == DType::BF16) {
-            shards.rounded.insert(name.clone(), Vec::from_f32_slice(weights));
+        let Masters { weights, rounded, .. } = &mut shards.masters;
+        for (name, weights) in weights.iter().filter(|(name, _)| params[*name].dtype() == DType::BF16) {
+            rounded.insert(name.clone(), Vec::from_f32_slice(weights));
         }
         (0..shards.units.len()).try_for_each(|unit| shards.release(unit))?;
-        shards.give_copies()?;
+        shards.update_device_parts()?;
         Ok(shards)
     }
 
@@ -187,12 +186,12 @@ impl<'g> Shards<'g> {
         self.group
     }
 
-    /// Where the state lies that only the optimizer touches.
+    /// Where optimizer state is stored.
     pub fn store(&self) -> &Store {
         &self.store
     }
 
-    /// Copies of the weights that this rank owns, in the store.
+    /// Copies of the weights that this rank owns, by name, in the store.
     pub fn stored_parts(&self) -> Result<BTreeMap<String, Floats>> {
         let copy = |name: &String| {
             let stored = self.with_part(name, |weights| self.store.copy(weights))??;
@@ -216,7 +215,7 @@ impl<'g> Shards<'g> {
         self.stage == 0
     }
 
-    /// Whether what this rank owns goes into checkpoints: it is of the first replica.
+    /// Whether this rank writes what it owns to checkpoints: only the first replica does.
     pub fn writes(&self) -> bool {
         if self.replicated() { self.group.leads() } else { self.group.in_first_replica() }
     }
@@ -231,79 +230,18 @@ impl<'g> Shards<'g> {
         if self.replicated() { &self.gradients } else { &self.sums }
     }
 
-    /// Forgets the last step's gradients.
-    pub fn begin(&mut self, step: u64) {
-        self.group.begin_step(step);
-        self.gradients.clear();
-        self.sums.clear();
-        self.last = false;
-        self.units.iter_mut().for_each(|unit| unit.sent = false);
+    /// Whether every parameter of this segment is frozen.
+    pub fn is_frozen(&self, unit: usize) -> bool {
+        self.units[unit].frozen
     }
 
-    /// The next pass over the chain is the step's last: a segment's gradients are whole when its backward pass ends.
-    pub fn last_micro_batch(&mut self) {
-        self.last = true;
-    }
-
-    /// Whether neither this segment nor one before it has anything to learn.
-    pub fn idle(&self, unit: usize) -> bool {
-        unit < self.idle
-    }
-
-    /// After a segment's backward pass: its gradients go to their owners, where the stage or the step wants it.
-    pub fn reduce(&mut self, unit: usize) -> Result<()> {
-        for piece in self.units[unit].pieces.iter().flatten().filter(|piece| self.handling[&piece.name].frozen) {
-            self.gradients.free(&piece.name);
-        }
-        if self.stage >= 2 {
-            self.send_gradients(unit)?;
-            for piece in self.units[unit].pieces.iter().flatten() {
-                self.gradients.free(&piece.name);
-            }
-        } else if self.last && self.group.overlaps() {
-            self.send_gradients(unit)?;
-        }
-        Ok(())
-    }
-
-    /// After the last micro-batch: what was not summed over the ranks yet.
-    pub fn finish(&mut self) -> Result<()> {
-        if self.group.world_size() > 1 && self.stage < 2 {
-            for unit in 0..self.units.len() {
-                if !self.units[unit].sent {
-                    self.send_gradients(unit)?;
-                }
-            }
-        }
-        self.receive_sums()
-    }
-
-    /// After the update: the weights that others own come (stages 1 and 2), and variables that are not the weights
-    /// themselves become what those are now.
-    pub fn refresh(&mut self) -> Result<()> {
-        if self.stage == 3 {
-            return self.give_copies();
-        }
-        if self.stage == 0 && !self.copied {
-            return Ok(());
-        }
-        let mut coming = self.send_weights(0)?;
-        for unit in 0..self.units.len() {
-            let next = if unit + 1 < self.units.len() { Some(self.send_weights(unit + 1)?) } else { None };
-            self.receive_weights(unit, coming)?;
-            let Some(next) = next else { break };
-            coming = next;
-        }
-        Ok(())
-    }
-
-    /// What to update: each parameter that has a gradient, as far as this rank owns it.
+    /// What the optimizer updates on this rank: what it owns of each parameter that has a gradient.
     pub fn updates(&mut self) -> Vec<Owned<'_>> {
         let gradients = if self.stage == 0 { &self.gradients } else { &self.sums };
         let mut weights: BTreeMap<&str, &mut Floats> =
-            self.weights.iter_mut().map(|(name, values)| (name.as_str(), values)).collect();
+            self.masters.weights.iter_mut().map(|(name, values)| (name.as_str(), values)).collect();
         let mut rounded: BTreeMap<&str, &mut Vec<bf16>> =
-            self.rounded.iter_mut().map(|(name, values)| (name.as_str(), values)).collect();
+            self.masters.rounded.iter_mut().map(|(name, values)| (name.as_str(), values)).collect();
         let update = |(name, range): (&'_ String, &Range<usize>)| {
             let (weights, rounded) = (weights.remove(name.as_str()), rounded.remove(name.as_str()));
             let (name, var) = self.params.get_key_value(name)?;
@@ -315,7 +253,7 @@ impl<'g> Shards<'g> {
     /// Calls `f` with the weights that this rank owns of `name`.
     pub fn with_part<R>(&self, name: &str, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
         let range = self.owned.get(name).with_context(|| format!("this rank owns nothing of `{name}`"))?;
-        match self.weights.get(name) {
+        match self.masters.weights.get(name) {
             Some(weights) => Ok(f(weights)),
             None => {
                 let weights = self.params[name].to_dtype(DType::F32)?;
@@ -329,20 +267,20 @@ impl<'g> Shards<'g> {
         self.with_part(name, <[f32]>::to_vec)
     }
 
-    /// Sets the weights that this rank owns of `name`; [`Shards::refresh`] takes them to the other ranks.
+    /// Sets the weights that this rank owns of `name`; [`Shards::refresh`] sends them to the other ranks.
     pub fn set_part(&mut self, name: &str, values: &[f32]) -> Result<()> {
         let range = self.owned.get(name).with_context(|| format!("this rank owns nothing of `{name}`"))?;
-        match self.weights.get_mut(name) {
+        match self.masters.weights.get_mut(name) {
             Some(weights) => weights.copy_from_slice(values),
             None => ops::with_slice_mut(&self.params[name], |w: &mut [f32]| w[range.clone()].copy_from_slice(values))?,
         }
-        if let Some(rounded) = self.rounded.get_mut(name) {
+        if let Some(rounded) = self.masters.rounded.get_mut(name) {
             rounded.convert_from_f32_slice(values);
         }
         Ok(())
     }
 
-    /// Whole parameters on the leading rank, put together from what `part` gives on the rank that owns it.
+    /// Whole parameters by name on the leading rank (`None` on the others); `part` returns the elements that a rank owns.
     pub fn collect(&self, part: impl Fn(&Self, &str) -> Result<Vec<f32>>) -> Result<Option<HashMap<String, Tensor>>> {
         let mut full: HashMap<String, Vec<f32>> = HashMap::new();
         if self.replicated() {

@@ -1,32 +1,36 @@
-//! Variables that are copies of the weights: those on a GPU, and rounded ones. The weights that the optimizer updates lie
-//! beside its moments, f32 on the host. A rank's own go to its device after each update, rounded where the variable is;
-//! gradients add up on the device and come to the host once a step, when it updates.
+//! Variables that are copies of the weights: those on a GPU, and rounded ones. They travel as tensors on their device.
+//!
+//! The weights that the optimizer updates (master weights) are f32 on the host, beside its moments. A rank's own go to its
+//! device after each update, rounded to the type of the variable; gradients add up on the device and come to the host once
+//! a step, for the update.
 
-use super::{
-    Piece, Shards,
-    traffic::{Weights, length},
-};
+use super::{Piece, Shards, in_flight::length};
 use crate::{error::Result, ops};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 
-/// Types of variables; each goes by itself.
+/// Every rank's part of a unit, in rank order, by type of [`DTYPES`].
+pub(super) type Tensors = Vec<Vec<Tensor>>;
+
+/// Types of variables; each has a collective of its own.
 const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 
 impl Shards<'_> {
-    /// At stage 3, what this rank gives of each unit becomes what the weights are now.
-    pub(super) fn give_copies(&mut self) -> Result<()> {
-        if self.copied && self.stage == 3 {
-            self.given = (0..self.units.len()).map(|unit| self.own_copies(unit)).collect::<Result<_>>()?;
+    /// At stage 3, renews what this rank gives of each unit, on the device.
+    pub(super) fn update_device_parts(&mut self) -> Result<()> {
+        if self.masters.copied && self.stage == 3 {
+            for unit in 0..self.units.len() {
+                self.units[unit].device_part = self.own_copies(unit)?;
+            }
         }
         Ok(())
     }
 
-    /// Sends this rank's weights of a unit to all ranks, on the device.
-    pub(super) fn send_copies(&self, unit: usize) -> Result<Weights> {
-        let ours = match self.given.get(unit) {
-            Some(given) => given.clone(),
-            None => self.own_copies(unit)?,
+    /// Sends this rank's weights of a unit to all ranks of its replica, on the device.
+    pub(super) fn gather_tensors(&self, unit: usize) -> Result<Tensors> {
+        let ours = match self.units[unit].device_part.as_slice() {
+            [] => self.own_copies(unit)?,
+            part => part.to_vec(),
         };
         let send = |(dtype, ours): (DType, Tensor)| {
             if self.replicated() {
@@ -39,12 +43,11 @@ impl Shards<'_> {
             }
             self.group.all_gather_tensor(&ours, &counts)
         };
-        let parts = DTYPES.into_iter().zip(ours).map(send);
-        Ok(Weights::Tensors(parts.collect::<Result<_>>()?))
+        DTYPES.into_iter().zip(ours).map(send).collect()
     }
 
-    /// The variables of a unit become what all ranks sent, by type.
-    pub(super) fn receive_copies(&self, unit: usize, parts: &[Vec<Tensor>]) -> Result<()> {
+    /// Sets the variables of a unit to what all ranks sent.
+    pub(super) fn take_tensors(&self, unit: usize, parts: &[Vec<Tensor>]) -> Result<()> {
         let mut found: BTreeMap<&str, Vec<Tensor>> = BTreeMap::new();
         for (dtype, parts) in DTYPES.into_iter().zip(parts) {
             for (pieces, part) in self.units[unit].pieces.iter().zip(parts) {
@@ -72,11 +75,11 @@ impl Shards<'_> {
         pieces.iter().filter(move |piece| self.params[&piece.name].dtype() == dtype)
     }
 
-    /// This rank's pieces, one after another, on the device.
+    /// The weights of these pieces of this rank, concatenated, on the device.
     fn flat<'a>(&self, pieces: impl Iterator<Item = &'a Piece>, dtype: DType) -> Result<Tensor> {
         let (mut floats, mut halves) = (Vec::new(), Vec::new());
         for Piece { name, .. } in pieces {
-            match self.rounded.get(name) {
+            match self.masters.rounded.get(name) {
                 Some(rounded) => halves.extend_from_slice(rounded),
                 None => self.with_part(name, |weights| floats.extend_from_slice(weights))?,
             }
@@ -90,8 +93,8 @@ impl Shards<'_> {
         Ok(flat.to_dtype(dtype)?.to_device(&self.device)?)
     }
 
-    /// Sends the gradients of these pieces, by rank, to be summed over all ranks; there is one at least.
-    pub(super) fn sum_tensors(&self, pieces: &[Vec<Piece>], counts: &[usize]) -> Result<Tensor> {
+    /// Starts to sum the gradients of these pieces, by rank, over all ranks; there is one at least.
+    pub(super) fn reduce_tensors(&self, pieces: &[Vec<Piece>], counts: &[usize]) -> Result<Tensor> {
         let mut flat = Vec::new();
         for Piece { name, range } in pieces.iter().flatten() {
             if let Some(gradient) = self.gradients.get(name) {
@@ -106,7 +109,7 @@ impl Shards<'_> {
     }
 
     /// Adds the sums of these pieces to those this rank owns, or puts them in place of its own gradients.
-    pub(super) fn receive_tensor(&mut self, pieces: &[Piece], sums: &Tensor) -> Result<()> {
+    pub(super) fn take_sum_tensor(&mut self, pieces: &[Piece], sums: &Tensor) -> Result<()> {
         let mut at = 0;
         for Piece { name, range } in pieces {
             let part = sums.narrow(0, at, range.len())?;

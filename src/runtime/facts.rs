@@ -1,0 +1,73 @@
+//! What `vilg doctor` prints about this machine and this build.
+
+use super::{
+    cuda, device,
+    processor::{amx_state, vector_units},
+};
+use std::fs::read_to_string;
+
+/// What this machine offers and what this build contains.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// `release` or `debug`.
+    pub build: &'static str,
+    /// The device that commands compute on, or why there is none.
+    pub device: String,
+    pub cuda: String,
+    pub nccl: &'static str,
+    pub threads: usize,
+    pub processor: String,
+    pub vector_units: Vec<&'static str>,
+    /// Whether the processor has AMX and products use it.
+    pub amx: &'static str,
+    /// RAM of the machine; `None` where the system does not say.
+    pub memory_bytes: Option<u64>,
+    pub memory_available_bytes: Option<u64>,
+    /// What may still be written below the current folder.
+    pub disk_available_here_bytes: Option<u64>,
+}
+
+/// What this machine offers and what this build contains.
+pub fn facts() -> Facts {
+    Facts {
+        build: if cfg!(debug_assertions) { "debug (slow: build with --release)" } else { "release" },
+        device: device::name(),
+        cuda: cuda::describe(),
+        nccl: if cfg!(feature = "nccl") { "built" } else { "not built" },
+        threads: rayon::current_num_threads(),
+        processor: field("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
+        vector_units: vector_units(),
+        amx: amx_state(),
+        memory_bytes: memory("MemTotal"),
+        memory_available_bytes: memory("MemAvailable"),
+        disk_available_here_bytes: disk(),
+    }
+}
+
+/// The first value of `name` in one of Linux's `name : value` files.
+pub(super) fn field(file: &str, name: &str) -> Option<String> {
+    let text = read_to_string(file).ok()?;
+    text.lines().find_map(|line| {
+        let (key, value) = line.split_once(':')?;
+        (key.trim() == name).then(|| value.trim().to_owned())
+    })
+}
+
+/// Bytes of a field of `/proc/meminfo`.
+fn memory(name: &str) -> Option<u64> {
+    let kilobytes: u64 = field("/proc/meminfo", name)?.split(' ').next()?.parse().ok()?;
+    Some(kilobytes * 1024)
+}
+
+/// Bytes that a user may still write below the current folder.
+fn disk() -> Option<u64> {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: statvfs fills the plain struct that it is given; the path ends in NUL.
+        let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
+        let done = unsafe { libc::statvfs(c".".as_ptr(), &mut stat) } == 0;
+        done.then(|| stat.f_bavail as u64 * stat.f_frsize as u64)
+    }
+    #[cfg(not(target_os = "linux"))]
+    None
+}

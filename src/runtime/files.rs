@@ -1,0 +1,92 @@
+//! What the program needs of the file system beside reading and writing.
+
+use crate::{
+    error::{Context, Result},
+    report,
+};
+use std::{
+    fs::{File, TryLockError},
+    io::ErrorKind,
+    ops::Deref,
+    path::Path,
+    sync::Once,
+};
+
+/// A file as memory: what is read of it comes from the disk, and goes again when memory is short.
+pub struct Mapped(memmap2::Mmap);
+
+impl Mapped {
+    /// # Errors
+    /// The file is missing or cannot be mapped.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+        // SAFETY: nobody changes a file of a model folder or checkpoint in place: new ones are written and renamed.
+        let map = unsafe { memmap2::Mmap::map(&file) }.with_context(|| format!("cannot map {}", path.display()))?;
+        Ok(Self(map))
+    }
+}
+
+impl Deref for Mapped {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// What came of [`lock`].
+pub enum Lock {
+    /// Held until the file is closed.
+    Held,
+    /// Another process holds it.
+    Busy,
+    /// The file system has no locks, for this reason.
+    Unsupported(std::io::Error),
+}
+
+/// Locks an open file against other processes, without waiting.
+///
+/// NFS without a lock service, Lustre without `-o flock` and some FUSE file systems have no `flock`: they answer
+/// `ENOSYS`, `EOPNOTSUPP` or `ENOLCK`.
+///
+/// # Errors
+/// The file system has locks, and this one fails.
+pub fn lock(file: &File) -> Result<Lock> {
+    match file.try_lock() {
+        Ok(()) => Ok(Lock::Held),
+        Err(TryLockError::WouldBlock) => Ok(Lock::Busy),
+        Err(TryLockError::Error(error)) if is_unsupported(&error) => Ok(Lock::Unsupported(error)),
+        Err(TryLockError::Error(error)) => Err(error.into()),
+    }
+}
+
+/// Waits until the entries of a folder (names, renames) are on the disk.
+///
+/// File systems that cannot do this for a folder (they answer `EINVAL`, `ENOSYS` or `EOPNOTSUPP`) get one warning a
+/// process: a crash of the machine may then lose the newest files, but no file is ever half renamed.
+///
+/// # Errors
+/// The folder cannot be opened, or its disk fails.
+pub fn sync_folder(folder: &Path) -> Result<()> {
+    static WARNED: Once = Once::new();
+    match File::open(folder).and_then(|folder| folder.sync_all()) {
+        Ok(()) => Ok(()),
+        Err(error) if is_unsupported(&error) => {
+            WARNED.call_once(|| {
+                report::warn(format_args!(
+                    "the file system of {} cannot sync folders ({error}): a crash of this machine may lose the newest \
+                     files",
+                    folder.display()
+                ));
+            });
+            Ok(())
+        }
+        Err(error) => Err(error).with_context(|| format!("cannot sync {}", folder.display())),
+    }
+}
+
+/// Whether the file system lacks the operation, in contrast to failing at it.
+fn is_unsupported(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::InvalidInput)
+        || error.raw_os_error().is_some_and(|code| [libc::ENOSYS, libc::ENOTSUP, libc::ENOLCK].contains(&code))
+}
