@@ -41,12 +41,13 @@ fn a_run_that_diverges_ends_and_keeps_its_last_good_checkpoint() {
         assert_eq!(checkpoints(&parent), BTreeSet::from(["step-0".to_owned()]));
         assert!(!parent.join("runs/toy/model").exists());
     }
-    // Finite weights that give no finite gradient: ten checkpoints of them, and still the good one.
-    config.train.learning_rate = 1e25;
-    let parent = folder.path().join("large");
-    let error = live(&parent, &config, None).unwrap_err();
+    // Finite weights without a finite gradient: ten checkpoints of them, and the last good one is still there.
+    config.train.learning_rate = 1e-3;
+    let parent = folder.path().join("never finite");
+    let error = live(&parent, &config, Some((3, Event::NeverFinite))).unwrap_err();
     assert!(format!("{error:#}").contains("the 10th in a row"), "{error:#}");
-    assert!(checkpoints(&parent).contains("step-0"), "{:?}", checkpoints(&parent));
+    assert!(checkpoints(&parent).contains("step-1"), "{:?}", checkpoints(&parent));
+    assert!(!checkpoints(&parent).contains("step-0"), "{:?}", checkpoints(&parent));
 }
 
 #[test]
@@ -90,10 +91,14 @@ fn checkpoints_without_the_newest_keys_go_on_with_the_same_bits() {
     run(&old, 4, &mut config);
     let checkpoint = old.join("runs/toy/checkpoints/step-4");
     edit(&checkpoint, "state.json", |state| {
-        ["updates", "sources"].map(|key| state.as_object_mut().unwrap().remove(key).unwrap());
+        for key in ["updates", "sources"] {
+            state.as_object_mut().unwrap().remove(key).unwrap();
+        }
     });
     edit(&checkpoint, "config.json", |config| {
-        ["log_every", "loss_reduction"].map(|key| config["train"].as_object_mut().unwrap().remove(key).unwrap());
+        for key in ["log_every", "loss_reduction"] {
+            config["train"].as_object_mut().unwrap().remove(key).unwrap();
+        }
         config["image_tokenizer"].as_object_mut().unwrap().remove("kl_steps").unwrap();
     });
     assert!(run(&old, 9, &mut config) == expected);
