@@ -7,10 +7,6 @@ mod version;
 
 pub use version::{Version, version};
 
-mod version;
-
-pub use version::{Version, version};
-
 use crate::error::{Error, Exit, hint_of};
 use indicatif::{ProgressBar, ProgressStyle, WeakProgressBar};
 use serde::Serialize;
