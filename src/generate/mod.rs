@@ -16,14 +16,21 @@ pub use paint::{Job, Painting};
 pub use sampling::Sampling;
 
 use crate::{
-    bundle::Bundle, data::image::to_pixels, error::Result, model::Generator, ops::packed::Format, text::WordPiece,
+    bundle::Bundle,
+    data::image::to_pixels,
+    error::Result,
+    model::{Decoder, Generator},
+    ops::packed::Format,
+    text::WordPiece,
     tokenizer::ImageTokenizer,
 };
 use image::RgbImage;
+use std::sync::Arc;
 
 /// What it takes to go from text to pictures and back.
 pub struct Models {
-    pub generator: Generator,
+    pub generator: Arc<Generator>,
+    pub decoder: Decoder,
     pub image_tokenizer: ImageTokenizer,
     pub text: WordPiece,
 }
@@ -31,8 +38,13 @@ pub struct Models {
 impl Models {
     /// The parts of an opened model folder; the generator decodes with weights stored in `format`.
     pub fn load(bundle: &Bundle, format: Format) -> Result<Self> {
-        let generator = bundle.generator()?.decode_in(format);
-        Ok(Self { generator, image_tokenizer: bundle.image_tokenizer()?, text: bundle.text()? })
+        Ok(Self::new(bundle.generator()?, format, bundle.image_tokenizer()?, bundle.text()?))
+    }
+
+    /// The same from its parts.
+    pub fn new(generator: Generator, format: Format, image_tokenizer: ImageTokenizer, text: WordPiece) -> Self {
+        let generator = Arc::new(generator);
+        Self { decoder: Decoder::new(generator.clone(), format), generator, image_tokenizer, text }
     }
 
     /// The codes of square pictures of [`ImageTokenizer::image_size`], in raster order.
