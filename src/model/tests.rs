@@ -119,8 +119,9 @@ impl Case {
             (Text, Role::Source) => Tokens::pad(texts, most, 0, &Device::Cpu),
             (Text, Role::Target) => Tokens::pad(targets, longest, 0, &Device::Cpu),
         };
-        let batch = Batch::new(&spans, spans.iter().map(tokens).collect::<Result<_>>()?)?;
-        Ok(Batch { loss_scale: 0.5, ..batch })
+        let mut batch = Batch::new(&spans, spans.iter().map(tokens).collect::<Result<_>>()?)?;
+        batch.loss_scale = 0.5;
+        Ok(batch)
     }
 }
 

@@ -67,7 +67,9 @@ fn batch(model: &Generator, samples: usize, to_image: bool) -> Result<Batch> {
         |length| candle_core::Tensor::zeros((samples, length), candle_core::DType::U32, &candle_core::Device::Cpu);
     let (text, codes) = (Tokens::whole(zeros(model.max_text())?)?, zeros(model.grid().len())?);
     let batch = if to_image { Batch::text_to_image(text, codes) } else { Batch::image_to_text(codes, text) };
-    Ok(Batch { loss_scale: 1e-3, ..batch? })
+    let mut batch = batch?;
+    batch.loss_scale = 1e-3;
+    Ok(batch)
 }
 
 /// Two steps as the training loop takes them.
