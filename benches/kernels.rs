@@ -5,7 +5,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use std::hint::black_box;
 use vilg::{
     config::{ConvBorder, Precision, RowExtent},
-    model::{Direction, Layout},
+    model::Layout,
     nn::pattern::{Grid, Pattern},
     ops::{
         self, AdamW, Padding,
@@ -61,7 +61,7 @@ fn adamw(c: &mut Criterion) {
 
 fn attention(c: &mut Criterion) {
     let mut group = c.benchmark_group("attention, forward and backward");
-    let layout = Layout { direction: Direction::TextToImage, text: 32, grid: Grid { height: 16, width: 16 } };
+    let layout = Layout::text_to_image(32, Grid { height: 16, width: 16 });
     let (samples, heads) = (4, 8);
     let qkv = normal(&[samples, layout.positions(), 3, heads, HIDDEN / heads]);
     for (name, pattern) in [
@@ -70,7 +70,7 @@ fn attention(c: &mut Criterion) {
         ("column", Pattern::Column),
         ("conv", Pattern::Conv { size: 11, border: ConvBorder::Clip }),
     ] {
-        let keys = layout.keys(pattern, &vec![layout.text; samples]);
+        let keys = layout.keys(pattern, &vec![32; samples]);
         let run = || both(|| ops::attention(&qkv, &keys).unwrap());
         group.bench_function(BenchmarkId::from_parameter(name), |b| b.iter(run));
     }

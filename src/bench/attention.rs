@@ -40,7 +40,7 @@ const MAX_SCORES: usize = 1 << 27;
 pub fn attention(shape: &Shape, sides: &[usize], repeat: usize) -> Result<Vec<Cost>> {
     let mut costs = Vec::new();
     for &side in sides {
-        let layout = Layout { grid: Grid { height: side, width: side }, ..layout(shape) };
+        let layout = Layout::text_to_image(shape.config.text.max_tokens, Grid { height: side, width: side });
         let model = &shape.config.model;
         let qkv = qkv(layout.positions(), model.heads, model.hidden / model.heads)?;
         let cost = |(pattern, kind): (&'static str, Pattern)| {
@@ -99,7 +99,7 @@ pub fn block(shape: &Shape, repeat: usize) -> Result<Vec<Cost>> {
             let flops = 3.0 * shape.batch as f64 * flops::block(&shape.config.model, &layout, pattern);
             let mut shards = Shards::alone(&chain)?;
             let mut run = || work::forward_backward(&chain, &batch, &mut shards);
-            costs.push(Cost::measure(name, layout.grid.len(), flops, repeat, &mut run)?);
+            costs.push(Cost::measure(name, layout.grid().len(), flops, repeat, &mut run)?);
         }
     }
     compare(&mut costs);

@@ -2,7 +2,7 @@
 
 use super::shapes::Shape;
 use crate::{
-    model::{Direction, Layout, flops},
+    model::{Layout, flops},
     nn::pattern::Grid,
 };
 
@@ -23,7 +23,7 @@ fn forward(shape: &Shape) -> f64 {
 /// The text→image sequences of a shape.
 pub fn layout(shape: &Shape) -> Layout {
     let grid = Grid { height: shape.grid.0, width: shape.grid.1 };
-    Layout { direction: Direction::TextToImage, text: shape.config.text.max_tokens, grid }
+    Layout::text_to_image(shape.config.text.max_tokens, grid)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use crate::{
     config::{self, Precision},
     error::Result,
     generate::Sampling,
-    model::{Batch, Direction, Generator, Source},
+    model::{Batch, Decoder, Generator, Source, Tokens},
     nn::{
         params::{Params, Scope},
         segment::Chain,
@@ -21,6 +21,7 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// Whole steps on one batch of text→image sequences without padding.
 pub fn train(shape: &Shape) -> Result<Work<'static>> {
@@ -102,10 +103,10 @@ pub fn forward_backward<B>(chain: &Chain<B>, batch: &B, shards: &mut Shards) -> 
 /// All codes of one picture for each text.
 pub fn decode(shape: &Shape, format: Format) -> Result<Work<'static>> {
     let (generator, params) = generator(shape)?;
-    let generator = generator.decode_in(format);
+    let decoder = Decoder::new(Arc::new(generator), format);
     let texts = texts(shape);
     let codes = shape.grid.0 * shape.grid.1;
-    let run = Box::new(move || paint(&generator, &texts, codes));
+    let run = Box::new(move || paint(&decoder, &texts, codes));
     let (parameters, amount) = (count(&params), shape.batch * codes);
     Ok(Work {
         name: "decode",
@@ -120,12 +121,12 @@ pub fn decode(shape: &Shape, format: Format) -> Result<Work<'static>> {
     })
 }
 
-fn paint(generator: &Generator, texts: &[Vec<u32>], codes: usize) -> Result<()> {
+fn paint(decoder: &Decoder, texts: &[Vec<u32>], codes: usize) -> Result<()> {
     let draw = |logits: &[f32]| -> Result<Vec<u32>> {
         let rows = logits.par_chunks(logits.len() / texts.len());
         rows.map(|row| Sampling::GREEDY.draw(row, 0.0)).collect()
     };
-    let (mut state, logits) = generator.decode_start(Source::Text(texts))?;
+    let (mut state, logits) = decoder.start(&Source::text_to_image(texts))?;
     let mut next = draw(&logits)?;
     for _ in 1..codes {
         next = draw(state.logits_next(&next)?)?;
@@ -146,9 +147,9 @@ pub fn batch(shape: &Shape) -> Result<Batch> {
     let (texts, length, codes) = (texts(shape), shape.config.text.max_tokens, shape.grid.0 * shape.grid.1);
     let text = Tensor::from_vec(texts.concat(), (shape.batch, length), &device)?;
     let codes = Tensor::from_vec(tokens("codes", shape.codebook, shape.batch * codes), (shape.batch, codes), &device)?;
-    let loss_scale = 1.0 / codes.elem_count() as f64;
-    let text_lengths = vec![length; shape.batch];
-    Ok(Batch { direction: Direction::TextToImage, text, text_lengths, codes, loss_scale })
+    let mut batch = Batch::text_to_image(Tokens::whole(text)?, codes)?;
+    batch.loss_scale = 1.0 / batch.targets() as f64;
+    Ok(batch)
 }
 
 fn texts(shape: &Shape) -> Vec<Vec<u32>> {

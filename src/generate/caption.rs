@@ -104,7 +104,7 @@ impl Models {
         count: usize,
         allowed: &Allowed,
     ) -> Result<Vec<Vec<Caption>>> {
-        let (mut state, mut first) = self.generator.decode_start(Source::Image { codes, cls: self.text.cls() })?;
+        let (mut state, mut first) = self.decoder.start(&Source::image_to_text(codes, self.text.cls()))?;
         let mut rows: Vec<usize> = (0..codes.len() * count).map(|line| line / count).collect();
         state.reorder(&rows)?;
         let vocabulary = state.vocabulary();
@@ -146,7 +146,7 @@ impl Models {
         count: usize,
         allowed: &Allowed,
     ) -> Result<Vec<Vec<Caption>>> {
-        let (mut state, mut first) = self.generator.decode_start(Source::Image { codes, cls: self.text.cls() })?;
+        let (mut state, mut first) = self.decoder.start(&Source::image_to_text(codes, self.text.cls()))?;
         let (vocabulary, mut logits) = (state.vocabulary(), first.as_mut_slice());
         let mut beams: Vec<Beam> = codes.iter().map(|_| Beam::new(settings)).collect();
         loop {

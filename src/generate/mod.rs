@@ -17,14 +17,21 @@ pub use paint::{Job, Painting};
 pub use sampling::Sampling;
 
 use crate::{
-    bundle::Bundle, data::image::to_pixels, error::Result, model::Generator, ops::packed::Format, text::WordPiece,
+    bundle::Bundle,
+    data::image::to_pixels,
+    error::Result,
+    model::{Decoder, Generator},
+    ops::packed::Format,
+    text::WordPiece,
     tokenizer::ImageTokenizer,
 };
 use image::RgbImage;
+use std::sync::Arc;
 
 /// The models of both directions: text to image and image to text.
 pub struct Models {
-    pub generator: Generator,
+    pub generator: Arc<Generator>,
+    pub decoder: Decoder,
     pub image_tokenizer: ImageTokenizer,
     pub text: WordPiece,
 }
@@ -35,8 +42,13 @@ impl Models {
     /// # Errors
     /// A part is missing, damaged or does not fit the others, or the folder is not a generator's.
     pub fn load(bundle: &Bundle, format: Format) -> Result<Self> {
-        let generator = bundle.generator()?.decode_in(format);
-        Ok(Self { generator, image_tokenizer: bundle.image_tokenizer()?, text: bundle.text()? })
+        Ok(Self::new(bundle.generator()?, format, bundle.image_tokenizer()?, bundle.text()?))
+    }
+
+    /// The same from its parts.
+    pub fn new(generator: Generator, format: Format, image_tokenizer: ImageTokenizer, text: WordPiece) -> Self {
+        let generator = Arc::new(generator);
+        Self { decoder: Decoder::new(generator.clone(), format), generator, image_tokenizer, text }
     }
 
     /// Encodes square images of [`ImageTokenizer::image_size`] pixels: the codes of each image in raster order.

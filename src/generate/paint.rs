@@ -95,7 +95,7 @@ impl Models {
             rows.extend(std::iter::repeat_n(sources.len(), draws.len()));
             sources.push(self.text.encode("", self.generator.max_text())?);
         }
-        let (mut state, first) = self.generator.decode_start(Source::Text(&sources))?;
+        let (mut state, first) = self.decoder.start(&Source::text_to_image(&sources))?;
         state.reorder(&rows)?;
         let of_source: Vec<&[f32]> = first.chunks_exact(state.vocabulary()).collect();
         let mut first: Vec<f32> = rows.iter().flat_map(|&row| of_source[row]).copied().collect();

@@ -3,7 +3,7 @@
 use super::Models;
 use crate::{
     error::{Result, ensure},
-    model::{Batch, Direction, pad},
+    model::{Batch, Tokens},
     ops::softmax::log_sum_exp,
     runtime,
 };
@@ -32,9 +32,9 @@ impl Models {
         let device = &runtime::device()?;
         let rows: Vec<Vec<u32>> = texts.iter().map(|text| text.to_vec()).collect();
         let width = rows.iter().map(Vec::len).max().unwrap_or(0);
-        let (text, text_lengths) = pad(&rows, width, self.text.pad(), device)?;
-        let (codes, _) = pad(codes, self.generator.grid().len(), 0, device)?;
-        let batch = Batch { direction: Direction::ImageToText, text, text_lengths, codes, loss_scale: 1.0 };
+        let text = Tokens::pad(&rows, width, self.text.pad(), device)?;
+        let codes = Tokens::pad(codes, self.generator.grid().len(), 0, device)?.ids;
+        let batch = Batch::image_to_text(codes, text)?;
         let logits = self.generator.logits(&batch)?;
         let vocabulary = logits.dim(2)?;
         let values: Vec<f32> = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;

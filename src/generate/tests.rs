@@ -1,7 +1,12 @@
 //! Decoding with a small random model.
 
 use super::*;
-use crate::{config::Config, model::Source, nn::params::Scope, runtime};
+use crate::{
+    config::Config,
+    model::{Batch, Source, Tokens},
+    nn::params::Scope,
+    runtime,
+};
 use candle_core::{DType, Tensor};
 
 const VOCAB: &str = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n一\n弯\n月\n星\n，\n##d\n";
@@ -32,7 +37,8 @@ pub(crate) fn tiny() -> Models {
         }
     }
     let scope = Scope::from_seed(6, DType::F32, &runtime::device().unwrap());
-    Models { generator, image_tokenizer: ImageTokenizer::new(&scope, &config.image_tokenizer).unwrap(), text }
+    let image_tokenizer = ImageTokenizer::new(&scope, &config.image_tokenizer).unwrap();
+    Models::new(generator, Format::F32, image_tokenizer, text)
 }
 
 fn jobs(prompts: &[&str], seed: u64) -> Vec<Job> {
@@ -76,13 +82,9 @@ fn greedy_guided_painting_follows_the_logits() {
     let logits = |prompt: &str| -> Vec<Vec<f32>> {
         let text = models.text.encode(prompt, 6).unwrap();
         let device = &runtime::device().unwrap();
-        let batch = crate::model::Batch {
-            direction: crate::model::Direction::TextToImage,
-            text_lengths: vec![text.len()],
-            text: Tensor::new(vec![text], device).unwrap(),
-            codes: Tensor::new(vec![painted.codes.clone()], device).unwrap(),
-            loss_scale: 1.0,
-        };
+        let text = Tokens::whole(Tensor::new(vec![text], device).unwrap()).unwrap();
+        let codes = Tensor::new(vec![painted.codes.clone()], device).unwrap();
+        let batch = Batch::text_to_image(text, codes).unwrap();
         models.generator.logits(&batch).unwrap().squeeze(0).unwrap().to_vec2().unwrap()
     };
     for (position, (mut row, without)) in logits("弯月").into_iter().zip(logits("")).enumerate() {
@@ -192,8 +194,8 @@ fn greedy_is_a_beam_of_one_and_follows_the_logits() {
             |decoding| models.describe(std::slice::from_ref(&codes), &decoding, 1).unwrap()[0][0].tokens.clone();
         let greedy = describe(Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 });
         assert_eq!(describe(beam(1)), greedy);
-        let source = Source::Image { codes: std::slice::from_ref(&codes), cls: 2 };
-        let (mut state, mut logits) = models.generator.decode_start(source).unwrap();
+        let source = Source::image_to_text(std::slice::from_ref(&codes), 2);
+        let (mut state, mut logits) = models.decoder.start(&source).unwrap();
         for (i, &token) in greedy[1..].iter().enumerate() {
             let mut row = logits.clone();
             let closed: &[usize] = if i == 0 { &[0, 1, 2, 3, 4] } else { &[0, 1, 2, 4] };
@@ -247,7 +249,7 @@ fn the_demo_says_the_same_in_every_format() {
     let likeliest = |row: &[f32]| Sampling::GREEDY.draw(row, 0.0).unwrap();
     // Logits along the codes that are the likeliest in f32.
     let (mut codes, mut expected) = (vec![Vec::new(); prompts.len()], Vec::new());
-    let (mut state, first) = exact.generator.decode_start(Source::Text(&prompts)).unwrap();
+    let (mut state, first) = exact.decoder.start(&Source::text_to_image(&prompts)).unwrap();
     expected.push(first);
     for i in 0..64 {
         let next: Vec<u32> = expected[i].chunks(state.vocabulary()).map(likeliest).collect();
@@ -262,7 +264,7 @@ fn the_demo_says_the_same_in_every_format() {
     };
     let said = captions(&exact);
     for (models, bound, same_bound, caption_bound) in [(&bf16, 0.01, 0.99, 6), (&int8, 0.1, 0.9, 4)] {
-        let (mut state, mut logits) = models.generator.decode_start(Source::Text(&prompts)).unwrap();
+        let (mut state, mut logits) = models.decoder.start(&Source::text_to_image(&prompts)).unwrap();
         let (mut gap, mut spread, mut same) = (0.0, 0.0, 0);
         for i in 0..64 {
             if i > 0 {

@@ -4,14 +4,11 @@
 //! until its backward pass, what a block saved stays where it is not to be recomputed, and a pass has its own
 //! buffers. A change there wants the same change here.
 
-use super::{
-    native::ROWS,
-    sequence::{Direction, Layout},
-};
+use super::{native::ROWS, sequence::Layout};
 use crate::config::Config;
 
-/// A micro-batch of one direction.
-#[derive(Debug, Clone, Copy)]
+/// A micro-batch of one list of spans.
+#[derive(Debug, Clone)]
 pub struct Micro {
     pub layout: Layout,
     pub samples: usize,
@@ -21,7 +18,7 @@ pub struct Micro {
     pub bytes: u64,
     /// Bytes of an element of a weight's copy that products round: 0 where they make none.
     pub copied: u64,
-    /// Whether gradients of earlier micro-batches of this direction are there already.
+    /// Whether gradients of earlier micro-batches with these spans are there already.
     pub again: bool,
 }
 
@@ -117,7 +114,7 @@ impl Micro {
     fn head(&self, config: &Config, held: u64) -> Vec<Moment> {
         let hidden = config.model.hidden as u64;
         let segment = config.model.layers + 1;
-        let rows = ROWS.min(self.samples * self.layout.target()) as u64;
+        let rows = ROWS.min(self.samples * self.layout.target_positions()) as u64;
         let weights = hidden * self.outputs as u64;
         let gradients = weights + self.outputs as u64 + 2 * hidden;
         let packed = self.copied * weights;
@@ -139,9 +136,4 @@ impl Micro {
         let moment = |phase, gradients| Moment { phase, segment: 0, activations, gradients, aside: 0 };
         [moment(Phase::Gather, 0), moment(Phase::Pass, u64::MAX), moment(Phase::Reduce, u64::MAX)]
     }
-}
-
-impl Direction {
-    /// Both, in the order of a step.
-    pub const BOTH: [Self; 2] = [Self::TextToImage, Self::ImageToText];
 }

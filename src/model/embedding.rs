@@ -1,6 +1,9 @@
 //! Tokens to hidden states: separate embeddings a modality, text positions, image rows plus columns.
 
-use super::sequence::{Batch, Direction};
+use super::{
+    batch::Batch,
+    sequence::{Modality, Role, Span},
+};
 use crate::{
     config::Config,
     error::{Result, ensure},
@@ -40,12 +43,15 @@ impl Embedding {
         })
     }
 
-    /// Checks that a batch's texts and codes belong together and to this grid.
+    /// Checks that a batch's images fill the grid and its texts have positions.
     pub(super) fn check(&self, batch: &Batch) -> Result<()> {
-        let ((b, m), (codes_b, n)) = (batch.text.dims2()?, batch.codes.dims2()?);
-        let (cells, room) = (self.grid.len(), self.text_position.dim(0)?);
-        ensure!(b == codes_b && n == cells, "{b} texts with {codes_b}×{n} codes for a grid of {cells}");
-        ensure!((1..=room).contains(&m), "a text of {m} positions, for {room} at most");
+        let (cells, most) = (self.grid.len(), self.text_position.dim(0)?);
+        for (Span { modality, length, .. }, _) in batch.parts() {
+            match modality {
+                Modality::Text => ensure!(*length <= most, "a text of {length} tokens, with positions for {most}"),
+                Modality::Image => ensure!(*length == cells, "an image of {length} codes, for a grid of {cells}"),
+            }
+        }
         Ok(())
     }
 
@@ -70,6 +76,22 @@ impl Embedding {
         Ok(lookup(&self.image, codes)?.broadcast_add(&position)?)
     }
 
+    /// Appends the inputs of a span with token ids (b, length) to `parts`: tensors (b, ·, hidden) that add up to the
+    /// span's positions.
+    pub fn push_span(&self, span: Span, ids: &Tensor, parts: &mut Vec<Tensor>) -> Result<()> {
+        match (span.modality, span.role) {
+            (Modality::Text, _) => parts.push(self.text(&ids.narrow(1, 0, span.positions())?, 0)?),
+            (Modality::Image, Role::Source) => parts.push(self.image(ids, 0)?),
+            (Modality::Image, Role::Target) => {
+                parts.push(self.start(ids.dim(0)?)?);
+                if span.length > 1 {
+                    parts.push(self.image(&ids.narrow(1, 0, span.length - 1)?, 0)?);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The start of `b` images (b, 1, hidden).
     pub fn start(&self, b: usize) -> Result<Tensor> {
         let hidden = self.image_start.dim(0)?;
@@ -89,21 +111,11 @@ impl Taped<Batch> for Embedding {
     /// → (b, positions, hidden).
     fn taped(&self, _: &Tensor, batch: &Batch) -> Result<Tensor> {
         self.check(batch)?;
-        let ((b, m), (_, n)) = (batch.text.dims2()?, batch.codes.dims2()?);
-        let x = match batch.direction {
-            Direction::TextToImage => {
-                let text = self.text(&batch.text, 0)?;
-                match n {
-                    1 => Tensor::cat(&[text, self.start(b)?], 1)?,
-                    _ => Tensor::cat(&[text, self.start(b)?, self.image(&batch.codes.narrow(1, 0, n - 1)?, 0)?], 1)?,
-                }
-            }
-            Direction::ImageToText => {
-                let text = self.text(&batch.text.narrow(1, 0, m - 1)?, 0)?;
-                Tensor::cat(&[self.image(&batch.codes, 0)?, text], 1)?
-            }
-        };
-        Ok(x)
+        let mut parts = Vec::new();
+        for (span, tokens) in batch.parts() {
+            self.push_span(*span, &tokens.ids, &mut parts)?;
+        }
+        Ok(Tensor::cat(&parts, 1)?)
     }
 }
 

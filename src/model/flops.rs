@@ -20,7 +20,7 @@ pub fn sequence(model: &Model, layout: &Layout, outputs: usize) -> f64 {
         }
     }
     let blocks: f64 = counts.iter().map(|&(pattern, count)| count as f64 * block(model, layout, pattern)).sum();
-    blocks + 2.0 * (model.hidden * outputs * layout.target()) as f64
+    blocks + 2.0 * (model.hidden * outputs * layout.target_positions()) as f64
 }
 
 /// One block over one sequence, forward.
@@ -31,7 +31,7 @@ pub fn block(model: &Model, layout: &Layout, pattern: Pattern) -> f64 {
 
 /// What each query of one full-length sequence sees.
 pub fn keys(layout: &Layout, pattern: Pattern) -> Arc<KeyRanges> {
-    layout.keys(pattern, &[layout.text])
+    layout.keys(pattern, &[layout.source_text().len()])
 }
 
 /// Attention of one sequence, forward: scores and weighted values.

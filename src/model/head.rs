@@ -1,6 +1,6 @@
 //! Hidden states to logits, and the loss.
 
-use super::sequence::{Batch, Direction};
+use super::{batch::Batch, sequence::Modality};
 use crate::{
     config::Precision,
     error::Result,
@@ -31,26 +31,23 @@ impl Head {
         Ok(Self { norm, text, image, params })
     }
 
-    /// x (.., hidden) at target positions → logits (.., vocabulary of the target's modality).
-    pub fn logits(&self, x: &Tensor, direction: Direction) -> Result<Tensor> {
-        self.linear(direction).forward(&self.norm.forward(x)?)
+    /// x (.., hidden) at positions of a target of this modality → logits (.., its vocabulary).
+    pub fn logits(&self, x: &Tensor, target: Modality) -> Result<Tensor> {
+        self.linear(target).forward(&self.norm.forward(x)?)
     }
 
-    /// The layer that predicts a direction's target.
-    pub(super) fn linear(&self, direction: Direction) -> &Linear {
-        match direction {
-            Direction::TextToImage => &self.image,
-            Direction::ImageToText => &self.text,
+    /// The layer that predicts targets of this modality: (.., hidden) → (.., its vocabulary).
+    pub(super) fn linear(&self, target: Modality) -> &Linear {
+        match target {
+            Modality::Text => &self.text,
+            Modality::Image => &self.image,
         }
     }
 
     /// x (b, positions, hidden) → logits (b, targets, vocabulary): the target stands last.
     pub fn target_logits(&self, precision: Precision, x: &Tensor, batch: &Batch) -> Result<Tensor> {
-        let source = match batch.direction {
-            Direction::TextToImage => batch.text.dim(1)?,
-            Direction::ImageToText => batch.codes.dim(1)?,
-        };
+        let source = batch.source_positions();
         let target = x.narrow(1, source, x.dim(1)? - source)?.contiguous()?;
-        self.linear(batch.direction).forward_in(precision, &self.norm.forward(&target)?)
+        self.linear(batch.target().0.modality).forward_in(precision, &self.norm.forward(&target)?)
     }
 }

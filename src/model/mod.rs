@@ -1,23 +1,26 @@
 //! The paper's generator: sequence layout and masks, transformer, two-way loss, decoding.
 
 pub mod activations;
-mod composed;
+mod batch;
 mod decode;
 mod embedding;
 pub mod flops;
-mod fused;
 mod head;
+mod layer;
 pub mod listing;
 mod native;
-mod packed;
+mod segments;
 mod sequence;
 pub mod size;
 mod transformer;
 
-pub use decode::{DecodeState, Source};
-pub use sequence::{Batch, Direction, Layout, pad};
+pub use batch::{Batch, Tokens};
+pub use decode::{DecodeState, Decoder, Source};
+pub use sequence::{Layout, Modality, Role, Slot, Span};
 pub use transformer::Generator;
 
+#[cfg(test)]
+mod decode_tests;
 #[cfg(test)]
 mod native_tests;
 #[cfg(test)]

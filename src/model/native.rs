@@ -1,10 +1,11 @@
 //! The generator's segments by hand, for the CPU in f32; a test holds them equal to the taped ones.
 
 use super::{
+    batch::Batch,
     embedding::Embedding,
     head::Head,
-    sequence::{Batch, Layout, Slot},
-    transformer::Layer,
+    layer::Layer,
+    sequence::{Layout, Slot},
 };
 use crate::{
     config::Precision,
@@ -37,27 +38,31 @@ struct Lookups {
 }
 
 impl Lookups {
-    fn of(batch: &Batch, layout: Layout) -> Result<Self> {
-        let (text, codes) = (batch.text.to_vec2::<u32>()?, batch.codes.to_vec2::<u32>()?);
+    fn of(batch: &Batch, layout: &Layout) -> Result<Self> {
         let mut lookups = Self::default();
-        for (sample, (text, codes)) in text.iter().zip(&codes).enumerate() {
-            for i in 0..layout.positions() {
-                let position = sample * layout.positions() + i;
-                match layout.slot(i) {
-                    Slot::Text(i) => {
-                        lookups.text.push((text[i] as usize, position));
-                        lookups.text_position.push((i, position));
-                    }
-                    Slot::Start => lookups.image_start.push((0, position)),
-                    Slot::Image(place) => {
-                        lookups.image.push((codes[place] as usize, position));
-                        lookups.image_row.push((place / layout.grid.width, position));
-                        lookups.image_column.push((place % layout.grid.width, position));
-                    }
-                }
+        for ((start, span), (_, tokens)) in layout.spans().zip(batch.parts()) {
+            for (sample, ids) in tokens.ids.to_vec2::<u32>()?.iter().enumerate() {
+                let first = sample * layout.positions() + start;
+                (0..span.positions()).for_each(|i| lookups.push(span.slot(i), ids, first + i, layout.grid().width));
             }
         }
         Ok(lookups)
+    }
+
+    /// Adds what `position` holds, of a span with these token ids.
+    fn push(&mut self, slot: Slot, ids: &[u32], position: usize, width: usize) {
+        match slot {
+            Slot::Text(i) => {
+                self.text.push((ids[i] as usize, position));
+                self.text_position.push((i, position));
+            }
+            Slot::Start => self.image_start.push((0, position)),
+            Slot::Image(place) => {
+                self.image.push((ids[place] as usize, position));
+                self.image_row.push((place / width, position));
+                self.image_column.push((place % width, position));
+            }
+        }
     }
 
     /// With the table and its name in the checkpoint.
@@ -85,9 +90,9 @@ impl Segment<Batch> for NativeEmbedding<'_> {
     /// → (b, positions, hidden).
     fn forward(&self, _: &Tensor, batch: &Batch) -> Result<(Tensor, Saved)> {
         self.0.check(batch)?;
-        let layout = Layout::of(batch, self.0.grid)?;
-        let lookups = Lookups::of(batch, layout)?;
-        let (b, l, hidden) = (batch.text.dim(0)?, layout.positions(), self.0.image_start.elem_count());
+        let layout = batch.layout(self.0.grid)?;
+        let lookups = Lookups::of(batch, &layout)?;
+        let (b, l, hidden) = (batch.samples(), layout.positions(), self.0.image_start.elem_count());
         let mut x = vec![0f32; b * l * hidden];
         for (name, table, lookups) in lookups.tables(self.0) {
             let rows = table.elem_count() / hidden;
@@ -98,7 +103,7 @@ impl Segment<Batch> for NativeEmbedding<'_> {
                 x.iter_mut().zip(&table[row * hidden..][..hidden]).for_each(|(x, t)| *x += t);
             }
         }
-        Ok((Tensor::from_vec(x, (b, l, hidden), batch.text.device())?, Box::new(lookups)))
+        Ok((Tensor::from_vec(x, (b, l, hidden), batch.device())?, Box::new(lookups)))
     }
 
     fn backward(
@@ -220,7 +225,7 @@ impl Segment<Batch> for NativeHead<'_> {
     fn forward(&self, x: &Tensor, batch: &Batch) -> Result<(Tensor, Saved)> {
         let (b, positions, hidden) = x.dims3()?;
         let predicted = Predicted::of(batch, b, positions)?;
-        let linear = self.head.linear(batch.direction);
+        let linear = self.head.linear(batch.target().0.modality);
         let vocabulary = linear.outputs();
         let foreign = predicted.targets.iter().find(|&&target| target as usize >= vocabulary);
         ensure!(foreign.is_none(), "target {foreign:?} is outside the vocabulary of {vocabulary}");

@@ -1,7 +1,7 @@
 //! native ≡ taped, forward and gradient.
 
 use super::{
-    tests::{CODEBOOK, VOCAB, case},
+    tests::{CODEBOOK, KINDS, LISTS, VOCAB, case},
     *,
 };
 use crate::{
@@ -44,13 +44,13 @@ fn native_segments_are_the_taped_ones() -> Result<()> {
         let exact = Generator::new(&scope, &case.config, VOCAB, CODEBOOK, case.grid)?;
         let (texts, codes) = (case.texts(), case.codes());
         let [mut native, mut taped, mut truth] = [(); 3].map(|()| Gradients::default());
-        // Both directions onto the same sums: the second adds to what the first wrote.
-        for direction in [Direction::TextToImage, Direction::ImageToText] {
-            let batch = case.batch(direction, &texts, &codes)?;
+        // All lists of spans onto the same sums: each adds to what those before it wrote.
+        for list in LISTS {
+            let batch = case.batch(list, &texts, &codes)?;
             let ours = run(&generator.segments(), &batch, &mut native)?;
             run(&generator.taped_segments(Precision::F32), &batch, &mut taped)?;
             let expected = run(&exact.taped_segments(Precision::F32), &batch, &mut truth)?;
-            assert!((ours - expected).abs() < 1e-5 * expected.abs(), "case {index} {direction:?}: {ours} {expected}");
+            assert!((ours - expected).abs() < 1e-5 * expected.abs(), "case {index} {list:?}: {ours} {expected}");
             for name in params.keys() {
                 let (Some(ours), Some(taped), Some(truth)) = (native.get(name), taped.get(name), truth.get(name))
                 else {
@@ -60,7 +60,7 @@ fn native_segments_are_the_taped_ones() -> Result<()> {
                 // The bias of the keys' norm has no effect: its gradient is rounding error.
                 let scale = if name.ends_with("k_norm.bias") { 0.1 } else { norm(truth)?.max(1e-2) };
                 let [ours, taped] = [norm(&(ours - truth)?)? / scale, norm(&(taped - truth)?)? / scale];
-                assert!(ours < f64::max(1e-5, 2.0 * taped), "case {index} {direction:?} {name}: {ours:e} ({taped:e})");
+                assert!(ours < f64::max(1e-5, 2.0 * taped), "case {index} {list:?} {name}: {ours:e} ({taped:e})");
             }
         }
     }
@@ -77,8 +77,8 @@ fn native_segments_in_f16_are_near_the_taped_ones() -> Result<()> {
         case.config.train.precision = Precision::F16;
         let (generator, params) = case.generator(DType::F32)?;
         let (texts, codes) = (case.texts(), case.codes());
-        for direction in [Direction::TextToImage, Direction::ImageToText] {
-            let batch = case.batch(direction, &texts, &codes)?;
+        for list in KINDS {
+            let batch = case.batch(list, &texts, &codes)?;
             let [mut native, mut taped, mut exact] = [(); 3].map(|()| Gradients::default());
             run(&generator.segments(), &batch, &mut native)?;
             run(&generator.taped_segments(Precision::F16), &batch, &mut taped)?;
@@ -109,8 +109,8 @@ fn native_gradients_do_not_depend_on_the_threads() -> Result<()> {
             let (generator, _) = case.generator(DType::F32)?;
             let (texts, codes) = (case.texts(), case.codes());
             let mut gradients = Gradients::default();
-            for direction in [Direction::TextToImage, Direction::ImageToText] {
-                run(&generator.segments(), &case.batch(direction, &texts, &codes)?, &mut gradients)?;
+            for list in KINDS {
+                run(&generator.segments(), &case.batch(list, &texts, &codes)?, &mut gradients)?;
             }
             let bits = |(name, g): (&String, &Tensor)| -> Result<(String, Vec<u32>)> {
                 let values: Vec<f32> = g.flatten_all()?.to_vec1()?;

@@ -1,196 +1,310 @@
-//! The sequence of each direction: `[source | target]`, who sees whom, and what is predicted (paper §2.2).
+//! A sequence as a list of spans: who attends to whom, and what each position holds (paper §2.2).
 //!
-//! | direction | source | target inputs | outputs |
+//! A sequence is `[source spans | target span]`. Three lists are in use:
+//!
+//! | list | source | target inputs | predicted |
 //! | --- | --- | --- | --- |
-//! | text→image | text, m positions | start of image, z₁ … zₙ₋₁ | z₁ … zₙ |
-//! | image→text | z₁ … zₙ | text without its last position | text without `[CLS]` |
+//! | [`Span::text_to_image`] | text | start of image, z₁ … zₙ₋₁ | z₁ … zₙ |
+//! | [`Span::image_to_text`] | z₁ … zₙ | text without its last token | text without `[CLS]` |
+//! | [`Span::visual_question`] | z₁ … zₙ, question | answer without its last token | answer without `[CLS]` |
 //!
-//! Nothing is shifted: a code sits at its own place of the grid whether it is source or target.
+//! A code keeps its place in the grid and a token its place in its own text, whether source or target.
+//! Everything else follows from the list: slots, masks, key ranges, heads, targets and loss weights.
 
 use crate::{
-    error::{Result, ensure},
+    error::{Result, bail, ensure},
     nn::pattern::{Grid, Pattern},
     ops::attention::{KeyRanges, Run},
 };
-use candle_core::{DType, Device, Tensor};
-use std::sync::Arc;
+use candle_core::{Device, Tensor};
+use std::{ops::Range, sync::Arc};
 
-/// What is made from what.
+/// What a span's tokens are. It selects the embedding and, for a target, the head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Direction {
-    TextToImage,
-    ImageToText,
+pub enum Modality {
+    Text,
+    Image,
 }
 
-/// Sequences of one direction.
-#[derive(Debug, Clone)]
-pub struct Batch {
-    pub direction: Direction,
-    /// (b, m) u32: `[CLS]`, tokens, `[SEP]`, padding. A dropped condition is `[CLS] [SEP]`.
-    pub text: Tensor,
-    /// Positions in use of each row of `text`.
-    pub text_lengths: Vec<usize>,
-    /// (b, n) u32 in raster order.
-    pub codes: Tensor,
-    /// The loss is `loss_scale` · Σ −log p(target token).
-    pub loss_scale: f64,
+/// Whether a span is given or predicted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// Given: visible to every position.
+    Source,
+    /// Predicted token by token: visible to later positions only.
+    Target,
 }
 
-impl Batch {
-    /// Number of predicted tokens.
-    pub fn targets(&self) -> usize {
-        match self.direction {
-            Direction::TextToImage => self.codes.elem_count(),
-            Direction::ImageToText => self.text_lengths.iter().map(|&length| length.saturating_sub(1)).sum(),
-        }
-    }
-
-    /// The tokens that the target positions predict and their weights in the loss, both (b · targets); padding has weight 0.
-    pub fn outputs(&self) -> Result<(Tensor, Tensor)> {
-        let (b, m) = self.text.dims2()?;
-        let scale = self.loss_scale as f32;
-        let (tokens, weights) = match self.direction {
-            Direction::TextToImage => (self.codes.clone(), vec![scale; self.codes.elem_count()]),
-            Direction::ImageToText => {
-                let weight = |&length: &usize| (1..m).map(move |i| if i < length { scale } else { 0.0 });
-                (self.text.narrow(1, 1, m - 1)?, self.text_lengths.iter().flat_map(weight).collect())
-            }
-        };
-        let count = weights.len();
-        ensure!(
-            self.text_lengths.len() == b && tokens.elem_count() == count,
-            "text, its lengths and codes differ in number"
-        );
-        Ok((tokens.contiguous()?.flatten_all()?, Tensor::from_vec(weights, count, self.text.device())?))
-    }
+/// A stretch of a sequence with one modality and one role.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Span {
+    pub modality: Modality,
+    pub role: Role,
+    /// Tokens, padding included: all codes of an image, or a text from `[CLS]` to its last padding.
+    pub length: usize,
 }
 
 /// What a position of a sequence holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Slot {
-    /// The text's token `i`.
+    /// Token `i` of a text.
     Text(usize),
-    /// The learned start of the image: outside the grid and, like text, densely visible.
+    /// The learned start of an image: outside the grid and, like text, densely visible.
     Start,
-    /// The code at this place of the grid.
+    /// The code at this place of the grid, in raster order.
     Image(usize),
 }
 
-/// The shape of a direction's sequences.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+impl Span {
+    /// A text of `length` tokens.
+    pub const fn text(role: Role, length: usize) -> Self {
+        Self { modality: Modality::Text, role, length }
+    }
+
+    /// An image of `length` codes.
+    pub const fn image(role: Role, length: usize) -> Self {
+        Self { modality: Modality::Image, role, length }
+    }
+
+    /// Text → image: `text` tokens, then `image` codes.
+    pub const fn text_to_image(text: usize, image: usize) -> [Self; 2] {
+        [Self::text(Role::Source, text), Self::image(Role::Target, image)]
+    }
+
+    /// Image → text: `image` codes, then `text` tokens.
+    pub const fn image_to_text(image: usize, text: usize) -> [Self; 2] {
+        [Self::image(Role::Source, image), Self::text(Role::Target, text)]
+    }
+
+    /// Visual question answering: `image` codes and `question` tokens, then `answer` tokens.
+    pub const fn visual_question(image: usize, question: usize, answer: usize) -> [Self; 3] {
+        let [codes, answer] = Self::image_to_text(image, answer);
+        [codes, Self::text(Role::Source, question), answer]
+    }
+
+    /// Positions in the sequence. A target text's last token is only predicted, never an input; a target image has
+    /// its start in front and its last code is only predicted.
+    pub const fn positions(&self) -> usize {
+        match (self.role, self.modality) {
+            (Role::Target, Modality::Text) => self.length.saturating_sub(1),
+            _ => self.length,
+        }
+    }
+
+    /// What the span's position `offset` holds.
+    pub const fn slot(&self, offset: usize) -> Slot {
+        match (self.modality, self.role, offset) {
+            (Modality::Text, ..) => Slot::Text(offset),
+            (Modality::Image, Role::Source, _) => Slot::Image(offset),
+            (Modality::Image, Role::Target, 0) => Slot::Start,
+            (Modality::Image, Role::Target, _) => Slot::Image(offset - 1),
+        }
+    }
+}
+
+/// Splits a list of spans into its sources and its target.
+///
+/// # Errors
+/// The list is not one or more sources followed by one target; it has a second image or a second source text (the
+/// attention masks the padding of one); a span has no tokens, or a target text has nothing to predict.
+pub(super) fn split(spans: &[Span]) -> Result<(&[Span], Span)> {
+    let Some((target, sources)) = spans.split_last() else { bail!("a sequence without spans") };
+    let ordered = target.role == Role::Target && sources.iter().all(|span| span.role == Role::Source);
+    ensure!(ordered && !sources.is_empty(), "a sequence is one or more sources and then one target, not {spans:?}");
+    let count = |spans: &[Span], modality| spans.iter().filter(|span| span.modality == modality).count();
+    ensure!(
+        count(spans, Modality::Image) <= 1 && count(sources, Modality::Text) <= 1,
+        "a sequence has at most one image and one source text, not {spans:?}"
+    );
+    ensure!(
+        spans.iter().all(|span| span.length > 0) && target.positions() > 0,
+        "a span is empty or predicts nothing in {spans:?}"
+    );
+    Ok((sources, *target))
+}
+
+/// The spans of a sequence over a grid of image codes.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
-    pub direction: Direction,
-    /// Text positions.
-    pub text: usize,
-    pub grid: Grid,
+    sources: Vec<Span>,
+    target: Span,
+    grid: Grid,
 }
 
 impl Layout {
-    /// Of the sequences of a batch.
-    pub fn of(batch: &Batch, grid: Grid) -> Result<Self> {
-        Ok(Self { direction: batch.direction, text: batch.text.dim(1)?, grid })
+    /// A layout of any list of spans.
+    ///
+    /// # Errors
+    /// The list is not a sequence: see [`Batch::new`](super::Batch::new); or its image does not fill the grid.
+    pub fn new(spans: &[Span], grid: Grid) -> Result<Self> {
+        let (sources, target) = split(spans)?;
+        let image = spans.iter().find(|span| span.modality == Modality::Image);
+        let cells = grid.len();
+        ensure!(image.is_none_or(|span| span.length == cells), "{spans:?} does not fill a grid of {cells} codes");
+        Ok(Self { sources: sources.to_vec(), target, grid })
     }
 
-    /// Positions of the source; the target begins there.
-    pub fn source(&self) -> usize {
-        match self.direction {
-            Direction::TextToImage => self.text,
-            Direction::ImageToText => self.grid.len(),
-        }
+    /// [`Span::text_to_image`] with `text` tokens.
+    pub fn text_to_image(text: usize, grid: Grid) -> Self {
+        let [source, target] = Span::text_to_image(text, grid.len());
+        Self { sources: vec![source], target, grid }
     }
 
-    /// Positions of the target.
-    pub fn target(&self) -> usize {
-        match self.direction {
-            Direction::TextToImage => self.grid.len(),
-            Direction::ImageToText => self.text - 1,
-        }
+    /// [`Span::image_to_text`] with `text` tokens.
+    pub fn image_to_text(grid: Grid, text: usize) -> Self {
+        let [source, target] = Span::image_to_text(grid.len(), text);
+        Self { sources: vec![source], target, grid }
     }
 
-    /// All positions.
+    /// [`Span::visual_question`] with `question` and `answer` tokens.
+    pub fn visual_question(grid: Grid, question: usize, answer: usize) -> Self {
+        let [image, question, target] = Span::visual_question(grid.len(), question, answer);
+        Self { sources: vec![image, question], target, grid }
+    }
+
+    /// The grid of image codes.
+    pub fn grid(&self) -> Grid {
+        self.grid
+    }
+
+    /// The source spans, in order.
+    pub fn sources(&self) -> &[Span] {
+        &self.sources
+    }
+
+    /// The target span, which comes last.
+    pub fn target(&self) -> Span {
+        self.target
+    }
+
+    /// All spans with the position at which each starts.
+    pub fn spans(&self) -> impl Iterator<Item = (usize, Span)> {
+        self.sources.iter().copied().chain([self.target]).scan(0, |next, span| {
+            let start = *next;
+            *next += span.positions();
+            Some((start, span))
+        })
+    }
+
+    /// Positions of all source spans; the target starts there.
+    pub fn source_positions(&self) -> usize {
+        self.sources.iter().map(Span::positions).sum()
+    }
+
+    /// Positions of the target span: as many as it has predicted tokens, padding included.
+    pub fn target_positions(&self) -> usize {
+        self.target.positions()
+    }
+
+    /// Positions of the whole sequence.
     pub fn positions(&self) -> usize {
-        self.source() + self.target()
+        self.source_positions() + self.target_positions()
     }
 
-    /// What `position` holds.
+    /// Positions of the source text, padding included; empty if no source is text.
+    pub fn source_text(&self) -> Range<usize> {
+        self.source_of(Modality::Text)
+    }
+
+    /// Positions of the source span of a modality; empty if there is none.
+    fn source_of(&self, modality: Modality) -> Range<usize> {
+        let found = self.spans().find(|(_, span)| (span.role, span.modality) == (Role::Source, modality));
+        found.map_or(0..0, |(start, span)| start..start + span.length)
+    }
+
+    /// What `position` holds; a position past the end belongs to the target.
     pub fn slot(&self, position: usize) -> Slot {
-        match (self.direction, position.checked_sub(self.source())) {
-            (Direction::TextToImage, None) => Slot::Text(position),
-            (Direction::TextToImage, Some(0)) => Slot::Start,
-            (Direction::TextToImage, Some(target)) => Slot::Image(target - 1),
-            (Direction::ImageToText, None) => Slot::Image(position),
-            (Direction::ImageToText, Some(target)) => Slot::Text(target),
+        let mut offset = position;
+        for span in &self.sources {
+            if offset < span.positions() {
+                return span.slot(offset);
+            }
+            offset -= span.positions();
         }
+        self.target.slot(offset)
     }
 
-    /// The mask rule, one pair of positions at a time: source positions weigh 0, target position j weighs
-    /// j + 1, and a query sees keys that weigh no more than itself; codes see codes through the layer's
-    /// pattern, and the padding of a source text of `text_length` is seen by nobody.
+    /// The mask rule, one pair of positions at a time: source positions have weight 0, target position j has weight
+    /// j + 1, and a query attends to keys whose weight is not above its own; codes attend to codes through the
+    /// layer's pattern; and no query attends to the padding of a source text of `text_length` tokens.
     pub fn visible(&self, pattern: Pattern, text_length: usize, query: usize, key: usize) -> bool {
-        let weight = |position: usize| (position + 1).saturating_sub(self.source());
+        let weight = |position: usize| (position + 1).saturating_sub(self.source_positions());
         if weight(key) > weight(query) {
             return false;
         }
         match (self.slot(query), self.slot(key)) {
-            (_, Slot::Text(i)) if key < self.source() => i < text_length,
+            (_, Slot::Text(i)) if key < self.source_positions() => i < text_length,
             (Slot::Image(q), Slot::Image(k)) => pattern.visible(self.grid, self.causal(), q, k),
             _ => true,
         }
     }
 
+    /// Whether codes attend only to codes before them.
     fn causal(&self) -> bool {
-        self.direction == Direction::TextToImage
+        self.target.modality == Modality::Image
     }
 
-    /// The same rule as lists of keys, for texts of the given lengths.
+    /// The same rule as key ranges. `text_lengths` are the tokens of each sample's source text
+    /// ([`Batch::source_lengths`](super::Batch::source_lengths)); they are not read if no source is text.
     pub fn keys(&self, pattern: Pattern, text_lengths: &[usize]) -> Arc<KeyRanges> {
         self.keys_of(pattern, 0..self.positions(), text_lengths)
     }
 
-    /// The rule within the source alone, as decoding begins.
+    /// The key ranges of the source positions alone, with which decoding begins.
     pub fn source_keys(&self, pattern: Pattern, text_lengths: &[usize]) -> Arc<KeyRanges> {
-        self.keys_of(pattern, 0..self.source(), text_lengths)
+        self.keys_of(pattern, 0..self.source_positions(), text_lengths)
     }
 
-    fn keys_of(&self, pattern: Pattern, queries: std::ops::Range<usize>, text_lengths: &[usize]) -> Arc<KeyRanges> {
+    fn keys_of(&self, pattern: Pattern, queries: Range<usize>, text_lengths: &[usize]) -> Arc<KeyRanges> {
+        let (text, codes) = (self.source_text(), self.source_of(Modality::Image));
         let (mut offsets, mut runs) = (vec![0], Vec::new());
         for query in queries {
-            self.push_runs(pattern, query, &mut runs);
+            self.push_runs(pattern, &codes, query, &mut runs);
             offsets.push(runs.len());
         }
-        let (text, text_lengths) = match self.direction {
-            Direction::TextToImage => (0..self.text, Some(text_lengths.to_vec())),
-            Direction::ImageToText => (0..0, None),
-        };
+        let text_lengths = (!text.is_empty()).then(|| text_lengths.to_vec());
         Arc::new(KeyRanges { offsets, runs, text, text_lengths })
     }
 
-    fn push_runs(&self, pattern: Pattern, query: usize, runs: &mut Vec<Run>) {
-        let source = self.source();
-        let first = |len| Run { start: 0, len, stride: 1 };
-        match (self.direction, self.slot(query)) {
-            (Direction::TextToImage, Slot::Text(_)) => runs.push(first(source)),
-            (Direction::ImageToText, Slot::Text(_)) => runs.push(first(query + 1)),
-            (_, Slot::Start) => runs.extend([first(source), Run { start: source, len: 1, stride: 1 }]),
-            (Direction::TextToImage, Slot::Image(code)) => {
-                runs.extend([first(source), Run { start: source, len: 1, stride: 1 }]);
-                let run = |start, len, stride| runs.push(Run { start: source + 1 + start, len, stride });
-                pattern.runs(self.grid, true, code, run);
+    /// The runs of one query; `codes` are the positions of a source image.
+    fn push_runs(&self, pattern: Pattern, codes: &Range<usize>, query: usize, runs: &mut Vec<Run>) {
+        let source = self.source_positions();
+        let dense = |range: Range<usize>| Run { start: range.start, len: range.len(), stride: 1 };
+        match self.slot(query) {
+            Slot::Text(_) => runs.push(dense(0..source.max(query + 1))),
+            Slot::Start => runs.extend([dense(0..source), dense(source..source + 1)]),
+            Slot::Image(code) if query < source => {
+                runs.extend((codes.start > 0).then(|| dense(0..codes.start)));
+                pattern.runs(self.grid, false, code, |start, len, stride| {
+                    runs.push(Run { start: codes.start + start, len, stride });
+                });
+                runs.extend((codes.end < source).then(|| dense(codes.end..source)));
             }
-            (Direction::ImageToText, Slot::Image(code)) => {
-                pattern.runs(self.grid, false, code, |start, len, stride| runs.push(Run { start, len, stride }));
+            Slot::Image(code) => {
+                runs.extend([dense(0..source), dense(source..source + 1)]);
+                pattern.runs(self.grid, true, code, |start, len, stride| {
+                    runs.push(Run { start: source + 1 + start, len, stride });
+                });
             }
         }
     }
 
-    /// 1 at the dense positions of text→image, source and start, that hold no padding: (b, m + 1) u8.
-    pub fn source_mask(&self, text_lengths: &[usize], device: &Device) -> Result<Tensor> {
-        let row = |&length: &usize| (0..=self.text).map(move |i| u8::from(i < length || i == self.text));
+    /// 1 at the first `positions` positions of each sample, 0 at the padding of its source text: (b, positions) u8.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn padding_mask(&self, text_lengths: &[usize], positions: usize, device: &Device) -> Result<Tensor> {
+        let text = self.source_text();
+        let padding = |length: usize| text.start + length..text.end;
+        let row = |&length: &usize| (0..positions).map(move |i| u8::from(!padding(length).contains(&i)));
         let mask: Vec<u8> = text_lengths.iter().flat_map(row).collect();
-        Ok(Tensor::from_vec(mask, (text_lengths.len(), self.text + 1), device)?)
+        Ok(Tensor::from_vec(mask, (text_lengths.len(), positions), device)?)
     }
 
-    /// The full mask (b, l, l) u8 by [`Layout::visible`], for the oracle.
+    /// The full mask (b, l, l) u8 by [`Layout::visible`], for the oracle; `text_lengths` has one entry a sample.
+    ///
+    /// # Errors
+    /// The device is out of memory.
     pub fn mask(&self, pattern: Pattern, text_lengths: &[usize], device: &Device) -> Result<Tensor> {
         let l = self.positions();
         let rows = text_lengths.iter().flat_map(|&length| (0..l).map(move |query| (length, query)));
@@ -199,18 +313,4 @@ impl Layout {
             .collect();
         Ok(Tensor::from_vec(mask, (text_lengths.len(), l, l), device)?)
     }
-}
-
-/// Rows of token ids as a padded tensor (b, width) u32, and their lengths.
-///
-/// # Errors
-/// A row is empty or longer than `width`.
-pub fn pad(rows: &[Vec<u32>], width: usize, padding: u32, device: &Device) -> Result<(Tensor, Vec<usize>)> {
-    let mut ids = Vec::with_capacity(rows.len() * width);
-    for row in rows {
-        ensure!((1..=width).contains(&row.len()), "a text of {} tokens does not fit 1 to {width} positions", row.len());
-        ids.extend(row.iter().copied().chain(std::iter::repeat_n(padding, width - row.len())));
-    }
-    let ids = Tensor::from_vec(ids, (rows.len(), width), device)?.to_dtype(DType::U32)?;
-    Ok((ids, rows.iter().map(Vec::len).collect()))
 }

@@ -1,7 +1,7 @@
-//! dense ≡ block ≡ cached, forward and gradient, and gradients against finite differences.
+//! dense ≡ block, forward and gradient, and gradients against finite differences.
 
 use super::{
-    transformer::{TapedHead, TapedLayer},
+    segments::{TapedHead, TapedLayer},
     *,
 };
 use crate::{
@@ -13,13 +13,34 @@ use crate::{
         pattern::{Grid, Pattern, tests::all_patterns},
         segment::Taped,
     },
-    ops::{packed::Format, simd::tests::FORCED, testing::at_each_level},
     random::Random,
 };
 use candle_core::{DType, Device, Tensor};
 
 pub(super) const VOCAB: usize = 13;
 pub(super) const CODEBOOK: usize = 11;
+
+/// The modalities of a list of spans: sources and target.
+pub(super) type List = (&'static [Modality], Modality);
+
+use Modality::{Image, Text};
+pub(super) const TEXT_TO_IMAGE: List = (&[Text], Image);
+pub(super) const IMAGE_TO_TEXT: List = (&[Image], Text);
+pub(super) const VISUAL_QUESTION: List = (&[Image, Text], Text);
+pub(super) const KINDS: [List; 3] = [TEXT_TO_IMAGE, IMAGE_TO_TEXT, VISUAL_QUESTION];
+/// All lists of spans that a sequence can have.
+pub(super) const LISTS: [List; 5] =
+    [TEXT_TO_IMAGE, IMAGE_TO_TEXT, VISUAL_QUESTION, (&[Text, Image], Text), (&[Text], Text)];
+
+/// The spans of a list, with the lengths of its source text, its target text and its image.
+pub(super) fn spans((sources, target): List, [source_text, target_text, image]: [usize; 3]) -> Vec<Span> {
+    let span = |modality, role| match (modality, role) {
+        (Image, _) => Span::image(role, image),
+        (Text, Role::Source) => Span::text(role, source_text),
+        (Text, Role::Target) => Span::text(role, target_text),
+    };
+    sources.iter().map(|&modality| span(modality, Role::Source)).chain([span(target, Role::Target)]).collect()
+}
 
 pub(super) struct Case {
     pub(super) config: Config,
@@ -76,15 +97,36 @@ impl Case {
         (0..self.batch).map(|_| (0..n).map(|_| code()).collect()).collect()
     }
 
-    pub(super) fn batch(&self, direction: Direction, texts: &[Vec<u32>], codes: &[Vec<u32>]) -> Result<Batch> {
-        let (text, text_lengths) = pad(texts, self.config.text.max_tokens, 0, &Device::Cpu)?;
-        let (codes, _) = pad(codes, self.grid.0 * self.grid.1, 0, &Device::Cpu)?;
-        Ok(Batch { direction, text, text_lengths, codes, loss_scale: 0.5 })
+    /// Sequences with these texts; where both source and target are text, the target's are reversed.
+    pub(super) fn batch(&self, list: List, texts: &[Vec<u32>], codes: &[Vec<u32>]) -> Result<Batch> {
+        let reversed = texts.iter().rev().map(|text| text.iter().rev().copied().collect()).collect::<Vec<_>>();
+        let targets = if list.0.contains(&Text) { &reversed } else { texts };
+        self.fill(list, texts, targets, codes)
+    }
+
+    pub(super) fn fill(
+        &self,
+        list: List,
+        texts: &[Vec<u32>],
+        targets: &[Vec<u32>],
+        codes: &[Vec<u32>],
+    ) -> Result<Batch> {
+        let (most, cells) = (self.config.text.max_tokens, self.grid.0 * self.grid.1);
+        let longest = targets.iter().map(Vec::len).max().unwrap_or(0);
+        let spans = spans(list, [most, longest, cells]);
+        let tokens = |span: &Span| match (span.modality, span.role) {
+            (Image, _) => Tokens::pad(codes, cells, 0, &Device::Cpu),
+            (Text, Role::Source) => Tokens::pad(texts, most, 0, &Device::Cpu),
+            (Text, Role::Target) => Tokens::pad(targets, longest, 0, &Device::Cpu),
+        };
+        let mut batch = Batch::new(&spans, spans.iter().map(tokens).collect::<Result<_>>()?)?;
+        batch.loss_scale = 0.5;
+        Ok(batch)
     }
 }
 
 fn loss(generator: &Generator, batch: &Batch) -> Result<Tensor> {
-    let mut x = generator.embedding.taped(&batch.codes, batch)?;
+    let mut x = generator.embedding.taped(&batch.target().1.ids, batch)?;
     for layer in &generator.layers {
         x = TapedLayer { layer, precision: Precision::F32 }.taped(&x, batch)?;
     }
@@ -93,29 +135,33 @@ fn loss(generator: &Generator, batch: &Batch) -> Result<Tensor> {
 
 /// The loss with attention against full masks.
 fn dense_loss(generator: &Generator, batch: &Batch) -> Result<Tensor> {
-    let layout = generator.layout(batch.direction);
-    let mut x = generator.embedding.taped(&batch.codes, batch)?;
+    let layout = batch.layout(generator.grid())?;
+    let lengths = match batch.source_lengths() {
+        [] => vec![0; batch.samples()],
+        lengths => lengths.to_vec(),
+    };
+    let mut x = generator.embedding.taped(&batch.target().1.ids, batch)?;
     for layer in &generator.layers {
-        let mask = layout.mask(layer.pattern, &batch.text_lengths, x.device())?;
+        let mask = layout.mask(layer.pattern, &lengths, x.device())?;
         x = layer.block.forward_with(Precision::F32, &x, |qkv| dense_masked(qkv, &mask))?;
     }
     TapedHead { head: &generator.head, precision: Precision::F32 }.taped(&x, batch)
 }
 
-fn max_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
+pub(super) fn max_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
     let difference = (a.to_dtype(DType::F64)? - b.to_dtype(DType::F64)?)?.abs()?.flatten_all()?;
     Ok(difference.max(0)?.to_scalar::<f64>()?)
 }
 
-fn largest(a: &Tensor) -> Result<f64> {
+pub(super) fn largest(a: &Tensor) -> Result<f64> {
     Ok(a.to_dtype(DType::F64)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()?)
 }
 
 #[test]
 fn key_lists_are_the_mask_rule() {
-    for direction in [Direction::TextToImage, Direction::ImageToText] {
+    for list in LISTS {
         for (text, height, width) in [(2, 1, 1), (3, 3, 4), (5, 4, 3), (4, 1, 5), (2, 5, 1)] {
-            let layout = Layout { direction, text, grid: Grid { height, width } };
+            let layout = Layout::new(&spans(list, [text, text + 1, height * width]), Grid { height, width }).unwrap();
             for (pattern, length) in all_patterns().into_iter().flat_map(|p| (1..=text).map(move |l| (p, l))) {
                 let keys = layout.keys(pattern, &[length]);
                 for query in 0..layout.positions() {
@@ -133,17 +179,21 @@ fn key_lists_are_the_mask_rule() {
 
 #[test]
 fn a_small_mask_by_hand() {
-    let rows = |direction| {
-        let layout = Layout { direction, text: 3, grid: Grid { height: 2, width: 2 } };
-        let row =
-            |q| (0..layout.positions()).map(move |k| u8::from(layout.visible(Pattern::Column, 2, q, k)).to_string());
-        (0..layout.positions()).map(|q| row(q).collect::<String>()).collect::<Vec<_>>()
+    let rows = |list| {
+        let layout = Layout::new(&spans(list, [3, 3, 4]), Grid { height: 2, width: 2 }).unwrap();
+        let visible = |q, k| u8::from(layout.visible(Pattern::Column, 2, q, k)).to_string();
+        let all = 0..layout.positions();
+        all.clone().map(|q| all.clone().map(|k| visible(q, k)).collect::<String>()).collect::<Vec<_>>()
     };
     // [CLS] [SEP] [PAD] | start z1 z2 z3
     let painting = ["1100000", "1100000", "1100000", "1101000", "1101100", "1101010", "1101101"];
-    assert_eq!(rows(Direction::TextToImage), painting);
+    assert_eq!(rows(TEXT_TO_IMAGE), painting);
     // z1 z2 z3 z4 | [CLS] token
-    assert_eq!(rows(Direction::ImageToText), ["101000", "010100", "101000", "010100", "111110", "111111"]);
+    assert_eq!(rows(IMAGE_TO_TEXT), ["101000", "010100", "101000", "010100", "111110", "111111"]);
+    // z1 z2 z3 z4 [CLS] [SEP] [PAD] | [CLS] token
+    let answering = ["101011000", "010111000", "101011000", "010111000"].into_iter();
+    let text = ["111111000", "111111000", "111111000", "111111010", "111111011"];
+    assert_eq!(rows(VISUAL_QUESTION), answering.chain(text).collect::<Vec<_>>());
 }
 
 #[test]
@@ -152,16 +202,16 @@ fn block_attention_is_dense_attention() -> Result<()> {
         let mut case = case(index);
         let (generator, params) = case.generator(DType::F64)?;
         let (texts, codes) = (case.texts(), case.codes());
-        for direction in [Direction::TextToImage, Direction::ImageToText] {
-            let batch = case.batch(direction, &texts, &codes)?;
+        for list in LISTS {
+            let batch = case.batch(list, &texts, &codes)?;
             let (block, dense) = (loss(&generator, &batch)?, dense_loss(&generator, &batch)?);
-            assert!(max_difference(&block, &dense)? < 1e-10, "case {index} {direction:?}");
+            assert!(max_difference(&block, &dense)? < 1e-10, "case {index} {list:?}");
             let (block, dense) = (block.backward()?, dense.backward()?);
             for (name, var) in &params {
                 match (block.get(var), dense.get(var)) {
                     (Some(block), Some(dense)) => {
                         let bound = 1e-9 * largest(dense)?.max(1e-3);
-                        assert!(max_difference(block, dense)? < bound, "case {index} {direction:?} {name}");
+                        assert!(max_difference(block, dense)? < bound, "case {index} {list:?} {name}");
                     }
                     (block, dense) => assert_eq!(block.is_some(), dense.is_some(), "{name}"),
                 }
@@ -169,123 +219,6 @@ fn block_attention_is_dense_attention() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// How far decoding is from the whole forward pass, of the largest logit (at least 1), in the worst of 40 cases.
-fn decoding_error(format: Format, fused: bool) -> Result<f64> {
-    let mut worst: f64 = 0.0;
-    for index in 0..40 {
-        let mut case = case(index);
-        let (generator, _) = case.generator(DType::F32)?;
-        let generator = generator.decode_in(format);
-        let (mut texts, codes) = (case.texts(), case.codes());
-        for direction in [Direction::TextToImage, Direction::ImageToText] {
-            let (source, fed) = match direction {
-                Direction::TextToImage => (Source::Text(&texts), codes.clone()),
-                Direction::ImageToText => {
-                    let width = case.config.text.max_tokens;
-                    texts.iter_mut().for_each(|text| text.resize(width, 1));
-                    texts.iter_mut().for_each(|text| text[0] = 2);
-                    (Source::Image { codes: &codes, cls: 2 }, texts.iter().map(|text| text[1..].to_vec()).collect())
-                }
-            };
-            let expected = generator.logits(&case.batch(direction, &texts, &codes)?)?;
-            let (mut state, mut logits) = generator.start(source, fused)?;
-            for i in 0..expected.dim(1)? {
-                if i > 0 {
-                    let tokens: Vec<u32> = fed.iter().map(|tokens| tokens[i - 1]).collect();
-                    logits = state.logits_next(&tokens)?.to_vec();
-                }
-                let expected = expected.narrow(1, i, 1)?.squeeze(1)?;
-                let logits = Tensor::from_slice(&logits, expected.shape(), &Device::Cpu)?;
-                worst = worst.max(max_difference(&logits, &expected)? / largest(&expected)?.max(1.0));
-            }
-            assert!(state.logits_next(&vec![0; case.batch]).is_err(), "the sequences are full");
-        }
-    }
-    Ok(worst)
-}
-
-#[test]
-fn cached_attention_is_block_attention() -> Result<()> {
-    let (composed, fused) = (decoding_error(Format::F32, false)?, decoding_error(Format::F32, true)?);
-    assert!(composed < 1e-4 && fused < 1e-4, "{composed} {fused}");
-    Ok(())
-}
-
-/// These models are small, of large weights and off-centre: no error averages out.
-#[test]
-fn packed_weights_cost_what_their_format_costs() -> Result<()> {
-    let (bf16, int8) = (decoding_error(Format::Bf16, true)?, decoding_error(Format::Int8, true)?);
-    assert!((1e-4..0.03).contains(&bf16) && (1e-4..0.08).contains(&int8), "{bf16} {int8}");
-    Ok(())
-}
-
-#[test]
-fn reordered_sequences_go_on_as_copies() -> Result<()> {
-    for (index, fused) in (0..8).flat_map(|index| [(index, true), (index, false)]) {
-        let mut case = case(index);
-        (case.batch, case.grid) = (3, (2, 3));
-        let (generator, _) = case.generator(DType::F32)?;
-        let (texts, codes) = (case.texts(), case.codes());
-        let order = [2, 0, 0, 1];
-        let run = |reorder_at: usize| -> Result<Vec<f32>> {
-            let (mut state, mut logits) = generator.start(Source::Text(&texts), fused)?;
-            let columns = (0..5).map(|i| codes.iter().map(|row| row[i]).collect::<Vec<_>>());
-            for (i, column) in columns.enumerate() {
-                if i == reorder_at {
-                    state.reorder(&order)?;
-                }
-                let rows = if i < reorder_at { vec![0, 1, 2] } else { order.to_vec() };
-                let tokens: Vec<u32> = rows.iter().map(|&row: &usize| column[row]).collect();
-                logits = state.logits_next(&tokens)?.to_vec();
-            }
-            Ok(logits)
-        };
-        let early = run(0)?;
-        for at in 1..5 {
-            let gap = early.iter().zip(run(at)?).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-            assert!(if fused { gap == 0.0 } else { gap < 1e-5 }, "{gap}");
-        }
-        let (mut state, _) = generator.decode_start(Source::Text(&texts))?;
-        assert!(state.reorder(&[3]).is_err() && state.reorder(&[]).is_err() && state.logits_next(&[0]).is_err());
-        assert!(
-            state.logits_next(&[0, 0, CODEBOOK as u32]).is_err() && generator.decode_start(Source::Text(&[])).is_err()
-        );
-    }
-    Ok(())
-}
-
-/// The same bits alone and among others, on one thread and on four, at every instruction set.
-#[test]
-fn a_sequence_depends_on_itself_alone() -> Result<()> {
-    at_each_level(|| {
-        let mut case = case(2);
-        (case.batch, case.grid) = (9, (2, 3));
-        let (generator, _) = case.generator(DType::F32)?;
-        let (texts, codes) = (case.texts(), case.codes());
-        let run = |rows: &[usize]| -> Result<Vec<Vec<f32>>> {
-            let texts: Vec<_> = rows.iter().map(|&row| texts[row].clone()).collect();
-            let (mut state, first) = generator.decode_start(Source::Text(&texts))?;
-            let mut all: Vec<Vec<f32>> = first.chunks(CODEBOOK).map(<[f32]>::to_vec).collect();
-            for columns in (0..5).map(|i| codes.iter().map(|row| row[i]).collect::<Vec<_>>()) {
-                let tokens: Vec<u32> = rows.iter().map(|&row| columns[row]).collect();
-                let logits = state.logits_next(&tokens)?.chunks(CODEBOOK);
-                all.iter_mut().zip(logits).for_each(|(all, logits)| all.extend(logits));
-            }
-            Ok(all)
-        };
-        let rows: Vec<usize> = (0..9).collect();
-        let together = run(&rows)?;
-        for row in rows.clone() {
-            assert!(run(&[row])?[0] == together[row], "sequence {row}");
-        }
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build()?;
-        let level = FORCED.get();
-        pool.broadcast(|_| FORCED.set(level));
-        assert!(pool.install(|| run(&rows))? == together);
-        Ok(())
-    })
 }
 
 /// Every parameter's gradient along a random direction, in double precision.
@@ -297,9 +230,11 @@ fn gradients_are_finite_differences() -> Result<()> {
         case.config.model.sandwich_norm = index > 2;
         let (generator, params) = case.generator(DType::F64)?;
         let (texts, codes) = (case.texts(), case.codes());
-        let batches = [Direction::TextToImage, Direction::ImageToText].map(|d| case.batch(d, &texts, &codes));
-        let [painting, captioning] = [batches[0].as_ref(), batches[1].as_ref()].map(|b| b.expect("a valid batch"));
-        let total = || -> Result<Tensor> { Ok((loss(&generator, painting)? + loss(&generator, captioning)?)?) };
+        let batches = KINDS.map(|list| case.batch(list, &texts, &codes).expect("a valid batch"));
+        let [image, text, answer] = &batches;
+        let total = || -> Result<Tensor> {
+            Ok(((loss(&generator, image)? + loss(&generator, text)?)? + loss(&generator, answer)?)?)
+        };
         let gradients = total()?.backward()?;
         for (name, var) in &params {
             let gradient = gradients.get(var).unwrap_or_else(|| panic!("{name} has no gradient"));
@@ -325,13 +260,46 @@ fn padding_changes_nothing_and_is_not_predicted() -> Result<()> {
     (case.config.text.max_tokens, case.batch) = (6, 1);
     let (generator, _) = case.generator(DType::F32)?;
     let codes = case.codes();
-    for direction in [Direction::TextToImage, Direction::ImageToText] {
-        let batch = case.batch(direction, &[vec![2, 7, 3]], &codes)?;
-        let mut other = batch.clone();
-        other.text = Tensor::new(&[[2u32, 7, 3, 9, 9, 9]], &Device::Cpu)?;
-        assert_eq!(max_difference(&loss(&generator, &batch)?, &loss(&generator, &other)?)?, 0.0);
-        assert_eq!(batch.targets(), if direction == Direction::TextToImage { codes[0].len() } else { 2 });
+    for (list, predicted) in KINDS.into_iter().zip([codes[0].len(), 2, 2]) {
+        let text = |padding| Tokens::pad(&[vec![2, 7, 3]], 6, padding, &Device::Cpu);
+        let batch = |padding| -> Result<Batch> {
+            let spans = spans(list, [6, 6, codes[0].len()]);
+            let codes = Tokens::pad(&codes, codes[0].len(), 0, &Device::Cpu)?;
+            let tokens = |span: &Span| if span.modality == Text { text(padding) } else { Ok(codes.clone()) };
+            Batch::new(&spans, spans.iter().map(tokens).collect::<Result<_>>()?)
+        };
+        let (zeros, nines) = (batch(0)?, batch(9)?);
+        assert_eq!(max_difference(&loss(&generator, &zeros)?, &loss(&generator, &nines)?)?, 0.0);
+        assert_eq!(zeros.targets(), predicted);
     }
+    Ok(())
+}
+
+#[test]
+fn spans_that_are_no_sequence_are_refused() -> Result<()> {
+    let tokens = |width: usize| Tokens::whole(Tensor::zeros((2, width), DType::U32, &Device::Cpu)?);
+    let (text, image) = (|role| Span::text(role, 3), |role| Span::image(role, 4));
+    let (source, target) = (Role::Source, Role::Target);
+    let good = [image(source), text(source), text(target)];
+    assert!(Batch::new(&good, vec![tokens(4)?, tokens(3)?, tokens(3)?]).is_ok());
+    let short = Tokens { ids: tokens(3)?.ids, lengths: vec![3, 4] };
+    for bad in
+        [vec![tokens(4)?, tokens(3)?], vec![tokens(4)?, tokens(3)?, tokens(2)?], vec![tokens(4)?, short, tokens(3)?]]
+    {
+        assert!(Batch::new(&good, bad).is_err());
+    }
+    let lists: [&[Span]; 6] = [
+        &[],
+        &[text(target)],
+        &[text(source), text(source)],
+        &[text(target), text(source), text(target)],
+        &[text(source), text(source), text(target)],
+        &[image(source), image(target)],
+    ];
+    let grid = Grid { height: 2, width: 2 };
+    assert!(lists.iter().all(|list| Layout::new(list, grid).is_err()) && Layout::new(&good, grid).is_ok());
+    assert!(Layout::new(&good, Grid { height: 3, width: 2 }).is_err());
+    assert!(Layout::new(&Span::image_to_text(4, 1), grid).is_err(), "there is nothing to predict");
     Ok(())
 }
 

@@ -1,8 +1,8 @@
-//! The transformer block by hand: forward and backward over slices, for the CPU.
+//! The transformer block with hand-written forward and backward passes over slices, for the CPU.
 //!
-//! What is cheap to make again is not kept: norms and GELU run once more in the backward pass, and attention takes
-//! its probabilities again. Kept are ten hidden sizes a position: qkv, what attention gave, the stream between the
-//! branches, the inner layer before GELU. A test holds the pass equal to [`Block::forward`] under candle's tape.
+//! Values that are cheap to recompute are not saved: the backward pass runs norms and GELU again, and attention
+//! recomputes its probabilities. Saved are qkv, the output of attention, the residual stream between the branches and
+//! the MLP's hidden layer before GELU. A test compares the pass with [`Block::forward`] under candle's autograd.
 
 use super::{block::Block, gradients::Gradients, norm::LayerNorm};
 use crate::{
@@ -14,13 +14,13 @@ use crate::{
     },
 };
 
-/// What the backward pass needs beside the block's input; l positions in all.
+/// Activations saved for the backward pass, beside the block's input; l positions in all.
 pub struct Activations {
     /// (l, 3, heads, d), before the norms of queries and keys.
     qkv: Vec<f32>,
     /// (l, hidden)
     attended: Vec<f32>,
-    /// Of the scores that attention saw, (samples, heads, positions).
+    /// Log-sum-exp of each query's scores, (samples, heads, positions).
     log_sums: Vec<f32>,
     /// The attention branch before its last norm, if it has one.
     branch1: Option<Vec<f32>>,
@@ -33,7 +33,10 @@ pub struct Activations {
 }
 
 impl Block {
-    /// x (l, hidden) → (l, hidden).
+    /// x (l, hidden) → (l, hidden), and what the backward pass needs; linear layers compute in `precision`.
+    ///
+    /// # Errors
+    /// A parameter is not f32 in memory of the CPU.
     pub fn native(
         &self,
         precision: Precision,

@@ -1,9 +1,9 @@
-//! Attention of one new position at a time over the keys and values of earlier ones, from stock candle ops: what
-//! decoding does on any device, and the oracle of [`slot_cache`](super::slot_cache).
+//! KV cache with stock candle ops: attention of one new position at a time, on any device. It is the oracle of
+//! [`slot_cache`](super::slot_cache).
 //!
-//! Each layer keeps only what its pattern can still need: a row window a ring of `width + 1` codes, a
-//! conv neighbourhood a ring of `size / 2` rows and a bit, a column layer all codes, laid out so that a
-//! column is one stretch. Text and the start of the image stay for good.
+//! Each layer keeps only the codes that its pattern can still need: a row window needs a ring of `width + 1` codes, a
+//! conv neighbourhood a ring of `size / 2 · (width + 1) + 1` codes, and a column layer all codes, stored column by
+//! column. Text and the start of the image are never dropped.
 
 use super::{
     attention::masked_softmax,
@@ -15,7 +15,7 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 
-/// Where a new position goes.
+/// Where the cache stores a new position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
     /// Densely visible: text, or the start of the image.
@@ -24,7 +24,7 @@ pub enum Place {
     Image(usize),
 }
 
-/// How many image codes a layer with this pattern keeps.
+/// Number of image codes that a layer with this pattern keeps.
 pub fn slots(pattern: Pattern, grid: Grid) -> usize {
     match pattern {
         Pattern::Dense | Pattern::Column => grid.len(),
@@ -42,7 +42,7 @@ pub fn slot_of(pattern: Pattern, grid: Grid, code: usize) -> usize {
     }
 }
 
-/// The slots that hold what the newest code may see.
+/// The slots that the newest code attends to.
 fn seen(pattern: Pattern, grid: Grid, query: usize) -> Vec<u32> {
     let mut list = Vec::new();
     pattern.runs(grid, true, query, |start, len, stride| {
@@ -83,7 +83,7 @@ impl Store {
     }
 }
 
-/// What one layer remembers of a batch of sequences.
+/// The keys and values of one layer for a batch of sequences.
 pub struct Cache {
     dense: Store,
     /// Slots of `dense` in use.
@@ -122,7 +122,10 @@ impl Cache {
         Ok(Self { dense: store(sizes.dense)?, filled: 0, mask, image, heads: sizes.heads })
     }
 
-    /// Takes in a whole source at once: qkv (b, l, 3, heads, d).
+    /// Appends a whole source: qkv (b, l, 3, heads, d).
+    ///
+    /// # Errors
+    /// The source is longer than the cache.
     pub fn fill(&mut self, qkv: &Tensor) -> Result<()> {
         let [_, keys, values] = parts(qkv)?;
         self.dense.write(self.filled, &keys, &values)?;
@@ -130,7 +133,10 @@ impl Cache {
         Ok(())
     }
 
-    /// Takes in one new position, qkv (b, 1, 3, heads, d), and attends from it → (b, 1, heads·d).
+    /// Appends one position, qkv (b, 1, 3, heads, d), and attends from it → (b, 1, heads·d).
+    ///
+    /// # Errors
+    /// There is more than one position, the cache is full, or it was made without room for image codes.
     pub fn attend(&mut self, qkv: &Tensor, place: Place) -> Result<Tensor> {
         let (b, l, _, heads, d) = qkv.dims5()?;
         ensure!(l == 1, "cached attention takes one position at a time, not {l}");
@@ -177,7 +183,7 @@ impl Cache {
         Ok(mask.unsqueeze(1)?.broadcast_as((b, self.heads, keys))?.reshape((rows, 1, keys))?)
     }
 
-    /// Sequence `i` goes on as a copy of what was sequence `index[i]`; index (new b) u32.
+    /// Sequence `i` continues as a copy of the old sequence `index[i]`; index (new b) u32.
     pub fn reorder(&mut self, index: &Tensor) -> Result<()> {
         self.dense.reorder(index, self.heads)?;
         if let Some((store, ..)) = &mut self.image {

@@ -1,4 +1,4 @@
-//! Layers of ours.
+//! Layers, parameters and gradients: what candle-nn lacks or does slowly.
 
 pub mod attention;
 pub mod block;

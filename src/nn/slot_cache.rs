@@ -1,7 +1,7 @@
-//! Keys and values of sequences that are decoded together, on plain slices.
+//! KV cache of sequences that are decoded together, on plain slices.
 //!
-//! What a source says is kept once, however many sequences go on from it; only what came after the source is a sequence's
-//! own, in the slots that [`cache`](super::cache) lays out.
+//! A source is cached once, however many sequences continue from it. Only target positions are cached per sequence, in
+//! the slots that [`cache`](super::cache) defines.
 
 use super::{
     cache::{Place, slot_of, slots},
@@ -19,7 +19,7 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    /// Empty ones.
+    /// A cache of zeros.
     pub fn new(blocks: usize, heads: usize, slots: usize, d: usize) -> Self {
         let len = blocks * heads * slots * d;
         Self { keys: vec![0.0; len], values: vec![0.0; len], heads, slots, d }
@@ -29,7 +29,7 @@ impl Blocks {
         ((block * self.heads + head) * self.slots + slot) * self.d
     }
 
-    /// Puts the key and the value (heads, d) of a position into a slot.
+    /// Writes the key and the value (heads, d) of a position to a slot.
     pub fn write(&mut self, block: usize, slot: usize, key: &[f32], value: &[f32]) {
         for head in 0..self.heads {
             let (start, of_head) = (self.start(block, head, slot), head * self.d..(head + 1) * self.d);
@@ -38,13 +38,13 @@ impl Blocks {
         }
     }
 
-    /// What a head reads of a block.
+    /// The keys, values and slots that a head attends to in a block.
     pub fn part<'a>(&'a self, block: usize, head: usize, slots: &'a [u32]) -> Part<'a, f32> {
         let range = self.start(block, head, 0)..self.start(block, head, self.slots);
         Part { keys: &self.keys[range.clone()], values: &self.values[range], slots }
     }
 
-    /// Makes the first `used` slots of block `to` those of block `from`.
+    /// Copies the first `used` slots of block `from` to block `to`.
     pub fn copy(&mut self, from: usize, to: usize, used: usize) {
         for head in 0..self.heads {
             let (to, from) = (self.start(to, head, 0), self.start(from, head, 0));
@@ -53,7 +53,7 @@ impl Blocks {
         }
     }
 
-    /// Makes room for so many blocks.
+    /// Grows the cache to at least this number of blocks.
     pub fn grow(&mut self, blocks: usize) {
         let len = self.keys.len().max(blocks * self.heads * self.slots * self.d);
         self.keys.resize(len, 0.0);
@@ -61,7 +61,7 @@ impl Blocks {
     }
 }
 
-/// The slots of a sequence's own positions: first those that all later ones see, then those of the image's codes.
+/// The slots of a sequence's target positions: first those visible to all later positions, then those of image codes.
 #[derive(Debug, Clone, Copy)]
 pub struct Own {
     pub dense: usize,
@@ -74,13 +74,13 @@ impl Own {
         self.dense + self.image.map_or(0, |(pattern, grid)| slots(pattern, grid))
     }
 
-    /// Slots that positions up to `place` may have written, of which `fed` came before.
+    /// Slots that the first `fed` positions may have written.
     pub fn used(&self, fed: usize) -> usize {
         if fed > self.dense { self.count() } else { fed }
     }
 
-    /// Replaces `seen` by the slots that the newest position may see, itself among them; returns its own slot. `fed`
-    /// positions came before.
+    /// Replaces `seen` by the slots that the newest position attends to, its own included, and returns its own slot;
+    /// `fed` positions came before it.
     pub fn see(&self, place: Place, fed: usize, seen: &mut Vec<u32>) -> usize {
         seen.clear();
         match (place, self.image) {
@@ -108,7 +108,7 @@ pub struct Row {
     pub block: usize,
 }
 
-/// Which blocks the sequences have. Going on from another sequence costs a copy only where two go on from the same one.
+/// Which blocks the sequences own. Continuing from another sequence costs a copy only if two continue from the same one.
 #[derive(Debug)]
 pub struct Lineage {
     rows: Vec<Row>,
@@ -121,7 +121,7 @@ impl Lineage {
         Self { rows: (0..sources).map(|i| Row { source: i, block: i }).collect(), blocks: sources }
     }
 
-    /// Of each sequence.
+    /// The blocks of each sequence.
     pub fn rows(&self) -> &[Row] {
         &self.rows
     }
@@ -131,7 +131,7 @@ impl Lineage {
         self.blocks
     }
 
-    /// Sequence `i` goes on as a copy of what was sequence `index[i]`. Returns the blocks to copy, as (from, to); no
+    /// Sequence `i` continues as a copy of the old sequence `index[i]`. Returns the blocks to copy, as (from, to); no
     /// block is on both sides.
     pub fn reorder(&mut self, index: &[usize]) -> Vec<(usize, usize)> {
         let parents: Vec<Row> = index.iter().map(|&i| self.rows[i]).collect();

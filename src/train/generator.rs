@@ -8,16 +8,17 @@ use super::{
 };
 use crate::{
     bundle::{self, Bundle, Parts},
-    config::{Config, LossReduction, Precision, Task as Kind},
+    config::{self, Config, LossReduction, Precision, Task as Kind},
     data::{self, picture},
     dist::{self, Group},
     error::{Context, Result, ensure, failed, usage},
     generate::{Job, Models},
-    model::{Batch, Direction, Generator, pad},
+    model::{Batch, Generator, Tokens},
     nn::{
         params::{Fresh, Params, Scope},
         weights::Values,
     },
+    ops::packed::Format,
     random::Random,
     runtime,
     text::WordPiece,
@@ -28,6 +29,36 @@ use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
 };
+
+/// Sequences that a step learns from, with a loss of their own.
+struct Objective {
+    /// Of the loss in the metrics.
+    name: &'static str,
+    weight: fn(&config::Train) -> f64,
+    /// Whether captions are dropped with `condition_dropout`.
+    drops_text: bool,
+    /// The text's tokens, of at most so many positions: the end of a cut caption is no target.
+    encode: fn(&WordPiece, &str, usize) -> Result<Vec<u32>>,
+    batch: fn(Tokens, Tensor) -> Result<Batch>,
+}
+
+/// In the order of the batch sizes that the loader is given.
+const OBJECTIVES: [Objective; 2] = [
+    Objective {
+        name: "image",
+        weight: |train| train.image_loss_weight,
+        drops_text: true,
+        encode: WordPiece::encode,
+        batch: Batch::text_to_image,
+    },
+    Objective {
+        name: "text",
+        weight: |train| train.text_loss_weight,
+        drops_text: false,
+        encode: WordPiece::encode_target,
+        batch: |text, codes| Batch::image_to_text(codes, text),
+    },
+];
 
 /// The generator in training.
 pub struct GeneratorTask {
@@ -87,18 +118,18 @@ impl GeneratorTask {
         Ok(Self { model, params: scope.params(), fresh, text, image_tokenizer, feed, config })
     }
 
-    /// The parts of one direction's samples, which begin at position `first` of the step; the losses of all ranks add up
-    /// to `weight` · mean over all target tokens, or over all sequences (`train.loss_reduction`).
+    /// The micro-batches of one objective, whose samples start at position `first` of the step; the losses of all ranks add
+    /// up to `weight` · mean over all target tokens, or over all sequences (`train.loss_reduction`).
     fn batches(
         &self,
-        direction: Direction,
+        objective: &Objective,
         first: u64,
         records: &[data::Record],
         step: u64,
         group: &Group,
     ) -> Result<Vec<Batch>> {
         let settings = &self.config.train;
-        let weight = self.weight(direction);
+        let weight = (objective.weight)(settings);
         if records.is_empty() || weight == 0.0 {
             return Ok(Vec::new());
         }
@@ -108,21 +139,18 @@ impl GeneratorTask {
             let mut codes = Vec::new();
             for (record, index) in records.iter().zip(&mut indices) {
                 let mut random = Random::keyed(self.config.seed, "condition dropout", step, index);
-                let dropped = direction == Direction::TextToImage && random.unit() < settings.condition_dropout;
+                let dropped = objective.drops_text && random.unit() < settings.condition_dropout;
                 let caption = if dropped { "" } else { record.caption.as_str() };
                 let width = self.config.text.max_tokens;
-                rows.push(match direction {
-                    Direction::TextToImage => self.text.encode(caption, width)?,
-                    Direction::ImageToText => self.text.encode_target(caption, width)?,
-                });
+                rows.push((objective.encode)(&self.text, caption, width)?);
                 codes.extend(record.codes.as_deref().context("a sample without codes")?.iter().map(|&c| u32::from(c)));
             }
             let device = runtime::device()?;
             // Positions that no row needs would only cost time.
             let width = rows.iter().map(Vec::len).max().unwrap_or(0);
-            let (text, text_lengths) = pad(&rows, width, self.text.pad(), &device)?;
+            let text = Tokens::pad(&rows, width, self.text.pad(), &device)?;
             let codes = Tensor::from_vec(codes, (rows.len(), self.model.grid().len()), &device)?;
-            Ok(Batch { direction, text, text_lengths, codes, loss_scale: 0.0 })
+            (objective.batch)(text, codes)
         };
         let parts = settings.accumulation.min(records.len());
         let parts = (0..parts).map(|i| part(&records[dist::part(records.len(), i, parts)]));
@@ -134,13 +162,6 @@ impl GeneratorTask {
         let count = group.sum(&[count as f64])?[0];
         batches.iter_mut().for_each(|batch| batch.loss_scale = weight / count);
         Ok(batches)
-    }
-
-    fn weight(&self, direction: Direction) -> f64 {
-        match direction {
-            Direction::TextToImage => self.config.train.image_loss_weight,
-            Direction::ImageToText => self.config.train.text_loss_weight,
-        }
     }
 }
 
@@ -183,26 +204,27 @@ impl Task for GeneratorTask {
     fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<Measured> {
         let samples = self.feed.next(step)?;
         let mut batches = Vec::new();
-        for (direction, (first, records)) in Direction::BOTH.into_iter().zip(&samples) {
-            batches.extend(self.batches(direction, *first, records, step, shards.group())?);
+        for (i, (objective, (first, records))) in OBJECTIVES.iter().zip(&samples).enumerate() {
+            let parts = self.batches(objective, *first, records, step, shards.group())?;
+            batches.extend(parts.into_iter().map(|batch| (i, batch)));
         }
-        batches.iter_mut().for_each(|batch| batch.loss_scale *= loss_scale);
+        batches.iter_mut().for_each(|(_, batch)| batch.loss_scale *= loss_scale);
         let segments = self.model.segments();
-        let mut seen = [[0.0; 2]; 2];
-        for (i, batch) in batches.iter().enumerate() {
+        let mut seen = [[0.0; 2]; OBJECTIVES.len()];
+        for (i, (objective, batch)) in batches.iter().enumerate() {
             if i + 1 == batches.len() {
                 shards.last_micro_batch();
             }
             let loss = engine::accumulate(&segments, batch, self.config.train.recompute, shards)? / loss_scale;
-            let [losses, tokens] = &mut seen[batch.direction as usize];
+            let [losses, tokens] = &mut seen[*objective];
             *losses += loss;
             *tokens += batch.targets() as f64;
         }
         let mut measured = Measured { losses: Vec::new(), figures: Vec::new(), amount: 0, unit: "tokens" };
-        for (direction, seen) in Direction::BOTH.into_iter().zip(shards.group().sum(seen.as_flattened())?.chunks(2)) {
+        for (objective, seen) in OBJECTIVES.iter().zip(shards.group().sum(seen.as_flattened())?.chunks(2)) {
             if seen[1] > 0.0 {
-                let name = if direction == Direction::TextToImage { "image" } else { "text" };
-                measured.losses.push((name, seen[0] / self.weight(direction)));
+                let weight = (objective.weight)(&self.config.train);
+                measured.losses.push((objective.name, seen[0] / weight));
                 measured.amount += seen[1] as usize;
             }
         }
@@ -233,11 +255,9 @@ impl Task for GeneratorTask {
     fn sample(&self, weights: HashMap<String, Tensor>, path: &Path) -> Result<()> {
         let settings = &self.config.sample;
         let scope = Scope::from_tensors(weights, DType::F32, &runtime::device()?);
-        let models = Models {
-            generator: build(&scope, &self.config, &self.text)?,
-            image_tokenizer: self.image_tokenizer.image_tokenizer()?,
-            text: WordPiece::parse(&self.text.vocab_text())?,
-        };
+        let generator = build(&scope, &self.config, &self.text)?;
+        let text = WordPiece::parse(&self.text.vocab_text())?;
+        let models = Models::new(generator, Format::F32, self.image_tokenizer.image_tokenizer()?, text);
         let jobs: Vec<Job> =
             settings.prompts.iter().map(|prompt| Job { prompt: prompt.clone(), seed: self.config.seed }).collect();
         if jobs.is_empty() {

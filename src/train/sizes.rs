@@ -8,7 +8,7 @@ use crate::{
     bundle::Bundle,
     config::{Config, ImageTokenizer, Task},
     error::{Result, ensure, usage},
-    model::{Direction, Layout, activations::Micro, listing, size},
+    model::{Layout, Modality, activations::Micro, listing, size},
     nn::pattern::Grid,
 };
 use std::{fs::read_to_string, path::Path};
@@ -106,25 +106,27 @@ impl Sizes {
         }
     }
 
-    /// The micro-batches of a rank by direction (generator only): the largest of each.
+    /// The micro-batches of a rank by list of spans (generator only): the largest of each.
     pub fn micro_batches(&self, config: &Config, ranks: usize) -> Vec<Micro> {
+        if config.task != Task::Generator {
+            return Vec::new();
+        }
         let (height, width) = self.tokenizer.grid();
-        let micro = |direction| {
-            let settings = &config.train;
-            let (size, weight, outputs) = match direction {
-                Direction::TextToImage => {
-                    (settings.batch_size, settings.image_loss_weight, self.tokenizer.codebook_size)
-                }
-                Direction::ImageToText => (settings.caption_batch_size, settings.text_loss_weight, self.vocabulary),
+        let (settings, grid, text) = (&config.train, Grid { height, width }, config.text.max_tokens);
+        let micro = |(layout, size, weight): (Layout, usize, f64)| {
+            let outputs = match layout.target().modality {
+                Modality::Image => self.tokenizer.codebook_size,
+                Modality::Text => self.vocabulary,
             };
             let size = if weight == 0.0 { 0 } else { size };
-            let text = config.text.max_tokens;
-            let layout = Layout { direction, text, grid: Grid { height, width } };
             let samples = samples(size, ranks, settings.accumulation).1;
             Micro { layout, samples, outputs, bytes: 4, copied: 0, again: settings.accumulation > 1 }
         };
-        let generator = config.task == Task::Generator;
-        Direction::BOTH.into_iter().filter(|_| generator).map(micro).filter(|micro| micro.samples > 0).collect()
+        let kinds = [
+            (Layout::text_to_image(text, grid), settings.batch_size, settings.image_loss_weight),
+            (Layout::image_to_text(grid, text), settings.caption_batch_size, settings.text_loss_weight),
+        ];
+        kinds.into_iter().map(micro).filter(|micro| micro.samples > 0).collect()
     }
 }
 

@@ -12,7 +12,7 @@ use vilg::{
     config::{Config, Model, Train},
     dist::{self, Group},
     error::Result,
-    model::{Batch, Direction, Generator, Layout, pad},
+    model::{Batch, Generator, Tokens},
     nn::params::Scope,
     ops::Store,
     train::{
@@ -62,12 +62,14 @@ fn config(stage: u8, overlap: bool, recompute: usize, accumulation: usize, qk_no
 }
 
 /// Sequences without padding.
-fn batch(layout: Layout, samples: usize) -> Batch {
-    let device = candle_core::Device::Cpu;
-    let rows = vec![vec![1u32; layout.text]; samples];
-    let (text, text_lengths) = pad(&rows, layout.text, 0, &device).unwrap();
-    let codes = candle_core::Tensor::zeros((samples, layout.grid.len()), candle_core::DType::U32, &device).unwrap();
-    Batch { direction: layout.direction, text, text_lengths, codes, loss_scale: 1e-3 }
+fn batch(model: &Generator, samples: usize, to_image: bool) -> Result<Batch> {
+    let zeros =
+        |length| candle_core::Tensor::zeros((samples, length), candle_core::DType::U32, &candle_core::Device::Cpu);
+    let (text, codes) = (Tokens::whole(zeros(model.max_text())?)?, zeros(model.grid().len())?);
+    let batch = if to_image { Batch::text_to_image(text, codes) } else { Batch::image_to_text(codes, text) };
+    let mut batch = batch?;
+    batch.loss_scale = 1e-3;
+    Ok(batch)
 }
 
 /// Two steps as the training loop takes them.
@@ -105,14 +107,14 @@ fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
         shards.begin(step);
         let parts = 2 * config.train.accumulation;
         let mut part = 0;
-        for direction in Direction::BOTH {
+        for to_image in [true, false] {
             let samples = 16 / group.world_size();
             for _ in 0..config.train.accumulation {
                 part += 1;
                 if part == parts {
                     shards.last_micro_batch();
                 }
-                let batch = batch(model.layout(direction), samples);
+                let batch = batch(&model, samples, to_image)?;
                 engine::accumulate(&segments, &batch, config.train.recompute, &mut shards)?;
             }
         }

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use vilg::{
     config::{Config, ConvBorder, Model, Precision, RowExtent, Train},
     error::{Context, Result},
-    model::{Batch, Direction, Generator},
+    model::{Batch, Generator, Tokens},
     nn::{
         params::{Params, Scope},
         segment::Chain,
@@ -15,7 +15,8 @@ use vilg::{
     train::{engine, optimizer, shards::Shards},
 };
 
-const DIRECTIONS: [(Direction, &str); 2] = [(Direction::TextToImage, "image"), (Direction::ImageToText, "text")];
+/// What is predicted.
+const TARGETS: [&str; 2] = ["image", "text"];
 
 struct Golden(HashMap<String, Tensor>);
 
@@ -29,14 +30,14 @@ impl Golden {
         self.0.get(name).with_context(|| format!("the golden file has no `{name}`"))
     }
 
-    fn batch(&self, direction: Direction) -> Result<Batch> {
+    fn batch(&self, target: &str) -> Result<Batch> {
         let lengths = self.get("text_lengths")?.to_vec1::<i64>()?;
-        let mut batch = Batch {
-            direction,
-            text: self.get("text")?.to_dtype(DType::U32)?,
-            text_lengths: lengths.into_iter().map(|length| length as usize).collect(),
-            codes: self.get("codes")?.to_dtype(DType::U32)?,
-            loss_scale: 1.0,
+        let lengths = lengths.into_iter().map(|length| length as usize).collect();
+        let text = Tokens { ids: self.get("text")?.to_dtype(DType::U32)?, lengths };
+        let codes = self.get("codes")?.to_dtype(DType::U32)?;
+        let mut batch = match target {
+            "image" => Batch::text_to_image(text, codes)?,
+            _ => Batch::image_to_text(codes, text)?,
         };
         batch.loss_scale /= batch.targets() as f64;
         Ok(batch)
@@ -83,7 +84,7 @@ fn error(a: &Tensor, b: &Tensor) -> Result<f64> {
 /// Gradients of the summed loss over both directions, and the loss.
 fn accumulate(golden: &Golden, chain: &Chain<Batch>, shards: &mut Shards) -> Result<f64> {
     shards.begin(0);
-    DIRECTIONS.into_iter().map(|(direction, _)| engine::accumulate(chain, &golden.batch(direction)?, 0, shards)).sum()
+    TARGETS.into_iter().map(|target| engine::accumulate(chain, &golden.batch(target)?, 0, shards)).sum()
 }
 
 /// The losses of `steps` training steps on the same batches.
@@ -105,10 +106,10 @@ fn logits_and_every_gradient_are_pytorchs() -> Result<()> {
     let golden = Golden::load()?;
     for (variant, config) in variants() {
         let (generator, params) = golden.generator(variant, &config)?;
-        for (direction, name) in DIRECTIONS {
-            let logits = generator.logits(&golden.batch(direction)?)?;
-            let error = error(&logits, golden.get(&format!("{variant}.logits.{name}"))?)?;
-            assert!(error < 1e-5, "{variant} {direction:?}: {error:e}");
+        for target in TARGETS {
+            let logits = generator.logits(&golden.batch(target)?)?;
+            let error = error(&logits, golden.get(&format!("{variant}.logits.{target}"))?)?;
+            assert!(error < 1e-5, "{variant} {target}: {error:e}");
         }
         let chain = generator.segments();
         let mut shards = Shards::alone(&chain)?;

@@ -5,12 +5,13 @@
 //! sequences beside it nor on the number of threads.
 
 use super::{
-    decode::{Input, Source},
+    Source,
+    input::Input,
     packed::{PackedGenerator, PackedLayer, Room, Table},
-    sequence::{Direction, Layout},
 };
 use crate::{
-    error::{Result, ensure},
+    error::Result,
+    model::sequence::{Layout, Modality, Slot},
     nn::{
         pattern::{Grid, Pattern},
         slot_cache::{Blocks, Lineage, Own, Row},
@@ -18,6 +19,7 @@ use crate::{
     ops::cached_attention::{Part, attend},
 };
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Source positions that go through the layers together, if one source is no longer.
 const PREFILL_ROWS: usize = 256;
@@ -26,88 +28,85 @@ const PREFILL_ROWS: usize = 256;
 const PARTS: usize = 16;
 const PART_WORK: usize = 1 << 16;
 
-/// What a layer remembers.
+/// The keys and values of a layer.
 struct Cache {
     sources: Blocks,
     own: Blocks,
     slots: Own,
 }
 
-/// Sequences on the way.
+/// Sequences that are being decoded. In the cache a source's codes come first, whatever the order of its spans, so that
+/// a code's slot is its place in the grid.
 pub struct Fused<'g> {
     weights: &'g PackedGenerator,
-    layout: Layout,
+    grid: Grid,
+    target: Modality,
+    /// Codes of each source.
+    codes: usize,
     caches: Vec<Cache>,
     lineage: Lineage,
-    /// Positions of each source.
+    /// Tokens of each source, codes and text together.
     lengths: Vec<usize>,
     /// 0, 1, 2 … as long as the longest source.
     all: Vec<u32>,
-    /// Slots that the newest position sees in the layer at hand.
+    /// Slots that the newest position attends to in the current layer.
     seen: Vec<u32>,
     room: Room,
 }
 
 impl<'g> Fused<'g> {
-    /// Reads the sources.
-    pub fn new(weights: &'g PackedGenerator, layout: Layout, source: Source) -> Result<Self> {
-        let (sources, longest) = match source {
-            Source::Text(rows) => (rows, layout.text),
-            Source::Image { codes, .. } => (codes, layout.grid.len()),
-        };
-        let lengths: Vec<usize> = sources.iter().map(Vec::len).collect();
-        let fits = |&length: &usize| match layout.direction {
-            Direction::TextToImage => (1..=longest).contains(&length),
-            Direction::ImageToText => length == longest,
-        };
-        ensure!(lengths.iter().all(fits), "a source of {longest} positions cannot have {lengths:?}");
+    /// Runs the sources through all layers; they fit `layout`.
+    pub fn new(weights: &'g PackedGenerator, layout: &Layout, source: &Source) -> Result<Self> {
+        let (grid, target, longest) = (layout.grid(), layout.target().modality, layout.source_positions());
+        let codes = if source.of(Modality::Image).is_empty() { 0 } else { grid.len() };
+        let text = |row: usize| source.of(Modality::Text).get(row).map_or(0, Vec::len);
         let d = weights.hidden() / weights.heads;
         let cache = |layer: &PackedLayer| {
-            let slots = match layout.direction {
-                Direction::TextToImage => Own { dense: 1, image: Some((layer.pattern, layout.grid)) },
-                Direction::ImageToText => Own { dense: layout.target(), image: None },
+            let slots = match target {
+                Modality::Image => Own { dense: 1, image: Some((layer.pattern, grid)) },
+                Modality::Text => Own { dense: layout.target_positions(), image: None },
             };
-            let blocks = |slots| Blocks::new(sources.len(), weights.heads, slots, d);
+            let blocks = |slots| Blocks::new(source.rows(), weights.heads, slots, d);
             Cache { sources: blocks(longest), own: blocks(slots.count()), slots }
         };
         let mut state = Self {
             weights,
-            layout,
+            grid,
+            target,
+            codes,
             caches: weights.layers.iter().map(cache).collect(),
-            lineage: Lineage::new(sources.len()),
+            lineage: Lineage::new(source.rows()),
             all: (0..longest as u32).collect(),
-            lengths,
+            lengths: (0..source.rows()).map(|row| codes + text(row)).collect(),
             seen: Vec::new(),
             room: Room::default(),
         };
         let together = (PREFILL_ROWS / longest.max(1)).max(1);
-        for first in (0..sources.len()).step_by(together) {
-            let last = (first + together).min(sources.len());
-            state.read(first, &sources[first..last])?;
+        for first in (0..source.rows()).step_by(together) {
+            state.read(source, first..source.rows().min(first + together))?;
         }
         Ok(state)
     }
 
-    /// Reads a few sources, of which the first is source `first`.
-    fn read(&mut self, first: usize, sources: &[Vec<u32>]) -> Result<()> {
-        let (weights, layout) = (self.weights, self.layout);
-        let hidden = weights.hidden();
-        let positions = sources.iter().enumerate().flat_map(|(i, s)| (0..s.len()).map(move |p| (first + i, p)));
-        let positions: Vec<(usize, usize)> = positions.collect();
+    /// Runs a few sources through all layers.
+    fn read(&mut self, source: &Source, rows: Range<usize>) -> Result<()> {
+        let hidden = self.weights.hidden();
+        let positions: Vec<(usize, usize)> =
+            rows.clone().flat_map(|row| (0..self.lengths[row]).map(move |slot| (row, slot))).collect();
         self.room.fit(positions.len(), hidden);
-        let tokens = sources.iter().flatten().zip(&positions);
-        for (x, (&token, &(_, position))) in self.room.x.chunks_exact_mut(hidden).zip(tokens) {
-            match layout.direction {
-                Direction::TextToImage => embed_text(weights, x, token, position)?,
-                Direction::ImageToText => embed_code(weights, x, layout.grid, token, position)?,
-            }
+        let of_row =
+            |row: usize| [Modality::Image, Modality::Text].into_iter().filter_map(move |m| source.of(m).get(row));
+        let tokens = rows.flat_map(of_row).flatten();
+        for ((x, &token), &(_, slot)) in self.room.x.chunks_exact_mut(hidden).zip(tokens).zip(&positions) {
+            let slot = slot.checked_sub(self.codes).map_or(Slot::Image(slot), Slot::Text);
+            embed(self.weights, x, self.grid, slot, token)?;
         }
         rayon::scope(|_| self.read_layers(&positions));
         Ok(())
     }
 
     fn read_layers(&mut self, positions: &[(usize, usize)]) {
-        let Self { weights, layout, caches, lengths, all, room, .. } = self;
+        let Self { weights, grid, codes, caches, lengths, all, room, .. } = self;
         let (hidden, heads) = (weights.hidden(), weights.heads);
         let d = hidden / heads;
         for (i, (layer, cache)) in weights.layers.iter().zip(caches).enumerate() {
@@ -116,19 +115,20 @@ impl<'g> Fused<'g> {
                 cache.sources.write(source, position, &qkv[hidden..2 * hidden], &qkv[2 * hidden..]);
             }
             if i + 1 == weights.layers.len() {
-                break; // nobody sees what the last layer makes of a source
+                break; // nothing reads the last layer's output at source positions
             }
-            let lists = match layout.direction {
-                Direction::TextToImage => Vec::new(),
-                Direction::ImageToText => neighbours(layer.pattern, layout.grid),
-            };
+            let lists = if *codes > 0 { neighbours(layer.pattern, *grid) } else { Vec::new() };
             let sources = &cache.sources;
             mix(room, all.len(), d, |unit, out, qkv, scores| {
-                let (source, position) = positions[unit / heads];
-                let slots = lists.get(position).map_or(&all[..lengths[source]], Vec::as_slice);
-                let nothing = Part { keys: &[], values: &[], slots: &[] };
-                let q = &qkv[unit / heads * 3 * hidden + unit % heads * d..][..d];
-                attend(out, q, [sources.part(source, unit % heads, slots), nothing], scores);
+                let ((source, slot), head) = (positions[unit / heads], unit % heads);
+                // A code attends to codes through the pattern; everything else is dense.
+                let (listed, dense) = match lists.get(slot) {
+                    Some(list) => (list.as_slice(), &all[*codes..lengths[source]]),
+                    None => (&all[..lengths[source]], &[][..]),
+                };
+                let parts: [Part<f32>; 2] = [listed, dense].map(|slots| sources.part(source, head, slots));
+                let q = &qkv[unit / heads * 3 * hidden + head * d..][..d];
+                attend(out, q, parts, scores);
             });
             layer.finish(room);
         }
@@ -139,18 +139,14 @@ impl<'g> Fused<'g> {
         let weights = self.weights;
         self.room.fit(self.lineage.rows().len(), weights.hidden());
         for (i, x) in self.room.x.chunks_exact_mut(weights.hidden()).enumerate() {
-            match input {
-                Input::Start => x.copy_from_slice(&weights.image_start),
-                Input::Code(codes, place) => embed_code(weights, x, self.layout.grid, codes[i], place)?,
-                Input::Token(tokens, position) => embed_text(weights, x, tokens[i], position)?,
-            }
+            embed(weights, x, self.grid, input.slot, input.token(i)?)?;
         }
         rayon::scope(|_| self.step_layers(input, fed));
         Ok(&mut self.room.logits)
     }
 
     fn step_layers(&mut self, input: Input, fed: usize) {
-        let Self { weights, layout, caches, lineage, lengths, all, seen, room } = self;
+        let Self { weights, target, caches, lineage, lengths, all, seen, room, .. } = self;
         let (hidden, heads, rows) = (weights.hidden(), weights.heads, lineage.rows());
         let d = hidden / heads;
         for (layer, cache) in weights.layers.iter().zip(caches) {
@@ -168,7 +164,7 @@ impl<'g> Fused<'g> {
             });
             layer.finish(room);
         }
-        weights.logits(room, layout.direction);
+        weights.logits(room, *target);
     }
 
     /// Sequence `i` goes on as a copy of what was sequence `index[i]`, of which `fed` positions are there.
@@ -207,15 +203,18 @@ fn neighbours(pattern: Pattern, grid: Grid) -> Vec<Vec<u32>> {
     (0..grid.len()).map(list).collect()
 }
 
-/// `x` = the token at a position of the text.
-fn embed_text(weights: &PackedGenerator, x: &mut [f32], token: u32, position: usize) -> Result<()> {
-    sum(x, [(&weights.text, token as usize), (&weights.text_position, position)])
-}
-
-/// `x` = the code at a place of the grid.
-fn embed_code(weights: &PackedGenerator, x: &mut [f32], grid: Grid, code: u32, place: usize) -> Result<()> {
-    let (row, column) = (place / grid.width, place % grid.width);
-    sum(x, [(&weights.image, code as usize), (&weights.image_row, row), (&weights.image_column, column)])
+/// `x` (hidden) = the embedding of a token at its position.
+fn embed(weights: &PackedGenerator, x: &mut [f32], grid: Grid, slot: Slot, token: u32) -> Result<()> {
+    let token = token as usize;
+    match slot {
+        Slot::Start => x.copy_from_slice(&weights.image_start),
+        Slot::Text(position) => sum(x, [(&weights.text, token), (&weights.text_position, position)])?,
+        Slot::Image(place) => {
+            let (row, column) = (place / grid.width, place % grid.width);
+            sum(x, [(&weights.image, token), (&weights.image_row, row), (&weights.image_column, column)])?;
+        }
+    }
+    Ok(())
 }
 
 fn sum<const N: usize>(x: &mut [f32], rows: [(&Table, usize); N]) -> Result<()> {

@@ -1,8 +1,8 @@
 //! A generator's weights as decoding reads them: packed once, on plain slices.
 
-use super::{sequence::Direction, transformer::Generator};
 use crate::{
     error::{Context, Result},
+    model::{sequence::Modality, transformer::Generator},
     nn::{norm::LayerNorm, pattern::Pattern},
     ops::{
         layer_norm,
@@ -125,8 +125,7 @@ impl Named {
 impl PackedGenerator {
     /// A copy of the generator's weights, its matrices in `format`; embeddings, norms and biases stay f32.
     pub fn new(generator: &Generator, format: Format) -> Result<Self> {
-        let segments = generator.segments();
-        let params = segments.iter().flat_map(|segment| segment.params());
+        let params = generator.params().flatten();
         let named = Named(params.map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
         let image_start = named.values("image_start")?;
         let table = |name| named.table(name, image_start.len());
@@ -150,16 +149,12 @@ impl PackedGenerator {
         self.image_start.len()
     }
 
-    fn head(&self, direction: Direction) -> &PackedLinear {
-        match direction {
-            Direction::TextToImage => &self.image_head,
-            Direction::ImageToText => &self.text_head,
-        }
-    }
-
-    /// `room.logits` (rows, vocabulary) of `room.x`.
-    pub fn logits(&self, room: &mut Room, direction: Direction) {
-        let head = self.head(direction);
+    /// `room.logits` (rows, vocabulary) of `room.x`, for targets of this modality.
+    pub fn logits(&self, room: &mut Room, target: Modality) {
+        let head = match target {
+            Modality::Text => &self.text_head,
+            Modality::Image => &self.image_head,
+        };
         room.logits.resize(room.x.len() / self.hidden() * head.outputs(), 0.0);
         self.norm.apply(&mut room.normed, &room.x);
         head.apply(&mut room.logits, &room.normed, Finish::Set);

@@ -1,0 +1,143 @@
+//! Decoding with a cache: the source once, then one position a step for a batch of sequences.
+//!
+//! One contract, two implementations: [`Fused`] on the CPU, and [`Composed`] from stock candle ops on any other device
+//! and in double precision. Tests hold both equal to the full forward pass.
+
+mod composed;
+mod fused;
+mod input;
+mod packed;
+
+pub use input::Source;
+
+use super::{sequence::Span, transformer::Generator};
+use crate::{
+    error::{Context, Result, ensure},
+    ops::packed::Format,
+};
+use candle_core::DType;
+use composed::Composed;
+use fused::Fused;
+use input::Input;
+use packed::PackedGenerator;
+use std::sync::{Arc, OnceLock};
+
+/// Decodes with a generator: on a CPU in f32 from a packed copy of its weights, made when it is first needed.
+pub struct Decoder {
+    generator: Arc<Generator>,
+    /// What the matrices of the packed copy are stored in.
+    format: Format,
+    packed: OnceLock<PackedGenerator>,
+}
+
+enum Path<'g> {
+    Fused(Box<Fused<'g>>),
+    Composed(Composed<'g>),
+}
+
+/// A batch of sequences that are being decoded. Sequences are independent; those of one source share what is cached
+/// of it.
+pub struct DecodeState<'g> {
+    path: Path<'g>,
+    target: Span,
+    vocabulary: usize,
+    batch: usize,
+    /// Target positions that have been inputs so far.
+    fed: usize,
+}
+
+impl Decoder {
+    /// A decoder for `generator`, with matrices stored in `format` where it decodes from packed weights.
+    pub fn new(generator: Arc<Generator>, format: Format) -> Self {
+        Self { generator, format, packed: OnceLock::new() }
+    }
+
+    /// The generator that decodes.
+    pub fn generator(&self) -> &Generator {
+        &self.generator
+    }
+
+    /// Runs the source and the first target position of one sequence a row. Returns the logits (rows, vocabulary) of the
+    /// first token: a code, or the token after `[CLS]`. The first call packs the weights; later changes of them are not
+    /// seen.
+    ///
+    /// # Errors
+    /// There are no rows, one is too long, or an image does not fill the grid; a token is not in the vocabulary.
+    pub fn start(&self, source: &Source) -> Result<(DecodeState<'_>, Vec<f32>)> {
+        let generator = &self.generator;
+        let single = generator.params().flat_map(|params| params.values()).all(|p| p.dtype() == DType::F32);
+        self.start_on(source, single && generator.device().is_cpu())
+    }
+
+    /// The same by one of the two implementations.
+    pub(super) fn start_on(&self, source: &Source, fused: bool) -> Result<(DecodeState<'_>, Vec<f32>)> {
+        let generator = &self.generator;
+        let layout = source.layout(generator.grid(), generator.max_text())?;
+        let target = layout.target();
+        let path = match fused {
+            true => Path::Fused(Box::new(Fused::new(self.packed()?, &layout, source)?)),
+            false => Path::Composed(Composed::new(generator, &layout, source)?),
+        };
+        let mut state = DecodeState { path, target, vocabulary: 0, batch: source.rows(), fed: 0 };
+        let logits = state.step(&source.first())?.to_vec();
+        state.vocabulary = logits.len() / source.rows();
+        Ok((state, logits))
+    }
+
+    fn packed(&self) -> Result<&PackedGenerator> {
+        if self.packed.get().is_none() {
+            // Another thread may have been faster; its copy is as good.
+            let _ = self.packed.set(PackedGenerator::new(&self.generator, self.format)?);
+        }
+        self.packed.get().context("the weights were not packed")
+    }
+}
+
+impl DecodeState<'_> {
+    /// Number of sequences.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Logits of each sequence.
+    pub fn vocabulary(&self) -> usize {
+        self.vocabulary
+    }
+
+    /// Appends one token to each sequence and returns the logits (sequences, vocabulary) of the next, row by row.
+    ///
+    /// # Errors
+    /// The number of tokens is not that of the sequences, one is not in the vocabulary, or the sequences are full.
+    pub fn logits_next(&mut self, tokens: &[u32]) -> Result<&mut [f32]> {
+        ensure!(tokens.len() == self.batch, "{} tokens for {} sequences", tokens.len(), self.batch);
+        let positions = self.target.positions();
+        ensure!(self.fed < positions, "a sequence has only {positions} target positions");
+        self.step(tokens)
+    }
+
+    fn step(&mut self, tokens: &[u32]) -> Result<&mut [f32]> {
+        let fed = self.fed;
+        let input = Input { slot: self.target.slot(fed), tokens };
+        let logits = match &mut self.path {
+            Path::Fused(fused) => fused.step(input, fed),
+            Path::Composed(composed) => composed.step(input),
+        }?;
+        self.fed += 1;
+        Ok(logits)
+    }
+
+    /// Sequence `i` continues as a copy of the old sequence `index[i]`; the number of sequences may change. The cached
+    /// source is never copied, and a sequence's own cache only if several sequences continue from it.
+    ///
+    /// # Errors
+    /// An index is not below the number of sequences, or there is none.
+    pub fn reorder(&mut self, index: &[usize]) -> Result<()> {
+        ensure!(!index.is_empty() && index.iter().all(|&i| i < self.batch), "no such sequence in {index:?}");
+        match &mut self.path {
+            Path::Fused(fused) => fused.reorder(index, self.fed),
+            Path::Composed(composed) => composed.reorder(index)?,
+        }
+        self.batch = index.len();
+        Ok(())
+    }
+}
