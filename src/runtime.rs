@@ -3,16 +3,13 @@
 #[cfg_attr(not(feature = "cuda"), path = "runtime/cuda_disabled.rs")]
 mod cuda;
 mod device;
+mod mapped;
 
 pub use device::{Wanted, choose_device, cpu_only, device, set_local_rank};
+pub use mapped::Mapped;
 
 use crate::error::{Context, Result};
-use std::{
-    fs::{File, read_to_string},
-    ops::Deref,
-    path::Path,
-    sync::OnceLock,
-};
+use std::{fs::read_to_string, sync::OnceLock};
 
 /// Keeps freed memory in the process. A training step frees and allocates the same buffers over and
 /// over; glibc would give each back to the kernel and fault it in again (a third of the time of a step).
@@ -51,28 +48,6 @@ pub fn on_threads<R: Send>(f: impl FnOnce() -> R + Send) -> R {
 pub fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> Result<R> {
     let pool = device::pool().num_threads(threads).stack_size(STACK).build();
     Ok(pool.context("cannot start the compute threads of a rank")?.install(f))
-}
-
-/// A file as memory: what is read of it comes from the disk, and goes again when memory is short.
-pub struct Mapped(memmap2::Mmap);
-
-impl Mapped {
-    /// # Errors
-    /// The file is missing or cannot be mapped.
-    pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-        // SAFETY: nobody changes a file of a model folder or checkpoint in place: new ones are written and renamed.
-        let map = unsafe { memmap2::Mmap::map(&file) }.with_context(|| format!("cannot map {}", path.display()))?;
-        Ok(Self(map))
-    }
-}
-
-impl Deref for Mapped {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        &self.0
-    }
 }
 
 /// What this machine offers and what this build contains, as (name, value).

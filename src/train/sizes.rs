@@ -7,10 +7,11 @@ use super::{
 use crate::{
     config::{Config, ImageTokenizer, Task},
     error::{Result, ensure, usage},
+    files,
     model::{Direction, Layout, activations::Micro, listing, size},
     nn::pattern::Grid,
 };
-use std::{fs::read_to_string, path::Path};
+use std::path::Path;
 
 /// Entries of the Chinese BERT vocabulary, assumed where the vocabulary file is not there yet.
 const CHINESE_VOCABULARY: usize = 21_128;
@@ -37,7 +38,7 @@ impl Sizes {
             Task::Generator if file.is_file() => (Config::load(Some(&file), &[])?.image_tokenizer, true),
             task => (config.image_tokenizer.clone(), task == Task::ImageTokenizer),
         };
-        let (vocabulary, vocabulary_found) = match read_to_string(&config.text.vocab) {
+        let (vocabulary, vocabulary_found) = match files::read_text(Path::new(&config.text.vocab), files::VOCABULARY) {
             Ok(text) => (text.lines().count(), true),
             Err(_) => (CHINESE_VOCABULARY, false),
         };
