@@ -24,6 +24,7 @@ mod tokenize;
 mod train;
 
 use crate::{
+    bundle,
     error::{Error, Result, usage},
     runtime::{self, Wanted},
 };
@@ -47,6 +48,9 @@ struct Cli {
     /// Where to compute; auto: on a CUDA device where this build and machine have one, else on the CPU
     #[arg(long, global = true, value_name = "auto|cpu|cuda|cuda:N", default_value = "auto")]
     device: Wanted,
+    /// Use a model folder although its parts do not belong together (manifest.json), with a warning
+    #[arg(long, global = true)]
+    allow_mismatch: bool,
 }
 
 #[derive(Subcommand)]
@@ -82,6 +86,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Err(error) => return Err(usage_error(&error, &args)),
     };
     runtime::choose_device(cli.device);
+    if cli.allow_mismatch {
+        bundle::allow_mismatch();
+    }
     runtime::start_threads(cli.threads.map(usize::from))?;
     match cli.command {
         // Its own threads hand work to the pool; with one thread it would wait for itself there.

@@ -13,13 +13,13 @@ pub struct ModelOptions {
     /// Model folder, or `demo`
     #[arg(long, value_name = "DIR|NAME", default_value = DEMO_NAME)]
     model: String,
-    /// What the weights are kept in while tokens are drawn: bf16 is as good as f32 and faster, int8 is smaller still
+    /// Number format of the weights while tokens are sampled: bf16 is as good as f32 and faster, int8 halves the memory of bf16
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = Format::Bf16)]
     precision: Format,
 }
 
 impl ModelOptions {
-    /// Opens the model folder and loads what is in it.
+    /// Opens the model folder and loads its generator, image tokenizer and vocabulary.
     pub fn load(&self) -> Result<(Bundle, Models)> {
         let bundle = Bundle::open(&self.model)?;
         let models = Models::load(&bundle, self.precision)?;
