@@ -5,7 +5,7 @@
 //!
 //! | floor | modules | what |
 //! | --- | --- | --- |
-//! | 0 | [`error`] [`report`] [`random`] [`runtime`] [`config`] | hints and exit codes; the only printer; keyed random numbers; threads, memory and devices; the configuration |
+//! | 0 | [`error`] [`files`] [`report`] [`random`] [`runtime`] [`config`] | hints and exit codes; bounded reading of small files; the only printer; keyed random numbers; threads, memory and devices; the configuration |
 //! | 1 | [`ops`] [`dist`] | maths that candle lacks or does slowly, forward and backward; ranks and their collectives |
 //! | 2 | [`nn`] | layers: linear, norm, attention with its patterns and cache, conv blocks |
 //! | 3 | [`text`] [`tokenizer`] [`data`] | WordPiece; the image tokenizer; samples, shards, batches |
@@ -23,6 +23,7 @@ pub mod data;
 pub mod dist;
 pub mod error;
 pub mod eval;
+pub mod files;
 pub mod generate;
 pub mod model;
 pub mod nn;

@@ -5,6 +5,7 @@ mod cuda;
 mod device;
 mod facts;
 mod files;
+mod mapped;
 mod memory;
 mod processor;
 mod signals;
@@ -12,7 +13,8 @@ mod threads;
 
 pub use device::{Wanted, choose_device, cpu_only, device, set_local_rank};
 pub use facts::{Facts, facts};
-pub use files::{Lock, Mapped, lock, sync_folder};
+pub use files::{Lock, lock, sync_folder};
+pub use mapped::Mapped;
 pub use memory::{keep_memory, peak_bytes, resident_bytes, restart_peak};
 #[cfg(target_arch = "x86_64")]
 pub use processor::amd;

@@ -1,27 +1,27 @@
 //! Copies of a model folder: in another precision, with another decoder, or with the names of others.
 
 use super::{
-    Bundle, Parts, WEIGHTS,
+    Bundle, Parts, WEIGHTS, codes,
     import::Family,
-    write,
-    write::{sibling, write_weights},
+    publish,
+    write::{write_as, write_weights_to},
 };
 use crate::{
     config::{Architecture, QuantizerKind, Task},
-    error::{Context, Result, ensure, usage},
+    error::{Result, ensure, usage},
     nn::weights,
     tokenizer,
 };
 use safetensors::Dtype;
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, path::Path};
 
 impl Bundle {
-    /// Writes a copy of this model folder with its weights stored as `dtype`, and with `tokenizer` in the place of a
-    /// generator's own.
+    /// Writes a copy of this model folder with its weights stored as `dtype`, and with `tokenizer` in place of a
+    /// generator's own image tokenizer. An older model folder in its place is replaced, with `force` any folder.
     ///
     /// # Errors
-    /// `tokenizer` makes other codes, so that the generator's would mean nothing to it.
-    pub fn export(&self, folder: &Path, dtype: Dtype, tokenizer: Option<&Self>) -> Result<()> {
+    /// `tokenizer` makes other codes, so that it would misread the generator's; `folder` cannot be written or replaced.
+    pub fn export(&self, folder: &Path, dtype: Dtype, tokenizer: Option<&Self>, force: bool) -> Result<()> {
         let generator = self.config.task == Task::Generator;
         let hint = "name a generator's folder, or leave it out";
         ensure!(generator || tokenizer.is_none(), usage("an image tokenizer has no image tokenizer in it", hint));
@@ -38,14 +38,15 @@ impl Bundle {
             attribution: self.attribution(),
             image_tokenizer: generator.then(|| tokenizer.unwrap_or(own)),
         };
-        write(folder, &parts, dtype)
+        write_as(folder, &parts, dtype, Some(self.digest()?), force)
     }
 
-    /// Writes the image tokenizer's weights into a file with LlamaGen's names, which `vilg import llamagen-vq` reads, too.
+    /// Writes the image tokenizer's weights into a safetensors file with LlamaGen's names, which `vilg import llamagen-vq`
+    /// reads. An older safetensors file in its place is replaced, with `force` any regular file.
     ///
     /// # Errors
-    /// LlamaGen has no such tokenizer.
-    pub fn export_llamagen(&self, file: &Path, dtype: Dtype) -> Result<()> {
+    /// LlamaGen has no such tokenizer; `file` cannot be written or replaced.
+    pub fn export_llamagen(&self, file: &Path, dtype: Dtype, force: bool) -> Result<()> {
         let own = self.image_tokenizer_folder()?;
         let settings = &own.config.image_tokenizer;
         let theirs = settings.architecture == Architecture::Vqgan
@@ -58,21 +59,11 @@ impl Bundle {
         let stored = weights::stored(&bytes, &own.place.file(WEIGHTS), dtype)?;
         let renamed: BTreeMap<_, _> =
             stored.into_iter().map(|(name, values)| (Family::LlamaGen.name(&name, levels), values)).collect();
-        // An older file stays until the new one is complete.
-        let new = sibling(file, ".new");
-        let written = write_weights(&new, &renamed).and_then(|()| Ok(fs::rename(&new, file)?));
-        written.with_context(|| format!("cannot write {}", file.display()))
+        publish::file(file, force, |out| write_weights_to(out, &renamed))
     }
 }
 
-/// The settings beside weights and their shapes that say what codes are.
-fn of_codes(bundle: &Bundle) -> impl PartialEq + use<> {
-    let settings = bundle.config.image_tokenizer.clone();
-    let quantizer = (settings.quantizer, settings.fsq_levels, settings.l2_normalize);
-    (settings.architecture, settings.image_size, settings.attention_sides, quantizer)
-}
-
-/// Checks that two image tokenizers make the same codes of every picture.
+/// Checks that two image tokenizers make the same codes of every image.
 fn check_codes(own: &Bundle, other: &Bundle) -> Result<()> {
     let names = (own.place.name(), other.place.name());
     let differ = |what: String| {
@@ -80,7 +71,11 @@ fn check_codes(own: &Bundle, other: &Bundle) -> Result<()> {
             \"quantize\"]";
         usage(format!("the codes of {} mean something else to {}: {what}", names.0, names.1), hint)
     };
-    ensure!(of_codes(own) == of_codes(other), differ("their architectures or quantisers differ".into()));
+    if own.digest()? == other.digest()? {
+        return Ok(());
+    }
+    let settings = |bundle: &Bundle| codes::settings(&bundle.config.image_tokenizer);
+    ensure!(settings(own)? == settings(other)?, differ("their architectures or quantisers differ".into()));
     let (ours, theirs) = (own.weights()?, other.weights()?);
     for (name, ours) in ours.iter().filter(|(name, _)| tokenizer::makes_codes(name)) {
         let same = match theirs.get(name) {
@@ -98,11 +93,11 @@ fn check_codes(own: &Bundle, other: &Bundle) -> Result<()> {
 mod tests {
     use super::*;
     use crate::{
-        bundle::{DEMO_NAME, IMAGE_TOKENIZER, import},
+        bundle::{DEMO_NAME, IMAGE_TOKENIZER, import, write},
         error::{Exit, exit_of},
     };
     use candle_core::Tensor;
-    use std::collections::HashMap;
+    use std::{collections::HashMap, fs};
 
     fn bits(weights: &HashMap<String, Tensor>) -> BTreeMap<&str, Vec<u32>> {
         let bits =
@@ -138,17 +133,17 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let (demo, out) = (Bundle::open(DEMO_NAME).unwrap(), place.path().join("out"));
         let decoder = changed(place.path(), "decoder.conv_out.bias");
-        demo.export(&out, Dtype::F32, Some(&decoder)).unwrap();
+        demo.export(&out, Dtype::F32, Some(&decoder), false).unwrap();
         let inside = open(&out.join(IMAGE_TOKENIZER));
         assert_eq!(bits(&inside.weights().unwrap()), bits(&decoder.weights().unwrap()));
         assert_eq!(inside.attribution(), "Another's.");
         open(&out).generator().unwrap();
         for name in ["quantize.embedding.weight", "encoder.conv_in.weight", "quant_conv.bias"] {
-            let error = demo.export(&out, Dtype::F32, Some(&changed(place.path(), name))).unwrap_err();
+            let error = demo.export(&out, Dtype::F32, Some(&changed(place.path(), name)), false).unwrap_err();
             assert!(error.to_string().contains(name), "{error:#}");
             assert_eq!(exit_of(&error), Exit::Usage);
         }
-        assert_eq!(exit_of(&decoder.export(&out, Dtype::F32, Some(&decoder)).unwrap_err()), Exit::Usage);
+        assert_eq!(exit_of(&decoder.export(&out, Dtype::F32, Some(&decoder), false).unwrap_err()), Exit::Usage);
     }
 
     #[test]
@@ -156,12 +151,12 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let (file, folder) = (place.path().join("vq.safetensors"), place.path().join("again"));
         let demo = Bundle::open(DEMO_NAME).unwrap();
-        demo.export_llamagen(&file, Dtype::F32).unwrap();
-        import::vqgan(&file, Family::LlamaGen, None, &folder).unwrap();
+        demo.export_llamagen(&file, Dtype::F32, false).unwrap();
+        import::vqgan(&file, Family::LlamaGen, None, &folder, false).unwrap();
         let tokenizer = demo.image_tokenizer_folder().unwrap().weights().unwrap();
         assert_eq!(bits(&open(&folder).weights().unwrap()), bits(&tokenizer));
         let again = place.path().join("again.safetensors");
-        open(&folder).export_llamagen(&again, Dtype::F32).unwrap();
+        open(&folder).export_llamagen(&again, Dtype::F32, false).unwrap();
         assert!(fs::read(&file).unwrap() == fs::read(&again).unwrap());
     }
 }

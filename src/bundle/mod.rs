@@ -1,9 +1,10 @@
-//! A model is a folder: config.toml, model.safetensors, vocab.txt, ATTRIBUTION.md and, for a
-//! generator, the folder of its image tokenizer. The demo model is such a folder inside the program.
+//! A model is a folder: config.toml, model.safetensors, vocab.txt, ATTRIBUTION.md, manifest.json and, for a generator,
+//! the folder of its image tokenizer. The demo model is such a folder inside the program.
 
 use crate::{
-    config::{Config, ImageTokenizer, QuantizerKind, Task},
+    config::{Config, Task},
     error::{Context, Hint, Result, ensure, usage},
+    files,
     model::Generator,
     nn::{params::Scope, weights},
     runtime::{self, Mapped},
@@ -14,21 +15,28 @@ use candle_core::{DType, Tensor};
 use std::{
     borrow::Cow,
     collections::HashMap,
-    fs,
     ops::Deref,
     path::{Path, PathBuf},
 };
 
+mod codes;
 mod export;
 pub mod import;
+mod manifest;
+mod publish;
+#[cfg(test)]
+mod tests;
 mod write;
 
+use manifest::Manifest;
+pub use manifest::allow_mismatch;
 pub use write::{Parts, attribution_of, write};
 
 const CONFIG: &str = "config.toml";
 const WEIGHTS: &str = "model.safetensors";
 const VOCAB: &str = "vocab.txt";
 const ATTRIBUTION: &str = "ATTRIBUTION.md";
+const MANIFEST: &str = "manifest.json";
 const IMAGE_TOKENIZER: &str = "image-tokenizer";
 
 macro_rules! demo {
@@ -49,26 +57,6 @@ static DEMO: &[(&str, &[u8])] = demo![
 /// The name of the demo model.
 pub const DEMO_NAME: &str = "demo";
 
-/// Keys of an image tokenizer that its digest leaves out.
-const TRAINING_KEYS: &[&str] = &[
-    "codebook_decay",
-    "entropy_weight",
-    "kl_weight",
-    "temperature",
-    "temperature_steps",
-    "kl_steps",
-    "perceptual",
-    "perceptual_weight",
-    "perceptual_start",
-    "adversarial_weight",
-    "adversarial_start",
-    "adversarial_loss",
-    "discriminator_channels",
-    "discriminator_layers",
-    "discriminator_ceiling",
-    "lecam_weight",
-];
-
 const COPY: &str = "copy the whole folder again; a model folder is what `vilg train` writes to runs/NAME/model";
 
 #[derive(Debug, Clone)]
@@ -84,6 +72,8 @@ pub struct Bundle {
     /// The configuration it was trained with.
     pub config: Config,
     place: Place,
+    /// What its parts must be like; `None` where nothing says so, or where they are not and that was allowed.
+    manifest: Option<Manifest>,
 }
 
 impl Bundle {
@@ -91,7 +81,7 @@ impl Bundle {
     /// name.
     ///
     /// # Errors
-    /// There is no such folder, or it is not a model folder.
+    /// There is no such folder, it is not a model folder, or its parts do not belong together.
     pub fn open(model: &str) -> Result<Self> {
         if model != DEMO_NAME {
             return Self::at(Place::Folder(model_folder(model.into())?));
@@ -109,7 +99,33 @@ impl Bundle {
             String::from_utf8(place.read(CONFIG)?.into_owned()).with_context(|| format!("{name} is not text"))?;
         let config = Config::parse(&text, &name)?;
         config.validate().with_context(|| name)?;
-        Ok(Self { config, place })
+        let mut bundle = Self { config, place, manifest: None };
+        if let Some(manifest) = bundle.place.manifest()? {
+            bundle.manifest = manifest::judge(bundle.check(&manifest))?.then_some(manifest);
+        }
+        Ok(bundle)
+    }
+
+    /// Checks the parts of the folder against its manifest. What is missing is named when it is asked for.
+    fn check(&self, manifest: &Manifest) -> Result<()> {
+        let Place::Folder(folder) = &self.place else { return Ok(()) };
+        for file in manifest.files().filter(|file| folder.join(file).exists()) {
+            let (weights, text);
+            let bytes: &[u8] = if file == WEIGHTS {
+                weights = self.place.weights()?;
+                &weights
+            } else {
+                text = self.place.read(file)?;
+                &text
+            };
+            manifest.check(file, bytes, &self.place.file(file))?;
+        }
+        if self.config.task == Task::Generator && !manifest.codes.is_empty() {
+            let tokenizer = self.image_tokenizer_folder()?;
+            let what = format!("{} makes other codes than the generator was trained with", tokenizer.place.name());
+            ensure!(tokenizer.makes_codes_of(&manifest.codes)?, manifest::mismatch(what));
+        }
+        Ok(())
     }
 
     /// The image tokenizer's folder: this one, or the one inside a generator's.
@@ -168,22 +184,6 @@ impl Bundle {
     pub fn attribution(&self) -> String {
         self.place.read(ATTRIBUTION).map(|text| String::from_utf8_lossy(&text).into_owned()).unwrap_or_default()
     }
-
-    /// A digest of the image tokenizer's settings and weights: codes belong to one such digest.
-    pub fn digest(&self) -> Result<String> {
-        let folder = self.image_tokenizer_folder()?;
-        let settings = ImageTokenizer { path: String::new(), ..folder.config.image_tokenizer.clone() };
-        let mut settings = toml::Table::try_from(settings)?;
-        // What it was trained against changes no code. Digests are as old as shards of codes: later keys stay out.
-        settings.retain(|key, _| !TRAINING_KEYS.contains(&key));
-        if folder.config.image_tokenizer.quantizer == QuantizerKind::Nearest {
-            settings.retain(|key, _| key != "quantizer" && key != "fsq_levels" && key != "architecture");
-        }
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(toml::to_string(&settings)?.as_bytes());
-        hasher.update(&folder.place.weights()?);
-        Ok(hasher.finalize().to_hex().to_string())
-    }
 }
 
 impl Place {
@@ -204,9 +204,16 @@ impl Place {
 
     fn read(&self, file: &str) -> Result<Cow<'static, [u8]>> {
         Ok(match self {
-            Place::Folder(folder) => Cow::Owned(read_small(&self.existing(folder, file)?)?),
+            Place::Folder(folder) => Cow::Owned(files::read(&self.existing(folder, file)?, files::VOCABULARY)?),
             Place::Demo(prefix) => Cow::Borrowed(self.embedded(prefix, file)?),
         })
+    }
+
+    /// The manifest; folders of earlier versions and the demo have none.
+    fn manifest(&self) -> Result<Option<Manifest>> {
+        let Place::Folder(folder) = self else { return Ok(None) };
+        let there = folder.join(MANIFEST).symlink_metadata().is_ok();
+        there.then(|| Manifest::parse(&self.read(MANIFEST)?, &self.file(MANIFEST))).transpose()
     }
 
     /// The file of weights.
@@ -258,125 +265,4 @@ fn model_folder(folder: PathBuf) -> Result<PathBuf> {
     let hint = "a run writes its model when it ends: start `vilg train` again to go on";
     ensure!(model.is_dir(), usage(format_args!("the run {} has no model yet", folder.display()), hint));
     Ok(model)
-}
-
-/// Reads a text file of a model folder; none is anywhere near this large.
-fn read_small(path: &Path) -> Result<Vec<u8>> {
-    const LIMIT: u64 = 64 << 20;
-    let meta = fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
-    ensure!(meta.is_file() && meta.len() <= LIMIT, "{} is not a file of at most 64 MB", path.display());
-    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::train::task_tests::generator_config;
-    use safetensors::Dtype;
-
-    fn message(error: &crate::error::Error) -> String {
-        format!("{error:#}")
-    }
-
-    /// A generator's model folder with fresh weights.
-    fn model(folder: &Path) -> PathBuf {
-        let config = generator_config(folder);
-        let tokenizer = Bundle::open(&config.image_tokenizer.path).unwrap();
-        let text = WordPiece::load(&config.text.vocab).unwrap();
-        let scope = Scope::from_seed(1, DType::F32, &runtime::device().unwrap());
-        let settings = &config.image_tokenizer;
-        Generator::new(&scope, &config, text.vocab_size(), settings.codebook_size, settings.grid()).unwrap();
-        let weights = weights::of_params(&scope.params()).unwrap();
-        let parts = Parts {
-            config: &config,
-            weights,
-            vocab: Some(text.vocab_text()),
-            attribution: "Ours.".into(),
-            image_tokenizer: Some(tokenizer),
-        };
-        let path = folder.join("model");
-        write(&path, &parts, Dtype::F32).unwrap();
-        // A second one replaces the first.
-        write(&path, &parts, Dtype::F32).unwrap();
-        path
-    }
-
-    fn open(path: &Path) -> Result<Bundle> {
-        Bundle::open(path.to_str().unwrap())
-    }
-
-    /// Opens everything that a model folder holds.
-    fn open_all(path: &Path) -> Result<()> {
-        let bundle = open(path)?;
-        bundle.generator()?;
-        bundle.image_tokenizer()?;
-        Ok(())
-    }
-
-    #[test]
-    fn written_exported_and_opened() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = model(folder.path());
-        let text = fs::read_to_string(path.join(CONFIG)).unwrap();
-        assert!(!text.contains(folder.path().to_str().unwrap()), "a path of this machine");
-        open_all(&path).unwrap();
-        let small = folder.path().join("small");
-        open(&path).unwrap().export(&small, Dtype::BF16, None).unwrap();
-        open_all(&small).unwrap();
-        let size = |path: &Path| fs::metadata(path.join(WEIGHTS)).unwrap().len();
-        assert!(size(&small) < size(&path) * 3 / 4);
-        let (a, b) = (open(&path).unwrap().weights().unwrap(), open(&small).unwrap().weights().unwrap());
-        for (name, a) in &a {
-            let gap = (a - &b[name]).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-            assert!(gap < 4e-3, "{name}: {gap}");
-        }
-        assert_eq!(open(&small).unwrap().attribution(), "Ours.");
-        let tokenizer = path.join(IMAGE_TOKENIZER);
-        assert!(message(&open(&tokenizer).unwrap().generator().err().unwrap()).contains("not a generator"));
-    }
-
-    #[test]
-    fn missing_truncated_and_foreign_files_are_named() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = model(folder.path());
-        for file in [CONFIG, WEIGHTS, VOCAB, "image-tokenizer/config.toml", "image-tokenizer/model.safetensors"] {
-            let whole = fs::read(path.join(file)).unwrap();
-            fs::remove_file(path.join(file)).unwrap();
-            let error = message(&open_all(&path).unwrap_err());
-            assert!(error.contains("lacks") && error.contains(file), "{error}");
-            // Half a configuration is one with more defaults: nothing can tell.
-            if !file.ends_with("toml") {
-                fs::write(path.join(file), &whole[..whole.len() / 2]).unwrap();
-                let error = message(&open_all(&path).unwrap_err());
-                assert!(error.contains(file), "{error}");
-            }
-            fs::write(path.join(file), b"\x89PNG\r\n\x1a\n and more that is no model").unwrap();
-            assert!(message(&open_all(&path).unwrap_err()).contains(file));
-            fs::write(path.join(file), whole).unwrap();
-        }
-        fs::copy(path.join("image-tokenizer/model.safetensors"), path.join(WEIGHTS)).unwrap();
-        assert!(message(&open_all(&path).unwrap_err()).contains("does not fit the config.toml"));
-        assert!(message(&open(&folder.path().join("nowhere")).unwrap_err()).contains("no model folder"));
-    }
-
-    #[test]
-    fn the_folder_of_a_run_stands_for_its_model() {
-        let folder = tempfile::tempdir().unwrap();
-        model(folder.path());
-        open_all(folder.path()).unwrap();
-        let run = folder.path().join("run");
-        fs::create_dir_all(run.join("checkpoints")).unwrap();
-        assert!(message(&open(&run).unwrap_err()).contains("has no model yet"));
-    }
-
-    #[test]
-    fn another_folder_is_never_replaced() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = model(folder.path());
-        let mine = folder.path().join("mine");
-        fs::create_dir(&mine).unwrap();
-        fs::write(mine.join("letter.txt"), "dear").unwrap();
-        assert!(open(&path).unwrap().export(&mine, Dtype::F32, None).is_err());
-        assert_eq!(fs::read_to_string(mine.join("letter.txt")).unwrap(), "dear");
-    }
 }

@@ -1,9 +1,12 @@
 //! Writing a model folder.
 
-use super::{ATTRIBUTION, Bundle, CONFIG, IMAGE_TOKENIZER, VOCAB, WEIGHTS};
+use super::{
+    ATTRIBUTION, Bundle, CONFIG, IMAGE_TOKENIZER, MANIFEST, VOCAB, WEIGHTS, codes, manifest::Manifest, publish,
+};
 use crate::{
-    config::{Config, Source},
-    error::{Context, Result, ensure, usage},
+    config::{Config, Source, Task},
+    error::{Context, Result},
+    files,
     nn::weights::{self, Values},
 };
 use safetensors::Dtype;
@@ -11,62 +14,46 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io::{BufWriter, Write},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 /// What a model folder is made of.
 pub struct Parts<'a> {
     pub config: &'a Config,
     pub weights: BTreeMap<String, Values<'a>>,
+    /// The text of `vocab.txt`, for a generator.
     pub vocab: Option<String>,
     pub attribution: String,
     pub image_tokenizer: Option<Bundle>,
 }
 
-/// Writes a model folder; an older one in its place is replaced when the new one is complete.
+/// Writes a model folder with its manifest. An older model folder in its place is replaced when the new one is complete.
+///
+/// # Errors
+/// There is something else in its place, or it cannot be written.
 pub fn write(folder: &Path, parts: &Parts, dtype: Dtype) -> Result<()> {
-    replace_folder(folder, WEIGHTS, |new| write_parts(new, parts, dtype))
+    write_as(folder, parts, dtype, None, false)
 }
 
-/// Has `write` fill a new folder, which then takes the place of an older one with the file `mark`.
-pub(super) fn replace_folder(folder: &Path, mark: &str, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let ours = !folder.exists() || folder.join(mark).exists() || fs::read_dir(folder)?.next().is_none();
-    let hint = "name a new folder";
-    ensure!(ours, usage(format_args!("{} exists and is not a model folder", folder.display()), hint));
-    let (new, old) = (sibling(folder, ".new"), sibling(folder, ".old"));
-    for stale in [&new, &old] {
-        if stale.exists() {
-            fs::remove_dir_all(stale)?;
-        }
-    }
-    fs::create_dir_all(&new)
-        .map_err(Into::into)
-        .and_then(|()| write(&new))
-        .with_context(|| format!("cannot write the model folder {}", folder.display()))?;
-    if folder.exists() {
-        fs::rename(folder, &old)?;
-    }
-    fs::rename(&new, folder)?;
-    if old.exists() {
-        fs::remove_dir_all(&old)?;
-    }
-    Ok(())
+/// The same, where the image tokenizer's codes have the fingerprint `codes`, otherwise computed from its weights; with
+/// `force` any folder is replaced.
+pub(super) fn write_as(folder: &Path, parts: &Parts, dtype: Dtype, codes: Option<String>, force: bool) -> Result<()> {
+    publish::folder(folder, force, |new| write_parts(new, parts, dtype, codes))
 }
 
 /// Writes a file of weights.
 pub(super) fn write_weights(path: &Path, values: &BTreeMap<String, Values>) -> Result<()> {
-    let mut out = BufWriter::new(File::create(path)?);
+    write_weights_to(File::create(path)?, values)
+}
+
+/// Writes weights to an open file.
+pub(super) fn write_weights_to(file: File, values: &BTreeMap<String, Values>) -> Result<()> {
+    let mut out = BufWriter::new(file);
     weights::write(&mut out, values)?;
     Ok(out.flush()?)
 }
 
-pub(super) fn sibling(folder: &Path, suffix: &str) -> PathBuf {
-    let mut name = folder.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
-}
-
-fn write_parts(folder: &Path, parts: &Parts, dtype: Dtype) -> Result<()> {
+fn write_parts(folder: &Path, parts: &Parts, dtype: Dtype, codes: Option<String>) -> Result<()> {
     // Paths of the training machine mean nothing elsewhere.
     let mut config = parts.config.clone();
     config.data.sources.clear();
@@ -74,7 +61,8 @@ fn write_parts(folder: &Path, parts: &Parts, dtype: Dtype) -> Result<()> {
     config.image_tokenizer.perceptual.clear();
     config.text.vocab = parts.vocab.as_ref().map_or(String::new(), |_| VOCAB.into());
     config.image_tokenizer.path = parts.image_tokenizer.as_ref().map_or(String::new(), |_| IMAGE_TOKENIZER.into());
-    fs::write(folder.join(CONFIG), config.to_toml()?)?;
+    let toml = config.to_toml()?;
+    fs::write(folder.join(CONFIG), &toml)?;
     write_weights(&folder.join(WEIGHTS), &parts.weights)?;
     if let Some(vocab) = &parts.vocab {
         fs::write(folder.join(VOCAB), vocab)?;
@@ -83,17 +71,29 @@ fn write_parts(folder: &Path, parts: &Parts, dtype: Dtype) -> Result<()> {
         fs::write(folder.join(ATTRIBUTION), &parts.attribution)?;
     }
     if let Some(tokenizer) = &parts.image_tokenizer {
-        tokenizer.export(&folder.join(IMAGE_TOKENIZER), dtype, None)?;
+        tokenizer.export(&folder.join(IMAGE_TOKENIZER), dtype, None, false)?;
     }
-    Ok(())
+    let written = weights::map(&folder.join(WEIGHTS))?;
+    let codes = match (codes, &parts.image_tokenizer) {
+        (Some(codes), _) => codes,
+        (None, Some(tokenizer)) => tokenizer.digest()?,
+        (None, None) if config.task == Task::ImageTokenizer => {
+            codes::fingerprint(&config.image_tokenizer, &written, WEIGHTS)?
+        }
+        (None, None) => String::new(),
+    };
+    let mut files = vec![(CONFIG, toml.as_bytes()), (WEIGHTS, &written[..])];
+    files.extend(parts.vocab.as_ref().map(|vocab| (VOCAB, vocab.as_bytes())));
+    fs::write(folder.join(MANIFEST), serde_json::to_vec_pretty(&Manifest::new(files, codes))?)
+        .with_context(|| format!("cannot write {MANIFEST}"))
 }
 
-/// The `ATTRIBUTION.md` files that lie in the folders of `sources` or up to two above, joined.
+/// The `ATTRIBUTION.md` files in the folders of `sources`, or up to two folders above, joined.
 pub fn attribution_of(sources: &[Source]) -> String {
     let mut texts = Vec::new();
     for source in sources {
         let mut folders = Path::new(&source.path).ancestors().filter(|folder| folder.is_dir()).take(3);
-        let text = folders.find_map(|folder| fs::read_to_string(folder.join(ATTRIBUTION)).ok());
+        let text = folders.find_map(|folder| files::read_text(&folder.join(ATTRIBUTION), files::TEXT).ok());
         texts.extend(text.filter(|text| !texts.contains(text)));
     }
     texts.join("\n")

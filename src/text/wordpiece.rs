@@ -1,6 +1,9 @@
 //! WordPiece over a BERT vocabulary: cleaned, lower-cased, each Chinese character a word of its own.
 
-use crate::error::{Context, Hint, Result, anyhow, ensure};
+use crate::{
+    error::{Context, Hint, Result, anyhow, ensure},
+    files,
+};
 use std::{collections::HashSet, path::Path};
 use tokenizers::{
     Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
@@ -33,12 +36,15 @@ impl WordPiece {
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let hint = "a WordPiece vocabulary has one token a line, in UTF-8, and holds [PAD], [UNK], [CLS] and [SEP]";
-        let read = std::fs::read_to_string(path).map_err(anyhow::Error::from);
+        let read = files::read_text(path, files::VOCABULARY);
         read.and_then(|text| Self::parse(&text)).hint(format!("cannot use the vocabulary `{}`", path.display()), hint)
     }
 
-    /// The vocabulary in the text of a `vocab.txt`.
+    /// The vocabulary in the text of a `vocab.txt`. A byte order mark at its beginning is skipped.
     pub fn parse(vocab: &str) -> Result<Self> {
+        // Alone in its line it is a token.
+        let marked = vocab.strip_prefix('\u{feff}').filter(|rest| !rest.starts_with(['\r', '\n']));
+        let vocab = marked.unwrap_or(vocab);
         // Not trimmed: the Chinese BERT vocabulary holds a line separator (U+2028) as a token.
         let tokens: Vec<String> = vocab.lines().map(str::to_owned).collect();
         let mut seen = HashSet::new();
@@ -205,6 +211,14 @@ mod tests {
         assert_eq!(target("一弯月一弯月一弯月", 5), [2, 5, 6, 7, 5]);
         assert_eq!(target("", 2), [2, 3]);
         assert_eq!(target(&"x".repeat(1 << 20), 8), [2, 1], "what follows was not read");
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_part_of_the_first_token() {
+        let marked = WordPiece::parse(&format!("\u{feff}{VOCAB}")).unwrap();
+        assert_eq!(marked.pad(), 0);
+        assert_eq!(marked.vocab_text(), VOCAB);
+        assert_eq!(marked.encode("一弯月", 8).unwrap(), round("一弯月").0);
     }
 
     #[test]

@@ -17,7 +17,7 @@ pub use tiles::CodeGrid;
 
 use crate::{
     config::{self, Architecture},
-    error::{Result, bail, ensure},
+    error::{Result, bail, ensure, failed},
     nn::{conv::Conv2d, features::Buffers, params::Scope, segment::Segment},
 };
 use candle_core::{DType, Device, Tensor};
@@ -238,6 +238,7 @@ impl ImageTokenizer {
     /// Pixels `(batch, side, side, 3)` in \[-1, 1\] → codes `(batch, h·w)` of `u32`.
     pub fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
         let z = self.latents(pixels)?;
+        check_finite(&z, "latents")?;
         Ok(self.decoder.quantize.encode(&z)?.reshape((pixels.dim(0)?, ()))?)
     }
 
@@ -247,6 +248,17 @@ impl ImageTokenizer {
         ensure!(count == self.grid * self.grid, "{count} codes for a grid of {0} x {0}", self.grid);
         let z_q = self.decoder.quantize.lookup(&codes.to_device(self.device())?.flatten_all()?)?;
         let z_q = z_q.reshape((batch, self.grid, self.grid, ()))?;
-        if self.native { self.decoder.infer(&z_q) } else { self.decoder.decode(&z_q) }
+        let pixels = if self.native { self.decoder.infer(&z_q)? } else { self.decoder.decode(&z_q)? };
+        check_finite(&pixels, "pixels")?;
+        Ok(pixels)
     }
+}
+
+/// Checks what the image tokenizer made: finite weights of absurd size overflow, and would give codes and images of zeros.
+fn check_finite(values: &Tensor, what: &str) -> Result<()> {
+    // A sum of absolute values is finite only if each is (or, at a mean of 1e30, absurd as well).
+    let sum = values.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>()?;
+    let hint = "its weights are damaged or diverged in training: use another checkpoint";
+    ensure!(sum.is_finite(), failed(format_args!("the image tokenizer gives {what} that are not finite"), hint));
+    Ok(())
 }

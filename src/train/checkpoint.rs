@@ -7,7 +7,7 @@
 //! Every rank writes what it owns into a file of its own; see [`saving`](super::saving) for how and when, and
 //! [`reshard`](super::reshard) for how others read it.
 
-use super::{loss_scale::LossScale, reshard::Stored, spikes::Spikes};
+use super::{Task, loss_scale::LossScale, reshard::Stored, spikes::Spikes};
 use crate::{
     config::Config,
     dist::Group,
@@ -16,10 +16,10 @@ use crate::{
 };
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 pub(super) const FORMAT: u32 = 1;
@@ -126,6 +126,9 @@ fn manifest(path: &Path) -> Result<Manifest> {
     let format = &manifest["format"];
     ensure!(*format == FORMAT, "{MANIFEST}: `format` is {format}, this program reads {FORMAT}");
     let manifest: Manifest = serde_json::from_value(manifest).context(MANIFEST)?;
+    let plain = |name: &&String| Path::new(name).components().eq([Component::Normal(name.as_ref())]);
+    let outside = manifest.files.keys().find(|name| !plain(name)).map_or("", String::as_str);
+    ensure!(outside.is_empty(), "{MANIFEST} lists `{outside}`, which is no file of the checkpoint's folder");
     let named = |name: &str| manifest.files.contains_key(name);
     ensure!(named(STATE) && named(CONFIG), "{MANIFEST} does not list {STATE} and {CONFIG}");
     ensure!(manifest.files.keys().any(|name| name.ends_with(TENSORS)), "{MANIFEST} lists no tensors");
@@ -257,18 +260,22 @@ impl Loaded {
     ///
     /// # Errors
     /// Names the first field that differs.
-    pub fn check(&self, config: &Config, identity: &BTreeMap<String, String>, sources: &[u64]) -> Result<()> {
+    pub fn check(&self, config: &Config, task: &dyn Task) -> Result<()> {
         let step = self.state.step;
         let hint = "start another run with another `name`, or put the field back";
         if let Some((key, was, is)) = difference("", &self.config, &serde_json::to_value(config)?) {
             bail!(failed(format!("the checkpoint of step {step} was made with {key} = {was}, not {is}"), hint));
         }
-        let mut names: Vec<_> = self.state.identity.keys().chain(identity.keys()).collect();
-        names.sort_unstable();
-        if let Some(name) = names.into_iter().find(|name| self.state.identity.get(*name) != identity.get(*name)) {
+        let names: BTreeSet<String> = self.state.identity.keys().cloned().chain(task.identity()?.into_keys()).collect();
+        for name in names {
+            if let Some(digest) = self.state.identity.get(&name)
+                && task.has_identity(&name, digest)?
+            {
+                continue;
+            }
             bail!(failed(format!("the checkpoint of step {step} was made with another {name}"), hint));
         }
-        self.check_sources(config, sources)
+        self.check_sources(config, &task.sources())
     }
 
     /// Checks that data sources whose paths changed have as many samples as before: the order of samples depends on it.

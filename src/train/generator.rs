@@ -101,8 +101,10 @@ impl GeneratorTask {
         config.image_tokenizer = image_tokenizer.config.image_tokenizer.clone();
         let batches = [config.train.batch_size, config.train.caption_batch_size];
         let feed = Feed::new(&config, data::Kind::Codes, &batches, group)?;
-        let digest = image_tokenizer.digest()?;
-        let ours = feed.dataset().codes().is_some_and(|codes| codes.tokenizer == digest);
+        let ours = match feed.dataset().codes() {
+            Some(codes) => image_tokenizer.makes_codes_of(&codes.tokenizer)?,
+            None => false,
+        };
         let hint = "encode the pictures again with `vilg data encode`, or name the tokenizer that made the codes";
         ensure!(ours, failed("the codes in data.sources are not of the tokenizer in image_tokenizer.path", hint));
 
@@ -170,11 +172,14 @@ fn build(scope: &Scope, config: &Config, text: &WordPiece) -> Result<Generator> 
     Generator::new(scope, config, text.vocab_size(), tokenizer.codebook_size, tokenizer.grid())
 }
 
+/// The name of the image tokenizer among the digests.
+const IMAGE_TOKENIZER: &str = "image tokenizer";
+
 /// Digests of what a generator's weights belong to: its vocabulary and its image tokenizer.
 pub fn identity(text: &WordPiece, image_tokenizer: &Bundle) -> Result<BTreeMap<String, String>> {
     let vocabulary = blake3::hash(text.vocab_text().as_bytes()).to_hex().to_string();
     let image_tokenizer = image_tokenizer.digest()?;
-    Ok(BTreeMap::from([("vocabulary".into(), vocabulary), ("image tokenizer".into(), image_tokenizer)]))
+    Ok(BTreeMap::from([("vocabulary".into(), vocabulary), (IMAGE_TOKENIZER.into(), image_tokenizer)]))
 }
 
 impl Task for GeneratorTask {
@@ -195,6 +200,13 @@ impl Task for GeneratorTask {
 
     fn identity(&self) -> Result<BTreeMap<String, String>> {
         identity(&self.text, &self.image_tokenizer)
+    }
+
+    fn has_identity(&self, name: &str, digest: &str) -> Result<bool> {
+        if name == IMAGE_TOKENIZER {
+            return self.image_tokenizer.makes_codes_of(digest);
+        }
+        Ok(self.identity()?.get(name).is_some_and(|ours| ours == digest))
     }
 
     fn units(&self) -> Vec<Vec<String>> {

@@ -94,6 +94,11 @@ pub trait Task {
     /// Digests of what the weights belong to beside the configuration.
     fn identity(&self) -> Result<BTreeMap<String, String>>;
 
+    /// Whether `digest`, from a checkpoint, stands for the same as this task's digest `name`.
+    fn has_identity(&self, name: &str, digest: &str) -> Result<bool> {
+        Ok(self.identity()?.get(name).is_some_and(|ours| ours == digest))
+    }
+
     /// The number of samples of each data source.
     fn sources(&self) -> Vec<u64> {
         Vec::new()

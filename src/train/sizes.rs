@@ -8,10 +8,11 @@ use crate::{
     bundle::Bundle,
     config::{Config, ImageTokenizer, Task},
     error::{Result, ensure, usage},
+    files,
     model::{Layout, Modality, activations::Micro, listing, size},
     nn::pattern::Grid,
 };
-use std::{fs::read_to_string, path::Path};
+use std::path::Path;
 
 /// Entries of the Chinese BERT vocabulary, assumed where the vocabulary file is not there yet.
 const CHINESE_VOCABULARY: usize = 21_128;
@@ -43,7 +44,7 @@ impl Sizes {
         };
         let text = match config.text.vocab.as_str() {
             "demo" => Ok(Bundle::open("demo")?.text()?.vocab_text()),
-            path => read_to_string(path),
+            path => files::read_text(Path::new(path), files::VOCABULARY),
         };
         let (vocabulary, vocabulary_found) = match text {
             Ok(text) => (text.lines().count(), true),

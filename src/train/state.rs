@@ -80,7 +80,7 @@ impl RunState {
         let step = loaded.as_ref().map(|loaded| loaded.state.step);
         shards.group().same("newest checkpoint", &format!("{step:?}"))?;
         if let Some(loaded) = loaded {
-            loaded.check(config, &task.identity()?, &task.sources())?;
+            loaded.check(config, task)?;
             run.restore(config, &loaded, task, shards)?;
             if shards.group().leads() {
                 checkpoint::set_aside_after(checkpoints, run.step)?;

@@ -3,7 +3,7 @@
 
 use super::{Candidate, take};
 use crate::{
-    bundle::{Parts, write},
+    bundle::{Parts, write::write_as},
     config::{Architecture, Config, ImageTokenizer, QuantizerKind, Task},
     error::{Context, Hint, Result, ensure, failed},
     nn::{checkpoint_file::CheckpointFile, params::Scope, weights},
@@ -25,7 +25,7 @@ const HINT: &str = "put encoder.pt and decoder.pt into a folder: torch.save(torc
 ///
 /// # Errors
 /// A tensor is missing, left over or misshapen.
-pub fn dvae(source: &Path, folder: &Path) -> Result<()> {
+pub fn dvae(source: &Path, folder: &Path, force: bool) -> Result<()> {
     let files = files(source)?;
     let shape = |name: &str| {
         let found = files.iter().find_map(|(prefix, file)| file.shape(name.strip_prefix(prefix)?));
@@ -54,7 +54,7 @@ pub fn dvae(source: &Path, folder: &Path) -> Result<()> {
     }
     let attribution = String::new();
     let parts = Parts { config: &config, weights: all, vocab: None, attribution, image_tokenizer: None };
-    write(folder, &parts, Dtype::F32)
+    write_as(folder, &parts, Dtype::F32, None, force)
 }
 
 /// What the names in each file lack in front.
@@ -111,7 +111,7 @@ mod tests {
         let place = tempfile::tempdir()?;
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/dalle_dvae.safetensors");
         let (whole, two) = (place.path().join("whole"), place.path().join("two"));
-        dvae(&golden, &whole)?;
+        dvae(&golden, &whole, false)?;
         let (file, halves) = (CheckpointFile::open(&golden)?, place.path().join("halves"));
         fs::create_dir(&halves)?;
         for half in ["encoder", "decoder"] {
@@ -120,14 +120,14 @@ mod tests {
             let values = values.collect::<Result<BTreeMap<_, _>>>()?;
             weights::write(&mut fs::File::create(halves.join(format!("{half}.safetensors")))?, &values)?;
         }
-        dvae(&halves, &two)?;
+        dvae(&halves, &two, false)?;
         let open = |folder: &Path| Bundle::open(&folder.display().to_string());
         assert_eq!(open(&whole)?.digest()?, open(&two)?.digest()?.as_str());
         let settings = open(&whole)?.config.image_tokenizer;
         assert_eq!((settings.channels, settings.channel_multipliers.as_slice()), (8, &[1, 2, 4, 8][..]));
         assert_eq!((settings.residual_blocks, settings.codebook_size, settings.code_dim), (1, 32, 12));
         let lpips = golden.with_file_name("lpips.safetensors");
-        assert!(format!("{:#}", dvae(&lpips, &two).unwrap_err()).contains("lacks `encoder.blocks.input.w`"));
+        assert!(format!("{:#}", dvae(&lpips, &two, false).unwrap_err()).contains("lacks `encoder.blocks.input.w`"));
         Ok(())
     }
 }

