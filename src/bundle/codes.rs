@@ -20,6 +20,7 @@ const TRAINING_KEYS: &[&str] = &[
     "kl_weight",
     "temperature",
     "temperature_steps",
+    "kl_steps",
     "perceptual",
     "perceptual_weight",
     "perceptual_start",
