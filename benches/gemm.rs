@@ -5,7 +5,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use std::{hint::black_box, time::Duration};
 use vilg::ops::{
     epilogue::Epilogue,
-    gemm::{Matrix, Onto, gemm},
+    gemm::{Beta, Matrix, gemm},
     matmul::bf16::{
         gemm::{PackedB, gemm_bf16, gemm_packed},
         unit::Bf16Unit,
@@ -42,15 +42,15 @@ fn products(criterion: &mut Criterion) {
         let (a, b) = (matrix(&a, m, k, ta), matrix(&b, k, n, tb));
         group.throughput(Throughput::Elements(2 * (m * n * k) as u64));
         group.bench_function(BenchmarkId::new("f32", name), |bench| {
-            bench.iter(|| gemm(black_box(&mut c), Onto::Nothing, 1.0, a, b));
+            bench.iter(|| gemm(black_box(&mut c), Beta::Zero, 1.0, a, b));
         });
         let Some(unit) = Bf16Unit::get() else { continue };
         group.bench_function(BenchmarkId::new("bf16", name), |bench| {
-            bench.iter(|| gemm_bf16(unit, black_box(&mut c), Onto::Nothing, 1.0, a, b, Epilogue::NONE));
+            bench.iter(|| gemm_bf16(unit, black_box(&mut c), Beta::Zero, 1.0, a, b, Epilogue::NONE));
         });
         let packed = PackedB::new(unit, b);
         group.bench_function(BenchmarkId::new("bf16 packed", name), |bench| {
-            bench.iter(|| gemm_packed(unit, black_box(&mut c), Onto::Nothing, 1.0, a, &packed, Epilogue::NONE));
+            bench.iter(|| gemm_packed(unit, black_box(&mut c), Beta::Zero, 1.0, a, &packed, Epilogue::NONE));
         });
     }
     group.finish();

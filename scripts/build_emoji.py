@@ -172,7 +172,7 @@ def caption_variants(key, style, short_name, keywords):
     return name, list(dict.fromkeys(captions))
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 def icon_keys(cache):

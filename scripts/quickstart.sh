@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing, builds vilg, paints a line of Chinese and describes a picture.
+# Installs what is missing, builds vilg, paints a line of Chinese and describes an image.
 #   ./scripts/quickstart.sh "细腻风格的女宇航员"
 set -euo pipefail
 prompt=${1:-细腻风格的女宇航员}

@@ -10,7 +10,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 
-# Sixteen copies of one picture, a tokenizer of one step and a vocabulary of the right size: only sizes matter here.
+# Sixteen copies of one image, a tokenizer of one step and a vocabulary of the right size: only sizes matter here.
 mkdir pictures
 for i in $(seq 16); do
     cp "$root/src/demo/sample.png" "pictures/$i.png"

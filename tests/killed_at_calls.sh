@@ -15,7 +15,7 @@ calls=(write fsync rename unlink openat)
 train() { # name, then what to run it under
     local name=$1
     shift
-    "$@" "$vilg" --threads 2 train --config tiny.toml --nproc 2 --set name="$name" --set train.shard_stage=3 \
+    "$@" "$vilg" --threads 2 train --config tiny.toml --nproc 2 --set name="$name" --set train.zero_stage=3 \
         --set train.steps=6 --set train.checkpoint_every=2 --set train.decay_start=1 --set train.background_checkpoints="$background" 2>log
 }
 as_nobody_killed() {

@@ -42,7 +42,7 @@ chmod +x "$work/rsh"
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 common=(--bind-to none --oversubscribe --mca mpi_yield_when_idle 1 --mca btl_vader_single_copy_mechanism none)
 wires=(--mca btl_tcp_if_include 10.77.0.0/24 --mca oob_tcp_if_include 10.77.0.0/24 --mca plm_rsh_agent "$work/rsh")
-settings=(--threads 2 train --config tiny.toml --set train.shard_stage=3)
+settings=(--threads 2 train --config tiny.toml --set train.zero_stage=3)
 ip netns exec "$a" unshare --uts bash -c 'hostname host-a && exec "$@"' _ \
     mpirun "${common[@]}" "${wires[@]}" --host 10.77.0.1:2,10.77.0.2:2 -n 4 "$vilg" "${settings[@]}" --set name=two-hosts
 sent=$(ip netns exec "$a" cat "/sys/class/net/v$$a/statistics/tx_bytes")

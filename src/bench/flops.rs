@@ -11,7 +11,7 @@ pub fn train(shape: &Shape) -> f64 {
     3.0 * forward(shape)
 }
 
-/// One picture for each sequence, painted with a cache: as the forward pass, each position once.
+/// One image for each sequence, painted with a cache: as the forward pass, each position once.
 pub fn decode(shape: &Shape) -> f64 {
     forward(shape)
 }

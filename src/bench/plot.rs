@@ -1,4 +1,4 @@
-//! Attention's cost against its size as an SVG picture.
+//! Attention's cost against its size as an SVG image.
 
 use super::attention::Cost;
 use crate::error::{Result, anyhow};

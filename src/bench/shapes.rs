@@ -19,7 +19,7 @@ pub struct Shape {
     pub codebook: usize,
     /// Height and width of the generator's grid of codes.
     pub grid: (usize, usize),
-    /// Sequences or pictures a step.
+    /// Sequences or images a step.
     pub batch: usize,
 }
 

@@ -43,7 +43,7 @@ pub fn train(shape: &Shape) -> Result<Work<'static>> {
     })
 }
 
-/// Whole steps on one batch of pictures.
+/// Whole steps on one batch of images.
 pub fn tokenizer(shape: &Shape) -> Result<Work<'static>> {
     let config = &shape.config.image_tokenizer;
     let scope = Scope::from_seed(1, DType::F32, &Device::Cpu).in_precision(shape.config.train.precision);
@@ -100,7 +100,7 @@ pub fn forward_backward<B>(chain: &Chain<B>, batch: &B, shards: &mut Shards) -> 
     shards.finish()
 }
 
-/// All codes of one picture for each text.
+/// All codes of one image for each text.
 pub fn decode(shape: &Shape, format: Format) -> Result<Work<'static>> {
     let (generator, params) = generator(shape)?;
     let decoder = Decoder::new(Arc::new(generator), format);

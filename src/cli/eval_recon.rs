@@ -3,7 +3,7 @@
 use crate::{
     bundle::{Bundle, DEMO_NAME},
     config::Precision,
-    data::picture,
+    data::image_file,
     error::Result,
     eval::{
         inception::Inception,
@@ -64,7 +64,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
         outcomes.push(reconstruction::run(&Bundle::open(model)?.image_tokenizer()?, &settings, shown)?);
     }
     if let Some(file) = &args.sheet {
-        picture::write_png(file, &reconstruction::sheet(&outcomes))?;
+        image_file::write_png(file, &reconstruction::sheet(&outcomes))?;
     }
     if json {
         for (model, outcome) in args.model.iter().zip(&outcomes) {

@@ -144,7 +144,7 @@ fn rows(config: &Config, fit: &Fit) {
     ];
     let row = |row: &Row| {
         let kinds = row.kinds;
-        let own = if row.stage == config.train.shard_stage { "*" } else { " " };
+        let own = if row.stage == config.train.zero_stage { "*" } else { " " };
         vec![
             format!(" {own}{}", row.stage),
             if row.offload { "cpu" } else { "none" }.into(),
@@ -164,14 +164,14 @@ fn rows(config: &Config, fit: &Fit) {
     };
     report::table(&header, &fit.rows.iter().map(row).collect::<Vec<_>>());
     report::result(
-        "  * train.shard_stage; gradients are fp32, the optimizer's are fp32 master weights and moments; fits: with 1 GB left over",
+        "  * train.zero_stage; gradients are fp32, the optimizer's are fp32 master weights and moments; fits: with 1 GB left over",
     );
 }
 
 fn activations(fit: &Fit) {
     if let (Some(kept), Some(recomputed)) = (fit.activations_kept, fit.activations_recomputed) {
         report::result(format_args!(
-            "\nactivations of a micro-step: {} GB with train.recompute = 0, {} GB with 1, as the segments by hand keep them",
+            "\nactivations of a micro-step: {} GB with train.activation_checkpointing = 0, {} GB with 1, as the segments by hand keep them",
             gb(kept),
             gb(recomputed)
         ));
@@ -179,7 +179,7 @@ fn activations(fit: &Fit) {
 }
 
 fn verdict(config: &Config, fit: &Fit) {
-    let own = format!("train.shard_stage = {}, optimizer state on the host", config.train.shard_stage);
+    let own = format!("train.zero_stage = {}, optimizer state on the host", config.train.zero_stage);
     if fit.fits {
         return report::result(format_args!("\nthe configuration fits ({own})"));
     }
@@ -208,7 +208,7 @@ fn on_cpus(config: &Config, sizes: &Sizes, ranks: usize, memory: Option<u64>, js
     report::result(format_args!("{}: {} parameters, f32", config.name, rounded(shares.total())));
     print_shares(&shares);
     report::result("\nGB a rank, the fullest one's:");
-    let own = |stage: u8| if stage == config.train.shard_stage { "*" } else { " " };
+    let own = |stage: u8| if stage == config.train.zero_stage { "*" } else { " " };
     let rows: Vec<Vec<String>> =
         (0..).zip(&stages).map(|(stage, held)| held_row(format!(" {}{stage}", own(stage)), held, fits(held))).collect();
     print_held(&rows);

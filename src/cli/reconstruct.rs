@@ -4,7 +4,7 @@ use crate::{
     bundle::{Bundle, DEMO_NAME},
     data::{
         image::{from_pixels, open_picture, square, to_pixels},
-        keys, paths, picture,
+        image_file, keys, paths,
     },
     error::{Result, ensure, failed, usage},
     eval::similarity::psnr,
@@ -98,7 +98,7 @@ fn one(tokenizer: &ImageTokenizer, image: &Path, output: &Path, whole: bool, jso
         let painted = from_pixels(&tokenizer.decode(&codes)?)?.swap_remove(0);
         (original, painted, codes.flatten_all()?.to_vec1()?)
     };
-    picture::write_png(output, &painted)?;
+    image_file::write_png(output, &painted)?;
     let used = codes.into_iter().collect::<BTreeSet<u32>>().len();
     let (psnr, size) = (psnr(&original, &painted), tokenizer.codebook_size()?);
     if json {

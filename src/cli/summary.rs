@@ -15,7 +15,7 @@ pub struct Summary {
     /// Whether they were counted in the file or are assumed.
     vocabulary_from: &'static str,
     codebook: usize,
-    /// Height and width of the picture in codes.
+    /// Height and width of the image in codes.
     grid: (usize, usize),
     parameters: Vec<(&'static str, u64)>,
     total: u64,

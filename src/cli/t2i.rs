@@ -2,9 +2,9 @@
 
 use super::{model::ModelOptions, output, prompts, sampling::Options};
 use crate::{
-    data::picture::{grid, png, write_png},
+    data::image_file::{grid, png, write_png},
     error::{Result, ensure, usage},
-    generate::{Job, Models, Painting},
+    generate::{GeneratedImage, Models, Request},
     report,
 };
 use image::RgbImage;
@@ -67,27 +67,31 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     texts.iter().try_for_each(|text| check_prompt(&models, text))?;
 
     let seeds = || (0..u64::from(args.number)).map(|i| args.seed.wrapping_add(i));
-    let job = |prompt: &String, seed| Job { prompt: prompt.clone(), seed };
-    let jobs: Vec<Job> = texts.iter().flat_map(|text| seeds().map(move |seed| job(text, seed))).collect();
+    let request = |prompt: &String, seed| Request { prompt: prompt.clone(), seed };
+    let requests: Vec<Request> = texts.iter().flat_map(|text| seeds().map(move |seed| request(text, seed))).collect();
     let sampling = args.sampling.over(&bundle.config.sample);
-    report::detail(format_args!("{} images, best of {}, {sampling:?}", jobs.len(), args.best_of));
-    let codes = models.generator.grid().len() as u64 * jobs.len() as u64 * u64::from(args.best_of);
+    report::detail(format_args!("{} images, best of {}, {sampling:?}", requests.len(), args.best_of));
+    let codes = models.generator.grid().len() as u64 * requests.len() as u64 * u64::from(args.best_of);
     let bar = report::bar(codes, "generating");
     let begun = Instant::now();
     // Files of their own are written as they come, so that memory does not grow with their number.
-    let each = args.each && jobs.len() > 1;
-    let chunk = if each { CHUNK } else { jobs.len() };
+    let each = args.each && requests.len() > 1;
+    let chunk = if each { CHUNK } else { requests.len() };
     let (mut images, mut seconds) = (Vec::new(), 0.0);
-    for (i, jobs) in jobs.chunks(chunk).enumerate() {
+    for (i, requests) in requests.chunks(chunk).enumerate() {
         let begun = Instant::now();
-        let paintings = models.paint(jobs, &sampling, args.best_of as usize, |codes| bar.inc(codes))?;
+        let generated = models.generate_images(requests, &sampling, args.best_of as usize, |codes| bar.inc(codes))?;
         seconds += begun.elapsed().as_secs_f64();
         let paths = match each {
-            true => write_each(&args.output, &paintings, i * chunk)?,
-            false => write_grid(&args.output, &paintings)?,
+            true => write_each(&args.output, &generated, i * chunk)?,
+            false => write_grid(&args.output, &generated)?,
         };
         images.extend(
-            paths.iter().zip(jobs).zip(&paintings).map(|((path, job), painting)| describe(path, job, painting)),
+            paths
+                .iter()
+                .zip(requests)
+                .zip(&generated)
+                .map(|((path, request), generated)| describe(path, request, generated)),
         );
         if !json && !to_stdout(&args.output) {
             let mut shown = paths;
@@ -131,20 +135,20 @@ fn check_output(args: &Args, count: usize, json: bool) -> Result<()> {
 }
 
 /// An image as it is described in the JSON.
-fn describe(path: &Path, job: &Job, painting: &Painting) -> Value {
-    json!({ "path": report::path(path), "prompt": job.prompt, "seed": job.seed, "score": painting.score })
+fn describe(path: &Path, request: &Request, generated: &GeneratedImage) -> Value {
+    json!({ "path": report::path(path), "prompt": request.prompt, "seed": request.seed, "score": generated.score })
 }
 
 /// Writes each image to its own file; returns the files. `before` images have been written already.
-fn write_each(output: &Path, paintings: &[Painting], before: usize) -> Result<Vec<PathBuf>> {
+fn write_each(output: &Path, generated: &[GeneratedImage], before: usize) -> Result<Vec<PathBuf>> {
     let paths = (before + 1..).map(|i| numbered(output, i));
-    let write = |(path, painting): (PathBuf, &Painting)| write_png(&path, &painting.picture).map(|()| path);
-    paths.zip(paintings).map(write).collect()
+    let write = |(path, generated): (PathBuf, &GeneratedImage)| write_png(&path, &generated.image).map(|()| path);
+    paths.zip(generated).map(write).collect()
 }
 
 /// Writes the only image, or a grid of all; returns the file of each.
-fn write_grid(output: &Path, paintings: &[Painting]) -> Result<Vec<PathBuf>> {
-    let pictures: Vec<RgbImage> = paintings.iter().map(|painting| painting.picture.clone()).collect();
+fn write_grid(output: &Path, generated: &[GeneratedImage]) -> Result<Vec<PathBuf>> {
+    let pictures: Vec<RgbImage> = generated.iter().map(|generated| generated.image.clone()).collect();
     let sheet = match pictures.as_slice() {
         [picture] => picture,
         pictures => &grid(pictures, 0),
@@ -153,7 +157,7 @@ fn write_grid(output: &Path, paintings: &[Painting]) -> Result<Vec<PathBuf>> {
         true => report::bytes(&png(sheet)?),
         false => write_png(output, sheet)?,
     }
-    Ok(vec![output.to_owned(); paintings.len()])
+    Ok(vec![output.to_owned(); generated.len()])
 }
 
 /// `a/b.png` → `a/b-3.png`

@@ -29,7 +29,7 @@ pub struct Args {
     /// checkpoints) or the folder of a checkpoint
     #[arg(long, value_name = "auto|never|PATH", default_value = "auto")]
     resume: String,
-    /// Number of ranks to run in this process, each with its share of the threads; `train.shard_stage` says what is sharded
+    /// Number of ranks to run in this process, each with its share of the threads; `train.zero_stage` says what is sharded
     /// over them. If torchrun, srun or mpirun (feature `mpi`) starts several processes, each process is one rank
     #[arg(long, value_name = "N", default_value_t = NonZeroUsize::MIN)]
     nproc: NonZeroUsize,
@@ -106,7 +106,7 @@ fn dry_run_of_ranks(config: &Config, ranks: usize, json: bool) -> Result<()> {
         absent.extend((!sizes.tokenizer_found).then_some(tokenizer));
     }
     absent.iter().for_each(|what| report::warn(format_args!("{what} is not there")));
-    let (shares, stage) = (sizes.shares(config, ranks), config.train.shard_stage);
+    let (shares, stage) = (sizes.shares(config, ranks), config.train.zero_stage);
     let held = held(config, &sizes, &shares, stage);
     let batches = batches(config, ranks);
     if json {
@@ -133,7 +133,7 @@ fn dry_run_of_ranks(config: &Config, ranks: usize, json: bool) -> Result<()> {
         let samples = if least == most { least.to_string() } else { format!("{least} to {most}") };
         report::result(format_args!("  samples a rank and micro-step: {samples} of {batch}"));
     }
-    report::result(format_args!("\nGB a rank on processors at train.shard_stage = {stage}, the fullest one's:"));
+    report::result(format_args!("\nGB a rank on processors at train.zero_stage = {stage}, the fullest one's:"));
     plan::print_held(&[plan::held_row(format!("  {stage}"), &held, None)]);
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! From text to a configuration: defaults < file < `--set`, and errors that name the place.
 
-use super::{Config, Problem};
+use super::{Config, Problem, renamed::rename_keys};
 use crate::{
     error::{Error, Result, usage},
     files,
@@ -36,10 +36,12 @@ impl Loaded {
             None => (String::new(), String::new()),
         };
         let mut config = Config::parse(&text, &name)?;
-        let file: Table = toml::from_str(&text)?;
+        let mut file: Table = toml::from_str(&text)?;
+        rename_keys(&mut file, &name);
         let (mut all, mut set) = (file.clone(), Table::new());
         for text in sets {
-            let one = assignment(text)?;
+            let mut one = assignment(text)?;
+            rename_keys(&mut one, &format!("--set {text}"));
             let mut with = all.clone();
             merge(&mut with, &one);
             let parsed = with.clone().try_into();

@@ -3,10 +3,12 @@
 //! Order of precedence: defaults < file < `--set key=value`. Unknown keys are errors.
 
 mod load;
+mod renamed;
 mod train;
 mod validate;
 
 pub use load::{Loaded, Origin, values};
+pub use renamed::rename_stored_keys;
 pub use train::{Decay, LossReduction, MatrixOptimizer, Offload, Precision, Spike, Train, begins_with};
 pub use validate::Problem;
 
@@ -32,7 +34,7 @@ pub struct Config {
     pub model: Model,
     /// The training loop.
     pub train: Train,
-    /// Defaults of `vilg t2i` and of the sample pictures drawn while training.
+    /// Defaults of `vilg t2i` and of the sample images drawn while training.
     pub sample: Sample,
 }
 
@@ -94,7 +96,7 @@ pub struct ImageTokenizer {
     pub path: String,
     /// Encoder and decoder.
     pub architecture: Architecture,
-    /// Side of the square picture in pixels.
+    /// Side of the square image in pixels.
     pub image_size: usize,
     /// Channels of the first level.
     pub channels: usize,
@@ -263,7 +265,7 @@ pub enum ConvBorder {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sample {
-    /// Prompts of the sample pictures.
+    /// Prompts of the sample images.
     pub prompts: Vec<String>,
     /// Divides the logits; lower is safer and plainer.
     pub temperature: f64,

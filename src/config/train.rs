@@ -12,7 +12,7 @@ pub struct Train {
     pub freeze: Vec<String>,
     /// Optimizer steps.
     pub steps: u64,
-    /// Samples a step: pictures (image tokenizer) or text→image sequences (generator).
+    /// Samples a step: images (image tokenizer) or text→image sequences (generator).
     pub batch_size: usize,
     /// image→text sequences a step (generator).
     pub caption_batch_size: usize,
@@ -49,12 +49,15 @@ pub struct Train {
     /// Decay a step of the moving average of the weights; 0 turns it off.
     pub ema_decay: f64,
     /// Activation checkpointing: recompute the activations of every k-th segment in the backward pass (0: none, 1: all).
-    pub recompute: usize,
+    #[serde(alias = "recompute")]
+    pub activation_checkpointing: usize,
     /// ZeRO stage, what is sharded over the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights.
-    pub shard_stage: u8,
+    #[serde(alias = "shard_stage")]
+    pub zero_stage: u8,
     /// Ranks per shard group (HSDP): state is sharded within a group of this many consecutive ranks and replicated across
     /// groups; 0: sharded over all ranks.
-    pub shard_ranks: usize,
+    #[serde(alias = "shard_ranks")]
+    pub hsdp_shard_size: usize,
     /// Overlap communication with computation; the results are bit-equal either way.
     pub overlap: bool,
     /// Where optimizer state (moments, moving average and, at stage 3, master weights) is stored.
@@ -113,9 +116,9 @@ impl Default for Train {
             final_lr_ratio: 0.0,
             clip_norm: 4.0,
             ema_decay: 0.999,
-            recompute: 0,
-            shard_stage: 1,
-            shard_ranks: 0,
+            activation_checkpointing: 0,
+            zero_stage: 1,
+            hsdp_shard_size: 0,
             overlap: true,
             offload: Offload::Cpu,
             rank_timeout: 600,

@@ -184,8 +184,8 @@ fn image_tokenizer(check: &mut Check, t: &ImageTokenizer) {
     check.that(ok, &key("discriminator_channels"), "be from 1 to 4096", "taming uses 64");
     let ok = (1..=8).contains(&t.discriminator_layers)
         && (t.adversarial_weight == 0.0 || t.image_size >> t.discriminator_layers > 2);
-    let hint = format!("a picture of {} pixels must be halved so often and still have more than 2", t.image_size);
-    check.that(ok, &key("discriminator_layers"), "be from 1 to 8 and fit the picture", hint);
+    let hint = format!("an image of {} pixels must be halved so often and still have more than 2", t.image_size);
+    check.that(ok, &key("discriminator_layers"), "be from 1 to 8 and fit the image", hint);
     let dvae = t.architecture == Architecture::Dvae;
     let ok = !dvae || t.quantizer == QuantizerKind::Gumbel;
     check.that(ok, &key("quantizer"), "be gumbel with the architecture dvae", "its encoder gives logits");
@@ -264,11 +264,11 @@ fn train(check: &mut Check, t: &Train) {
         "0.999, or 0 to turn it off",
     );
     let hint = "0: nothing is split over the ranks; 3: optimizer state, gradients and weights are";
-    check.that(t.shard_stage <= 3, "train.shard_stage", "be from 0 to 3", hint);
+    check.that(t.zero_stage <= 3, "train.zero_stage", "be from 0 to 3", hint);
     let ok = (1..=MOST_SECONDS).contains(&t.rank_timeout);
     check.that(ok, "train.rank_timeout", format_args!("be from 1 to {MOST_SECONDS}"), "600 s are usual");
-    let ok = t.shard_ranks <= 65536;
-    check.that(ok, "train.shard_ranks", "be at most 65536", "the number of ranks of a node is usual; 0: all ranks");
+    let ok = t.hsdp_shard_size <= 65536;
+    check.that(ok, "train.hsdp_shard_size", "be at most 65536", "the number of ranks of a node is usual; 0: all ranks");
     let hint = "a run that stops between two checkpoints repeats the steps since the last";
     check.that(t.log_every >= 1, "train.log_every", "be at least 1", "metrics.jsonl has every step");
     check.that(t.checkpoint_every >= 1, "train.checkpoint_every", "be at least 1", hint);
@@ -333,7 +333,7 @@ mod tests {
             "train.caption_batch_size=9223372036854775807",
             "train.steps=9223372036854775807",
             "train.rank_timeout=9223372036854775807",
-            "train.shard_ranks=9223372036854775807",
+            "train.hsdp_shard_size=9223372036854775807",
             "train.log_every=0",
             "train.accumulation=65",
             "train.condition_dropout=1.5",
@@ -343,7 +343,7 @@ mod tests {
             "train.decay_start=1.1",
             "train.clip_norm=nan",
             "train.ema_decay=1",
-            "train.shard_stage=4",
+            "train.zero_stage=4",
             "train.rank_timeout=0",
             "train.checkpoint_every=0",
             "train.keep_checkpoints=1",

@@ -30,9 +30,9 @@ pub enum Cause {
     NoImage,
     /// An image in a format that is not decoded (AVIF, SVG, …).
     UnsupportedImage,
-    /// The picture cannot be decoded.
+    /// The image cannot be decoded.
     BadImage,
-    /// The picture's header announces more pixels than we decode.
+    /// The image's header announces more pixels than we decode.
     HugeImage,
     /// There are no codes.
     NoCodes,
@@ -104,8 +104,8 @@ impl BadCounts {
         for (cause, from) in other.0 {
             let found = self.0.entry(cause).or_default();
             found.count += from.count;
-            let room = EXAMPLES.saturating_sub(found.examples.len());
-            found.examples.extend(from.examples.into_iter().take(room));
+            let workspace = EXAMPLES.saturating_sub(found.examples.len());
+            found.examples.extend(from.examples.into_iter().take(workspace));
         }
     }
 

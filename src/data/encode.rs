@@ -140,7 +140,7 @@ impl Encoder<'_> {
         progress: &impl Fn(u64),
     ) -> Result<()> {
         let path = self.output.join(&shard.name);
-        let kind = Kind::Pictures(u32::try_from(self.tokenizer.image_size())?);
+        let kind = Kind::Images(u32::try_from(self.tokenizer.image_size())?);
         let before = report.samples;
         let write = |file: &mut BufWriter<File>| -> Result<bool> {
             thread::scope(|scope| {

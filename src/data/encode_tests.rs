@@ -1,4 +1,4 @@
-//! Shards of pictures encoded by a tiny random tokenizer, inspected, and encoded again.
+//! Shards of images encoded by a tiny random tokenizer, inspected, and encoded again.
 
 use super::{inspect::inspect, *};
 use crate::{config, nn::params::Scope, tokenizer::ImageTokenizer};
@@ -27,7 +27,7 @@ fn pictures(folder: &Path) {
         let mut tar = ::tar::Builder::new(fs::File::create(folder.join(name)).unwrap());
         for i in 0..7u8 {
             let picture = ::image::RgbImage::from_fn(9, 8, |x, y| ::image::Rgb([x as u8 * 20, y as u8 * 20, i * 30]));
-            let png = if i == 3 { b"bad".to_vec() } else { picture::png(&picture).unwrap() };
+            let png = if i == 3 { b"bad".to_vec() } else { image_file::png(&picture).unwrap() };
             let json = format!(r#"{{"captions":["第{i}张"]}}"#);
             for (extension, content) in [("png", png), ("txt", b"x".to_vec()), ("json", json.into_bytes())] {
                 let mut header = ::tar::Header::new_gnu();
@@ -70,7 +70,7 @@ fn encoding_keeps_order_and_text_and_goes_on_where_it_stopped() {
     let report = encoder(&info).run(&sources, |_| ()).unwrap();
     assert_eq!((report.shards, report.samples, report.bad.total()), (2, 12, 2));
 
-    // What was written is what the tokenizer says of each picture.
+    // What was written is what the tokenizer says of each image.
     let open = |path: &Path, kind| {
         let source = config::Source { path: path.display().to_string(), weight: 1.0 };
         Dataset::open(&config::Data { sources: vec![source], ..Default::default() }, kind).unwrap()

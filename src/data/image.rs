@@ -20,9 +20,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Most pixels of a picture that is decoded.
+/// Most pixels of an image that is decoded.
 const MAX_PIXELS: u64 = 8192 * 8192;
-/// Largest picture file that is read.
+/// Largest image file that is read.
 const MAX_FILE: u64 = 64 << 20;
 /// Most bytes that a decoder may allocate.
 const MAX_BYTES: u64 = 256 << 20;
@@ -30,24 +30,24 @@ const MAX_BYTES: u64 = 256 << 20;
 /// How long a pipe may have no writer before it counts as empty.
 const PIPE_PATIENCE: Duration = Duration::from_secs(3);
 
-/// Decodes a picture: first frame, EXIF orientation applied, alpha laid onto white, 8 bits, RGB.
+/// Decodes an image: first frame, EXIF orientation applied, alpha laid onto white, 8 bits, RGB.
 pub fn decode(bytes: &[u8]) -> Result<RgbImage, Bad> {
     // A decoder that panics on a hostile file must not take a reader thread with it.
     catch_unwind(AssertUnwindSafe(|| decode_unguarded(bytes)))
         .unwrap_or_else(|_| Err(Bad::new(Cause::BadImage, "the decoder panicked")))
 }
 
-/// Decodes a picture and makes it a square of `size` pixels: centre crop, then resize.
+/// Decodes an image and makes it a square of `size` pixels: centre crop, then resize.
 pub fn decode_square(bytes: &[u8], size: u32) -> Result<RgbImage, Bad> {
     Ok(square(decode(bytes)?, size))
 }
 
-/// Reads a picture file that the user named and makes it a square of `size` pixels.
+/// Reads an image file that the user named and makes it a square of `size` pixels.
 pub fn open_square(path: &Path, size: usize) -> Result<RgbImage> {
     Ok(square(open_picture(path)?, size as u32))
 }
 
-/// Reads a picture file that the user named.
+/// Reads an image file that the user named.
 pub fn open_picture(path: &Path) -> Result<RgbImage> {
     let name = path.display();
     let mut bytes = Vec::new();
@@ -56,10 +56,10 @@ pub fn open_picture(path: &Path) -> Result<RgbImage> {
         true => read_pipe(file, &mut bytes),
         false => file.take(MAX_FILE + 1).read_to_end(&mut bytes).map(|_| ()),
     });
-    read.hint(format_args!("cannot read {name}"), "name a picture file")?;
+    read.hint(format_args!("cannot read {name}"), "name an image file")?;
     ensure!(bytes.len() as u64 <= MAX_FILE, "{name} is larger than {} MB", MAX_FILE >> 20);
     let hint = "PNG, JPEG, WebP, GIF, BMP and TIFF are read";
-    let unusable = |bad: Bad| failed(format_args!("{name} is no usable picture: {} ({})", bad.cause, bad.place), hint);
+    let unusable = |bad: Bad| failed(format_args!("{name} is no usable image: {} ({})", bad.cause, bad.place), hint);
     decode(&bytes).map_err(unusable)
 }
 
@@ -100,13 +100,13 @@ fn decode_unguarded(bytes: &[u8]) -> Result<RgbImage, Bad> {
     if pixels == 0 {
         return Err(Bad::new(Cause::BadImage, "no pixels"));
     }
-    // Damaged metadata is no reason to lose a picture.
+    // Damaged metadata is no reason to lose an image.
     let orientation = decoder.orientation().ok();
-    let mut picture = DynamicImage::from_decoder(decoder).map_err(bad)?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(bad)?;
     if let Some(orientation) = orientation {
-        picture.apply_orientation(orientation);
+        image.apply_orientation(orientation);
     }
-    Ok(onto_white(picture))
+    Ok(onto_white(image))
 }
 
 /// Whether a JPEG lacks its end-of-image marker. Decoders fill the missing part with grey without an error. A scan that
@@ -125,26 +125,26 @@ fn is_cut_jpeg(bytes: &[u8]) -> bool {
     true
 }
 
-fn onto_white(picture: DynamicImage) -> RgbImage {
-    if !picture.color().has_alpha() {
-        return picture.into_rgb8();
+fn onto_white(image: DynamicImage) -> RgbImage {
+    if !image.color().has_alpha() {
+        return image.into_rgb8();
     }
-    let picture = picture.into_rgba8();
-    RgbImage::from_fn(picture.width(), picture.height(), |x, y| {
-        let [r, g, b, alpha] = picture.get_pixel(x, y).0;
+    let image = image.into_rgba8();
+    RgbImage::from_fn(image.width(), image.height(), |x, y| {
+        let [r, g, b, alpha] = image.get_pixel(x, y).0;
         let blend = |c: u8| ((u32::from(c) * u32::from(alpha) + 255 * (255 - u32::from(alpha)) + 127) / 255) as u8;
         image::Rgb([blend(r), blend(g), blend(b)])
     })
 }
 
-/// The largest centred square of a picture, resized to `size` pixels.
-pub fn square(picture: RgbImage, size: u32) -> RgbImage {
-    let (width, height) = picture.dimensions();
+/// The largest centred square of an image, resized to `size` pixels.
+pub fn square(image: RgbImage, size: u32) -> RgbImage {
+    let (width, height) = image.dimensions();
     let side = width.min(height);
     if (width, height) == (size, size) {
-        return picture;
+        return image;
     }
-    let cropped = imageops::crop_imm(&picture, (width - side) / 2, (height - side) / 2, side, side);
+    let cropped = imageops::crop_imm(&image, (width - side) / 2, (height - side) / 2, side, side);
     if side > 4 * size {
         // Averaging to twice the size first is much faster on large photographs and looks the same.
         let half = imageops::thumbnail(&*cropped, 2 * size, 2 * size);
@@ -153,28 +153,28 @@ pub fn square(picture: RgbImage, size: u32) -> RgbImage {
     imageops::resize(&*cropped, size, size, FilterType::Lanczos3)
 }
 
-/// Square pictures of one size as a tensor `(batch, height, width, 3)` in [-1, 1].
-pub fn to_pixels<'a>(pictures: impl IntoIterator<Item = &'a RgbImage>) -> Result<Tensor> {
+/// Square images of one size as a tensor `(batch, height, width, 3)` in [-1, 1].
+pub fn to_pixels<'a>(images: impl IntoIterator<Item = &'a RgbImage>) -> Result<Tensor> {
     let mut values: Vec<f32> = Vec::new();
     let mut size = None;
     let mut count = 0;
-    for picture in pictures {
-        ensure!(*size.get_or_insert(picture.dimensions()) == picture.dimensions(), "pictures of different sizes");
-        values.extend(picture.as_raw().iter().map(|value| f32::from(*value) / 127.5 - 1.0));
+    for image in images {
+        ensure!(*size.get_or_insert(image.dimensions()) == image.dimensions(), "images of different sizes");
+        values.extend(image.as_raw().iter().map(|value| f32::from(*value) / 127.5 - 1.0));
         count += 1;
     }
-    let (width, height) = size.context("no pictures")?;
+    let (width, height) = size.context("no images")?;
     Ok(Tensor::from_vec(values, (count, height as usize, width as usize, 3), &Device::Cpu)?)
 }
 
-/// A tensor `(batch, height, width, 3)` in [-1, 1] as pictures; values beyond are cut.
+/// A tensor `(batch, height, width, 3)` in [-1, 1] as images; values beyond are cut.
 pub fn from_pixels(pixels: &Tensor) -> Result<Vec<RgbImage>> {
     let (_, height, width, channels) = pixels.dims4()?;
-    ensure!(channels == 3, "pictures have 3 channels, not {channels}");
+    ensure!(channels == 3, "images have 3 channels, not {channels}");
     let values = pixels.flatten_all()?.to_vec1::<f32>()?;
-    let pictures = values.chunks(height * width * 3).map(|values| {
+    let images = values.chunks(height * width * 3).map(|values| {
         let bytes = values.iter().map(|value| ((value + 1.0) * 127.5).round().clamp(0.0, 255.0) as u8).collect();
-        RgbImage::from_raw(width as u32, height as u32, bytes).context("a picture's size does not fit")
+        RgbImage::from_raw(width as u32, height as u32, bytes).context("an image's size does not fit")
     });
-    pictures.collect()
+    images.collect()
 }

@@ -1,4 +1,4 @@
-//! Pictures of many makes, whole and broken.
+//! Images of many makes, whole and broken.
 
 use super::{bad::Cause, image::*};
 use ::image::{
@@ -7,9 +7,9 @@ use ::image::{
 };
 use std::io::Cursor;
 
-fn encode(picture: &DynamicImage, format: ImageFormat) -> Vec<u8> {
+fn encode(image: &DynamicImage, format: ImageFormat) -> Vec<u8> {
     let mut bytes = Cursor::new(Vec::new());
-    picture.write_to(&mut bytes, format).unwrap();
+    image.write_to(&mut bytes, format).unwrap();
     bytes.into_inner()
 }
 
@@ -23,7 +23,7 @@ fn close(a: &RgbImage, b: &RgbImage, tolerance: u8) -> bool {
 
 #[test]
 fn every_format_is_decoded_and_every_cut_is_noticed() {
-    let picture = gradient();
+    let image = gradient();
     for (format, tolerance) in [
         (ImageFormat::Png, 0),
         (ImageFormat::WebP, 0),
@@ -32,8 +32,8 @@ fn every_format_is_decoded_and_every_cut_is_noticed() {
         (ImageFormat::Gif, 60),
         (ImageFormat::Jpeg, 40),
     ] {
-        let bytes = encode(&picture.clone().into(), format);
-        assert!(close(&decode(&bytes).unwrap(), &picture, tolerance), "{format:?}");
+        let bytes = encode(&image.clone().into(), format);
+        assert!(close(&decode(&bytes).unwrap(), &image, tolerance), "{format:?}");
         for cut in [0, 1, 10, bytes.len() / 3, bytes.len() / 2] {
             assert_eq!(decode(&bytes[..cut]).unwrap_err().cause, Cause::BadImage, "{format:?} cut at {cut}");
         }
@@ -42,8 +42,8 @@ fn every_format_is_decoded_and_every_cut_is_noticed() {
 
 #[test]
 fn alpha_lies_on_white() {
-    let picture = RgbaImage::from_fn(3, 1, |x, _| Rgba([200, 0, 0, [0, 128, 255][x as usize]]));
-    let decoded = decode(&encode(&picture.into(), ImageFormat::Png)).unwrap();
+    let image = RgbaImage::from_fn(3, 1, |x, _| Rgba([200, 0, 0, [0, 128, 255][x as usize]]));
+    let decoded = decode(&encode(&image.into(), ImageFormat::Png)).unwrap();
     assert_eq!(decoded.as_raw(), &[255, 255, 255, 227, 127, 127, 200, 0, 0]);
 }
 
@@ -80,11 +80,11 @@ fn exif(orientation: u8) -> Vec<u8> {
 #[test]
 fn exif_orientation_is_applied() {
     let mut bytes = Vec::new();
-    let picture = gradient();
+    let image = gradient();
     let mut encoder = JpegEncoder::new_with_quality(&mut bytes, 100);
     encoder.set_exif_metadata(exif(6)).unwrap();
-    encoder.encode_image(&picture).unwrap();
-    let turned = ::image::imageops::rotate90(&picture);
+    encoder.encode_image(&image).unwrap();
+    let turned = ::image::imageops::rotate90(&image);
     assert!(close(&decode(&bytes).unwrap(), &turned, 12));
 }
 
@@ -136,14 +136,14 @@ fn damaged_pictures_do_not_panic() {
 
 #[test]
 fn squares_are_cut_from_the_middle() {
-    let mut picture = RgbImage::from_pixel(300, 100, Rgb([255; 3]));
-    for (x, _, pixel) in picture.enumerate_pixels_mut() {
+    let mut image = RgbImage::from_pixel(300, 100, Rgb([255; 3]));
+    for (x, _, pixel) in image.enumerate_pixels_mut() {
         if (100..200).contains(&x) {
             *pixel = Rgb([10, 20, 30]);
         }
     }
     for size in [1, 16, 100, 250] {
-        let cut = square(picture.clone(), size);
+        let cut = square(image.clone(), size);
         assert!(close(&cut, &RgbImage::from_pixel(size, size, Rgb([10, 20, 30])), 1), "{size}");
     }
     assert_eq!(square(gradient(), 24).dimensions(), (24, 24));
@@ -151,20 +151,20 @@ fn squares_are_cut_from_the_middle() {
 
 #[test]
 fn pixels_and_pictures_round_trip() {
-    let pictures = [gradient(), RgbImage::new(40, 24)];
-    let pixels = to_pixels(&pictures).unwrap();
+    let images = [gradient(), RgbImage::new(40, 24)];
+    let pixels = to_pixels(&images).unwrap();
     assert_eq!(pixels.dims(), [2, 24, 40, 3]);
     let values = pixels.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     assert!(values.iter().all(|v| (-1.0..=1.0).contains(v)) && values.ends_with(&[-1.0; 9]));
-    assert_eq!(from_pixels(&pixels).unwrap(), pictures);
+    assert_eq!(from_pixels(&pixels).unwrap(), images);
     assert!(to_pixels(&[gradient(), RgbImage::new(1, 1)]).is_err());
     assert!(to_pixels(&[]).is_err());
 }
 
 #[test]
 fn grids_are_as_square_as_possible() {
-    let pictures = vec![RgbImage::new(8, 6); 5];
-    assert_eq!(super::picture::grid(&pictures, 0).dimensions(), (32, 16));
-    assert_eq!(super::picture::grid(&pictures, 5).dimensions(), (56, 6));
-    assert_eq!(super::picture::grid(&pictures[..1], 0).dimensions(), (8, 6));
+    let images = vec![RgbImage::new(8, 6); 5];
+    assert_eq!(super::image_file::grid(&images, 0).dimensions(), (32, 16));
+    assert_eq!(super::image_file::grid(&images, 5).dimensions(), (56, 6));
+    assert_eq!(super::image_file::grid(&images[..1], 0).dimensions(), (8, 6));
 }

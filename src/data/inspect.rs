@@ -35,7 +35,7 @@ pub struct Findings {
     pub samples: u64,
     pub pictures: u64,
     pub codes: u64,
-    /// Picture sizes in pixels.
+    /// Image sizes in pixels.
     pub widths: Spread,
     pub heights: Spread,
     /// Caption variants a sample.

@@ -17,6 +17,7 @@ mod encode_tests;
 mod fault_tests;
 mod files;
 pub mod image;
+pub mod image_file;
 #[cfg(test)]
 mod image_tests;
 pub mod inspect;
@@ -24,7 +25,6 @@ mod keys;
 mod loader;
 mod members;
 pub mod paths;
-pub mod picture;
 mod record;
 mod sampler;
 mod tar;

@@ -25,7 +25,7 @@ const MAX_CAPTION: usize = 4096;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// An image, cropped and resized to this side; a caption is optional.
-    Pictures(u32),
+    Images(u32),
     /// An image, cropped and resized to this side, and a caption.
     Pairs(u32),
     /// Image codes and a caption.
@@ -39,7 +39,7 @@ pub(super) fn wants(kind: Option<Kind>, extension: &str) -> bool {
     let image = || IMAGE_EXTENSIONS.contains(&extension);
     matches!(extension, "txt" | "json")
         || match kind {
-            Some(Kind::Pictures(_) | Kind::Pairs(_)) => image(),
+            Some(Kind::Images(_) | Kind::Pairs(_)) => image(),
             Some(Kind::Codes) => extension == "npy",
             Some(Kind::Captions) => false,
             None => image() || extension == "npy",
@@ -53,7 +53,7 @@ pub struct Record {
     pub key: String,
     /// Index of its source in the configuration.
     pub source: usize,
-    /// Square image ([`Kind::Pictures`], [`Kind::Pairs`]).
+    /// Square image ([`Kind::Images`], [`Kind::Pairs`]).
     pub image: Option<RgbImage>,
     /// Codes in raster order ([`Kind::Codes`]).
     pub codes: Option<Vec<u16>>,
@@ -75,12 +75,12 @@ impl Record {
             Err(bad) => (Value::Null, Some(bad)),
         };
         let captions = captions(members, &meta)?;
-        if captions.is_empty() && !matches!(kind, Kind::Pictures(_)) {
+        if captions.is_empty() && !matches!(kind, Kind::Images(_)) {
             return Err(ignored.unwrap_or_else(|| Bad::new(Cause::NoCaption, "")));
         }
         let mut record = Self { key: key.to_owned(), meta, ignored, ..Self::default() };
         match kind {
-            Kind::Pictures(size) | Kind::Pairs(size) => {
+            Kind::Images(size) | Kind::Pairs(size) => {
                 record.image = Some(decode_square(image_member(members)?, size)?);
             }
             Kind::Codes => {

@@ -32,7 +32,7 @@ impl Tar {
         self.raw(name.as_bytes(), EntryType::Regular, content.len() as u64, content)
     }
 
-    /// A sample whose picture has one colour.
+    /// A sample whose image has one colour.
     pub(super) fn sample(self, key: &str, shade: u8) -> Self {
         self.file(&format!("{key}.png"), picture(shade)).file(&format!("{key}.txt"), format!("第{shade}张"))
     }
@@ -47,7 +47,7 @@ impl Tar {
 }
 
 pub(super) fn picture(shade: u8) -> Vec<u8> {
-    picture::png(&::image::RgbImage::from_pixel(2, 2, ::image::Rgb([shade; 3]))).unwrap()
+    image_file::png(&::image::RgbImage::from_pixel(2, 2, ::image::Rgb([shade; 3]))).unwrap()
 }
 
 fn folder() -> tempfile::TempDir {
@@ -105,7 +105,7 @@ fn a_good_shard_is_read() {
     let dataset = open(dir.path());
     let records: Vec<_> = dataset.records(1).collect();
     let keys: Vec<_> = records.iter().flatten().map(|record| record.key.as_str()).collect();
-    // `dir/c.d.png` has the key `dir/c` and the extension `d.png`, as in WebDataset: no picture.
+    // `dir/c.d.png` has the key `dir/c` and the extension `d.png`, as in WebDataset: no image.
     assert_eq!(keys, ["a", "e"]);
     let last = records.last().unwrap().as_ref().unwrap();
     assert_eq!(last.captions, ["二", "三 四"]);
@@ -214,7 +214,7 @@ fn a_folder_of_pairs_is_read() {
     fs::write(dir.path().join("c.png"), "").unwrap();
     fs::create_dir(dir.path().join(".hidden")).unwrap();
     fs::write(dir.path().join(".hidden/d.png"), picture(3)).unwrap();
-    let dataset = Dataset::open(&config(&[(dir.path(), 1.0)]), Kind::Pictures(4)).unwrap();
+    let dataset = Dataset::open(&config(&[(dir.path(), 1.0)]), Kind::Images(4)).unwrap();
     let (keys, bad) = read_all(&dataset);
     assert_eq!((keys, bad), (vec!["a".into(), "b".into()], serde_json::json!({"bad-image": 1})));
     let captions: Vec<_> = dataset.records(1).flatten().map(|record| record.caption).collect();

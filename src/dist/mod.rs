@@ -180,8 +180,8 @@ impl Group {
     }
 
     fn new(rank: usize, world_size: usize, link: Link) -> Self {
-        let (shard_ranks, nccl, events) = (OnceLock::new(), OnceLock::new(), AtomicU64::new(0));
-        let wire = Arc::new(Wire { rank, world_size, link, shard_ranks, nccl, events });
+        let (hsdp_shard_size, nccl, events) = (OnceLock::new(), OnceLock::new(), AtomicU64::new(0));
+        let wire = Arc::new(Wire { rank, world_size, link, hsdp_shard_size, nccl, events });
         Self {
             wire,
             background: OnceLock::new(),
@@ -220,25 +220,25 @@ impl Group {
         let what = format!("{world_size} ranks are no whole number of replicas of {ranks} ranks each");
         ensure!(
             world_size.is_multiple_of(ranks),
-            usage(what, "set train.shard_ranks to a divisor, or to 0: all ranks")
+            usage(what, "set train.hsdp_shard_size to a divisor, or to 0: all ranks")
         );
-        ensure!(*self.wire.shard_ranks.get_or_init(|| ranks) == ranks, "the ranks share replicas out already");
+        ensure!(*self.wire.hsdp_shard_size.get_or_init(|| ranks) == ranks, "the ranks share replicas out already");
         Ok(())
     }
 
     /// The number of ranks in a shard group; each group holds one replica.
-    pub fn shard_ranks(&self) -> usize {
-        self.wire.shard_ranks()
+    pub fn hsdp_shard_size(&self) -> usize {
+        self.wire.hsdp_shard_size()
     }
 
     /// This rank's place in its shard group.
     pub fn shard_rank(&self) -> usize {
-        self.rank() % self.shard_ranks()
+        self.rank() % self.hsdp_shard_size()
     }
 
     /// Whether this rank is in the shard group that writes checkpoints.
     pub fn in_first_replica(&self) -> bool {
-        self.rank() < self.shard_ranks()
+        self.rank() < self.hsdp_shard_size()
     }
 
     /// From now on collectives of floats run on a thread of their own while the rank computes. No effect with one rank.
@@ -268,7 +268,7 @@ impl Group {
             return Ok(());
         }
         let mut nccl = Nccl::new(device, self.overlaps())?;
-        let several = 1 < self.shard_ranks() && self.shard_ranks() < self.world_size();
+        let several = 1 < self.hsdp_shard_size() && self.hsdp_shard_size() < self.world_size();
         let among: &[Among] = if several { &[Among::All, Among::Shards, Among::Replicas] } else { &[Among::All] };
         for among in among {
             let members = self.wire.members(*among);
@@ -305,7 +305,7 @@ impl Group {
         self.count(counts)?;
         let (call, counts) = (self.call(Op::ReduceScatter, counts.iter().sum()), counts.to_vec());
         ensure!(all.len() == call.len, "reduce_scatter: {} elements instead of {}", all.len(), call.len);
-        let one_replica = self.shard_ranks() == self.world_size();
+        let one_replica = self.hsdp_shard_size() == self.world_size();
         let parts = self.start(move |wire| {
             let parts = wire.scatter(call, Among::Shards, all, &counts)?;
             if one_replica {
@@ -347,7 +347,7 @@ impl Group {
 
     /// This rank's count.
     fn count(&self, counts: &[usize]) -> Result<usize> {
-        let ranks = self.shard_ranks();
+        let ranks = self.hsdp_shard_size();
         ensure!(counts.len() == ranks, "{} counts for {ranks} ranks", counts.len());
         Ok(counts[self.shard_rank()])
     }

@@ -87,7 +87,7 @@ impl Nccl {
     fn all_gather_of<T: Element>(&self, among: Among, ours: &Tensor) -> Result<Tensor> {
         let comm = self.comm(among)?;
         let len = ours.elem_count() * comm.world_size();
-        let mut all = self.room::<T>(len)?;
+        let mut all = self.workspace::<T>(len)?;
         with_view::<T>(ours, |ours| done("all_gather", comm.all_gather(ours, &mut all)))?;
         Ok(self.tensor(all, len))
     }
@@ -104,9 +104,9 @@ impl Nccl {
 
     fn broadcasts_of<T: Element>(&self, among: Among, ours: &Tensor, counts: &[usize]) -> Result<Vec<Tensor>> {
         let comm = self.comm(among)?;
-        let mut rooms: Vec<CudaSlice<T>> = counts.iter().map(|count| self.room(*count)).collect::<Result<_>>()?;
+        let mut rooms: Vec<CudaSlice<T>> = counts.iter().map(|count| self.workspace(*count)).collect::<Result<_>>()?;
         with_view::<T>(ours, |ours| {
-            let views = rooms.iter_mut().zip(counts).map(|(room, count)| room.slice_mut(..*count));
+            let views = rooms.iter_mut().zip(counts).map(|(workspace, count)| workspace.slice_mut(..*count));
             let views: Vec<_> = views.enumerate().filter(|(_, view)| !view.is_empty()).collect();
             let mut group = comm.group();
             for (root, view) in views {
@@ -115,14 +115,14 @@ impl Nccl {
             }
             Ok(())
         })?;
-        Ok(rooms.into_iter().zip(counts).map(|(room, count)| self.tensor(room, *count)).collect())
+        Ok(rooms.into_iter().zip(counts).map(|(workspace, count)| self.tensor(workspace, *count)).collect())
     }
 
     /// The sum over these ranks of this rank's part of `all`: flat, f32, cut in equal parts.
     pub fn reduce_scatter(&self, among: Among, all: &Tensor) -> Result<Tensor> {
         let comm = self.comm(among)?;
         let len = all.elem_count() / comm.world_size();
-        let mut ours = self.room::<f32>(len)?;
+        let mut ours = self.workspace::<f32>(len)?;
         with_view::<f32>(all, |all| done("reduce_scatter", comm.reduce_scatter(all, &mut ours, &ReduceOp::Sum)))?;
         Ok(self.tensor(ours, len))
     }
@@ -131,7 +131,7 @@ impl Nccl {
     pub fn reductions(&self, among: Among, all: &Tensor, counts: &[usize]) -> Result<Tensor> {
         let (comm, mut at) = (self.comm(among)?, 0);
         let count = counts[comm.rank()];
-        let mut ours = self.room::<f32>(count)?;
+        let mut ours = self.workspace::<f32>(count)?;
         with_view::<f32>(all, |all| {
             let part = |count: &usize| {
                 at += count;
@@ -152,7 +152,7 @@ impl Nccl {
     /// The sum over these ranks.
     pub fn all_reduce(&self, among: Among, ours: &Tensor) -> Result<Tensor> {
         let (comm, len) = (self.comm(among)?, ours.elem_count());
-        let mut sum = self.room::<f32>(len)?;
+        let mut sum = self.workspace::<f32>(len)?;
         if len > 0 {
             with_view::<f32>(ours, |ours| done("all_reduce", comm.all_reduce(ours, &mut sum, &ReduceOp::Sum)))?;
         }
@@ -165,7 +165,7 @@ impl Nccl {
     }
 
     /// Memory for `len` elements; a driver may refuse memory of length zero.
-    fn room<T: Element>(&self, len: usize) -> Result<CudaSlice<T>> {
+    fn workspace<T: Element>(&self, len: usize) -> Result<CudaSlice<T>> {
         Ok(self.device.alloc_zeros(len.max(1))?)
     }
 

@@ -20,13 +20,17 @@ impl Group {
         let expected = self.count(counts)?;
         ensure!(ours.elem_count() == expected, "all_gather: {} elements instead of {expected}", ours.elem_count());
         let call = self.call(Op::AllGather, counts.iter().sum());
-        match Room::of(counts) {
-            Room::Equal(room) => {
-                let ours = padded(ours, room)?;
+        match PaddedParts::of(counts) {
+            PaddedParts::Equal(padded_length) => {
+                let ours = padded(ours, padded_length)?;
                 let all = self.on_device(nccl, call, |nccl| nccl.all_gather(Among::Shards, &ours))?;
-                counts.iter().enumerate().map(|(rank, count)| Ok(all.narrow(0, rank * room, *count)?)).collect()
+                counts
+                    .iter()
+                    .enumerate()
+                    .map(|(rank, count)| Ok(all.narrow(0, rank * padded_length, *count)?))
+                    .collect()
             }
-            Room::Own => self.on_device(nccl, call, |nccl| nccl.broadcasts(Among::Shards, ours, counts)),
+            PaddedParts::Own => self.on_device(nccl, call, |nccl| nccl.broadcasts(Among::Shards, ours, counts)),
         }
     }
 
@@ -40,14 +44,14 @@ impl Group {
         };
         let (call, ours) = (self.call(Op::ReduceScatter, counts.iter().sum()), self.count(counts)?);
         ensure!(all.elem_count() == call.len, "reduce_scatter: {} elements instead of {}", all.elem_count(), call.len);
-        let part = match Room::of(counts) {
-            Room::Equal(room) => {
-                let all = spread(all, counts, room)?;
+        let part = match PaddedParts::of(counts) {
+            PaddedParts::Equal(padded_length) => {
+                let all = spread(all, counts, padded_length)?;
                 self.on_device(nccl, call, |nccl| nccl.reduce_scatter(Among::Shards, &all))?.narrow(0, 0, ours)?
             }
-            Room::Own => self.on_device(nccl, call, |nccl| nccl.reductions(Among::Shards, all, counts))?,
+            PaddedParts::Own => self.on_device(nccl, call, |nccl| nccl.reductions(Among::Shards, all, counts))?,
         };
-        if self.shard_ranks() == self.world_size() {
+        if self.hsdp_shard_size() == self.world_size() {
             return Ok(part);
         }
         self.on_device(nccl, call, |nccl| nccl.all_reduce(Among::Replicas, &part))
@@ -72,14 +76,14 @@ impl Group {
 
 /// How much room each rank's part has on its way.
 #[derive(Debug, PartialEq, Eq)]
-enum Room {
+enum PaddedParts {
     /// The same for all, that of the largest part: one collective.
     Equal(usize),
     /// Its own length: one operation for each rank.
     Own,
 }
 
-impl Room {
+impl PaddedParts {
     /// Evenly cut parts differ by one element at most. Where a few ranks have nearly everything, equal buffers would be
     /// mostly empty.
     fn of(counts: &[usize]) -> Self {
@@ -97,14 +101,14 @@ fn padded(part: &Tensor, len: usize) -> Result<Tensor> {
 }
 
 /// The parts of a flat tensor, `room` elements apart.
-fn spread(all: &Tensor, counts: &[usize], room: usize) -> Result<Tensor> {
-    if counts.iter().all(|count| *count == room) {
+fn spread(all: &Tensor, counts: &[usize], padded_length: usize) -> Result<Tensor> {
+    if counts.iter().all(|count| *count == padded_length) {
         return Ok(all.clone());
     }
     let mut at = 0;
     let part = |count: &usize| {
         at += count;
-        padded(&all.narrow(0, at - count, *count)?, room)
+        padded(&all.narrow(0, at - count, *count)?, padded_length)
     };
     let parts: Vec<Tensor> = counts.iter().map(part).collect::<Result<_>>()?;
     Ok(Tensor::cat(&parts, 0)?)
@@ -127,9 +131,9 @@ mod tests {
 
     #[test]
     fn parts_travel_in_equal_room_where_little_of_it_is_empty() -> Result<()> {
-        assert_eq!(Room::of(&[8, 8, 8]), Room::Equal(8));
-        assert_eq!(Room::of(&[8, 8, 7]), Room::Equal(8));
-        assert_eq!(Room::of(&[9, 0, 0]), Room::Own);
+        assert_eq!(PaddedParts::of(&[8, 8, 8]), PaddedParts::Equal(8));
+        assert_eq!(PaddedParts::of(&[8, 8, 7]), PaddedParts::Equal(8));
+        assert_eq!(PaddedParts::of(&[9, 0, 0]), PaddedParts::Own);
         let all = Tensor::new(&[1f32, 2.0, 3.0, 4.0, 5.0], &Device::Cpu)?;
         let spread = spread(&all, &[2, 1, 2], 2)?;
         assert_eq!(spread.to_vec1::<f32>()?, [1.0, 2.0, 3.0, 0.0, 4.0, 5.0]);

@@ -90,7 +90,7 @@ fn replicas_share_out_among_their_own_ranks_and_sum_over_all() -> Result<()> {
         Ok(())
     })?;
     let odd = failure(3, PATIENCE, |group| group.shard_over(2));
-    assert!(odd.contains("no whole number of replicas of 2 ranks") && odd.contains("train.shard_ranks"), "{odd}");
+    assert!(odd.contains("no whole number of replicas of 2 ranks") && odd.contains("train.hsdp_shard_size"), "{odd}");
     Ok(())
 }
 

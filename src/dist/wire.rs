@@ -17,7 +17,7 @@ pub struct Wire {
     pub world_size: usize,
     pub link: Link,
     /// The number of ranks in a shard group; all ranks until it is set.
-    pub shard_ranks: OnceLock<usize>,
+    pub hsdp_shard_size: OnceLock<usize>,
     /// Moves tensors where ranks have CUDA devices.
     pub nccl: OnceLock<Mutex<Nccl>>,
     /// Exchanges of this rank that have begun or ended so far; see [`Wire::progress`].
@@ -43,8 +43,8 @@ pub enum Link {
 
 impl Wire {
     /// The number of ranks in a shard group.
-    pub fn shard_ranks(&self) -> usize {
-        self.shard_ranks.get().copied().unwrap_or(self.world_size)
+    pub fn hsdp_shard_size(&self) -> usize {
+        self.hsdp_shard_size.get().copied().unwrap_or(self.world_size)
     }
 
     /// How long an exchange waits for the other ranks.
@@ -71,7 +71,7 @@ impl Wire {
 
     /// The ranks of `among`, with this one, in order.
     pub fn members(&self, among: Among) -> Vec<usize> {
-        let (rank, shards) = (self.rank, self.shard_ranks());
+        let (rank, shards) = (self.rank, self.hsdp_shard_size());
         match among {
             Among::All => (0..self.world_size).collect(),
             Among::Shards => (rank - rank % shards..rank - rank % shards + shards).collect(),

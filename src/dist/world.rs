@@ -113,10 +113,11 @@ impl World {
         let parts: Vec<&[u8]> = parts.iter().map(|part| bytemuck::cast_slice(part)).collect();
         let said = |part: &&[u8]| [call.op as u64, call.len as u64, call.step, part.len() as u64];
         let headers = self.headers(&mut carrier, call, &parts.iter().map(said).collect::<Vec<_>>(), None);
-        self.judge(&headers)?;
-        let room = |header: &Header| vec![T::zeroed(); header[3] as usize / size_of::<T>().max(1)];
-        let mut received: Vec<Vec<T>> = headers.iter().map(room).collect();
-        let buffers: Vec<&mut [u8]> = received.iter_mut().map(|room| bytemuck::cast_slice_mut(room)).collect();
+        self.check(&headers)?;
+        let workspace = |header: &Header| vec![T::zeroed(); header[3] as usize / size_of::<T>().max(1)];
+        let mut received: Vec<Vec<T>> = headers.iter().map(workspace).collect();
+        let buffers: Vec<&mut [u8]> =
+            received.iter_mut().map(|workspace| bytemuck::cast_slice_mut(workspace)).collect();
         let wait = Wait { own: None, patience: self.patience, eager: Duration::MAX };
         self.exchange(&mut carrier, call, &parts, buffers, &wait);
         *lock(&self.last) = Some(call);
@@ -126,7 +127,7 @@ impl World {
     /// Waits until no rank has anything more to call.
     fn done(&self) -> Result<()> {
         let mut carrier = lock(&self.carrier);
-        self.judge(&self.headers(&mut carrier, self.end(), &self.to_all([DONE, 0, 0, 0]), None))
+        self.check(&self.headers(&mut carrier, self.end(), &self.to_all([DONE, 0, 0, 0]), None))
     }
 
     /// A call for messages where none is made.
@@ -149,7 +150,7 @@ impl World {
     }
 
     /// Whether all ranks say the same.
-    fn judge(&self, headers: &[Header]) -> Result<()> {
+    fn check(&self, headers: &[Header]) -> Result<()> {
         let settle = |verdict| *lock(&self.verdict) = Some(verdict);
         if let Some(rank) = headers.iter().position(|header| header[0] == FAILURE) {
             settle(Verdict::Other(Exit::of_code(headers[rank][1] as usize)));

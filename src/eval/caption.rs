@@ -17,7 +17,7 @@ const BATCH: usize = 64;
 /// # Errors
 /// The data cannot be read, no image has `name_zh` in its JSON, or the model is damaged.
 pub fn run(models: &Models, data: &str, samples: usize, decoding: &Decoding, seed: u64) -> Result<Rate> {
-    let dataset = open(data, Kind::Pictures(models.image_tokenizer.image_size() as u32))?;
+    let dataset = open(data, Kind::Images(models.image_tokenizer.image_size() as u32))?;
     let places: Vec<(usize, u64)> =
         dataset.sources.iter().enumerate().flat_map(|(i, source)| (0..source.len()).map(move |n| (i, n))).collect();
     let count = if samples == 0 { places.len() } else { samples };

@@ -17,7 +17,7 @@ impl Gaussian {
     /// There are fewer than two.
     pub fn of(features: &[Vec<f32>]) -> Result<Self> {
         let (count, dim) = (features.len(), features.first().map_or(0, Vec::len));
-        ensure!(count > 1, "a covariance needs at least two pictures");
+        ensure!(count > 1, "a covariance needs at least two images");
         let rows = DMatrix::from_fn(count, dim, |row, column| f64::from(features[row][column]));
         let mean = rows.row_mean().transpose();
         let centred = DMatrix::from_fn(count, dim, |row, column| rows[(row, column)] - mean[column]);

@@ -17,7 +17,7 @@ use std::path::Path;
 /// The file in the folder of an imported network.
 pub const FILE: &str = "inception.safetensors";
 
-/// Side to which pictures are resized.
+/// Side to which images are resized.
 const SIDE: usize = 299;
 const NORM_EPS: f64 = 1e-3;
 
@@ -245,7 +245,7 @@ impl Step {
     }
 }
 
-/// Pools 3 × 3 pixels channel by channel, those of the picture only; with stride 1 around every pixel, else inside. `mean`
+/// Pools 3 × 3 pixels channel by channel, those of the image only; with stride 1 around every pixel, else inside. `mean`
 /// divides by how many there were.
 fn pool(
     x: &Tensor,
@@ -260,13 +260,13 @@ fn pool(
     let values = x.flatten_all()?.to_vec1::<f32>()?;
     let mut pooled = vec![0.0; batch * rows * columns * channels];
     pooled.par_chunks_mut(columns * channels).enumerate().for_each(|(row, out)| {
-        let (picture, row) = (&values[row / rows * height * width * channels..], row % rows);
+        let (image, row) = (&values[row / rows * height * width * channels..], row % rows);
         let range = |at: usize, side: usize| (at * stride).saturating_sub(border)..(at * stride + 3 - border).min(side);
         let ys = range(row, height);
         for (column, out) in out.chunks_mut(channels).enumerate() {
             let xs = range(column, width);
             for (channel, out) in out.iter_mut().enumerate() {
-                let at = |y: usize, x: usize| picture[(y * width + x) * channels + channel];
+                let at = |y: usize, x: usize| image[(y * width + x) * channels + channel];
                 let pixels = ys.clone().flat_map(|y| xs.clone().map(move |x| (y, x)));
                 let value = f(&mut pixels.map(|(y, x)| at(y, x)));
                 *out = if mean { value / (ys.len() * xs.len()) as f32 } else { value };
@@ -293,11 +293,11 @@ fn resize(pixels: &Tensor) -> Result<Tensor> {
     let (ys, xs) = (places(height), places(width));
     let mut resized = vec![0.0; batch * SIDE * SIDE * channels];
     resized.par_chunks_mut(SIDE * channels).enumerate().for_each(|(row, out)| {
-        let picture = &values[row / SIDE * height * width * channels..];
+        let image = &values[row / SIDE * height * width * channels..];
         let (top, bottom, down) = ys[row % SIDE];
         for (out, &(left, right, along)) in out.chunks_mut(channels).zip(&xs) {
             for (channel, out) in out.iter_mut().enumerate() {
-                let at = |y: usize, x: usize| picture[(y * width + x) * channels + channel];
+                let at = |y: usize, x: usize| image[(y * width + x) * channels + channel];
                 let between = |y| at(y, left) * (1.0 - along) + at(y, right) * along;
                 *out = between(top) * (1.0 - down) + between(bottom) * down;
             }
@@ -337,7 +337,7 @@ mod tests {
         let pixels = ((golden["x"].permute((0, 2, 3, 1))?.contiguous()? * 2.0)? - 1.0)?;
         let (ours, theirs) = (values(&network.features(&pixels)?), values(&golden["features"]));
         assert_eq!(ours.len(), theirs.len());
-        // The two pictures' features differ by 2e-3.
+        // The two images' features differ by 2e-3.
         for (a, b) in ours.iter().zip(theirs) {
             assert!((a - b).abs() < 1e-5 + 1e-4 * b.abs(), "{a} instead of {b}");
         }

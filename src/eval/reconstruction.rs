@@ -1,4 +1,4 @@
-//! What image tokenizers keep of pictures: each is turned into codes and back, and compared with itself.
+//! What image tokenizers keep of images: each is turned into codes and back, and compared with itself.
 
 use super::{
     choose,
@@ -23,13 +23,13 @@ use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
-/// Pictures that go through a tokenizer at once.
+/// Images that go through a tokenizer at once.
 const BATCH: usize = 16;
 
-/// Which pictures are compared.
+/// Which images are compared.
 pub struct Settings<'a> {
     pub data: &'a str,
-    /// Pictures, a choice keyed by the seed; 0: all.
+    /// Images, a choice keyed by the seed; 0: all.
     pub samples: usize,
     pub seed: u64,
     /// For LPIPS and the Fréchet distance.
@@ -38,33 +38,33 @@ pub struct Settings<'a> {
     pub inception: Option<&'a Inception>,
 }
 
-/// Means over all pictures.
+/// Means over all images.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Reconstruction {
     pub pictures: usize,
     /// dB.
     pub psnr: f64,
-    /// `None`: the pictures are too small.
+    /// `None`: the images are too small.
     pub ssim: Option<f64>,
     /// LPIPS over VGG-16.
     pub lpips: Option<f64>,
-    /// Between the means over space of VGG-16's last features, of pictures and reconstructions.
+    /// Between the means over space of VGG-16's last features, of images and reconstructions.
     pub frechet_vgg: Option<f64>,
     /// The same with Inception's: the reconstruction FID.
     pub fid: Option<f64>,
-    /// Share of the codebook that any picture uses.
+    /// Share of the codebook that any image uses.
     pub codebook_used: f64,
     /// e to the entropy of the codes' frequencies.
     pub perplexity: f64,
 }
 
-/// The result, and the first pictures with what became of them.
+/// The result, and the first images with what became of them.
 pub struct Outcome {
     pub result: Reconstruction,
     pub pairs: Vec<(RgbImage, RgbImage)>,
 }
 
-/// Measures one tokenizer; keeps the first `shown` pictures.
+/// Measures one tokenizer; keeps the first `shown` images.
 ///
 /// # Errors
 /// The data cannot be read.
@@ -80,7 +80,7 @@ pub fn run(tokenizer: &ImageTokenizer, settings: &Settings, shown: usize) -> Res
         let compared = batch.par_iter().zip(&painted).map(|(a, b)| (psnr(a, b), ssim(a, b)));
         similar.par_extend(compared);
         if let Some(network) = settings.perceptual {
-            // Of pictures as they are written: clamped and rounded.
+            // Of images as they are written: clamped and rounded.
             let [a, b] = [network.features(&to_pixels(batch)?)?, network.features(&to_pixels(&painted)?)?];
             lpips.extend(network.between(&a, &b)?.to_vec1::<f32>()?.into_iter().map(f64::from));
             let last = |features: &[Tensor]| pooled(&features[features.len() - 1]);
@@ -107,7 +107,7 @@ pub fn run(tokenizer: &ImageTokenizer, settings: &Settings, shown: usize) -> Res
     Ok(Outcome { result, pairs })
 }
 
-/// Features of pictures and of their reconstructions.
+/// Features of images and of their reconstructions.
 #[derive(Default)]
 struct Pair([Vec<Vec<f32>>; 2]);
 
@@ -122,13 +122,13 @@ impl Pair {
     }
 }
 
-/// The pictures in the tokenizer's size.
+/// The images in the tokenizer's size.
 fn read(tokenizer: &ImageTokenizer, settings: &Settings) -> Result<Vec<RgbImage>> {
-    let dataset = open(settings.data, Kind::Pictures(tokenizer.image_size() as u32))?;
+    let dataset = open(settings.data, Kind::Images(tokenizer.image_size() as u32))?;
     let places: Vec<(usize, u64)> =
         dataset.sources.iter().enumerate().flat_map(|(i, shards)| (0..shards.len()).map(move |j| (i, j))).collect();
     let count = if settings.samples == 0 { places.len() } else { settings.samples };
-    let chosen = choose(count, places.len(), settings.seed, "eval pictures", 0);
+    let chosen = choose(count, places.len(), settings.seed, "eval images", 0);
     let read: Vec<_> = chosen.into_par_iter().map(|i| dataset.read(places[i].0, places[i].1)).collect();
     let (mut pictures, mut bad) = (Vec::new(), dataset.bad.clone());
     for record in read {
@@ -160,7 +160,7 @@ fn perplexity(counts: impl Iterator<Item = usize>) -> f64 {
     counts.iter().map(|count| count / total).map(|p| -p * p.ln()).sum::<f64>().exp()
 }
 
-/// The pictures above what each tokenizer made of them, a column a picture.
+/// The images above what each tokenizer made of them, a column an image.
 pub fn sheet(outcomes: &[Outcome]) -> RgbImage {
     let pairs = outcomes.iter().map(|outcome| &outcome.pairs);
     let side = pairs.clone().flatten().map(|(picture, _)| picture.width()).max().unwrap_or(1);
@@ -168,7 +168,7 @@ pub fn sheet(outcomes: &[Outcome]) -> RgbImage {
     let mut rows: Vec<RgbImage> = pairs.clone().take(1).flatten().map(|(picture, _)| resized(picture)).collect();
     let columns = rows.len();
     rows.extend(pairs.flatten().map(|(_, painted)| resized(painted)));
-    crate::data::picture::grid(&rows, columns)
+    crate::data::image_file::grid(&rows, columns)
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use crate::{
         image::{from_pixels, to_pixels},
     },
     error::{Context, Result, ensure, failed},
-    generate::{Job, Models, Sampling},
+    generate::{Models, Request, Sampling},
     report,
 };
 use image::RgbImage;
@@ -22,7 +22,7 @@ const BATCH: usize = 64;
 const SIDE: usize = 16;
 
 /// The distance between two images.
-pub const DISTANCE: &str = "mean squared RGB difference after box-filtering both pictures to 16×16";
+pub const DISTANCE: &str = "mean squared RGB difference after box-filtering both images to 16×16";
 
 /// The images to generate, and the images to search among.
 #[derive(Debug)]
@@ -87,17 +87,18 @@ pub fn run(models: &Models, settings: &Settings) -> Result<Retrieval> {
     let bar = report::bar(chosen.len() as u64, "generating");
     let (mut ranks, mut reconstructed) = (Vec::with_capacity(chosen.len()), Vec::with_capacity(chosen.len()));
     for (chosen, others) in chosen.chunks(BATCH).zip(others.chunks(BATCH)) {
-        let job = |&i: &usize| Job { prompt: pictures[i].caption.clone(), seed: settings.seed.wrapping_add(i as u64) };
-        let jobs: Vec<Job> = chosen.iter().map(job).collect();
-        let paintings = models.paint(&jobs, &settings.sampling, settings.best_of, |_| {})?;
+        let request =
+            |&i: &usize| Request { prompt: pictures[i].caption.clone(), seed: settings.seed.wrapping_add(i as u64) };
+        let requests: Vec<Request> = chosen.iter().map(request).collect();
+        let generated = models.generate_images(&requests, &settings.sampling, settings.best_of, |_| {})?;
         let rank_of = |picture: &RgbImage, own: usize, others: &[usize]| {
             let others = others.iter().map(|&other| pictures[other].features.as_slice());
             rank(&features(picture), &pictures[own].features, others)
         };
         let reconstructions = reconstruct(models, &data, chosen.iter().map(|&own| pictures[own].place))?;
-        let pairs = paintings.iter().map(|painting| &painting.picture).zip(&reconstructions);
-        for ((&own, others), (painting, reconstruction)) in chosen.iter().zip(others).zip(pairs) {
-            ranks.push(rank_of(painting, own, others));
+        let pairs = generated.iter().map(|generated| &generated.image).zip(&reconstructions);
+        for ((&own, others), (generated, reconstruction)) in chosen.iter().zip(others).zip(pairs) {
+            ranks.push(rank_of(generated, own, others));
             reconstructed.push(rank_of(reconstruction, own, others));
         }
         bar.inc(chosen.len() as u64);
@@ -153,10 +154,10 @@ fn reduce(record: Record) -> (Vec<f32>, String, String) {
     (record.image.as_ref().map(features).unwrap_or_default(), record.caption, style)
 }
 
-/// Pictures by style.
+/// Images by style.
 struct Shelf<'a> {
     pictures: &'a [Candidate],
-    /// By style: pictures of the data, and pictures of the pool.
+    /// By style: images of the data, and images of the pool.
     styles: Vec<[Vec<usize>; 2]>,
 }
 
@@ -169,8 +170,8 @@ impl<'a> Shelf<'a> {
         Self { pictures, styles: shelf }
     }
 
-    /// `count` other pictures of the same style: of the data first, then of the pool. A picture with the same
-    /// features is the same picture, not another.
+    /// `count` other images of the same style: of the data first, then of the pool. An image with the same
+    /// features is the same image, not another.
     fn others(&self, own: usize, count: usize, seed: u64) -> Result<Vec<usize>> {
         let picture = &self.pictures[own];
         let mut others = Vec::with_capacity(count);
@@ -181,8 +182,8 @@ impl<'a> Shelf<'a> {
                 }
             }
         }
-        let message = format!("only {} other pictures of one style, {count} are wanted", others.len());
-        let hint = "name more pictures with --pool, or lower --candidates";
+        let message = format!("only {} other images of one style, {count} are wanted", others.len());
+        let hint = "name more images with --pool, or lower --candidates";
         ensure!(others.len() == count, failed(message, hint));
         Ok(others)
     }
@@ -200,7 +201,7 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
     squares.sum::<f64>() / a.len() as f64
 }
 
-/// A picture box-filtered to 16×16 RGB values of 0 to 255, row by row.
+/// An image box-filtered to 16×16 RGB values of 0 to 255, row by row.
 fn features(picture: &RgbImage) -> Vec<f32> {
     let (width, height) = (picture.width() as usize, picture.height() as usize);
     let (columns, rows) = (spans(width), spans(height));
@@ -276,7 +277,7 @@ mod tests {
     #[test]
     fn others_are_of_the_style_never_the_same_picture_and_from_the_pool_only_where_needed() {
         let mut pictures: Vec<Candidate> = (0..12).map(|i| candidate(i % 2, i as f32)).collect();
-        pictures.push(candidate(0, 4.0)); // a copy of picture 4
+        pictures.push(candidate(0, 4.0)); // a copy of image 4
         let of_data = pictures.len();
         pictures.extend((0..6).map(|i| candidate(i % 2, 100.0 + i as f32)));
         let shelf = Shelf::new(&pictures, of_data, 2);

@@ -1,11 +1,11 @@
-//! How like two pictures of one size are, pixel by pixel: PSNR and SSIM.
+//! How like two images of one size are, pixel by pixel: PSNR and SSIM.
 
 use image::RgbImage;
 
 /// Side of SSIM's window.
 const WINDOW: u32 = 7;
 
-/// Peak signal-to-noise ratio of two pictures of one size in dB; two equal ones count as one grey step apart in
+/// Peak signal-to-noise ratio of two images of one size in dB; two equal ones count as one grey step apart in
 /// one value, so that the figure stays finite.
 pub fn psnr(a: &RgbImage, b: &RgbImage) -> f64 {
     let squares = a.as_raw().iter().zip(b.as_raw()).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2));
@@ -13,7 +13,7 @@ pub fn psnr(a: &RgbImage, b: &RgbImage) -> f64 {
     10.0 * (255.0 * 255.0 / error).log10()
 }
 
-/// Structural similarity (Wang et al. 2004, doi 10.1109/TIP.2003.819861) of two pictures of one size, as scikit-image
+/// Structural similarity (Wang et al. 2004, doi 10.1109/TIP.2003.819861) of two images of one size, as scikit-image
 /// computes it: even windows of 7 × 7 that lie inside, the mean over places and colours. `None` where none fits.
 pub fn ssim(a: &RgbImage, b: &RgbImage) -> Option<f64> {
     let (width, height) = a.dimensions();
@@ -63,15 +63,15 @@ mod tests {
     #[test]
     fn ssim_is_scikit_image_s() -> Result<()> {
         let golden = weights::parse(include_bytes!("../../tests/golden/similarity.safetensors"), "golden")?;
-        let picture = |name: &str| {
+        let image = |name: &str| {
             let bytes = values(&golden[name]).into_iter().map(|value| value as u8).collect();
             RgbImage::from_raw(24, 20, bytes).unwrap()
         };
         for (name, theirs) in ["near", "far"].into_iter().zip(values(&golden["ssim"])) {
-            let ours = ssim(&picture("first"), &picture(name)).unwrap();
+            let ours = ssim(&image("first"), &image(name)).unwrap();
             assert!((ours - theirs).abs() < 1e-6, "{name}: {ours} instead of {theirs}");
         }
-        assert_eq!(ssim(&picture("first"), &picture("first")), Some(1.0));
+        assert_eq!(ssim(&image("first"), &image("first")), Some(1.0));
         Ok(())
     }
 

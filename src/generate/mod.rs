@@ -6,15 +6,15 @@
 
 mod beam;
 mod caption;
-mod paint;
 pub mod sampling;
 mod score;
 #[cfg(test)]
 mod tests;
+mod text_to_image;
 
 pub use caption::{Caption, Decoding};
-pub use paint::{Job, Painting};
 pub use sampling::Sampling;
+pub use text_to_image::{GeneratedImage, Request};
 
 use crate::{
     bundle::Bundle,
@@ -55,10 +55,10 @@ impl Models {
     ///
     /// # Errors
     /// The images differ in size or do not fit the image tokenizer.
-    pub fn encode(&self, pictures: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
-        if pictures.is_empty() {
+    pub fn encode(&self, images: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
+        if images.is_empty() {
             return Ok(Vec::new());
         }
-        Ok(self.image_tokenizer.encode(&to_pixels(pictures)?)?.to_vec2()?)
+        Ok(self.image_tokenizer.encode(&to_pixels(images)?)?.to_vec2()?)
     }
 }

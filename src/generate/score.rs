@@ -20,7 +20,7 @@ impl Models {
     /// # Errors
     /// The numbers of images and texts differ, or a code or token is not in the vocabulary.
     pub fn score(&self, codes: &[Vec<u32>], texts: &[&[u32]]) -> Result<Vec<f64>> {
-        ensure!(codes.len() == texts.len(), "{} pictures and {} texts", codes.len(), texts.len());
+        ensure!(codes.len() == texts.len(), "{} images and {} texts", codes.len(), texts.len());
         let mut scores = Vec::with_capacity(codes.len());
         for (codes, texts) in codes.chunks(BATCH).zip(texts.chunks(BATCH)) {
             scores.extend(self.score_batch(codes, texts)?);

@@ -41,8 +41,8 @@ pub(crate) fn tiny() -> Models {
     Models::new(generator, Format::F32, image_tokenizer, text)
 }
 
-fn jobs(prompts: &[&str], seed: u64) -> Vec<Job> {
-    prompts.iter().zip(seed..).map(|(prompt, seed)| Job { prompt: prompt.to_string(), seed }).collect()
+fn requests(prompts: &[&str], seed: u64) -> Vec<Request> {
+    prompts.iter().zip(seed..).map(|(prompt, seed)| Request { prompt: prompt.to_string(), seed }).collect()
 }
 
 const SAMPLING: Sampling = Sampling { temperature: 0.8, top_k: 9, top_p: 0.95, guidance: 1.5 };
@@ -51,26 +51,26 @@ const SAMPLING: Sampling = Sampling { temperature: 0.8, top_k: 9, top_p: 0.95, g
 fn a_picture_depends_on_its_own_prompt_and_seed_alone() {
     let models = tiny();
     let prompts = ["一弯月", "月", "星，一弯月星月", "", "月"];
-    let paint = |jobs: &[Job], best_of| models.paint(jobs, &SAMPLING, best_of, |_| {}).unwrap();
+    let paint = |requests: &[Request], best_of| models.generate_images(requests, &SAMPLING, best_of, |_| {}).unwrap();
     for best_of in [1, 3] {
-        let together = paint(&jobs(&prompts, 3), best_of);
-        for (i, job) in jobs(&prompts, 3).into_iter().enumerate() {
-            let alone = paint(&[job], best_of).remove(0);
-            assert_eq!((&alone.codes, &alone.picture), (&together[i].codes, &together[i].picture), "{i} {best_of}");
+        let together = paint(&requests(&prompts, 3), best_of);
+        for (i, request) in requests(&prompts, 3).into_iter().enumerate() {
+            let alone = paint(&[request], best_of).remove(0);
+            assert_eq!((&alone.codes, &alone.image), (&together[i].codes, &together[i].image), "{i} {best_of}");
             assert!((alone.score - together[i].score).abs() < 1e-4);
         }
-        assert!(together[1].codes != together[4].codes, "another seed is another picture");
+        assert!(together[1].codes != together[4].codes, "another seed is another image");
     }
-    assert!(models.paint(&[], &SAMPLING, 1, |_| {}).unwrap().is_empty());
+    assert!(models.generate_images(&[], &SAMPLING, 1, |_| {}).unwrap().is_empty());
 }
 
 #[test]
 fn more_pictures_than_a_batch_holds() {
     let (models, mut codes) = (tiny(), 0);
-    let many = jobs(&["月"; 70], 0);
-    let painted = models.paint(&many, &SAMPLING, 2, |n| codes += n).unwrap();
+    let many = requests(&["月"; 70], 0);
+    let painted = models.generate_images(&many, &SAMPLING, 2, |n| codes += n).unwrap();
     assert_eq!((painted.len(), codes), (70, 70 * 2 * 9));
-    assert_eq!(painted[69].codes, models.paint(&many[69..], &SAMPLING, 2, |_| {}).unwrap()[0].codes);
+    assert_eq!(painted[69].codes, models.generate_images(&many[69..], &SAMPLING, 2, |_| {}).unwrap()[0].codes);
 }
 
 /// Cached, guided, greedy decoding against whole forward passes.
@@ -78,7 +78,7 @@ fn more_pictures_than_a_batch_holds() {
 fn greedy_guided_painting_follows_the_logits() {
     let models = tiny();
     let sampling = Sampling { guidance: 2.0, ..Sampling::GREEDY };
-    let painted = models.paint(&jobs(&["弯月"], 0), &sampling, 1, |_| {}).unwrap().remove(0);
+    let painted = models.generate_images(&requests(&["弯月"], 0), &sampling, 1, |_| {}).unwrap().remove(0);
     let logits = |prompt: &str| -> Vec<Vec<f32>> {
         let text = models.text.encode(prompt, 6).unwrap();
         let device = &runtime::device().unwrap();
@@ -96,17 +96,27 @@ fn greedy_guided_painting_follows_the_logits() {
 #[test]
 fn the_best_of_many_is_the_best() {
     let models = tiny();
-    let jobs = jobs(&["一弯月", "星", "月，一"], 9);
+    let requests = requests(&["一弯月", "星", "月，一"], 9);
     let scores = |best_of| -> Vec<f64> {
-        models.paint(&jobs, &SAMPLING, best_of, |_| {}).unwrap().iter().map(|painting| painting.score).collect()
+        models
+            .generate_images(&requests, &SAMPLING, best_of, |_| {})
+            .unwrap()
+            .iter()
+            .map(|generated| generated.score)
+            .collect()
     };
     let (one, two, twenty) = (scores(1), scores(2), scores(20));
     assert!((0..3).all(|i| one[i] <= two[i] + 1e-5 && two[i] <= twenty[i] + 1e-5), "{one:?} {two:?} {twenty:?}");
     assert!((0..3).any(|i| one[i] < twenty[i] - 0.01), "{one:?} {twenty:?}");
 }
 
-fn pictures(models: &Models) -> Vec<Vec<u32>> {
-    models.paint(&jobs(&["一", "月星", "弯"], 1), &SAMPLING, 1, |_| {}).unwrap().into_iter().map(|p| p.codes).collect()
+fn images(models: &Models) -> Vec<Vec<u32>> {
+    models
+        .generate_images(&requests(&["一", "月星", "弯"], 1), &SAMPLING, 1, |_| {})
+        .unwrap()
+        .into_iter()
+        .map(|p| p.codes)
+        .collect()
 }
 
 fn beam(width: usize) -> Decoding {
@@ -127,7 +137,7 @@ fn every_caption() -> Vec<Vec<u32>> {
 #[test]
 fn a_beam_without_limits_finds_the_best_of_all_captions() {
     let models = tiny();
-    let (codes, all) = (pictures(&models).remove(1), every_caption());
+    let (codes, all) = (images(&models).remove(1), every_caption());
     let texts: Vec<&[u32]> = all.iter().map(Vec::as_slice).collect();
     let means = models.score(&vec![codes.clone(); all.len()], &texts).unwrap();
     for length_penalty in [0.0, 1.0, 3.0] {
@@ -146,7 +156,7 @@ fn a_beam_without_limits_finds_the_best_of_all_captions() {
 #[test]
 fn captions_hold_no_special_tokens_and_their_scores_are_the_model_s() {
     let models = tiny();
-    let codes = pictures(&models);
+    let codes = images(&models);
     let hot = Sampling { temperature: 5.0, ..Sampling::GREEDY };
     for decoding in [
         Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 },
@@ -174,7 +184,7 @@ fn captions_hold_no_special_tokens_and_their_scores_are_the_model_s() {
 #[test]
 fn captions_depend_on_their_own_picture_alone() {
     let models = tiny();
-    let codes = pictures(&models);
+    let codes = images(&models);
     let hot = Sampling { temperature: 3.0, ..Sampling::GREEDY };
     for decoding in [Decoding::Sample { sampling: hot, seed: 4 }, beam(3)] {
         let together = models.describe(&codes, &decoding, 3).unwrap();
@@ -189,7 +199,7 @@ fn captions_depend_on_their_own_picture_alone() {
 #[test]
 fn greedy_is_a_beam_of_one_and_follows_the_logits() {
     let models = tiny();
-    for codes in pictures(&models) {
+    for codes in images(&models) {
         let describe =
             |decoding| models.describe(std::slice::from_ref(&codes), &decoding, 1).unwrap()[0][0].tokens.clone();
         let greedy = describe(Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 });
@@ -211,7 +221,7 @@ fn greedy_is_a_beam_of_one_and_follows_the_logits() {
 #[test]
 fn scores_do_not_depend_on_padding() {
     let models = tiny();
-    let codes = pictures(&models);
+    let codes = images(&models);
     let texts: Vec<Vec<u32>> =
         ["月", "一弯月，星", ""].iter().map(|text| models.text.encode(text, 6).unwrap()).collect();
     let texts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
@@ -229,7 +239,7 @@ fn a_damaged_model_is_an_error() {
     for param in models.generator.segments().last().unwrap().params().values() {
         param.set(&(param.as_tensor() * f64::NAN).unwrap()).unwrap();
     }
-    let error = models.paint(&jobs(&["月"], 0), &SAMPLING, 1, |_| {}).unwrap_err();
+    let error = models.generate_images(&requests(&["月"], 0), &SAMPLING, 1, |_| {}).unwrap_err();
     assert!(error.to_string().contains("damaged"), "{error}");
     for decoding in [Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 }, beam(2)] {
         assert!(models.describe(&codes, &decoding, 1).unwrap_err().to_string().contains("damaged"));

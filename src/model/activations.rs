@@ -1,10 +1,10 @@
 //! What a micro-batch of the generator keeps of its activations and works with, by formula.
 //!
-//! It follows the segments written by hand (`native`, `nn::block_native`) and the engine: each segment's input stays
+//! It follows the segments written by hand (`manual`, `nn::block_manual`) and the engine: each segment's input stays
 //! until its backward pass, what a block saved stays where it is not to be recomputed, and a pass has its own
 //! buffers. A change there wants the same change here.
 
-use super::{native::ROWS, sequence::Layout};
+use super::{manual::ROWS, sequence::Layout};
 use crate::config::Config;
 
 /// A micro-batch of one list of spans.
@@ -48,10 +48,11 @@ pub struct Moment {
 }
 
 impl Micro {
-    /// The moments at which most is in memory, with every `recompute`-th segment forgetting what it saved (0: none).
-    pub fn moments(&self, config: &Config, recompute: usize) -> Vec<Moment> {
+    /// The moments at which most is in memory, with every `activation_checkpointing`-th segment forgetting what it saved (0: none).
+    pub fn moments(&self, config: &Config, activation_checkpointing: usize) -> Vec<Moment> {
         let layers = config.model.layers;
-        let forgets = |segment: usize| recompute > 0 && (segment + 1).is_multiple_of(recompute);
+        let forgets =
+            |segment: usize| activation_checkpointing > 0 && (segment + 1).is_multiple_of(activation_checkpointing);
         let saved = self.block_saved(config);
         let mut kept: u64 = (1..=layers).filter(|layer| !forgets(*layer)).map(|_| saved).sum();
         let mut moments = self.head(config, (layers as u64 + 1) * self.stream(config) + kept);
@@ -64,8 +65,8 @@ impl Micro {
     }
 
     /// The largest of [`Micro::moments`] in bytes of activations.
-    pub fn most(&self, config: &Config, recompute: usize) -> u64 {
-        self.moments(config, recompute).iter().map(|moment| moment.activations).max().unwrap_or(0)
+    pub fn most(&self, config: &Config, activation_checkpointing: usize) -> u64 {
+        self.moments(config, activation_checkpointing).iter().map(|moment| moment.activations).max().unwrap_or(0)
     }
 
     /// The residual stream: one hidden size a position.

@@ -10,7 +10,7 @@ use crate::{
     nn::{
         params::{Init, Params, Scope},
         pattern::Grid,
-        segment::Taped,
+        segment::Autograd,
     },
 };
 use candle_core::{Device, Tensor};
@@ -99,7 +99,7 @@ impl Embedding {
     }
 }
 
-impl Taped<Batch> for Embedding {
+impl Autograd<Batch> for Embedding {
     fn name(&self) -> &str {
         "embedding"
     }
@@ -109,7 +109,7 @@ impl Taped<Batch> for Embedding {
     }
 
     /// → (b, positions, hidden).
-    fn taped(&self, _: &Tensor, batch: &Batch) -> Result<Tensor> {
+    fn autograd(&self, _: &Tensor, batch: &Batch) -> Result<Tensor> {
         self.check(batch)?;
         let mut parts = Vec::new();
         for (span, tokens) in batch.parts() {

@@ -40,7 +40,7 @@ pub fn attention(hidden: usize, keys: &KeyRanges) -> f64 {
     4.0 * hidden as f64 * pairs as f64
 }
 
-/// Forward and backward of the image tokenizer over `batch` pictures.
+/// Forward and backward of the image tokenizer over `batch` images.
 pub fn tokenizer(config: &ImageTokenizer, batch: usize) -> f64 {
     if config.architecture == Architecture::Dvae {
         let side = config.grid().0;

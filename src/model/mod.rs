@@ -8,7 +8,7 @@ pub mod flops;
 mod head;
 mod layer;
 pub mod listing;
-mod native;
+mod manual;
 mod segments;
 mod sequence;
 pub mod size;
@@ -22,6 +22,6 @@ pub use transformer::Generator;
 #[cfg(test)]
 mod decode_tests;
 #[cfg(test)]
-mod native_tests;
+mod manual_tests;
 #[cfg(test)]
 mod tests;

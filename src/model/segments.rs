@@ -4,7 +4,7 @@ use super::{
     batch::Batch,
     head::Head,
     layer::Layer,
-    native::{NativeEmbedding, NativeHead, NativeLayer},
+    manual::{ManualEmbedding, ManualHead, ManualLayer},
     transformer::Generator,
 };
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
     error::Result,
     nn::{
         params::Params,
-        segment::{Segment, Taped},
+        segment::{Autograd, Segment},
     },
     ops,
 };
@@ -24,7 +24,7 @@ pub(super) struct TapedLayer<'a> {
     pub precision: Precision,
 }
 
-impl Taped<Batch> for TapedLayer<'_> {
+impl Autograd<Batch> for TapedLayer<'_> {
     fn name(&self) -> &str {
         &self.layer.name
     }
@@ -33,7 +33,7 @@ impl Taped<Batch> for TapedLayer<'_> {
         &self.layer.params
     }
 
-    fn taped(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+    fn autograd(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
         self.layer.block.forward(self.precision, x, &self.layer.keys(batch)?)
     }
 }
@@ -44,7 +44,7 @@ pub(super) struct TapedHead<'a> {
     pub precision: Precision,
 }
 
-impl Taped<Batch> for TapedHead<'_> {
+impl Autograd<Batch> for TapedHead<'_> {
     fn name(&self) -> &str {
         "head"
     }
@@ -54,7 +54,7 @@ impl Taped<Batch> for TapedHead<'_> {
     }
 
     /// → the scalar loss.
-    fn taped(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+    fn autograd(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
         let (targets, weights) = batch.outputs()?;
         let logits = self.head.target_logits(self.precision, x, batch)?.flatten_to(1)?;
         ops::cross_entropy(&logits, &targets, &weights)
@@ -62,17 +62,17 @@ impl Taped<Batch> for TapedHead<'_> {
 }
 
 impl Generator {
-    /// The chain that training runs; its output is the loss. By hand on a CPU in f32, taped elsewhere; products in
+    /// The chain that training runs; its output is the loss. By hand on a CPU in f32, autograd elsewhere; products in
     /// `train.precision`.
     pub fn segments(&self) -> Vec<Box<dyn Segment<Batch> + '_>> {
-        if !self.native {
+        if !self.manual {
             return self.taped_segments(self.precision);
         }
         let precision = self.precision;
-        let layers = self.layers.iter().map(|layer| Box::new(NativeLayer { layer, precision }) as Box<_>);
-        std::iter::once(Box::new(NativeEmbedding(&self.embedding)) as Box<dyn Segment<Batch>>)
+        let layers = self.layers.iter().map(|layer| Box::new(ManualLayer { layer, precision }) as Box<_>);
+        std::iter::once(Box::new(ManualEmbedding(&self.embedding)) as Box<dyn Segment<Batch>>)
             .chain(layers)
-            .chain([Box::new(NativeHead { head: &self.head, precision }) as Box<_>])
+            .chain([Box::new(ManualHead { head: &self.head, precision }) as Box<_>])
             .collect()
     }
 

@@ -11,7 +11,7 @@ use crate::{
         attention::dense_masked,
         params::{Params, Scope},
         pattern::{Grid, Pattern, tests::all_patterns},
-        segment::Taped,
+        segment::Autograd,
     },
     random::Random,
 };
@@ -126,11 +126,11 @@ impl Case {
 }
 
 fn loss(generator: &Generator, batch: &Batch) -> Result<Tensor> {
-    let mut x = generator.embedding.taped(&batch.target().1.ids, batch)?;
+    let mut x = generator.embedding.autograd(&batch.target().1.ids, batch)?;
     for layer in &generator.layers {
-        x = TapedLayer { layer, precision: Precision::F32 }.taped(&x, batch)?;
+        x = TapedLayer { layer, precision: Precision::F32 }.autograd(&x, batch)?;
     }
-    TapedHead { head: &generator.head, precision: Precision::F32 }.taped(&x, batch)
+    TapedHead { head: &generator.head, precision: Precision::F32 }.autograd(&x, batch)
 }
 
 /// The loss with attention against full masks.
@@ -140,12 +140,12 @@ fn dense_loss(generator: &Generator, batch: &Batch) -> Result<Tensor> {
         [] => vec![0; batch.samples()],
         lengths => lengths.to_vec(),
     };
-    let mut x = generator.embedding.taped(&batch.target().1.ids, batch)?;
+    let mut x = generator.embedding.autograd(&batch.target().1.ids, batch)?;
     for layer in &generator.layers {
         let mask = layout.mask(layer.pattern, &lengths, x.device())?;
         x = layer.block.forward_with(Precision::F32, &x, |qkv| dense_masked(qkv, &mask))?;
     }
-    TapedHead { head: &generator.head, precision: Precision::F32 }.taped(&x, batch)
+    TapedHead { head: &generator.head, precision: Precision::F32 }.autograd(&x, batch)
 }
 
 pub(super) fn max_difference(a: &Tensor, b: &Tensor) -> Result<f64> {

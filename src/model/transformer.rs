@@ -7,7 +7,7 @@ use crate::{
     nn::{
         params::{Params, Scope},
         pattern::Grid,
-        segment::Taped,
+        segment::Autograd,
     },
 };
 use candle_core::{DType, Device, Tensor};
@@ -21,7 +21,7 @@ pub struct Generator {
     pub(super) max_text: usize,
     pub(super) heads: usize,
     /// Whether the segments with hand-written gradients can run: f32 on a CPU.
-    pub(super) native: bool,
+    pub(super) manual: bool,
     pub(super) precision: Precision,
 }
 
@@ -39,13 +39,13 @@ impl Generator {
         let model = &config.model;
         ensure!(!grid.is_empty(), "the grid of image codes is empty");
         ensure!(model.layers > 0 && model.conv_size % 2 == 1, "no layers, or an even conv_size");
-        ensure!(config.text.max_tokens >= 2, "text.max_tokens must have room for [CLS] and [SEP]");
+        ensure!(config.text.max_tokens >= 2, "text.max_tokens must have workspace for [CLS] and [SEP]");
         let embedding = Embedding::new(scope, config, vocab_size, codebook_size, grid)?;
         let layer = |i| Layer::new(scope, model, i, grid);
         let layers = (0..model.layers).map(layer).collect::<Result<_>>()?;
         let head = Head::new(scope, model.hidden, vocab_size, codebook_size)?;
         let table = &embedding.text;
-        let native = table.device().is_cpu() && table.dtype() == DType::F32 && scope.precision() == Precision::F32;
+        let manual = table.device().is_cpu() && table.dtype() == DType::F32 && scope.precision() == Precision::F32;
         Ok(Self {
             embedding,
             layers,
@@ -53,7 +53,7 @@ impl Generator {
             max_text: config.text.max_tokens,
             heads: model.heads,
             precision: config.train.precision,
-            native,
+            manual,
         })
     }
 
@@ -69,7 +69,7 @@ impl Generator {
 
     /// Logits at each target position: (b, target positions, its vocabulary).
     pub fn logits(&self, batch: &Batch) -> Result<Tensor> {
-        let mut x = self.embedding.taped(&batch.target().1.ids, batch)?;
+        let mut x = self.embedding.autograd(&batch.target().1.ids, batch)?;
         for layer in &self.layers {
             x = layer.block.forward(Precision::F32, &x, &layer.keys(batch)?)?;
         }

@@ -41,15 +41,15 @@ impl Block {
         let head = hidden / heads;
         Ok(Self {
             norm1: norm(scope, "norm1", hidden)?,
-            qkv: Linear::of_factor(&attention.at("qkv"), hidden, 3 * hidden, std)?,
-            proj: Linear::of_factor(&attention.at("proj"), hidden, hidden, residual_std)?,
+            qkv: Linear::with_matmul_weight(&attention.at("qkv"), hidden, 3 * hidden, std)?,
+            proj: Linear::with_matmul_weight(&attention.at("proj"), hidden, hidden, residual_std)?,
             qk_norm: match model.qk_norm {
                 true => Some((norm(&attention, "q_norm", head)?, norm(&attention, "k_norm", head)?)),
                 false => None,
             },
             norm2: norm(scope, "norm2", hidden)?,
-            fc1: Linear::of_factor(&mlp.at("fc1"), hidden, inner, std)?,
-            fc2: Linear::of_factor(&mlp.at("fc2"), inner, hidden, residual_std)?,
+            fc1: Linear::with_matmul_weight(&mlp.at("fc1"), hidden, inner, std)?,
+            fc2: Linear::with_matmul_weight(&mlp.at("fc2"), inner, hidden, residual_std)?,
             post: match model.sandwich_norm {
                 true => Some((norm(scope, "norm1_post", hidden)?, norm(scope, "norm2_post", hidden)?)),
                 false => None,

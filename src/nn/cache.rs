@@ -151,7 +151,7 @@ impl Cache {
                 store.write(slot_of(*pattern, *grid, code), &key, &value)?;
                 Some(store.read(&seen(*pattern, *grid, code))?)
             }
-            (Place::Image(_), None) => crate::error::bail!("this cache has no room for image codes"),
+            (Place::Image(_), None) => crate::error::bail!("this cache has no workspace for image codes"),
         };
         let query = (query * (d as f64).powf(-0.5))?;
         let dense = |tensor: &Tensor| tensor.narrow(1, 0, self.filled);
@@ -218,7 +218,7 @@ mod tests {
         assert_eq!((kept as f64 / (48.0 * 1024.0) * 100.0).round(), 28.0);
     }
 
-    /// Decoding a whole picture never overwrites a code that is still visible, and reads exactly the visible ones.
+    /// Decoding a whole image never overwrites a code that is still visible, and reads exactly the visible ones.
     #[test]
     fn slots_hold_exactly_the_visible_codes() {
         for (height, width) in [(1, 1), (1, 6), (6, 1), (3, 5), (5, 3), (7, 9)] {

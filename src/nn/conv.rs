@@ -12,7 +12,7 @@ use crate::{
         self,
         conv::{self, Geometry, Padding},
         conv_upsample,
-        gemm::Onto,
+        gemm::Beta,
         linear::column_sums,
         slices::view,
     },
@@ -21,7 +21,7 @@ use candle_core::{DType, Tensor, Var};
 
 /// A square convolution with bias.
 ///
-/// [`Conv2d::forward`] is written with candle ops. The methods on [`Features`] are the native pass: forward,
+/// [`Conv2d::forward`] is written with candle ops. The methods on [`Features`] are the manual pass: forward,
 /// the gradient of the input, and those of weight and bias.
 pub struct Conv2d {
     weight: Tensor,
@@ -102,8 +102,8 @@ impl Conv2d {
     }
 
     fn accumulate(&self, dy: &Features, gradients: &mut Gradients, add: impl FnOnce(&mut [f32])) -> Result<()> {
-        gradients.accumulate(&format!("{}.weight", self.name), self.weight.shape(), |dw, onto| {
-            if onto == Onto::Nothing {
+        gradients.accumulate(&format!("{}.weight", self.name), self.weight.shape(), |dw, beta| {
+            if beta == Beta::Zero {
                 dw.fill(0.0);
             }
             add(dw);

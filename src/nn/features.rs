@@ -1,4 +1,4 @@
-//! Activations of the native convolutional passes, in buffers that are used again.
+//! Activations of the manual convolutional passes, in buffers that are used again.
 
 use std::{cell::RefCell, collections::HashMap};
 
@@ -9,7 +9,7 @@ pub struct Features {
 }
 
 impl Features {
-    /// Elements of one picture.
+    /// Elements of one image.
     pub fn image(&self) -> usize {
         self.shape[1..].iter().product()
     }

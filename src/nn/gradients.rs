@@ -2,7 +2,7 @@
 
 use crate::{
     error::{Result, ensure},
-    ops::{gemm::Onto, with_slice_mut},
+    ops::{gemm::Beta, with_slice_mut},
 };
 use candle_core::{DType, Device, Shape, Tensor};
 use std::collections::BTreeMap;
@@ -34,23 +34,23 @@ impl Gradients {
         Ok(())
     }
 
-    /// Adds a gradient in place: `f` writes it ([`Onto::Nothing`]: over whatever lies there) or adds it to the sum.
-    pub fn accumulate(&mut self, name: &str, shape: &Shape, f: impl FnOnce(&mut [f32], Onto)) -> Result<()> {
+    /// Adds a gradient in place: `f` writes it ([`Beta::Zero`]: over whatever lies there) or adds it to the sum.
+    pub fn accumulate(&mut self, name: &str, shape: &Shape, f: impl FnOnce(&mut [f32], Beta)) -> Result<()> {
         if self.0.get(name).is_none_or(|gradient| gradient.sum.shape() != shape) {
             let sum = Tensor::zeros(shape, DType::F32, &Device::Cpu)?;
             self.0.insert(name.to_owned(), Gradient { sum, live: false });
         }
         let Some(gradient) = self.0.get_mut(name) else { return Ok(()) };
-        let onto = if gradient.live { Onto::Old } else { Onto::Nothing };
+        let beta = if gradient.live { Beta::One } else { Beta::Zero };
         gradient.live = true;
-        Ok(with_slice_mut(&gradient.sum, |sum| f(sum, onto))?)
+        Ok(with_slice_mut(&gradient.sum, |sum| f(sum, beta))?)
     }
 
     /// Adds a short gradient that is there as a vector: that of a bias.
     pub fn accumulate_vector(&mut self, name: &str, values: Vec<f32>) -> Result<()> {
-        self.accumulate(name, &Shape::from(values.len()), |sum, onto| match onto {
-            Onto::Nothing => sum.copy_from_slice(&values),
-            Onto::Old => sum.iter_mut().zip(&values).for_each(|(s, v)| *s += v),
+        self.accumulate(name, &Shape::from(values.len()), |sum, beta| match beta {
+            Beta::Zero => sum.copy_from_slice(&values),
+            Beta::One => sum.iter_mut().zip(&values).for_each(|(s, v)| *s += v),
         })
     }
 
@@ -116,9 +116,9 @@ mod tests {
     fn what_is_added_in_place_and_as_a_tensor_adds_up() {
         let mut gradients = Gradients::default();
         let write = |gradients: &mut Gradients, value: f32| {
-            let f = |sum: &mut [f32], onto| match onto {
-                Onto::Nothing => sum.fill(value),
-                Onto::Old => sum.iter_mut().for_each(|s| *s += value),
+            let f = |sum: &mut [f32], beta| match beta {
+                Beta::Zero => sum.fill(value),
+                Beta::One => sum.iter_mut().for_each(|s| *s += value),
             };
             gradients.accumulate("a", &Shape::from(2), f).unwrap();
         };

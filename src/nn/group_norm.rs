@@ -21,7 +21,7 @@ const EPS: f64 = 1e-6;
 
 /// GroupNorm in 32 groups with a scale and a shift a channel.
 ///
-/// The methods on [`Features`] are the native pass.
+/// The methods on [`Features`] are the manual pass.
 pub struct GroupNorm {
     weight: Tensor,
     bias: Tensor,

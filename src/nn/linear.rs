@@ -27,8 +27,8 @@ impl Linear {
     }
 
     /// The same with a weight that is kept in the scope's precision.
-    pub fn of_factor(scope: &Scope, inputs: usize, outputs: usize, std: f64) -> Result<Self> {
-        let weight = scope.factor("weight", (outputs, inputs), Init::Normal(std))?;
+    pub fn with_matmul_weight(scope: &Scope, inputs: usize, outputs: usize, std: f64) -> Result<Self> {
+        let weight = scope.matmul_weight("weight", (outputs, inputs), Init::Normal(std))?;
         Self::of(scope, weight, outputs)
     }
 
@@ -53,20 +53,20 @@ impl Linear {
     }
 
     /// x (rows, inputs) → (rows, outputs), with `residual` (rows, outputs) added.
-    pub fn native(&self, precision: Precision, x: &[f32], residual: Option<&[f32]>) -> Result<Vec<f32>> {
+    pub fn manual(&self, precision: Precision, x: &[f32], residual: Option<&[f32]>) -> Result<Vec<f32>> {
         let (weight, bias) = (view(&self.weight)?, view(&self.bias)?);
         let epilogue = Epilogue { bias: Some(&bias), residual, gelu: None };
         Ok(linear::forward_in(precision, x, &weight, self.sizes(x.len())?, epilogue))
     }
 
     /// y of x (rows, inputs), and gelu(y).
-    pub fn native_gelu(&self, precision: Precision, x: &[f32]) -> Result<(Vec<f32>, Vec<f32>)> {
+    pub fn manual_gelu(&self, precision: Precision, x: &[f32]) -> Result<(Vec<f32>, Vec<f32>)> {
         let (weight, bias) = (view(&self.weight)?, view(&self.bias)?);
         Ok(linear::forward_gelu(precision, x, &weight, &bias, self.sizes(x.len())?))
     }
 
     /// Adds the gradients of weight and bias for x (rows, inputs) and dy (rows, outputs); returns dx.
-    pub fn native_backward(
+    pub fn manual_backward(
         &self,
         precision: Precision,
         x: &[f32],
@@ -74,8 +74,8 @@ impl Linear {
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
         let sizes = self.sizes(x.len())?;
-        gradients.accumulate(&format!("{}.weight", self.name), self.weight.shape(), |dw, onto| {
-            linear::weight_gradient(precision, dw, onto, dy, x, sizes);
+        gradients.accumulate(&format!("{}.weight", self.name), self.weight.shape(), |dw, beta| {
+            linear::weight_gradient(precision, dw, beta, dy, x, sizes);
         })?;
         gradients.accumulate_vector(&format!("{}.bias", self.name), linear::column_sums(dy, sizes[2]))?;
         Ok(linear::input_gradient(precision, dy, &view(&self.weight)?, sizes))

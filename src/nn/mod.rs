@@ -2,7 +2,7 @@
 
 pub mod attention;
 pub mod block;
-pub mod block_native;
+pub mod block_manual;
 pub mod cache;
 pub mod checkpoint_file;
 pub mod conv;

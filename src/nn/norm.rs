@@ -34,12 +34,12 @@ impl LayerNorm {
     }
 
     /// x (rows, size) → (rows, size).
-    pub fn native(&self, x: &[f32]) -> Result<Vec<f32>> {
+    pub fn manual(&self, x: &[f32]) -> Result<Vec<f32>> {
         Ok(layer_norm::forward(x, &view(&self.weight)?, &view(&self.bias)?, Self::EPS))
     }
 
     /// Adds the gradients of weight and bias for x and dy (rows, size); returns dx.
-    pub fn native_backward(&self, x: &[f32], dy: &[f32], gradients: &mut Gradients) -> Result<Vec<f32>> {
+    pub fn manual_backward(&self, x: &[f32], dy: &[f32], gradients: &mut Gradients) -> Result<Vec<f32>> {
         let (dx, dweight, dbias) = layer_norm::backward(x, &view(&self.weight)?, dy, Self::EPS);
         gradients.accumulate_vector(&format!("{}.weight", self.name), dweight)?;
         gradients.accumulate_vector(&format!("{}.bias", self.name), dbias)?;

@@ -104,7 +104,7 @@ impl Scope {
         Self { store: Rc::new(RefCell::new(store)), prefix: String::new() }
     }
 
-    /// The same for layers that multiply in `precision`. Their [`Scope::factor`]s are kept in it.
+    /// The same for layers that multiply in `precision`. Their [`Scope::matmul_weight`]s are kept in it.
     pub fn in_precision(self, precision: Precision) -> Self {
         self.store.borrow_mut().precision = precision;
         self
@@ -148,8 +148,8 @@ impl Scope {
     ///
     /// # Errors
     /// As [`Scope::get`].
-    pub fn factor(&self, name: &str, shape: impl Into<Shape>, init: Init) -> Result<Tensor> {
-        let dtype = ops::factor_dtype(self.precision()).unwrap_or(self.store.borrow().dtype);
+    pub fn matmul_weight(&self, name: &str, shape: impl Into<Shape>, init: Init) -> Result<Tensor> {
+        let dtype = ops::matmul_weight_dtype(self.precision()).unwrap_or(self.store.borrow().dtype);
         self.get_as(dtype, name, shape.into(), init)
     }
 

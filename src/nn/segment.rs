@@ -1,8 +1,8 @@
 //! The contract between a model and the training engine: a model is a chain of segments.
 //!
 //! A segment has one contract and two implementations; the engine does not know which one it runs.
-//! *Taped*: the forward pass is written with candle ops and candle's tape gives the gradients; it runs on any
-//! device and is the oracle. *Native*: forward and backward are written by hand over slices, for the CPU.
+//! *Autograd*: the forward pass is written with candle ops and candle's tape gives the gradients; it runs on any
+//! device and is the oracle. *Manual*: forward and backward are written by hand over slices, for the CPU.
 //! Dropping what forward saved and running it again is activation recomputation (paper §3.2).
 
 use super::{gradients::Gradients, params::Params};
@@ -51,7 +51,7 @@ pub trait Segment<B> {
 pub type Chain<'a, B> = [Box<dyn Segment<B> + 'a>];
 
 /// A segment whose gradients candle's tape finds.
-pub trait Taped<B> {
+pub trait Autograd<B> {
     /// As [`Segment::name`].
     fn name(&self) -> &str;
 
@@ -59,10 +59,10 @@ pub trait Taped<B> {
     fn params(&self) -> &Params;
 
     /// The segment's output for its input, differentiable in both `x` and the parameters.
-    fn taped(&self, x: &Tensor, batch: &B) -> Result<Tensor>;
+    fn autograd(&self, x: &Tensor, batch: &B) -> Result<Tensor>;
 }
 
-impl<B, S: Taped<B>> Taped<B> for &S {
+impl<B, S: Autograd<B>> Autograd<B> for &S {
     fn name(&self) -> &str {
         (*self).name()
     }
@@ -71,23 +71,23 @@ impl<B, S: Taped<B>> Taped<B> for &S {
         (*self).params()
     }
 
-    fn taped(&self, x: &Tensor, batch: &B) -> Result<Tensor> {
-        (*self).taped(x, batch)
+    fn autograd(&self, x: &Tensor, batch: &B) -> Result<Tensor> {
+        (*self).autograd(x, batch)
     }
 }
 
-impl<B, S: Taped<B>> Segment<B> for S {
+impl<B, S: Autograd<B>> Segment<B> for S {
     fn name(&self) -> &str {
-        Taped::name(self)
+        Autograd::name(self)
     }
 
     fn params(&self) -> &Params {
-        Taped::params(self)
+        Autograd::params(self)
     }
 
     fn forward(&self, x: &Tensor, batch: &B) -> Result<(Tensor, Saved)> {
         let input = Var::from_tensor(x)?;
-        let y = self.taped(&input, batch)?;
+        let y = self.autograd(&input, batch)?;
         Ok((y.detach(), Box::new((input, y))))
     }
 
@@ -105,7 +105,7 @@ impl<B, S: Taped<B>> Segment<B> for S {
             Some(dy) => seeded(&y, dy)?.backward()?,
         };
         drop(y);
-        for (name, var) in Taped::params(self) {
+        for (name, var) in Autograd::params(self) {
             if let Some(gradient) = store.remove(var) {
                 gradients.add(name, gradient)?;
             }

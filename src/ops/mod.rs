@@ -25,9 +25,9 @@ pub mod testing;
 pub use matmul::bf16::amx_emulator;
 
 // Floors above name an op without its folder.
-pub use attention::{attention, cached as cached_attention, image as picture_attention};
+pub use attention::{attention, cached as cached_attention, image as image_attention};
 pub use conv::{Padding, conv2d, conv2d_in, upsample as conv_upsample};
-pub use matmul::{epilogue, factor_dtype, gemm, linear, linear_in, packed, rounds_to_bf16};
+pub use matmul::{epilogue, gemm, linear, linear_in, matmul_weight_dtype, packed, rounds_to_bf16};
 pub use nearest_code::nearest_code;
 pub use norm::{group_norm, layer_norm};
 pub use optim::{AdamW, Muon, adamw_step, muon_step};

@@ -4,7 +4,7 @@
 use super::{
     matmul::{
         gemm::gemm_serial,
-        matrix::{Matrix, Onto},
+        matrix::{Beta, Matrix},
     },
     slices::with_slice,
 };
@@ -30,7 +30,7 @@ pub fn nearest_code(z: &Tensor, codebook: &Tensor) -> Result<Tensor> {
             nearest.par_chunks_mut(ROWS).zip(z.par_chunks(ROWS * dim)).for_each(|(nearest, z)| {
                 let mut products = vec![0f32; nearest.len() * codes];
                 let z = Matrix::new(z, nearest.len(), dim);
-                gemm_serial(&mut products, codes, Onto::Nothing, 1.0, z, codebook);
+                gemm_serial(&mut products, codes, Beta::Zero, 1.0, z, codebook);
                 for (nearest, products) in nearest.iter_mut().zip(products.chunks_exact(codes)) {
                     *nearest = argmin(products, &squares);
                 }

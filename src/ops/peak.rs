@@ -7,7 +7,7 @@ use super::{
             unit::Bf16Unit,
         },
         gemm::gemm_serial,
-        matrix::{Matrix, Onto},
+        matrix::{Beta, Matrix},
     },
     simd::{Real, multiversion},
 };
@@ -37,7 +37,7 @@ fn tiles(unit: Bf16Unit) -> f64 {
         let ready = unit.ready(LINES);
         for _ in 0..rounds {
             // SAFETY: ready for 16 rows; `c` has 32 rows of 32.
-            unsafe { ready.square(black_box(&panel), &panel, c.as_mut_ptr(), SIDE, Onto::Nothing) }
+            unsafe { ready.square(black_box(&panel), &panel, c.as_mut_ptr(), SIDE, Beta::Zero) }
         }
         black_box(&c);
     })
@@ -50,7 +50,7 @@ fn product() -> f64 {
     on_all_threads(2.0 * (SIDE * SIDE * SIDE * rounds) as f64, || {
         let (a, mut c) = ([1f32; SIDE * SIDE], [0f32; SIDE * SIDE]);
         let a = Matrix::new(&a, SIDE, SIDE);
-        (0..rounds).for_each(|_| gemm_serial(black_box(&mut c), SIDE, Onto::Nothing, 1.0, a, a));
+        (0..rounds).for_each(|_| gemm_serial(black_box(&mut c), SIDE, Beta::Zero, 1.0, a, a));
     })
 }
 

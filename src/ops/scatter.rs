@@ -1,6 +1,6 @@
 //! Gradients of table rows: an embedding's backward pass.
 
-use super::matmul::matrix::Onto;
+use super::matmul::matrix::Beta;
 use rayon::prelude::*;
 
 /// `table[targets[i].0] += dy[targets[i].1]` for rows of `hidden` elements, or the same onto a table of zeros. Each
@@ -8,7 +8,7 @@ use rayon::prelude::*;
 ///
 /// # Panics
 /// A row is outside the table or `dy` (a defect of the caller).
-pub fn scatter_add(table: &mut [f32], onto: Onto, hidden: usize, dy: &[f32], targets: &[(usize, usize)]) {
+pub fn scatter_add(table: &mut [f32], beta: Beta, hidden: usize, dy: &[f32], targets: &[(usize, usize)]) {
     let rows = table.len() / hidden.max(1);
     let mut ends = vec![0; rows + 1];
     targets.iter().for_each(|&(row, _)| ends[row + 1] += 1);
@@ -19,7 +19,7 @@ pub fn scatter_add(table: &mut [f32], onto: Onto, hidden: usize, dy: &[f32], tar
         next[row] += 1;
     }
     table.par_chunks_exact_mut(hidden.max(1)).enumerate().with_min_len(16).for_each(|(row, sum)| {
-        if onto == Onto::Nothing {
+        if beta == Beta::Zero {
             sum.fill(0.0);
         }
         for &source in &sorted[ends[row]..ends[row + 1]] {
@@ -40,13 +40,13 @@ mod tests {
             let mut floats = |n: usize| (0..n).map(|_| random.normal() as f32).collect::<Vec<_>>();
             let (dy, start) = (floats(sources * hidden), floats(rows * hidden));
             let targets: Vec<_> = (0..sources).map(|i| (random.below(rows as u64) as usize, i)).collect();
-            for onto in [Onto::Nothing, Onto::Old] {
-                let mut expected = if onto == Onto::Old { start.clone() } else { vec![0.0; rows * hidden] };
+            for beta in [Beta::Zero, Beta::One] {
+                let mut expected = if beta == Beta::One { start.clone() } else { vec![0.0; rows * hidden] };
                 for &(row, source) in &targets {
                     (0..hidden).for_each(|c| expected[row * hidden + c] += dy[source * hidden + c]);
                 }
                 let mut table = start.clone();
-                scatter_add(&mut table, onto, hidden, &dy, &targets);
+                scatter_add(&mut table, beta, hidden, &dy, &targets);
                 assert_eq!(table, expected);
             }
         }

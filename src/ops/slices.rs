@@ -82,7 +82,7 @@ pub fn with_slice<T: WithDType, R>(tensor: &Tensor, f: impl FnOnce(&[T]) -> R) -
 }
 
 /// Calls `f` with the elements of a contiguous tensor, to change them in place. Tensors that share the storage (a `Var`
-/// and the layers that hold it) see the change; a taped graph does not know of it. On a device other than
+/// and the layers that hold it) see the change; a autograd graph does not know of it. On a device other than
 /// the CPU, `f` changes a copy, which is then written back.
 pub fn with_slice_mut<T: Real, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
     struct Edit<T, F, R>(RefCell<(Option<F>, Option<R>)>, PhantomData<T>);

@@ -12,7 +12,7 @@
 //! - *Numbers*: f32, but for the products of linear layers and convolutions: their factors are cast to `train.precision`, in
 //!   which the generator's linear layers are kept. Packed weights are for the CPU; candle leaves TF32 off. candle's kernels index with 32-bit counts in places, so
 //!   one tensor must stay below 2³² elements.
-//! - *Segments*: the taped ones run, of stock ops only; attention builds n×n scores there. There is no kernel of ours.
+//! - *Segments*: the autograd ones run, of stock ops only; attention builds n×n scores there. There is no kernel of ours.
 //! - *Optimizer*: its state and the weights that it updates are in host memory. Variables are copies: gradients add up on the device
 //!   and cross the bus once a step, weights before each use (stage 3) or once a step (`train::shards::device`).
 //! - *Threads*: handles are shared by all threads of a rank; cudarc binds the context to the thread at every call.

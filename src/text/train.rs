@@ -12,7 +12,7 @@ use tokenizers::{
 /// they occur, then joined pieces of words that are not Chinese. The same captions give the same vocabulary.
 pub fn train<'a>(captions: impl IntoIterator<Item = &'a str>, size: usize) -> Result<String> {
     let special = [PAD, UNK, CLS, SEP, MASK];
-    ensure!(size > special.len(), "a vocabulary of {size} has no room beside {} special tokens", special.len());
+    ensure!(size > special.len(), "a vocabulary of {size} has no workspace beside {} special tokens", special.len());
     let mut counts = BTreeMap::<String, usize>::new();
     for caption in captions {
         for word in words(caption)? {

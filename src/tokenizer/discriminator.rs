@@ -1,4 +1,4 @@
-//! PatchGAN (arXiv 1611.07004), VQGAN's adversary: says patch by patch whether a picture is real. Names and shapes are
+//! PatchGAN (arXiv 1611.07004), VQGAN's adversary: says patch by patch whether an image is real. Names and shapes are
 //! taming-transformers'. It is trained beside the tokenizer and is no part of the model.
 
 use crate::{
@@ -41,13 +41,13 @@ struct Layer {
 
 impl Discriminator {
     /// # Errors
-    /// Pictures of the configuration's size are too small for it.
+    /// Images of the configuration's size are too small for it.
     pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
         let (channels, halvings) = (config.discriminator_channels, config.discriminator_layers);
         let side = (0..halvings).fold(config.image_size, |side, _| side / 2);
         ensure!(
             side > 2,
-            "pictures of {} pixels are too small for image_tokenizer.discriminator_layers = {halvings}",
+            "images of {} pixels are too small for image_tokenizer.discriminator_layers = {halvings}",
             config.image_size
         );
         let widths = (0..=halvings).map(|i| channels * (1 << i).min(MAX_WIDENING));
@@ -102,7 +102,7 @@ fn batch_norm(x: &Tensor) -> Result<Tensor> {
     Ok(centred.broadcast_div(&deviation)?.reshape(x.shape())?)
 }
 
-/// Mean of how wrong the discriminator is about logits of real pictures and of reconstructions.
+/// Mean of how wrong the discriminator is about logits of real images and of reconstructions.
 pub fn loss(kind: config::AdversarialLoss, real: &Tensor, fake: &Tensor) -> Result<Tensor> {
     let wrong = |x: Tensor| match kind {
         config::AdversarialLoss::Hinge => (x + 1.0)?.relu()?.mean_all(),
@@ -117,16 +117,16 @@ fn softplus(x: &Tensor) -> candle_core::Result<Tensor> {
 }
 
 /// LeCam regularisation (arXiv 2104.03310): logits stay near the running means of the other kind.
-pub fn lecam(real: &Tensor, fake: &Tensor, anchors: Anchors) -> Result<Tensor> {
-    let above = (real - anchors.fake)?.relu()?.sqr()?.mean_all()?;
-    let below = (fake.neg()? + anchors.real)?.relu()?.sqr()?.mean_all()?;
+pub fn lecam(real: &Tensor, fake: &Tensor, logit_ema: LogitEma) -> Result<Tensor> {
+    let above = (real - logit_ema.fake)?.relu()?.sqr()?.mean_all()?;
+    let below = (fake.neg()? + logit_ema.real)?.relu()?.sqr()?.mean_all()?;
     Ok((above + below)?)
 }
 
 /// What the steps before said of the discriminator.
 #[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize, serde::Deserialize)]
-pub struct Anchors {
-    /// Running mean of the logits of real pictures.
+pub struct LogitEma {
+    /// Running mean of the logits of real images.
     pub real: f64,
     /// The same of reconstructions.
     pub fake: f64,
@@ -134,7 +134,7 @@ pub struct Anchors {
     pub accuracy: f64,
 }
 
-impl Anchors {
+impl LogitEma {
     /// Takes in what a step gave.
     pub fn follow(&mut self, real: f64, fake: f64, accuracy: f64) {
         const DECAY: f64 = 0.99;

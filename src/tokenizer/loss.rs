@@ -2,7 +2,7 @@
 
 use super::{
     PixelBatch,
-    discriminator::{self, Anchors, Discriminator},
+    discriminator::{self, Discriminator, LogitEma},
     dvae,
     perceptual::Perceptual,
 };
@@ -18,17 +18,17 @@ use std::path::Path;
 const MAX_ADAPTION: f64 = 1e4;
 
 /// The terms of a configuration.
-pub struct Criterion {
+pub struct Loss {
     l1_weight: f64,
     l2_weight: f64,
     /// Whether the decoder gives a distribution of pixels: then their likelihood counts, too.
     distribution: bool,
     /// The network, its weight, and the step after which it counts.
     perceptual: Option<(Perceptual, f64, u64)>,
-    adversary: Option<Adversary>,
+    gan_loss: Option<GanLoss>,
 }
 
-struct Adversary {
+struct GanLoss {
     discriminator: Discriminator,
     params: Params,
     weight: f64,
@@ -56,18 +56,18 @@ struct Adversarial {
     own: Vec<(String, Tensor)>,
 }
 
-impl Criterion {
+impl Loss {
     /// Pixels alone.
     pub fn pixels(config: &config::ImageTokenizer) -> Self {
         let distribution = config.architecture == Architecture::Dvae;
         let (l1_weight, l2_weight) = (config.l1_weight, config.l2_weight);
-        Self { l1_weight, l2_weight, distribution, perceptual: None, adversary: None }
+        Self { l1_weight, l2_weight, distribution, perceptual: None, gan_loss: None }
     }
 
     /// Everything that the configuration asks for; the discriminator's parameters lie in `scope`.
     ///
     /// # Errors
-    /// The perceptual network cannot be opened, or pictures are too small for the discriminator.
+    /// The perceptual network cannot be opened, or images are too small for the discriminator.
     pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
         let mut all = Self::pixels(config);
         if config.perceptual_weight > 0.0 {
@@ -80,7 +80,7 @@ impl Criterion {
         }
         if config.adversarial_weight > 0.0 {
             let scope = scope.at(discriminator::SCOPE);
-            all.adversary = Some(Adversary {
+            all.gan_loss = Some(GanLoss {
                 discriminator: Discriminator::new(&scope, config)?,
                 params: scope.params(),
                 weight: config.adversarial_weight,
@@ -94,7 +94,7 @@ impl Criterion {
 
     /// Judges what the decoder gave: pixels `(batch, side, side, 3)`, or a distribution of them `(batch, side, side, 6)`.
     /// `last_norm` gives the norm of the gradient in the weight of the decoder's last layer for a gradient in its output.
-    pub fn judge(
+    pub fn compute(
         &self,
         output: &Tensor,
         batch: &PixelBatch,
@@ -121,12 +121,12 @@ impl Criterion {
         let mut store = (&loss * batch.loss_scale)?.backward()?;
         let mut gradient = store.remove(&y).context("the loss does not depend on the reconstruction")?;
         let mut own = Vec::new();
-        if let (Some(adversary), Some(anchors)) = (&self.adversary, batch.anchors) {
-            let adversarial = adversary.judge(&y, &pixels, batch, anchors, &mut terms)?;
+        if let (Some(gan_loss), Some(logit_ema)) = (&self.gan_loss, batch.logit_ema) {
+            let adversarial = gan_loss.compute(&y, &pixels, batch, logit_ema, &mut terms)?;
             // λ (eq. 7): the adversary pulls at the decoder's last layer as hard as the other terms do.
             let norm = |gradient: &Tensor| -> Result<f64> { Ok(last_norm(gradient)? / batch.loss_scale) };
             let ratio = norm(&gradient)? / (norm(&adversarial.gradient)? + 1e-4);
-            let lambda = ratio.clamp(0.0, MAX_ADAPTION) * adversary.weight;
+            let lambda = ratio.clamp(0.0, MAX_ADAPTION) * gan_loss.weight;
             terms.push(("adaptive_weight", lambda));
             gradient = (gradient + (adversarial.gradient * lambda)?)?;
             own = adversarial.own;
@@ -135,18 +135,18 @@ impl Criterion {
     }
 }
 
-impl Adversary {
-    fn judge(
+impl GanLoss {
+    fn compute(
         &self,
         y: &Var,
         painted: &Tensor,
         batch: &PixelBatch,
-        anchors: Anchors,
+        logit_ema: LogitEma,
         terms: &mut Vec<(&'static str, f64)>,
     ) -> Result<Adversarial> {
         let generator = self.discriminator.forward(painted, true)?.mean_all()?.neg()?;
         let mut store = (&generator * batch.loss_scale)?.backward()?;
-        let gradient = store.remove(y).context("the adversary does not see the reconstruction")?;
+        let gradient = store.remove(y).context("the gan_loss does not see the reconstruction")?;
 
         let real = self.discriminator.forward(&batch.pixels, false)?;
         let fake = self.discriminator.forward(&painted.detach(), false)?;
@@ -158,11 +158,11 @@ impl Adversary {
             ("logits_real", number(&real.mean_all()?)?),
             ("logits_fake", number(&fake.mean_all()?)?),
         ]);
-        if anchors.accuracy > self.ceiling {
+        if logit_ema.accuracy > self.ceiling {
             return Ok(Adversarial { gradient, own: Vec::new() });
         }
         if self.lecam_weight > 0.0 {
-            loss = (loss + (discriminator::lecam(&real, &fake, anchors)? * self.lecam_weight)?)?;
+            loss = (loss + (discriminator::lecam(&real, &fake, logit_ema)? * self.lecam_weight)?)?;
         }
         let mut store = (loss * batch.loss_scale)?.backward()?;
         let own = self.params.iter().filter_map(|(name, var)| Some((name.clone(), store.remove(var)?))).collect();

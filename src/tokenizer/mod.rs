@@ -3,7 +3,7 @@
 pub mod discriminator;
 mod dvae;
 mod loss;
-mod native;
+mod manual;
 pub mod perceptual;
 pub mod quantizer;
 pub mod segments;
@@ -21,11 +21,11 @@ use crate::{
     nn::{conv::Conv2d, features::Buffers, params::Scope, segment::Segment},
 };
 use candle_core::{DType, Device, Tensor};
-use loss::Criterion;
-use native::{Layer, segments::Native};
+use loss::Loss;
+use manual::{Layer, segments::Manual};
 use quantizer::{
     Quantizer,
-    moving_average::{self, MovingAverage},
+    ema_codebook::{self, EmaCodebook},
 };
 use segments::{Decode, Encode};
 use std::rc::Rc;
@@ -37,9 +37,9 @@ pub struct ImageTokenizer {
     decoder: Rc<DecoderHalf>,
     segments: (Encode, Decode),
     /// What moves the codebook in training, if its gradients do not.
-    average: Option<MovingAverage>,
+    average: Option<EmaCodebook>,
     /// Whether the hand-written pass can run: a VQGAN's, f32 on a CPU.
-    native: bool,
+    manual: bool,
     buffers: Buffers,
     grid: usize,
     image_size: usize,
@@ -60,7 +60,7 @@ impl EncoderHalf {
     }
 
     /// The first convolution, which reads pixels, and all that follows it.
-    fn native_layers(&self) -> Result<(&Conv2d, Vec<&dyn Layer>)> {
+    fn manual_layers(&self) -> Result<(&Conv2d, Vec<&dyn Layer>)> {
         let Self::Vqgan { encoder, quant_conv } = self else { bail!("{NO_NATIVE_PASS}") };
         let (first, mut rest) = encoder.layers();
         rest.push(quant_conv);
@@ -108,7 +108,7 @@ impl DecoderHalf {
     }
 
     /// All layers after the quantiser, and the last of them.
-    fn native_layers(&self) -> Result<(Vec<&dyn Layer>, &vqgan::Head)> {
+    fn manual_layers(&self) -> Result<(Vec<&dyn Layer>, &vqgan::Head)> {
         let Body::Vqgan { post_quant_conv, decoder } = &self.body else { bail!("{NO_NATIVE_PASS}") };
         let mut layers: Vec<&dyn Layer> = vec![post_quant_conv];
         layers.extend(decoder.layers());
@@ -118,10 +118,10 @@ impl DecoderHalf {
 
 /// Whether a parameter is of training alone and no part of the model.
 pub fn is_of_training(name: &str) -> bool {
-    discriminator::is_ours(name) || moving_average::is_ours(name)
+    discriminator::is_ours(name) || ema_codebook::is_ours(name)
 }
 
-/// Whether a parameter has a say in which codes a picture becomes, and not only in what becomes of codes.
+/// Whether a parameter has a say in which codes an image becomes, and not only in what becomes of codes.
 pub fn makes_codes(name: &str) -> bool {
     ["encoder.", "quant_conv.", "quantize."].iter().any(|part| name.starts_with(part))
 }
@@ -130,7 +130,7 @@ impl ImageTokenizer {
     /// # Errors
     /// The architecture is impossible, or a checkpoint's tensor is missing or misshapen.
     pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
-        Self::judged_by(scope, config, Criterion::pixels(config))
+        Self::judged_by(scope, config, Loss::pixels(config))
     }
 
     /// One that is to be trained: with its perceptual network and its adversary.
@@ -139,11 +139,11 @@ impl ImageTokenizer {
     /// As [`ImageTokenizer::new`], or there is no perceptual network where the configuration names one.
     pub fn in_training(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
         // Before the model, whose segments hold all that is in their scopes.
-        let average = MovingAverage::new(&scope.at("quantize"), config)?;
-        Ok(Self { average, ..Self::judged_by(scope, config, Criterion::new(scope, config)?)? })
+        let average = EmaCodebook::new(&scope.at("quantize"), config)?;
+        Ok(Self { average, ..Self::judged_by(scope, config, Loss::new(scope, config)?)? })
     }
 
-    fn judged_by(scope: &Scope, config: &config::ImageTokenizer, criterion: Criterion) -> Result<Self> {
+    fn judged_by(scope: &Scope, config: &config::ImageTokenizer, loss: Loss) -> Result<Self> {
         let factor = 1usize << config.channel_multipliers.len().saturating_sub(1);
         ensure!(
             config.image_size.is_multiple_of(factor) && config.image_size > 0,
@@ -160,12 +160,12 @@ impl ImageTokenizer {
             }
         };
         let (encoder, decoder) = (Rc::new(encoder), Rc::new(decoder));
-        let segments = segments::of(scope, &encoder, &decoder, criterion);
+        let segments = segments::of(scope, &encoder, &decoder, loss);
         let (device, dtype) = decoder.quantize.place();
-        let native = config.architecture == Architecture::Vqgan && device.is_cpu() && dtype == DType::F32;
+        let manual = config.architecture == Architecture::Vqgan && device.is_cpu() && dtype == DType::F32;
         let (grid, buffers) = (config.image_size / factor, Buffers::default());
         let image_size = config.image_size;
-        Ok(Self { encoder, decoder, segments, average: None, native, buffers, grid, image_size })
+        Ok(Self { encoder, decoder, segments, average: None, manual, buffers, grid, image_size })
     }
 
     fn vqgan(scope: &Scope, config: &config::ImageTokenizer) -> Result<(EncoderHalf, DecoderHalf)> {
@@ -187,7 +187,7 @@ impl ImageTokenizer {
         (self.grid, self.grid)
     }
 
-    /// Side of the square pictures in pixels.
+    /// Side of the square images in pixels.
     pub fn image_size(&self) -> usize {
         self.image_size
     }
@@ -200,10 +200,10 @@ impl ImageTokenizer {
     /// The chain that the training engine runs.
     pub fn segments(&self) -> Vec<Box<dyn Segment<PixelBatch> + '_>> {
         let (encode, decode) = &self.segments;
-        if self.native {
+        if self.manual {
             let buffers = &self.buffers;
-            let native = Native { segment: encode, buffers };
-            vec![Box::new(native), Box::new(Native { segment: decode, buffers })]
+            let manual = Manual { segment: encode, buffers };
+            vec![Box::new(manual), Box::new(Manual { segment: decode, buffers })]
         } else {
             self.taped_segments()
         }
@@ -225,14 +225,14 @@ impl ImageTokenizer {
     }
 
     /// What moves the codebook in training, if its gradients do not.
-    pub fn average(&self) -> Option<&MovingAverage> {
+    pub fn average(&self) -> Option<&EmaCodebook> {
         self.average.as_ref()
     }
 
     /// Latents before quantisation: pixels `(batch, side, side, 3)` → `(batch, h, w, code_dim)`.
     pub fn latents(&self, pixels: &Tensor) -> Result<Tensor> {
         let pixels = &pixels.to_device(self.device())?;
-        if self.native { self.encoder.infer(pixels) } else { self.encoder.forward(pixels) }
+        if self.manual { self.encoder.infer(pixels) } else { self.encoder.forward(pixels) }
     }
 
     /// Pixels `(batch, side, side, 3)` in \[-1, 1\] → codes `(batch, h·w)` of `u32`.
@@ -248,7 +248,7 @@ impl ImageTokenizer {
         ensure!(count == self.grid * self.grid, "{count} codes for a grid of {0} x {0}", self.grid);
         let z_q = self.decoder.quantize.lookup(&codes.to_device(self.device())?.flatten_all()?)?;
         let z_q = z_q.reshape((batch, self.grid, self.grid, ()))?;
-        let pixels = if self.native { self.decoder.infer(&z_q)? } else { self.decoder.decode(&z_q)? };
+        let pixels = if self.manual { self.decoder.infer(&z_q)? } else { self.decoder.decode(&z_q)? };
         check_finite(&pixels, "pixels")?;
         Ok(pixels)
     }

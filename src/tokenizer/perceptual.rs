@@ -1,4 +1,4 @@
-//! LPIPS (arXiv 1801.03924): how different two pictures look, as a distance of VGG-16's features. The perceptual loss of
+//! LPIPS (arXiv 1801.03924): how different two images look, as a distance of VGG-16's features. The perceptual loss of
 //! VQGAN's training (paper §2.1), with the parameter names of taming-transformers.
 
 use crate::{
@@ -96,7 +96,7 @@ impl Perceptual {
         Ok(features)
     }
 
-    /// The distance of each picture of `a` from that of `b`, `(batch)`.
+    /// The distance of each image of `a` from that of `b`, `(batch)`.
     pub fn distance(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         self.between(&self.features(a)?, &self.features(b)?)
     }

@@ -2,32 +2,32 @@
 
 use super::{
     DecoderHalf, EncoderHalf,
-    discriminator::{self, Anchors},
-    loss::{Criterion, number},
+    discriminator::{self, LogitEma},
+    loss::{Loss, number},
     quantizer::gumbel::Relaxation,
 };
 use crate::{
     error::Result,
     nn::{
         params::{Params, Scope},
-        segment::Taped,
+        segment::Autograd,
     },
 };
 use candle_core::Tensor;
 use std::{cell::RefCell, rc::Rc};
 
-/// A batch of pictures.
+/// A batch of images.
 pub struct PixelBatch {
     /// `(batch, side, side, 3)` in \[-1, 1\].
     pub pixels: Tensor,
-    /// Share of the step's loss that this batch makes up: its pictures / the step's pictures.
+    /// Share of the step's loss that this batch makes up: its images / the step's images.
     pub share: f64,
     /// What losses are multiplied by so that f16 keeps small gradients; a power of two, which costs no bit.
     pub loss_scale: f64,
     /// The training step, from 1.
     pub step: u64,
     /// Where the adversary takes part: how it did before.
-    pub anchors: Option<Anchors>,
+    pub logit_ema: Option<LogitEma>,
     /// How codes are drawn, where they are.
     pub relaxation: Relaxation,
     /// Left here by the last segment.
@@ -37,7 +37,7 @@ pub struct PixelBatch {
 impl PixelBatch {
     pub fn new(pixels: Tensor, share: f64) -> Self {
         let relaxation = Relaxation { temperature: 1.0, ..Relaxation::default() };
-        Self { pixels, share, loss_scale: 1.0, step: 1, anchors: None, relaxation, statistics: RefCell::new(None) }
+        Self { pixels, share, loss_scale: 1.0, step: 1, logit_ema: None, relaxation, statistics: RefCell::new(None) }
     }
 }
 
@@ -77,7 +77,7 @@ pub(super) struct Encode {
     params: Params,
 }
 
-impl Taped<PixelBatch> for Encode {
+impl Autograd<PixelBatch> for Encode {
     fn name(&self) -> &str {
         "encoder"
     }
@@ -86,7 +86,7 @@ impl Taped<PixelBatch> for Encode {
         &self.params
     }
 
-    fn taped(&self, _x: &Tensor, batch: &PixelBatch) -> Result<Tensor> {
+    fn autograd(&self, _x: &Tensor, batch: &PixelBatch) -> Result<Tensor> {
         self.half.forward(&batch.pixels)
     }
 }
@@ -94,10 +94,10 @@ impl Taped<PixelBatch> for Encode {
 pub(super) struct Decode {
     pub(super) half: Rc<DecoderHalf>,
     params: Params,
-    pub(super) criterion: Criterion,
+    pub(super) loss: Loss,
 }
 
-impl Taped<PixelBatch> for Decode {
+impl Autograd<PixelBatch> for Decode {
     fn name(&self) -> &str {
         "quantizer and decoder"
     }
@@ -107,35 +107,30 @@ impl Taped<PixelBatch> for Decode {
     }
 
     /// Scalar loss (eq. 1-2) whose gradient is that of all terms, the adversary's in its adaptive weight.
-    fn taped(&self, z: &Tensor, batch: &PixelBatch) -> Result<Tensor> {
+    fn autograd(&self, z: &Tensor, batch: &PixelBatch) -> Result<Tensor> {
         let quantized = self.half.quantize.forward(z, batch.relaxation)?;
         let (last, y) = self.half.decode_to_last(&quantized.z_q)?;
-        let judged = self.criterion.judge(&y.detach(), batch, |dy| self.half.last_weight_norm(&last, dy))?;
-        let mut terms = judged.terms;
+        let computed = self.loss.compute(&y.detach(), batch, |dy| self.half.last_weight_norm(&last, dy))?;
+        let mut terms = computed.terms;
         quantized.losses.iter().try_for_each(|(name, loss)| number(loss).map(|loss| terms.push((*name, loss))))?;
         let (codes, latents) = (quantized.codes.to_vec1()?, self.half.quantize.follows_latents().then(|| z.detach()));
         *batch.statistics.borrow_mut() = Some(Statistics { terms, codes, latents });
         // Terms linear in reconstruction and discriminator: their gradients are those that were found.
-        let mut linear = (&y * judged.gradient.detach())?.sum_all()?;
-        for (name, gradient) in judged.own {
+        let mut linear = (&y * computed.gradient.detach())?.sum_all()?;
+        for (name, gradient) in computed.own {
             if let Some(var) = self.params.get(&name) {
                 linear = (linear + (var.as_tensor() * gradient.detach())?.sum_all()?)?;
             }
         }
-        let value = (linear.detach().neg()? + judged.loss * batch.loss_scale)?;
+        let value = (linear.detach().neg()? + computed.loss * batch.loss_scale)?;
         let add = |sum: Tensor, (_, loss): &(_, Tensor)| sum + (loss * batch.loss_scale)?;
         Ok((quantized.losses.iter().try_fold((linear + value)?, add)? * batch.share)?)
     }
 }
 
-pub(super) fn of(
-    scope: &Scope,
-    encoder: &Rc<EncoderHalf>,
-    decoder: &Rc<DecoderHalf>,
-    criterion: Criterion,
-) -> (Encode, Decode) {
+pub(super) fn of(scope: &Scope, encoder: &Rc<EncoderHalf>, decoder: &Rc<DecoderHalf>, loss: Loss) -> (Encode, Decode) {
     let params = |names: &[&str]| names.iter().flat_map(|name| scope.at(name).params()).collect::<Params>();
     let encode = Encode { half: encoder.clone(), params: params(&["encoder", "quant_conv"]) };
     let params = params(&["quantize", "post_quant_conv", "decoder", discriminator::SCOPE]);
-    (encode, Decode { half: decoder.clone(), params, criterion })
+    (encode, Decode { half: decoder.clone(), params, loss })
 }

@@ -1,11 +1,11 @@
 use super::{
-    quantizer::nearest::{Nearest, dead_codes},
+    quantizer::vector_quantizer::{VectorQuantizer, dead_codes},
     *,
 };
 use crate::{
     config,
     error::Context,
-    nn::{params::Params, segment::Taped, weights},
+    nn::{params::Params, segment::Autograd, weights},
     ops::testing::values,
 };
 use candle_core::{DType, Device, Var, backprop::GradStore};
@@ -51,8 +51,8 @@ fn assert_close(what: &str, ours: &Tensor, theirs: &Tensor, tolerance: f64) {
 /// The loss of both segments, its gradients and what was left for the log.
 fn train_step(tokenizer: &ImageTokenizer, batch: &PixelBatch) -> Result<(f64, GradStore, Statistics)> {
     let mut x = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
-    x = tokenizer.segments.0.taped(&x, batch)?;
-    x = tokenizer.segments.1.taped(&x, batch)?;
+    x = tokenizer.segments.0.autograd(&x, batch)?;
+    x = tokenizer.segments.1.autograd(&x, batch)?;
     let statistics = batch.statistics.take().context("the last segment leaves statistics")?;
     Ok((values(&x)[0], x.backward()?, statistics))
 }
@@ -127,7 +127,7 @@ fn is_judged_as_taming_transformers_judges() -> Result<()> {
         let tokenizer = ImageTokenizer::in_training(&scope, config)?;
         scope.finish()?;
         let mut batch = PixelBatch::new(nhwc(&golden["x"])?, 1.0);
-        batch.anchors = Some(Default::default());
+        batch.logit_ema = Some(Default::default());
         Ok((scope.params(), train_step(&tokenizer, &batch)?))
     };
     let (params, (loss, gradients, statistics)) = step(&config)?;
@@ -221,7 +221,7 @@ fn unusable_channels_are_named() {
 fn normalised_codes_see_directions_only() -> Result<()> {
     let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
     let config = config::ImageTokenizer { l2_normalize: true, ..golden_config() };
-    let quantizer = Nearest::new(&scope, &config)?;
+    let quantizer = VectorQuantizer::new(&scope, &config)?;
     let z = Tensor::randn(0f32, 1.0, (50, 6), &Device::Cpu)?;
     let codes = quantizer.encode(&z)?;
     assert_eq!(values(&codes), values(&quantizer.encode(&(z * 17.0)?)?));
@@ -234,7 +234,7 @@ fn normalised_codes_see_directions_only() -> Result<()> {
 #[test]
 fn only_dead_codes_restart_from_latents() -> Result<()> {
     let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
-    let quantizer = Nearest::new(&scope, &config::ImageTokenizer { codebook_size: 5, ..golden_config() })?;
+    let quantizer = VectorQuantizer::new(&scope, &config::ImageTokenizer { codebook_size: 5, ..golden_config() })?;
     let book = scope.params()["embedding.weight"].as_tensor().clone();
     let rows = || book.to_vec2::<f32>();
     let (before, z) = (rows()?, Tensor::randn(3f32, 1.0, (1, 2, 2, 6), &Device::Cpu)?);

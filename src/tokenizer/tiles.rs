@@ -1,4 +1,4 @@
-//! Pictures of any size through a tokenizer of one size: overlapping tiles, blended where they overlap so that no seam
+//! Images of any size through a tokenizer of one size: overlapping tiles, blended where they overlap so that no seam
 //! shows.
 
 use super::ImageTokenizer;
@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 /// Tiles that go through the network at once.
 const BATCH: usize = 8;
 
-/// Codes of a picture of any size.
+/// Codes of an image of any size.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CodeGrid {
     pub height: usize,
@@ -22,7 +22,7 @@ impl ImageTokenizer {
     /// lies farthest inside.
     pub fn encode_whole(&self, pixels: &Tensor) -> Result<CodeGrid> {
         let (height, width, _) = pixels.dims3()?;
-        ensure!(height > 0 && width > 0, "a picture without pixels");
+        ensure!(height > 0 && width > 0, "an image without pixels");
         let cells = |length: usize| length.div_ceil(self.cell()).max(self.grid);
         let (rows, columns) = (cells(height), cells(width));
         let padded = self.padded(pixels, rows, columns)?;
@@ -120,7 +120,7 @@ impl ImageTokenizer {
         (0..self.image_size).map(|i| (i + 1).min(self.image_size - i) as f32).collect()
     }
 
-    /// The picture, its last row and column repeated to so many cells.
+    /// The image, its last row and column repeated to so many cells.
     fn padded(&self, pixels: &Tensor, rows: usize, columns: usize) -> Result<Tensor> {
         let places = |length: usize, wanted: usize| -> candle_core::Result<Tensor> {
             Tensor::new((0..wanted).map(|i| i.min(length - 1) as u32).collect::<Vec<_>>(), pixels.device())
@@ -157,15 +157,15 @@ mod tests {
         ImageTokenizer::new(&Scope::from_seed(1, DType::F32, &Device::Cpu), &config)
     }
 
-    fn picture(height: usize, width: usize) -> Result<Tensor> {
+    fn image(height: usize, width: usize) -> Result<Tensor> {
         Ok(normal("picture", &[height, width, 3], DType::F32).tanh()?)
     }
 
     #[test]
     fn a_picture_of_the_tokenizer_s_size_is_one_tile() -> Result<()> {
-        let (tokenizer, picture) = (tokenizer()?, picture(16, 16)?);
-        let whole = tokenizer.encode_whole(&picture)?;
-        let plain = tokenizer.encode(&picture.unsqueeze(0)?)?;
+        let (tokenizer, image) = (tokenizer()?, image(16, 16)?);
+        let whole = tokenizer.encode_whole(&image)?;
+        let plain = tokenizer.encode(&image.unsqueeze(0)?)?;
         assert_eq!(whole.codes, plain.flatten_all()?.to_vec1::<u32>()?);
         let (a, b) = (tokenizer.decode_whole(&whole, 16, 16)?, tokenizer.decode(&plain)?);
         assert!(values(&a).iter().zip(values(&b)).all(|(a, b)| (a - b).abs() < 1e-6));
@@ -178,13 +178,13 @@ mod tests {
     fn any_size_is_covered_and_blended() -> Result<()> {
         let tokenizer = tokenizer()?;
         for (height, width) in [(1, 1), (16, 17), (23, 40), (64, 16), (5, 33)] {
-            let grid = tokenizer.encode_whole(&picture(height, width)?)?;
+            let grid = tokenizer.encode_whole(&image(height, width)?)?;
             assert_eq!([grid.height, grid.width], [height.div_ceil(2).max(8), width.div_ceil(2).max(8)]);
             let decoded = tokenizer.decode_whole(&grid, height, width)?;
             assert_eq!(decoded.dims(), [height, width, 3]);
             assert!(values(&decoded).iter().all(|value| value.is_finite()));
         }
-        // Where a tile ends in the middle of a picture, what it adds to the pixel is at most a sixteenth.
+        // Where a tile ends in the middle of an image, what it adds to the pixel is at most a sixteenth.
         let ramp = tokenizer.ramp();
         assert_eq!(tokenizer.starts(20), [0, 4, 8, 12]);
         let covering = |pixel: usize| {

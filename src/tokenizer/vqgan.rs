@@ -1,7 +1,7 @@
 //! VQGAN's encoder and decoder (arXiv 2012.09841), with the names and shapes of taming-transformers, so
 //! that its checkpoints load. Activations are `(batch, height, width, channels)`.
 
-use super::native::Layer;
+use super::manual::Layer;
 use crate::{
     config,
     error::Result,

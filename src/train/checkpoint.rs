@@ -9,7 +9,7 @@
 
 use super::{Task, loss_scale::LossScale, reshard::Stored, spikes::Spikes};
 use crate::{
-    config::Config,
+    config::{Config, rename_stored_keys},
     dist::Group,
     error::{Context, Result, bail, ensure, failed},
     report,
@@ -50,8 +50,9 @@ pub struct State {
     /// Where the loss is scaled.
     #[serde(default)]
     pub loss_scale: Option<LossScale>,
-    /// Digests of what the weights belong to (vocabulary, image tokenizer).
-    pub identity: BTreeMap<String, String>,
+    /// Digests of what the weights belong to (vocabulary, image tokenizer); earlier versions called it `identity`.
+    #[serde(alias = "identity")]
+    pub fingerprint: BTreeMap<String, String>,
     /// Samples of each data source; empty in old checkpoints.
     #[serde(default)]
     pub sources: Vec<u64>,
@@ -158,7 +159,7 @@ pub fn tensors(path: &Path) -> Result<Stored> {
 
 /// A stored configuration with the defaults of keys that did not exist when it was written: a new key's default
 /// is what was done before.
-fn over_defaults(stored: serde_json::Value) -> Result<serde_json::Value> {
+fn over_defaults(mut stored: serde_json::Value) -> Result<serde_json::Value> {
     fn lay(value: serde_json::Value, onto: &mut serde_json::Value) {
         match (value, onto) {
             (serde_json::Value::Object(values), serde_json::Value::Object(onto)) => {
@@ -169,6 +170,7 @@ fn over_defaults(stored: serde_json::Value) -> Result<serde_json::Value> {
             (value, onto) => *onto = value,
         }
     }
+    rename_stored_keys(&mut stored);
     let mut all = serde_json::to_value(Config::default())?;
     lay(stored, &mut all);
     Ok(all)
@@ -233,9 +235,9 @@ const FREE: [&str; 19] = [
     "data.workers",
     "data.max_bad_ratio",
     "train.steps",
-    "train.recompute",
-    "train.shard_stage",
-    "train.shard_ranks",
+    "train.activation_checkpointing",
+    "train.zero_stage",
+    "train.hsdp_shard_size",
     "train.overlap",
     "train.offload",
     "train.rank_timeout",
@@ -266,10 +268,11 @@ impl Loaded {
         if let Some((key, was, is)) = difference("", &self.config, &serde_json::to_value(config)?) {
             bail!(failed(format!("the checkpoint of step {step} was made with {key} = {was}, not {is}"), hint));
         }
-        let names: BTreeSet<String> = self.state.identity.keys().cloned().chain(task.identity()?.into_keys()).collect();
+        let names: BTreeSet<String> =
+            self.state.fingerprint.keys().cloned().chain(task.fingerprint()?.into_keys()).collect();
         for name in names {
-            if let Some(digest) = self.state.identity.get(&name)
-                && task.has_identity(&name, digest)?
+            if let Some(digest) = self.state.fingerprint.get(&name)
+                && task.has_fingerprint(&name, digest)?
             {
                 continue;
             }

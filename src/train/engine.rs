@@ -24,7 +24,7 @@ pub struct Pass<'a, B> {
     /// of units of their own.
     pub first_unit: usize,
     /// Activation checkpointing: every k-th segment runs forward again in the backward pass (0: none, 1: all).
-    pub recompute: usize,
+    pub activation_checkpointing: usize,
 }
 
 /// What a forward pass keeps for its backward pass, segment by segment.
@@ -37,12 +37,12 @@ struct Link {
 }
 
 /// Adds the gradients of one micro-batch to those in `shards` and returns its loss, the scalar that the last segment
-/// returns. The chain's segments are the first units of `shards`; `recompute` is that of [`Pass`].
+/// returns. The chain's segments are the first units of `shards`; `activation_checkpointing` is that of [`Pass`].
 ///
 /// # Errors
 /// A segment fails, the last one returns no scalar, or a rank does not come.
-pub fn accumulate<B>(chain: &Chain<B>, batch: &B, recompute: usize, shards: &mut Shards) -> Result<f64> {
-    let pass = Pass { chain, batch, first_unit: 0, recompute };
+pub fn accumulate<B>(chain: &Chain<B>, batch: &B, activation_checkpointing: usize, shards: &mut Shards) -> Result<f64> {
+    let pass = Pass { chain, batch, first_unit: 0, activation_checkpointing };
     let (loss, activations) = pass.run(true, shards)?;
     let loss = loss.to_dtype(DType::F64)?.to_scalar::<f64>().context("the last segment must return a scalar")?;
     pass.backward(activations, None, shards)?;
@@ -71,14 +71,15 @@ impl<B> Pass<'_, B> {
                 false => Some(unit + 1),
                 true => self.before(i).filter(|_| backward_next),
             };
-            shards.gather(unit, next)?;
+            shards.all_gather(unit, next)?;
             let (y, saved) =
                 segment.forward(&x, self.batch).with_context(|| format!("segment `{}`", segment.name()))?;
             let stays = last && backward_next;
             if !stays {
-                shards.release(unit)?;
+                shards.reshard(unit)?;
             }
-            let keep = stays || self.recompute == 0 || !(i + 1).is_multiple_of(self.recompute);
+            let keep =
+                stays || self.activation_checkpointing == 0 || !(i + 1).is_multiple_of(self.activation_checkpointing);
             links.push(Link { input: x, saved: keep.then_some(saved) });
             x = y;
         }
@@ -96,7 +97,7 @@ impl<B> Pass<'_, B> {
         for (i, segment) in self.chain.iter().enumerate().rev() {
             let Some(Link { input, saved }) = links.pop() else { break };
             let unit = self.first_unit + i;
-            shards.gather(unit, self.before(i))?;
+            shards.all_gather(unit, self.before(i))?;
             // Nothing before the first segment that learns needs a gradient.
             if i >= frozen {
                 let saved = match saved {
@@ -105,8 +106,8 @@ impl<B> Pass<'_, B> {
                 };
                 dy = segment.backward(&input, self.batch, saved, dy, shards.gradients())?;
             }
-            shards.release(unit)?;
-            shards.reduce(unit)?;
+            shards.reshard(unit)?;
+            shards.reduce_scatter(unit)?;
             ensure!(
                 dy.is_some() || links.is_empty(),
                 "segment `{}` passes no gradient on to the one before it",
@@ -130,7 +131,7 @@ pub(super) mod tests {
         nn::{
             gradients::{Gradients, check_complete},
             params::{Init, Params, Scope},
-            segment::{Segment, Taped},
+            segment::{Autograd, Segment},
         },
         ops::Store,
         train::shards::Handling,
@@ -147,7 +148,7 @@ pub(super) mod tests {
         pub loss_scale: f64,
     }
 
-    impl Taped<Tensor> for Toy {
+    impl Autograd<Tensor> for Toy {
         fn name(&self) -> &str {
             &self.name
         }
@@ -156,7 +157,7 @@ pub(super) mod tests {
             &self.params
         }
 
-        fn taped(&self, x: &Tensor, batch: &Tensor) -> Result<Tensor> {
+        fn autograd(&self, x: &Tensor, batch: &Tensor) -> Result<Tensor> {
             let x = if x.elem_count() == 0 { batch } else { x };
             let y = x.matmul(&self.weight)?.tanh()?;
             Ok(if self.last { (y.sqr()?.mean_all()? * self.loss_scale)? } else { y })
@@ -180,7 +181,7 @@ pub(super) mod tests {
     }
 
     /// The parameter names by segment.
-    pub fn units(toys: &[Toy]) -> Vec<Vec<String>> {
+    pub fn parameter_groups(toys: &[Toy]) -> Vec<Vec<String>> {
         toys.iter().map(|toy| toy.params.keys().cloned().collect()).collect()
     }
 
@@ -204,7 +205,7 @@ pub(super) mod tests {
         let gradients = shards.reduced();
         let mut y = x.clone();
         for toy in &toys {
-            y = toy.taped(&y, &x).unwrap();
+            y = toy.autograd(&y, &x).unwrap();
         }
         assert_eq!(y.to_scalar::<f32>().unwrap() as f64, loss);
         let store = y.backward().unwrap();
@@ -219,14 +220,14 @@ pub(super) mod tests {
     #[test]
     fn recomputation_changes_no_bit_and_micro_batches_add_up() {
         let (_, toys) = chain(3, 4);
-        let run_over = |seeds: std::ops::Range<u64>, recompute| {
+        let run_over = |seeds: std::ops::Range<u64>, activation_checkpointing| {
             let mut shards = Shards::alone(&segments(&toys)).unwrap();
             for seed in seeds {
-                accumulate(&segments(&toys), &inputs(seed), recompute, &mut shards).unwrap();
+                accumulate(&segments(&toys), &inputs(seed), activation_checkpointing, &mut shards).unwrap();
             }
             bits(shards.reduced())
         };
-        let run = |recompute| run_over(0..2, recompute);
+        let run = |activation_checkpointing| run_over(0..2, activation_checkpointing);
         for every in 1..5 {
             assert_eq!(run(every), run(0), "every {every}");
         }
@@ -243,11 +244,11 @@ pub(super) mod tests {
         let (params, toys) = chain(1, 3);
         // Without the segment with the loss: the chain ends in an embedding of shape (3, 4).
         let (segments, x, dy) = (segments(&toys[..2]), inputs(2), inputs(3));
-        let y = toys[1].taped(&toys[0].taped(&x, &x).unwrap(), &x).unwrap();
+        let y = toys[1].autograd(&toys[0].autograd(&x, &x).unwrap(), &x).unwrap();
         let store = (&y * &dy).unwrap().sum_all().unwrap().backward().unwrap();
-        for recompute in 0..3 {
+        for activation_checkpointing in 0..3 {
             let mut shards = Shards::alone(&segments).unwrap();
-            let pass = Pass { chain: &segments, batch: &x, first_unit: 0, recompute };
+            let pass = Pass { chain: &segments, batch: &x, first_unit: 0, activation_checkpointing };
             let (embedding, activations) = pass.forward(&mut shards).unwrap();
             assert_near(&embedding, &y, "embedding");
             pass.backward(activations, Some(dy.clone()), &mut shards).unwrap();
@@ -269,14 +270,15 @@ pub(super) mod tests {
             let names: Vec<String> = ours.iter().flat_map(|toy| toy.params.keys().cloned()).collect();
             let params: Params = names.iter().map(|name| (name.clone(), params[name].clone())).collect();
             let handling = |_: &str, _: &Var| Handling::default();
-            let mut shards = Shards::new(group, stage, Store::Memory, &params, &units(ours), handling, |_| Ok(None))?;
+            let mut shards =
+                Shards::new(group, stage, Store::Memory, &params, &parameter_groups(ours), handling, |_| Ok(None))?;
             shards.begin(1);
             let batches = [2, 3].map(|seed| inputs(seed + 10 * group.rank() as u64));
             let chains: Vec<_> = set.iter().map(|range| segments(&toys[range.clone()])).collect();
             let mut passes = Vec::new();
             for batch in &batches {
                 for (chain, range) in chains.iter().zip(&set) {
-                    let pass = Pass { chain, batch, first_unit: range.start - first, recompute: 2 };
+                    let pass = Pass { chain, batch, first_unit: range.start - first, activation_checkpointing: 2 };
                     let (_, activations) = pass.forward(&mut shards)?;
                     passes.push((pass, activations));
                 }
@@ -295,7 +297,7 @@ pub(super) mod tests {
             shards.finish()?;
             all.extend(bits(shards.reduced()));
             for unit in 0..ours.len() {
-                shards.gather(unit, None)?;
+                shards.all_gather(unit, None)?;
             }
         }
         Ok(all)

@@ -91,7 +91,7 @@ fn with_rounded_weights_every_stage_gives_the_same_bits_and_goes_on_with_them() 
     // One direction and no parts, so that all stages add gradients up in one order.
     (config.train.text_loss_weight, config.train.accumulation, config.train.clip_norm) = (0.0, 1, 0.0);
     let mut run = |(ranks, replica), stage, overlap, stops: &[u64]| {
-        (config.train.shard_stage, config.train.shard_ranks, config.train.overlap) = (stage, replica, overlap);
+        (config.train.zero_stage, config.train.hsdp_shard_size, config.train.overlap) = (stage, replica, overlap);
         let parent = folder.path().join(format!("{ranks} {stage} {overlap} {stops:?}"));
         let mut last = None;
         for steps in stops {

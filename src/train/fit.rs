@@ -51,8 +51,8 @@ impl Fit {
             days: seconds * config.train.steps as f64 / 86_400.0,
             micro_steps: memory.micro_steps(),
             rows: (0..=3).flat_map(|stage| [(stage, false), (stage, true)]).map(row).collect(),
-            activations_kept: memory.activations(Settings { recompute: 0, ..own }),
-            activations_recomputed: memory.activations(Settings { recompute: 1, ..own }),
+            activations_kept: memory.activations(Settings { activation_checkpointing: 0, ..own }),
+            activations_recomputed: memory.activations(Settings { activation_checkpointing: 1, ..own }),
             fits,
             gpus_needed: if fits || change.is_some() { None } else { gpus_needed(config, sizes, &cluster) },
             change: change.map(|settings| keys(own, settings)).unwrap_or_default(),
@@ -74,9 +74,9 @@ fn candidates(config: &Config, gpus: usize) -> Vec<Settings> {
     let most = batches.min().map_or(own.accumulation, |size| size / gpus.max(1)).max(own.accumulation);
     let mut all = Vec::new();
     for stage in own.stage..=3 {
-        for recompute in [own.recompute, 1] {
+        for activation_checkpointing in [own.activation_checkpointing, 1] {
             for accumulation in [own.accumulation, most] {
-                all.push(Settings { stage, recompute, accumulation, ..own });
+                all.push(Settings { stage, activation_checkpointing, accumulation, ..own });
             }
         }
     }
@@ -95,9 +95,12 @@ fn gpus_needed(config: &Config, sizes: &Sizes, cluster: &Cluster) -> Option<usiz
 fn keys(own: Settings, new: Settings) -> Vec<String> {
     let mut keys = Vec::new();
     let mut differs = |differs: bool, key: String| keys.extend(differs.then_some(key));
-    differs(own.stage != new.stage, format!("train.shard_stage = {}", new.stage));
+    differs(own.stage != new.stage, format!("train.zero_stage = {}", new.stage));
     differs(own.accumulation != new.accumulation, format!("train.accumulation = {}", new.accumulation));
-    differs(own.recompute != new.recompute, format!("train.recompute = {}", new.recompute));
+    differs(
+        own.activation_checkpointing != new.activation_checkpointing,
+        format!("train.activation_checkpointing = {}", new.activation_checkpointing),
+    );
     keys
 }
 
@@ -116,20 +119,20 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_told_what_to_change() {
         assert!(fit(&[], 8, 80).fits && fit(&[], 64, 40).fits);
-        let stage_1 = fit(&["train.shard_stage=1"], 8, 60);
+        let stage_1 = fit(&["train.zero_stage=1"], 8, 60);
         assert!(!stage_1.fits, "59 GB and activations");
-        assert_eq!(stage_1.change, ["train.shard_stage = 2"]);
+        assert_eq!(stage_1.change, ["train.zero_stage = 2"]);
         assert!(fit(&["train.accumulation=128"], 8, 24).fits);
-        let kept = fit(&["train.recompute=0", "train.accumulation=16"], 8, 24);
+        let kept = fit(&["train.activation_checkpointing=0", "train.accumulation=16"], 8, 24);
         assert!(!kept.fits && kept.change.contains(&"train.accumulation = 128".to_owned()), "{:?}", kept.change);
     }
 
     #[test]
     fn what_is_said_to_help_does() {
         for (sets, gpus, gigabytes) in [
-            (vec!["train.shard_stage=0"], 16, 60),
-            (vec!["train.shard_stage=1", "train.recompute=0"], 8, 40),
-            (vec!["train.recompute=0", "train.accumulation=1"], 64, 24),
+            (vec!["train.zero_stage=0"], 16, 60),
+            (vec!["train.zero_stage=1", "train.activation_checkpointing=0"], 8, 40),
+            (vec!["train.activation_checkpointing=0", "train.accumulation=1"], 64, 24),
         ] {
             let first = fit(&sets, gpus, gigabytes);
             assert!(!first.fits && !first.change.is_empty(), "{sets:?}");

@@ -1,18 +1,19 @@
 //! The task `generator`: both directions in every step, the summed loss (paper §2.2).
 
 use super::{
-    Measured, Task, engine,
-    feed::Feed,
+    StepMetrics, Task,
+    data_loader::DataLoader,
+    engine,
     shards::{Shards, names},
     sizes,
 };
 use crate::{
     bundle::{self, Bundle, Parts},
     config::{self, Config, LossReduction, Precision, Task as Kind},
-    data::{self, picture},
+    data::{self, image_file},
     dist::{self, Group},
     error::{Context, Result, ensure, failed, usage},
-    generate::{Job, Models},
+    generate::{Models, Request},
     model::{Batch, Generator, Tokens},
     nn::{
         params::{Fresh, Params, Scope},
@@ -70,7 +71,7 @@ pub struct GeneratorTask {
     fresh: Option<Fresh>,
     text: WordPiece,
     image_tokenizer: Bundle,
-    feed: Feed,
+    data_loader: DataLoader,
 }
 
 impl GeneratorTask {
@@ -100,12 +101,12 @@ impl GeneratorTask {
         ensure!(kind == Kind::ImageTokenizer, usage("image_tokenizer.path is not an image tokenizer", hint));
         config.image_tokenizer = image_tokenizer.config.image_tokenizer.clone();
         let batches = [config.train.batch_size, config.train.caption_batch_size];
-        let feed = Feed::new(&config, data::Kind::Codes, &batches, group)?;
-        let ours = match feed.dataset().codes() {
+        let data_loader = DataLoader::new(&config, data::Kind::Codes, &batches, group)?;
+        let ours = match data_loader.dataset().codes() {
             Some(codes) => image_tokenizer.makes_codes_of(&codes.tokenizer)?,
             None => false,
         };
-        let hint = "encode the pictures again with `vilg data encode`, or name the tokenizer that made the codes";
+        let hint = "encode the images again with `vilg data encode`, or name the tokenizer that made the codes";
         ensure!(ours, failed("the codes in data.sources are not of the tokenizer in image_tokenizer.path", hint));
 
         let (device, seed) = (runtime::device()?, config.seed);
@@ -117,7 +118,7 @@ impl GeneratorTask {
         let scope = scope.in_precision(kept);
         let model = build(&scope, &config, &text)?;
         let fresh = scope.fresh().filter(|_| config.train.init_from.is_empty());
-        Ok(Self { model, params: scope.params(), fresh, text, image_tokenizer, feed, config })
+        Ok(Self { model, params: scope.params(), fresh, text, image_tokenizer, data_loader, config })
     }
 
     /// The micro-batches of one objective, whose samples start at position `first` of the step; the losses of all ranks add
@@ -176,7 +177,7 @@ fn build(scope: &Scope, config: &Config, text: &WordPiece) -> Result<Generator> 
 const IMAGE_TOKENIZER: &str = "image tokenizer";
 
 /// Digests of what a generator's weights belong to: its vocabulary and its image tokenizer.
-pub fn identity(text: &WordPiece, image_tokenizer: &Bundle) -> Result<BTreeMap<String, String>> {
+pub fn fingerprint(text: &WordPiece, image_tokenizer: &Bundle) -> Result<BTreeMap<String, String>> {
     let vocabulary = blake3::hash(text.vocab_text().as_bytes()).to_hex().to_string();
     let image_tokenizer = image_tokenizer.digest()?;
     Ok(BTreeMap::from([("vocabulary".into(), vocabulary), (IMAGE_TOKENIZER.into(), image_tokenizer)]))
@@ -198,23 +199,23 @@ impl Task for GeneratorTask {
             || (only_image && name.starts_with("text_head."))
     }
 
-    fn identity(&self) -> Result<BTreeMap<String, String>> {
-        identity(&self.text, &self.image_tokenizer)
+    fn fingerprint(&self) -> Result<BTreeMap<String, String>> {
+        fingerprint(&self.text, &self.image_tokenizer)
     }
 
-    fn has_identity(&self, name: &str, digest: &str) -> Result<bool> {
+    fn has_fingerprint(&self, name: &str, digest: &str) -> Result<bool> {
         if name == IMAGE_TOKENIZER {
             return self.image_tokenizer.makes_codes_of(digest);
         }
-        Ok(self.identity()?.get(name).is_some_and(|ours| ours == digest))
+        Ok(self.fingerprint()?.get(name).is_some_and(|ours| ours == digest))
     }
 
-    fn units(&self) -> Vec<Vec<String>> {
+    fn parameter_groups(&self) -> Vec<Vec<String>> {
         names(&self.model.segments())
     }
 
-    fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<Measured> {
-        let samples = self.feed.next(step)?;
+    fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<StepMetrics> {
+        let samples = self.data_loader.next(step)?;
         let mut batches = Vec::new();
         for (i, (objective, (first, records))) in OBJECTIVES.iter().zip(&samples).enumerate() {
             let parts = self.batches(objective, *first, records, step, shards.group())?;
@@ -227,12 +228,13 @@ impl Task for GeneratorTask {
             if i + 1 == batches.len() {
                 shards.last_micro_batch();
             }
-            let loss = engine::accumulate(&segments, batch, self.config.train.recompute, shards)? / loss_scale;
+            let loss =
+                engine::accumulate(&segments, batch, self.config.train.activation_checkpointing, shards)? / loss_scale;
             let [losses, tokens] = &mut seen[*objective];
             *losses += loss;
             *tokens += batch.targets() as f64;
         }
-        let mut measured = Measured { losses: Vec::new(), figures: Vec::new(), amount: 0, unit: "tokens" };
+        let mut measured = StepMetrics { losses: Vec::new(), figures: Vec::new(), amount: 0, unit: "tokens" };
         for (objective, seen) in OBJECTIVES.iter().zip(shards.group().sum(seen.as_flattened())?.chunks(2)) {
             if seen[1] > 0.0 {
                 let weight = (objective.weight)(&self.config.train);
@@ -244,11 +246,11 @@ impl Task for GeneratorTask {
     }
 
     fn sources(&self) -> Vec<u64> {
-        self.feed.dataset().sources.iter().map(data::Source::len).collect()
+        self.data_loader.dataset().sources.iter().map(data::Source::len).collect()
     }
 
     fn samples(&self) -> Vec<String> {
-        self.feed.names().to_vec()
+        self.data_loader.names().to_vec()
     }
 
     fn after_step(&mut self, _step: u64, _shards: &mut Shards) -> Result<()> {
@@ -263,21 +265,21 @@ impl Task for GeneratorTask {
         Ok(())
     }
 
-    /// One picture a prompt.
+    /// One image a prompt.
     fn sample(&self, weights: HashMap<String, Tensor>, path: &Path) -> Result<()> {
         let settings = &self.config.sample;
         let scope = Scope::from_tensors(weights, DType::F32, &runtime::device()?);
         let generator = build(&scope, &self.config, &self.text)?;
         let text = WordPiece::parse(&self.text.vocab_text())?;
         let models = Models::new(generator, Format::F32, self.image_tokenizer.image_tokenizer()?, text);
-        let jobs: Vec<Job> =
-            settings.prompts.iter().map(|prompt| Job { prompt: prompt.clone(), seed: self.config.seed }).collect();
-        if jobs.is_empty() {
+        let requests: Vec<Request> =
+            settings.prompts.iter().map(|prompt| Request { prompt: prompt.clone(), seed: self.config.seed }).collect();
+        if requests.is_empty() {
             return Ok(());
         }
-        let paintings = models.paint(&jobs, &settings.into(), 1, |_| {})?;
-        let pictures: Vec<_> = paintings.into_iter().map(|painting| painting.picture).collect();
-        picture::write_png(path, &picture::grid(&pictures, 0))
+        let generated = models.generate_images(&requests, &settings.into(), 1, |_| {})?;
+        let images: Vec<_> = generated.into_iter().map(|generated| generated.image).collect();
+        image_file::write_png(path, &image_file::grid(&images, 0))
     }
 
     fn publish(&self, weights: BTreeMap<String, Values>, folder: &Path) -> Result<()> {

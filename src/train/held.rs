@@ -81,7 +81,8 @@ pub fn held(config: &Config, sizes: &Sizes, shares: &Shares, stage: u8) -> Held 
         Precision::Bf16 => 2,
         Precision::F16 => 4,
     };
-    let moments = micro.into_iter().flat_map(|m| Micro { copied, ..m }.moments(config, config.train.recompute));
+    let moments =
+        micro.into_iter().flat_map(|m| Micro { copied, ..m }.moments(config, config.train.activation_checkpointing));
     for moment in moments {
         held.activations = held.activations.max(Some(moment.activations));
         held.working = held.working.max(Some(moment.activations + moved(&moment, shares, stage, config.train.overlap)));
@@ -104,7 +105,7 @@ pub fn held(config: &Config, sizes: &Sizes, shares: &Shares, stage: u8) -> Held 
 
 /// What collectives and sharded segments add to the activations of a moment.
 fn moved(moment: &Moment, shares: &Shares, stage: u8, overlap: bool) -> u64 {
-    let size = |segment: Option<usize>| segment.and_then(|i| shares.units.get(i)).copied().unwrap_or(0);
+    let size = |segment: Option<usize>| segment.and_then(|i| shares.parameter_groups.get(i)).copied().unwrap_or(0);
     let part = |elements: u64| elements.div_ceil(shares.ranks.max(1) as u64);
     let unit = size(Some(moment.segment));
     let gradients = moment.gradients.min(unit);
@@ -166,7 +167,7 @@ mod tests {
     fn config(matrix_optimizer: MatrixOptimizer, stage: u8) -> Config {
         let mut config = Config {
             model: Model { layers: 3, hidden: 16, heads: 2, qk_norm: true, ..Model::default() },
-            train: Train { matrix_optimizer, shard_stage: stage, ..Train::default() },
+            train: Train { matrix_optimizer, zero_stage: stage, ..Train::default() },
             ..Config::default()
         };
         config.text.max_tokens = 6;
@@ -183,7 +184,7 @@ mod tests {
         let handling = |name: &str, var: &Var| optimizer::handling(&config.train, false, name, var);
         let shards = Shards::new(
             group,
-            config.train.shard_stage,
+            config.train.zero_stage,
             Store::Memory,
             &scope.params(),
             &names(&model.segments()),

@@ -1,8 +1,9 @@
-//! The task `image-tokenizer`: pictures through encoder, quantiser and decoder (paper §2.1).
+//! The task `image-tokenizer`: images through encoder, quantiser and decoder (paper §2.1).
 
 use super::{
-    Measured, Task, engine,
-    feed::Feed,
+    StepMetrics, Task,
+    data_loader::DataLoader,
+    engine,
     shards::{Shards, names},
 };
 use crate::{
@@ -11,7 +12,7 @@ use crate::{
     data::{
         self, Kind, Record,
         image::{from_pixels, to_pixels},
-        picture,
+        image_file,
     },
     dist::{self, Group},
     error::{Context, Result, ensure},
@@ -22,8 +23,8 @@ use crate::{
     runtime,
     tokenizer::{
         self, ImageTokenizer, PixelBatch, Statistics,
-        discriminator::{self, Anchors},
-        quantizer::{Quantizer, gumbel::Relaxation, moving_average, nearest},
+        discriminator::{self, LogitEma},
+        quantizer::{Quantizer, ema_codebook, gumbel::Relaxation, vector_quantizer},
     },
 };
 use candle_core::{DType, Tensor};
@@ -33,7 +34,7 @@ use std::{
     path::Path,
 };
 
-/// Pictures of a sample sheet, and how many stand side by side.
+/// Images of a sample sheet, and how many stand side by side.
 const SHEET: (usize, usize) = (16, 8);
 
 /// The terms that the tokenizer itself is to lower; a fight with an adversary says nothing about a step, and the entropy
@@ -51,11 +52,11 @@ pub struct ImageTokenizerTask {
     config: Config,
     model: ImageTokenizer,
     params: Params,
-    feed: Feed,
+    data_loader: DataLoader,
     /// The step at which each code was last chosen, for the restart of dead codes.
     last_used: Vec<u64>,
     /// Where the discriminator's logits were lately.
-    anchors: Anchors,
+    logit_ema: LogitEma,
     /// What the current step saw.
     seen: Option<Statistics>,
     /// Whether the codebook's moving average has begun.
@@ -63,11 +64,11 @@ pub struct ImageTokenizerTask {
 }
 
 impl ImageTokenizerTask {
-    /// A fresh tokenizer over the configuration's pictures.
+    /// A fresh tokenizer over the configuration's images.
     pub fn new(config: &Config, group: &Group) -> Result<Self> {
         let settings = &config.image_tokenizer;
-        let kind = Kind::Pictures(u32::try_from(settings.image_size)?);
-        let feed = Feed::new(config, kind, &[config.train.batch_size], group)?;
+        let kind = Kind::Images(u32::try_from(settings.image_size)?);
+        let data_loader = DataLoader::new(config, kind, &[config.train.batch_size], group)?;
         let scope = Scope::from_seed(config.seed, DType::F32, &runtime::device()?).in_precision(config.train.precision);
         let model = ImageTokenizer::in_training(&scope, settings)?;
         let last_used = vec![0; settings.codebook_size];
@@ -75,15 +76,15 @@ impl ImageTokenizerTask {
             config: config.clone(),
             model,
             params: scope.params(),
-            feed,
+            data_loader,
             last_used,
-            anchors: Anchors::default(),
+            logit_ema: LogitEma::default(),
             seen: None,
             averaging: false,
         })
     }
 
-    /// How the codes of pictures from position `first` of the step are drawn.
+    /// How the codes of images from position `first` of the step are drawn.
     fn relaxation(&self, step: u64, first: u64) -> Relaxation {
         let settings = &self.config.image_tokenizer;
         let ([begin, end], steps) = (settings.temperature, settings.temperature_steps);
@@ -95,9 +96,9 @@ impl ImageTokenizerTask {
     }
 }
 
-/// What the parts of a step saw, as if they had been one: their means weighed by their pictures.
+/// What the parts of a step saw, as if they had been one: their means weighed by their images.
 fn merge(parts: Vec<(f64, Statistics)>) -> Result<Statistics> {
-    let (_, first) = parts.first().context("a step without pictures")?;
+    let (_, first) = parts.first().context("a step without images")?;
     let mean = |name| parts.iter().map(|(share, part)| share * part.term(name)).sum();
     let terms = first.terms.iter().map(|(name, _)| (*name, mean(name))).collect();
     let latents: Option<Vec<&Tensor>> = parts.iter().map(|(_, part)| part.latents.as_ref()).collect();
@@ -126,7 +127,7 @@ impl Task for ImageTokenizerTask {
         &self.params
     }
 
-    fn identity(&self) -> Result<BTreeMap<String, String>> {
+    fn fingerprint(&self) -> Result<BTreeMap<String, String>> {
         Ok(BTreeMap::new())
     }
 
@@ -134,15 +135,15 @@ impl Task for ImageTokenizerTask {
         // The first step's gradients are looked at.
         let sleeps = discriminator::is_ours(name) && self.config.image_tokenizer.adversarial_start > 0;
         let averaged = self.model.average().is_some() && name == CODEBOOK;
-        sleeps || averaged || moving_average::is_ours(name)
+        sleeps || averaged || ema_codebook::is_ours(name)
     }
 
-    fn units(&self) -> Vec<Vec<String>> {
+    fn parameter_groups(&self) -> Vec<Vec<String>> {
         names(&self.model.segments())
     }
 
-    fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<Measured> {
-        let (first, records) = self.feed.next(step)?.swap_remove(0);
+    fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<StepMetrics> {
+        let (first, records) = self.data_loader.next(step)?.swap_remove(0);
         let segments = self.model.segments();
         let (settings, mut seen) = (&self.config.train, Vec::new());
         let parts = settings.accumulation.min(records.len());
@@ -153,40 +154,40 @@ impl Task for ImageTokenizerTask {
             let mut batch = PixelBatch::new(pixels(part)?, share);
             batch.loss_scale = loss_scale;
             batch.step = step;
-            batch.anchors = (step > self.config.image_tokenizer.adversarial_start).then_some(self.anchors);
+            batch.logit_ema = (step > self.config.image_tokenizer.adversarial_start).then_some(self.logit_ema);
             batch.relaxation = self.relaxation(step, first + range.start as u64);
             if i + 1 == parts {
                 shards.last_micro_batch();
             }
-            engine::accumulate(&segments, &batch, settings.recompute, shards)?;
+            engine::accumulate(&segments, &batch, settings.activation_checkpointing, shards)?;
             seen.push((share, batch.statistics.into_inner().context("the tokenizer left no statistics")?));
         }
         let seen = gather(shards.group(), merge(seen)?)?;
         let (losses, mut figures) = seen.terms.iter().partition::<Vec<_>, _>(|(name, _)| LOSSES.contains(name));
         figures.extend([("psnr", seen.psnr()), ("perplexity", seen.perplexity())]);
         self.seen = Some(seen);
-        Ok(Measured { losses, figures, amount: settings.batch_size, unit: "images" })
+        Ok(StepMetrics { losses, figures, amount: settings.batch_size, unit: "images" })
     }
 
     fn sources(&self) -> Vec<u64> {
-        self.feed.dataset().sources.iter().map(data::Source::len).collect()
+        self.data_loader.dataset().sources.iter().map(data::Source::len).collect()
     }
 
     fn samples(&self) -> Vec<String> {
-        self.feed.names().to_vec()
+        self.data_loader.names().to_vec()
     }
 
     fn after_step(&mut self, step: u64, shards: &mut Shards) -> Result<()> {
         let Some(seen) = self.seen.take() else { return Ok(()) };
         if seen.terms.iter().any(|(name, _)| *name == "logits_real") {
             let term = |name| seen.term(name);
-            self.anchors.follow(term("logits_real"), term("logits_fake"), term("discriminator_accuracy"));
+            self.logit_ema.follow(term("logits_real"), term("logits_fake"), term("discriminator_accuracy"));
         }
-        let (Quantizer::Nearest(nearest), Some(latents)) = (self.model.quantizer(), &seen.latents) else {
+        let (Quantizer::Vector(nearest), Some(latents)) = (self.model.quantizer(), &seen.latents) else {
             return Ok(());
         };
         let (after, seed) = (self.config.image_tokenizer.restart_after, self.config.seed);
-        let dead = nearest::dead_codes(&mut self.last_used, &seen.codes, after, step);
+        let dead = vector_quantizer::dead_codes(&mut self.last_used, &seen.codes, after, step);
         let average = self.model.average();
         if self.config.train.freezes(CODEBOOK) || (average.is_none() && dead.is_empty()) {
             return Ok(());
@@ -209,7 +210,7 @@ impl Task for ImageTokenizerTask {
     }
 
     fn state(&self) -> Value {
-        json!({ "code_last_used": self.last_used, "logits": self.anchors, "averaging": self.averaging })
+        json!({ "code_last_used": self.last_used, "logits": self.logit_ema, "averaging": self.averaging })
     }
 
     fn restore(&mut self, state: &Value) -> Result<()> {
@@ -219,13 +220,13 @@ impl Task for ImageTokenizerTask {
         // Older checkpoints don't say: all but that of step 0 are from after the first update.
         self.averaging = state["averaging"].as_bool().unwrap_or(true);
         // Checkpoints from before there were adversaries have none.
-        self.anchors = serde_json::from_value(state["logits"].clone()).unwrap_or_default();
+        self.logit_ema = serde_json::from_value(state["logits"].clone()).unwrap_or_default();
         Ok(())
     }
 
     /// Rows of originals, each above their reconstructions.
     fn sample(&self, weights: HashMap<String, Tensor>, path: &Path) -> Result<()> {
-        let records = self.feed.fixed(SHEET.0);
+        let records = self.data_loader.fixed(SHEET.0);
         let scope = Scope::from_tensors(weights, DType::F32, &runtime::device()?);
         let model = ImageTokenizer::new(&scope, &self.config.image_tokenizer)?;
         let mut pictures = Vec::new();
@@ -234,7 +235,7 @@ impl Task for ImageTokenizerTask {
             pictures.extend(from_pixels(&original)?);
             pictures.extend(from_pixels(&model.decode(&model.encode(&original)?)?)?);
         }
-        picture::write_png(path, &picture::grid(&pictures, records.len().min(SHEET.1)))
+        image_file::write_png(path, &image_file::grid(&pictures, records.len().min(SHEET.1)))
     }
 
     fn publish(&self, mut weights: BTreeMap<String, Values>, folder: &Path) -> Result<()> {
@@ -247,7 +248,7 @@ impl Task for ImageTokenizerTask {
 
 fn pixels(records: &[Record]) -> Result<Tensor> {
     let pictures: Option<Vec<_>> = records.iter().map(|record| record.image.as_ref()).collect();
-    Ok(to_pixels(pictures.context("a sample without a picture")?)?.to_device(&runtime::device()?)?)
+    Ok(to_pixels(pictures.context("a sample without an image")?)?.to_device(&runtime::device()?)?)
 }
 
 #[cfg(test)]

@@ -56,11 +56,11 @@ fn check_meaning(config: &Config, task: &dyn Task, bundle: &Bundle) -> Result<()
             let hint = "name the model folder of a run with task = \"generator\"";
             let what = format!("train.init_from: `{model}` is an image tokenizer, not a generator");
             ensure!(bundle.config.task == Kind::Generator, usage(what, hint));
-            generator::identity(&bundle.text()?, bundle)?
+            generator::fingerprint(&bundle.text()?, bundle)?
         }
     };
     let hint = format!("take text.vocab and image_tokenizer.path from `{model}`, or leave train.init_from empty");
-    for (name, ours) in &task.identity()? {
+    for (name, ours) in &task.fingerprint()? {
         let what = format!("the model in train.init_from, `{model}`, was made with another {name}");
         ensure!(theirs.get(name) == Some(ours), usage(what, &hint));
     }

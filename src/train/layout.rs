@@ -25,9 +25,9 @@ pub struct Piece {
 }
 
 /// The pieces of each unit by rank: `layout(..)[unit][rank]`. None is empty.
-pub fn layout(units: &[Vec<Entry>], world_size: usize) -> Vec<Vec<Vec<Piece>>> {
+pub fn layout(parameter_groups: &[Vec<Entry>], world_size: usize) -> Vec<Vec<Vec<Piece>>> {
     let mut loads = vec![0; world_size];
-    units.iter().map(|unit| share_out(unit, &mut loads)).collect()
+    parameter_groups.iter().map(|unit| share_out(unit, &mut loads)).collect()
 }
 
 fn share_out(unit: &[Entry], loads: &mut [usize]) -> Vec<Vec<Piece>> {
@@ -64,15 +64,15 @@ mod tests {
     proptest! {
         #[test]
         fn every_element_has_one_owner(
-            units in proptest::collection::vec(proptest::collection::vec((0usize..40, any::<bool>()), 0..6), 1..5),
+            parameter_groups in proptest::collection::vec(proptest::collection::vec((0usize..40, any::<bool>()), 0..6), 1..5),
             world_size in 1usize..9,
         ) {
             let entry = |u: usize, i: usize, (len, whole)| Entry { name: format!("{u}.{i}"), len, whole };
             let entries = |(u, unit): (usize, &Vec<(usize, bool)>)| {
                 unit.iter().enumerate().map(|(i, e)| entry(u, i, *e)).collect::<Vec<_>>()
             };
-            let units: Vec<Vec<Entry>> = units.iter().enumerate().map(entries).collect();
-            for (unit, ranks) in units.iter().zip(layout(&units, world_size)) {
+            let parameter_groups: Vec<Vec<Entry>> = parameter_groups.iter().enumerate().map(entries).collect();
+            for (unit, ranks) in parameter_groups.iter().zip(layout(&parameter_groups, world_size)) {
                 prop_assert_eq!(ranks.len(), world_size);
                 for entry in unit {
                     let mut pieces: Vec<&Piece> = ranks.iter().flatten().filter(|p| p.name == entry.name).collect();
@@ -100,9 +100,11 @@ mod tests {
         let matrix = |name: &str, len| Entry { name: name.into(), len, whole: true };
         let block =
             |i: usize| vec![matrix(&format!("{i}.a"), 3), matrix(&format!("{i}.b"), 1), matrix(&format!("{i}.c"), 4)];
-        let units: Vec<_> = (0..8).map(block).collect();
+        let parameter_groups: Vec<_> = (0..8).map(block).collect();
         let loads: Vec<usize> = (0..4)
-            .map(|rank| layout(&units, 4).iter().flat_map(|unit| &unit[rank]).map(|piece| piece.range.len()).sum())
+            .map(|rank| {
+                layout(&parameter_groups, 4).iter().flat_map(|unit| &unit[rank]).map(|piece| piece.range.len()).sum()
+            })
             .collect();
         assert!(loads.iter().all(|load| (14..=18).contains(load)), "{loads:?}");
     }

@@ -1,6 +1,6 @@
 //! What a run reports of each step: a line on stderr every `train.log_every` steps, and a line in metrics.jsonl.
 
-use super::{Measured, run_folder::RunFolder, state::RunState};
+use super::{StepMetrics, run_folder::RunFolder, state::RunState};
 use crate::{config::Train, error::Result, report, runtime};
 use serde_json::json;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -26,7 +26,7 @@ impl StepLog {
         &self,
         folder: &mut RunFolder,
         run: &RunState,
-        measured: &Measured,
+        measured: &StepMetrics,
         norm: f64,
         learning_rate: f64,
         began: Instant,

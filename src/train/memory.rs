@@ -83,7 +83,7 @@ pub struct Row {
 pub struct Settings {
     pub stage: u8,
     pub offload: bool,
-    pub recompute: usize,
+    pub activation_checkpointing: usize,
     pub accumulation: usize,
 }
 
@@ -91,7 +91,12 @@ impl Settings {
     /// The configuration's own. The optimizer's state is on the host: this program keeps it nowhere else.
     pub fn of(config: &Config) -> Self {
         let train = &config.train;
-        Self { stage: train.shard_stage, offload: true, recompute: train.recompute, accumulation: train.accumulation }
+        Self {
+            stage: train.zero_stage,
+            offload: true,
+            activation_checkpointing: train.activation_checkpointing,
+            accumulation: train.accumulation,
+        }
     }
 }
 
@@ -156,7 +161,9 @@ impl<'a> Memory<'a> {
         let mut config = self.config.clone();
         config.train.accumulation = settings.accumulation;
         let micro = self.sizes.micro_batches(&config, self.shares.world_size).into_iter();
-        micro.map(|micro| Micro { bytes: self.weight(), ..micro }.most(&config, settings.recompute)).max()
+        micro
+            .map(|micro| Micro { bytes: self.weight(), ..micro }.most(&config, settings.activation_checkpointing))
+            .max()
     }
 
     /// Host memory of one GPU's share: fp32 master weights, what goes to the device of them in bf16, moments, moving average.

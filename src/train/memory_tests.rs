@@ -86,7 +86,7 @@ fn traffic_counts_collectives() {
     assert_eq!(alone.row(Settings { stage: 3, ..Settings::of(&config) }, 0).traffic_bytes, 0);
     // Replicas of 8: the same in each of them, and sums of an eighth over the 8 ranks that own it.
     let mut config = paper();
-    config.train.shard_ranks = 8;
+    config.train.hsdp_shard_size = 8;
     let row = Memory::new(&config, &sizes, 64).row(Settings { stage: 3, ..Settings::of(&config) }, 0);
     let expected = whole * 64.0 / 63.0 * 7.0 / 8.0 * parts * (4.0 + 4.0 / 8.0);
     assert!((row.traffic_bytes as f64 / expected - 1.0).abs() < 1e-3, "{}", row.traffic_bytes as f64 / expected);
@@ -112,7 +112,7 @@ fn other_settings_change_their_kind_only() {
     let settings = Settings { stage: 3, offload: false, ..Settings::of(&config) };
     let kinds = |config: &Config, settings| Memory::new(config, &sizes, 8).kinds(settings);
     let before = kinds(&config, settings);
-    let kept = kinds(&config, Settings { recompute: 0, ..settings });
+    let kept = kinds(&config, Settings { activation_checkpointing: 0, ..settings });
     assert!(kept.activations.unwrap() > 4 * before.activations.unwrap());
     assert_eq!(kept.states(), before.states());
     let parts = kinds(&config, Settings { accumulation: 128, ..settings });

@@ -6,9 +6,9 @@
 //! What a run would take, without running it: [`plan()`] (data), [`memory`] and [`fit`] (GPUs), [`held`] (ranks on a CPU).
 
 pub mod checkpoint;
+mod data_loader;
 pub mod ema;
 pub mod engine;
-mod feed;
 pub mod fit;
 mod generator;
 pub mod held;
@@ -64,7 +64,7 @@ pub enum Resume {
 }
 
 /// What one step reports.
-pub struct Measured {
+pub struct StepMetrics {
     /// Losses by name; the first is shown first.
     pub losses: Vec<(&'static str, f64)>,
     /// What else is to be watched, by name.
@@ -74,7 +74,7 @@ pub struct Measured {
     pub unit: &'static str,
 }
 
-impl Measured {
+impl StepMetrics {
     /// The sum of the losses.
     fn loss(&self) -> f64 {
         self.losses.iter().map(|(_, loss)| loss).sum()
@@ -92,11 +92,11 @@ pub trait Task {
     }
 
     /// Digests of what the weights belong to beside the configuration.
-    fn identity(&self) -> Result<BTreeMap<String, String>>;
+    fn fingerprint(&self) -> Result<BTreeMap<String, String>>;
 
     /// Whether `digest`, from a checkpoint, stands for the same as this task's digest `name`.
-    fn has_identity(&self, name: &str, digest: &str) -> Result<bool> {
-        Ok(self.identity()?.get(name).is_some_and(|ours| ours == digest))
+    fn has_fingerprint(&self, name: &str, digest: &str) -> Result<bool> {
+        Ok(self.fingerprint()?.get(name).is_some_and(|ours| ours == digest))
     }
 
     /// The number of samples of each data source.
@@ -110,11 +110,11 @@ pub trait Task {
     }
 
     /// The names of the parameters of each segment of the chain.
-    fn units(&self) -> Vec<Vec<String>>;
+    fn parameter_groups(&self) -> Vec<Vec<String>>;
 
     /// Adds the gradients of `loss_scale` times the loss of this rank's samples of step `step` (counted from 1) to those
     /// in `shards`. What was measured is of all ranks, and not scaled.
-    fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<Measured>;
+    fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<StepMetrics>;
 
     /// The names of the samples of this rank's last step.
     fn samples(&self) -> Vec<String>;
@@ -128,7 +128,7 @@ pub trait Task {
     /// Takes back what [`Task::state`] gave.
     fn restore(&mut self, state: &Value) -> Result<()>;
 
-    /// Draws the sample picture with the given weights.
+    /// Draws the sample image with the given weights.
     fn sample(&self, weights: HashMap<String, Tensor>, path: &Path) -> Result<()>;
 
     /// Writes the model folder with the given weights.
@@ -175,7 +175,7 @@ fn prepare(parent: &Path, config: &Config, resume: &Resume, group: &Group) -> Re
         init::take_weights(config, task.as_ref())?;
     }
     group.same("configuration", &config.to_toml()?)?;
-    group.same("vocabulary or image tokenizer", &format!("{:?}", task.identity()?))?;
+    group.same("vocabulary or image tokenizer", &format!("{:?}", task.fingerprint()?))?;
     Ok((task, RunFolder::open(parent, config, group.leads())?))
 }
 

@@ -72,7 +72,7 @@ fn planned(config: &Config, here: &config::Data, all: bool) -> Result<Plan> {
     let (height, width) = tokenizer.grid();
     let painted = settings.batch_size * height * width;
     let (kind, samples, tokens) = match config.task {
-        Task::ImageTokenizer => (Kind::Pictures(tokenizer.image_size as u32), settings.batch_size, painted),
+        Task::ImageTokenizer => (Kind::Images(tokenizer.image_size as u32), settings.batch_size, painted),
         Task::Generator => {
             let described = settings.caption_batch_size * (config.text.max_tokens - 1);
             (Kind::Codes, settings.batch_size + settings.caption_batch_size, painted + described)

@@ -72,12 +72,12 @@ fn stages_equal_one_rank(config: &Config, stages: &[u8], bound: f64, folder: &Pa
     let mut config = config.clone();
     (config.train.steps, config.train.checkpoint_every, config.train.sample_every) = (10, 10, 10);
     for accumulation in [1, 2] {
-        (config.train.accumulation, config.train.shard_ranks) = (accumulation, 0);
+        (config.train.accumulation, config.train.hsdp_shard_size) = (accumulation, 0);
         let alone = live(&folder.join(format!("alone{accumulation}")), &config, 1).unwrap();
         assert_eq!(alone.len(), 10);
         let worlds = [(2, 0), (3, 0)].into_iter().chain((accumulation == 1).then_some((4, 2)));
         for ((ranks, replica), stage) in worlds.flat_map(|world| stages.iter().map(move |stage| (world, *stage))) {
-            (config.train.shard_ranks, config.train.shard_stage) = (replica, stage);
+            (config.train.hsdp_shard_size, config.train.zero_stage) = (replica, stage);
             let what = format!("{accumulation} parts, {ranks} ranks, {replica} a replica, stage {stage}");
             let run = |config: &Config| {
                 let parent = folder.join(format!("{what}, {}", config.train.overlap));
@@ -112,7 +112,7 @@ fn parts_of_a_step_are_ranks_or_micro_batches() {
     (config.train.batch_size, config.train.caption_batch_size, config.train.steps) = (8, 8, 10);
     config.train.accumulation = 8;
     let alone = live(&folder.path().join("alone"), &config, 1).unwrap();
-    (config.train.accumulation, config.train.shard_stage) = (2, 3);
+    (config.train.accumulation, config.train.zero_stage) = (2, 3);
     let together = live(&folder.path().join("together"), &config, 4).unwrap();
     let distance = distance(&alone, &together);
     assert!(distance < 1e-6, "{distance:e}");
@@ -134,10 +134,10 @@ fn every_stage_trains_the_image_tokenizer_as_one_rank_does() {
 fn an_adversary_is_the_same_at_every_stage() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = adversarial_config(folder.path());
-    (config.train.batch_size, config.train.accumulation, config.train.shard_stage) = (6, 1, 0);
+    (config.train.batch_size, config.train.accumulation, config.train.zero_stage) = (6, 1, 0);
     let first = live(&folder.path().join("0"), &config, 2).unwrap();
     for stage in [1, 2, 3] {
-        config.train.shard_stage = stage;
+        config.train.zero_stage = stage;
         let other = live(&folder.path().join(stage.to_string()), &config, 2).unwrap();
         assert!(distance(&first, &other) < 4e-6, "stage {stage}");
     }
@@ -176,7 +176,7 @@ fn weights_that_products_round_travel_in_bf16_and_cost_no_bit() {
     for kind in [MatrixOptimizer::Adamw, MatrixOptimizer::Muon] {
         config.train.matrix_optimizer = kind;
         let mut end = |stage| {
-            config.train.shard_stage = stage;
+            config.train.zero_stage = stage;
             let parent = folder.path().join(format!("{kind:?}{stage}"));
             live(&parent, &config, 2).unwrap();
             whole(&parent.join("runs").join(&config.name).join("checkpoints/step-4"))
@@ -195,7 +195,7 @@ fn any_number_of_ranks_goes_on_from_any_other_s_checkpoint() {
     config.train.steps = 3;
     let worlds = [(1, 0, 0), (2, 1, 0), (3, 3, 0), (4, 2, 0), (8, 3, 0), (6, 3, 2)];
     for (from, stage, replica) in worlds {
-        (config.train.shard_stage, config.train.shard_ranks) = (stage, replica);
+        (config.train.zero_stage, config.train.hsdp_shard_size) = (stage, replica);
         let parent = folder.path().join(format!("from{from}"));
         toys(&parent, &config, from, |_| None).unwrap();
         let saved = whole(&parent.join("runs/toy/checkpoints/step-3"));
@@ -207,10 +207,15 @@ fn any_number_of_ranks_goes_on_from_any_other_s_checkpoint() {
                 group.shard_over(replica)?;
                 let mut task = ToyTask::new(&config);
                 let handling = |name: &str, var: &Var| optimizer::handling(&config.train, false, name, var);
-                let mut shards =
-                    Shards::new(group, stage, Store::Memory, task.params(), &task.units(), handling, |name| {
-                        task.fresh(name)
-                    })?;
+                let mut shards = Shards::new(
+                    group,
+                    stage,
+                    Store::Memory,
+                    task.params(),
+                    &task.parameter_groups(),
+                    handling,
+                    |name| task.fresh(name),
+                )?;
                 let checkpoints = parent.join("runs/toy/checkpoints");
                 let run = RunState::start(&config, &mut task, &mut shards, &checkpoints, &Resume::Auto)?;
                 let mut saving = Saving::new(group, again.clone(), 2);
@@ -229,7 +234,7 @@ fn state_on_a_disk_gives_the_bits_of_state_in_memory() {
     let mut config = generator_config(folder.path());
     (config.train.batch_size, config.train.caption_batch_size) = (7, 6);
     for (ranks, stage) in [(1, 0), (2, 1), (3, 3)] {
-        config.train.shard_stage = stage;
+        config.train.zero_stage = stage;
         let [memory, disk] = [Offload::Cpu, Offload::Disk].map(|offload| {
             config.train.offload = offload;
             let parent = folder.path().join(format!("{ranks}{offload:?}"));
@@ -250,11 +255,11 @@ fn each_sample_comes_once_an_epoch_through_crashes_at_other_numbers_of_ranks() {
     for ranks in [2, 1, 2] {
         // Each life ends after two steps and one that its checkpoint does not hold.
         let lives = launch(ranks, PATIENCE, |group| {
-            let mut feed = feed::Feed::new(&config, crate::data::Kind::Codes, &[2, 0], group)?;
+            let mut data_loader = data_loader::DataLoader::new(&config, crate::data::Kind::Codes, &[2, 0], group)?;
             let mut names = Vec::new();
             for step in step + 1..=step + 3 {
-                feed.next(step)?;
-                names.push(feed.names().to_vec());
+                data_loader.next(step)?;
+                names.push(data_loader.names().to_vec());
             }
             Ok(names)
         })
@@ -280,7 +285,7 @@ fn interrupted_at_other_numbers_of_ranks_the_generator_goes_on_alike() {
         let parent = folder.path().join(format!("{stages:?}"));
         let mut got = Vec::new();
         for (i, (ranks, stage)) in [3, 1, 4, 2].into_iter().zip(stages).enumerate() {
-            (config.train.shard_stage, config.train.steps) = (stage, 2 * (i as u64 + 1));
+            (config.train.zero_stage, config.train.steps) = (stage, 2 * (i as u64 + 1));
             got = live(&parent, &config, ranks).unwrap();
         }
         let distance = distance(&expected, &got);
@@ -293,7 +298,7 @@ fn a_signal_to_one_rank_stops_all_after_the_same_step() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = toy_config();
     for stage in 0..=3 {
-        config.train.shard_stage = stage;
+        config.train.zero_stage = stage;
         let (whole_run, cut) = (folder.path().join(format!("whole{stage}")), folder.path().join(format!("cut{stage}")));
         toys(&whole_run, &config, 3, |_| None).unwrap();
         let event = |rank| (rank == 2).then(|| (4, Event::Stop(Stop::default())));
@@ -312,7 +317,7 @@ fn what_is_not_finite_on_one_rank_is_skipped_by_all() {
     let mut config = toy_config();
     // Step 4 is the last, so that its checkpoint shows whether it changed anything.
     for (stage, precision) in (0..=3).flat_map(|stage| [(stage, Precision::F32), (stage, Precision::F16)]) {
-        (config.train.shard_stage, config.train.steps, config.train.checkpoint_every) = (stage, 4, 3);
+        (config.train.zero_stage, config.train.steps, config.train.checkpoint_every) = (stage, 4, 3);
         (config.train.decay_start, config.train.precision) = (1.0, precision);
         let parent = folder.path().join(format!("{stage}{}", precision.name()));
         toys(&parent, &config, 2, |rank| (rank == 1).then_some((4, Event::NotFinite))).unwrap();
@@ -369,7 +374,7 @@ fn an_error_or_panic_of_one_rank_ends_all_with_its_message() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = toy_config();
     for stage in 0..=3 {
-        config.train.shard_stage = stage;
+        config.train.zero_stage = stage;
         for (event, message) in [(false, "the disk is on fire"), (true, "rank 1 panicked: on purpose")] {
             let parent = folder.path().join(format!("{stage}{event}"));
             let what = |rank| (rank == 1).then_some((5, if event { Event::Panic } else { Event::Error }));
@@ -388,7 +393,7 @@ fn ranks_without_samples_or_a_replica_are_refused() {
     let error = live(folder.path(), &config, 4).unwrap_err();
     assert!(error.to_string().contains("train.caption_batch_size = 3 gives 4 ranks"), "{error:#}");
     assert_eq!(exit_of(&error), Exit::Usage);
-    config.train.shard_ranks = 2;
+    config.train.hsdp_shard_size = 2;
     let error = live(folder.path(), &config, 3).unwrap_err();
-    assert!(error.to_string().contains("train.shard_ranks = 2 does not divide 3 ranks"), "{error:#}");
+    assert!(error.to_string().contains("train.hsdp_shard_size = 2 does not divide 3 ranks"), "{error:#}");
 }

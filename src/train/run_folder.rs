@@ -131,7 +131,7 @@ impl RunFolder {
         self.root.join("model")
     }
 
-    /// The sample picture of `step`.
+    /// The sample image of `step`.
     pub fn sample(&self, step: u64) -> PathBuf {
         self.root.join("samples").join(format!("step-{step:07}.png"))
     }

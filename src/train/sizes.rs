@@ -63,7 +63,7 @@ impl Sizes {
     }
 
     /// The parameters of each segment as the shard layout sees them.
-    fn units(&self, config: &Config) -> Vec<Vec<Entry>> {
+    fn parameter_groups(&self, config: &Config) -> Vec<Vec<Entry>> {
         let (codes, grid) = (self.tokenizer.codebook_size, self.tokenizer.grid());
         if config.task == Task::ImageTokenizer {
             // Nothing of a tokenizer must lie whole on a rank, so that a segment is cut as if it were one parameter.
@@ -75,30 +75,32 @@ impl Sizes {
             len: shape.iter().product(),
             name,
         };
-        let units = listing::generator(config, self.vocabulary, codes, grid);
-        units.into_iter().map(|unit| unit.into_iter().map(entry).collect()).collect()
+        let parameter_groups = listing::generator(config, self.vocabulary, codes, grid);
+        parameter_groups.into_iter().map(|unit| unit.into_iter().map(entry).collect()).collect()
     }
 
-    /// What each of so many ranks owns where they share everything out, or those of a replica (`train.shard_ranks`).
+    /// What each of so many ranks owns where they share everything out, or those of a replica (`train.hsdp_shard_size`).
     pub fn shares(&self, config: &Config, world_size: usize) -> Shares {
-        let ranks = if config.train.shard_ranks == 0 { world_size } else { config.train.shard_ranks };
-        let units = self.units(config);
-        let lengths: Vec<u64> = units.iter().map(|unit| unit.iter().map(|entry| entry.len as u64).sum()).collect();
+        let ranks = if config.train.hsdp_shard_size == 0 { world_size } else { config.train.hsdp_shard_size };
+        let parameter_groups = self.parameter_groups(config);
+        let lengths: Vec<u64> =
+            parameter_groups.iter().map(|unit| unit.iter().map(|entry| entry.len as u64).sum()).collect();
         let (mut owned, mut muons) = (vec![0; ranks], vec![0; ranks]);
         let whole = |unit: &[Entry], name: &str| unit.iter().any(|entry| entry.whole && entry.name == name);
-        for (unit, pieces) in units.iter().zip(layout(&units, ranks)) {
+        for (unit, pieces) in parameter_groups.iter().zip(layout(&parameter_groups, ranks)) {
             for (rank, piece) in pieces.iter().enumerate().flat_map(|(rank, p)| p.iter().map(move |p| (rank, p))) {
                 let len = piece.range.len() as u64;
                 owned[rank] += len;
                 muons[rank] += if whole(unit, &piece.name) { len } else { 0 };
             }
         }
-        let largest_whole = units.iter().flatten().filter(|entry| entry.whole).map(|entry| entry.len as u64).max();
+        let largest_whole =
+            parameter_groups.iter().flatten().filter(|entry| entry.whole).map(|entry| entry.len as u64).max();
         let most = (0..ranks).max_by_key(|&rank| owned[rank]).unwrap_or(0);
         Shares {
             world_size,
             ranks,
-            units: lengths,
+            parameter_groups: lengths,
             smallest: owned.iter().copied().min().unwrap_or(0),
             largest: owned.get(most).copied().unwrap_or(0),
             muons: muons.get(most).copied().unwrap_or(0),
@@ -134,7 +136,7 @@ impl Sizes {
 /// Whether ranks make only the weights that they own, and never the whole model: they split them, and they are random.
 pub fn starts_empty(config: &Config, world_size: usize) -> bool {
     let settings = &config.train;
-    let split = world_size > 1 && settings.shard_ranks != 1 && settings.shard_stage == 3;
+    let split = world_size > 1 && settings.hsdp_shard_size != 1 && settings.zero_stage == 3;
     split && config.task == Task::Generator && settings.init_from.is_empty()
 }
 
@@ -145,7 +147,7 @@ pub struct Shares {
     /// Of a replica.
     pub ranks: usize,
     /// Of each segment.
-    pub units: Vec<u64>,
+    pub parameter_groups: Vec<u64>,
     /// Of the rank that owns least and of the one that owns most.
     pub smallest: u64,
     pub largest: u64,
@@ -160,12 +162,12 @@ pub struct Shares {
 impl Shares {
     /// All elements.
     pub fn total(&self) -> u64 {
-        self.units.iter().sum()
+        self.parameter_groups.iter().sum()
     }
 
     /// Of the largest segment.
     pub fn largest_unit(&self) -> u64 {
-        self.units.iter().copied().max().unwrap_or(0)
+        self.parameter_groups.iter().copied().max().unwrap_or(0)
     }
 }
 
@@ -182,8 +184,8 @@ pub fn samples(size: usize, ranks: usize, accumulation: usize) -> (usize, usize)
 /// A batch is too small, or replicas do not come out even.
 pub fn check_ranks(config: &Config, ranks: usize) -> Result<()> {
     let settings = &config.train;
-    let replica = settings.shard_ranks;
-    let what = format!("train.shard_ranks = {replica} does not divide {ranks} ranks");
+    let replica = settings.hsdp_shard_size;
+    let what = format!("train.hsdp_shard_size = {replica} does not divide {ranks} ranks");
     ensure!(replica == 0 || ranks.is_multiple_of(replica), usage(what, "use a divisor, or 0: all ranks"));
     let parts = ranks.saturating_mul(settings.accumulation);
     let batches = [("batch_size", settings.batch_size), ("caption_batch_size", settings.caption_batch_size)];
@@ -225,10 +227,10 @@ mod tests {
         let total: u64 = sizes.parts(&config).iter().map(|(_, count)| count).sum();
         for ranks in [1, 2, 7, 64] {
             let shares = sizes.shares(&config, ranks);
-            assert_eq!((shares.total(), shares.units.len(), shares.all_muons), (total, 5, 0));
+            assert_eq!((shares.total(), shares.parameter_groups.len(), shares.all_muons), (total, 5, 0));
             assert!(shares.largest - shares.smallest <= 5 && shares.largest >= total / ranks as u64);
         }
-        config.train.shard_ranks = 2;
+        config.train.hsdp_shard_size = 2;
         let shares = sizes.shares(&config, 6);
         assert_eq!((shares.world_size, shares.ranks), (6, 2));
         assert!(shares.largest >= total / 2);

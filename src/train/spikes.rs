@@ -18,7 +18,7 @@ pub struct Spikes(VecDeque<[f64; 2]>);
 
 impl Spikes {
     /// Whether a step is a spike; if not, it is remembered.
-    pub fn judge(&mut self, loss: f64, norm: f64) -> bool {
+    pub fn is_spike(&mut self, loss: f64, norm: f64) -> bool {
         let step = [loss, norm];
         let spike = self.0.len() >= WINDOW / 2 && (0..2).any(|i| step[i] > self.limit(i));
         if !spike {
@@ -46,22 +46,22 @@ mod tests {
     fn only_what_leaves_the_usual_range_is_a_spike() {
         let mut spikes = Spikes::default();
         // Too little is known at first.
-        assert!(!spikes.judge(1e9, 1.0));
+        assert!(!spikes.is_spike(1e9, 1.0));
         spikes = Spikes::default();
         for step in 0..300 {
             let noise = f64::from(step % 7) * 0.01;
-            assert!(!spikes.judge(5.0 - 0.001 * f64::from(step) + noise, 1.0 + noise), "step {step}");
+            assert!(!spikes.is_spike(5.0 - 0.001 * f64::from(step) + noise, 1.0 + noise), "step {step}");
         }
         let before = spikes.clone();
-        assert!(spikes.judge(9.0, 1.0) && spikes.judge(4.7, 3.0));
+        assert!(spikes.is_spike(9.0, 1.0) && spikes.is_spike(4.7, 3.0));
         assert_eq!(spikes, before, "a spike is not what is usual");
-        assert!(!spikes.judge(4.8, 1.1) && !spikes.judge(0.1, 0.1));
+        assert!(!spikes.is_spike(4.8, 1.1) && !spikes.is_spike(0.1, 0.1));
     }
 
     #[test]
     fn what_is_remembered_comes_back_with_the_same_bits() {
         let mut spikes = Spikes::default();
-        assert!((0..200).all(|step| !spikes.judge(1.0 / f64::from(step + 1), 0.1 * f64::from(step % 3))));
+        assert!((0..200).all(|step| !spikes.is_spike(1.0 / f64::from(step + 1), 0.1 * f64::from(step % 3))));
         let text = serde_json::to_string(&spikes).unwrap();
         assert_eq!(serde_json::from_str::<Spikes>(&text).unwrap(), spikes);
     }

@@ -202,7 +202,7 @@ impl RunState {
             rollbacks: self.rollbacks,
             spikes: self.spikes.clone(),
             loss_scale: self.loss_scale,
-            identity: task.identity()?,
+            fingerprint: task.fingerprint()?,
             sources: task.sources(),
             task: task.state(),
         };

@@ -15,7 +15,7 @@ use std::fs;
 
 const CAPTIONS: [&str; 4] = ["红苹果", "一轮弯月，扁平风格", "小狗", "消防车与小狗"];
 
-/// Ten noisy pictures with captions.
+/// Ten noisy images with captions.
 fn pictures(folder: &Path) -> Source {
     fs::create_dir_all(folder).unwrap();
     for i in 0..10 {
@@ -211,7 +211,7 @@ fn what_is_frozen_stays_and_the_rest_trains() {
         let folder = folder.path().join(name);
         let mut config = make(&folder);
         config.train.freeze = freeze.iter().map(|part| part.to_string()).collect();
-        (config.train.ema_decay, config.train.shard_stage, config.train.recompute) = (0.0, stage, 1);
+        (config.train.ema_decay, config.train.zero_stage, config.train.activation_checkpointing) = (0.0, stage, 1);
         let group = Group::alone();
         let task: Box<dyn Task> = match config.task {
             Kind::Generator => Box::new(GeneratorTask::new(&config, &group).unwrap()),
@@ -297,13 +297,13 @@ fn difference(a: &Copies, b: &Copies) -> (f32, f32) {
 /// All of a task's parameters on one rank.
 fn unsharded<'g>(group: &'g Group, task: &dyn Task) -> Shards<'g> {
     let handling = |_: &str, _: &Var| Handling::default();
-    Shards::new(group, 0, Store::Memory, task.params(), &task.units(), handling, |_| Ok(None)).unwrap()
+    Shards::new(group, 0, Store::Memory, task.params(), &task.parameter_groups(), handling, |_| Ok(None)).unwrap()
 }
 
 fn step_in_parts(mut config: Config, make: impl Fn(&Config) -> Box<dyn Task>) {
-    let mut of = |accumulation, recompute| {
+    let mut of = |accumulation, activation_checkpointing| {
         config.train.accumulation = accumulation;
-        config.train.recompute = recompute;
+        config.train.activation_checkpointing = activation_checkpointing;
         let (group, mut task) = (Group::alone(), make(&config));
         let mut shards = unsharded(&group, task.as_ref());
         let measured = task.gradients(1, 1.0, &mut shards).unwrap();

@@ -43,15 +43,15 @@ impl Task for ToyTask {
         &self.params
     }
 
-    fn identity(&self) -> Result<BTreeMap<String, String>> {
+    fn fingerprint(&self) -> Result<BTreeMap<String, String>> {
         Ok(BTreeMap::from([("vocabulary".into(), "abc".into())]))
     }
 
-    fn units(&self) -> Vec<Vec<String>> {
-        toy::units(&self.chain)
+    fn parameter_groups(&self) -> Vec<Vec<String>> {
+        toy::parameter_groups(&self.chain)
     }
 
-    fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<Measured> {
+    fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<StepMetrics> {
         // Other inputs on every rank.
         let mut inputs = toy::inputs(step + 100 * shards.group().rank() as u64);
         let mut far = 1.0;
@@ -80,7 +80,7 @@ impl Task for ToyTask {
         let loss = engine::accumulate(&toy::segments(&self.chain), &inputs, 0, shards)? / loss_scale;
         let loss = shards.group().sum(&[loss])?[0];
         self.total += loss;
-        Ok(Measured { losses: vec![("loss", loss * far)], figures: Vec::new(), amount: 3, unit: "rows" })
+        Ok(StepMetrics { losses: vec![("loss", loss * far)], figures: Vec::new(), amount: 3, unit: "rows" })
     }
 
     fn samples(&self) -> Vec<String> {
@@ -303,7 +303,7 @@ fn norm_signals_and_checkpoints_take_one_exchange_a_step() {
     let mut config = config();
     (config.train.checkpoint_every, config.train.sample_every, config.train.clip_norm) = (100, 0, 0.01);
     for stage in 0..=3 {
-        config.train.shard_stage = stage;
+        config.train.zero_stage = stage;
         let mut agreements = |steps| {
             config.train.steps = steps;
             let parent = folder.path().join(format!("{stage} {steps}"));

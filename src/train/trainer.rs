@@ -70,7 +70,7 @@ impl<'a> Trainer<'a> {
         stop: &'a Stop,
     ) -> Result<Self> {
         let settings = &config.train;
-        group.shard_over(settings.shard_ranks)?;
+        group.shard_over(settings.hsdp_shard_size)?;
         if settings.overlap {
             group.overlap()?;
         }
@@ -86,7 +86,7 @@ impl<'a> Trainer<'a> {
         };
         let fresh = |name: &str| task.fresh(name);
         let mut shards =
-            Shards::new(group, settings.shard_stage, store, task.params(), &task.units(), handling, fresh)?;
+            Shards::new(group, settings.zero_stage, store, task.params(), &task.parameter_groups(), handling, fresh)?;
         let run = RunState::start(config, task, &mut shards, &folder.checkpoints(), resume)?;
         folder.begin(config, run.step)?;
         let log = StepLog::start(settings, run.step);
@@ -121,7 +121,7 @@ impl<'a> Trainer<'a> {
         }
         if !finite {
             self.overflow(norm)?;
-        } else if settings.spike != Spike::Ignore && self.run.spikes.judge(measured.loss(), norm) {
+        } else if settings.spike != Spike::Ignore && self.run.spikes.is_spike(measured.loss(), norm) {
             match settings.spike {
                 Spike::RollBack => return self.roll_back(),
                 _ => self.skip("its loss or gradient is a spike")?,
@@ -189,7 +189,7 @@ impl<'a> Trainer<'a> {
         let squares = optimizer::squares(self.shards.reduced())?;
         let saved = f64::from(u8::from(self.saving.is_written()));
         let all = self.shards.group().gather(vec![squares, f64::from(self.stop.signal()), saved])?;
-        let replica = all.iter().take(self.shards.group().shard_ranks());
+        let replica = all.iter().take(self.shards.group().hsdp_shard_size());
         let squares = if self.shards.replicated() { squares } else { replica.map(|rank| rank[0]).sum() };
         let signal = all.iter().map(|rank| rank[1]).fold(0.0, f64::max) as i32;
         Ok(Agreed { norm: squares.sqrt() / factor, signal, saved: all.iter().all(|rank| rank[2] > 0.0) })

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use vilg::{
     bundle::{self, Bundle, Parts},
     config::{Config, Task},
-    data::picture::{png, write_png},
+    data::image_file::{png, write_png},
     model::Generator,
     nn::{params::Scope, weights},
     text::WordPiece,
@@ -68,7 +68,7 @@ fn picture(shade: u8) -> RgbImage {
 }
 
 #[test]
-fn painting() {
+fn generated() {
     let folder = folder();
     let at = folder.path();
     let paint = |more: &[&str]| {
@@ -239,7 +239,7 @@ fn describing_goes_on_past_bad_pictures() {
     write_png(&at.join("b.png"), &picture(90)).unwrap();
     fs::write(at.join("a.png"), &good).unwrap();
     fs::write(at.join("cut.png"), &good[..good.len() / 2]).unwrap();
-    fs::write(at.join("text.png"), "not a picture").unwrap();
+    fs::write(at.join("text.png"), "not an image").unwrap();
     fs::write(at.join("empty.png"), "").unwrap();
     let mut huge = good.clone();
     huge[16..24].copy_from_slice(&[0, 0, 255, 255, 0, 0, 255, 255]); // the header's width and height
@@ -264,7 +264,7 @@ fn describing_goes_on_past_bad_pictures() {
     assert!(sampled("1") == sampled("1") && sampled("1") != sampled("2"));
 }
 
-/// Pairs of two styles; `sixth.png` has broken JSON, `seventh.png` is no picture.
+/// Pairs of two styles; `sixth.png` has broken JSON, `seventh.png` is no image.
 fn pairs(folder: &Path, count: u8) {
     fs::create_dir(folder).unwrap();
     for i in 0..count {

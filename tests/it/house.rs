@@ -12,7 +12,7 @@ const KNOWN_CIRCLES: [&[&str]; 4] = [
         "model/composed.rs",
         "model/decode.rs",
         "model/fused.rs",
-        "model/native.rs",
+        "model/manual.rs",
         "model/packed.rs",
         "model/transformer.rs",
     ],

@@ -48,10 +48,10 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-fn config(stage: u8, overlap: bool, recompute: usize, accumulation: usize, qk_norm: bool) -> Config {
+fn config(stage: u8, overlap: bool, activation_checkpointing: usize, accumulation: usize, qk_norm: bool) -> Config {
     let mut config = Config {
         model: Model { layers: 4, hidden: 128, heads: 4, qk_norm, sandwich_norm: !qk_norm, ..Model::default() },
-        train: Train { shard_stage: stage, overlap, recompute, accumulation, ..Train::default() },
+        train: Train { zero_stage: stage, overlap, activation_checkpointing, accumulation, ..Train::default() },
         ..Config::default()
     };
     (config.train.batch_size, config.train.caption_batch_size) = (16 * accumulation, 16 * accumulation);
@@ -88,7 +88,7 @@ fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
     }
     let mut shards = Shards::new(
         group,
-        config.train.shard_stage,
+        config.train.zero_stage,
         Store::Memory,
         &scope.params(),
         &names(&segments),
@@ -115,7 +115,7 @@ fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
                     shards.last_micro_batch();
                 }
                 let batch = batch(&model, samples, to_image)?;
-                engine::accumulate(&segments, &batch, config.train.recompute, &mut shards)?;
+                engine::accumulate(&segments, &batch, config.train.activation_checkpointing, &mut shards)?;
             }
         }
         shards.finish()?;
@@ -131,7 +131,7 @@ fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
 fn compare(config: &Config, ranks: usize) -> (f64, f64) {
     let mut sizes = Sizes::of(config).unwrap();
     sizes.vocabulary = 40;
-    let formula = held(config, &sizes, &sizes.shares(config, ranks), config.train.shard_stage);
+    let formula = held(config, &sizes, &sizes.shares(config, ranks), config.train.zero_stage);
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);
     dist::launch(ranks, Duration::from_secs(60), |group| steps(config, &sizes, group)).unwrap();
@@ -155,16 +155,18 @@ fn a_step_holds_what_the_formulas_say() {
     let mut wrong = Vec::new();
     let cases = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (4, 3)].map(|(ranks, stage)| (ranks, stage, false));
     for (ranks, stage, overlap) in cases.into_iter().chain([(2, 0, true), (2, 1, true), (2, 2, true), (2, 3, true)]) {
-        for (recompute, accumulation, qk_norm) in [(0, 1, true), (1, 1, true), (2, 2, true), (1, 2, false)] {
+        for (activation_checkpointing, accumulation, qk_norm) in
+            [(0, 1, true), (1, 1, true), (2, 2, true), (1, 2, false)]
+        {
             // More ranks than cores are out of step: who is ahead waits with what the late ones have not taken yet.
             let bound = if ranks > 2 { 0.15 } else { 0.1 };
-            let config = config(stage, overlap, recompute, accumulation, qk_norm);
+            let config = config(stage, overlap, activation_checkpointing, accumulation, qk_norm);
             let within = |(formula, counted): &(f64, f64)| (counted / formula - 1.0).abs() <= bound;
             // Two are, where other programs hold one of them up: what is out of its bound is counted twice more.
             let counts = (0..3).map(|_| compare(&config, ranks)).find(within);
             let (formula, counted) = counts.unwrap_or_else(|| compare(&config, ranks));
             let line = format!(
-                "{ranks} ranks, stage {stage}, overlap {overlap}, recompute {recompute}, {accumulation} parts: {formula:.3e} by formula, \
+                "{ranks} ranks, stage {stage}, overlap {overlap}, activation_checkpointing {activation_checkpointing}, {accumulation} parts: {formula:.3e} by formula, \
                 {counted:.3e} counted, {:.3}",
                 counted / formula
             );

@@ -34,10 +34,10 @@ fn trains(folder: &Path, mut command: Command, ranks: usize, sets: &[&str]) {
 fn replicas_train_on_one_compute_thread() {
     let folder = folder();
     let cases: [(usize, &[&str]); 4] = [
-        (2, &["train.shard_stage=0"]),
-        (2, &["train.shard_stage=2"]),
-        (2, &["train.shard_stage=1", "train.shard_ranks=1"]),
-        (4, &["train.shard_stage=3", "train.shard_ranks=2"]),
+        (2, &["train.zero_stage=0"]),
+        (2, &["train.zero_stage=2"]),
+        (2, &["train.zero_stage=1", "train.hsdp_shard_size=1"]),
+        (4, &["train.zero_stage=3", "train.hsdp_shard_size=2"]),
     ];
     for (ranks, sets) in cases {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vilg"));
@@ -55,5 +55,5 @@ fn replicas_train_on_one_cpu() {
     }
     let mut command = Command::new("taskset");
     command.args(["-c", "0", env!("CARGO_BIN_EXE_vilg")]);
-    trains(folder().path(), command, 2, &["train.shard_stage=0"]);
+    trains(folder().path(), command, 2, &["train.zero_stage=0"]);
 }

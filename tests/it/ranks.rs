@@ -128,7 +128,7 @@ fn a_disk_that_takes_nothing_more_ends_the_run_and_costs_nothing() {
         let background = format!("train.background_checkpoints={background}");
         let run = |steps: &str, limit: &str| {
             let steps = format!("train.steps={steps}");
-            let args = train(name, &[&steps, &background, "train.shard_stage=3", "train.decay_start=1"]);
+            let args = train(name, &[&steps, &background, "train.zero_stage=3", "train.decay_start=1"]);
             let mut command = Command::new("bash");
             // A limit on the length of files, in KiB: writing more fails, as on a full disk.
             command.args([
@@ -197,7 +197,7 @@ mod processes {
         let at = folder.path();
         let cases = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (3, 1), (3, 3), (4, 2), (4, 3)];
         for (ranks, stage, replica) in cases.map(|(r, s)| (r, s, 0)).into_iter().chain([(4, 1, 2), (4, 3, 2)]) {
-            let sets = [format!("train.shard_stage={stage}"), format!("train.shard_ranks={replica}")];
+            let sets = [format!("train.zero_stage={stage}"), format!("train.hsdp_shard_size={replica}")];
             let sets = sets.each_ref().map(String::as_str);
             let (a, b) = (format!("processes{ranks}{stage}{replica}"), format!("threads{ranks}{stage}{replica}"));
             let (code, text) = run(at, ranks, &train(&a, &sets));
@@ -261,7 +261,7 @@ mod processes {
     fn a_signal_to_one_process_stops_all_after_the_same_step() {
         let folder = folder();
         let at = folder.path();
-        let sets = ["train.steps=100000", "train.decay_start=1", "train.shard_stage=2"];
+        let sets = ["train.steps=100000", "train.decay_start=1", "train.zero_stage=2"];
         let job = Job::start(at, 3, &train("signal", &sets));
         job.wait_for_steps(at, "signal", 6);
         job.signal(2, libc::SIGTERM);
@@ -276,7 +276,7 @@ mod processes {
     #[test]
     fn a_process_that_stands_still_is_named_with_its_last_call() {
         let folder = folder();
-        let sets = ["train.steps=100000", "train.shard_stage=3", "train.rank_timeout=5"];
+        let sets = ["train.steps=100000", "train.zero_stage=3", "train.rank_timeout=5"];
         let job = Job::start(folder.path(), 3, &train("still", &sets));
         job.wait_for_steps(folder.path(), "still", 4);
         job.signal(1, libc::SIGSTOP);
@@ -294,7 +294,7 @@ mod processes {
     fn survives_kills(kills: usize) {
         let folder = folder();
         let at = folder.path();
-        let sets = ["train.steps=400", "train.checkpoint_every=5", "train.shard_stage=3", "train.keep_checkpoints=2"];
+        let sets = ["train.steps=400", "train.checkpoint_every=5", "train.zero_stage=3", "train.keep_checkpoints=2"];
         assert_eq!(run(at, 3, &train("whole", &sets)).0, Some(0));
         let mut random = vilg::random::Random::keyed(11, "kills", kills as u64, 0);
         let mut killed = 0;

@@ -37,7 +37,7 @@ fn model(folder: &Path, name: &str) -> Vec<u8> {
 fn give_the_bits_of_threads_and_go_on_after_a_kill() {
     let folder = folder();
     let at = folder.path();
-    let sets = ["train.shard_stage=3", "train.checkpoint_every=2"];
+    let sets = ["train.zero_stage=3", "train.checkpoint_every=2"];
     let mut threads = Command::new(env!("CARGO_BIN_EXE_vilg"));
     threads.args(train("threads", &sets)).args(["--nproc", "3"]).current_dir(at);
     assert_eq!(told(&threads.output().unwrap()).0, Some(0));

@@ -78,7 +78,7 @@ fn a_file_that_is_no_picture_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let model = model(folder.path());
     let text = folder.path().join("text.png");
-    std::fs::write(&text, "not a picture").unwrap();
+    std::fs::write(&text, "not an image").unwrap();
     for file in [text, folder.path().join("missing.png"), folder.path().to_owned()] {
         let output = vilg(&["tokenize", file.to_str().unwrap()], &model);
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -87,7 +87,7 @@ fn a_file_that_is_no_picture_is_named() {
     }
 }
 
-/// A folder with two pictures and one that is none.
+/// A folder with two images and one that is none.
 fn pictures(folder: &Path) -> PathBuf {
     let path = folder.join("pictures");
     std::fs::create_dir_all(path.join("below")).unwrap();
@@ -95,7 +95,7 @@ fn pictures(folder: &Path) -> PathBuf {
         let colour = |x, y| image::Rgb([x as u8 * 6, y as u8 * 8, 90]);
         image::RgbImage::from_fn(size.0, size.1, colour).save(path.join(name)).unwrap();
     }
-    std::fs::write(path.join("bad.png"), "no picture").unwrap();
+    std::fs::write(path.join("bad.png"), "no image").unwrap();
     path
 }
 
@@ -106,7 +106,7 @@ fn a_folder_is_reconstructed_and_whole_pictures_keep_their_size() {
     let out = folder.path().join("out");
     let args = ["reconstruct", pictures.to_str().unwrap(), "--whole", "--json", "-o", out.to_str().unwrap()];
     let output = vilg(&args, &model);
-    assert_eq!(output.status.code(), Some(1), "one picture is bad");
+    assert_eq!(output.status.code(), Some(1), "one image is bad");
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(told.contains("bad.png") && told.contains("1 of 3 images"), "{told}");
     assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), 2);

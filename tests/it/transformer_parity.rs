@@ -138,16 +138,16 @@ fn ten_training_losses_are_pytorchs() -> Result<()> {
     Ok(())
 }
 
-/// Training by hand-written and by taped segments stays together for as long as a short run lasts.
+/// Training by hand-written and by autograd segments stays together for as long as a short run lasts.
 #[test]
 fn two_hundred_losses_are_the_tapes() -> Result<()> {
     let golden = Golden::load()?;
     for (variant, config) in variants() {
-        let native = losses(&golden, &golden.generator(variant, &config)?.0.segments(), &config, 200)?;
-        let taped =
+        let manual = losses(&golden, &golden.generator(variant, &config)?.0.segments(), &config, 200)?;
+        let autograd =
             losses(&golden, &golden.generator(variant, &config)?.0.taped_segments(Precision::F32), &config, 200)?;
-        assert!(native[199] < 0.5 * native[0], "{variant}: nothing is learned: {native:?}");
-        for (step, (a, b)) in native.iter().zip(&taped).enumerate() {
+        assert!(manual[199] < 0.5 * manual[0], "{variant}: nothing is learned: {manual:?}");
+        for (step, (a, b)) in manual.iter().zip(&autograd).enumerate() {
             assert!((a - b).abs() < 1e-3 * b.abs().max(0.1), "{variant} step {step}: {a} and {b}");
         }
     }

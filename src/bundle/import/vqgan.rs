@@ -18,7 +18,7 @@ use std::{
     path::Path,
 };
 
-/// Side of the published models' pictures.
+/// Side of the published models' images.
 const IMAGE_SIZE: usize = 256;
 /// Bytes of a configuration; published ones have about 2 KB. The YAML parser's time grows with the square of this.
 const MAX_YAML: u64 = 32 << 10;

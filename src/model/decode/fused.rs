@@ -7,7 +7,7 @@
 use super::{
     Source,
     input::Input,
-    packed::{PackedGenerator, PackedLayer, Room, Table},
+    packed::{PackedGenerator, PackedLayer, Table, Workspace},
 };
 use crate::{
     error::Result,
@@ -51,7 +51,7 @@ pub struct Fused<'g> {
     all: Vec<u32>,
     /// Slots that the newest position attends to in the current layer.
     seen: Vec<u32>,
-    room: Room,
+    workspace: Workspace,
 }
 
 impl<'g> Fused<'g> {
@@ -79,7 +79,7 @@ impl<'g> Fused<'g> {
             all: (0..longest as u32).collect(),
             lengths: (0..source.rows()).map(|row| codes + text(row)).collect(),
             seen: Vec::new(),
-            room: Room::default(),
+            workspace: Workspace::default(),
         };
         let together = (PREFILL_ROWS / longest.max(1)).max(1);
         for first in (0..source.rows()).step_by(together) {
@@ -93,11 +93,11 @@ impl<'g> Fused<'g> {
         let hidden = self.weights.hidden();
         let positions: Vec<(usize, usize)> =
             rows.clone().flat_map(|row| (0..self.lengths[row]).map(move |slot| (row, slot))).collect();
-        self.room.fit(positions.len(), hidden);
+        self.workspace.fit(positions.len(), hidden);
         let of_row =
             |row: usize| [Modality::Image, Modality::Text].into_iter().filter_map(move |m| source.of(m).get(row));
         let tokens = rows.flat_map(of_row).flatten();
-        for ((x, &token), &(_, slot)) in self.room.x.chunks_exact_mut(hidden).zip(tokens).zip(&positions) {
+        for ((x, &token), &(_, slot)) in self.workspace.x.chunks_exact_mut(hidden).zip(tokens).zip(&positions) {
             let slot = slot.checked_sub(self.codes).map_or(Slot::Image(slot), Slot::Text);
             embed(self.weights, x, self.grid, slot, token)?;
         }
@@ -106,12 +106,12 @@ impl<'g> Fused<'g> {
     }
 
     fn read_layers(&mut self, positions: &[(usize, usize)]) {
-        let Self { weights, grid, codes, caches, lengths, all, room, .. } = self;
+        let Self { weights, grid, codes, caches, lengths, all, workspace, .. } = self;
         let (hidden, heads) = (weights.hidden(), weights.heads);
         let d = hidden / heads;
         for (i, (layer, cache)) in weights.layers.iter().zip(caches).enumerate() {
-            layer.qkv(room);
-            for (&(source, position), qkv) in positions.iter().zip(room.qkv.chunks_exact(3 * hidden)) {
+            layer.qkv(workspace);
+            for (&(source, position), qkv) in positions.iter().zip(workspace.qkv.chunks_exact(3 * hidden)) {
                 cache.sources.write(source, position, &qkv[hidden..2 * hidden], &qkv[2 * hidden..]);
             }
             if i + 1 == weights.layers.len() {
@@ -119,7 +119,7 @@ impl<'g> Fused<'g> {
             }
             let lists = if *codes > 0 { neighbours(layer.pattern, *grid) } else { Vec::new() };
             let sources = &cache.sources;
-            mix(room, all.len(), d, |unit, out, qkv, scores| {
+            for_each_head(workspace, all.len(), d, |unit, out, qkv, scores| {
                 let ((source, slot), head) = (positions[unit / heads], unit % heads);
                 // A code attends to codes through the pattern; everything else is dense.
                 let (listed, dense) = match lists.get(slot) {
@@ -130,41 +130,41 @@ impl<'g> Fused<'g> {
                 let q = &qkv[unit / heads * 3 * hidden + head * d..][..d];
                 attend(out, q, parts, scores);
             });
-            layer.finish(room);
+            layer.finish(workspace);
         }
     }
 
     /// One more position of each sequence, of which `fed` came before; returns the logits (sequences, vocabulary).
     pub fn step(&mut self, input: Input, fed: usize) -> Result<&mut [f32]> {
         let weights = self.weights;
-        self.room.fit(self.lineage.rows().len(), weights.hidden());
-        for (i, x) in self.room.x.chunks_exact_mut(weights.hidden()).enumerate() {
+        self.workspace.fit(self.lineage.rows().len(), weights.hidden());
+        for (i, x) in self.workspace.x.chunks_exact_mut(weights.hidden()).enumerate() {
             embed(weights, x, self.grid, input.slot, input.token(i)?)?;
         }
         rayon::scope(|_| self.step_layers(input, fed));
-        Ok(&mut self.room.logits)
+        Ok(&mut self.workspace.logits)
     }
 
     fn step_layers(&mut self, input: Input, fed: usize) {
-        let Self { weights, target, caches, lineage, lengths, all, seen, room, .. } = self;
+        let Self { weights, target, caches, lineage, lengths, all, seen, workspace, .. } = self;
         let (hidden, heads, rows) = (weights.hidden(), weights.heads, lineage.rows());
         let d = hidden / heads;
         for (layer, cache) in weights.layers.iter().zip(caches) {
-            layer.qkv(room);
+            layer.qkv(workspace);
             let slot = cache.slots.see(input.place(), fed, seen);
-            for (row, qkv) in rows.iter().zip(room.qkv.chunks_exact(3 * hidden)) {
+            for (row, qkv) in rows.iter().zip(workspace.qkv.chunks_exact(3 * hidden)) {
                 cache.own.write(row.block, slot, &qkv[hidden..2 * hidden], &qkv[2 * hidden..]);
             }
             let (cache, seen) = (&*cache, &*seen);
-            mix(room, all.len() + seen.len(), d, |unit, out, qkv, scores| {
+            for_each_head(workspace, all.len() + seen.len(), d, |unit, out, qkv, scores| {
                 let (Row { source, block }, head) = (rows[unit / heads], unit % heads);
                 let before = cache.sources.part(source, head, &all[..lengths[source]]);
                 let q = &qkv[unit / heads * 3 * hidden + head * d..][..d];
                 attend(out, q, [before, cache.own.part(block, head, seen)], scores);
             });
-            layer.finish(room);
+            layer.finish(workspace);
         }
-        weights.logits(room, *target);
+        weights.logits(workspace, *target);
     }
 
     /// Sequence `i` goes on as a copy of what was sequence `index[i]`, of which `fed` positions are there.
@@ -177,13 +177,18 @@ impl<'g> Fused<'g> {
     }
 }
 
-/// `room.mixed`, one head of one row at a time: `one(unit, out, qkv, scores)` with room for the scores of `keys` keys.
-fn mix(room: &mut Room, keys: usize, d: usize, one: impl Fn(usize, &mut [f32], &[f32], &mut [f32]) + Sync) {
-    let Room { mixed, qkv, scores, .. } = room;
-    let units = mixed.len() / d;
+/// `workspace.attended`, one head of one row at a time: `one(unit, out, qkv, scores)` with room for the scores of `keys` keys.
+fn for_each_head(
+    workspace: &mut Workspace,
+    keys: usize,
+    d: usize,
+    one: impl Fn(usize, &mut [f32], &[f32], &mut [f32]) + Sync,
+) {
+    let Workspace { attended, qkv, scores, .. } = workspace;
+    let units = attended.len() / d;
     let part = units.div_ceil(PARTS).max(PART_WORK.div_ceil(2 * keys * d));
     scores.resize(scores.len().max(units.div_ceil(part) * keys), 0.0);
-    let parts = mixed.par_chunks_mut(part * d).zip(scores.par_chunks_mut(keys)).enumerate();
+    let parts = attended.par_chunks_mut(part * d).zip(scores.par_chunks_mut(keys)).enumerate();
     parts.for_each(|(i, (out, scores))| {
         for (n, out) in out.chunks_exact_mut(d).enumerate() {
             one(i * part + n, out, qkv, scores);

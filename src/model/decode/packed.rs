@@ -149,27 +149,27 @@ impl PackedGenerator {
         self.image_start.len()
     }
 
-    /// `room.logits` (rows, vocabulary) of `room.x`, for targets of this modality.
-    pub fn logits(&self, room: &mut Room, target: Modality) {
+    /// `workspace.logits` (rows, vocabulary) of `workspace.x`, for targets of this modality.
+    pub fn logits(&self, workspace: &mut Workspace, target: Modality) {
         let head = match target {
             Modality::Text => &self.text_head,
             Modality::Image => &self.image_head,
         };
-        room.logits.resize(room.x.len() / self.hidden() * head.outputs(), 0.0);
-        self.norm.apply(&mut room.normed, &room.x);
-        head.apply(&mut room.logits, &room.normed, Finish::Set);
+        workspace.logits.resize(workspace.x.len() / self.hidden() * head.outputs(), 0.0);
+        self.norm.apply(&mut workspace.normed, &workspace.x);
+        head.apply(&mut workspace.logits, &workspace.normed, Finish::Set);
     }
 }
 
 /// The buffers of a pass through the layers, kept from step to step.
 #[derive(Default)]
-pub struct Room {
+pub struct Workspace {
     /// (rows, hidden), like `mixed`, `normed` and `branch`.
     pub x: Vec<f32>,
     /// (rows, 3, heads, d)
     pub qkv: Vec<f32>,
     /// What attention makes of it.
-    pub mixed: Vec<f32>,
+    pub attended: Vec<f32>,
     pub scores: Vec<f32>,
     pub logits: Vec<f32>,
     normed: Vec<f32>,
@@ -177,10 +177,10 @@ pub struct Room {
     inner: Vec<f32>,
 }
 
-impl Room {
+impl Workspace {
     /// Sizes the buffers for so many rows; allocates nothing if they have been as large before.
     pub fn fit(&mut self, rows: usize, hidden: usize) {
-        [&mut self.x, &mut self.mixed, &mut self.normed, &mut self.branch]
+        [&mut self.x, &mut self.attended, &mut self.normed, &mut self.branch]
             .into_iter()
             .for_each(|buffer| buffer.resize(rows * hidden, 0.0));
         self.qkv.resize(rows * 3 * hidden, 0.0);
@@ -188,14 +188,14 @@ impl Room {
 }
 
 impl PackedLayer {
-    /// `room.qkv` of `room.x`.
-    pub fn qkv(&self, room: &mut Room) {
-        self.norm1.apply(&mut room.normed, &room.x);
-        self.qkv.apply(&mut room.qkv, &room.normed, Finish::Set);
+    /// `workspace.qkv` of `workspace.x`.
+    pub fn qkv(&self, workspace: &mut Workspace) {
+        self.norm1.apply(&mut workspace.normed, &workspace.x);
+        self.qkv.apply(&mut workspace.qkv, &workspace.normed, Finish::Set);
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             let hidden = self.norm1.weight.len();
-            for qkv in room.qkv.chunks_exact_mut(3 * hidden) {
-                let before = &mut room.branch[..hidden];
+            for qkv in workspace.qkv.chunks_exact_mut(3 * hidden) {
+                let before = &mut workspace.branch[..hidden];
                 for (norm, part) in [q_norm, k_norm].into_iter().zip(qkv.chunks_exact_mut(hidden)) {
                     before.copy_from_slice(part);
                     norm.apply(part, before);
@@ -204,13 +204,13 @@ impl PackedLayer {
         }
     }
 
-    /// The block from `room.mixed` on: `room.x` becomes its output.
-    pub fn finish(&self, room: &mut Room) {
-        let rows = room.x.len() / self.norm1.weight.len();
-        room.inner.resize(rows * self.fc1.outputs(), 0.0);
-        let Room { x, mixed, normed, branch, inner, .. } = room;
+    /// The block from `workspace.attended` on: `workspace.x` becomes its output.
+    pub fn finish(&self, workspace: &mut Workspace) {
+        let rows = workspace.x.len() / self.norm1.weight.len();
+        workspace.inner.resize(rows * self.fc1.outputs(), 0.0);
+        let Workspace { x, attended, normed, branch, inner, .. } = workspace;
         let (post1, post2) = self.post.as_ref().map_or((None, None), |(a, b)| (Some(a), Some(b)));
-        add(x, &self.proj, mixed, post1, [branch, normed]);
+        add(x, &self.proj, attended, post1, [branch, normed]);
         self.norm2.apply(normed, x);
         self.fc1.apply(inner, normed, Finish::Gelu);
         add(x, &self.fc2, inner, post2, [branch, normed]);

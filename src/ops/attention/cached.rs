@@ -41,7 +41,7 @@ fn dots<T: Real, const FMA: bool>(scores: &mut [T], q: &[T], rows: &[T], slots: 
 
 /// `out += Σ weights[i] · rows[slots[i]]`, four rows at a time so that `out` is read and written less.
 #[inline(always)]
-fn mix<T: Real, const FMA: bool>(out: &mut [T], weights: &[T], rows: &[T], slots: &[u32]) {
+fn add_weighted<T: Real, const FMA: bool>(out: &mut [T], weights: &[T], rows: &[T], slots: &[u32]) {
     let d = out.len();
     let row = |slot: u32| &rows[slot as usize * d..][..d];
     let ((weights, weights_rest), (slots, slots_rest)) = (weights.as_chunks::<4>(), slots.as_chunks::<4>());
@@ -72,8 +72,8 @@ multiversion! {
         let total = sum(scores);
         out.fill(T::ZERO);
         let (left, right) = scores.split_at(first);
-        mix::<T, FMA>(out, left, parts[0].values, parts[0].slots);
-        mix::<T, FMA>(out, right, parts[1].values, parts[1].slots);
+        add_weighted::<T, FMA>(out, left, parts[0].values, parts[0].slots);
+        add_weighted::<T, FMA>(out, right, parts[1].values, parts[1].slots);
         let factor = T::ONE / total;
         out.iter_mut().for_each(|o| *o *= factor);
     }

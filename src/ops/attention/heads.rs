@@ -48,7 +48,7 @@ impl<T: Element> Inputs<'_, T> {
     }
 }
 
-/// Room that tasks reuse. Columns beyond d are zeros and stay so.
+/// Workspace that tasks reuse. Columns beyond d are zeros and stay so.
 pub(super) struct Scratch<T> {
     /// Of all places.
     keys: Vec<T>,
@@ -169,38 +169,38 @@ multiversion! {
         lse: &Scatter<T>,
         inputs: Inputs<T>,
         head: Head,
-        room: &mut Scratch<T>,
+        workspace: &mut Scratch<T>,
     ) {
         let Inputs { plan, sizes, shape, .. } = inputs;
-        inputs.gather(&mut room.keys, &plan.order, 1, &head, T::ONE);
-        inputs.gather(&mut room.values, &plan.order, 2, &head, T::ONE);
+        inputs.gather(&mut workspace.keys, &plan.order, 1, &head, T::ONE);
+        inputs.gather(&mut workspace.values, &plan.order, 2, &head, T::ONE);
         // SAFETY: the rows of a head belong to its task alone, here and below.
         let lse = unsafe { lse.row((head.sample * sizes.heads + head.head) * sizes.positions, sizes.positions) };
         for block in &plan.blocks {
             let queries = &plan.order[block.queries.clone()];
-            inputs.gather(&mut room.queries, queries, 0, &head, inputs.scale());
-            transpose(&mut room.queries_t, &room.queries, shape.row);
+            inputs.gather(&mut workspace.queries, queries, 0, &head, inputs.scale());
+            transpose(&mut workspace.queries_t, &workspace.queries, shape.row);
             let mut chunks = inputs.chunks(&block.spans, &head);
             let mut softmax = Softmax { largest: [T::NEG_INFINITY; LANES], sums: [T::ZERO; LANES] };
-            room.out.fill(T::ZERO);
+            workspace.out.fill(T::ZERO);
             loop {
-                let rows = chunks.next(&mut room.pieces);
+                let rows = chunks.next(&mut workspace.pieces);
                 if rows == 0 {
                     break;
                 }
-                let scores = &mut room.scores[..rows];
-                shape.score(scores, &room.pieces, &room.keys, &room.queries_t);
-                hide(scores, &room.pieces, T::NEG_INFINITY);
+                let scores = &mut workspace.scores[..rows];
+                shape.score(scores, &workspace.pieces, &workspace.keys, &workspace.queries_t);
+                hide(scores, &workspace.pieces, T::NEG_INFINITY);
                 let factors = softmax.add(scores);
-                for (out, factor) in room.out.chunks_exact_mut(shape.row).zip(factors) {
+                for (out, factor) in workspace.out.chunks_exact_mut(shape.row).zip(factors) {
                     out.iter_mut().for_each(|out| *out *= factor);
                 }
-                shape.mix(&mut room.out, true, &room.pieces, scores, &room.values, &mut room.parts);
+                shape.attend(&mut workspace.out, true, &workspace.pieces, scores, &workspace.values, &mut workspace.parts);
             }
             for (lane, &position) in queries.iter().enumerate() {
                 let (sum, none) = (softmax.sums[lane], softmax.sums[lane] == T::ZERO);
                 let factor = if none { T::ZERO } else { T::ONE / sum };
-                let from = &room.out[lane * shape.row..][..sizes.d];
+                let from = &workspace.out[lane * shape.row..][..sizes.d];
                 // SAFETY: as above.
                 let to = unsafe { out.row(sizes.output_row(head.sample, position, head.head), sizes.d) };
                 to.iter_mut().zip(from).for_each(|(to, &from)| *to = from * factor);
@@ -220,56 +220,56 @@ multiversion! {
         lse: &[T],
         dout: &[T],
         head: Head,
-        room: &mut Scratch<T>,
+        workspace: &mut Scratch<T>,
     ) {
         let Inputs { plan, sizes, shape, .. } = inputs;
-        inputs.gather(&mut room.keys, &plan.order, 1, &head, T::ONE);
-        inputs.gather(&mut room.values, &plan.order, 2, &head, T::ONE);
-        room.dkeys.fill(T::ZERO);
-        room.dvalues.fill(T::ZERO);
+        inputs.gather(&mut workspace.keys, &plan.order, 1, &head, T::ONE);
+        inputs.gather(&mut workspace.values, &plan.order, 2, &head, T::ONE);
+        workspace.dkeys.fill(T::ZERO);
+        workspace.dvalues.fill(T::ZERO);
         let lse = &lse[(head.sample * sizes.heads + head.head) * sizes.positions..][..sizes.positions];
         for block in &plan.blocks {
             let queries = &plan.order[block.queries.clone()];
-            inputs.gather(&mut room.queries, queries, 0, &head, inputs.scale());
+            inputs.gather(&mut workspace.queries, queries, 0, &head, inputs.scale());
             let (mut base, mut means) = ([T::ZERO; LANES], [T::ZERO; LANES]);
             for (lane, &position) in queries.iter().enumerate() {
                 let row = sizes.output_row(head.sample, position, head.head);
                 let (out, dout) = (&out[row..][..sizes.d], &dout[row..][..sizes.d]);
-                room.douts[lane * shape.row..][..sizes.d].copy_from_slice(dout);
+                workspace.douts[lane * shape.row..][..sizes.d].copy_from_slice(dout);
                 (base[lane], means[lane]) = (lse[position], dot::<T, FMA>(dout, out));
             }
-            transpose(&mut room.queries_t, &room.queries, shape.row);
-            transpose(&mut room.douts_t, &room.douts, shape.row);
-            room.out.fill(T::ZERO);
+            transpose(&mut workspace.queries_t, &workspace.queries, shape.row);
+            transpose(&mut workspace.douts_t, &workspace.douts, shape.row);
+            workspace.out.fill(T::ZERO);
             let mut chunks = inputs.chunks(&block.spans, &head);
             loop {
-                let rows = chunks.next(&mut room.pieces);
+                let rows = chunks.next(&mut workspace.pieces);
                 if rows == 0 {
                     break;
                 }
-                let (p, ds) = (&mut room.scores[..rows], &mut room.dscores[..rows]);
-                shape.score(p, &room.pieces, &room.keys, &room.queries_t);
-                shape.score(ds, &room.pieces, &room.values, &room.douts_t);
-                hide(p, &room.pieces, T::NEG_INFINITY);
-                hide(ds, &room.pieces, T::ZERO);
+                let (p, ds) = (&mut workspace.scores[..rows], &mut workspace.dscores[..rows]);
+                shape.score(p, &workspace.pieces, &workspace.keys, &workspace.queries_t);
+                shape.score(ds, &workspace.pieces, &workspace.values, &workspace.douts_t);
+                hide(p, &workspace.pieces, T::NEG_INFINITY);
+                hide(ds, &workspace.pieces, T::ZERO);
                 for (p, ds) in p.iter_mut().zip(&mut *ds) {
                     for i in 0..LANES {
                         p[i] = Real::exp(p[i] - base[i]);
                         ds[i] = p[i] * (ds[i] - means[i]);
                     }
                 }
-                shape.mix(&mut room.out, true, &room.pieces, ds, &room.keys, &mut room.parts);
-                shape.spread(&mut room.dkeys, &room.pieces, ds, &room.queries);
-                shape.spread(&mut room.dvalues, &room.pieces, p, &room.douts);
+                shape.attend(&mut workspace.out, true, &workspace.pieces, ds, &workspace.keys, &mut workspace.parts);
+                shape.spread(&mut workspace.dkeys, &workspace.pieces, ds, &workspace.queries);
+                shape.spread(&mut workspace.dvalues, &workspace.pieces, p, &workspace.douts);
             }
             for (lane, &position) in queries.iter().enumerate() {
-                let from = &room.out[lane * shape.row..][..sizes.d];
+                let from = &workspace.out[lane * shape.row..][..sizes.d];
                 // SAFETY: the rows of a head belong to its task alone, here and below.
                 let to = unsafe { dqkv.row(sizes.row(head.sample, position, 0, head.head), sizes.d) };
                 to.iter_mut().zip(from).for_each(|(to, &from)| *to = from * inputs.scale());
             }
         }
-        for (part, sums) in [(1, &room.dkeys), (2, &room.dvalues)] {
+        for (part, sums) in [(1, &workspace.dkeys), (2, &workspace.dvalues)] {
             for (from, &position) in sums.chunks_exact(shape.row).zip(&plan.order) {
                 // SAFETY: as above.
                 let to = unsafe { dqkv.row(sizes.row(head.sample, position, part, head.head), sizes.d) };

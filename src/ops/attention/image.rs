@@ -4,7 +4,7 @@
 use crate::ops::{
     matmul::{
         gemm::gemm_serial,
-        matrix::{Matrix, Onto},
+        matrix::{Beta, Matrix},
     },
     simd::{self, Real, multiversion},
 };
@@ -33,7 +33,7 @@ impl<'a, T: Real> Heads<'a, T> {
     /// softmax(q kᵀ / √channels), `(positions, positions)`.
     fn probabilities(&self, q: Matrix<T>, k: Matrix<T>) -> Vec<T> {
         let mut p = vec![T::ZERO; self.positions * self.positions];
-        gemm_serial(&mut p, self.positions, Onto::Nothing, self.scale(), q, k.t());
+        gemm_serial(&mut p, self.positions, Beta::Zero, self.scale(), q, k.t());
         p.chunks_exact_mut(self.positions).for_each(softmax);
         p
     }
@@ -44,7 +44,7 @@ pub fn forward<T: Real>(heads: Heads<T>, y: &mut [T]) {
     y.par_chunks_mut(heads.positions * heads.channels).enumerate().for_each(|(i, y)| {
         let [q, k, v] = heads.picture(i);
         let p = heads.probabilities(q, k);
-        gemm_serial(y, heads.channels, Onto::Nothing, 1.0, Matrix::new(&p, heads.positions, heads.positions), v);
+        gemm_serial(y, heads.channels, Beta::Zero, 1.0, Matrix::new(&p, heads.positions, heads.positions), v);
     });
 }
 
@@ -56,13 +56,13 @@ pub fn backward<T: Real>(heads: Heads<T>, dy: &[T], [dq, dk, dv]: [&mut [T]; 3])
         let [q, k, v] = heads.picture(i);
         let p = heads.probabilities(q, k);
         let dy = Matrix::new(dy, positions, channels);
-        gemm_serial(dv, channels, Onto::Nothing, 1.0, Matrix::new(&p, positions, positions).t(), dy);
+        gemm_serial(dv, channels, Beta::Zero, 1.0, Matrix::new(&p, positions, positions).t(), dy);
         let mut ds = vec![T::ZERO; p.len()];
-        gemm_serial(&mut ds, positions, Onto::Nothing, 1.0, dy, v.t());
+        gemm_serial(&mut ds, positions, Beta::Zero, 1.0, dy, v.t());
         ds.chunks_exact_mut(positions).zip(p.chunks_exact(positions)).for_each(|(ds, p)| through_softmax(ds, p));
         let ds = Matrix::new(&ds, positions, positions);
-        gemm_serial(dq, channels, Onto::Nothing, heads.scale(), ds, k);
-        gemm_serial(dk, channels, Onto::Nothing, heads.scale(), ds.t(), q);
+        gemm_serial(dq, channels, Beta::Zero, heads.scale(), ds, k);
+        gemm_serial(dk, channels, Beta::Zero, heads.scale(), ds.t(), q);
     });
 }
 

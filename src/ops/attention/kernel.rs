@@ -20,7 +20,7 @@ pub(super) struct Product<'a, T> {
     pub b_step: usize,
     pub c: *mut T,
     pub c_row: usize,
-    pub onto: bool,
+    pub beta: bool,
     pub parts: &'a [Part],
 }
 
@@ -120,7 +120,7 @@ unsafe fn tile<V: Vector<Element: Default>, const M: usize, const N: usize>(p: &
     // SAFETY: the caller's promise.
     unsafe {
         let mut sums = [[V::splat(V::Element::default()); N]; M];
-        if p.onto {
+        if p.beta {
             for (m, row) in sums.iter_mut().enumerate() {
                 for (n, sum) in row.iter_mut().enumerate() {
                     *sum = V::load(p.c.add(m * p.c_row + n * V::LANES));

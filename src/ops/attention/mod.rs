@@ -60,12 +60,12 @@ pub(crate) fn composed(qkv: &Tensor, keys: &KeyRanges) -> Result<Tensor> {
 fn each_head<R>(
     sizes: Sizes,
     keys: &KeyRanges,
-    room: impl Fn() -> R + Sync + Send,
+    workspace: impl Fn() -> R + Sync + Send,
     task: impl Fn(&mut R, Head) + Sync + Send,
 ) {
-    (0..sizes.samples * sizes.heads).into_par_iter().for_each_init(room, |room, i| {
+    (0..sizes.samples * sizes.heads).into_par_iter().for_each_init(workspace, |workspace, i| {
         let sample = i / sizes.heads;
-        task(room, Head { sample, head: i % sizes.heads, padding: keys.padding(sample) });
+        task(workspace, Head { sample, head: i % sizes.heads, padding: keys.padding(sample) });
     });
 }
 
@@ -75,8 +75,8 @@ pub fn forward_into<T: Element>(out: &mut [T], lse: &mut [T], qkv: &[T], keys: &
     let plan = Plan::new(keys);
     let inputs = Inputs { qkv, plan: &plan, sizes, shape: products::Shape::new(sizes.d) };
     let (out, lse) = (Scatter::new(out), Scatter::new(lse));
-    let room = || Scratch::forward(sizes.positions, inputs.shape);
-    each_head(sizes, keys, room, |room, head| forward_head(&out, &lse, inputs, head, room));
+    let workspace = || Scratch::forward(sizes.positions, inputs.shape);
+    each_head(sizes, keys, workspace, |workspace, head| forward_head(&out, &lse, inputs, head, workspace));
 }
 
 /// Writes dqkv, from what the forward pass wrote and the gradient of its output.
@@ -91,8 +91,8 @@ pub fn backward_into<T: Element>(
     let plan = Plan::new(keys);
     let inputs = Inputs { qkv, plan: &plan, sizes, shape: products::Shape::new(sizes.d) };
     let dqkv = Scatter::new(dqkv);
-    let room = || Scratch::backward(sizes.positions, inputs.shape);
-    each_head(sizes, keys, room, |room, head| backward_head(&dqkv, inputs, out, lse, dout, head, room));
+    let workspace = || Scratch::backward(sizes.positions, inputs.shape);
+    each_head(sizes, keys, workspace, |workspace, head| backward_head(&dqkv, inputs, out, lse, dout, head, workspace));
 }
 
 /// The output and the log-sum-exp, see [`forward_into`].

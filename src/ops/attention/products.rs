@@ -1,6 +1,6 @@
 //! The products of one block of queries with a chunk of its keys. Scores are stored key by key, with one lane per query.
 //!
-//! A key that only a part of the block sees costs a part of the work: see `width` and [`Shape::mix`].
+//! A key that only a part of the block sees costs a part of the work: see `width` and [`Shape::attend`].
 
 use super::{
     kernel::{Element, Kernel, LANES, Part, Product},
@@ -134,7 +134,7 @@ impl<T: Element> Shape<T> {
                     b_step: LANES,
                     c: scores.as_mut_ptr().cast::<T>().add(lane),
                     c_row: LANES,
-                    onto: false,
+                    beta: false,
                     parts: &[Part { a: 0, b: 0, len: self.d }],
                 });
             }
@@ -144,10 +144,10 @@ impl<T: Element> Shape<T> {
     /// `out[lane] = Σ weights[key][lane] · values[key]`, plus the old one if `onto`. Each group of queries passes
     /// over keys that none of them sees. `parts` is room.
     #[inline(always)]
-    pub fn mix(
+    pub fn attend(
         &self,
         out: &mut [T],
-        onto: bool,
+        beta: bool,
         pieces: &[Piece],
         weights: &[Lanes<T>],
         values: &[T],
@@ -174,7 +174,7 @@ impl<T: Element> Shape<T> {
                         b_step: self.row,
                         c: out.as_mut_ptr().add(group * self.row + panel),
                         c_row: self.row,
-                        onto,
+                        beta,
                         parts,
                     });
                 }
@@ -200,7 +200,7 @@ impl<T: Element> Shape<T> {
                         b_step: self.row,
                         c: sums.as_mut_ptr().add(panel),
                         c_row: self.row,
-                        onto: true,
+                        beta: true,
                         parts: &[Part { a: lane, b: lane * self.row, len: lanes }],
                     });
                 }

@@ -18,7 +18,7 @@ use crate::{
     ops::{
         matmul::{
             gemm::rounded_to_f16,
-            linear::{column_sums, factor_dtype},
+            linear::{column_sums, matmul_weight_dtype},
         },
         simd::Real,
         slices::{by_dtype, fresh, slice, storage, tensor, view},
@@ -55,9 +55,9 @@ pub fn conv2d_in(
     let (_, _, kh, kw) = w.dims4()?;
     let padded = (height + padding.top + padding.bottom, width + padding.left + padding.right);
     ensure!(stride > 0 && kh > 0 && kw > 0, "a convolution needs a stride and a kernel of at least 1");
-    ensure!(padded.0 >= kh && padded.1 >= kw, "a {height}×{width} picture is too small for a {kh}×{kw} convolution");
+    ensure!(padded.0 >= kh && padded.1 >= kw, "a {height}×{width} image is too small for a {kh}×{kw} convolution");
     if !x.device().is_cpu() {
-        let Some(dtype) = factor_dtype(precision) else { return composed(x, w, b, stride, padding) };
+        let Some(dtype) = matmul_weight_dtype(precision) else { return composed(x, w, b, stride, padding) };
         let y = composed(&x.to_dtype(dtype)?, &w.to_dtype(dtype)?, None, stride, padding)?.to_dtype(x.dtype())?;
         return Ok(b.map_or(Ok(y.clone()), |b| y.broadcast_add(b))?);
     }

@@ -1,6 +1,6 @@
 //! General matrix product on slices, through the `gemm` crate (packed, AVX-512 where there is one).
 
-pub use super::matrix::{Matrix, Onto};
+pub use super::matrix::{Beta, Matrix};
 use super::{
     bf16::{gemm::gemm_bf16, unit::Bf16Unit},
     epilogue::Epilogue,
@@ -15,23 +15,23 @@ use half::{f16, slice::HalfFloatSliceExt, vec::HalfFloatVecExt};
 use rayon::prelude::*;
 
 /// C = alpha·A·B (+ C), on all threads when there is enough work. `c` is row-major `a.rows × b.columns`.
-pub fn gemm<T: Real>(c: &mut [T], onto: Onto, alpha: f64, a: Matrix<T>, b: Matrix<T>) {
+pub fn gemm<T: Real>(c: &mut [T], beta: Beta, alpha: f64, a: Matrix<T>, b: Matrix<T>) {
     let work = a.rows * a.columns * b.columns;
     let serial = work < SERIAL_WORK || rayon::current_num_threads() == 1;
     let columns = b.columns;
-    product(c, columns, onto, alpha, a, b, if serial { Parallelism::None } else { Parallelism::Rayon(0) });
+    product(c, columns, beta, alpha, a, b, if serial { Parallelism::None } else { Parallelism::Rayon(0) });
 }
 
 /// [`gemm()`] of f32 matrices, computed in `precision`: bf16 only where there is a [`Bf16Unit`]; f16 rounds the factors
 /// as a GPU would, beyond 65504 to infinity, and is no faster.
-pub fn gemm_in(precision: Precision, c: &mut [f32], onto: Onto, alpha: f32, a: Matrix<f32>, b: Matrix<f32>) {
+pub fn gemm_in(precision: Precision, c: &mut [f32], beta: Beta, alpha: f32, a: Matrix<f32>, b: Matrix<f32>) {
     match Bf16Unit::for_precision(precision) {
-        Some(unit) => gemm_bf16(unit, c, onto, alpha, a, b, Epilogue::NONE),
+        Some(unit) => gemm_bf16(unit, c, beta, alpha, a, b, Epilogue::NONE),
         None if precision == Precision::F16 => {
             let [x, y] = [a.data, b.data].map(rounded_to_f16);
-            gemm(c, onto, f64::from(alpha), Matrix { data: &x, ..a }, Matrix { data: &y, ..b });
+            gemm(c, beta, f64::from(alpha), Matrix { data: &x, ..a }, Matrix { data: &y, ..b });
         }
-        None => gemm(c, onto, f64::from(alpha), a, b),
+        None => gemm(c, beta, f64::from(alpha), a, b),
     }
 }
 
@@ -45,14 +45,14 @@ pub(in crate::ops) fn rounded_to_f16<T: Real>(x: &[T]) -> Vec<T> {
 }
 
 /// [`gemm()`] on the calling thread only, for loops that are parallel outside; rows of C are `stride` elements apart.
-pub fn gemm_serial<T: Real>(c: &mut [T], stride: usize, onto: Onto, alpha: f64, a: Matrix<T>, b: Matrix<T>) {
-    product(c, stride, onto, alpha, a, b, Parallelism::None);
+pub fn gemm_serial<T: Real>(c: &mut [T], stride: usize, beta: Beta, alpha: f64, a: Matrix<T>, b: Matrix<T>) {
+    product(c, stride, beta, alpha, a, b, Parallelism::None);
 }
 
 fn product<T: Real>(
     c: &mut [T],
     stride: usize,
-    onto: Onto,
+    beta: Beta,
     alpha: f64,
     a: Matrix<T>,
     b: Matrix<T>,
@@ -73,7 +73,7 @@ fn product<T: Real>(
             c.as_mut_ptr(),
             1,
             stride as isize,
-            onto == Onto::Old,
+            beta == Beta::One,
             a.data.as_ptr(),
             a.column_stride as isize,
             a.row_stride as isize,
@@ -102,7 +102,7 @@ mod tests {
         let [mut a, b] = [m * k, n * k].map(|len| (0..len).map(|_| random.normal() as f32).collect::<Vec<f32>>());
         let product = |a: &[f32]| {
             let mut c = vec![1.0; m * n];
-            gemm_in(Precision::F16, &mut c, Onto::Old, 0.5, Matrix::new(a, m, k), Matrix::new(&b, n, k).t());
+            gemm_in(Precision::F16, &mut c, Beta::One, 0.5, Matrix::new(a, m, k), Matrix::new(&b, n, k).t());
             c
         };
         let half = |x: f32| f16::from_f32(x).to_f64();

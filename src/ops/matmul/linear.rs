@@ -5,7 +5,7 @@ use super::{
     bf16::{gemm::gemm_bf16, unit::Bf16Unit},
     epilogue::Epilogue,
     gemm::{gemm, gemm_in},
-    matrix::{Matrix, Onto},
+    matrix::{Beta, Matrix},
 };
 use crate::{
     config::Precision,
@@ -34,7 +34,7 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
 /// [`linear()`] with factors and product rounded to `precision` by stock candle ops, in the backward pass too. On a CPU
 /// candle has no bf16 product and computes in f32.
 pub fn linear_in(precision: Precision, x: &Tensor, w: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let dtype = match factor_dtype(precision) {
+    let dtype = match matmul_weight_dtype(precision) {
         Some(dtype) if dtype == DType::F16 || !x.device().is_cpu() => dtype,
         _ => return linear(x, w, Some(b)),
     };
@@ -43,7 +43,7 @@ pub fn linear_in(precision: Precision, x: &Tensor, w: &Tensor, b: &Tensor) -> Re
 }
 
 /// The dtype that factors are cast to for products in this precision; `None`: no cast.
-pub fn factor_dtype(precision: Precision) -> Option<DType> {
+pub fn matmul_weight_dtype(precision: Precision) -> Option<DType> {
     match precision {
         Precision::F32 => None,
         Precision::Bf16 => Some(DType::BF16),
@@ -74,8 +74,8 @@ pub(crate) fn composed(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Ten
 /// `y (rows, out) = x (rows, in) · w (out, in)ᵀ + b`.
 pub fn forward<T: Real>(x: &[T], w: &[T], b: Option<&[T]>, rows: usize, inputs: usize, outputs: usize) -> Vec<T> {
     let fill = |y: &mut [T]| {
-        let onto = start(y, outputs, b, None);
-        gemm(y, onto, 1.0, Matrix::new(x, rows, inputs), Matrix::new(w, outputs, inputs).t());
+        let beta = start(y, outputs, b, None);
+        gemm(y, beta, 1.0, Matrix::new(x, rows, inputs), Matrix::new(w, outputs, inputs).t());
     };
     // SAFETY: the bias, or the product itself, is written to every element before anything is read.
     unsafe { fresh(rows * outputs, fill) }
@@ -85,14 +85,14 @@ pub fn forward<T: Real>(x: &[T], w: &[T], b: Option<&[T]>, rows: usize, inputs: 
 pub fn backward_input<T: Real>(dy: &[T], w: &[T], rows: usize, inputs: usize, outputs: usize) -> Vec<T> {
     let (dy, w) = (Matrix::new(dy, rows, outputs), Matrix::new(w, outputs, inputs));
     // SAFETY: a product onto nothing writes every element.
-    unsafe { fresh(rows * inputs, |dx| gemm(dx, Onto::Nothing, 1.0, dy, w)) }
+    unsafe { fresh(rows * inputs, |dx| gemm(dx, Beta::Zero, 1.0, dy, w)) }
 }
 
 /// dw (out, in) = dy (rows, out)ᵀ · x (rows, in).
 pub fn backward_weight<T: Real>(dy: &[T], x: &[T], rows: usize, inputs: usize, outputs: usize) -> Vec<T> {
     let (dy, x) = (Matrix::new(dy, rows, outputs).t(), Matrix::new(x, rows, inputs));
     // SAFETY: a product onto nothing writes every element.
-    unsafe { fresh(outputs * inputs, |dw| gemm(dw, Onto::Nothing, 1.0, dy, x)) }
+    unsafe { fresh(outputs * inputs, |dw| gemm(dw, Beta::Zero, 1.0, dy, x)) }
 }
 
 /// `y (rows, out) = x (rows, in) · w (out, in)ᵀ + bias + residual`, computed in `precision`, and gelu(y) beside it.
@@ -105,10 +105,10 @@ pub fn forward_in(
 ) -> Vec<f32> {
     let (x, w) = (Matrix::new(x, rows, inputs), Matrix::new(w, outputs, inputs).t());
     let fill = |y: &mut [f32]| match Bf16Unit::for_precision(precision) {
-        Some(unit) => gemm_bf16(unit, y, Onto::Nothing, 1.0, x, w, epilogue),
+        Some(unit) => gemm_bf16(unit, y, Beta::Zero, 1.0, x, w, epilogue),
         None => {
-            let onto = start(y, outputs, epilogue.bias, epilogue.residual);
-            gemm_in(precision, y, onto, 1.0, x, w);
+            let beta = start(y, outputs, epilogue.bias, epilogue.residual);
+            gemm_in(precision, y, beta, 1.0, x, w);
             if let Some(gelu) = epilogue.gelu {
                 gelu::forward_into(gelu, y);
             }
@@ -136,10 +136,10 @@ pub fn forward_gelu(
 }
 
 /// Writes the matrix that the product is added to, if there is one.
-fn start<T: Real>(y: &mut [T], outputs: usize, bias: Option<&[T]>, residual: Option<&[T]>) -> Onto {
+fn start<T: Real>(y: &mut [T], outputs: usize, bias: Option<&[T]>, residual: Option<&[T]>) -> Beta {
     let chunk = outputs.max(1) * 64;
     match (bias, residual) {
-        (None, None) => return Onto::Nothing,
+        (None, None) => return Beta::Zero,
         (None, Some(residual)) => {
             y.par_chunks_mut(chunk).zip(residual.par_chunks(chunk)).for_each(|(y, r)| y.copy_from_slice(r));
         }
@@ -154,26 +154,26 @@ fn start<T: Real>(y: &mut [T], outputs: usize, bias: Option<&[T]>, residual: Opt
             });
         }
     }
-    Onto::Old
+    Beta::One
 }
 
 /// dx (rows, in) = dy (rows, out) · w (out, in), computed in `precision`.
 pub fn input_gradient(precision: Precision, dy: &[f32], w: &[f32], [rows, inputs, outputs]: [usize; 3]) -> Vec<f32> {
     let (dy, w) = (Matrix::new(dy, rows, outputs), Matrix::new(w, outputs, inputs));
     // SAFETY: a product onto nothing writes every element.
-    unsafe { fresh(rows * inputs, |dx| gemm_in(precision, dx, Onto::Nothing, 1.0, dy, w)) }
+    unsafe { fresh(rows * inputs, |dx| gemm_in(precision, dx, Beta::Zero, 1.0, dy, w)) }
 }
 
 /// dw (out, in) (+)= dy (rows, out)ᵀ · x (rows, in), computed in `precision`.
 pub fn weight_gradient(
     precision: Precision,
     dw: &mut [f32],
-    onto: Onto,
+    beta: Beta,
     dy: &[f32],
     x: &[f32],
     [rows, inputs, outputs]: [usize; 3],
 ) {
-    gemm_in(precision, dw, onto, 1.0, Matrix::new(dy, rows, outputs).t(), Matrix::new(x, rows, inputs));
+    gemm_in(precision, dw, beta, 1.0, Matrix::new(dy, rows, outputs).t(), Matrix::new(x, rows, inputs));
 }
 
 /// Rows that one task adds up; fixed, so that the result does not depend on the number of threads.

@@ -39,11 +39,11 @@ impl<'a, T> Matrix<'a, T> {
 
 /// What a product does with the old content of its destination.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Onto {
+pub enum Beta {
     /// C = alpha·A·B; C may be uninitialised.
-    Nothing,
+    Zero,
     /// C += alpha·A·B.
-    Old,
+    One,
 }
 
 /// Below this many multiplications a product stays on the calling thread.

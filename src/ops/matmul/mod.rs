@@ -8,4 +8,4 @@ pub mod matrix;
 pub mod packed;
 mod packed_kernel;
 
-pub use linear::{factor_dtype, linear, linear_in, rounds_to_bf16};
+pub use linear::{linear, linear_in, matmul_weight_dtype, rounds_to_bf16};

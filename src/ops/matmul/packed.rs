@@ -137,16 +137,16 @@ impl PackedLinear {
         let rows = x.len() / self.inputs;
         let blocks = rows.div_ceil(ROWS);
         let beside = panels_beside(rows.div_ceil(blocks));
-        let mut room = [[0.0; PANEL]; 2 * ROWS];
+        let mut workspace = [[0.0; PANEL]; 2 * ROWS];
         for (i, lines) in lines.chunks(beside * self.inputs).enumerate() {
             let (panel, panels) = (first + i * beside, lines.len() / self.inputs);
             for block in 0..blocks {
                 let (start, end) = (block * rows / blocks, (block + 1) * rows / blocks);
-                let room = &mut room[..(end - start) * panels];
-                sums(room, &x[start * self.inputs..end * self.inputs], lines, self.inputs);
+                let workspace = &mut workspace[..(end - start) * panels];
+                sums(workspace, &x[start * self.inputs..end * self.inputs], lines, self.inputs);
                 let (scales, bias) = (&self.scales[panel..panel + panels], &self.bias[panel..panel + panels]);
-                dress(room, scales, bias, finish == Finish::Gelu);
-                for (n, sums) in room.iter().enumerate() {
+                dress(workspace, scales, bias, finish == Finish::Gelu);
+                for (n, sums) in workspace.iter().enumerate() {
                     self.write(sums, start + n / panels, panel + n % panels, y, finish);
                 }
             }

@@ -6,7 +6,7 @@ use crate::{
     ops::{
         matmul::{
             gemm::gemm_in,
-            matrix::{Matrix, Onto},
+            matrix::{Beta, Matrix},
         },
         simd::{Real, dot, multiversion},
         slices::CHUNK,
@@ -33,18 +33,18 @@ pub(super) fn newton_schulz(precision: Precision, x: &mut [f32], rows: usize, co
     for _ in 0..STEPS {
         let matrix = Matrix::new(x, rows, columns);
         let (left, right) = if tall { (matrix.t(), matrix) } else { (matrix, matrix.t()) };
-        gemm_in(precision, &mut gram, Onto::Nothing, 1.0, left, right);
+        gemm_in(precision, &mut gram, Beta::Zero, 1.0, left, right);
         let square = Matrix::new(&gram, side, side);
         polynomial.par_chunks_mut(CHUNK).zip(gram.par_chunks(CHUNK)).for_each(|(p, g)| {
             p.iter_mut().zip(g).for_each(|(p, g)| *p = b * g);
         });
-        gemm_in(precision, &mut polynomial, Onto::Old, c, square, square);
+        gemm_in(precision, &mut polynomial, Beta::One, c, square, square);
         next.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(n, x)| {
             n.iter_mut().zip(x).for_each(|(n, x)| *n = a * x);
         });
         let polynomial = Matrix::new(&polynomial, side, side);
         let (left, right) = if tall { (matrix, polynomial) } else { (polynomial, matrix) };
-        gemm_in(precision, &mut next, Onto::Old, 1.0, left, right);
+        gemm_in(precision, &mut next, Beta::One, 1.0, left, right);
         x.copy_from_slice(&next);
     }
 }

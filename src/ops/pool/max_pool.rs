@@ -14,7 +14,7 @@ use rayon::prelude::*;
 /// gradient goes to the first of the largest pixels.
 pub fn max_pool2x(x: &Tensor) -> Result<Tensor> {
     let (_, h, w, _) = x.dims4()?;
-    ensure!(h > 1 && w > 1, "a {h}×{w} picture is too small to be halved");
+    ensure!(h > 1 && w > 1, "a {h}×{w} image is too small to be halved");
     let x = x.narrow(1, 0, h / 2 * 2)?.narrow(2, 0, w / 2 * 2)?;
     if !x.device().is_cpu() {
         return composed(&x);

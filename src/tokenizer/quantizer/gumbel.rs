@@ -17,7 +17,7 @@ pub struct Relaxation {
     pub temperature: f64,
     /// Weight of the divergence from codes that are all as likely.
     pub kl_weight: f64,
-    /// The noise is keyed by seed, step, and the position of the batch's first picture in the step.
+    /// The noise is keyed by seed, step, and the position of the batch's first image in the step.
     pub seed: u64,
     pub step: u64,
     pub first: u64,
@@ -99,8 +99,8 @@ impl Gumbel {
     /// Draws codes for latents `(.., dim)`. Gradients go through the softmax.
     pub fn forward(&self, z: &Tensor, relaxation: Relaxation) -> Result<Quantized> {
         let logits = self.logits(z)?;
-        let pictures = if z.rank() == 4 { z.dim(0)? } else { 1 };
-        self.relaxed(z, &logits, &noise(&logits, pictures, relaxation)?, relaxation)
+        let images = if z.rank() == 4 { z.dim(0)? } else { 1 };
+        self.relaxed(z, &logits, &noise(&logits, images, relaxation)?, relaxation)
     }
 
     fn relaxed(&self, z: &Tensor, logits: &Tensor, noise: &Tensor, relaxation: Relaxation) -> Result<Quantized> {
@@ -132,12 +132,12 @@ impl Gumbel {
     }
 }
 
-/// Gumbel noise for logits of so many pictures.
-fn noise(logits: &Tensor, pictures: usize, relaxation: Relaxation) -> Result<Tensor> {
-    let each = logits.elem_count() / pictures.max(1);
+/// Gumbel noise for logits of so many images.
+fn noise(logits: &Tensor, images: usize, relaxation: Relaxation) -> Result<Tensor> {
+    let each = logits.elem_count() / images.max(1);
     let mut values = Vec::with_capacity(logits.elem_count());
-    for picture in 0..pictures as u64 {
-        let mut random = Random::keyed(relaxation.seed, "gumbel noise", relaxation.step, relaxation.first + picture);
+    for image in 0..images as u64 {
+        let mut random = Random::keyed(relaxation.seed, "gumbel noise", relaxation.step, relaxation.first + image);
         // Never ln 0.
         values.extend((0..each).map(|_| -(-(random.unit().max(1e-20)).ln()).max(1e-20).ln() as f32));
     }
@@ -193,7 +193,7 @@ mod tests {
         let at = |first| Relaxation { temperature: 1.0, first, seed: 3, step: 5, ..Relaxation::default() };
         let all = noise(&logits, 4, at(0))?;
         let later = noise(&logits.narrow(0, 0, 20)?, 2, at(2))?;
-        assert_eq!(values(&all.narrow(0, 20, 20)?), values(&later), "the same pictures in another batch");
+        assert_eq!(values(&all.narrow(0, 20, 20)?), values(&later), "the same images in another batch");
         let mean = values(&all.mean_all()?)[0];
         assert!((mean - 0.5772).abs() < 0.03, "{mean}");
         Ok(())

@@ -1,9 +1,9 @@
 //! The quantiser between encoder and decoder (paper §2.1): latents to codes, codes to vectors. [`nearest`] is the paper's.
 
+pub mod ema_codebook;
 pub mod fsq;
 pub mod gumbel;
-pub mod moving_average;
-pub mod nearest;
+pub mod vector_quantizer;
 
 use crate::{
     config::{self, QuantizerKind},
@@ -13,11 +13,11 @@ use crate::{
 use candle_core::{D, DType, Device, Tensor};
 use fsq::Fsq;
 use gumbel::{Gumbel, Relaxation};
-use nearest::Nearest;
+use vector_quantizer::VectorQuantizer;
 
 /// A quantiser of any kind.
 pub enum Quantizer {
-    Nearest(Nearest),
+    Vector(VectorQuantizer),
     Gumbel(Gumbel),
     Fsq(Fsq),
 }
@@ -35,7 +35,7 @@ pub struct Quantized {
 impl Quantizer {
     pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
         Ok(match config.quantizer {
-            QuantizerKind::Nearest => Self::Nearest(Nearest::new(scope, config)?),
+            QuantizerKind::Nearest => Self::Vector(VectorQuantizer::new(scope, config)?),
             QuantizerKind::Gumbel => Self::Gumbel(Gumbel::new(scope, config)?),
             QuantizerKind::Fsq => Self::Fsq(Fsq::new(config, &scope.device())?),
         })
@@ -49,7 +49,7 @@ impl Quantizer {
     /// Number of codes.
     pub fn size(&self) -> Result<usize> {
         match self {
-            Self::Nearest(nearest) => nearest.size(),
+            Self::Vector(nearest) => nearest.size(),
             Self::Gumbel(gumbel) => gumbel.size(),
             Self::Fsq(fsq) => Ok(fsq.size()),
         }
@@ -57,13 +57,13 @@ impl Quantizer {
 
     /// Whether a step's latents move the codebook beside its gradients: as means, or where a code begins anew.
     pub fn follows_latents(&self) -> bool {
-        matches!(self, Self::Nearest(_))
+        matches!(self, Self::Vector(_))
     }
 
     /// Where it computes, and in what.
     pub fn place(&self) -> (&Device, DType) {
         let tensor = match self {
-            Self::Nearest(nearest) => nearest.codebook(),
+            Self::Vector(nearest) => nearest.codebook(),
             Self::Gumbel(gumbel) => gumbel.codebook(),
             Self::Fsq(fsq) => fsq.levels(),
         };
@@ -73,7 +73,7 @@ impl Quantizer {
     /// Codes `(rows)` of latents `(.., dim)`.
     pub fn encode(&self, z: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Nearest(nearest) => nearest.encode(z),
+            Self::Vector(nearest) => nearest.encode(z),
             Self::Gumbel(gumbel) => gumbel.encode(z),
             Self::Fsq(fsq) => fsq.encode(z),
         }
@@ -88,7 +88,7 @@ impl Quantizer {
         let outside = codes.to_vec1::<u32>()?.into_iter().find(|c| *c as usize >= size);
         ensure!(outside.is_none(), "code {} of a codebook of {size}", outside.unwrap_or(0));
         match self {
-            Self::Nearest(nearest) => nearest.lookup(codes),
+            Self::Vector(nearest) => nearest.lookup(codes),
             Self::Gumbel(gumbel) => gumbel.lookup(codes),
             Self::Fsq(fsq) => fsq.lookup(codes),
         }
@@ -97,7 +97,7 @@ impl Quantizer {
     /// Quantises latents `(.., dim)` with gradients and losses.
     pub fn forward(&self, z: &Tensor, relaxation: Relaxation) -> Result<Quantized> {
         match self {
-            Self::Nearest(nearest) => nearest.forward(z),
+            Self::Vector(nearest) => nearest.forward(z),
             Self::Gumbel(gumbel) => gumbel.forward(z, relaxation),
             Self::Fsq(fsq) => fsq.forward(z),
         }

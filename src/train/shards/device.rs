@@ -19,8 +19,8 @@ impl Shards<'_> {
     /// At stage 3, renews what this rank gives of each unit, on the device.
     pub(super) fn update_device_parts(&mut self) -> Result<()> {
         if self.masters.copied && self.stage == 3 {
-            for unit in 0..self.units.len() {
-                self.units[unit].device_part = self.own_copies(unit)?;
+            for unit in 0..self.parameter_groups.len() {
+                self.parameter_groups[unit].device_part = self.own_copies(unit)?;
             }
         }
         Ok(())
@@ -28,7 +28,7 @@ impl Shards<'_> {
 
     /// Sends this rank's weights of a unit to all ranks of its replica, on the device.
     pub(super) fn gather_tensors(&self, unit: usize) -> Result<Tensors> {
-        let ours = match self.units[unit].device_part.as_slice() {
+        let ours = match self.parameter_groups[unit].device_part.as_slice() {
             [] => self.own_copies(unit)?,
             part => part.to_vec(),
         };
@@ -36,7 +36,7 @@ impl Shards<'_> {
             if self.replicated() {
                 return Ok(vec![ours]);
             }
-            let counts = self.units[unit].pieces.iter().map(|pieces| length(self.of_type(pieces, dtype)));
+            let counts = self.parameter_groups[unit].pieces.iter().map(|pieces| length(self.of_type(pieces, dtype)));
             let counts: Vec<usize> = counts.collect();
             if counts.iter().all(|count| *count == 0) {
                 return Ok(Vec::new());
@@ -50,7 +50,7 @@ impl Shards<'_> {
     pub(super) fn take_tensors(&self, unit: usize, parts: &[Vec<Tensor>]) -> Result<()> {
         let mut found: BTreeMap<&str, Vec<Tensor>> = BTreeMap::new();
         for (dtype, parts) in DTYPES.into_iter().zip(parts) {
-            for (pieces, part) in self.units[unit].pieces.iter().zip(parts) {
+            for (pieces, part) in self.parameter_groups[unit].pieces.iter().zip(parts) {
                 let mut at = 0;
                 for Piece { name, range } in self.of_type(pieces, dtype) {
                     found.entry(name).or_default().push(part.narrow(0, at, range.len())?);
@@ -67,7 +67,7 @@ impl Shards<'_> {
 
     /// What this rank owns of a unit, flat, by type.
     fn own_copies(&self, unit: usize) -> Result<Vec<Tensor>> {
-        let ours = &self.units[unit].pieces[self.owner];
+        let ours = &self.parameter_groups[unit].pieces[self.owner];
         DTYPES.into_iter().map(|dtype| self.flat(self.of_type(ours, dtype), dtype)).collect()
     }
 

@@ -4,7 +4,7 @@ use super::{Piece, Shards};
 use crate::{
     dist::Pending,
     error::Result,
-    ops::{self, gemm::Onto},
+    ops::{self, gemm::Beta},
 };
 use candle_core::Shape;
 use std::{collections::HashMap, sync::Arc};
@@ -90,7 +90,7 @@ impl Shards<'_> {
     }
 
     fn send(&self, unit: usize, rounded: bool, put: impl Fn(&str, &mut Vec<f32>) -> Result<()>) -> Result<Words> {
-        let pieces = &self.units[unit].pieces;
+        let pieces = &self.parameter_groups[unit].pieces;
         let count = |pieces: &Vec<Piece>| pieces.iter().map(|piece| self.words(piece, rounded)).sum();
         let counts: Vec<usize> = pieces.iter().map(count).collect();
         let mut ours = Vec::with_capacity(counts[self.group.shard_rank()]);
@@ -106,7 +106,7 @@ impl Shards<'_> {
     /// Every rank's part of a unit, piece by piece.
     fn each_piece(&self, unit: usize, words: Words, mut take: impl FnMut(Arrived) -> Result<()>) -> Result<()> {
         let Words { words, rounded } = words;
-        for (rank, (pieces, words)) in self.units[unit].pieces.iter().zip(words.wait()?).enumerate() {
+        for (rank, (pieces, words)) in self.parameter_groups[unit].pieces.iter().zip(words.wait()?).enumerate() {
             let mut rest = words.as_slice();
             for piece in pieces {
                 let (words, after) = rest.split_at(self.words(piece, rounded));
@@ -138,8 +138,8 @@ impl Shards<'_> {
             rest = after;
             if !self.replicated() {
                 self.sums.accumulate(&piece.name, &Shape::from(part.len()), |sum, onto| match onto {
-                    Onto::Nothing => sum.copy_from_slice(part),
-                    Onto::Old => ops::slices::add(sum, part),
+                    Beta::Zero => sum.copy_from_slice(part),
+                    Beta::One => ops::slices::add(sum, part),
                 })?;
             } else if let Some(gradient) = self.gradients.get(&piece.name) {
                 ops::with_slice_mut(gradient, |sum: &mut [f32]| sum.copy_from_slice(part))?;

@@ -63,12 +63,12 @@ impl Shards<'_> {
     ///
     /// # Errors
     /// A rank does not come.
-    pub fn gather(&mut self, unit: usize, next: Option<usize>) -> Result<()> {
-        if let WeightState::Freed = self.units[unit].weights {
+    pub fn all_gather(&mut self, unit: usize, next: Option<usize>) -> Result<()> {
+        if let WeightState::Freed = self.parameter_groups[unit].weights {
             self.start_weights(unit)?;
         }
         self.complete_weights(unit)?;
-        let freed = |unit: &usize| matches!(self.units[*unit].weights, WeightState::Freed);
+        let freed = |unit: &usize| matches!(self.parameter_groups[*unit].weights, WeightState::Freed);
         match next.filter(|next| self.group.overlaps() && freed(next)) {
             Some(next) => self.start_weights(next),
             None => Ok(()),
@@ -79,11 +79,11 @@ impl Shards<'_> {
     ///
     /// # Errors
     /// A variable cannot be emptied.
-    pub fn release(&mut self, unit: usize) -> Result<()> {
+    pub fn reshard(&mut self, unit: usize) -> Result<()> {
         if self.stage < 3 {
             return Ok(());
         }
-        let unit = &mut self.units[unit];
+        let unit = &mut self.parameter_groups[unit];
         for piece in unit.pieces.iter().flatten() {
             ops::replace(&self.params[&piece.name], Vec::new())?;
         }
@@ -96,14 +96,14 @@ impl Shards<'_> {
     /// # Errors
     /// Those of `edit`; a rank does not come.
     pub fn edit(&mut self, unit: usize, edit: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.gather(unit, None)?;
+        self.all_gather(unit, None)?;
         edit()?;
-        for Piece { name, .. } in self.units[unit].pieces.iter().flatten() {
+        for Piece { name, .. } in self.parameter_groups[unit].pieces.iter().flatten() {
             if let (Some(range), Some(weights)) = (self.owned.get(name), self.masters.weights.get_mut(name)) {
                 ops::with_slice(&self.params[name], |all: &[f32]| weights.copy_from_slice(&all[range.clone()]))?;
             }
         }
-        self.release(unit)?;
+        self.reshard(unit)?;
         self.update_device_parts()
     }
 
@@ -111,13 +111,15 @@ impl Shards<'_> {
     ///
     /// # Errors
     /// A rank does not come.
-    pub fn reduce(&mut self, unit: usize) -> Result<()> {
-        for piece in self.units[unit].pieces.iter().flatten().filter(|piece| self.handling[&piece.name].frozen) {
+    pub fn reduce_scatter(&mut self, unit: usize) -> Result<()> {
+        for piece in
+            self.parameter_groups[unit].pieces.iter().flatten().filter(|piece| self.handling[&piece.name].frozen)
+        {
             self.gradients.free(&piece.name);
         }
         if self.stage >= 2 {
             self.start_reduction(unit)?;
-            for piece in self.units[unit].pieces.iter().flatten() {
+            for piece in self.parameter_groups[unit].pieces.iter().flatten() {
                 self.gradients.free(&piece.name);
             }
         } else if self.last && self.group.overlaps() {
@@ -135,7 +137,7 @@ impl Shards<'_> {
         self.gradients.clear();
         self.sums.clear();
         self.last = false;
-        self.units.iter_mut().for_each(|unit| unit.gradients = GradientState::Accumulating);
+        self.parameter_groups.iter_mut().for_each(|unit| unit.gradients = GradientState::Accumulating);
     }
 
     /// The next backward pass over each chain is its last of the step: a segment's gradients are complete when it ends.
@@ -149,8 +151,8 @@ impl Shards<'_> {
     /// A rank does not come.
     pub fn finish(&mut self) -> Result<()> {
         if self.group.world_size() > 1 && self.stage < 2 {
-            for unit in 0..self.units.len() {
-                if let GradientState::Accumulating = self.units[unit].gradients {
+            for unit in 0..self.parameter_groups.len() {
+                if let GradientState::Accumulating = self.parameter_groups[unit].gradients {
                     self.start_reduction(unit)?;
                 }
             }
@@ -170,10 +172,10 @@ impl Shards<'_> {
         if self.stage == 0 && !self.masters.copied {
             return Ok(());
         }
-        let units = self.units.len();
-        (0..units.min(1)).try_for_each(|first| self.start_weights(first))?;
-        for unit in 0..units {
-            if unit + 1 < units {
+        let parameter_groups = self.parameter_groups.len();
+        (0..parameter_groups.min(1)).try_for_each(|first| self.start_weights(first))?;
+        for unit in 0..parameter_groups {
+            if unit + 1 < parameter_groups {
                 self.start_weights(unit + 1)?;
             }
             self.complete_weights(unit)?;
@@ -189,14 +191,14 @@ impl Shards<'_> {
             true => AllGather::Device(self.gather_tensors(unit)?),
             false => AllGather::Host(self.gather_words(unit)?),
         };
-        self.units[unit].weights = WeightState::InFlight(gather);
+        self.parameter_groups[unit].weights = WeightState::InFlight(gather);
         Ok(())
     }
 
     /// Waits for weights that are in flight; those that are freed stay so.
     fn complete_weights(&mut self, unit: usize) -> Result<()> {
-        let WeightState::InFlight(_) = self.units[unit].weights else { return Ok(()) };
-        match mem::replace(&mut self.units[unit].weights, WeightState::Resident) {
+        let WeightState::InFlight(_) = self.parameter_groups[unit].weights else { return Ok(()) };
+        match mem::replace(&mut self.parameter_groups[unit].weights, WeightState::Resident) {
             WeightState::InFlight(AllGather::Host(words)) => self.take_words(unit, words),
             WeightState::InFlight(AllGather::Device(tensors)) => self.take_tensors(unit, &tensors),
             WeightState::Resident | WeightState::Freed => Ok(()),
@@ -210,7 +212,7 @@ impl Shards<'_> {
         let counts: Vec<usize> = pieces.iter().map(length).collect();
         // Nothing in it has a gradient in this step: on all ranks alike.
         if counts.iter().all(|count| *count == 0) {
-            self.units[unit].gradients = GradientState::Reduced;
+            self.parameter_groups[unit].gradients = GradientState::Reduced;
             return Ok(());
         }
         let sums = match self.masters.copied {
@@ -218,15 +220,15 @@ impl Shards<'_> {
             false => ReducedParts::Host(self.reduce_floats(&pieces, &counts)?),
         };
         let pieces = pieces.swap_remove(self.owner);
-        self.units[unit].gradients = GradientState::InFlight(Reduction { pieces, sums });
+        self.parameter_groups[unit].gradients = GradientState::InFlight(Reduction { pieces, sums });
         if self.group.overlaps() { Ok(()) } else { self.complete_reductions() }
     }
 
     /// Waits for the sums in flight: they replace this rank's own gradients (stage 0), or are added to those it owns.
     fn complete_reductions(&mut self) -> Result<()> {
-        for unit in 0..self.units.len() {
-            let GradientState::InFlight(_) = self.units[unit].gradients else { continue };
-            let state = mem::replace(&mut self.units[unit].gradients, GradientState::Reduced);
+        for unit in 0..self.parameter_groups.len() {
+            let GradientState::InFlight(_) = self.parameter_groups[unit].gradients else { continue };
+            let state = mem::replace(&mut self.parameter_groups[unit].gradients, GradientState::Reduced);
             match state {
                 GradientState::InFlight(Reduction { pieces, sums: ReducedParts::Host(sums) }) => {
                     self.take_sums(&pieces, sums)?;
@@ -245,7 +247,7 @@ impl Shards<'_> {
         let live = |pieces: &Vec<Piece>| -> Vec<Piece> {
             pieces.iter().filter(|piece| self.gradients.get(&piece.name).is_some()).cloned().collect()
         };
-        self.units[unit].pieces.iter().map(live).collect()
+        self.parameter_groups[unit].pieces.iter().map(live).collect()
     }
 }
 

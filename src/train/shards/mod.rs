@@ -7,7 +7,7 @@
 //! | 2 | also gradients | reduce-scatter after every segment's backward pass, all-gather of weights once a step |
 //! | 3 | also weights | as 2, but an all-gather before each of a segment's passes; the weights are freed after it |
 //!
-//! With `train.shard_ranks = n` (HSDP), each group of n consecutive ranks (a node) does this among itself, and the groups
+//! With `train.hsdp_shard_size = n` (HSDP), each group of n consecutive ranks (a node) does this among itself, and the groups
 //! are replicas: gradients are also summed over the groups.
 //!
 //! All stages are one policy over the same engine and the same [`layout`](super::layout). With one rank there are no
@@ -55,7 +55,7 @@ pub struct Shards<'g> {
     group: &'g Group,
     stage: u8,
     params: Params,
-    units: Vec<Unit>,
+    parameter_groups: Vec<ParameterGroup>,
     /// This rank's number among the owners of pieces.
     owner: usize,
     /// This rank's range of every parameter of which it owns something.
@@ -87,7 +87,7 @@ struct Masters {
 }
 
 /// The parameters of one segment.
-struct Unit {
+struct ParameterGroup {
     /// By rank.
     pieces: Vec<Vec<Piece>>,
     weights: WeightState,
@@ -123,15 +123,16 @@ impl<'g> Shards<'g> {
         stage: u8,
         store: Store,
         params: &Params,
-        units: &[Vec<String>],
+        parameter_groups: &[Vec<String>],
         handling: impl Fn(&str, &Var) -> Handling,
         fresh: impl Fn(&str) -> Result<Option<Vec<f32>>>,
     ) -> Result<Self> {
         // One rank, or replicas: each rank owns everything.
-        let stage = if group.shard_ranks() == 1 { 0 } else { stage };
-        let owners = if stage == 0 { 1 } else { group.shard_ranks() };
+        let stage = if group.hsdp_shard_size() == 1 { 0 } else { stage };
+        let owners = if stage == 0 { 1 } else { group.hsdp_shard_size() };
         let handling: BTreeMap<_, _> = params.iter().map(|(name, var)| (name.clone(), handling(name, var))).collect();
-        let entries = units.iter().map(|names| names.iter().map(|name| entry(params, name, &handling)).collect());
+        let entries =
+            parameter_groups.iter().map(|names| names.iter().map(|name| entry(params, name, &handling)).collect());
         let entries = entries.collect::<Result<Vec<Vec<Entry>>>>()?;
         let pieces = layout(&entries, owners);
         let owner = if stage == 0 { 0 } else { group.shard_rank() };
@@ -139,18 +140,18 @@ impl<'g> Shards<'g> {
         let covered: usize = pieces.iter().flatten().flatten().map(|piece| piece.range.len()).sum();
         let all: usize = params.values().map(|var| var.elem_count()).sum();
         ensure!(covered == all, "{covered} of {all} weights belong to exactly one segment");
-        let frozen = units.iter().map(|names| names.iter().all(|name| handling[name].frozen));
+        let frozen = parameter_groups.iter().map(|names| names.iter().all(|name| handling[name].frozen));
         let unit = |(pieces, frozen)| {
             let (weights, gradients) = (WeightState::Resident, GradientState::Accumulating);
-            Unit { pieces, weights, gradients, device_part: Vec::new(), frozen }
+            ParameterGroup { pieces, weights, gradients, device_part: Vec::new(), frozen }
         };
-        let units = pieces.into_iter().zip(frozen).map(unit).collect();
+        let parameter_groups = pieces.into_iter().zip(frozen).map(unit).collect();
         let device = params.values().next().map_or(Device::Cpu, |var| var.device().clone());
         let mut shards = Self {
             group,
             stage,
             params: params.clone(),
-            units,
+            parameter_groups,
             owner,
             owned,
             handling,
@@ -177,7 +178,7 @@ impl<'g> Shards<'g> {
         for (name, weights) in weights.iter().filter(|(name, _)| params[*name].dtype() == DType::BF16) {
             rounded.insert(name.clone(), Vec::from_f32_slice(weights));
         }
-        (0..shards.units.len()).try_for_each(|unit| shards.release(unit))?;
+        (0..shards.parameter_groups.len()).try_for_each(|unit| shards.reshard(unit))?;
         shards.update_device_parts()?;
         Ok(shards)
     }
@@ -232,7 +233,7 @@ impl<'g> Shards<'g> {
 
     /// Whether every parameter of this segment is frozen.
     pub fn is_frozen(&self, unit: usize) -> bool {
-        self.units[unit].frozen
+        self.parameter_groups[unit].frozen
     }
 
     /// What the optimizer updates on this rank: what it owns of each parameter that has a gradient.
@@ -287,7 +288,7 @@ impl<'g> Shards<'g> {
             let parts = self.owned.keys().map(|name| Ok((name.clone(), part(self, name)?)));
             full = parts.collect::<Result<_>>()?;
         } else {
-            for unit in 0..self.units.len() {
+            for unit in 0..self.parameter_groups.len() {
                 let whole = self.whole(unit, self.send_exactly(unit, &part)?)?;
                 if self.group.leads() {
                     full.extend(whole);

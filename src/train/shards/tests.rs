@@ -21,17 +21,19 @@ fn owners_keep_exact_weights_where_others_get_rounded_ones() {
             let exact: Vec<Vec<f32>> = params.values().map(elements).collect();
             let handling = |name: &str, _: &Var| Handling { rounded: name != "blocks.1.weight", ..Handling::default() };
             let mut shards =
-                Shards::new(group, stage, Store::Memory, &params, &toy::units(&chain), handling, |_| Ok(None))?;
+                Shards::new(group, stage, Store::Memory, &params, &toy::parameter_groups(&chain), handling, |_| {
+                    Ok(None)
+                })?;
             shards.refresh()?;
             for (unit, ((name, var), exact)) in params.iter().zip(&exact).enumerate() {
-                shards.gather(unit, None)?;
+                shards.all_gather(unit, None)?;
                 let ours = shards.owned()[name].clone();
                 for (i, (got, exact)) in elements(var).into_iter().zip(exact).enumerate() {
                     let rounded = handling(name, var).rounded && !ours.contains(&i);
                     assert_eq!(got, if rounded { half::bf16::from_f32(*exact).to_f32() } else { *exact });
                 }
                 assert_eq!(shards.part(name)?, exact[ours], "{name}");
-                shards.release(unit)?;
+                shards.reshard(unit)?;
             }
             if let Some(collected) = shards.collect(Shards::part)? {
                 let collected: BTreeMap<_, _> = collected.into_iter().collect();
@@ -50,25 +52,26 @@ fn copies_are_what_the_optimizer_left_rounded_to_their_type() {
         launch(ranks, PATIENCE, |group| {
             for (stage, precision) in (0..=3).flat_map(|stage| [(stage, Precision::Bf16), (stage, Precision::F16)]) {
                 let scope = Scope::from_seed(1, DType::F32, &Device::Cpu).in_precision(precision);
-                scope.at("blocks.0").factor("weight", (5, 7), Init::Normal(1.0))?;
+                scope.at("blocks.0").matmul_weight("weight", (5, 7), Init::Normal(1.0))?;
                 scope.at("blocks.0").get("bias", 4, Init::Ones)?;
                 let (params, fresh, settings) = (scope.params(), scope.fresh().unwrap(), Train::default());
-                let (units, handling) = ([params.keys().cloned().collect()], |_: &str, _: &Var| Handling::default());
+                let (parameter_groups, handling) =
+                    ([params.keys().cloned().collect()], |_: &str, _: &Var| Handling::default());
                 let fill = |name: &str| fresh.values(name).map(Some);
-                let mut shards = Shards::new(group, stage, Store::Memory, &params, &units, handling, fill)?;
+                let mut shards = Shards::new(group, stage, Store::Memory, &params, &parameter_groups, handling, fill)?;
                 let mut optimizer = Optimizer::new(&shards, &settings)?;
                 for step in 1..=2 {
                     shards.begin(step);
                     for (name, var) in &params {
                         shards.gradients().add(name, Tensor::ones(var.shape(), DType::F32, &Device::Cpu)?)?;
                     }
-                    shards.reduce(0)?;
+                    shards.reduce_scatter(0)?;
                     shards.finish()?;
                     optimizer.step(&mut shards, &settings, step, 1.0, 1.0)?;
                     shards.refresh()?;
                 }
                 let exact = shards.collect(Shards::part)?;
-                shards.gather(0, None)?;
+                shards.all_gather(0, None)?;
                 for (name, exact) in exact.into_iter().flatten() {
                     let (var, exact) = (&params[&name], exact.flatten_all()?);
                     let rounded = exact.to_dtype(var.dtype())?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
@@ -76,7 +79,7 @@ fn copies_are_what_the_optimizer_left_rounded_to_their_type() {
                     assert!(exact.to_vec1::<f32>()?.iter().zip(fresh.values(&name)?).all(|(a, b)| *a != b));
                     assert_eq!(var.dtype() == DType::F32, exact.to_vec1::<f32>()? == rounded);
                 }
-                shards.release(0)?;
+                shards.reshard(0)?;
             }
             Ok(())
         })
@@ -94,7 +97,7 @@ fn at_stage_3_a_rank_holds_its_own_weights_and_those_in_use() {
             3,
             Store::Memory,
             &params,
-            &toy::units(&chain),
+            &toy::parameter_groups(&chain),
             |_, _| Handling::default(),
             |_| Ok(None),
         )?;
@@ -102,9 +105,9 @@ fn at_stage_3_a_rank_holds_its_own_weights_and_those_in_use() {
         assert!((5 * 3..=6 * 3).contains(&held), "{held} of {}", 3 * 16);
         for (unit, (var, before)) in params.values().zip(&before).enumerate() {
             assert!(ops::replace(var, Vec::new())?.is_empty());
-            shards.gather(unit, None)?;
+            shards.all_gather(unit, None)?;
             assert_eq!(elements(var), *before);
-            shards.release(unit)?;
+            shards.reshard(unit)?;
             assert!(ops::replace(var, Vec::new())?.is_empty());
         }
         Ok(())

@@ -12,7 +12,7 @@ use crate::ops::{
             tile::{LINES, Panel, SIDE, STEPS, Tile},
             unit::Bf16Unit,
         },
-        matrix::{Matrix, Onto},
+        matrix::{Beta, Matrix},
     },
 };
 use rayon::prelude::*;
@@ -22,7 +22,7 @@ const _: () = assert!(GROUP == LINES);
 
 const ZERO: Tile = Tile([[0; LINES]; LINES]);
 
-/// Room for the packed factors of one point.
+/// Workspace for the packed factors of one point.
 #[derive(Default)]
 pub struct Buffer {
     left: Vec<[Tile; 1]>,
@@ -71,7 +71,7 @@ impl Multiplier<f32> for Bf16Unit {
                 for (panel, c) in (0..g.outputs / SIDE).map(|panel| (panel, c[panel * SIDE..].as_mut_ptr())) {
                     let b: &Panel = &filters[(panel * POINTS + point) * blocks..][..blocks];
                     // SAFETY: the unit is ready for the rows, of which C has as many.
-                    unsafe { unit.flat(left, b, c, g.outputs, Onto::Nothing) };
+                    unsafe { unit.flat(left, b, c, g.outputs, Beta::Zero) };
                 }
             }
         }
@@ -100,7 +100,7 @@ impl Multiplier<f32> for Bf16Unit {
                 pack(left, Factor::Left, Matrix::new(group, patches, GROUP).t(), (0, 0), 1.0);
                 for (panel, b) in right.chunks_exact(blocks).enumerate() {
                     // SAFETY: the unit is ready for the 16 rows of C.
-                    unsafe { unit.flat(left, b, c[panel * SIDE..].as_mut_ptr(), g.outputs, Onto::Old) };
+                    unsafe { unit.flat(left, b, c[panel * SIDE..].as_mut_ptr(), g.outputs, Beta::One) };
                 }
             }
         }

@@ -4,7 +4,7 @@
 //! off unless the user asks for it with `--amx`.
 
 use super::tile::{LINES, Panel, Tile};
-use crate::ops::matmul::matrix::Onto;
+use crate::ops::matmul::matrix::Beta;
 use std::marker::PhantomData;
 
 /// Proof that AMX with bf16 may be used. Without the processor there is none, on other architectures never.
@@ -82,12 +82,12 @@ impl Tiles {
     ///
     /// # Safety
     /// The tiles were set up for 16 rows; C may be read (onto the old) and written.
-    pub unsafe fn square(&self, a: &Panel, b: &Panel, c: *mut f32, stride: usize, onto: Onto) {
+    pub unsafe fn square(&self, a: &Panel, b: &Panel, c: *mut f32, stride: usize, beta: Beta) {
         assert!(a.len() == b.len() && !a.is_empty(), "the inner sizes differ");
         // SAFETY: the loop reads the `a.len()` blocks of 2 KiB of both panels; the rest is the caller's promise.
         unsafe {
             std::arch::asm!(
-                "test {onto:e}, {onto:e}",
+                "test {beta:e}, {beta:e}",
                 "jz 3f",
                 "tileloadd tmm0, [{c} + {stride}]",
                 "tileloadd tmm1, [{c} + {stride} + 64]",
@@ -117,7 +117,7 @@ impl Tiles {
                 "tilestored [{c} + {stride} + 64], tmm1",
                 "tilestored [{lower} + {stride}], tmm2",
                 "tilestored [{lower} + {stride} + 64], tmm3",
-                onto = in(reg) u32::from(onto == Onto::Old),
+                beta = in(reg) u32::from(beta == Beta::One),
                 c = in(reg) c,
                 lower = in(reg) c.wrapping_add(LINES * stride),
                 stride = in(reg) stride * size_of::<f32>(),
@@ -134,12 +134,12 @@ impl Tiles {
     ///
     /// # Safety
     /// C may be read (onto the old) and written; its rows are `stride` floats apart.
-    pub unsafe fn flat(&self, a: &[[Tile; 1]], b: &Panel, c: *mut f32, stride: usize, onto: Onto) {
+    pub unsafe fn flat(&self, a: &[[Tile; 1]], b: &Panel, c: *mut f32, stride: usize, beta: Beta) {
         assert!(a.len() == b.len() && !a.is_empty(), "the inner sizes differ");
         // SAFETY: the loop reads the `a.len()` blocks of both panels (1 and 2 KiB); the rest is the caller's promise.
         unsafe {
             std::arch::asm!(
-                "test {onto:e}, {onto:e}",
+                "test {beta:e}, {beta:e}",
                 "jz 3f",
                 "tileloadd tmm0, [{c} + {stride}]",
                 "tileloadd tmm1, [{c} + {stride} + 64]",
@@ -161,7 +161,7 @@ impl Tiles {
                 "jnz 2b",
                 "tilestored [{c} + {stride}], tmm0",
                 "tilestored [{c} + {stride} + 64], tmm1",
-                onto = in(reg) u32::from(onto == Onto::Old),
+                beta = in(reg) u32::from(beta == Beta::One),
                 c = in(reg) c,
                 stride = in(reg) stride * size_of::<f32>(),
                 row = in(reg) 64usize,
@@ -177,8 +177,8 @@ impl Tiles {
 #[cfg(not(target_arch = "x86_64"))]
 impl Tiles {
     /// As above; there are no `Tiles` here.
-    pub unsafe fn square(&self, _: &Panel, _: &Panel, _: *mut f32, _: usize, _: Onto) {}
+    pub unsafe fn square(&self, _: &Panel, _: &Panel, _: *mut f32, _: usize, _: Beta) {}
 
     /// As above; there are no `Tiles` here.
-    pub unsafe fn flat(&self, _: &[[Tile; 1]], _: &Panel, _: *mut f32, _: usize, _: Onto) {}
+    pub unsafe fn flat(&self, _: &[[Tile; 1]], _: &Panel, _: *mut f32, _: usize, _: Beta) {}
 }

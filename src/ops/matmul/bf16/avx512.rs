@@ -2,7 +2,7 @@
 
 use super::tile::{LINES, Panel, Tile};
 use crate::ops::{
-    matmul::matrix::Onto,
+    matmul::matrix::Beta,
     simd::{Level, level},
 };
 
@@ -37,18 +37,18 @@ impl Avx512Bf16 {
     ///
     /// # Safety
     /// C may be read (onto the old) and written; its rows are `stride` floats apart.
-    pub(super) unsafe fn square(self, a: &Panel, b: &Panel, c: *mut f32, stride: usize, onto: Onto) {
+    pub(super) unsafe fn square(self, a: &Panel, b: &Panel, c: *mut f32, stride: usize, beta: Beta) {
         // SAFETY: passed on.
-        unsafe { self.lines(a, 2 * LINES, b, c, stride, onto) }
+        unsafe { self.lines(a, 2 * LINES, b, c, stride, beta) }
     }
 
     /// The same for the first `rows ≤ 16` rows.
     ///
     /// # Safety
     /// As above.
-    pub(super) unsafe fn flat(self, a: &[[Tile; 1]], rows: usize, b: &Panel, c: *mut f32, stride: usize, onto: Onto) {
+    pub(super) unsafe fn flat(self, a: &[[Tile; 1]], rows: usize, b: &Panel, c: *mut f32, stride: usize, beta: Beta) {
         // SAFETY: passed on.
-        unsafe { self.lines(a, rows, b, c, stride, onto) }
+        unsafe { self.lines(a, rows, b, c, stride, beta) }
     }
 
     unsafe fn lines<const N: usize>(
@@ -58,11 +58,11 @@ impl Avx512Bf16 {
         b: &Panel,
         c: *mut f32,
         stride: usize,
-        onto: Onto,
+        beta: Beta,
     ) {
         assert!(rows <= N * LINES && a.len() == b.len(), "the factors do not fit");
         for first in (0..rows).step_by(ROWS) {
-            let c = Lines { start: c.wrapping_add(first * stride), stride, rows: ROWS.min(rows - first), onto };
+            let c = Lines { start: c.wrapping_add(first * stride), stride, rows: ROWS.min(rows - first), beta };
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves that the instructions exist, and the rows are the caller's. Tiles have a multiple of
             // `ROWS` rows.
@@ -80,7 +80,7 @@ struct Lines {
     start: *mut f32,
     stride: usize,
     rows: usize,
-    onto: Onto,
+    beta: Beta,
 }
 
 /// Rows `first..first + ROWS` of A, which has them all, times B: as many of them as C wants.
@@ -93,7 +93,7 @@ unsafe fn pass<const N: usize>(a: &[[Tile; N]], first: usize, b: &Panel, c: &Lin
     let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
     // SAFETY: the rows of C are the caller's, 32 floats each; rows of a tile are 64 bytes long.
     unsafe {
-        if c.onto == Onto::Old {
+        if c.beta == Beta::One {
             for (i, sums) in sums.iter_mut().enumerate().take(c.rows) {
                 let row = c.start.add(i * c.stride);
                 *sums = [_mm512_loadu_ps(row), _mm512_loadu_ps(row.add(LINES))];

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::ops::matmul::{
     epilogue::{Epilogue, Part, Rows, finish_part},
-    matrix::{Matrix, Onto, SERIAL_WORK},
+    matrix::{Beta, Matrix, SERIAL_WORK},
 };
 use rayon::prelude::*;
 use std::ops::Range;
@@ -71,20 +71,20 @@ fn packed<const N: usize>(len: usize, fill: impl FnOnce(&mut [[Tile; N]])) -> Ve
 pub fn gemm_bf16(
     unit: Bf16Unit,
     c: &mut [f32],
-    onto: Onto,
+    beta: Beta,
     alpha: f32,
     a: Matrix<f32>,
     b: Matrix<f32>,
     epilogue: Epilogue<f32>,
 ) {
-    gemm_packed(unit, c, onto, alpha, a, &PackedB::new(unit, b), epilogue);
+    gemm_packed(unit, c, beta, alpha, a, &PackedB::new(unit, b), epilogue);
 }
 
 /// The same with a right factor that is packed already.
 pub fn gemm_packed(
     unit: Bf16Unit,
     c: &mut [f32],
-    onto: Onto,
+    beta: Beta,
     alpha: f32,
     a: Matrix<f32>,
     b: &PackedB,
@@ -99,7 +99,7 @@ pub fn gemm_packed(
     }
     let product = Product {
         unit,
-        onto,
+        beta,
         alpha,
         a,
         b,
@@ -135,7 +135,7 @@ pub fn gemm_packed(
 /// A product at work.
 struct Product<'a> {
     unit: Bf16Unit,
-    onto: Onto,
+    beta: Beta,
     alpha: f32,
     a: Matrix<'a, f32>,
     b: &'a PackedB,
@@ -170,10 +170,10 @@ impl Product<'_> {
         for panel in panels {
             let multiply = |c: *mut f32, stride| {
                 // SAFETY: the unit is ready for the m rows of C.
-                unsafe { unit.flat(&a, self.b.panel(panel), c, stride, self.onto) }
+                unsafe { unit.flat(&a, self.b.panel(panel), c, stride, self.beta) }
             };
             // SAFETY: passed on.
-            unsafe { self.tile(0, panel, self.onto, true, multiply) }
+            unsafe { self.tile(0, panel, self.beta, true, multiply) }
         }
     }
 
@@ -186,12 +186,12 @@ impl Product<'_> {
                 for near in (0..depth).step_by(NEAR) {
                     let end = (near + NEAR).min(depth);
                     let b = &self.b.panel(panel)[start + near..start + end];
-                    let onto = if start + near == 0 { self.onto } else { Onto::Old };
+                    let beta = if start + near == 0 { self.beta } else { Beta::One };
                     for (i, a) in a.chunks_exact(depth).enumerate() {
                         // SAFETY: the unit is ready for 16 rows, the rest is passed on.
                         unsafe {
-                            let multiply = |c: *mut f32, stride| unit.square(&a[near..end], b, c, stride, onto);
-                            self.tile(rows.start + i * SIDE, panel, onto, start + end == self.b.blocks, multiply);
+                            let multiply = |c: *mut f32, stride| unit.square(&a[near..end], b, c, stride, beta);
+                            self.tile(rows.start + i * SIDE, panel, beta, start + end == self.b.blocks, multiply);
                         }
                     }
                 }
@@ -210,7 +210,7 @@ impl Product<'_> {
     }
 
     /// Runs a kernel on the up to 32 × 32 elements of C from `row` and `panel` on; `last` says that this finishes them.
-    unsafe fn tile(&self, row: usize, panel: usize, onto: Onto, last: bool, multiply: impl Fn(*mut f32, usize)) {
+    unsafe fn tile(&self, row: usize, panel: usize, beta: Beta, last: bool, multiply: impl Fn(*mut f32, usize)) {
         let (column, n) = (panel * SIDE, self.b.columns);
         let (rows, columns) = (SIDE.min(self.a.rows - row), SIDE.min(n - column));
         let corner = row * n + column;
@@ -219,7 +219,7 @@ impl Product<'_> {
         if columns == SIDE && (rows == SIDE || self.a.rows <= LINES) {
             multiply(c.start(), n);
         } else {
-            at_the_edge(&mut c, onto, multiply);
+            at_the_edge(&mut c, beta, multiply);
         }
         if last && (self.bias.is_some() || self.residual.is_some() || self.gelu.is_some()) {
             let residual = self.residual.map(|r| Rows { start: &r[corner..], stride: n });
@@ -231,10 +231,10 @@ impl Product<'_> {
 }
 
 /// Runs a kernel on a whole square beside C, of which C gets the part that it has.
-fn at_the_edge(c: &mut Part<f32>, onto: Onto, multiply: impl Fn(*mut f32, usize)) {
+fn at_the_edge(c: &mut Part<f32>, beta: Beta, multiply: impl Fn(*mut f32, usize)) {
     let (rows, columns) = (c.rows, c.columns);
     let mut square = [[0f32; SIDE]; SIDE];
-    if onto == Onto::Old {
+    if beta == Beta::One {
         for (i, row) in square[..rows].iter_mut().enumerate() {
             row[..columns].copy_from_slice(c.row(i));
         }

@@ -25,7 +25,7 @@ fn rounded(x: f32) -> f64 {
 struct Case {
     sizes: [usize; 3],
     transposed: [bool; 2],
-    onto: bool,
+    beta: bool,
     alpha: f32,
     epilogue: [bool; 3],
 }
@@ -58,13 +58,13 @@ impl Case {
     fn check(self, unit: Bf16Unit) -> (Vec<f32>, Vec<f32>) {
         const UNTOUCHED: f32 = 1234.5;
         const MARGIN: usize = 40;
-        let Self { sizes: [m, n, k], transposed: [ta, tb], onto, alpha, epilogue: [biased, residual, gelued] } = self;
+        let Self { sizes: [m, n, k], transposed: [ta, tb], beta, alpha, epilogue: [biased, residual, gelued] } = self;
         let ((a, a_stride), (b, b_stride)) = (stored(1, m, k, ta), stored(2, k, n, tb));
         let (a, b) = (matrix(&a, m, k, a_stride, ta), matrix(&b, k, n, b_stride, tb));
         let (old, bias, added) = (numbers(3, m * n), numbers(4, n), numbers(5, m * n));
         let (mut c, mut g) = (vec![UNTOUCHED; m * n + 2 * MARGIN], vec![UNTOUCHED; m * n + 2 * MARGIN]);
         let inside = MARGIN..MARGIN + m * n;
-        if onto {
+        if beta {
             c[inside.clone()].copy_from_slice(&old);
         }
         let epilogue = Epilogue {
@@ -72,14 +72,14 @@ impl Case {
             residual: residual.then_some(&added[..]),
             gelu: gelued.then_some(&mut g[inside.clone()]),
         };
-        let how = if onto { Onto::Old } else { Onto::Nothing };
+        let how = if beta { Beta::One } else { Beta::Zero };
         gemm_bf16(unit, &mut c[inside.clone()], how, alpha, a, b, epilogue);
 
         for i in 0..m {
             for j in 0..n {
                 let terms = (0..k).map(|s| rounded(at(a, i, s) * alpha) * rounded(at(b, s, j)));
                 let (mut sum, mut size) = terms.fold((0.0, 0.0), |(sum, size), t| (sum + t, size + t.abs()));
-                for (there, x) in [(onto, old[i * n + j]), (biased, bias[j]), (residual, added[i * n + j])] {
+                for (there, x) in [(beta, old[i * n + j]), (biased, bias[j]), (residual, added[i * n + j])] {
                     if there {
                         sum += f64::from(x);
                         size += f64::from(x).abs();
@@ -108,12 +108,12 @@ proptest! {
     fn equals_plain_loops(
         sizes in prop_oneof![[1..80usize, 1..80, 1..100], [1..18usize, 1..150, 1..70], [1..3usize, 1..3, 1..3]],
         transposed: [bool; 2],
-        onto: bool,
+        beta: bool,
         alpha in prop_oneof![Just(1.0), Just(-0.7)],
         epilogue: [bool; 3],
     ) {
         with_each_unit(|unit| {
-            Case { sizes, transposed, onto, alpha, epilogue }.check(unit);
+            Case { sizes, transposed, beta, alpha, epilogue }.check(unit);
         });
     }
 }
@@ -125,9 +125,9 @@ const LARGE: [[usize; 3]; 6] =
 #[test]
 fn blocks_meet_without_seams() {
     for sizes in LARGE {
-        for onto in [false, true] {
+        for beta in [false, true] {
             with_each_unit(|unit| {
-                Case { sizes, transposed: [onto; 2], onto, alpha: 1.0, epilogue: [true; 3] }.check(unit);
+                Case { sizes, transposed: [beta; 2], beta, alpha: 1.0, epilogue: [true; 3] }.check(unit);
             });
         }
     }
@@ -136,7 +136,7 @@ fn blocks_meet_without_seams() {
 #[test]
 fn threads_do_not_matter() {
     for sizes in LARGE {
-        let case = Case { sizes, transposed: [true, false], onto: false, alpha: 1.0, epilogue: [false, true, true] };
+        let case = Case { sizes, transposed: [true, false], beta: false, alpha: 1.0, epilogue: [false, true, true] };
         let on = |threads| {
             let results = std::sync::Mutex::new(Vec::new());
             let pool = ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
@@ -151,11 +151,11 @@ fn threads_do_not_matter() {
 fn sizes_of_zero_are_a_sum_of_nothing() {
     with_each_unit(|unit| {
         for sizes in [[0, 3, 4], [3, 0, 4]] {
-            Case { sizes, transposed: [false; 2], onto: false, alpha: 1.0, epilogue: [true; 3] }.check(unit);
+            Case { sizes, transposed: [false; 2], beta: false, alpha: 1.0, epilogue: [true; 3] }.check(unit);
         }
-        for onto in [false, true] {
+        for beta in [false, true] {
             for rows in [3, 20] {
-                Case { sizes: [rows, 5, 0], transposed: [false; 2], onto, alpha: 1.0, epilogue: [true; 3] }.check(unit);
+                Case { sizes: [rows, 5, 0], transposed: [false; 2], beta, alpha: 1.0, epilogue: [true; 3] }.check(unit);
             }
         }
     });
@@ -169,7 +169,7 @@ fn not_a_number_and_infinity_go_where_they_belong() {
     with_each_unit(|unit| {
         let mut c = vec![0.0; 40 * 40];
         let (a, b) = (Matrix::new(&a, 40, 40), Matrix::new(&b, 40, 40));
-        gemm_bf16(unit, &mut c, Onto::Nothing, 1.0, a, b, Epilogue::NONE);
+        gemm_bf16(unit, &mut c, Beta::Zero, 1.0, a, b, Epilogue::NONE);
         for (i, row) in c.chunks_exact(40).enumerate() {
             let expected: fn(&f32) -> bool = match i {
                 3 | 39 => |x| x.is_nan(),
@@ -237,8 +237,8 @@ fn a_packed_factor_serves_many_products() {
         for m in [1, 16, 17, 33] {
             let x = numbers(8, m * k);
             let (mut once, mut again) = (vec![0.0; m * n], vec![0.0; m * n]);
-            gemm_bf16(unit, &mut once, Onto::Nothing, 1.0, Matrix::new(&x, m, k), weight, Epilogue::NONE);
-            gemm_packed(unit, &mut again, Onto::Nothing, 1.0, Matrix::new(&x, m, k), &packed, Epilogue::NONE);
+            gemm_bf16(unit, &mut once, Beta::Zero, 1.0, Matrix::new(&x, m, k), weight, Epilogue::NONE);
+            gemm_packed(unit, &mut again, Beta::Zero, 1.0, Matrix::new(&x, m, k), &packed, Epilogue::NONE);
             assert_eq!(once, again);
         }
     });

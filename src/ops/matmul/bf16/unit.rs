@@ -5,7 +5,7 @@ use super::{
     avx512::Avx512Bf16,
     tile::{Panel, Tile},
 };
-use crate::{config::Precision, ops::matmul::matrix::Onto};
+use crate::{config::Precision, ops::matmul::matrix::Beta};
 
 /// A unit that this processor has. Their sums differ in the last bits.
 #[derive(Clone, Copy)]
@@ -49,11 +49,11 @@ impl Ready {
     ///
     /// # Safety
     /// The unit is ready for 16 rows; C may be read (onto the old) and written.
-    pub unsafe fn square(&self, a: &Panel, b: &Panel, c: *mut f32, stride: usize, onto: Onto) {
+    pub unsafe fn square(&self, a: &Panel, b: &Panel, c: *mut f32, stride: usize, beta: Beta) {
         // SAFETY: passed on.
         match self {
-            Self::Amx(tiles) => unsafe { tiles.square(a, b, c, stride, onto) },
-            Self::Avx512(unit, _) => unsafe { unit.square(a, b, c, stride, onto) },
+            Self::Amx(tiles) => unsafe { tiles.square(a, b, c, stride, beta) },
+            Self::Avx512(unit, _) => unsafe { unit.square(a, b, c, stride, beta) },
         }
     }
 
@@ -61,11 +61,11 @@ impl Ready {
     ///
     /// # Safety
     /// C may be read (onto the old) and written; its rows are `stride` floats apart.
-    pub unsafe fn flat(&self, a: &[[Tile; 1]], b: &Panel, c: *mut f32, stride: usize, onto: Onto) {
+    pub unsafe fn flat(&self, a: &[[Tile; 1]], b: &Panel, c: *mut f32, stride: usize, beta: Beta) {
         // SAFETY: passed on.
         match self {
-            Self::Amx(tiles) => unsafe { tiles.flat(a, b, c, stride, onto) },
-            Self::Avx512(unit, rows) => unsafe { unit.flat(a, *rows, b, c, stride, onto) },
+            Self::Amx(tiles) => unsafe { tiles.flat(a, b, c, stride, beta) },
+            Self::Avx512(unit, rows) => unsafe { unit.flat(a, *rows, b, c, stride, beta) },
         }
     }
 }

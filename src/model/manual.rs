@@ -1,4 +1,4 @@
-//! The generator's segments by hand, for the CPU in f32; a test holds them equal to the taped ones.
+//! The generator's segments by hand, for the CPU in f32; a test holds them equal to the autograd ones.
 
 use super::{
     batch::Batch,
@@ -11,7 +11,7 @@ use crate::{
     config::Precision,
     error::{Context, Result, ensure},
     nn::{
-        block_native::Activations,
+        block_manual::Activations,
         gradients::Gradients,
         params::Params,
         segment::{Saved, Segment},
@@ -21,7 +21,7 @@ use crate::{
 use candle_core::Tensor;
 
 /// [`Embedding`] by hand.
-pub struct NativeEmbedding<'g>(pub &'g Embedding);
+pub struct ManualEmbedding<'g>(pub &'g Embedding);
 
 /// (row of a table, position of the batch that it is added to)
 type Lookup = (usize, usize);
@@ -78,7 +78,7 @@ impl Lookups {
     }
 }
 
-impl Segment<Batch> for NativeEmbedding<'_> {
+impl Segment<Batch> for ManualEmbedding<'_> {
     fn name(&self) -> &str {
         "embedding"
     }
@@ -125,12 +125,12 @@ impl Segment<Batch> for NativeEmbedding<'_> {
 }
 
 /// [`Layer`] by hand.
-pub struct NativeLayer<'g> {
+pub struct ManualLayer<'g> {
     pub layer: &'g Layer,
     pub precision: Precision,
 }
 
-impl NativeLayer<'_> {
+impl ManualLayer<'_> {
     fn sizes(&self, x: &Tensor) -> Result<Sizes> {
         let (samples, positions, hidden) = x.dims3()?;
         let heads = self.layer.block.heads();
@@ -138,7 +138,7 @@ impl NativeLayer<'_> {
     }
 }
 
-impl Segment<Batch> for NativeLayer<'_> {
+impl Segment<Batch> for ManualLayer<'_> {
     fn name(&self) -> &str {
         &self.layer.name
     }
@@ -151,7 +151,7 @@ impl Segment<Batch> for NativeLayer<'_> {
     fn forward(&self, x: &Tensor, batch: &Batch) -> Result<(Tensor, Saved)> {
         let (keys, sizes) = (self.layer.keys(batch)?, self.sizes(x)?);
         keys.check(sizes.samples, sizes.positions)?;
-        let (y, saved) = self.layer.block.native(self.precision, &view(x)?, &keys, sizes)?;
+        let (y, saved) = self.layer.block.manual(self.precision, &view(x)?, &keys, sizes)?;
         Ok((Tensor::from_vec(y, x.shape(), x.device())?, Box::new(saved)))
     }
 
@@ -166,14 +166,14 @@ impl Segment<Batch> for NativeLayer<'_> {
         let (saved, dy) = (unpack::<Activations>(saved)?, dy.context("a block is not the last segment")?);
         let (keys, sizes) = (self.layer.keys(batch)?, self.sizes(x)?);
         let block = &self.layer.block;
-        let dx = block.native_backward(self.precision, &view(x)?, (&keys, sizes), saved, &view(&dy)?, gradients)?;
+        let dx = block.manual_backward(self.precision, &view(x)?, (&keys, sizes), saved, &view(&dy)?, gradients)?;
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
     }
 }
 
 /// [`Head`] by hand. The loss ends the chain: its gradient is known as soon as the logits are, so the forward pass
 /// takes it at once, some rows at a time, and the logits of a whole batch are never in memory together.
-pub struct NativeHead<'g> {
+pub struct ManualHead<'g> {
     pub head: &'g Head,
     pub precision: Precision,
 }
@@ -212,7 +212,7 @@ impl Predicted {
     }
 }
 
-impl Segment<Batch> for NativeHead<'_> {
+impl Segment<Batch> for ManualHead<'_> {
     fn name(&self) -> &str {
         "head"
     }
@@ -237,12 +237,12 @@ impl Segment<Batch> for NativeHead<'_> {
             let range = part * ROWS..predicted.rows.len().min((part + 1) * ROWS);
             let rows = &predicted.rows[range.clone()];
             let x: Vec<f32> = rows.iter().flat_map(|&row| &values[row * hidden..][..hidden]).copied().collect();
-            let normed = self.head.norm.native(&x)?;
-            let mut logits = linear.native(self.precision, &normed, None)?;
+            let normed = self.head.norm.manual(&x)?;
+            let mut logits = linear.manual(self.precision, &normed, None)?;
             let (targets, weights) = (&predicted.targets[range.clone()], &predicted.weights[range]);
             loss += cross_entropy::loss_and_gradient(&mut logits, vocabulary, targets, weights);
-            let dnormed = linear.native_backward(self.precision, &normed, &logits, &mut found.gradients)?;
-            let dx = self.head.norm.native_backward(&x, &dnormed, &mut found.gradients)?;
+            let dnormed = linear.manual_backward(self.precision, &normed, &logits, &mut found.gradients)?;
+            let dx = self.head.norm.manual_backward(&x, &dnormed, &mut found.gradients)?;
             for (&row, dx) in rows.iter().zip(dx.chunks_exact(hidden)) {
                 found.dx[row * hidden..][..hidden].copy_from_slice(dx);
             }

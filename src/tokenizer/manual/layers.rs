@@ -8,7 +8,7 @@ use crate::{
         features::{Buffers, Features},
         gradients::Gradients,
     },
-    ops::picture_attention::{self, Heads},
+    ops::image_attention::{self, Heads},
     tokenizer::vqgan::{AttnBlock, Head, ResnetBlock},
 };
 use candle_core::{Device, Tensor};
@@ -180,7 +180,7 @@ impl AttnBlock {
         for (conv, to) in [&self.q, &self.k, &self.v].into_iter().zip(&mut attended.qkv) {
             conv.run(&attended.normal, None, to)?;
         }
-        picture_attention::forward(heads(&attended.qkv), &mut attended.y.data);
+        image_attention::forward(heads(&attended.qkv), &mut attended.y.data);
         Ok(attended)
     }
 }
@@ -203,7 +203,7 @@ impl Layer for AttnBlock {
         self.proj_out.input_gradient(&dy, &mut attended.y)?;
         let mut d = [(); 3].map(|()| buffers.take(x.shape));
         let slices = d.each_mut().map(|d| d.data.as_mut_slice());
-        picture_attention::backward(attended.heads(), &attended.y.data, slices);
+        image_attention::backward(attended.heads(), &attended.y.data, slices);
 
         let (mut dx, mut part) = (buffers.take(x.shape), buffers.take(x.shape));
         dx.data.fill(0.0);

@@ -1,4 +1,4 @@
-//! The native pass through encoder and decoder: forward and backward written by hand over reused buffers.
+//! The manual pass through encoder and decoder: forward and backward written by hand over reused buffers.
 //!
 //! A layer keeps its input and what is dear to compute; norms with SiLU are cheap and made again backwards.
 

@@ -11,7 +11,7 @@ use crate::{
 use std::{ops::Range, sync::Arc};
 
 /// Reads a run's samples ahead, from any step on.
-pub struct Feed {
+pub struct DataLoader {
     dataset: Arc<Dataset>,
     config: crate::config::Data,
     sampler: Sampler,
@@ -27,7 +27,7 @@ pub struct Feed {
     names: Vec<String>,
 }
 
-impl Feed {
+impl DataLoader {
     /// Steps of batches of these sizes, from the configuration's sources.
     pub fn new(config: &Config, kind: Kind, batches: &[usize], group: &Group) -> Result<Self> {
         let dataset = Arc::new(Dataset::open(&config.data, kind)?);
@@ -75,7 +75,7 @@ impl Feed {
         &self.names
     }
 
-    /// The same `count` samples each time, for sample pictures; unreadable ones are left out.
+    /// The same `count` samples each time, for sample images; unreadable ones are left out.
     pub fn fixed(&self, count: usize) -> Vec<Record> {
         let draws = (0..count as u64).filter_map(|position| self.sampler.at(position));
         draws.filter_map(|draw| self.dataset.read(draw.source, draw.sample).ok()).collect()

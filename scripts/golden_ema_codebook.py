@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Makes tests/golden/moving_average.safetensors: two training steps of lucidrains' VectorQuantize from counts that are not 0;
+"""Makes tests/golden/ema_codebook.safetensors: two training steps of lucidrains' VectorQuantize from counts that are not 0;
 some codes are chosen by nobody.
 
     python3 -m venv venv && venv/bin/pip install torch numpy safetensors vector-quantize-pytorch
-    venv/bin/python scripts/golden_moving_average.py tests/golden/moving_average.safetensors
+    venv/bin/python scripts/golden_ema_codebook.py tests/golden/ema_codebook.safetensors
 """
 import sys
 from importlib.metadata import version

@@ -20,15 +20,15 @@ const BATCH: usize = 64;
 
 /// An image to generate. The result depends on the prompt and the seed only, not on other jobs in the batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Job {
+pub struct Request {
     pub prompt: String,
     pub seed: u64,
 }
 
 /// A generated image.
 #[derive(Debug, Clone)]
-pub struct Painting {
-    pub picture: RgbImage,
+pub struct GeneratedImage {
+    pub image: RgbImage,
     /// The image's codes in raster order.
     pub codes: Vec<u32>,
     /// Mean ln p of a token of the prompt, given the image, by the same model.
@@ -38,7 +38,7 @@ pub struct Painting {
 /// One candidate for one job.
 #[derive(Clone, Copy)]
 struct Draw {
-    job: usize,
+    request: usize,
     seed: u64,
     candidate: u64,
 }
@@ -49,31 +49,31 @@ impl Models {
     ///
     /// # Errors
     /// A logit is not a finite number: the weights are damaged.
-    pub fn paint(
+    pub fn generate_images(
         &self,
-        jobs: &[Job],
+        requests: &[Request],
         sampling: &Sampling,
         best_of: usize,
         mut advance: impl FnMut(u64),
-    ) -> Result<Vec<Painting>> {
-        let prompts = jobs.iter().map(|job| self.text.encode(&job.prompt, self.generator.max_text()));
+    ) -> Result<Vec<GeneratedImage>> {
+        let prompts = requests.iter().map(|request| self.text.encode(&request.prompt, self.generator.max_text()));
         let prompts = prompts.collect::<Result<Vec<_>>>()?;
-        let draw = |job, candidate| Draw { job, seed: jobs[job].seed, candidate: candidate as u64 };
-        let draws: Vec<Draw> = (0..jobs.len()).flat_map(|j| (0..best_of.max(1)).map(move |c| draw(j, c))).collect();
-        let mut best: Vec<Option<(f64, Vec<u32>)>> = vec![None; jobs.len()];
+        let draw = |request, candidate| Draw { request, seed: requests[request].seed, candidate: candidate as u64 };
+        let draws: Vec<Draw> = (0..requests.len()).flat_map(|j| (0..best_of.max(1)).map(move |c| draw(j, c))).collect();
+        let mut best: Vec<Option<(f64, Vec<u32>)>> = vec![None; requests.len()];
         for chunk in draws.chunks(BATCH) {
             let codes = self.paint_codes(&prompts, chunk, sampling, &mut advance)?;
-            let texts: Vec<&[u32]> = chunk.iter().map(|draw| prompts[draw.job].as_slice()).collect();
+            let texts: Vec<&[u32]> = chunk.iter().map(|draw| prompts[draw.request].as_slice()).collect();
             let scores = self.score(&codes, &texts)?;
             for ((draw, codes), score) in chunk.iter().zip(codes).zip(scores) {
-                if best[draw.job].as_ref().is_none_or(|(other, _)| score > *other) {
-                    best[draw.job] = Some((score, codes));
+                if best[draw.request].as_ref().is_none_or(|(other, _)| score > *other) {
+                    best[draw.request] = Some((score, codes));
                 }
             }
         }
         let finish = |best: Option<(f64, Vec<u32>)>| {
-            let (score, codes) = best.context("a job without candidates")?;
-            Ok(Painting { picture: self.picture(&codes)?, codes, score })
+            let (score, codes) = best.context("a request without candidates")?;
+            Ok(GeneratedImage { image: self.image(&codes)?, codes, score })
         };
         best.into_iter().map(finish).collect()
     }
@@ -86,9 +86,9 @@ impl Models {
         sampling: &Sampling,
         advance: &mut impl FnMut(u64),
     ) -> Result<Vec<Vec<u32>>> {
-        let (first, last) = (draws.first().map_or(0, |d| d.job), draws.last().map_or(0, |d| d.job));
+        let (first, last) = (draws.first().map_or(0, |d| d.request), draws.last().map_or(0, |d| d.request));
         let mut sources = prompts[first..=last].to_vec();
-        let mut rows: Vec<usize> = draws.iter().map(|draw| draw.job - first).collect();
+        let mut rows: Vec<usize> = draws.iter().map(|draw| draw.request - first).collect();
         let guided = sampling.guidance != 1.0;
         if guided {
             // A second half of the rows generates the same codes without a prompt (classifier-free guidance).
@@ -115,10 +115,10 @@ impl Models {
     }
 
     /// Decodes codes in raster order to an image. One image at a time, so that its bytes do not depend on others.
-    fn picture(&self, codes: &[u32]) -> Result<RgbImage> {
+    fn image(&self, codes: &[u32]) -> Result<RgbImage> {
         let device = &runtime::device()?;
         let pixels = self.image_tokenizer.decode(&Tensor::from_slice(codes, (1, codes.len()), device)?)?;
-        from_pixels(&pixels)?.pop().context("the decoder gave no picture")
+        from_pixels(&pixels)?.pop().context("the decoder gave no image")
     }
 }
 

@@ -20,7 +20,7 @@ const TEMPERATURE: f64 = 0.01;
 const LOG_EPS: f64 = 1e-8;
 
 /// The codebook.
-pub struct Nearest {
+pub struct VectorQuantizer {
     codebook: Tensor,
     l2_normalize: bool,
     commitment: f64,
@@ -30,7 +30,7 @@ pub struct Nearest {
     entropy_weight: f64,
 }
 
-impl Nearest {
+impl VectorQuantizer {
     pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
         let (codes, dim) = (config.codebook_size, config.code_dim);
         let init = if config.l2_normalize { Init::Normal(1.0) } else { Init::Uniform(1.0 / codes as f64) };

@@ -1,7 +1,7 @@
 //! A codebook that is learned without gradients (arXiv 1711.00937, appendix A.1): each code is the mean of the
 //! latents that chose it lately. Names are taming-transformers'.
 
-use super::nearest::Nearest;
+use super::vector_quantizer::VectorQuantizer;
 use crate::{
     config,
     error::Result,
@@ -17,7 +17,7 @@ const COUNTS: &str = "embedding.cluster_size";
 const SUMS: &str = "embedding.embed_avg";
 
 /// How often each code was chosen lately, and by what.
-pub struct MovingAverage {
+pub struct EmaCodebook {
     /// `(codes)`.
     counts: Tensor,
     /// `(codes, dim)`.
@@ -30,7 +30,7 @@ pub fn is_ours(name: &str) -> bool {
     name.ends_with(COUNTS) || name.ends_with(SUMS)
 }
 
-impl MovingAverage {
+impl EmaCodebook {
     /// Of the quantiser in `scope`; `None`: its codebook has gradients.
     pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Option<Self>> {
         if !config.codebook_is_averaged() {
@@ -46,7 +46,7 @@ impl MovingAverage {
 
     /// Takes in the latents `(.., dim)` of a step, which chose `codes: (rows)`, and moves the codebook. A code that nobody has
     /// chosen yet stays.
-    pub fn update(&self, nearest: &Nearest, z: &Tensor, codes: &[u32]) -> Result<()> {
+    pub fn update(&self, nearest: &VectorQuantizer, z: &Tensor, codes: &[u32]) -> Result<()> {
         let dim = z.dim(D::Minus1)?;
         let z = nearest.normalized(&z.detach())?.flatten_all()?.to_vec1::<f32>()?;
         let new = 1.0 - self.decay;
@@ -75,7 +75,7 @@ impl MovingAverage {
     }
 
     /// As if each code of a trained codebook had been chosen once a step.
-    pub fn start_at(&self, nearest: &Nearest) -> Result<()> {
+    pub fn start_at(&self, nearest: &VectorQuantizer) -> Result<()> {
         let vectors = nearest.normalized(nearest.codebook())?.flatten_all()?.to_vec1::<f32>()?;
         ops::with_slice_mut(&self.counts, |counts: &mut [f32]| counts.fill(1.0))?;
         Ok(ops::with_slice_mut(&self.sums, |sums: &mut [f32]| sums.copy_from_slice(&vectors))?)
@@ -111,14 +111,15 @@ mod tests {
         }
     }
 
-    /// Against two training steps of lucidrains' VectorQuantize (scripts/golden_moving_average.py).
+    /// Against two training steps of lucidrains' VectorQuantize (scripts/golden_ema_codebook.py).
     #[test]
     fn codes_move_as_the_reference_s() -> Result<()> {
-        let golden = weights::parse(include_bytes!("../../../tests/golden/moving_average.safetensors"), "golden")?;
+        let golden = weights::parse(include_bytes!("../../../tests/golden/ema_codebook.safetensors"), "golden")?;
         let stored = golden.iter().filter(|(name, _)| name.starts_with("embedding."));
         let stored = stored.map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
         let scope = Scope::from_tensors(stored, DType::F32, &Device::Cpu);
-        let (nearest, average) = (Nearest::new(&scope, &config())?, MovingAverage::new(&scope, &config())?.unwrap());
+        let (nearest, average) =
+            (VectorQuantizer::new(&scope, &config())?, EmaCodebook::new(&scope, &config())?.unwrap());
         for step in 1..=2 {
             let theirs = |name: &str| &golden[&format!("{step}.{name}")];
             let z = Var::from_tensor(theirs("z"))?;
@@ -140,7 +141,8 @@ mod tests {
     #[test]
     fn codes_are_means_from_the_first_step_and_anew() -> Result<()> {
         let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
-        let (nearest, average) = (Nearest::new(&scope, &config())?, MovingAverage::new(&scope, &config())?.unwrap());
+        let (nearest, average) =
+            (VectorQuantizer::new(&scope, &config())?, EmaCodebook::new(&scope, &config())?.unwrap());
         let rows = || scope.params()["embedding.weight"].to_vec2::<f32>();
         let before = rows()?;
         let z = Tensor::new(&[[1f32; 6], [3.0; 6], [7.0; 6]], &Device::Cpu)?;

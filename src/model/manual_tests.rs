@@ -1,4 +1,4 @@
-//! native ≡ taped, forward and gradient.
+//! manual ≡ autograd, forward and gradient.
 
 use super::{
     tests::{CODEBOOK, KINDS, LISTS, VOCAB, case},
@@ -34,7 +34,7 @@ fn run(chain: &[Box<dyn Segment<Batch> + '_>], batch: &Batch, gradients: &mut Gr
 /// Against the tape in double precision: to 1e-5, or twice the tape's own error in f32 where a small model with norms
 /// of four elements magnifies rounding.
 #[test]
-fn native_segments_are_the_taped_ones() -> Result<()> {
+fn manual_segments_are_the_taped_ones() -> Result<()> {
     for index in 0..24 {
         let mut case = case(index);
         (case.config.model.qk_norm, case.config.model.sandwich_norm) = (index % 2 == 0, index % 4 > 1);
@@ -43,24 +43,24 @@ fn native_segments_are_the_taped_ones() -> Result<()> {
         let scope = Scope::from_tensors(weights, DType::F64, &Device::Cpu);
         let exact = Generator::new(&scope, &case.config, VOCAB, CODEBOOK, case.grid)?;
         let (texts, codes) = (case.texts(), case.codes());
-        let [mut native, mut taped, mut truth] = [(); 3].map(|()| Gradients::default());
+        let [mut manual, mut autograd, mut truth] = [(); 3].map(|()| Gradients::default());
         // All lists of spans onto the same sums: each adds to what those before it wrote.
         for list in LISTS {
             let batch = case.batch(list, &texts, &codes)?;
-            let ours = run(&generator.segments(), &batch, &mut native)?;
-            run(&generator.taped_segments(Precision::F32), &batch, &mut taped)?;
+            let ours = run(&generator.segments(), &batch, &mut manual)?;
+            run(&generator.taped_segments(Precision::F32), &batch, &mut autograd)?;
             let expected = run(&exact.taped_segments(Precision::F32), &batch, &mut truth)?;
             assert!((ours - expected).abs() < 1e-5 * expected.abs(), "case {index} {list:?}: {ours} {expected}");
             for name in params.keys() {
-                let (Some(ours), Some(taped), Some(truth)) = (native.get(name), taped.get(name), truth.get(name))
+                let (Some(ours), Some(autograd), Some(truth)) = (manual.get(name), autograd.get(name), truth.get(name))
                 else {
-                    assert_eq!(native.get(name).is_some(), truth.get(name).is_some(), "case {index} {name}");
+                    assert_eq!(manual.get(name).is_some(), truth.get(name).is_some(), "case {index} {name}");
                     continue;
                 };
                 // The bias of the keys' norm has no effect: its gradient is rounding error.
                 let scale = if name.ends_with("k_norm.bias") { 0.1 } else { norm(truth)?.max(1e-2) };
-                let [ours, taped] = [norm(&(ours - truth)?)? / scale, norm(&(taped - truth)?)? / scale];
-                assert!(ours < f64::max(1e-5, 2.0 * taped), "case {index} {list:?} {name}: {ours:e} ({taped:e})");
+                let [ours, autograd] = [norm(&(ours - truth)?)? / scale, norm(&(autograd - truth)?)? / scale];
+                assert!(ours < f64::max(1e-5, 2.0 * autograd), "case {index} {list:?} {name}: {ours:e} ({autograd:e})");
             }
         }
     }
@@ -70,7 +70,7 @@ fn native_segments_are_the_taped_ones() -> Result<()> {
 /// In f16 the hand-written segments keep products in f32 where candle rounds them: each gradient within 1 % of the
 /// tape's in f16 by norm, and that within 2 % of the exact one, so that it is f16 that is compared.
 #[test]
-fn native_segments_in_f16_are_near_the_taped_ones() -> Result<()> {
+fn manual_segments_in_f16_are_near_the_taped_ones() -> Result<()> {
     let mut farthest = [0f64; 2];
     for index in 0..8 {
         let mut case = case(index);
@@ -79,17 +79,17 @@ fn native_segments_in_f16_are_near_the_taped_ones() -> Result<()> {
         let (texts, codes) = (case.texts(), case.codes());
         for list in KINDS {
             let batch = case.batch(list, &texts, &codes)?;
-            let [mut native, mut taped, mut exact] = [(); 3].map(|()| Gradients::default());
-            run(&generator.segments(), &batch, &mut native)?;
-            run(&generator.taped_segments(Precision::F16), &batch, &mut taped)?;
+            let [mut manual, mut autograd, mut exact] = [(); 3].map(|()| Gradients::default());
+            run(&generator.segments(), &batch, &mut manual)?;
+            run(&generator.taped_segments(Precision::F16), &batch, &mut autograd)?;
             run(&generator.taped_segments(Precision::F32), &batch, &mut exact)?;
             for name in params.keys().filter(|name| !name.ends_with("k_norm.bias")) {
-                let (Some(ours), Some(taped), Some(exact)) = (native.get(name), taped.get(name), exact.get(name))
+                let (Some(ours), Some(autograd), Some(exact)) = (manual.get(name), autograd.get(name), exact.get(name))
                 else {
                     continue;
                 };
                 let scale = norm(exact)?.max(1e-2);
-                let distances = [norm(&(ours - taped)?)? / scale, norm(&(taped - exact)?)? / scale];
+                let distances = [norm(&(ours - autograd)?)? / scale, norm(&(autograd - exact)?)? / scale];
                 farthest = std::array::from_fn(|i| farthest[i].max(distances[i]));
             }
         }
@@ -100,7 +100,7 @@ fn native_segments_in_f16_are_near_the_taped_ones() -> Result<()> {
 
 /// The same bits on one thread and on four, for a batch large enough to be shared out.
 #[test]
-fn native_gradients_do_not_depend_on_the_threads() -> Result<()> {
+fn manual_gradients_do_not_depend_on_the_threads() -> Result<()> {
     let gradients = |threads: usize| -> Result<Vec<(String, Vec<u32>)>> {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build()?.install(|| {
             let mut case = case(5);

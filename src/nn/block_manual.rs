@@ -37,27 +37,27 @@ impl Block {
     ///
     /// # Errors
     /// A parameter is not f32 in memory of the CPU.
-    pub fn native(
+    pub fn manual(
         &self,
         precision: Precision,
         x: &[f32],
         keys: &KeyRanges,
         sizes: Sizes,
     ) -> Result<(Vec<f32>, Activations)> {
-        let qkv = self.qkv.native(precision, &self.norm1.native(x)?, None)?;
-        let normed = self.normed_native(&qkv, sizes)?;
+        let qkv = self.qkv.manual(precision, &self.norm1.manual(x)?, None)?;
+        let normed = self.normed_manual(&qkv, sizes)?;
         let (attended, log_sums) = attention::forward_saved(normed.as_deref().unwrap_or(&qkv), keys, sizes);
         let (norm1_post, norm2_post) = self.post.as_ref().map(|(a, b)| (a, b)).unzip();
         let residual = norm1_post.is_none().then_some(x);
-        let (middle, branch1) = close(self.proj.native(precision, &attended, residual)?, norm1_post, x)?;
-        let (inner, activated) = self.fc1.native_gelu(precision, &self.norm2.native(&middle)?)?;
+        let (middle, branch1) = close(self.proj.manual(precision, &attended, residual)?, norm1_post, x)?;
+        let (inner, activated) = self.fc1.manual_gelu(precision, &self.norm2.manual(&middle)?)?;
         let residual = norm2_post.is_none().then_some(middle.as_slice());
-        let (y, branch2) = close(self.fc2.native(precision, &activated, residual)?, norm2_post, &middle)?;
+        let (y, branch2) = close(self.fc2.manual(precision, &activated, residual)?, norm2_post, &middle)?;
         Ok((y, Activations { qkv, attended, log_sums, branch1, middle, inner, branch2 }))
     }
 
     /// Adds the parameters' gradients and returns dx (l, hidden).
-    pub fn native_backward(
+    pub fn manual_backward(
         &self,
         precision: Precision,
         x: &[f32],
@@ -72,37 +72,37 @@ impl Block {
         let dbranch = open(norm2_post, branch2, dy, gradients)?;
         let dbranch = dbranch.as_deref().unwrap_or(dy);
         let activated = gelu::forward(&inner);
-        let dactivated = self.fc2.native_backward(precision, &activated, dbranch, gradients)?;
+        let dactivated = self.fc2.manual_backward(precision, &activated, dbranch, gradients)?;
         drop(activated);
         let dinner = gelu::backward(&inner, &dactivated);
         drop((inner, dactivated));
-        let dnormed = self.fc1.native_backward(precision, &self.norm2.native(&middle)?, &dinner, gradients)?;
+        let dnormed = self.fc1.manual_backward(precision, &self.norm2.manual(&middle)?, &dinner, gradients)?;
         drop(dinner);
-        let mut dmiddle = self.norm2.native_backward(&middle, &dnormed, gradients)?;
+        let mut dmiddle = self.norm2.manual_backward(&middle, &dnormed, gradients)?;
         slices::add(&mut dmiddle, dy);
         drop((middle, dnormed));
 
         let dbranch = open(norm1_post, branch1, &dmiddle, gradients)?;
         let dbranch = dbranch.as_deref().unwrap_or(&dmiddle);
-        let dattended = self.proj.native_backward(precision, &attended, dbranch, gradients)?;
-        let normed = self.normed_native(&qkv, sizes)?;
+        let dattended = self.proj.manual_backward(precision, &attended, dbranch, gradients)?;
+        let normed = self.normed_manual(&qkv, sizes)?;
         let (saved, queried) = ((attended.as_slice(), log_sums.as_slice()), normed.as_deref().unwrap_or(&qkv));
         let dqkv = attention::backward_saved(queried, saved, &dattended, keys, sizes);
         let dqkv = self.normed_backward(&qkv, dqkv, sizes, gradients)?;
         drop((qkv, normed, attended, dattended));
-        let dnormed = self.qkv.native_backward(precision, &self.norm1.native(x)?, &dqkv, gradients)?;
+        let dnormed = self.qkv.manual_backward(precision, &self.norm1.manual(x)?, &dqkv, gradients)?;
         drop(dqkv);
-        let mut dx = self.norm1.native_backward(x, &dnormed, gradients)?;
+        let mut dx = self.norm1.manual_backward(x, &dnormed, gradients)?;
         slices::add(&mut dx, &dmiddle);
         Ok(dx)
     }
 
     /// qkv with its queries and keys normed, where the block does that.
-    fn normed_native(&self, qkv: &[f32], sizes: Sizes) -> Result<Option<Vec<f32>>> {
+    fn normed_manual(&self, qkv: &[f32], sizes: Sizes) -> Result<Option<Vec<f32>>> {
         let Some((q_norm, k_norm)) = &self.qk_norm else { return Ok(None) };
         let mut normed = qkv.to_vec();
         for (part, norm) in [q_norm, k_norm].into_iter().enumerate() {
-            put_part(&mut normed, &norm.native(&take_part(qkv, part, sizes))?, part, sizes);
+            put_part(&mut normed, &norm.manual(&take_part(qkv, part, sizes))?, part, sizes);
         }
         Ok(Some(normed))
     }
@@ -118,7 +118,7 @@ impl Block {
         let Some((q_norm, k_norm)) = &self.qk_norm else { return Ok(dqkv) };
         for (part, norm) in [q_norm, k_norm].into_iter().enumerate() {
             let dy = take_part(&dqkv, part, sizes);
-            let dx = norm.native_backward(&take_part(qkv, part, sizes), &dy, gradients)?;
+            let dx = norm.manual_backward(&take_part(qkv, part, sizes), &dy, gradients)?;
             put_part(&mut dqkv, &dx, part, sizes);
         }
         Ok(dqkv)
@@ -128,7 +128,7 @@ impl Block {
 /// The end of a residual branch: the stream behind it, and the branch where its norm will need it again.
 fn close(branch: Vec<f32>, norm: Option<&LayerNorm>, stream: &[f32]) -> Result<(Vec<f32>, Option<Vec<f32>>)> {
     let Some(norm) = norm else { return Ok((branch, None)) };
-    let mut y = norm.native(&branch)?;
+    let mut y = norm.manual(&branch)?;
     slices::add(&mut y, stream);
     Ok((y, Some(branch)))
 }
@@ -140,7 +140,7 @@ fn open(
     dy: &[f32],
     gradients: &mut Gradients,
 ) -> Result<Option<Vec<f32>>> {
-    norm.zip(branch).map(|(norm, branch)| norm.native_backward(&branch, dy, gradients)).transpose()
+    norm.zip(branch).map(|(norm, branch)| norm.manual_backward(&branch, dy, gradients)).transpose()
 }
 
 /// Queries (0) or keys (1) of qkv (l, 3, heads, d) as (l, heads, d).

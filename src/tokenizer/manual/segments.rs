@@ -1,4 +1,4 @@
-//! The tokenizer's two segments as native passes.
+//! The tokenizer's two segments as manual passes.
 
 use super::{Kept, backward, forward, infer};
 use crate::{
@@ -7,7 +7,7 @@ use crate::{
         features::{Buffers, Features},
         gradients::Gradients,
         params::Params,
-        segment::{Saved, Segment, Taped},
+        segment::{Autograd, Saved, Segment},
     },
     ops::with_slice,
     tokenizer::{
@@ -19,8 +19,8 @@ use crate::{
 };
 use candle_core::{Device, Tensor, Var};
 
-/// A taped segment run natively.
-pub(in crate::tokenizer) struct Native<'a, S> {
+/// A autograd segment run natively.
+pub(in crate::tokenizer) struct Manual<'a, S> {
     pub(in crate::tokenizer) segment: &'a S,
     pub(in crate::tokenizer) buffers: &'a Buffers,
 }
@@ -36,8 +36,8 @@ fn tensor(features: Features) -> Result<Tensor> {
 
 impl EncoderHalf {
     /// Pixels → latents.
-    fn native(&self, pixels: Features, buffers: &Buffers) -> Result<(Tensor, Vec<Kept>)> {
-        let (first, rest) = self.native_layers()?;
+    fn manual(&self, pixels: Features, buffers: &Buffers) -> Result<(Tensor, Vec<Kept>)> {
+        let (first, rest) = self.manual_layers()?;
         let mut x = buffers.take(first.output(pixels.shape)?);
         first.run(&pixels, None, &mut x)?;
         let (z, mut kept) = forward(&rest, x, buffers)?;
@@ -48,7 +48,7 @@ impl EncoderHalf {
     /// Pixels → latents, without a way back.
     pub(in crate::tokenizer) fn infer(&self, pixels: &Tensor) -> Result<Tensor> {
         let buffers = Buffers::default();
-        let (first, mut layers) = self.native_layers()?;
+        let (first, mut layers) = self.manual_layers()?;
         layers.insert(0, first);
         tensor(infer(&layers, features(pixels, &buffers)?, &buffers)?)
     }
@@ -58,21 +58,21 @@ impl DecoderHalf {
     /// Code vectors → pixels, without a way back.
     pub(in crate::tokenizer) fn infer(&self, z_q: &Tensor) -> Result<Tensor> {
         let buffers = Buffers::default();
-        tensor(infer(&self.native_layers()?.0, features(z_q, &buffers)?, &buffers)?)
+        tensor(infer(&self.manual_layers()?.0, features(z_q, &buffers)?, &buffers)?)
     }
 }
 
-impl Segment<PixelBatch> for Native<'_, Encode> {
+impl Segment<PixelBatch> for Manual<'_, Encode> {
     fn name(&self) -> &str {
-        Taped::name(self.segment)
+        Autograd::name(self.segment)
     }
 
     fn params(&self) -> &Params {
-        Taped::params(self.segment)
+        Autograd::params(self.segment)
     }
 
     fn forward(&self, _: &Tensor, batch: &PixelBatch) -> Result<(Tensor, Saved)> {
-        let (z, kept) = self.segment.half.native(features(&batch.pixels, self.buffers)?, self.buffers)?;
+        let (z, kept) = self.segment.half.manual(features(&batch.pixels, self.buffers)?, self.buffers)?;
         Ok((z, Box::new(kept)))
     }
 
@@ -85,7 +85,7 @@ impl Segment<PixelBatch> for Native<'_, Encode> {
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let mut kept = *saved.downcast::<Vec<Kept>>().ok().context("what another segment saved")?;
-        let (first, rest) = self.segment.half.native_layers()?;
+        let (first, rest) = self.segment.half.manual_layers()?;
         let dy = features(&dy.context("the encoder is not the last segment")?, self.buffers)?;
         let pixels = kept.remove(0).take()?;
         let dx = backward(&rest, kept, dy, self.buffers, gradients)?;
@@ -108,29 +108,29 @@ struct Decoded {
     own: Vec<(String, Tensor)>,
 }
 
-impl Segment<PixelBatch> for Native<'_, Decode> {
+impl Segment<PixelBatch> for Manual<'_, Decode> {
     fn name(&self) -> &str {
-        Taped::name(self.segment)
+        Autograd::name(self.segment)
     }
 
     fn params(&self) -> &Params {
-        Taped::params(self.segment)
+        Autograd::params(self.segment)
     }
 
     fn forward(&self, z: &Tensor, batch: &PixelBatch) -> Result<(Tensor, Saved)> {
         let half = &self.segment.half;
         let z = Var::from_tensor(z)?;
         let quantized = half.quantize.forward(&z, batch.relaxation)?;
-        let (native, head) = half.native_layers()?;
-        let (y, layers) = forward(&native, features(&quantized.z_q, self.buffers)?, self.buffers)?;
+        let (manual, head) = half.manual_layers()?;
+        let (y, layers) = forward(&manual, features(&quantized.z_q, self.buffers)?, self.buffers)?;
         let input = head.input(layers.last().context("a decoder without layers")?, self.buffers)?;
-        let judged = self.segment.criterion.judge(&tensor(y)?, batch, |dy| half.last_weight_norm(&input, dy))?;
-        let (mut terms, mut loss, own) = (judged.terms, judged.loss, judged.own);
+        let computed = self.segment.loss.compute(&tensor(y)?, batch, |dy| half.last_weight_norm(&input, dy))?;
+        let (mut terms, mut loss, own) = (computed.terms, computed.loss, computed.own);
         for (name, term) in &quantized.losses {
             terms.push((name, number(term)?));
             loss += number(term)?;
         }
-        let dy = features(&(judged.gradient * batch.share)?, self.buffers)?;
+        let dy = features(&(computed.gradient * batch.share)?, self.buffers)?;
         let (codes, latents) = (quantized.codes.to_vec1()?, half.quantize.follows_latents().then(|| z.detach()));
         *batch.statistics.borrow_mut() = Some(Statistics { terms, codes, latents });
         let loss = Tensor::new((loss * batch.share * batch.loss_scale) as f32, &Device::Cpu)?;
@@ -151,13 +151,13 @@ impl Segment<PixelBatch> for Native<'_, Decode> {
         for (name, gradient) in own {
             gradients.add(&name, (gradient * batch.share)?)?;
         }
-        let dz_q = tensor(backward(&half.native_layers()?.0, layers, dy, self.buffers, gradients)?)?;
+        let dz_q = tensor(backward(&half.manual_layers()?.0, layers, dy, self.buffers, gradients)?)?;
         let mut loss = (quantized.z_q * dz_q)?.sum_all()?;
         for (_, term) in &quantized.losses {
             loss = (loss + (term * (batch.share * batch.loss_scale))?)?;
         }
         let mut store = loss.backward()?;
-        for (name, var) in Taped::params(self.segment) {
+        for (name, var) in Autograd::params(self.segment) {
             if let Some(gradient) = store.remove(var) {
                 gradients.add(name, gradient)?;
             }

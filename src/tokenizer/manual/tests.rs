@@ -1,11 +1,11 @@
-//! Native ≡ taped, for small tokenizers of every kind.
+//! Manual ≡ autograd, for small tokenizers of every kind.
 
 use crate::{
     config::{self, Precision},
     error::{Context, Result},
     nn::{gradients::Gradients, params::Scope, segment::Segment},
     ops::testing::{normal, values},
-    tokenizer::{ImageTokenizer, PixelBatch, discriminator::Anchors},
+    tokenizer::{ImageTokenizer, PixelBatch, discriminator::LogitEma},
 };
 use candle_core::{DType, Device, Tensor};
 
@@ -55,10 +55,10 @@ fn norm(x: &[f64]) -> f64 {
 
 /// Each parameter's to 1e-5 of its norm. Some are 0 but for rounding (a bias that a norm or a softmax takes away
 /// again): they may differ by what f32 rounds of the whole gradient.
-fn assert_same_gradients<'a>(native: &Gradients, taped: &Gradients, names: impl Iterator<Item = &'a String>) {
-    let whole = norm(&taped.iter().map(|(_, gradient)| norm(&values(gradient))).collect::<Vec<_>>());
+fn assert_same_gradients<'a>(manual: &Gradients, autograd: &Gradients, names: impl Iterator<Item = &'a String>) {
+    let whole = norm(&autograd.iter().map(|(_, gradient)| norm(&values(gradient))).collect::<Vec<_>>());
     let check = |name: &String| {
-        let [ours, theirs] = [native, taped].map(|gradients| gradients.get(name).map(values).unwrap_or_default());
+        let [ours, theirs] = [manual, autograd].map(|gradients| gradients.get(name).map(values).unwrap_or_default());
         let difference: Vec<f64> = ours.iter().zip(&theirs).map(|(a, b)| a - b).collect();
         let same = ours.len() == theirs.len() && norm(&difference) <= 1e-5 * norm(&theirs) + 1e-7 * whole;
         let counts = !ours.is_empty();
@@ -75,7 +75,7 @@ fn equals_the_tape() -> Result<()> {
     let one_level = config::ImageTokenizer { image_size: 5, channel_multipliers: vec![2], ..small() };
     let blocks = config::ImageTokenizer { residual_blocks: 2, legacy_beta: true, l2_normalize: true, ..small() };
     let legacy = config::ImageTokenizer { legacy_beta: true, channel_multipliers: vec![2, 1], ..small() };
-    let adversary = config::ImageTokenizer {
+    let gan_loss = config::ImageTokenizer {
         image_size: 24,
         adversarial_weight: 0.8,
         discriminator_channels: 8,
@@ -83,34 +83,34 @@ fn equals_the_tape() -> Result<()> {
         lecam_weight: 0.1,
         ..small()
     };
-    for config in [small(), with_attention, deep, one_level, blocks, legacy, adversary] {
+    for config in [small(), with_attention, deep, one_level, blocks, legacy, gan_loss] {
         let (tokenizer, scope) = tokenizer(&config, Precision::F32)?;
-        let [mut native, mut taped] = [Gradients::default(), Gradients::default()];
+        let [mut manual, mut autograd] = [Gradients::default(), Gradients::default()];
         // Two parts of a step: gradients add up, and the second one runs in used buffers.
         for (name, share) in [("first", 0.25), ("second", 0.75)] {
             let mut batch = PixelBatch::new(pixels(config.image_size, name)?, share);
-            batch.anchors = Some(Anchors { real: 0.3, fake: -0.2, accuracy: 0.5 });
-            let (ours, codes) = accumulate(&tokenizer.segments(), &batch, &mut native)?;
-            let (theirs, expected) = accumulate(&tokenizer.taped_segments(), &batch, &mut taped)?;
+            batch.logit_ema = Some(LogitEma { real: 0.3, fake: -0.2, accuracy: 0.5 });
+            let (ours, codes) = accumulate(&tokenizer.segments(), &batch, &mut manual)?;
+            let (theirs, expected) = accumulate(&tokenizer.taped_segments(), &batch, &mut autograd)?;
             assert_eq!(codes, expected);
             assert!(ours.iter().zip(&theirs).all(|(a, b)| (a - b).abs() < 1e-5 * b.abs()), "{ours:?} {theirs:?}");
         }
-        assert_same_gradients(&native, &taped, scope.params().keys());
+        assert_same_gradients(&manual, &autograd, scope.params().keys());
     }
     Ok(())
 }
 
 /// How far a step's gradients are from those in f32, as a share of their norm: by hand, and by the tape.
 fn distances_from_f32(config: &config::ImageTokenizer, precision: Precision) -> Result<[f64; 2]> {
-    let step = |precision: Precision, native: bool| -> Result<Gradients> {
+    let step = |precision: Precision, manual: bool| -> Result<Gradients> {
         let ((tokenizer, _), mut gradients) = (tokenizer(config, precision)?, Gradients::default());
-        let chain = if native { tokenizer.segments() } else { tokenizer.taped_segments() };
+        let chain = if manual { tokenizer.segments() } else { tokenizer.taped_segments() };
         accumulate(&chain, &PixelBatch::new(pixels(config.image_size, "x")?, 0.5), &mut gradients)?;
         Ok(gradients)
     };
     let exact = step(Precision::F32, true)?;
-    let distance = |native: bool| -> Result<f64> {
-        let (rounded, mut squares, mut whole) = (step(precision, native)?, 0.0, 0.0);
+    let distance = |manual: bool| -> Result<f64> {
+        let (rounded, mut squares, mut whole) = (step(precision, manual)?, 0.0, 0.0);
         for (name, gradient) in exact.iter() {
             let (theirs, ours) = (values(gradient), rounded.get(name).map(values).unwrap_or_default());
             assert_eq!(ours.len(), theirs.len());
