@@ -6,7 +6,10 @@ use std::{collections::BTreeMap, fs, path::Path, path::PathBuf};
 const MAX_LINES: usize = 400;
 
 /// Circles of imports that are still to be cut. The test fails when one of them is gone and still stands here.
-const KNOWN_CIRCLES: [&[&str]; 4] = [
+const KNOWN_CIRCLES: [&[&str]; 2] = [
+    &["dist/local.rs", "dist/mpi.rs", "dist/nccl.rs", "dist/tcp.rs", "dist/wire.rs", "dist/world.rs"],
+    &["tokenizer/loss.rs", "tokenizer/segments.rs"],
+]; 4] = [
     &["dist/local.rs", "dist/mpi.rs", "dist/nccl.rs", "dist/tcp.rs", "dist/wire.rs", "dist/world.rs"],
     &[
         "model/composed.rs",
