@@ -9,18 +9,6 @@ const MAX_LINES: usize = 400;
 const KNOWN_CIRCLES: [&[&str]; 2] = [
     &["dist/local.rs", "dist/mpi.rs", "dist/nccl.rs", "dist/tcp.rs", "dist/wire.rs", "dist/world.rs"],
     &["tokenizer/loss.rs", "tokenizer/segments.rs"],
-]; 4] = [
-    &["dist/local.rs", "dist/mpi.rs", "dist/nccl.rs", "dist/tcp.rs", "dist/wire.rs", "dist/world.rs"],
-    &[
-        "model/composed.rs",
-        "model/decode.rs",
-        "model/fused.rs",
-        "model/manual.rs",
-        "model/packed.rs",
-        "model/transformer.rs",
-    ],
-    &["tokenizer/loss.rs", "tokenizer/segments.rs"],
-    &["train/engine.rs", "train/shards/mod.rs"],
 ];
 
 /// Modules in which a file may not even use what its own parent (`mod.rs`) defines while the parent uses the file.
