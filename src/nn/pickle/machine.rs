@@ -7,11 +7,10 @@ use std::collections::HashMap;
 const HINT: &str =
     "a checkpoint of tensors needs no such call: do not trust the file, or save its `state_dict()` alone";
 
-/// Bytes that the objects of one pickle may take, about: a checkpoint of 10,000 tensors takes 20 MB.
-pub(super) const BUDGET: usize = 64 << 20;
-/// What each operation may add at most, beside texts: an object, an item of a list, a place on the stack and in the memo,
-/// each in a vector or table that may be half empty.
-const OPERATION: usize = 2 * size_of::<Object>() + 64;
+/// Bytes that the objects of one pickle may take, about: a checkpoint of 10,000 tensors takes 10 MB.
+pub(super) const BUDGET: usize = 90 << 20;
+/// What each operation may add at most, beside texts: an object and the allocation of a short list, or a place in the memo.
+const OPERATION: usize = size_of::<Object>() + 32;
 
 /// The calls that checkpoints are put together by.
 const CALLS: &[(&str, &str)] = &[
