@@ -236,7 +236,8 @@ mod tests {
         let command = super::command();
         let mut grouped: Vec<&str> = super::GROUPS.iter().flat_map(|(_, names)| names.iter().copied()).collect();
         let mut names: Vec<&str> = command.get_subcommands().map(clap::Command::get_name).collect();
-        (grouped.sort_unstable(), names.sort_unstable());
+        grouped.sort_unstable();
+        names.sort_unstable();
         assert_eq!(grouped, names);
         let help = super::command().render_help().to_string();
         for command in command.get_subcommands() {

@@ -1,5 +1,7 @@
 //! Shards and folders that other tools wrote oddly or that were damaged: what is good is read, the rest is counted.
 
+#![allow(clippy::single_range_in_vec_init, reason = "a step of one batch is a list of one range")]
+
 use super::{inspect::inspect, tests::*, *};
 use std::{
     fs,

@@ -175,7 +175,7 @@ mod tests {
     fn plain_search(seed: u64, settings: Settings, first_finished: bool) -> (Vec<Hypothesis>, usize) {
         let Settings { width, longest, .. } = settings;
         let (mut live, mut finished, mut steps) = (vec![Hypothesis::default()], Vec::new(), 0);
-        while !live.is_empty() && !(first_finished && finished.len() >= width) {
+        while !(live.is_empty() || first_finished && finished.len() >= width) {
             let mut candidates: Vec<Hypothesis> = live.iter().flat_map(|h| next(seed, h, longest)).collect();
             candidates.sort_by(|a, b| b.log_p.total_cmp(&a.log_p));
             let is_finished = |h: &Hypothesis| h.tokens.last() == Some(&SEP);

@@ -167,7 +167,9 @@ fn key_lists_are_the_mask_rule() {
                 for query in 0..layout.positions() {
                     let runs = &keys.runs[keys.offsets[query]..keys.offsets[query + 1]];
                     let listed = runs.iter().flat_map(|r| (0..r.len).map(move |i| r.start + i * r.stride));
-                    let cut = |&key: &usize| keys.text_lengths.is_none() || !keys.text.contains(&key) || key < keys.text.start + length;
+                    let cut = |&key: &usize| {
+                        keys.text_lengths.is_none() || !keys.text.contains(&key) || key < keys.text.start + length
+                    };
                     let listed: Vec<_> = listed.filter(cut).collect();
                     let visible = (0..layout.positions()).filter(|&key| layout.visible(pattern, length, query, key));
                     assert_eq!(listed, visible.collect::<Vec<_>>(), "{layout:?} {pattern:?} {query}");
