@@ -1,6 +1,6 @@
 //! From text to a configuration: defaults < file < `--set`, and errors that name the place.
 
-use super::{Config, Problem, renamed::rename_keys};
+use super::{Config, Problem, flat::values, renamed::rename_keys};
 use crate::{
     error::{Error, Result, usage},
     files,
@@ -178,18 +178,6 @@ fn lookup<'a>(table: &'a Table, key: &str) -> Option<&'a Value> {
         Some((section, rest)) => lookup(table.get(section)?.as_table()?, rest),
         None => table.get(key),
     }
-}
-
-/// All values by dotted key, in the order of the struct's fields.
-pub fn values(config: &Config) -> Result<Vec<(String, Value)>> {
-    let mut flat = Vec::new();
-    for (section, value) in Table::try_from(config)? {
-        match value {
-            Value::Table(keys) => flat.extend(keys.into_iter().map(|(key, value)| (format!("{section}.{key}"), value))),
-            value => flat.push((section, value)),
-        }
-    }
-    Ok(flat)
 }
 
 /// serde's complaint as a usage error with the place and the nearest known key or value.

@@ -2,12 +2,14 @@
 //!
 //! Order of precedence: defaults < file < `--set key=value`. Unknown keys are errors.
 
+mod flat;
 mod load;
 mod renamed;
 mod train;
 mod validate;
 
-pub use load::{Loaded, Origin, values};
+pub use flat::values;
+pub use load::{Loaded, Origin};
 pub use renamed::rename_stored_keys;
 pub use train::{Decay, LossReduction, MatrixOptimizer, Offload, Precision, Spike, Train, begins_with};
 pub use validate::Problem;

@@ -1,6 +1,6 @@
 //! Whether the values of a configuration make sense, alone and together.
 
-use super::{Architecture, Config, Data, ImageTokenizer, Model, QuantizerKind, Sample, Text, Train, load::values};
+use super::{Architecture, Config, Data, ImageTokenizer, Model, QuantizerKind, Sample, Text, Train, flat::values};
 use crate::error::{Result, usage};
 use std::fmt::Display;
 

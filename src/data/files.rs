@@ -46,6 +46,8 @@ const FORMATS: [(&[u8], &str); 11] = [
     (b"RIFF", "a RIFF file (WebP?); name it .webp if it is an image"),
 ];
 
+const JSON: &str = "JSON text; make shards of it with img2dataset, for example";
+
 /// The format of a file that is no tar archive, by its first bytes; `None` if it is unknown.
 pub fn foreign_format(head: &[u8]) -> Option<&'static str> {
     if let Some((_, format)) = FORMATS.iter().find(|(magic, _)| head.starts_with(magic)) {
@@ -61,8 +63,12 @@ pub fn foreign_format(head: &[u8]) -> Option<&'static str> {
     if text.is_empty() || text.chars().any(|c| c.is_control() && !c.is_whitespace()) {
         return None;
     }
-    Some(match text.trim_start().chars().next() {
-        Some('{' | '[') => "JSON text; make shards of it with img2dataset, for example",
+    // `[section]` begins a TOML file.
+    let begins_list = |rest: &str| rest.trim_start().starts_with(['{', '[', '"', ']']);
+    let text = text.trim_start();
+    Some(match text.chars().next() {
+        Some('{') => JSON,
+        Some('[') if begins_list(&text[1..]) => JSON,
         _ if text.contains('\t') => "a table in text (TSV); make shards of it with img2dataset, for example",
         _ => "text",
     })

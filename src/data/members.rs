@@ -1,7 +1,10 @@
 //! The members of one sample.
 
-use super::record::UNSUPPORTED_EXTENSIONS;
 use std::ops::Range;
+
+/// Extensions of image formats that are not decoded; such a sample is counted as [`UnsupportedImage`](super::bad::Cause::UnsupportedImage).
+pub const UNSUPPORTED_EXTENSIONS: [&str; 12] =
+    ["avif", "svg", "heic", "heif", "jxl", "jp2", "psd", "ico", "tga", "exr", "hdr", "eps"];
 
 /// The members of one sample that were read.
 #[derive(Debug, Default)]

@@ -3,7 +3,8 @@
 use super::{
     bad::{Bad, BadCounts, Cause},
     codes::CODES_FILE,
-    record::{IMAGE_EXTENSIONS, UNSUPPORTED_EXTENSIONS},
+    members::UNSUPPORTED_EXTENSIONS,
+    record::IMAGE_EXTENSIONS,
 };
 use crate::error::{Context, Hint, Result, ensure, failed, usage};
 use std::{

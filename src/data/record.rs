@@ -12,10 +12,6 @@ use serde_json::Value;
 /// Extensions of image members, in the order in which they are looked for.
 pub const IMAGE_EXTENSIONS: [&str; 9] = ["png", "jpg", "jpeg", "webp", "gif", "bmp", "tiff", "tif", "jfif"];
 
-/// Extensions of image formats that are not decoded; such a sample is counted as [`Cause::UnsupportedImage`].
-pub const UNSUPPORTED_EXTENSIONS: [&str; 12] =
-    ["avif", "svg", "heic", "heif", "jxl", "jp2", "psd", "ico", "tga", "exr", "hdr", "eps"];
-
 /// Largest text or JSON member that is read.
 const MAX_TEXT: usize = 1 << 20;
 /// Characters of a caption that are kept.

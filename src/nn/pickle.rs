@@ -5,38 +5,11 @@
 //! by index, so that neither depth nor cycles do harm; [`machine::BUDGET`] bounds the memory that they take together.
 
 use crate::error::Result;
-use std::ops::Range;
 
 mod machine;
+mod object;
 
-/// The index of an object in its [`Pickle`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct At(usize);
-
-/// An object.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Object {
-    None,
-    Bool(bool),
-    Int(i64),
-    Float(f64),
-    Text(String),
-    /// The range of the bytes in the pickle.
-    Bytes(Range<usize>),
-    /// A tuple, a list or a set.
-    List(Vec<At>),
-    Dict(Vec<(At, At)>),
-    /// A class or function by module and name.
-    Global(String, String),
-    /// What a call would make, and the state that it is given afterwards.
-    Call {
-        function: At,
-        arguments: At,
-        state: Option<At>,
-    },
-    /// A reference to something outside of the pickle.
-    Persistent(At),
-}
+pub use object::{At, Object};
 
 /// A pickle's objects.
 pub struct Pickle {

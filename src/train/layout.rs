@@ -56,6 +56,11 @@ fn share_out(unit: &[Entry], loads: &mut [usize]) -> Vec<Vec<Piece>> {
     pieces
 }
 
+/// The number of elements in these pieces.
+pub fn length<'a>(pieces: impl IntoIterator<Item = &'a Piece>) -> usize {
+    pieces.into_iter().map(|piece| piece.range.len()).sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

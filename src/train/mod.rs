@@ -6,6 +6,7 @@
 //! What a run would take, without running it: [`plan()`] (data), [`memory`] and [`fit`] (GPUs), [`held`] (ranks on a CPU).
 
 pub mod checkpoint;
+mod clock;
 mod data_loader;
 pub mod ema;
 pub mod engine;

@@ -1,6 +1,6 @@
 //! The run folder `runs/NAME/`: config.toml, launches.jsonl, metrics.jsonl, samples/, checkpoints/, model/.
 
-use super::log;
+use super::clock::rfc3339;
 use crate::{
     config::Config,
     error::{Context, Result, failed},
@@ -37,7 +37,7 @@ fn launch(step: u64) -> Value {
     let command: Vec<String> = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect();
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     json!({
-        "time": log::rfc3339(SystemTime::now()), "step": step, "program": report::version(),
+        "time": rfc3339(SystemTime::now()), "step": step, "program": report::version(),
         "command": command, "host": host.trim(), "process": std::process::id(),
     })
 }

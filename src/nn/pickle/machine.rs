@@ -1,6 +1,6 @@
 //! The stack machine whose program a pickle is.
 
-use super::{At, Object};
+use super::object::{At, Object};
 use crate::error::{Context, Hint, Result, bail};
 use std::collections::HashMap;
 

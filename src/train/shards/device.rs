@@ -4,7 +4,7 @@
 //! device after each update, rounded to the type of the variable; gradients add up on the device and come to the host once
 //! a step, for the update.
 
-use super::{Piece, Shards, in_flight::length};
+use super::{super::layout::length, Piece, Shards};
 use crate::{error::Result, ops};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;

@@ -12,6 +12,7 @@
 //! that the bits are the same.
 
 use super::{
+    super::layout::length,
     Piece, Shards,
     device::Tensors,
     host::{Sums, Words},
@@ -249,9 +250,4 @@ impl Shards<'_> {
         };
         self.parameter_groups[unit].pieces.iter().map(live).collect()
     }
-}
-
-/// The number of elements in these pieces.
-pub(super) fn length<'a>(pieces: impl IntoIterator<Item = &'a Piece>) -> usize {
-    pieces.into_iter().map(|piece| piece.range.len()).sum()
 }

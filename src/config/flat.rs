@@ -1,0 +1,17 @@
+//! A configuration as a flat list.
+
+use super::Config;
+use crate::error::Result;
+use toml::{Table, Value};
+
+/// All values by dotted key, in the order of the struct's fields.
+pub fn values(config: &Config) -> Result<Vec<(String, Value)>> {
+    let mut flat = Vec::new();
+    for (section, value) in Table::try_from(config)? {
+        match value {
+            Value::Table(keys) => flat.extend(keys.into_iter().map(|(key, value)| (format!("{section}.{key}"), value))),
+            value => flat.push((section, value)),
+        }
+    }
+    Ok(flat)
+}
