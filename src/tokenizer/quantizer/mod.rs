@@ -1,4 +1,4 @@
-//! The quantiser between encoder and decoder (paper §2.1): latents to codes, codes to vectors. [`nearest`] is the paper's.
+//! The quantiser between encoder and decoder (paper §2.1): latents to codes, codes to vectors. [`vector_quantizer`] is the paper's.
 
 pub mod ema_codebook;
 pub mod fsq;
