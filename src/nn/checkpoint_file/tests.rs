@@ -136,9 +136,9 @@ fn pickles_that_grow_without_end_are_refused() {
     let path = folder.path().join("a.pkl");
     fs::write(&path, bytes).unwrap();
     let (error, hint) = complaint(&path);
-    assert!(error.contains("more than 64 MB") && hint.contains("safetensors"), "{error} {hint}");
+    assert!(error.contains("more than 90 MB") && hint.contains("safetensors"), "{error} {hint}");
     fs::write(&path, [&b"\x80\x04"[..], &b"N0".repeat(10 << 20), b"N."].concat()).unwrap();
-    assert!(complaint(&path).0.contains("more than 64 MB"));
+    assert!(complaint(&path).0.contains("more than 90 MB"));
 }
 
 #[test]
