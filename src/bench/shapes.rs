@@ -108,7 +108,8 @@ fn config(model: Model, max_tokens: usize, image_tokenizer: ImageTokenizer) -> C
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::size;
+    use crate::{model::Generator, nn::params::Scope, tokenizer::ImageTokenizer};
+    use candle_core::Device;
 
     #[test]
     fn every_name_is_a_shape_and_the_measured_ones_have_their_parameters() {
@@ -117,12 +118,17 @@ mod tests {
         }
         assert!(Shape::named("huge").is_err());
         let perf = Shape::named("perf").unwrap();
-        let generator = size::generator(&perf.config, perf.vocabulary, perf.codebook, perf.grid);
-        let tokenizer = size::image_tokenizer(&perf.config.image_tokenizer);
-        let total = |parts: Vec<size::Part>| parts.iter().map(|(_, count)| count).sum::<u64>() as f64 / 1e6;
-        assert_eq!(
-            (format!("{:.1}", total(generator)), format!("{:.1}", total(tokenizer))),
-            ("38.0".into(), "4.0".into())
-        );
+        let millions = |make: &dyn Fn(&Scope)| {
+            let scope = Scope::empty_from_seed(1, &Device::Cpu);
+            make(&scope);
+            format!("{:.1}", scope.params().values().map(|param| param.elem_count()).sum::<usize>() as f64 / 1e6)
+        };
+        let generator = millions(&|scope| {
+            Generator::new(scope, &perf.config, perf.vocabulary, perf.codebook, perf.grid).unwrap();
+        });
+        let tokenizer = millions(&|scope| {
+            ImageTokenizer::new(scope, &perf.config.image_tokenizer).unwrap();
+        });
+        assert_eq!([generator, tokenizer], ["38.0", "4.0"]);
     }
 }

@@ -15,7 +15,7 @@ use crate::{
     tokenizer::{ImageTokenizer, PixelBatch},
     train::{
         engine,
-        optimizer::{self, Optimizer},
+        optimizer::{self, GradientScale, Optimizer},
         shards::Shards,
     },
 };
@@ -88,7 +88,8 @@ impl Step {
         let Self { shards, optimizer, settings, number } = self;
         *number += 1;
         forward_backward(chain, batch, shards)?;
-        let scale = optimizer::clip_scale(optimizer::squares(shards.reduced())?.sqrt(), settings.clip_norm);
+        let norm = optimizer::squares(shards.reduced(), shards.params())?.sqrt();
+        let scale = GradientScale::new(norm, settings.clip_norm, 1.0);
         optimizer.step(shards, settings, *number, 1.0, scale)
     }
 }

@@ -7,7 +7,7 @@ use super::{
     write::{write_as, write_weights_to},
 };
 use crate::{
-    config::{Architecture, QuantizerKind, Task},
+    config::{Architecture, QuantizerKind},
     error::{Result, ensure, usage},
     nn::weights,
     tokenizer,
@@ -22,7 +22,7 @@ impl Bundle {
     /// # Errors
     /// `tokenizer` makes other codes, so that it would misread the generator's; `folder` cannot be written or replaced.
     pub fn export(&self, folder: &Path, dtype: Dtype, tokenizer: Option<&Self>, force: bool) -> Result<()> {
-        let generator = self.config.task == Task::Generator;
+        let generator = self.has_image_tokenizer();
         let hint = "name a generator's folder, or leave it out";
         ensure!(generator || tokenizer.is_none(), usage("an image tokenizer has no image tokenizer in it", hint));
         let own = self.image_tokenizer_folder()?;

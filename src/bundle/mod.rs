@@ -120,7 +120,7 @@ impl Bundle {
             };
             manifest.check(file, bytes, &self.place.file(file))?;
         }
-        if self.config.task == Task::Generator && !manifest.codes.is_empty() {
+        if self.has_image_tokenizer() && !manifest.codes.is_empty() {
             let tokenizer = self.image_tokenizer_folder()?;
             let what = format!("{} makes other codes than the generator was trained with", tokenizer.place.name());
             ensure!(tokenizer.makes_codes_of(&manifest.codes)?, manifest::mismatch(what));
@@ -128,9 +128,22 @@ impl Bundle {
         Ok(())
     }
 
+    /// The folder's name in messages.
+    pub fn name(&self) -> String {
+        self.place.name()
+    }
+
+    /// Whether the folder holds a text vocabulary and, in a folder of its own, an image tokenizer.
+    fn has_image_tokenizer(&self) -> bool {
+        match self.config.task {
+            Task::Generator => true,
+            Task::ImageTokenizer => false,
+        }
+    }
+
     /// The image tokenizer's folder: this one, or the one inside a generator's.
     pub fn image_tokenizer_folder(&self) -> Result<Self> {
-        if self.config.task == Task::ImageTokenizer {
+        if !self.has_image_tokenizer() {
             return Ok(self.clone());
         }
         Self::at(match &self.place {
@@ -150,7 +163,10 @@ impl Bundle {
     pub fn generator(&self) -> Result<Generator> {
         let hint = "a run with task = \"generator\" writes one that paints and captions";
         let what = format!("{} is an image tokenizer, not a generator", self.place.name());
-        ensure!(self.config.task == Task::Generator, usage(what, hint));
+        match self.config.task {
+            Task::Generator => {}
+            Task::ImageTokenizer => return Err(usage(what, hint)),
+        }
         let (codebook, grid) = (self.config.image_tokenizer.codebook_size, self.config.image_tokenizer.grid());
         let vocab_size = self.text()?.vocab_size();
         self.build(|scope| Generator::new(scope, &self.config, vocab_size, codebook, grid))

@@ -77,10 +77,10 @@ fn write_parts(folder: &Path, parts: &Parts, dtype: Dtype, codes: Option<String>
     let codes = match (codes, &parts.image_tokenizer) {
         (Some(codes), _) => codes,
         (None, Some(tokenizer)) => tokenizer.digest()?,
-        (None, None) if config.task == Task::ImageTokenizer => {
-            codes::fingerprint(&config.image_tokenizer, &written, WEIGHTS)?
-        }
-        (None, None) => String::new(),
+        (None, None) => match config.task {
+            Task::ImageTokenizer => codes::fingerprint(&config.image_tokenizer, &written, WEIGHTS)?,
+            Task::Generator => String::new(),
+        },
     };
     let mut files = vec![(CONFIG, toml.as_bytes()), (WEIGHTS, &written[..])];
     files.extend(parts.vocab.as_ref().map(|vocab| (VOCAB, vocab.as_bytes())));

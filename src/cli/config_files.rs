@@ -1,37 +1,11 @@
 //! `vilg config check`: whether the files and folders that a configuration names exist and are of the right kind.
 
 use crate::{
-    config::{Config, Task},
+    config::Config,
     data,
+    train::tasks::{self, FileKind, InputFile},
 };
 use std::path::Path;
-
-/// What a path must be.
-#[derive(Clone, Copy)]
-enum Kind {
-    File,
-    Folder,
-    Model,
-}
-
-impl Kind {
-    /// Whether what is at `path` is of this kind.
-    fn fits(self, path: &Path) -> bool {
-        match self {
-            Self::File => path.is_file(),
-            Self::Folder => path.is_dir(),
-            Self::Model => path.join("config.toml").is_file(),
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::File => "a file",
-            Self::Folder => "a folder",
-            Self::Model => "a model folder with a config.toml",
-        }
-    }
-}
 
 /// What was found.
 #[derive(Default)]
@@ -45,7 +19,6 @@ pub struct Found {
 impl Found {
     /// Looks at every path of the configuration that its task reads.
     pub fn of(config: &Config) -> Self {
-        let (tokenizer, generator) = (&config.image_tokenizer, config.task == Task::Generator);
         let mut found = Self::default();
         if config.data.sources.is_empty() {
             found.missing.push("`data.sources` is empty: training needs data".into());
@@ -57,24 +30,37 @@ impl Found {
                 Err(error) => found.wrong.push(format!("`data.sources`: {error:#}")),
             }
         }
-        if generator {
-            found.look("text.vocab", &config.text.vocab, Kind::File, true);
-            found.look("image_tokenizer.path", &tokenizer.path, Kind::Model, true);
-        } else {
-            found.look("image_tokenizer.perceptual", &tokenizer.perceptual, Kind::Folder, false);
-        }
-        found.look("train.init_from", &config.train.init_from, Kind::Model, false);
+        tasks::spec(config.task).files(config).into_iter().for_each(|file| found.look(file));
+        let (key, path) = ("train.init_from", &config.train.init_from);
+        found.look(InputFile { key, path, kind: FileKind::Model, required: false });
         found
     }
 
-    fn look(&mut self, key: &str, path: &str, kind: Kind, needed: bool) {
+    fn look(&mut self, InputFile { key, path, kind, required }: InputFile) {
         match path {
-            "" if needed => self.missing.push(format!("`{key}` is empty: training needs {}", kind.name())),
+            "" if required => self.missing.push(format!("`{key}` is empty: training needs {}", name(kind))),
             "" | "demo" => {}
             path if !Path::new(path).exists() => self.missing.push(format!("`{key}`: {path} does not exist")),
-            path if kind.fits(Path::new(path)) => {}
-            path => self.wrong.push(format!("`{key}`: {path} is not {}", kind.name())),
+            path if fits(kind, Path::new(path)) => {}
+            path => self.wrong.push(format!("`{key}`: {path} is not {}", name(kind))),
         }
+    }
+}
+
+/// Whether what is at `path` is of this kind.
+fn fits(kind: FileKind, path: &Path) -> bool {
+    match kind {
+        FileKind::File => path.is_file(),
+        FileKind::Folder => path.is_dir(),
+        FileKind::Model => path.join("config.toml").is_file(),
+    }
+}
+
+fn name(kind: FileKind) -> &'static str {
+    match kind {
+        FileKind::File => "a file",
+        FileKind::Folder => "a folder",
+        FileKind::Model => "a model folder with a config.toml",
     }
 }
 

@@ -77,7 +77,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
 
 fn on_gpus(config: &Config, sizes: &Sizes, cluster: Cluster, json: bool) {
     let fit = Fit::of(config, sizes, cluster);
-    let refusal = check_ranks(config, cluster.gpus).err();
+    let refusal = check_ranks(sizes.spec, config, cluster.gpus).err();
     if json {
         let refusal = refusal.as_ref().map(ToString::to_string);
         return report::json(&json!({ "plan": fit, "vocabulary": sizes.vocabulary, "refused": refusal }));
@@ -196,7 +196,7 @@ fn on_cpus(config: &Config, sizes: &Sizes, ranks: usize, memory: Option<u64>, js
     let shares = sizes.shares(config, ranks);
     let stages: Vec<Held> = (0..=3).map(|stage| held(config, sizes, &shares, stage)).collect();
     let fits = |held: &Held| memory.map(|memory| held.peak() <= memory);
-    let refusal = check_ranks(config, ranks).err();
+    let refusal = check_ranks(sizes.spec, config, ranks).err();
     if json {
         let stages: Vec<_> = (0..).zip(&stages).map(|(stage, held)| held_json(stage, held, fits(held))).collect();
         let refusal = refusal.as_ref().map(ToString::to_string);

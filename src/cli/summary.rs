@@ -1,10 +1,14 @@
 //! What a configuration amounts to: parameters by part, sequence layout, the layers' attention.
 
 use crate::{
-    config::{Config, Task},
+    config::Config,
+    model::Modality,
     nn::pattern::Pattern,
     report,
-    train::sizes::Sizes,
+    train::{
+        sizes::{Part, Sizes},
+        tasks::Sequences,
+    },
 };
 use serde::Serialize;
 
@@ -17,24 +21,58 @@ pub struct Summary {
     codebook: usize,
     /// Height and width of the image in codes.
     grid: (usize, usize),
-    parameters: Vec<(&'static str, u64)>,
+    parameters: Vec<Part>,
     total: u64,
-    /// Positions of the two directions as (part, positions); empty for an image tokenizer.
-    text_to_image: Vec<(&'static str, usize)>,
-    image_to_text: Vec<(&'static str, usize)>,
+    sequences: Vec<Sequence>,
     /// What each layer's image queries see of the image.
     layers: Vec<&'static str>,
+}
+
+/// A kind of sequence that the model learns.
+#[derive(Serialize)]
+struct Sequence {
+    name: &'static str,
+    source: Vec<(&'static str, usize)>,
+    target_inputs: Vec<(&'static str, usize)>,
+    positions: usize,
+    predicted: usize,
+}
+
+impl Sequence {
+    fn new(Sequences { name, layout, .. }: &Sequences) -> Self {
+        let what = |modality| match modality {
+            Modality::Text => "text",
+            Modality::Image => "codes",
+        };
+        let target = layout.target();
+        Self {
+            name,
+            source: layout.sources().iter().map(|span| (what(span.modality), span.length)).collect(),
+            target_inputs: match target.modality {
+                Modality::Text => vec![("text but its last position", target.positions())],
+                Modality::Image => vec![("start of image", 1), ("codes but the last", target.length - 1)],
+            },
+            positions: layout.positions(),
+            predicted: layout.target_positions(),
+        }
+    }
+
+    fn text(&self) -> String {
+        let list = |parts: &[(&str, usize)]| {
+            parts.iter().map(|(part, n)| format!("{n} {part}")).collect::<Vec<_>>().join(" + ")
+        };
+        let (source, inputs) = (list(&self.source), list(&self.target_inputs));
+        format!("{}: {source} | {inputs} = {} positions, {} predicted", self.name, self.positions, self.predicted)
+    }
 }
 
 impl Summary {
     pub fn new(config: &Config, sizes: &Sizes) -> Self {
         let (tokenizer, grid) = (&sizes.tokenizer, sizes.tokenizer.grid());
-        let (vocabulary, parameters) = (sizes.vocabulary, sizes.parts(config));
+        let (vocabulary, parameters) = (sizes.vocabulary, sizes.parts());
         let vocabulary_from = if sizes.vocabulary_found { "counted" } else { "assumed: the file is not there" };
-        let (m, n) = (config.text.max_tokens, grid.0 * grid.1);
-        let generator = config.task == Task::Generator;
-        let only = |parts: Vec<(&'static str, usize)>| if generator { parts } else { Vec::new() };
-        let layers = (1..=config.model.layers).filter(|_| generator);
+        let sequences: Vec<Sequence> = sizes.spec.sequences(config, sizes).iter().map(Sequence::new).collect();
+        let layers = if sequences.is_empty() { 0 } else { config.model.layers };
         Self {
             vocabulary,
             vocabulary_from,
@@ -42,9 +80,8 @@ impl Summary {
             grid,
             total: parameters.iter().map(|(_, count)| count).sum(),
             parameters,
-            text_to_image: only(vec![("text", m), ("start of image", 1), ("codes but the last", n - 1)]),
-            image_to_text: only(vec![("codes", n), ("text but its last position", m - 1)]),
-            layers: layers.map(|layer| pattern_name(Pattern::of_layer(layer, &config.model))).collect(),
+            sequences,
+            layers: (1..=layers).map(|layer| pattern_name(Pattern::of_layer(layer, &config.model))).collect(),
         }
     }
 
@@ -67,11 +104,7 @@ impl Summary {
         report::result(
             "\nsequence: source | target inputs (source sees all of itself, a target the source and what is left of it)",
         );
-        report::result(format_args!("  text to image: {}", self.layout(&self.text_to_image, height * width)));
-        report::result(format_args!(
-            "  image to text: {}",
-            self.layout(&self.image_to_text, self.text_to_image[0].1 - 1)
-        ));
+        self.sequences.iter().for_each(|sequence| report::result(format_args!("  {}", sequence.text())));
         report::result("\nlayers:");
         for kind in ["row", "column", "conv", "dense"] {
             let numbers: Vec<String> =
@@ -80,12 +113,6 @@ impl Summary {
                 report::result(format_args!("  {kind} ({}): {}", numbers.len(), numbers.join(" ")));
             }
         }
-    }
-
-    fn layout(&self, parts: &[(&'static str, usize)], outputs: usize) -> String {
-        let total: usize = parts.iter().map(|(_, n)| n).sum();
-        let parts: Vec<String> = parts.iter().map(|(part, n)| format!("{n} {part}")).collect();
-        format!("{} | {} = {total} positions, {outputs} predicted", parts[0], parts[1..].join(" + "))
     }
 }
 

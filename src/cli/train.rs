@@ -2,7 +2,8 @@
 
 use super::{config::Source, plan, summary::Summary};
 use crate::{
-    config::{Config, Task},
+    bundle::DEMO_NAME,
+    config::Config,
     dist::Ranks,
     error::Result,
     report,
@@ -13,7 +14,7 @@ use crate::{
     },
 };
 use serde_json::json;
-use std::{num::NonZeroUsize, time::Duration};
+use std::{num::NonZeroUsize, path::Path, time::Duration};
 
 /// Train what the configuration's `task` says and write the results to runs/NAME
 #[derive(clap::Args)]
@@ -81,8 +82,8 @@ fn duration(text: &str) -> Result<Duration, String> {
 }
 
 fn dry_run(config: &Config, json: bool) -> Result<()> {
-    let summary = Summary::new(config, &Sizes::of(config)?);
-    let plan = train::plan(config)?;
+    let sizes = Sizes::of(config)?;
+    let (summary, plan) = (Summary::new(config, &sizes), train::plan(config, &sizes)?);
     if json {
         report::json(&json!({ "summary": summary, "plan": plan }));
     } else {
@@ -94,21 +95,18 @@ fn dry_run(config: &Config, json: bool) -> Result<()> {
 
 /// A dry run of any number of ranks on any machine.
 fn dry_run_of_ranks(config: &Config, ranks: usize, json: bool) -> Result<()> {
-    check_ranks(config, ranks)?;
     let sizes = Sizes::of(config)?;
+    check_ranks(sizes.spec, config, ranks)?;
     let summary = Summary::new(config, &sizes);
-    let (plan, missing) = train::plan_without(config)?;
+    let (plan, missing) = train::plan_without(config, &sizes)?;
     let mut absent: Vec<String> = missing.iter().map(|path| format!("data.sources: `{path}`")).collect();
-    if config.task == Task::Generator {
-        let named = |key: &str, value: &str| format!("{key}: `{value}`");
-        absent.extend((!sizes.vocabulary_found).then(|| named("text.vocab", &config.text.vocab)));
-        let tokenizer = named("image_tokenizer.path", &config.image_tokenizer.path);
-        absent.extend((!sizes.tokenizer_found).then_some(tokenizer));
-    }
+    let required = sizes.spec.files(config).into_iter().filter(|file| file.required);
+    let missing_files = required.filter(|file| file.path != DEMO_NAME && !Path::new(file.path).exists());
+    absent.extend(missing_files.map(|file| format!("{}: `{}`", file.key, file.path)));
     absent.iter().for_each(|what| report::warn(format_args!("{what} is not there")));
     let (shares, stage) = (sizes.shares(config, ranks), config.train.zero_stage);
     let held = held(config, &sizes, &shares, stage);
-    let batches = batches(config, ranks);
+    let batches = batches(&sizes, config, ranks);
     if json {
         let rank = plan::held_json(stage, &held, None);
         let batches: Vec<_> = batches
@@ -139,13 +137,10 @@ fn dry_run_of_ranks(config: &Config, ranks: usize, json: bool) -> Result<()> {
 }
 
 /// The smallest and the largest micro-batch of any rank, of each kind of batch.
-fn batches(config: &Config, ranks: usize) -> Vec<(&'static str, usize, usize)> {
-    let train = &config.train;
-    let generator = config.task == Task::Generator;
-    let all = [("train.batch_size", train.batch_size), ("train.caption_batch_size", train.caption_batch_size)];
-    let used = all.into_iter().filter(|(key, size)| *size > 0 && (generator || *key == "train.batch_size"));
+fn batches(sizes: &Sizes, config: &Config, ranks: usize) -> Vec<(&'static str, usize, usize)> {
+    let used = sizes.spec.batch_sizes(&config.train).into_iter().filter(|(_, size)| *size > 0);
     used.map(|(key, size)| {
-        let (least, most) = samples(size, ranks, train.accumulation);
+        let (least, most) = samples(size, ranks, config.train.accumulation);
         (key, least, most)
     })
     .collect()

@@ -81,6 +81,22 @@ pub struct Train {
 }
 
 impl Train {
+    /// Keys that a resumed run may change: no result of a finished step depends on them.
+    pub(super) const FREE_AT_RESUME: &[&str] = &[
+        "steps",
+        "activation_checkpointing",
+        "zero_stage",
+        "hsdp_shard_size",
+        "overlap",
+        "offload",
+        "rank_timeout",
+        "checkpoint_every",
+        "background_checkpoints",
+        "keep_checkpoints",
+        "sample_every",
+        "log_every",
+    ];
+
     /// Whether the parameter of this name stays as it is.
     pub fn freezes(&self, name: &str) -> bool {
         self.freeze.iter().any(|part| begins_with(name, part))

@@ -309,8 +309,8 @@ fn resize(pixels: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nn::params::Param;
     use crate::ops::testing::{hashed, values};
-    use candle_core::Var;
     use std::collections::HashMap;
 
     /// Against pytorch-fid (scripts/golden_inception.py).
@@ -319,7 +319,7 @@ mod tests {
         let golden = weights::parse(include_bytes!("../../tests/golden/inception.safetensors"), "golden")?;
         let fresh = Scope::from_seed(0, DType::F32, &Device::Cpu);
         Inception::new(&fresh)?;
-        let weight = |(name, var): (String, Var)| {
+        let weight = |(name, var): (String, Param)| {
             let dims = var.dims();
             let tensor = match name.rsplit('.').next() {
                 Some("running_var") => (hashed(&name, dims, 0.4).abs()? + 1.0)?,

@@ -5,7 +5,7 @@
 //! buffers. A change there wants the same change here.
 
 use super::{manual::ROWS, sequence::Layout};
-use crate::config::Config;
+use crate::{config::Config, nn::block::BlockLayers};
 
 /// A micro-batch of one list of spans.
 #[derive(Debug, Clone)]
@@ -81,27 +81,30 @@ impl Micro {
     /// What a block keeps for its backward pass beside its input.
     fn block_saved(&self, config: &Config) -> u64 {
         let model = &config.model;
-        let branches = if model.sandwich_norm { 2 } else { 0 };
+        let block = BlockLayers::of(model);
+        // The outputs of qkv and fc1, the input of proj, the stream between the branches, branches before their last norm.
+        let branches = if block.post.is_some() { 2 * model.hidden } else { 0 };
+        let width = block.qkv.outputs + block.proj.inputs + model.hidden + block.fc1.outputs + branches;
         let log_sums = self.positions() * model.heads as u64 * 4;
-        (5 + branches + model.mlp_ratio as u64) * self.stream(config) + log_sums
+        self.positions() * width as u64 * self.bytes + log_sums
     }
 
     /// A block's moments; `held` are the inputs of the segments up to it and what those before it saved.
     fn block(&self, config: &Config, segment: usize, held: u64) -> Vec<Moment> {
         let model = &config.model;
         let (stream, ratio) = (self.stream(config), model.mlp_ratio as u64);
-        let square = (model.hidden * model.hidden) as u64;
+        let [qkv, proj, fc1, fc2] = BlockLayers::of(model).linears().map(|linear| linear.weight() as u64);
         let normed = if model.qk_norm { 3 } else { 0 };
         let branches = if model.sandwich_norm { 2 } else { 0 };
         let saved = self.block_saved(config);
         // Each with the gradient of the block's output, one hidden size a position.
         let widths = [
-            (saved + (2 + normed + ratio) * stream, 0, ratio * square), // forward (again): normed qkv, gelu, y
-            (saved + (1 + 2 * ratio) * stream, ratio * square, ratio * square), // gelu and its gradient
-            ((8 + branches + ratio) * stream, 2 * ratio * square, ratio * square), // behind the second norm
+            (saved + (2 + normed + ratio) * stream, 0, fc1.max(fc2)), // forward (again): normed qkv, gelu, y
+            (saved + (1 + 2 * ratio) * stream, fc2, fc2),             // gelu and its gradient
+            ((8 + branches + ratio) * stream, fc2 + fc1, fc1),        // behind the second norm
             // Attention: qkv, output, dmiddle, doutput, dqkv; the norms of queries and keys want copies.
-            ((10 + 2 * normed) * stream, (2 * ratio + 1) * square, 0),
-            (7 * stream, u64::MAX, 3 * square),
+            ((10 + 2 * normed) * stream, fc2 + fc1 + proj, 0),
+            (7 * stream, u64::MAX, qkv),
         ];
         let pass = widths.into_iter().map(|(bytes, gradients, packed)| {
             let packed = self.copied * packed;

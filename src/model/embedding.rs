@@ -30,7 +30,7 @@ pub struct Embedding {
 impl Embedding {
     pub fn new(scope: &Scope, config: &Config, vocab_size: usize, codebook_size: usize, grid: Grid) -> Result<Self> {
         let hidden = config.model.hidden;
-        let table = |name: &str, rows: usize| scope.at(name).get("weight", (rows, hidden), Init::Normal(0.02));
+        let table = |name: &str, rows: usize| scope.at(name).table("weight", (rows, hidden), Init::Normal(0.02));
         Ok(Self {
             text: table("text_embedding", vocab_size)?,
             text_position: table("text_position", config.text.max_tokens)?,

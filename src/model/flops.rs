@@ -1,10 +1,10 @@
 //! Floating-point operations of the useful work: two for each multiplication with its addition in matrix products,
 //! convolutions and attention over visible keys; nothing else counts.
 
-use super::{Layout, size};
+use super::Layout;
 use crate::{
     config::{Architecture, ImageTokenizer, Model},
-    nn::pattern::Pattern,
+    nn::{block::BlockLayers, pattern::Pattern},
     ops::attention::KeyRanges,
 };
 use std::sync::Arc;
@@ -25,7 +25,7 @@ pub fn sequence(model: &Model, layout: &Layout, outputs: usize) -> f64 {
 
 /// One block over one sequence, forward.
 pub fn block(model: &Model, layout: &Layout, pattern: Pattern) -> f64 {
-    let weights = model.hidden * model.hidden * (4 + 2 * model.mlp_ratio);
+    let weights: usize = BlockLayers::of(model).linears().iter().map(|linear| linear.weight()).sum();
     2.0 * (weights * layout.positions()) as f64 + attention(model.hidden, &keys(layout, pattern))
 }
 
@@ -45,7 +45,7 @@ pub fn tokenizer(config: &ImageTokenizer, batch: usize) -> f64 {
     if config.architecture == Architecture::Dvae {
         let side = config.grid().0;
         let codebook = conv(config.codebook_size, config.code_dim, 1, side);
-        let convolutions = size::dvae_convolutions(config)
+        let convolutions = dvae_convolutions(config)
             .into_iter()
             .flatten()
             .map(|c| conv(c.inputs as usize, c.outputs as usize, c.kernel as usize, c.side as usize));
@@ -75,6 +75,46 @@ pub fn tokenizer(config: &ImageTokenizer, batch: usize) -> f64 {
     }
     let nearest = conv(config.code_dim, config.codebook_size, 1, lowest); // has no gradient
     batch as f64 * (3.0 * total + nearest)
+}
+
+/// A convolution that keeps the side.
+struct Convolution {
+    inputs: u64,
+    outputs: u64,
+    kernel: u64,
+    side: u64,
+}
+
+/// Those of a dVAE's encoder and decoder; the decoder's first is the codebook and not among them.
+fn dvae_convolutions(config: &ImageTokenizer) -> [Vec<Convolution>; 2] {
+    let widths = level_channels(config);
+    let side = |level: usize| (config.image_size >> level) as u64;
+    let last = widths.len().saturating_sub(1);
+    let group = |convs: &mut Vec<Convolution>, inputs: &mut u64, level: usize, kernels: [u64; 4]| {
+        let (outputs, side) = (widths[level], side(level));
+        for _ in 0..config.residual_blocks {
+            let sizes = [*inputs, outputs / 4, outputs / 4, outputs / 4, outputs];
+            let path =
+                (0..4).map(|i| Convolution { inputs: sizes[i], outputs: sizes[i + 1], kernel: kernels[i], side });
+            convs.extend(path);
+            if *inputs != outputs {
+                convs.push(Convolution { inputs: *inputs, outputs, kernel: 1, side });
+            }
+            *inputs = outputs;
+        }
+    };
+    let mut inputs = config.channels as u64;
+    let mut encoder = vec![Convolution { inputs: 3, outputs: inputs, kernel: 7, side: side(0) }];
+    (0..widths.len()).for_each(|level| group(&mut encoder, &mut inputs, level, [3, 3, 3, 1]));
+    encoder.push(Convolution { inputs, outputs: config.codebook_size as u64, kernel: 1, side: side(last) });
+    let (mut decoder, mut inputs) = (Vec::new(), config.code_dim as u64);
+    (0..widths.len()).rev().for_each(|level| group(&mut decoder, &mut inputs, level, [1, 3, 3, 3]));
+    decoder.push(Convolution { inputs, outputs: 6, kernel: 1, side: side(0) });
+    [encoder, decoder]
+}
+
+fn level_channels(config: &ImageTokenizer) -> Vec<u64> {
+    config.channel_multipliers.iter().map(|m| (m * config.channels) as u64).collect()
 }
 
 fn conv(input: usize, output: usize, kernel: usize, side: usize) -> f64 {

@@ -7,11 +7,9 @@ mod embedding;
 pub mod flops;
 mod head;
 mod layer;
-pub mod listing;
 mod manual;
 mod segments;
 mod sequence;
-pub mod size;
 mod transformer;
 
 pub use batch::{Batch, Tokens};

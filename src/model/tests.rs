@@ -323,8 +323,6 @@ fn parameters_have_the_documented_names() -> Result<()> {
     expected.extend(pairs(&attention).iter().map(|name| format!("blocks.0.attention.{name}")));
     expected.sort();
     assert_eq!(params.keys().cloned().collect::<Vec<_>>(), expected);
-    let counted: u64 = size::generator(&case.config, VOCAB, CODEBOOK, case.grid).iter().map(|part| part.1).sum();
-    assert_eq!(params.values().map(|var| var.elem_count() as u64).sum::<u64>(), counted);
     // The segments share the parameters out without rest or overlap.
     let mut shared: Vec<String> = generator.segments().iter().flat_map(|s| s.params().keys().cloned()).collect();
     shared.sort();

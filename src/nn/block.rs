@@ -14,48 +14,112 @@ use crate::{
 use candle_core::Tensor;
 use std::sync::Arc;
 
-/// A pre-LN block: `x + attention(norm1(x))`, then `x + mlp(norm2(x))`.
-pub struct Block {
-    pub(super) norm1: LayerNorm,
-    pub(super) qkv: Linear,
-    pub(super) proj: Linear,
+/// The layers of a pre-LN block: `x + attention(norm1(x))`, then `x + mlp(norm2(x))`. This is the one description of
+/// a block; `N` is a LayerNorm and `L` a linear layer, as sizes, as parameters or packed for decoding.
+pub struct BlockLayers<N, L> {
+    pub norm1: N,
+    pub qkv: L,
+    pub proj: L,
     /// LayerNorms on each head's queries and keys, shared by the heads (arXiv 2405.09818).
-    pub(super) qk_norm: Option<(LayerNorm, LayerNorm)>,
-    pub(super) norm2: LayerNorm,
-    pub(super) fc1: Linear,
-    pub(super) fc2: Linear,
+    pub qk_norm: Option<(N, N)>,
+    pub norm2: N,
+    pub fc1: L,
+    pub fc2: L,
     /// LayerNorms at the end of the two residual branches (sandwich-LN, arXiv 2105.13290).
-    pub(super) post: Option<(LayerNorm, LayerNorm)>,
+    pub post: Option<(N, N)>,
+}
+
+/// The size of a linear layer.
+#[derive(Debug, Clone, Copy)]
+pub struct LinearSize {
+    pub inputs: usize,
+    pub outputs: usize,
+    /// Matrices that its weight consists of.
+    pub stacked: usize,
+    /// Whether it writes into the residual stream.
+    pub residual: bool,
+}
+
+impl LinearSize {
+    /// Elements of its weight.
+    pub fn weight(&self) -> usize {
+        self.inputs * self.outputs
+    }
+}
+
+impl BlockLayers<usize, LinearSize> {
+    /// The sizes of each block of this model.
+    pub fn of(model: &config::Model) -> Self {
+        let config::Model { hidden, heads, mlp_ratio, .. } = *model;
+        let inner = hidden * mlp_ratio;
+        let head = hidden / heads.max(1);
+        let linear = |inputs, outputs| LinearSize { inputs, outputs, stacked: 1, residual: false };
+        Self {
+            norm1: hidden,
+            qkv: LinearSize { stacked: 3, ..linear(hidden, 3 * hidden) },
+            proj: LinearSize { residual: true, ..linear(hidden, hidden) },
+            qk_norm: model.qk_norm.then_some((head, head)),
+            norm2: hidden,
+            fc1: linear(hidden, inner),
+            fc2: LinearSize { residual: true, ..linear(inner, hidden) },
+            post: model.sandwich_norm.then_some((hidden, hidden)),
+        }
+    }
+}
+
+impl<N, L> BlockLayers<N, L> {
+    /// The same layers in another form; both functions also get the layer's name within the block.
+    ///
+    /// # Errors
+    /// Those of the functions.
+    pub fn try_map<M, K>(
+        &self,
+        norm: impl Fn(&str, &N) -> Result<M>,
+        linear: impl Fn(&str, &L) -> Result<K>,
+    ) -> Result<BlockLayers<M, K>> {
+        let norms = |names: [&str; 2], norms: &Option<(N, N)>| -> Result<Option<(M, M)>> {
+            norms.as_ref().map(|(a, b)| Ok((norm(names[0], a)?, norm(names[1], b)?))).transpose()
+        };
+        Ok(BlockLayers {
+            norm1: norm("norm1", &self.norm1)?,
+            qkv: linear("attention.qkv", &self.qkv)?,
+            proj: linear("attention.proj", &self.proj)?,
+            qk_norm: norms(["attention.q_norm", "attention.k_norm"], &self.qk_norm)?,
+            norm2: norm("norm2", &self.norm2)?,
+            fc1: linear("mlp.fc1", &self.fc1)?,
+            fc2: linear("mlp.fc2", &self.fc2)?,
+            post: norms(["norm1_post", "norm2_post"], &self.post)?,
+        })
+    }
+
+    /// The linear layers in the order of the forward pass.
+    pub fn linears(&self) -> [&L; 4] {
+        [&self.qkv, &self.proj, &self.fc1, &self.fc2]
+    }
+}
+
+/// A transformer block with its parameters.
+pub struct Block {
+    pub layers: BlockLayers<LayerNorm, Linear>,
     heads: usize,
 }
 
 impl Block {
+    /// # Errors
+    /// The hidden size is not a multiple of the heads, or a checkpoint lacks a parameter.
     pub fn new(scope: &Scope, model: &config::Model) -> Result<Self> {
-        let config::Model { hidden, heads, layers, mlp_ratio, .. } = *model;
+        let config::Model { hidden, heads, layers, .. } = *model;
         ensure!(heads > 0 && hidden % heads == 0, "hidden size {hidden} is not a multiple of {heads} heads");
-        let (attention, mlp) = (scope.at("attention"), scope.at("mlp"));
-        let inner = hidden * mlp_ratio;
         // Branches that write into the residual stream start smaller, so that its variance does not grow with depth.
         let (std, residual_std) = (0.02, 0.02 / (2.0 * layers as f64).sqrt());
-        let norm = |scope: &Scope, name: &str, size| LayerNorm::new(&scope.at(name), size);
-        let head = hidden / heads;
-        Ok(Self {
-            norm1: norm(scope, "norm1", hidden)?,
-            qkv: Linear::with_matmul_weight(&attention.at("qkv"), hidden, 3 * hidden, std)?,
-            proj: Linear::with_matmul_weight(&attention.at("proj"), hidden, hidden, residual_std)?,
-            qk_norm: match model.qk_norm {
-                true => Some((norm(&attention, "q_norm", head)?, norm(&attention, "k_norm", head)?)),
-                false => None,
+        let layers = BlockLayers::of(model).try_map(
+            |name, size| LayerNorm::new(&scope.at(name), *size),
+            |name, size| {
+                let std = if size.residual { residual_std } else { std };
+                Linear::in_block(&scope.at(name), [size.inputs, size.outputs], std, size.stacked)
             },
-            norm2: norm(scope, "norm2", hidden)?,
-            fc1: Linear::with_matmul_weight(&mlp.at("fc1"), hidden, inner, std)?,
-            fc2: Linear::with_matmul_weight(&mlp.at("fc2"), inner, hidden, residual_std)?,
-            post: match model.sandwich_norm {
-                true => Some((norm(scope, "norm1_post", hidden)?, norm(scope, "norm2_post", hidden)?)),
-                false => None,
-            },
-            heads,
-        })
+        )?;
+        Ok(Self { layers, heads })
     }
 
     /// Attention heads.
@@ -89,23 +153,23 @@ impl Block {
         attend: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let (b, l, hidden) = x.dims3()?;
-        let qkv = self.qkv.forward_in(precision, &self.norm1.forward(x)?)?;
+        let qkv = self.layers.qkv.forward_in(precision, &self.layers.norm1.forward(x)?)?;
         let qkv = self.normed(qkv.reshape((b, l, 3, self.heads, hidden / self.heads))?)?;
-        let mut branch = self.proj.forward_in(precision, &attend(&qkv)?)?;
-        if let Some((post, _)) = &self.post {
+        let mut branch = self.layers.proj.forward_in(precision, &attend(&qkv)?)?;
+        if let Some((post, _)) = &self.layers.post {
             branch = post.forward(&branch)?;
         }
         let x = (x + branch)?;
-        let mut branch = self.fc1.forward_in(precision, &self.norm2.forward(&x)?)?;
-        branch = self.fc2.forward_in(precision, &ops::gelu(&branch)?)?;
-        if let Some((_, post)) = &self.post {
+        let mut branch = self.layers.fc1.forward_in(precision, &self.layers.norm2.forward(&x)?)?;
+        branch = self.layers.fc2.forward_in(precision, &ops::gelu(&branch)?)?;
+        if let Some((_, post)) = &self.layers.post {
             branch = post.forward(&branch)?;
         }
         Ok((x + branch)?)
     }
 
     fn normed(&self, qkv: Tensor) -> Result<Tensor> {
-        let Some((q_norm, k_norm)) = &self.qk_norm else { return Ok(qkv) };
+        let Some((q_norm, k_norm)) = &self.layers.qk_norm else { return Ok(qkv) };
         let part = |i| qkv.narrow(2, i, 1)?.contiguous();
         let (q, k, v) = (part(0)?, part(1)?, part(2)?);
         Ok(Tensor::cat(&[q_norm.forward(&q)?, k_norm.forward(&k)?, v], 2)?)

@@ -44,15 +44,15 @@ impl Block {
         keys: &KeyRanges,
         sizes: Sizes,
     ) -> Result<(Vec<f32>, Activations)> {
-        let qkv = self.qkv.manual(precision, &self.norm1.manual(x)?, None)?;
+        let qkv = self.layers.qkv.manual(precision, &self.layers.norm1.manual(x)?, None)?;
         let normed = self.normed_manual(&qkv, sizes)?;
         let (attended, log_sums) = attention::forward_saved(normed.as_deref().unwrap_or(&qkv), keys, sizes);
-        let (norm1_post, norm2_post) = self.post.as_ref().map(|(a, b)| (a, b)).unzip();
+        let (norm1_post, norm2_post) = self.layers.post.as_ref().map(|(a, b)| (a, b)).unzip();
         let residual = norm1_post.is_none().then_some(x);
-        let (middle, branch1) = close(self.proj.manual(precision, &attended, residual)?, norm1_post, x)?;
-        let (inner, activated) = self.fc1.manual_gelu(precision, &self.norm2.manual(&middle)?)?;
+        let (middle, branch1) = close(self.layers.proj.manual(precision, &attended, residual)?, norm1_post, x)?;
+        let (inner, activated) = self.layers.fc1.manual_gelu(precision, &self.layers.norm2.manual(&middle)?)?;
         let residual = norm2_post.is_none().then_some(middle.as_slice());
-        let (y, branch2) = close(self.fc2.manual(precision, &activated, residual)?, norm2_post, &middle)?;
+        let (y, branch2) = close(self.layers.fc2.manual(precision, &activated, residual)?, norm2_post, &middle)?;
         Ok((y, Activations { qkv, attended, log_sums, branch1, middle, inner, branch2 }))
     }
 
@@ -67,39 +67,40 @@ impl Block {
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
         let Activations { qkv, attended, log_sums, branch1, middle, inner, branch2 } = saved;
-        let (norm1_post, norm2_post) = self.post.as_ref().map(|(a, b)| (a, b)).unzip();
+        let (norm1_post, norm2_post) = self.layers.post.as_ref().map(|(a, b)| (a, b)).unzip();
 
         let dbranch = open(norm2_post, branch2, dy, gradients)?;
         let dbranch = dbranch.as_deref().unwrap_or(dy);
         let activated = gelu::forward(&inner);
-        let dactivated = self.fc2.manual_backward(precision, &activated, dbranch, gradients)?;
+        let dactivated = self.layers.fc2.manual_backward(precision, &activated, dbranch, gradients)?;
         drop(activated);
         let dinner = gelu::backward(&inner, &dactivated);
         drop((inner, dactivated));
-        let dnormed = self.fc1.manual_backward(precision, &self.norm2.manual(&middle)?, &dinner, gradients)?;
+        let dnormed =
+            self.layers.fc1.manual_backward(precision, &self.layers.norm2.manual(&middle)?, &dinner, gradients)?;
         drop(dinner);
-        let mut dmiddle = self.norm2.manual_backward(&middle, &dnormed, gradients)?;
+        let mut dmiddle = self.layers.norm2.manual_backward(&middle, &dnormed, gradients)?;
         slices::add(&mut dmiddle, dy);
         drop((middle, dnormed));
 
         let dbranch = open(norm1_post, branch1, &dmiddle, gradients)?;
         let dbranch = dbranch.as_deref().unwrap_or(&dmiddle);
-        let dattended = self.proj.manual_backward(precision, &attended, dbranch, gradients)?;
+        let dattended = self.layers.proj.manual_backward(precision, &attended, dbranch, gradients)?;
         let normed = self.normed_manual(&qkv, sizes)?;
         let (saved, queried) = ((attended.as_slice(), log_sums.as_slice()), normed.as_deref().unwrap_or(&qkv));
         let dqkv = attention::backward_saved(queried, saved, &dattended, keys, sizes);
         let dqkv = self.normed_backward(&qkv, dqkv, sizes, gradients)?;
         drop((qkv, normed, attended, dattended));
-        let dnormed = self.qkv.manual_backward(precision, &self.norm1.manual(x)?, &dqkv, gradients)?;
+        let dnormed = self.layers.qkv.manual_backward(precision, &self.layers.norm1.manual(x)?, &dqkv, gradients)?;
         drop(dqkv);
-        let mut dx = self.norm1.manual_backward(x, &dnormed, gradients)?;
+        let mut dx = self.layers.norm1.manual_backward(x, &dnormed, gradients)?;
         slices::add(&mut dx, &dmiddle);
         Ok(dx)
     }
 
     /// qkv with its queries and keys normed, where the block does that.
     fn normed_manual(&self, qkv: &[f32], sizes: Sizes) -> Result<Option<Vec<f32>>> {
-        let Some((q_norm, k_norm)) = &self.qk_norm else { return Ok(None) };
+        let Some((q_norm, k_norm)) = &self.layers.qk_norm else { return Ok(None) };
         let mut normed = qkv.to_vec();
         for (part, norm) in [q_norm, k_norm].into_iter().enumerate() {
             put_part(&mut normed, &norm.manual(&take_part(qkv, part, sizes))?, part, sizes);
@@ -115,7 +116,7 @@ impl Block {
         sizes: Sizes,
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
-        let Some((q_norm, k_norm)) = &self.qk_norm else { return Ok(dqkv) };
+        let Some((q_norm, k_norm)) = &self.layers.qk_norm else { return Ok(dqkv) };
         for (part, norm) in [q_norm, k_norm].into_iter().enumerate() {
             let dy = take_part(&dqkv, part, sizes);
             let dx = norm.manual_backward(&take_part(qkv, part, sizes), &dy, gradients)?;

@@ -26,15 +26,25 @@ impl Linear {
         Self::of(scope, weight, outputs)
     }
 
-    /// The same with a weight that is kept in the scope's precision.
-    pub fn with_matmul_weight(scope: &Scope, inputs: usize, outputs: usize, std: f64) -> Result<Self> {
-        let weight = scope.matmul_weight("weight", (outputs, inputs), Init::Normal(std))?;
+    /// The same for a layer of a transformer block, whose weight is `stacked` matrices ([`Scope::block_matrices`]).
+    pub fn in_block(scope: &Scope, [inputs, outputs]: [usize; 2], std: f64, stacked: usize) -> Result<Self> {
+        let weight = scope.block_matrices("weight", (outputs, inputs), Init::Normal(std), stacked)?;
         Self::of(scope, weight, outputs)
     }
 
     fn of(scope: &Scope, weight: Tensor, outputs: usize) -> Result<Self> {
         let bias = scope.get("bias", outputs, Init::Zeros)?;
         Ok(Self { name: scope.name().to_owned(), weight, bias })
+    }
+
+    /// (outputs, inputs)
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// (outputs)
+    pub fn bias(&self) -> &Tensor {
+        &self.bias
     }
 
     /// Size of the last dimension of what comes out.

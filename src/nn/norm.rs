@@ -28,6 +28,16 @@ impl LayerNorm {
         Ok(Self { name: scope.name().to_owned(), weight, bias })
     }
 
+    /// The scale, (size).
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// The shift, (size).
+    pub fn bias(&self) -> &Tensor {
+        &self.bias
+    }
+
     /// (.., size) → (.., size).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::layer_norm(x, &self.weight, &self.bias, Self::EPS)

@@ -13,11 +13,41 @@ use std::{
     cell::RefCell,
     collections::{BTreeMap, HashMap},
     fmt::Display,
+    ops::Deref,
     rc::Rc,
 };
 
-/// Trainable tensors by full name, in order of name.
-pub type Params = BTreeMap<String, Var>;
+/// Parameters by full name, in order of name.
+pub type Params = BTreeMap<String, Param>;
+
+/// A variable, and how training treats it.
+#[derive(Debug, Clone)]
+pub struct Param {
+    pub var: Var,
+    pub attributes: Attributes,
+}
+
+impl Deref for Param {
+    type Target = Var;
+
+    fn deref(&self) -> &Var {
+        &self.var
+    }
+}
+
+/// How training treats a parameter. The layer that makes the parameter decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Attributes {
+    /// Decoupled weight decay applies: to matrices and convolutions, not to biases, norms, embeddings and codebooks.
+    pub weight_decay: bool,
+    /// The matrices stacked along the first dimension, if this is the weight of a linear layer in a transformer block
+    /// (query, key and value: 3). Muon can update these, and such a layer rounds its weight to the compute precision.
+    pub block_matrices: Option<usize>,
+    /// Statistics that are updated by formula, such as those of an EMA codebook, have no gradient.
+    pub requires_grad: bool,
+    /// Its gradient is part of the global norm and is clipped. A discriminator, which has a loss of its own, is left out.
+    pub clipped: bool,
+}
 
 /// How a fresh parameter is filled.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -71,6 +101,7 @@ struct Store {
 pub struct Scope {
     store: Rc<RefCell<Store>>,
     prefix: String,
+    clipped: bool,
 }
 
 impl Scope {
@@ -101,10 +132,15 @@ impl Scope {
     fn new(origin: Origin, dtype: DType, device: &Device) -> Self {
         let (device, precision) = (device.clone(), Precision::F32);
         let store = Store { origin, dtype, device, precision, params: Params::new() };
-        Self { store: Rc::new(RefCell::new(store)), prefix: String::new() }
+        Self { store: Rc::new(RefCell::new(store)), prefix: String::new(), clipped: true }
     }
 
-    /// The same for layers that multiply in `precision`. Their [`Scope::matmul_weight`]s are kept in it.
+    /// The same for parameters with a loss of their own: their gradients are neither part of the global norm nor clipped.
+    pub fn without_clipping(self) -> Self {
+        Self { clipped: false, ..self }
+    }
+
+    /// The same for layers that multiply in `precision`. [`Scope::block_matrices`] are stored in it.
     pub fn in_precision(self, precision: Precision) -> Self {
         self.store.borrow_mut().precision = precision;
         self
@@ -117,7 +153,7 @@ impl Scope {
 
     /// The scope `name` below this one.
     pub fn at(&self, name: impl Display) -> Self {
-        Self { store: self.store.clone(), prefix: self.full_name(name) }
+        Self { prefix: self.full_name(name), ..self.clone() }
     }
 
     /// Where parameters lie.
@@ -135,25 +171,54 @@ impl Scope {
     }
 
     /// The parameter `name` of this scope with the given shape. The tensor shares its storage with the
-    /// variable that the optimizer updates.
+    /// variable that the optimizer updates. Weight decay applies if it has two dimensions or more.
     ///
     /// # Errors
     /// A checkpoint lacks it or holds it in another shape.
     pub fn get(&self, name: &str, shape: impl Into<Shape>, init: Init) -> Result<Tensor> {
-        let dtype = self.store.borrow().dtype;
-        self.get_as(dtype, name, shape.into(), init)
+        let shape = shape.into();
+        let attributes = Attributes { weight_decay: shape.rank() >= 2, ..self.attributes() };
+        self.make(name, shape, init, self.dtype(), attributes)
     }
 
-    /// The same of a parameter that nothing reads but products, and that is kept as they want it.
+    /// The same for the rows of an embedding, of positions or of a codebook: without weight decay.
     ///
     /// # Errors
     /// As [`Scope::get`].
-    pub fn matmul_weight(&self, name: &str, shape: impl Into<Shape>, init: Init) -> Result<Tensor> {
-        let dtype = ops::matmul_weight_dtype(self.precision()).unwrap_or(self.store.borrow().dtype);
-        self.get_as(dtype, name, shape.into(), init)
+    pub fn table(&self, name: &str, shape: impl Into<Shape>, init: Init) -> Result<Tensor> {
+        self.make(name, shape.into(), init, self.dtype(), self.attributes())
     }
 
-    fn get_as(&self, dtype: DType, name: &str, shape: Shape, init: Init) -> Result<Tensor> {
+    /// The same for what is updated by formula and not by gradients.
+    ///
+    /// # Errors
+    /// As [`Scope::get`].
+    pub fn statistics(&self, name: &str, shape: impl Into<Shape>, init: Init) -> Result<Tensor> {
+        let attributes = Attributes { requires_grad: false, ..self.attributes() };
+        self.make(name, shape.into(), init, self.dtype(), attributes)
+    }
+
+    /// The same for `stacked` matrices of a transformer block, which only matrix products read: on a device they are
+    /// stored in the scope's precision.
+    ///
+    /// # Errors
+    /// As [`Scope::get`].
+    pub fn block_matrices(&self, name: &str, shape: (usize, usize), init: Init, stacked: usize) -> Result<Tensor> {
+        let dtype = ops::matmul_weight_dtype(self.precision()).unwrap_or(self.dtype());
+        let attributes = Attributes { weight_decay: true, block_matrices: Some(stacked), ..self.attributes() };
+        self.make(name, shape.into(), init, dtype, attributes)
+    }
+
+    /// Those of a parameter of this scope without weight decay.
+    fn attributes(&self) -> Attributes {
+        Attributes { weight_decay: false, block_matrices: None, requires_grad: true, clipped: self.clipped }
+    }
+
+    fn dtype(&self) -> DType {
+        self.store.borrow().dtype
+    }
+
+    fn make(&self, name: &str, shape: Shape, init: Init, dtype: DType, attributes: Attributes) -> Result<Tensor> {
         let name = self.full_name(name);
         let mut store = self.store.borrow_mut();
         let device = store.device.clone();
@@ -175,7 +240,8 @@ impl Scope {
             }
         };
         let tensor = var.as_tensor().clone();
-        ensure!(store.params.insert(name.clone(), var).is_none(), "parameter `{name}` is defined twice");
+        let param = Param { var, attributes };
+        ensure!(store.params.insert(name.clone(), param).is_none(), "parameter `{name}` is defined twice");
         Ok(tensor)
     }
 
@@ -184,7 +250,7 @@ impl Scope {
         let store = self.store.borrow();
         let below =
             |name: &str| self.prefix.is_empty() || name.strip_prefix(&self.prefix).is_some_and(|r| r.starts_with('.'));
-        store.params.iter().filter(|(name, _)| below(name)).map(|(name, var)| (name.clone(), var.clone())).collect()
+        store.params.iter().filter(|(name, _)| below(name)).map(|(name, param)| (name.clone(), param.clone())).collect()
     }
 
     /// Checks that a checkpoint held nothing that no layer asked for.

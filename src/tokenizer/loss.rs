@@ -79,7 +79,7 @@ impl Loss {
             all.perceptual = Some((network, config.perceptual_weight, config.perceptual_start));
         }
         if config.adversarial_weight > 0.0 {
-            let scope = scope.at(discriminator::SCOPE);
+            let scope = scope.at(discriminator::SCOPE).without_clipping();
             all.gan_loss = Some(GanLoss {
                 discriminator: Discriminator::new(&scope, config)?,
                 params: scope.params(),

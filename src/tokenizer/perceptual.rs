@@ -124,6 +124,7 @@ fn direction(x: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::nn::params::Param;
     use crate::ops::testing::{hashed, values};
     use candle_core::Var;
     use std::collections::{BTreeMap, HashMap};
@@ -132,7 +133,7 @@ pub(super) mod tests {
     pub fn hashed_weights() -> Result<HashMap<String, Tensor>> {
         let scope = Scope::empty_from_seed(0, &Device::Cpu);
         Perceptual::new(&scope)?;
-        let weight = |(name, var): (String, Var)| {
+        let weight = |(name, var): (String, Param)| {
             let shape = var.dims();
             let tensor = match shape {
                 _ if name.starts_with("lin") => hashed(&name, shape, 0.2).abs()?,

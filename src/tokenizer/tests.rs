@@ -5,10 +5,14 @@ use super::{
 use crate::{
     config,
     error::Context,
-    nn::{params::Params, segment::Autograd, weights},
+    nn::{
+        params::{Param, Params},
+        segment::Autograd,
+        weights,
+    },
     ops::testing::values,
 };
-use candle_core::{DType, Device, Var, backprop::GradStore};
+use candle_core::{DType, Device, backprop::GradStore};
 use std::collections::HashMap;
 
 const GOLDEN: &[u8] = include_bytes!("../../tests/golden/taming_vqgan.safetensors");
@@ -260,7 +264,7 @@ fn a_step_along_the_gradient_helps() -> Result<()> {
     let (tokenizer, scope) = fresh(&golden_config())?;
     let pixels = Tensor::rand(-1f32, 1.0, (2, 16, 16, 3), &Device::Cpu)?;
     let (before, gradients, _) = train_step(&tokenizer, &PixelBatch::new(pixels.clone(), 1.0))?;
-    let moved = |var: &Var| -> Result<()> {
+    let moved = |var: &Param| -> Result<()> {
         let gradient = gradients.get(var.as_tensor()).context("a gradient")?;
         Ok(var.set(&(var.as_tensor().detach() - (gradient * 1e-3)?)?)?)
     };

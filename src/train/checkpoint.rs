@@ -228,30 +228,6 @@ pub fn set_aside_after(folder: &Path, step: u64) -> Result<()> {
     Ok(())
 }
 
-/// Keys that a resumed run may change: they move no number of the steps already done.
-const FREE: [&str; 19] = [
-    "name",
-    "data.prefetch",
-    "data.workers",
-    "data.max_bad_ratio",
-    "train.steps",
-    "train.activation_checkpointing",
-    "train.zero_stage",
-    "train.hsdp_shard_size",
-    "train.overlap",
-    "train.offload",
-    "train.rank_timeout",
-    "train.checkpoint_every",
-    "train.background_checkpoints",
-    "train.keep_checkpoints",
-    "train.sample_every",
-    "train.log_every",
-    // Their digests are compared.
-    "text.vocab",
-    "sample",
-    "image_tokenizer.path",
-];
-
 impl Loaded {
     /// The tensors.
     pub fn tensors(&self) -> Result<Stored> {
@@ -322,7 +298,7 @@ fn difference(prefix: &str, was: &serde_json::Value, is: &serde_json::Value) -> 
     let missing = serde_json::Value::Null;
     keys.into_iter().find_map(|key| {
         let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
-        if FREE.contains(&name.as_str()) {
+        if Config::is_free_at_resume(&name) {
             return None;
         }
         if name == "data.sources" && weights(a.get(key)) == weights(b.get(key)) {

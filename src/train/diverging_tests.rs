@@ -6,6 +6,7 @@ use super::{
     *,
 };
 use crate::config::{LossReduction, MatrixOptimizer, Precision};
+use serde_json::Value;
 use std::{collections::BTreeSet, fs};
 
 fn live(parent: &Path, config: &Config, event: Option<(u64, Event)>) -> Result<()> {
@@ -154,6 +155,6 @@ fn the_paper_s_loss_is_the_sum_over_a_sequence() {
 fn a_codebook_s_average_starts_at_the_first_update() {
     let folder = tempfile::tempdir().unwrap();
     let config = tokenizer_config(folder.path());
-    let task = image_tokenizer::ImageTokenizerTask::new(&config, &Group::alone()).unwrap();
+    let task = tasks::ImageTokenizerTask::new(&config, &Group::alone()).unwrap();
     assert_eq!(task.state()["averaging"], false);
 }

@@ -130,13 +130,12 @@ pub(super) mod tests {
         dist::{Group, launch},
         nn::{
             gradients::{Gradients, check_complete},
-            params::{Init, Params, Scope},
+            params::{Attributes, Init, Params, Scope},
             segment::{Autograd, Segment},
         },
         ops::Store,
         train::shards::Handling,
     };
-    use candle_core::Var;
     use std::time::Duration;
 
     /// `x -> tanh(x W)`, or the mean of squares at the end of the chain.
@@ -169,7 +168,7 @@ pub(super) mod tests {
         let link = |i: usize| {
             let name = format!("blocks.{i}");
             let scope = scope.at(&name);
-            let weight = scope.get("weight", (4, 4), Init::Normal(0.5)).unwrap();
+            let weight = scope.block_matrices("weight", (4, 4), Init::Normal(0.5), 1).unwrap();
             Toy { name, params: scope.params(), weight, last: i + 1 == length, loss_scale: 1.0 }
         };
         let toys: Vec<_> = (0..length).map(link).collect();
@@ -269,7 +268,7 @@ pub(super) mod tests {
             let ours = &toys[first..set[set.len() - 1].end];
             let names: Vec<String> = ours.iter().flat_map(|toy| toy.params.keys().cloned()).collect();
             let params: Params = names.iter().map(|name| (name.clone(), params[name].clone())).collect();
-            let handling = |_: &str, _: &Var| Handling::default();
+            let handling = |_: &str, _: Attributes| Handling::default();
             let mut shards =
                 Shards::new(group, stage, Store::Memory, &params, &parameter_groups(ours), handling, |_| Ok(None))?;
             shards.begin(1);

@@ -2,9 +2,9 @@
 //! the precision of their products, as on GPUs.
 
 use super::{
-    generator::GeneratorTask,
     ranks_tests::{Line, distance, metrics, whole},
     task_tests::{generator_config, lives, tokenizer_config},
+    tasks::GeneratorTask,
     *,
 };
 use crate::config::{MatrixOptimizer, Precision};

@@ -90,7 +90,7 @@ pub fn held(config: &Config, sizes: &Sizes, shares: &Shares, stage: u8) -> Held 
     held.working = held.working.map(|working| working.max(update(shares, stage)));
     held.start = match stage {
         // The part it owns, and the segment that a parameter is of, at most.
-        3 if super::sizes::starts_empty(config, shares.world_size) => F32 * (owned + shares.largest_unit()),
+        3 if sizes.spec.starts_empty(config, shares.world_size) => F32 * (owned + shares.largest_unit()),
         // The whole model, and the copy of its owned part that stage 3 keeps.
         3 => F32 * (total + owned),
         _ => F32 * total,
@@ -161,7 +161,7 @@ mod tests {
             shards::{Shards, names},
         },
     };
-    use candle_core::{DType, Device, Var};
+    use candle_core::{DType, Device};
     use std::time::Duration;
 
     fn config(matrix_optimizer: MatrixOptimizer, stage: u8) -> Config {
@@ -181,7 +181,7 @@ mod tests {
         let scope = Scope::from_seed(0, DType::F32, &Device::Cpu);
         let grid = sizes.tokenizer.grid();
         let model = Generator::new(&scope, config, sizes.vocabulary, sizes.tokenizer.codebook_size, grid)?;
-        let handling = |name: &str, var: &Var| optimizer::handling(&config.train, false, name, var);
+        let handling = |name: &str, attributes| optimizer::handling(&config.train, false, name, attributes);
         let shards = Shards::new(
             group,
             config.train.zero_stage,
@@ -210,8 +210,7 @@ mod tests {
             (MatrixOptimizer::Adamw, 0),
         ] {
             let config = config(matrix_optimizer, stage);
-            let mut sizes = Sizes::of(&config).unwrap();
-            sizes.vocabulary = 23;
+            let sizes = Sizes::of(&config).unwrap().with_vocabulary(&config, 23).unwrap();
             for ranks in [1, 3] {
                 let shares = sizes.shares(&config, ranks);
                 let held = held(&config, &sizes, &shares, stage);

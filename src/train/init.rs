@@ -2,31 +2,27 @@
 //!
 //! Only weights are taken over. Steps, learning rate, optimizer state and moving average begin anew.
 
-use super::{Task, generator};
+use super::tasks::{Task, TaskSpec};
 use crate::{
     bundle::Bundle,
-    config::{AttentionKind, Config, Task as Kind, values},
+    config::{Config, values},
     error::{Context, Result, ensure, usage},
     tokenizer,
 };
-use std::collections::BTreeMap;
 
 /// Sets the task's parameters to the weights of the model folder that `train.init_from` names, if any.
 ///
 /// # Errors
 /// There is no such model; its weights mean something else (vocabulary, image tokenizer, heads); a
 /// parameter is missing, left over or of another shape. The parameters are then as they were.
-pub fn take_weights(config: &Config, task: &dyn Task) -> Result<()> {
+pub fn take_weights(spec: &dyn TaskSpec, config: &Config, task: &dyn Task) -> Result<()> {
     let model = &config.train.init_from;
     if model.is_empty() {
         return Ok(());
     }
     let bundle = Bundle::open(model).context("train.init_from")?;
-    let bundle = match config.task {
-        Kind::Generator => bundle,
-        Kind::ImageTokenizer => bundle.image_tokenizer_folder().context("train.init_from")?,
-    };
-    check_meaning(config, task, &bundle)?;
+    let bundle = spec.initial_model(bundle).context("train.init_from")?;
+    check_meaning(spec, config, task, &bundle)?;
 
     let weights = bundle.weights()?;
     let hint = format!("give the run the sizes in the config.toml of `{model}`, or leave train.init_from empty");
@@ -48,25 +44,17 @@ pub fn take_weights(config: &Config, task: &dyn Task) -> Result<()> {
 }
 
 /// Checks what the shapes of the weights do not show.
-fn check_meaning(config: &Config, task: &dyn Task, bundle: &Bundle) -> Result<()> {
+fn check_meaning(spec: &dyn TaskSpec, config: &Config, task: &dyn Task, bundle: &Bundle) -> Result<()> {
     let model = &config.train.init_from;
-    let theirs = match config.task {
-        Kind::ImageTokenizer => BTreeMap::new(),
-        Kind::Generator => {
-            let hint = "name the model folder of a run with task = \"generator\"";
-            let what = format!("train.init_from: `{model}` is an image tokenizer, not a generator");
-            ensure!(bundle.config.task == Kind::Generator, usage(what, hint));
-            generator::fingerprint(&bundle.text()?, bundle)?
-        }
-    };
+    let theirs = spec.fingerprint_of(bundle)?;
     let hint = format!("take text.vocab and image_tokenizer.path from `{model}`, or leave train.init_from empty");
     for (name, ours) in &task.fingerprint()? {
         let what = format!("the model in train.init_from, `{model}`, was made with another {name}");
         ensure!(theirs.get(name) == Some(ours), usage(what, &hint));
     }
-    for key in options(config) {
+    for key in spec.meaning_keys(config) {
         let of = |config: &Config| -> Result<Option<toml::Value>> {
-            Ok(values(config)?.into_iter().find(|(name, _)| name == key).map(|(_, value)| value))
+            Ok(values(config)?.into_iter().find(|(name, _)| name == *key).map(|(_, value)| value))
         };
         let (Some(theirs), Some(ours)) = (of(&bundle.config)?, of(config)?) else { continue };
         let what = format!("the model in train.init_from, `{model}`, has {key} = {theirs}, not {ours}");
@@ -75,32 +63,15 @@ fn check_meaning(config: &Config, task: &dyn Task, bundle: &Bundle) -> Result<()
     Ok(())
 }
 
-/// The keys that change what a model computes but not the shapes of its weights.
-fn options(config: &Config) -> &'static [&'static str] {
-    let sparse = config.model.attention == AttentionKind::Sparse;
-    match config.task {
-        Kind::Generator if sparse => {
-            &["model.heads", "model.attention", "model.row_extent", "model.conv_border", "model.conv_size"]
-        }
-        Kind::Generator => &["model.heads", "model.attention"],
-        Kind::ImageTokenizer => &[
-            "image_tokenizer.architecture",
-            "image_tokenizer.quantizer",
-            "image_tokenizer.l2_normalize",
-            "image_tokenizer.fsq_levels",
-        ],
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
-        dist::Group,
-        dist::Ranks,
+        config::AttentionKind,
+        dist::{Group, Ranks},
         error::{Exit, exit_of},
         nn::params::Params,
-        train::{Resume, Stop, prepare, run_below, task_tests::generator_config},
+        train::{Resume, Stop, prepare_task, run_below, task_tests::generator_config, tasks},
     };
     use std::{fs, path::Path};
 
@@ -125,7 +96,7 @@ mod tests {
     fn a_fresh_run_starts_with_the_model_s_weights_and_a_resumed_one_with_its_own() {
         let folder = tempfile::tempdir().unwrap();
         let mut config = model(folder.path());
-        let (task, _) = prepare(folder.path(), &config, &Resume::Auto, &Group::alone()).unwrap();
+        let (task, _) = prepare_task(folder.path(), &config, &Resume::Auto, &Group::alone()).unwrap();
         let stored = Bundle::open(&config.train.init_from).unwrap().weights().unwrap();
         for (name, var) in task.params() {
             let bits = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -158,7 +129,7 @@ mod tests {
         config.data = generator_config(folder.path()).data;
         config.data.sources[0].path = folder.path().join("pictures").display().to_string();
         config.train.init_from = "demo".into();
-        let (task, _) = prepare(folder.path(), &config, &Resume::Auto, &Group::alone()).unwrap();
+        let (task, _) = prepare_task(folder.path(), &config, &Resume::Auto, &Group::alone()).unwrap();
         let stored = Bundle::open("demo").unwrap().image_tokenizer_folder().unwrap().weights().unwrap();
         let name = "decoder.conv_out.weight";
         let gap = (task.params()[name].as_tensor() - &stored[name]).unwrap().sqr().unwrap().sum_all().unwrap();
@@ -172,11 +143,12 @@ mod tests {
         let refusal = |change: &dyn Fn(&mut Config)| {
             let mut config = config.clone();
             change(&mut config);
-            let before = super::super::task(&config, &Group::alone()).unwrap();
-            let task = super::super::task(&config, &Group::alone()).unwrap();
-            assert!(take_weights(&config, task.as_ref()).is_err());
+            let before = tasks::spec(config.task).start(&config, &Group::alone()).unwrap();
+            let task = tasks::spec(config.task).start(&config, &Group::alone()).unwrap();
+            assert!(take_weights(tasks::spec(config.task), &config, task.as_ref()).is_err());
             assert_eq!(values(before.params()), values(task.params()), "half taken over");
-            let error = prepare(&folder.path().join("refused"), &config, &Resume::Auto, &Group::alone()).err().unwrap();
+            let error =
+                prepare_task(&folder.path().join("refused"), &config, &Resume::Auto, &Group::alone()).err().unwrap();
             assert_eq!(exit_of(&error), Exit::Usage);
             assert!(!folder.path().join("refused").exists());
             format!("{error:#}")

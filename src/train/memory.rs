@@ -7,8 +7,8 @@
 
 use super::sizes::{Shares, Sizes};
 use crate::{
-    config::{Config, Precision, Task},
-    model::{activations::Micro, flops},
+    config::{Config, Precision},
+    model::activations::Micro,
 };
 use serde::Serialize;
 
@@ -170,21 +170,14 @@ impl<'a> Memory<'a> {
     fn host(&self, settings: Settings) -> u64 {
         let (owned, muons) = self.owned(settings.stage);
         let average = if self.config.train.ema_decay > 0.0 { 4 } else { 0 };
-        let rounded = self.config.task == Task::Generator && self.config.train.precision == Precision::Bf16;
+        let rounded = self.sizes.rounds_weights() && self.config.train.precision == Precision::Bf16;
         let copy = if rounded { 2 } else { 0 };
         if settings.offload { (12 + copy + average) * owned - 4 * muons } else { 0 }
     }
 
     /// Forward and backward passes a step.
     pub fn micro_steps(&self) -> u64 {
-        let accumulation = self.config.train.accumulation;
-        match self.config.task {
-            Task::ImageTokenizer => accumulation as u64,
-            Task::Generator => {
-                let directions = self.sizes.micro_batches(self.config, self.shares.world_size).len();
-                (accumulation * directions) as u64
-            }
-        }
+        self.sizes.micro_steps(self.config, self.shares.world_size)
     }
 
     /// What a GPU sends a step: its N-th part stays where it is. What it owns goes to its likes in other replicas as
@@ -198,7 +191,7 @@ impl<'a> Memory<'a> {
             _ => (self.micro_steps(), 2 * self.micro_steps()),
         };
         let weight = match self.config.train.precision {
-            Precision::Bf16 if stage > 0 && self.config.task == Task::Generator => 2,
+            Precision::Bf16 if stage > 0 && self.sizes.rounds_weights() => 2,
             _ => 4,
         };
         let bytes = |each: u64, elements: u64, ranks: usize| {
@@ -230,18 +223,9 @@ impl<'a> Memory<'a> {
         }
     }
 
-    /// Useful operations of a step: recomputation does not count.
+    /// FLOPs of a step: recomputation does not count.
     pub fn flops(&self) -> f64 {
-        let config = self.config;
-        if config.task == Task::ImageTokenizer {
-            return flops::tokenizer(&self.sizes.tokenizer, config.train.batch_size);
-        }
-        // On one rank without accumulation, the largest micro-batch is the whole batch.
-        let mut whole = config.clone();
-        whole.train.accumulation = 1;
-        let batches = self.sizes.micro_batches(&whole, 1).into_iter();
-        let sequence = |micro: &Micro| flops::sequence(&config.model, &micro.layout, micro.outputs);
-        batches.map(|micro| 3.0 * micro.samples as f64 * sequence(&micro)).sum()
+        self.sizes.spec.flops(self.config, self.sizes)
     }
 
     /// Seconds a step where nothing but computing takes time.

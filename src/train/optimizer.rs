@@ -1,4 +1,4 @@
-//! AdamW, and Muon for the transformer's matrices; parameter groups go by name.
+//! AdamW, and Muon for the transformer's matrices. The [`Attributes`] of a parameter say which, and whether it decays.
 //!
 //! Moments are f32 on the host, in order of name, whatever the weights' dtype and device; `train.offload` says where.
 
@@ -9,11 +9,13 @@ use super::{
 use crate::{
     config::{MatrixOptimizer, Train, begins_with},
     error::{Result, bail, ensure, usage},
-    nn::{gradients::Gradients, params::Params},
+    nn::{
+        gradients::Gradients,
+        params::{Attributes, Params},
+    },
     ops::{self, Floats},
-    tokenizer::discriminator,
 };
-use candle_core::{D, Tensor, Var};
+use candle_core::{D, Tensor};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use std::{collections::BTreeMap, ops::Range};
@@ -36,7 +38,7 @@ impl Optimizer {
     pub fn new(shards: &Shards, config: &Train) -> Result<Self> {
         let fresh = |(name, range): (&String, &Range<usize>)| {
             let zeros = || shards.store().zeros(range.len());
-            let moments = if is_muons(config, name, &shards.params()[name]) {
+            let moments = if uses_muon(config, shards.params()[name].attributes) {
                 Moments::Muon { momentum: zeros()? }
             } else {
                 Moments::AdamW { m: zeros()?, v: zeros()? }
@@ -46,8 +48,15 @@ impl Optimizer {
         Ok(Self { moments: shards.owned().iter().map(fresh).collect::<Result<_>>()? })
     }
 
-    /// One update of what this rank owns: `scale` multiplies the gradients (clipping), `rate` the peak learning rates.
-    pub fn step(&mut self, shards: &mut Shards, config: &Train, step: u64, rate: f64, scale: f64) -> Result<()> {
+    /// One update of what this rank owns: `scale` multiplies the gradients, `rate` the peak learning rates.
+    pub fn step(
+        &mut self,
+        shards: &mut Shards,
+        config: &Train,
+        step: u64,
+        rate: f64,
+        scale: GradientScale,
+    ) -> Result<()> {
         let mut updates = Vec::with_capacity(self.moments.len());
         let mut owned = shards.updates().into_iter().peekable();
         // Both are in order of name.
@@ -60,8 +69,9 @@ impl Optimizer {
             bail!("there are no moments of `{}`", owned.name);
         }
         let update = |(owned, moments): (Owned, &mut Moments)| {
-            let (name, var) = (owned.name, owned.var);
-            let weight_decay = if decays(name, var) { config.weight_decay } else { 0.0 };
+            let Attributes { weight_decay, block_matrices, .. } = owned.param.attributes;
+            let weight_decay = if weight_decay { config.weight_decay } else { 0.0 };
+            let scale = scale.of(owned.param.attributes);
             match moments {
                 Moments::AdamW { m, v } => {
                     let hyper = ops::AdamW {
@@ -78,11 +88,10 @@ impl Optimizer {
                     let hyper = ops::Muon {
                         learning_rate: config.muon_learning_rate * rate,
                         weight_decay,
-                        // The packed query, key and value matrices are three matrices.
-                        parts: if name.ends_with(".qkv.weight") { 3 } else { 1 },
+                        parts: block_matrices.unwrap_or(1),
                         precision: config.precision,
                     };
-                    let size = var.dims2()?;
+                    let size = owned.param.dims2()?;
                     owned.update(|w, rounded, g| {
                         ops::muon_step(w, g, momentum, size, &hyper, scale)?;
                         rounded.into_iter().for_each(|rounded| rounded.convert_from_f32_slice(w));
@@ -97,21 +106,16 @@ impl Optimizer {
     }
 }
 
-/// Whether Muon updates this parameter, so that it must lie whole on one rank.
-pub fn is_muons(config: &Train, name: &str, var: &Var) -> bool {
-    is_muons_by_shape(config, name, var.dims())
-}
-
-/// The same of a parameter that is not there.
-pub fn is_muons_by_shape(config: &Train, name: &str, shape: &[usize]) -> bool {
-    config.matrix_optimizer == MatrixOptimizer::Muon && is_block_matrix(name, shape)
+/// Whether Muon updates this parameter, so that one rank must own all of it.
+pub fn uses_muon(config: &Train, attributes: Attributes) -> bool {
+    config.matrix_optimizer == MatrixOptimizer::Muon && attributes.block_matrices.is_some()
 }
 
 /// What the shards do with a parameter; `rounded`: linear layers round their weights to bf16 on every rank.
-pub fn handling(config: &Train, rounded: bool, name: &str, var: &Var) -> Handling {
+pub fn handling(config: &Train, rounded: bool, name: &str, attributes: Attributes) -> Handling {
     Handling {
-        whole: is_muons(config, name, var),
-        rounded: rounded && is_block_matrix(name, var.dims()),
+        whole: uses_muon(config, attributes),
+        rounded: rounded && attributes.block_matrices.is_some(),
         frozen: config.freezes(name),
     }
 }
@@ -130,41 +134,27 @@ pub fn check_frozen(config: &Train, params: &Params) -> Result<()> {
 }
 
 /// What the moments of a parameter are called in a checkpoint.
-pub fn kinds(config: &Train, name: &str, var: &Var) -> &'static [&'static str] {
-    if is_muons(config, name, var) { &["muon"] } else { &["adamw_m", "adamw_v"] }
+pub fn kinds(config: &Train, attributes: Attributes) -> &'static [&'static str] {
+    if uses_muon(config, attributes) { &["muon"] } else { &["adamw_m", "adamw_v"] }
 }
 
 /// Elements from which a parameter has all threads for itself; below, parameters are updated side by side.
 const LARGE: usize = 1 << 22;
 
-/// A matrix of a transformer block, that of a linear layer: what Muon is for.
-fn is_block_matrix(name: &str, shape: &[usize]) -> bool {
-    name.starts_with("blocks.") && shape.len() == 2
-}
-
-/// Weight decay is for matrices and convolutions: biases, norms, embeddings, positions and the
-/// codebook have none.
-fn decays(name: &str, var: &Var) -> bool {
-    let table = ["embedding", "position", "image_row", "image_column"].iter().any(|part| name.contains(part));
-    var.rank() >= 2 && !table
-}
-
-/// The sum of the squares of all gradients: f64 sums of fixed chunks, added in order of name, so that the
-/// number of threads changes no bit. On other devices than the CPU only one f32 sum a gradient comes to the host.
-/// A discriminator has a loss of its own: it is not clipped with the tokenizer, but what is not finite there shows.
-pub fn squares(gradients: &Gradients) -> Result<f64> {
+/// The sum of the squares of all gradients that are clipped: f64 sums of fixed chunks, added in order of name, so that
+/// the number of threads changes no bit. On other devices than the CPU only one f32 sum a gradient comes to the host.
+/// Gradients that are not clipped count only if they are not finite.
+pub fn squares(gradients: &Gradients, params: &Params) -> Result<f64> {
     let mut sum = 0.0;
     for (name, gradient) in gradients.iter() {
-        let weight = if discriminator::is_ours(name) { 0.0 } else { 1.0 };
-        if !gradient.device().is_cpu() {
-            sum += weight * squares_there(gradient)?;
-            continue;
-        }
-        sum += weight
-            * ops::with_slice(gradient, |gradient: &[f32]| {
-                let chunks: Vec<f64> = gradient.par_chunks(1 << 14).map(sum_of_squares).collect();
-                chunks.iter().sum::<f64>()
-            })?;
+        let weight = if params.get(name).is_none_or(|param| param.attributes.clipped) { 1.0 } else { 0.0 };
+        let squares = match gradient.device().is_cpu() {
+            true => ops::with_slice(gradient, |gradient: &[f32]| {
+                gradient.par_chunks(1 << 14).map(sum_of_squares).collect::<Vec<f64>>().iter().sum()
+            })?,
+            false => squares_there(gradient)?,
+        };
+        sum += weight * squares;
     }
     Ok(sum)
 }
@@ -185,40 +175,107 @@ fn sum_of_squares(chunk: &[f32]) -> f64 {
     lanes.iter().sum()
 }
 
-/// The factor that clips a gradient of norm `norm` to `clip` (0: never).
-pub fn clip_scale(norm: f64, clip: f64) -> f64 {
-    if clip > 0.0 && norm > clip { clip / norm } else { 1.0 }
+/// What gradients are multiplied with before they update weights.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GradientScale {
+    /// Clips a gradient that is part of the global norm.
+    clip: f64,
+    /// Takes the loss scale back.
+    unscale: f64,
+}
+
+impl GradientScale {
+    /// For gradients of global norm `norm` (without the loss scale) that are clipped to `clip_norm` (0: never).
+    pub fn new(norm: f64, clip_norm: f64, loss_scale: f64) -> Self {
+        let clip = if clip_norm > 0.0 && norm > clip_norm { clip_norm / norm } else { 1.0 };
+        Self { clip, unscale: 1.0 / loss_scale }
+    }
+
+    fn of(self, attributes: Attributes) -> f64 {
+        if attributes.clipped { self.clip * self.unscale } else { self.unscale }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
+        config::{Architecture, Config, ImageTokenizer, Model, QuantizerKind},
+        model::Generator,
         nn::params::{Init, Scope},
+        tokenizer,
         train::engine::tests as toy,
     };
     use candle_core::{DType, Device};
 
     #[test]
-    fn groups_go_by_name_and_shape() {
-        let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
-        let group = |name: &str, shape: &[usize]| {
-            let (path, last) = name.rsplit_once('.').unwrap_or(("", name));
-            let scope = if path.is_empty() { scope.clone() } else { scope.at(path) };
-            scope.get(last, shape, Init::Zeros).unwrap();
-            let var = &scope.params()[name];
-            (decays(name, var), is_block_matrix(name, var.dims()))
-        };
-        assert_eq!(group("blocks.0.attention.qkv.weight", &[6, 2]), (true, true));
-        assert_eq!(group("blocks.0.attention.qkv.bias", &[6]), (false, false));
-        assert_eq!(group("blocks.0.norm1.weight", &[2]), (false, false));
-        assert_eq!(group("text_head.weight", &[5, 2]), (true, false));
-        assert_eq!(group("encoder.conv_in.weight", &[2, 3, 3, 3]), (true, false));
-        for table in ["text_embedding", "text_position", "image_embedding", "image_row", "image_column"] {
-            assert_eq!(group(&format!("{table}.weight"), &[5, 2]), (false, false));
+    fn a_generator_s_matrices_decay_and_muon_takes_those_of_blocks() {
+        let mut config =
+            Config { model: Model { layers: 1, hidden: 4, heads: 2, ..Model::default() }, ..Config::default() };
+        (config.model.qk_norm, config.model.sandwich_norm) = (true, true);
+        let scope = Scope::empty_from_seed(1, &Device::Cpu);
+        Generator::new(&scope, &config, 5, 7, (2, 2)).unwrap();
+        let matrices =
+            ["attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2"].map(|m| format!("blocks.0.{m}.weight"));
+        let heads = ["text_head.weight", "image_head.weight"];
+        for (name, param) in scope.params() {
+            let in_block = matrices.contains(&name);
+            let expected = Attributes {
+                weight_decay: in_block || heads.contains(&name.as_str()),
+                block_matrices: in_block.then_some(if name.contains("qkv") { 3 } else { 1 }),
+                requires_grad: true,
+                clipped: true,
+            };
+            assert_eq!(param.attributes, expected, "{name}");
         }
-        assert_eq!(group("quantize.embedding.weight", &[5, 2]), (false, false));
-        assert_eq!(group("image_start", &[2]), (false, false));
+    }
+
+    #[test]
+    fn codebooks_do_not_decay_and_the_discriminator_is_not_clipped() {
+        let base = ImageTokenizer {
+            image_size: 32,
+            channels: 32,
+            channel_multipliers: vec![1, 2],
+            codebook_size: 4,
+            adversarial_weight: 1.0,
+            ..ImageTokenizer::default()
+        };
+        let averaged = ImageTokenizer { codebook_decay: 0.9, ..base.clone() };
+        let gumbel = ImageTokenizer { quantizer: QuantizerKind::Gumbel, ..base.clone() };
+        let dvae = ImageTokenizer { architecture: Architecture::Dvae, ..gumbel.clone() };
+        let codebook = |config: &ImageTokenizer, name: &str| {
+            let scope = Scope::empty_from_seed(1, &Device::Cpu);
+            tokenizer::ImageTokenizer::in_training(&scope, config).unwrap();
+            for (name, param) in scope.params() {
+                assert_eq!(param.attributes.clipped, !name.starts_with("discriminator."), "{name}");
+                assert!(!param.attributes.weight_decay || param.rank() == 4, "{name} decays");
+                assert_eq!(param.attributes.block_matrices, None);
+            }
+            let attributes = scope.params()[name].attributes;
+            (attributes.weight_decay, attributes.requires_grad)
+        };
+        assert_eq!(codebook(&base, "quantize.embedding.weight"), (false, true));
+        assert_eq!(codebook(&averaged, "quantize.embedding.weight"), (false, false));
+        assert_eq!(codebook(&averaged, "quantize.embedding.embed_avg"), (false, false));
+        assert_eq!(codebook(&gumbel, "quantize.embed.weight"), (false, true));
+        assert_eq!(codebook(&dvae, "decoder.blocks.input.w"), (false, true));
+        assert_eq!(codebook(&base, "discriminator.main.0.weight"), (true, true));
+    }
+
+    #[test]
+    fn clipping_leaves_out_what_has_a_loss_of_its_own() {
+        let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
+        scope.get("clipped", 2, Init::Zeros).unwrap();
+        scope.clone().without_clipping().get("free", 2, Init::Zeros).unwrap();
+        let params = scope.params();
+        let mut gradients = Gradients::default();
+        gradients.accumulate_vector("clipped", vec![3.0, 4.0]).unwrap();
+        gradients.accumulate_vector("free", vec![30.0, 40.0]).unwrap();
+        assert_eq!(squares(&gradients, &params).unwrap(), 25.0);
+        let scale = GradientScale::new(5.0, 1.0, 2.0);
+        assert_eq!(["clipped", "free"].map(|name| scale.of(params[name].attributes)), [0.1, 0.5]);
+        gradients.accumulate_vector("free", vec![f32::NAN, 0.0]).unwrap();
+        assert!(squares(&gradients, &params).unwrap().is_nan());
     }
 
     fn rows(tensor: &Tensor, from: usize, count: usize) -> Vec<f32> {
@@ -235,7 +292,7 @@ mod tests {
             super::super::engine::accumulate(&segments, &toy::inputs(1), 0, &mut shards).unwrap();
             let config = Train { matrix_optimizer: kind, weight_decay: 0.0, learning_rate: 0.1, ..Train::default() };
             let mut optimizer = Optimizer::new(&shards, &config).unwrap();
-            optimizer.step(&mut shards, &config, 1, 0.5, 1.0).unwrap();
+            optimizer.step(&mut shards, &config, 1, 0.5, GradientScale::new(1.0, 0.0, 1.0)).unwrap();
             for (var, before) in params.values().zip(&before) {
                 let moved: Vec<f32> = rows(var, 0, 4).iter().zip(before).map(|(a, b)| (a - b).abs()).collect();
                 let (least, most) = moved.iter().fold((1f32, 0f32), |(l, m), x| (l.min(*x), m.max(*x)));
@@ -251,16 +308,17 @@ mod tests {
 
     #[test]
     fn norm_and_clip() {
-        let (_, chain) = toy::chain(1, 2);
+        let (params, chain) = toy::chain(1, 2);
         let mut shards = Shards::alone(&toy::segments(&chain)).unwrap();
         super::super::engine::accumulate(&toy::segments(&chain), &toy::inputs(1), 0, &mut shards).unwrap();
         let gradients = shards.reduced();
         let sum = |(_, g): (&String, &Tensor)| g.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
         let expected = f64::from(gradients.iter().map(sum).sum::<f32>());
-        assert!((squares(gradients).unwrap() - expected).abs() < 1e-6 * expected);
+        assert!((squares(gradients, &params).unwrap() - expected).abs() < 1e-6 * expected);
         let there: f64 = gradients.iter().map(|(_, gradient)| squares_there(gradient).unwrap()).sum();
         assert!((there - expected).abs() < 1e-6 * expected);
         assert_eq!(squares_there(&Tensor::new(&[3f32, 4.0], &Device::Cpu).unwrap()).unwrap(), 25.0);
-        assert_eq!([clip_scale(8.0, 2.0), clip_scale(1.0, 2.0), clip_scale(8.0, 0.0)], [0.25, 1.0, 1.0]);
+        let clip = |norm, most| GradientScale::new(norm, most, 1.0).clip;
+        assert_eq!([clip(8.0, 2.0), clip(1.0, 2.0), clip(8.0, 0.0)], [0.25, 1.0, 1.0]);
     }
 }

@@ -2,16 +2,17 @@
 
 use crate::{
     error::Result,
+    nn::params::Param,
     ops::{self, Floats},
 };
-use candle_core::{Tensor, Var};
+use candle_core::Tensor;
 use half::bf16;
 use std::ops::Range;
 
 /// This rank's part of a parameter.
 pub struct Owned<'a> {
     pub name: &'a str,
-    pub var: &'a Var,
+    pub param: &'a Param,
     /// Summed over the ranks.
     pub gradient: &'a Tensor,
     pub(super) range: Range<usize>,
@@ -29,11 +30,11 @@ impl Owned<'_> {
 
     /// Calls `f` with these weights, to change them and their copy in bf16, and their gradient.
     pub fn update(self, f: impl FnOnce(&mut [f32], Option<&mut [bf16]>, &[f32]) -> Result<()>) -> Result<()> {
-        let Self { var, gradient, range, weights, rounded, .. } = self;
+        let Self { param, gradient, range, weights, rounded, .. } = self;
         let rounded = rounded.map(Vec::as_mut_slice);
         ops::with_slice(gradient, |gradient: &[f32]| match weights {
             Some(weights) => f(weights, rounded, gradient),
-            None => ops::with_slice_mut(var, |weights| f(&mut weights[range], rounded, gradient))?,
+            None => ops::with_slice_mut(param, |weights| f(&mut weights[range], rounded, gradient))?,
         })?
     }
 }

@@ -1,13 +1,12 @@
 //! What a run would do, without doing it: `vilg train --dry-run`.
 
+use super::sizes::Sizes;
 use crate::{
-    bundle::Bundle,
-    config::{self, Config, Task},
+    config::{self, Config},
     data::{self, Dataset, Kind},
     error::Result,
 };
 use serde::Serialize;
-use std::path::Path;
 
 /// A run's plan.
 #[derive(Debug, Serialize)]
@@ -35,15 +34,15 @@ pub struct SourcePlan {
 ///
 /// # Errors
 /// A source is missing or empty.
-pub fn plan(config: &Config) -> Result<Plan> {
-    planned(config, &config.data, true)
+pub fn plan(config: &Config, sizes: &Sizes) -> Result<Plan> {
+    planned(config, sizes, &config.data, true)
 }
 
 /// The same on a machine that need not have the sources: those that are not there are left out and returned.
 ///
 /// # Errors
 /// A source is damaged or empty.
-pub fn plan_without(config: &Config) -> Result<(Plan, Vec<String>)> {
+pub fn plan_without(config: &Config, sizes: &Sizes) -> Result<(Plan, Vec<String>)> {
     let mut here = config.data.clone();
     let mut missing = Vec::new();
     for source in std::mem::take(&mut here.sources) {
@@ -53,31 +52,16 @@ pub fn plan_without(config: &Config) -> Result<(Plan, Vec<String>)> {
             missing.push(source.path);
         }
     }
-    let plan = planned(config, &here, missing.is_empty())?;
+    let plan = planned(config, sizes, &here, missing.is_empty())?;
     Ok((plan, missing))
 }
 
 /// The plan of a run whose sources in `here` are opened; `all` says that there are no others.
-fn planned(config: &Config, here: &config::Data, all: bool) -> Result<Plan> {
-    let settings = &config.train;
-    let path = &config.image_tokenizer.path;
-    // The tokenizer's own settings count where its folder is there already.
-    let tokenizer = if config.task == Task::Generator && path == "demo" {
-        Bundle::open(path)?.image_tokenizer_folder()?.config.image_tokenizer
-    } else if config.task == Task::Generator && Path::new(path).is_dir() {
-        Bundle::open(path)?.config.image_tokenizer
-    } else {
-        config.image_tokenizer.clone()
-    };
-    let (height, width) = tokenizer.grid();
-    let painted = settings.batch_size * height * width;
-    let (kind, samples, tokens) = match config.task {
-        Task::ImageTokenizer => (Kind::Images(tokenizer.image_size as u32), settings.batch_size, painted),
-        Task::Generator => {
-            let described = settings.caption_batch_size * (config.text.max_tokens - 1);
-            (Kind::Codes, settings.batch_size + settings.caption_batch_size, painted + described)
-        }
-    };
+fn planned(config: &Config, sizes: &Sizes, here: &config::Data, all: bool) -> Result<Plan> {
+    let (settings, spec) = (&config.train, sizes.spec);
+    let kind = spec.sample_kind(sizes);
+    let samples = spec.batch_sizes(settings).iter().map(|(_, size)| size).sum();
+    let tokens = spec.predicted_tokens(config, sizes);
     // Without any source, a dataset is an error that says so; with none of them here there is nothing to open.
     let sources = if all || !here.sources.is_empty() { sources(here, kind)? } else { Vec::new() };
     let epoch: f64 = sources.iter().map(|s| s.samples as f64 * s.weight).sum();

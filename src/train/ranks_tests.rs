@@ -14,7 +14,7 @@ use crate::{
     error::{Exit, exit_of},
     ops::Store,
 };
-use candle_core::Var;
+use serde_json::Value;
 use std::{collections::BTreeMap, fs};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -206,7 +206,7 @@ fn any_number_of_ranks_goes_on_from_any_other_s_checkpoint() {
             launch(to, PATIENCE, |group| {
                 group.shard_over(replica)?;
                 let mut task = ToyTask::new(&config);
-                let handling = |name: &str, var: &Var| optimizer::handling(&config.train, false, name, var);
+                let handling = |name: &str, attributes| optimizer::handling(&config.train, false, name, attributes);
                 let mut shards = Shards::new(
                     group,
                     stage,

@@ -3,80 +3,117 @@
 use super::{
     layout::{Entry, layout},
     optimizer,
+    tasks::{self, FileKind, Sequences, TaskSpec},
 };
 use crate::{
     bundle::Bundle,
-    config::{Config, ImageTokenizer, Task},
+    config::{Config, ImageTokenizer},
     error::{Result, ensure, usage},
     files,
-    model::{Layout, Modality, activations::Micro, listing, size},
-    nn::pattern::Grid,
+    model::activations::Micro,
+    nn::params::{Param, Params},
 };
 use std::path::Path;
 
 /// Entries of the Chinese BERT vocabulary, assumed where the vocabulary file is not there yet.
 const CHINESE_VOCABULARY: usize = 21_128;
 
-/// The sizes that a configuration takes from other files.
+/// A part of a model and its number of parameters.
+pub type Part = (&'static str, u64);
+
+/// The size of a model, with what a configuration takes from other files.
 #[derive(Debug, Clone)]
 pub struct Sizes {
+    pub spec: &'static dyn TaskSpec,
     /// The tokenizer's own configuration where its model folder exists, else what this one repeats of it.
     pub tokenizer: ImageTokenizer,
-    /// Whether it was read from that folder; always true of a tokenizer's own task.
+    /// Whether it was read from that folder, if the task reads one.
     pub tokenizer_found: bool,
     /// Entries of the text vocabulary.
     pub vocabulary: usize,
-    /// Whether they were counted in the file or are assumed.
+    /// Whether they were counted in the file, if the task reads one; otherwise they are assumed.
     pub vocabulary_found: bool,
+    /// The parameters of each segment, empty.
+    groups: Vec<Params>,
 }
 
 impl Sizes {
     /// # Errors
-    /// The tokenizer's folder exists and holds a bad configuration.
+    /// The tokenizer's folder exists and holds a bad configuration, or the sizes are impossible.
     pub fn of(config: &Config) -> Result<Self> {
-        let file = Path::new(&config.image_tokenizer.path).join("config.toml");
-        let (tokenizer, tokenizer_found) = match config.task {
-            Task::Generator if config.image_tokenizer.path == "demo" => {
-                (Bundle::open("demo")?.image_tokenizer_folder()?.config.image_tokenizer, true)
-            }
-            Task::Generator if file.is_file() => (Config::load(Some(&file), &[])?.image_tokenizer, true),
-            task => (config.image_tokenizer.clone(), task == Task::ImageTokenizer),
-        };
-        let text = match config.text.vocab.as_str() {
-            "demo" => Ok(Bundle::open("demo")?.text()?.vocab_text()),
-            path => files::read_text(Path::new(path), files::VOCABULARY),
-        };
-        let (vocabulary, vocabulary_found) = match text {
-            Ok(text) => (text.lines().count(), true),
-            Err(_) => (CHINESE_VOCABULARY, false),
-        };
-        Ok(Self { tokenizer, tokenizer_found, vocabulary, vocabulary_found })
+        Self::of_task(tasks::spec(config.task), config)
     }
 
-    /// Parameters by part of what the configuration trains.
-    pub fn parts(&self, config: &Config) -> Vec<size::Part> {
-        let (codes, grid) = (self.tokenizer.codebook_size, self.tokenizer.grid());
-        match config.task {
-            Task::Generator => size::generator(config, self.vocabulary, codes, grid),
-            Task::ImageTokenizer => size::image_tokenizer(&self.tokenizer),
+    /// The same for any task.
+    ///
+    /// # Errors
+    /// As [`Sizes::of`].
+    pub fn of_task(spec: &'static dyn TaskSpec, config: &Config) -> Result<Self> {
+        let files = spec.files(config);
+        let of_kind = |kind| files.iter().find(|file| file.required && file.kind == kind).map(|file| file.path);
+        let tokenizer = match of_kind(FileKind::Model) {
+            Some("demo") => Some(Bundle::open("demo")?.image_tokenizer_folder()?.config.image_tokenizer),
+            Some(path) if Path::new(path).join("config.toml").is_file() => {
+                Some(Bundle::open(path)?.image_tokenizer_folder()?.config.image_tokenizer)
+            }
+            Some(_) => None,
+            None => Some(config.image_tokenizer.clone()),
+        };
+        let vocabulary = match of_kind(FileKind::File) {
+            Some("demo") => Some(Bundle::open("demo")?.text()?.vocab_size()),
+            Some(path) => files::read_text(Path::new(path), files::VOCABULARY).ok().map(|text| text.lines().count()),
+            None => Some(CHINESE_VOCABULARY),
+        };
+        let sizes = Self {
+            spec,
+            tokenizer_found: tokenizer.is_some(),
+            tokenizer: tokenizer.unwrap_or_else(|| config.image_tokenizer.clone()),
+            vocabulary_found: vocabulary.is_some(),
+            vocabulary: vocabulary.unwrap_or(CHINESE_VOCABULARY),
+            groups: Vec::new(),
+        };
+        sizes.with_vocabulary(config, sizes.vocabulary)
+    }
+
+    /// The same with a vocabulary of this size.
+    ///
+    /// # Errors
+    /// The sizes are impossible.
+    pub fn with_vocabulary(&self, config: &Config, vocabulary: usize) -> Result<Self> {
+        let mut sizes = Self { vocabulary, ..self.clone() };
+        sizes.groups = sizes.spec.parameter_groups(config, &sizes)?;
+        Ok(sizes)
+    }
+
+    /// Parameters by part of what the configuration trains; parts without any are left out.
+    pub fn parts(&self) -> Vec<Part> {
+        let parts = self.spec.parts();
+        let mut counts = vec![0; parts.len()];
+        for (name, param) in self.groups.iter().flatten() {
+            let fit = |(part, prefixes): (usize, &&[&str])| {
+                prefixes.iter().filter(|prefix| name.starts_with(**prefix)).map(|prefix| (prefix.len(), part)).max()
+            };
+            let prefixes = parts.iter().map(|(_, prefixes)| prefixes).enumerate();
+            if let Some((_, part)) = prefixes.filter_map(fit).max() {
+                counts[part] += param.elem_count() as u64;
+            }
         }
+        parts.iter().zip(counts).map(|((name, _), count)| (*name, count)).filter(|(_, count)| *count > 0).collect()
+    }
+
+    /// Whether linear layers round their weights to the compute precision.
+    pub fn rounds_weights(&self) -> bool {
+        self.groups.iter().flatten().any(|(_, param)| param.attributes.block_matrices.is_some())
     }
 
     /// The parameters of each segment as the shard layout sees them.
     fn parameter_groups(&self, config: &Config) -> Vec<Vec<Entry>> {
-        let (codes, grid) = (self.tokenizer.codebook_size, self.tokenizer.grid());
-        if config.task == Task::ImageTokenizer {
-            // Nothing of a tokenizer must lie whole on a rank, so that a segment is cut as if it were one parameter.
-            let entry = |len| vec![Entry { name: String::new(), len: len as usize, whole: false }];
-            return size::image_tokenizer_segments(&self.tokenizer).map(entry).into();
-        }
-        let entry = |(name, shape): (String, Vec<usize>)| Entry {
-            whole: optimizer::is_muons_by_shape(&config.train, &name, &shape),
-            len: shape.iter().product(),
-            name,
+        let entry = |(name, param): (&String, &Param)| Entry {
+            name: name.clone(),
+            len: param.elem_count(),
+            whole: optimizer::uses_muon(&config.train, param.attributes),
         };
-        let parameter_groups = listing::generator(config, self.vocabulary, codes, grid);
-        parameter_groups.into_iter().map(|unit| unit.into_iter().map(entry).collect()).collect()
+        self.groups.iter().map(|group| group.iter().map(entry).collect()).collect()
     }
 
     /// What each of so many ranks owns where they share everything out, or those of a replica (`train.hsdp_shard_size`).
@@ -109,35 +146,25 @@ impl Sizes {
         }
     }
 
-    /// The micro-batches of a rank by list of spans (generator only): the largest of each.
+    /// The largest micro-batch of a rank for each of [`TaskSpec::sequences`] that has a loss.
     pub fn micro_batches(&self, config: &Config, ranks: usize) -> Vec<Micro> {
-        if config.task != Task::Generator {
-            return Vec::new();
-        }
-        let (height, width) = self.tokenizer.grid();
-        let (settings, grid, text) = (&config.train, Grid { height, width }, config.text.max_tokens);
-        let micro = |(layout, size, weight): (Layout, usize, f64)| {
-            let outputs = match layout.target().modality {
-                Modality::Image => self.tokenizer.codebook_size,
-                Modality::Text => self.vocabulary,
-            };
-            let size = if weight == 0.0 { 0 } else { size };
-            let samples = samples(size, ranks, settings.accumulation).1;
-            Micro { layout, samples, outputs, bytes: 4, copied: 0, again: settings.accumulation > 1 }
+        let accumulation = config.train.accumulation;
+        let trained = self.spec.sequences(config, self).into_iter().filter(|all| all.weight > 0.0);
+        let micro = |Sequences { layout, outputs, batch_size, .. }: Sequences| {
+            let samples = samples(batch_size, ranks, accumulation).1;
+            Micro { layout, samples, outputs, bytes: 4, copied: 0, again: accumulation > 1 }
         };
-        let kinds = [
-            (Layout::text_to_image(text, grid), settings.batch_size, settings.image_loss_weight),
-            (Layout::image_to_text(grid, text), settings.caption_batch_size, settings.text_loss_weight),
-        ];
-        kinds.into_iter().map(micro).filter(|micro| micro.samples > 0).collect()
+        trained.map(micro).filter(|micro| micro.samples > 0).collect()
     }
-}
 
-/// Whether ranks make only the weights that they own, and never the whole model: they split them, and they are random.
-pub fn starts_empty(config: &Config, world_size: usize) -> bool {
-    let settings = &config.train;
-    let split = world_size > 1 && settings.hsdp_shard_size != 1 && settings.zero_stage == 3;
-    split && config.task == Task::Generator && settings.init_from.is_empty()
+    /// Forward and backward passes of a rank in a step.
+    pub fn micro_steps(&self, config: &Config, ranks: usize) -> u64 {
+        let kinds = match self.micro_batches(config, ranks).len() {
+            0 => self.spec.batch_sizes(&config.train).len(),
+            kinds => kinds,
+        };
+        (config.train.accumulation * kinds) as u64
+    }
 }
 
 /// What ranks own where they share everything out, in elements.
@@ -182,15 +209,14 @@ pub fn samples(size: usize, ranks: usize, accumulation: usize) -> (usize, usize)
 ///
 /// # Errors
 /// A batch is too small, or replicas do not come out even.
-pub fn check_ranks(config: &Config, ranks: usize) -> Result<()> {
+pub fn check_ranks(spec: &dyn TaskSpec, config: &Config, ranks: usize) -> Result<()> {
     let settings = &config.train;
     let replica = settings.hsdp_shard_size;
     let what = format!("train.hsdp_shard_size = {replica} does not divide {ranks} ranks");
     ensure!(replica == 0 || ranks.is_multiple_of(replica), usage(what, "use a divisor, or 0: all ranks"));
     let parts = ranks.saturating_mul(settings.accumulation);
-    let batches = [("batch_size", settings.batch_size), ("caption_batch_size", settings.caption_batch_size)];
-    for (key, size) in batches.into_iter().filter(|(_, size)| ranks > 1 && *size > 0) {
-        let what = format!("train.{key} = {size} gives {ranks} ranks x {} parts no sample each", settings.accumulation);
+    for (key, size) in spec.batch_sizes(settings).into_iter().filter(|(_, size)| ranks > 1 && *size > 0) {
+        let what = format!("{key} = {size} gives {ranks} ranks x {} parts no sample each", settings.accumulation);
         ensure!(size >= parts, usage(what, format!("use fewer ranks, or make it at least {parts}")));
     }
     Ok(())
@@ -200,7 +226,7 @@ pub fn check_ranks(config: &Config, ranks: usize) -> Result<()> {
 mod tests {
     use super::*;
     use crate::{
-        config::{MatrixOptimizer, Model},
+        config::{MatrixOptimizer, Model, Task},
         dist,
     };
 
@@ -224,7 +250,7 @@ mod tests {
             Config { model: Model { layers: 3, hidden: 12, heads: 2, ..Model::default() }, ..Config::default() };
         config.image_tokenizer.image_size = 32;
         let sizes = Sizes::of(&config).unwrap();
-        let total: u64 = sizes.parts(&config).iter().map(|(_, count)| count).sum();
+        let total: u64 = sizes.parts().iter().map(|(_, count)| count).sum();
         for ranks in [1, 2, 7, 64] {
             let shares = sizes.shares(&config, ranks);
             assert_eq!((shares.total(), shares.parameter_groups.len(), shares.all_muons), (total, 5, 0));
@@ -244,7 +270,7 @@ mod tests {
     fn a_tokenizer_s_segments_make_up_all_of_it() {
         let config = Config { task: Task::ImageTokenizer, ..Config::default() };
         let sizes = Sizes::of(&config).unwrap();
-        let total: u64 = sizes.parts(&config).iter().map(|(_, count)| count).sum();
+        let total: u64 = sizes.parts().iter().map(|(_, count)| count).sum();
         assert_eq!(sizes.shares(&config, 3).total(), total);
         assert!(sizes.micro_batches(&config, 3).is_empty());
     }

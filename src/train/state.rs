@@ -108,10 +108,9 @@ impl RunState {
         let stored = loaded.tensors()?;
         stored.only(|stored| {
             let Some((kind, name)) = stored.split_once('/') else { return false };
-            let var = shards.params().get(name);
-            var.is_some_and(|var| {
+            shards.params().get(name).is_some_and(|param| {
                 let averaged = self.average.is_some() && kind == "average";
-                kind == "weights" || averaged || optimizer::kinds(&config.train, name, var).contains(&kind)
+                kind == "weights" || averaged || optimizer::kinds(&config.train, param.attributes).contains(&kind)
             })
         })?;
         for (name, range) in shards.owned().clone() {

@@ -1,17 +1,25 @@
 //! Both tasks on tiny data: stopped and resumed ≡ uninterrupted, parts of a step ≡ the whole step.
 
-use super::{generator::GeneratorTask, image_tokenizer::ImageTokenizerTask, shards::Handling, *};
+use super::{
+    shards::{Handling, Shards},
+    tasks::{GeneratorTask, ImageTokenizerTask},
+    *,
+};
 use crate::{
     bundle::Bundle,
     config::{self, MatrixOptimizer, Model, Source, Text},
     data::{CODES_FILE, CodesInfo, npy},
-    nn::gradients,
+    nn::{
+        gradients,
+        params::{Attributes, Param},
+    },
     ops::Store,
     random::Random,
     tokenizer,
 };
-use candle_core::Var;
-use std::fs;
+use candle_core::Tensor;
+use serde_json::Value;
+use std::{collections::BTreeMap, fs};
 
 const CAPTIONS: [&str; 4] = ["红苹果", "一轮弯月，扁平风格", "小狗", "消防车与小狗"];
 
@@ -31,7 +39,7 @@ fn pictures(folder: &Path) -> Source {
 pub(super) fn tokenizer_config(folder: &Path) -> Config {
     Config {
         name: "tokenizer".into(),
-        task: Kind::ImageTokenizer,
+        task: config::Task::ImageTokenizer,
         seed: 3,
         data: config::Data { sources: vec![pictures(&folder.join("pictures"))], ..Default::default() },
         image_tokenizer: config::ImageTokenizer {
@@ -95,7 +103,7 @@ pub(crate) fn generator_config(folder: &Path) -> Config {
     fs::write(&vocab, crate::text::train(CAPTIONS, 40).unwrap()).unwrap();
     Config {
         name: "generator".into(),
-        task: Kind::Generator,
+        task: config::Task::Generator,
         seed: 4,
         data: config::Data { sources: vec![codes(&folder.join("codes"), &model)], ..Default::default() },
         text: Text { vocab: vocab.display().to_string(), max_tokens: 8 },
@@ -197,7 +205,7 @@ fn ways(parent: &Path, config: &Config, task: &dyn Task) -> BTreeMap<String, f32
     run_below(parent, config, &Resume::Auto, &Ranks::Threads(2), &Stop::default()).unwrap();
     let model = parent.join("runs").join(&config.name).join("model");
     let trained = Bundle::open(model.to_str().unwrap()).unwrap().weights().unwrap();
-    let way = |(name, fresh): (&String, &Var)| {
+    let way = |(name, fresh): (&String, &Param)| {
         let way = (trained.get(name)? - fresh.as_tensor()).unwrap().abs().unwrap().max_all().unwrap();
         Some((name.clone(), way.to_scalar().unwrap()))
     };
@@ -213,10 +221,7 @@ fn what_is_frozen_stays_and_the_rest_trains() {
         config.train.freeze = freeze.iter().map(|part| part.to_string()).collect();
         (config.train.ema_decay, config.train.zero_stage, config.train.activation_checkpointing) = (0.0, stage, 1);
         let group = Group::alone();
-        let task: Box<dyn Task> = match config.task {
-            Kind::Generator => Box::new(GeneratorTask::new(&config, &group).unwrap()),
-            Kind::ImageTokenizer => Box::new(ImageTokenizerTask::new(&config, &group).unwrap()),
-        };
+        let task = tasks::spec(config.task).start(&config, &group).unwrap();
         let ways = ways(&folder, &config, task.as_ref());
         assert_eq!(ways.len(), task.params().len());
         for (name, way) in ways {
@@ -296,7 +301,7 @@ fn difference(a: &Copies, b: &Copies) -> (f32, f32) {
 
 /// All of a task's parameters on one rank.
 fn unsharded<'g>(group: &'g Group, task: &dyn Task) -> Shards<'g> {
-    let handling = |_: &str, _: &Var| Handling::default();
+    let handling = |_: &str, _: Attributes| Handling::default();
     Shards::new(group, 0, Store::Memory, task.params(), &task.parameter_groups(), handling, |_| Ok(None)).unwrap()
 }
 
@@ -342,7 +347,7 @@ fn one_direction_alone_passes_the_gate() {
         assert_eq!(measured.losses.len(), 1);
         let complete = |names: &[&String]| gradients::check_complete(names, &shards.sizes(names).unwrap());
         let all: Vec<&String> = task.params().keys().collect();
-        let busy: Vec<&String> = all.iter().copied().filter(|name| !task.idle(name)).collect();
+        let busy: Vec<&String> = all.iter().copied().filter(|name| task.gets_gradient(name)).collect();
         complete(&busy).unwrap();
         assert!(complete(&all).is_err());
     }

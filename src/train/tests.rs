@@ -1,13 +1,22 @@
 //! The loop on a toy task: resuming, falling back, stopping.
 
-use super::{engine::tests as toy, shards::Shards, *};
+use super::{
+    engine::tests as toy,
+    shards::Shards,
+    sizes::Sizes,
+    tasks::{Fingerprint, TaskSpec},
+    *,
+};
 use crate::{
     config::{MatrixOptimizer, Spike, Train},
+    data,
     dist::launch,
     error::bail,
+    nn::{params::Params, weights::Values},
     report,
 };
-use serde_json::json;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
 /// Three matrices on random inputs; remembers the sum of its losses.
 pub(super) struct ToyTask {
@@ -43,8 +52,8 @@ impl Task for ToyTask {
         &self.params
     }
 
-    fn fingerprint(&self) -> Result<BTreeMap<String, String>> {
-        Ok(BTreeMap::from([("vocabulary".into(), "abc".into())]))
+    fn fingerprint(&self) -> Result<Fingerprint> {
+        Ok(Fingerprint::from([("vocabulary".into(), "abc".into())]))
     }
 
     fn parameter_groups(&self) -> Vec<Vec<String>> {
@@ -87,10 +96,6 @@ impl Task for ToyTask {
         vec!["a row".into()]
     }
 
-    fn after_step(&mut self, _step: u64, _shards: &mut Shards) -> Result<()> {
-        Ok(())
-    }
-
     fn state(&self) -> Value {
         json!({ "total": self.total })
     }
@@ -100,12 +105,52 @@ impl Task for ToyTask {
         Ok(())
     }
 
-    fn sample(&self, _weights: HashMap<String, Tensor>, _path: &Path) -> Result<()> {
-        Ok(())
-    }
-
     fn publish(&self, _weights: BTreeMap<String, Values>, _folder: &Path) -> Result<()> {
         Ok(())
+    }
+}
+
+/// What a new task must write: no other file knows it.
+#[derive(Debug)]
+struct ToySpec;
+
+impl TaskSpec for ToySpec {
+    fn start(&self, config: &Config, _group: &Group) -> Result<Box<dyn Task>> {
+        Ok(Box::new(ToyTask::new(config)))
+    }
+
+    fn sample_kind(&self, _sizes: &Sizes) -> data::Kind {
+        data::Kind::Images(4)
+    }
+
+    fn batch_sizes(&self, train: &Train) -> Vec<(&'static str, usize)> {
+        vec![("train.batch_size", train.batch_size)]
+    }
+
+    fn parameter_groups(&self, config: &Config, _sizes: &Sizes) -> Result<Vec<Params>> {
+        Ok(toy::segments(&toy::chain(config.seed, 3).1).iter().map(|segment| segment.params().clone()).collect())
+    }
+}
+
+#[test]
+fn a_new_task_is_planned_and_trained_through_its_spec() {
+    let (folder, mut config) = (tempfile::tempdir().unwrap(), config());
+    config.train.batch_size = 4;
+    let sizes = Sizes::of_task(&ToySpec, &config).unwrap();
+    assert_eq!(sizes.parts(), [("parameters", 3 * 16)]);
+    let shares = sizes.shares(&config, 2);
+    assert_eq!((shares.total(), shares.all_muons), (48, 48));
+    assert_eq!(held::held(&config, &sizes, &shares, 3).between_steps(), 4 * (32 + 32 + 32 + 32));
+    let plan = plan_without(&config, &sizes).unwrap().0;
+    assert_eq!((plan.samples_a_step, plan.steps), (4, 9));
+    assert!(sizes::check_ranks(&ToySpec, &config, 8).is_err());
+    for ranks in [1, 2] {
+        let parent = folder.path().join(ranks.to_string());
+        let (resume, ranks) = (Resume::Auto, Ranks::Threads(ranks));
+        super::launch(&parent, &ToySpec, &config, &resume, &ranks, &Stop::default(), false).unwrap();
+        let metrics = std::fs::read_to_string(parent.join("runs/toy/metrics.jsonl")).unwrap();
+        assert_eq!(metrics.lines().count(), 9);
+        assert!(parent.join("runs/toy/checkpoints/step-9/manifest.json").exists());
     }
 }
 

@@ -1,18 +1,25 @@
 //! The loop: a step from top to bottom, and what happens around it.
 
 use super::{
-    Resume, Task, checkpoint, ema, log::StepLog, loss_scale::LossScale, optimizer, run_folder::RunFolder,
-    saving::Saving, schedule, shards::Shards, signals::Stop, state::RunState,
+    Resume, Task, checkpoint, ema,
+    log::StepLog,
+    loss_scale::LossScale,
+    optimizer::{self, GradientScale},
+    run_folder::RunFolder,
+    saving::Saving,
+    schedule,
+    shards::Shards,
+    signals::Stop,
+    state::RunState,
 };
 use crate::{
     config::{Config, Offload, Spike},
     dist::Group,
     error::{Result, ensure, failed},
-    nn::gradients,
+    nn::{gradients, params::Param},
     ops::{self, Store},
     report, runtime,
 };
-use candle_core::Var;
 use std::time::Instant;
 
 /// Steps in a row whose update may be left out.
@@ -79,7 +86,7 @@ impl<'a> Trainer<'a> {
         // A processor without bf16 wants all of every weight.
         let rounded = group.gather(vec![u8::from(rounded)])?.iter().all(|rank| rank[0] == 1);
         optimizer::check_frozen(settings, task.params())?;
-        let handling = |name: &str, var: &Var| optimizer::handling(settings, rounded, name, var);
+        let handling = |name: &str, attributes| optimizer::handling(settings, rounded, name, attributes);
         let store = match settings.offload {
             Offload::Cpu => Store::Memory,
             Offload::Disk => Store::Disk(folder.offload(group.rank())),
@@ -175,18 +182,19 @@ impl<'a> Trainer<'a> {
 
     /// Before the first update: every parameter that can have a gradient has one.
     fn check_complete(&self) -> Result<()> {
-        let names: Vec<&String> = self.task.params().keys().filter(|name| self.learns(name)).collect();
+        let names: Vec<&String> = self.task.params().keys().filter(|name| self.gets_gradient(name)).collect();
         gradients::check_complete(&names, &self.shards.sizes(&names)?)
     }
 
     /// Whether a parameter has a gradient in the first steps.
-    fn learns(&self, name: &str) -> bool {
-        !self.task.idle(name) && !self.config.train.freezes(name)
+    fn gets_gradient(&self, name: &str) -> bool {
+        let requires_grad = self.task.params().get(name).is_some_and(|param| param.attributes.requires_grad);
+        requires_grad && self.task.gets_gradient(name) && !self.config.train.freezes(name)
     }
 
     /// The trainer's one exchange of a step; weights, gradients and what the task reports have their own.
     fn agree(&self, factor: f64) -> Result<Agreed> {
-        let squares = optimizer::squares(self.shards.reduced())?;
+        let squares = optimizer::squares(self.shards.reduced(), self.shards.params())?;
         let saved = f64::from(u8::from(self.saving.is_written()));
         let all = self.shards.group().gather(vec![squares, f64::from(self.stop.signal()), saved])?;
         let replica = all.iter().take(self.shards.group().hsdp_shard_size());
@@ -199,7 +207,7 @@ impl<'a> Trainer<'a> {
         let (settings, step) = (&self.config.train, self.run.step);
         self.run.updates += 1;
         let updates = self.run.updates;
-        let scale = optimizer::clip_scale(norm, settings.clip_norm) / factor;
+        let scale = GradientScale::new(norm, settings.clip_norm, factor);
         self.run.optimizer.step(&mut self.shards, settings, updates, rate, scale)?;
         self.shards.refresh()?;
         self.task.after_step(step, &mut self.shards)?;
@@ -300,8 +308,8 @@ impl<'a> Trainer<'a> {
     fn publish(&mut self, step: u64) -> Result<()> {
         let stored = checkpoint::tensors(&checkpoint::at(&self.folder.checkpoints(), step))?;
         let kind = if self.config.train.ema_decay > 0.0 { "average" } else { "weights" };
-        let whole = |(name, var): (&String, &Var)| {
-            Ok((name.clone(), stored.whole(&format!("{kind}/{name}"), var.dims(), safetensors::Dtype::F32)?))
+        let whole = |(name, param): (&String, &Param)| {
+            Ok((name.clone(), stored.whole(&format!("{kind}/{name}"), param.dims(), safetensors::Dtype::F32)?))
         };
         let weights = self.task.params().iter().map(whole).collect::<Result<_>>()?;
         self.task.publish(weights, &self.folder.model())?;

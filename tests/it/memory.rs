@@ -18,9 +18,9 @@ use vilg::{
     train::{
         ema, engine,
         held::held,
-        optimizer::Optimizer,
+        optimizer::{GradientScale, Optimizer},
         shards::{Handling, Shards, names},
-        sizes::{Sizes, starts_empty},
+        sizes::Sizes,
     },
 };
 
@@ -75,7 +75,7 @@ fn batch(model: &Generator, samples: usize, to_image: bool) -> Result<Batch> {
 /// Two steps as the training loop takes them.
 fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
     let device = candle_core::Device::Cpu;
-    let scope = match starts_empty(config, group.world_size()) {
+    let scope = match sizes.spec.starts_empty(config, group.world_size()) {
         true => Scope::empty_from_seed(1, &device),
         false => Scope::from_seed(1, candle_core::DType::F32, &device),
     };
@@ -119,7 +119,7 @@ fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
             }
         }
         shards.finish()?;
-        optimizer.step(&mut shards, &config.train, step, 1.0, 1.0)?;
+        optimizer.step(&mut shards, &config.train, step, 1.0, GradientScale::new(1.0, 0.0, 1.0))?;
         shards.refresh()?;
         ema::update(&mut average, &shards, config.train.ema_decay, step)?;
     }
@@ -129,8 +129,7 @@ fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
 /// Bytes a rank: by formula, and at the fullest moment of two steps. What ranks need to start must not be more than its
 /// formula says.
 fn compare(config: &Config, ranks: usize) -> (f64, f64) {
-    let mut sizes = Sizes::of(config).unwrap();
-    sizes.vocabulary = 40;
+    let sizes = Sizes::of(config).unwrap().with_vocabulary(config, 40).unwrap();
     let formula = held(config, &sizes, &sizes.shares(config, ranks), config.train.zero_stage);
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);

@@ -93,8 +93,8 @@ fn losses(golden: &Golden, chain: &Chain<Batch>, config: &Config, steps: u64) ->
     let mut adam = optimizer::Optimizer::new(&shards, &config.train)?;
     let step = |step: u64| {
         let loss = accumulate(golden, chain, &mut shards)?;
-        let norm = optimizer::squares(shards.reduced())?.sqrt();
-        let scale = optimizer::clip_scale(norm, config.train.clip_norm);
+        let norm = optimizer::squares(shards.reduced(), shards.params())?.sqrt();
+        let scale = optimizer::GradientScale::new(norm, config.train.clip_norm, 1.0);
         adam.step(&mut shards, &config.train, step, 1.0, scale)?;
         Ok(loss)
     };

@@ -2,8 +2,8 @@
 
 use crate::{
     error::{Context, Result},
-    model::{sequence::Modality, transformer::Generator},
-    nn::{norm::LayerNorm, pattern::Pattern},
+    model::{layer::Layer, sequence::Modality, transformer::Generator},
+    nn::{block::BlockLayers, linear::Linear, norm::LayerNorm, pattern::Pattern},
     ops::{
         layer_norm,
         packed::{Finish, Format, PackedLinear},
@@ -11,7 +11,6 @@ use crate::{
 };
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
-use std::collections::BTreeMap;
 
 /// The weights of a generator.
 pub struct PackedGenerator {
@@ -28,17 +27,10 @@ pub struct PackedGenerator {
     pub heads: usize,
 }
 
-/// The weights of a block.
+/// A layer of the transformer.
 pub struct PackedLayer {
     pub pattern: Pattern,
-    norm1: Norm,
-    qkv: PackedLinear,
-    qk_norm: Option<(Norm, Norm)>,
-    proj: PackedLinear,
-    norm2: Norm,
-    fc1: PackedLinear,
-    fc2: PackedLinear,
-    post: Option<(Norm, Norm)>,
+    block: BlockLayers<Norm, PackedLinear>,
 }
 
 /// An embedding (rows, hidden).
@@ -65,6 +57,10 @@ impl Norm {
     /// Rows that one task works on.
     const ROWS: usize = 16;
 
+    fn new(norm: &LayerNorm) -> Result<Self> {
+        Ok(Self { weight: values(norm.weight())?, bias: values(norm.bias())? })
+    }
+
     fn apply(&self, y: &mut [f32], x: &[f32]) {
         let chunk = Self::ROWS * self.weight.len();
         let rows = y.par_chunks_mut(chunk).zip(x.par_chunks(chunk));
@@ -72,75 +68,39 @@ impl Norm {
     }
 }
 
-/// Parameters by full name.
-struct Named(BTreeMap<String, Tensor>);
+fn values(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}
 
-impl Named {
-    fn has(&self, name: &str) -> bool {
-        self.0.contains_key(name)
-    }
+fn pack(linear: &Linear, format: Format) -> Result<PackedLinear> {
+    Ok(PackedLinear::new(&values(linear.weight())?, &values(linear.bias())?, format))
+}
 
-    fn values(&self, name: &str) -> Result<Vec<f32>> {
-        let tensor = self.0.get(name).with_context(|| format!("the generator has no `{name}`"))?;
-        Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
-    }
-
-    fn table(&self, name: &str, hidden: usize) -> Result<Table> {
-        Ok(Table { values: self.values(&format!("{name}.weight"))?, hidden })
-    }
-
-    fn norm(&self, name: &str) -> Result<Norm> {
-        Ok(Norm { weight: self.values(&format!("{name}.weight"))?, bias: self.values(&format!("{name}.bias"))? })
-    }
-
-    /// Two norms, where the first is there.
-    fn norms(&self, first: &str, second: &str) -> Result<Option<(Norm, Norm)>> {
-        if !self.has(&format!("{first}.weight")) {
-            return Ok(None);
-        }
-        Ok(Some((self.norm(first)?, self.norm(second)?)))
-    }
-
-    fn linear(&self, name: &str, format: Format) -> Result<PackedLinear> {
-        let (weight, bias) = (self.values(&format!("{name}.weight"))?, self.values(&format!("{name}.bias"))?);
-        Ok(PackedLinear::new(&weight, &bias, format))
-    }
-
-    fn layer(&self, i: usize, pattern: Pattern, format: Format) -> Result<PackedLayer> {
-        let name = |part: &str| format!("blocks.{i}.{part}");
-        Ok(PackedLayer {
-            pattern,
-            norm1: self.norm(&name("norm1"))?,
-            qkv: self.linear(&name("attention.qkv"), format)?,
-            qk_norm: self.norms(&name("attention.q_norm"), &name("attention.k_norm"))?,
-            proj: self.linear(&name("attention.proj"), format)?,
-            norm2: self.norm(&name("norm2"))?,
-            fc1: self.linear(&name("mlp.fc1"), format)?,
-            fc2: self.linear(&name("mlp.fc2"), format)?,
-            post: self.norms(&name("norm1_post"), &name("norm2_post"))?,
-        })
+impl PackedLayer {
+    fn new(layer: &Layer, format: Format) -> Result<Self> {
+        let block = layer.block.layers.try_map(|_, norm| Norm::new(norm), |_, linear| pack(linear, format))?;
+        Ok(Self { pattern: layer.pattern, block })
     }
 }
 
 impl PackedGenerator {
     /// A copy of the generator's weights, its matrices in `format`; embeddings, norms and biases stay f32.
     pub fn new(generator: &Generator, format: Format) -> Result<Self> {
-        let params = generator.params().flatten();
-        let named = Named(params.map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
-        let image_start = named.values("image_start")?;
-        let table = |name| named.table(name, image_start.len());
-        let layers = generator.layers.iter().enumerate();
+        let Generator { embedding, layers, head, heads, .. } = generator;
+        let image_start = values(&embedding.image_start)?;
+        let table =
+            |table: &Tensor| -> Result<Table> { Ok(Table { values: values(table)?, hidden: image_start.len() }) };
         Ok(Self {
-            text: table("text_embedding")?,
-            text_position: table("text_position")?,
-            image: table("image_embedding")?,
-            image_row: table("image_row")?,
-            image_column: table("image_column")?,
-            layers: layers.map(|(i, layer)| named.layer(i, layer.pattern, format)).collect::<Result<_>>()?,
-            norm: named.norm("norm")?,
-            text_head: named.linear("text_head", format)?,
-            image_head: named.linear("image_head", format)?,
-            heads: generator.heads,
+            text: table(&embedding.text)?,
+            text_position: table(&embedding.text_position)?,
+            image: table(&embedding.image)?,
+            image_row: table(&embedding.image_row)?,
+            image_column: table(&embedding.image_column)?,
+            layers: layers.iter().map(|layer| PackedLayer::new(layer, format)).collect::<Result<_>>()?,
+            norm: Norm::new(&head.norm)?,
+            text_head: pack(head.linear(Modality::Text), format)?,
+            image_head: pack(head.linear(Modality::Image), format)?,
+            heads: *heads,
             image_start,
         })
     }
@@ -190,10 +150,10 @@ impl Workspace {
 impl PackedLayer {
     /// `workspace.qkv` of `workspace.x`.
     pub fn qkv(&self, workspace: &mut Workspace) {
-        self.norm1.apply(&mut workspace.normed, &workspace.x);
-        self.qkv.apply(&mut workspace.qkv, &workspace.normed, Finish::Set);
-        if let Some((q_norm, k_norm)) = &self.qk_norm {
-            let hidden = self.norm1.weight.len();
+        self.block.norm1.apply(&mut workspace.normed, &workspace.x);
+        self.block.qkv.apply(&mut workspace.qkv, &workspace.normed, Finish::Set);
+        if let Some((q_norm, k_norm)) = &self.block.qk_norm {
+            let hidden = self.block.norm1.weight.len();
             for qkv in workspace.qkv.chunks_exact_mut(3 * hidden) {
                 let before = &mut workspace.branch[..hidden];
                 for (norm, part) in [q_norm, k_norm].into_iter().zip(qkv.chunks_exact_mut(hidden)) {
@@ -206,14 +166,14 @@ impl PackedLayer {
 
     /// The block from `workspace.attended` on: `workspace.x` becomes its output.
     pub fn finish(&self, workspace: &mut Workspace) {
-        let rows = workspace.x.len() / self.norm1.weight.len();
-        workspace.inner.resize(rows * self.fc1.outputs(), 0.0);
+        let rows = workspace.x.len() / self.block.norm1.weight.len();
+        workspace.inner.resize(rows * self.block.fc1.outputs(), 0.0);
         let Workspace { x, attended, normed, branch, inner, .. } = workspace;
-        let (post1, post2) = self.post.as_ref().map_or((None, None), |(a, b)| (Some(a), Some(b)));
-        add(x, &self.proj, attended, post1, [branch, normed]);
-        self.norm2.apply(normed, x);
-        self.fc1.apply(inner, normed, Finish::Gelu);
-        add(x, &self.fc2, inner, post2, [branch, normed]);
+        let (post1, post2) = self.block.post.as_ref().map_or((None, None), |(a, b)| (Some(a), Some(b)));
+        add(x, &self.block.proj, attended, post1, [branch, normed]);
+        self.block.norm2.apply(normed, x);
+        self.block.fc1.apply(inner, normed, Finish::Gelu);
+        add(x, &self.block.fc2, inner, post2, [branch, normed]);
     }
 }
 

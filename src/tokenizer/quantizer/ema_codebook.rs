@@ -38,8 +38,8 @@ impl EmaCodebook {
         }
         let (codes, dim) = (config.codebook_size, config.code_dim);
         Ok(Some(Self {
-            counts: scope.get(COUNTS, codes, Init::Zeros)?,
-            sums: scope.get(SUMS, (codes, dim), Init::Zeros)?,
+            counts: scope.statistics(COUNTS, codes, Init::Zeros)?,
+            sums: scope.statistics(SUMS, (codes, dim), Init::Zeros)?,
             decay: config.codebook_decay as f32,
         }))
     }

@@ -41,7 +41,7 @@ impl Gumbel {
         let proj = scope.at("proj");
         Ok(Self {
             projection: Some((proj.get("weight", (codes, dim, 1, 1), init)?, proj.get("bias", codes, init)?)),
-            codebook: scope.at("embed").get("weight", (codes, dim), Init::Normal(1.0))?,
+            codebook: scope.at("embed").table("weight", (codes, dim), Init::Normal(1.0))?,
             offset: None,
         })
     }
@@ -49,7 +49,7 @@ impl Gumbel {
     /// DALL-E's, where encoder and decoder do the rest; `input` is the scope of the decoder's first convolution.
     pub fn of_logits(input: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
         let (codes, dim) = (config.codebook_size, config.code_dim);
-        let codebook = input.get("w", (dim, codes, 1, 1), Init::Normal((codes as f64).powf(-0.5)))?;
+        let codebook = input.table("w", (dim, codes, 1, 1), Init::Normal((codes as f64).powf(-0.5)))?;
         Ok(Self { projection: None, codebook, offset: Some(input.get("b", dim, Init::Zeros)?) })
     }
 

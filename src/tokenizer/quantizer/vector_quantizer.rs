@@ -19,6 +19,8 @@ const TEMPERATURE: f64 = 0.01;
 /// Added to a likelihood before its logarithm.
 const LOG_EPS: f64 = 1e-8;
 
+const CODEBOOK: &str = "embedding.weight";
+
 /// The codebook.
 pub struct VectorQuantizer {
     codebook: Tensor,
@@ -34,8 +36,12 @@ impl VectorQuantizer {
     pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
         let (codes, dim) = (config.codebook_size, config.code_dim);
         let init = if config.l2_normalize { Init::Normal(1.0) } else { Init::Uniform(1.0 / codes as f64) };
+        let shape = (codes, dim);
         Ok(Self {
-            codebook: scope.get("embedding.weight", (codes, dim), init)?,
+            codebook: match config.codebook_is_averaged() {
+                true => scope.statistics(CODEBOOK, shape, init)?,
+                false => scope.table(CODEBOOK, shape, init)?,
+            },
             l2_normalize: config.l2_normalize,
             commitment: config.commitment,
             legacy_beta: config.legacy_beta,

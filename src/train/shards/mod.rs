@@ -27,10 +27,14 @@ use super::{
 use crate::{
     dist::Group,
     error::{Context, Result, ensure},
-    nn::{gradients::Gradients, params::Params, segment::Chain},
+    nn::{
+        gradients::Gradients,
+        params::{Attributes, Params},
+        segment::Chain,
+    },
     ops::{self, Floats, Store},
 };
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor};
 use half::{bf16, slice::HalfFloatSliceExt, vec::HalfFloatVecExt};
 use in_flight::{GradientState, WeightState};
 use std::{
@@ -124,13 +128,14 @@ impl<'g> Shards<'g> {
         store: Store,
         params: &Params,
         parameter_groups: &[Vec<String>],
-        handling: impl Fn(&str, &Var) -> Handling,
+        handling: impl Fn(&str, Attributes) -> Handling,
         fresh: impl Fn(&str) -> Result<Option<Vec<f32>>>,
     ) -> Result<Self> {
         // One rank, or replicas: each rank owns everything.
         let stage = if group.hsdp_shard_size() == 1 { 0 } else { stage };
         let owners = if stage == 0 { 1 } else { group.hsdp_shard_size() };
-        let handling: BTreeMap<_, _> = params.iter().map(|(name, var)| (name.clone(), handling(name, var))).collect();
+        let handling: BTreeMap<_, _> =
+            params.iter().map(|(name, param)| (name.clone(), handling(name, param.attributes))).collect();
         let entries =
             parameter_groups.iter().map(|names| names.iter().map(|name| entry(params, name, &handling)).collect());
         let entries = entries.collect::<Result<Vec<Vec<Entry>>>>()?;
@@ -245,8 +250,8 @@ impl<'g> Shards<'g> {
             self.masters.rounded.iter_mut().map(|(name, values)| (name.as_str(), values)).collect();
         let update = |(name, range): (&'_ String, &Range<usize>)| {
             let (weights, rounded) = (weights.remove(name.as_str()), rounded.remove(name.as_str()));
-            let (name, var) = self.params.get_key_value(name)?;
-            Some(Owned { name, var, gradient: gradients.get(name)?, range: range.clone(), weights, rounded })
+            let (name, param) = self.params.get_key_value(name)?;
+            Some(Owned { name, param, gradient: gradients.get(name)?, range: range.clone(), weights, rounded })
         };
         self.owned.iter().filter_map(update).collect()
     }

@@ -3,13 +3,16 @@ use crate::{
     config::{Precision, Train},
     dist::launch,
     nn::params::{Init, Scope},
-    train::{engine::tests as toy, optimizer::Optimizer},
+    train::{
+        engine::tests as toy,
+        optimizer::{GradientScale, Optimizer},
+    },
 };
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn elements(var: &Var) -> Vec<f32> {
+fn elements(var: &Tensor) -> Vec<f32> {
     ops::with_slice(var, <[f32]>::to_vec).unwrap()
 }
 
@@ -18,8 +21,9 @@ fn owners_keep_exact_weights_where_others_get_rounded_ones() {
     launch(2, PATIENCE, |group| {
         for stage in [1, 3] {
             let (params, chain) = toy::chain(1, 3);
-            let exact: Vec<Vec<f32>> = params.values().map(elements).collect();
-            let handling = |name: &str, _: &Var| Handling { rounded: name != "blocks.1.weight", ..Handling::default() };
+            let exact: Vec<Vec<f32>> = params.values().map(|param| elements(param)).collect();
+            let handling =
+                |name: &str, _: Attributes| Handling { rounded: name != "blocks.1.weight", ..Handling::default() };
             let mut shards =
                 Shards::new(group, stage, Store::Memory, &params, &toy::parameter_groups(&chain), handling, |_| {
                     Ok(None)
@@ -29,7 +33,7 @@ fn owners_keep_exact_weights_where_others_get_rounded_ones() {
                 shards.all_gather(unit, None)?;
                 let ours = shards.owned()[name].clone();
                 for (i, (got, exact)) in elements(var).into_iter().zip(exact).enumerate() {
-                    let rounded = handling(name, var).rounded && !ours.contains(&i);
+                    let rounded = handling(name, var.attributes).rounded && !ours.contains(&i);
                     assert_eq!(got, if rounded { half::bf16::from_f32(*exact).to_f32() } else { *exact });
                 }
                 assert_eq!(shards.part(name)?, exact[ours], "{name}");
@@ -52,11 +56,11 @@ fn copies_are_what_the_optimizer_left_rounded_to_their_type() {
         launch(ranks, PATIENCE, |group| {
             for (stage, precision) in (0..=3).flat_map(|stage| [(stage, Precision::Bf16), (stage, Precision::F16)]) {
                 let scope = Scope::from_seed(1, DType::F32, &Device::Cpu).in_precision(precision);
-                scope.at("blocks.0").matmul_weight("weight", (5, 7), Init::Normal(1.0))?;
+                scope.at("blocks.0").block_matrices("weight", (5, 7), Init::Normal(1.0), 1)?;
                 scope.at("blocks.0").get("bias", 4, Init::Ones)?;
                 let (params, fresh, settings) = (scope.params(), scope.fresh().unwrap(), Train::default());
                 let (parameter_groups, handling) =
-                    ([params.keys().cloned().collect()], |_: &str, _: &Var| Handling::default());
+                    ([params.keys().cloned().collect()], |_: &str, _: Attributes| Handling::default());
                 let fill = |name: &str| fresh.values(name).map(Some);
                 let mut shards = Shards::new(group, stage, Store::Memory, &params, &parameter_groups, handling, fill)?;
                 let mut optimizer = Optimizer::new(&shards, &settings)?;
@@ -67,7 +71,7 @@ fn copies_are_what_the_optimizer_left_rounded_to_their_type() {
                     }
                     shards.reduce_scatter(0)?;
                     shards.finish()?;
-                    optimizer.step(&mut shards, &settings, step, 1.0, 1.0)?;
+                    optimizer.step(&mut shards, &settings, step, 1.0, GradientScale::new(1.0, 0.0, 1.0))?;
                     shards.refresh()?;
                 }
                 let exact = shards.collect(Shards::part)?;
@@ -75,7 +79,7 @@ fn copies_are_what_the_optimizer_left_rounded_to_their_type() {
                 for (name, exact) in exact.into_iter().flatten() {
                     let (var, exact) = (&params[&name], exact.flatten_all()?);
                     let rounded = exact.to_dtype(var.dtype())?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-                    assert_eq!(elements(&Var::from_tensor(&var.to_dtype(DType::F32)?)?), rounded, "{name}");
+                    assert_eq!(elements(&var.to_dtype(DType::F32)?), rounded, "{name}");
                     assert!(exact.to_vec1::<f32>()?.iter().zip(fresh.values(&name)?).all(|(a, b)| *a != b));
                     assert_eq!(var.dtype() == DType::F32, exact.to_vec1::<f32>()? == rounded);
                 }
@@ -91,7 +95,7 @@ fn copies_are_what_the_optimizer_left_rounded_to_their_type() {
 fn at_stage_3_a_rank_holds_its_own_weights_and_those_in_use() {
     launch(3, PATIENCE, |group| {
         let (params, chain) = toy::chain(1, 3);
-        let before: Vec<Vec<f32>> = params.values().map(elements).collect();
+        let before: Vec<Vec<f32>> = params.values().map(|param| elements(param)).collect();
         let mut shards = Shards::new(
             group,
             3,

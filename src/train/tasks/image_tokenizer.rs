@@ -1,14 +1,9 @@
 //! The task `image-tokenizer`: images through encoder, quantiser and decoder (paper §2.1).
 
-use super::{
-    StepMetrics, Task,
-    data_loader::DataLoader,
-    engine,
-    shards::{Shards, names},
-};
+use super::{FileKind, InputFile, Task, TaskSpec};
 use crate::{
-    bundle::{self, Parts},
-    config::Config,
+    bundle::{self, Bundle, Parts},
+    config::{self, Config, Train},
     data::{
         self, Kind, Record,
         image::{from_pixels, to_pixels},
@@ -16,6 +11,7 @@ use crate::{
     },
     dist::{self, Group},
     error::{Context, Result, ensure},
+    model::flops,
     nn::{
         params::{Params, Scope},
         weights::Values,
@@ -24,10 +20,17 @@ use crate::{
     tokenizer::{
         self, ImageTokenizer, PixelBatch, Statistics,
         discriminator::{self, LogitEma},
-        quantizer::{Quantizer, ema_codebook, gumbel::Relaxation, vector_quantizer},
+        quantizer::{Quantizer, gumbel::Relaxation, vector_quantizer},
+    },
+    train::{
+        StepMetrics,
+        data_loader::DataLoader,
+        engine,
+        shards::{Shards, names},
+        sizes::Sizes,
     },
 };
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -46,6 +49,69 @@ const CODEBOOK: &str = "quantize.embedding.weight";
 
 /// The segment that quantises.
 const WITH_CODEBOOK: usize = 1;
+
+/// Pixels to codes and back.
+#[derive(Debug)]
+pub struct Spec;
+
+impl TaskSpec for Spec {
+    fn start(&self, config: &Config, group: &Group) -> Result<Box<dyn Task>> {
+        Ok(Box::new(ImageTokenizerTask::new(config, group)?))
+    }
+
+    fn sample_kind(&self, sizes: &Sizes) -> Kind {
+        Kind::Images(u32::try_from(sizes.tokenizer.image_size).unwrap_or(u32::MAX))
+    }
+
+    fn batch_sizes(&self, train: &Train) -> Vec<(&'static str, usize)> {
+        vec![("train.batch_size", train.batch_size)]
+    }
+
+    fn parameter_groups(&self, config: &Config, sizes: &Sizes) -> Result<Vec<Params>> {
+        // The perceptual network is not trained, and its folder may be on another machine.
+        let settings = config::ImageTokenizer { perceptual_weight: 0.0, ..sizes.tokenizer.clone() };
+        let scope = Scope::empty_from_seed(config.seed, &Device::Cpu);
+        let model = ImageTokenizer::in_training(&scope, &settings)?;
+        Ok(model.segments().iter().map(|segment| segment.params().clone()).collect())
+    }
+
+    fn parts(&self) -> &'static [(&'static str, &'static [&'static str])] {
+        &[
+            ("encoder", &["encoder."]),
+            ("quantizer", &["quant_conv.", "quantize.", "post_quant_conv.", "decoder.blocks.input."]),
+            ("decoder", &["decoder."]),
+            ("discriminator", &["discriminator."]),
+            ("EMA codebook", &["quantize.embedding.cluster_size", "quantize.embedding.embed_avg"]),
+        ]
+    }
+
+    fn predicted_tokens(&self, config: &Config, sizes: &Sizes) -> usize {
+        let (height, width) = sizes.tokenizer.grid();
+        config.train.batch_size * height * width
+    }
+
+    fn flops(&self, config: &Config, sizes: &Sizes) -> f64 {
+        flops::tokenizer(&sizes.tokenizer, config.train.batch_size)
+    }
+
+    fn files<'a>(&self, config: &'a Config) -> Vec<InputFile<'a>> {
+        let (key, path) = ("image_tokenizer.perceptual", &config.image_tokenizer.perceptual);
+        vec![InputFile { key, path, kind: FileKind::Folder, required: false }]
+    }
+
+    fn initial_model(&self, model: Bundle) -> Result<Bundle> {
+        model.image_tokenizer_folder()
+    }
+
+    fn meaning_keys(&self, _config: &Config) -> &'static [&'static str] {
+        &[
+            "image_tokenizer.architecture",
+            "image_tokenizer.quantizer",
+            "image_tokenizer.l2_normalize",
+            "image_tokenizer.fsq_levels",
+        ]
+    }
+}
 
 /// The image tokenizer in training.
 pub struct ImageTokenizerTask {
@@ -127,15 +193,8 @@ impl Task for ImageTokenizerTask {
         &self.params
     }
 
-    fn fingerprint(&self) -> Result<BTreeMap<String, String>> {
-        Ok(BTreeMap::new())
-    }
-
-    fn idle(&self, name: &str) -> bool {
-        // The first step's gradients are looked at.
-        let sleeps = discriminator::is_ours(name) && self.config.image_tokenizer.adversarial_start > 0;
-        let averaged = self.model.average().is_some() && name == CODEBOOK;
-        sleeps || averaged || ema_codebook::is_ours(name)
+    fn gets_gradient(&self, name: &str) -> bool {
+        !discriminator::is_ours(name) || self.config.image_tokenizer.adversarial_start == 0
     }
 
     fn parameter_groups(&self) -> Vec<Vec<String>> {

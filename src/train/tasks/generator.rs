@@ -1,41 +1,142 @@
 //! The task `generator`: both directions in every step, the summed loss (paper §2.2).
 
-use super::{
-    StepMetrics, Task,
-    data_loader::DataLoader,
-    engine,
-    shards::{Shards, names},
-    sizes,
-};
+use super::{FileKind, Fingerprint, InputFile, Sequences, Task, TaskSpec};
 use crate::{
     bundle::{self, Bundle, Parts},
-    config::{self, Config, LossReduction, Precision, Task as Kind},
-    data::{self, image_file},
+    config::{self, AttentionKind, Config, LossReduction, Precision, Train},
+    data::{self, Kind, image_file},
     dist::{self, Group},
     error::{Context, Result, ensure, failed, usage},
     generate::{Models, Request},
-    model::{Batch, Generator, Tokens},
+    model::{Batch, Generator, Layout, Tokens},
     nn::{
         params::{Fresh, Params, Scope},
+        pattern::Grid,
         weights::Values,
     },
     ops::packed::Format,
     random::Random,
     runtime,
     text::WordPiece,
+    train::{
+        StepMetrics,
+        data_loader::DataLoader,
+        engine,
+        shards::{Shards, names},
+        sizes::Sizes,
+    },
 };
-use candle_core::{DType, Tensor};
-use serde_json::Value;
+use candle_core::{DType, Device, Tensor};
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
 };
 
+/// Text → image and image → text.
+#[derive(Debug)]
+pub struct Spec;
+
+impl TaskSpec for Spec {
+    fn start(&self, config: &Config, group: &Group) -> Result<Box<dyn Task>> {
+        Ok(Box::new(GeneratorTask::new(config, group)?))
+    }
+
+    /// Where the weights are random and sharded, a rank need not hold them all at any time.
+    fn starts_empty(&self, config: &Config, world_size: usize) -> bool {
+        let train = &config.train;
+        let sharded = world_size > 1 && train.hsdp_shard_size != 1 && train.zero_stage == 3;
+        sharded && train.init_from.is_empty()
+    }
+
+    fn sample_kind(&self, _sizes: &Sizes) -> Kind {
+        Kind::Codes
+    }
+
+    fn batch_sizes(&self, train: &Train) -> Vec<(&'static str, usize)> {
+        vec![("train.batch_size", train.batch_size), ("train.caption_batch_size", train.caption_batch_size)]
+    }
+
+    fn parameter_groups(&self, config: &Config, sizes: &Sizes) -> Result<Vec<Params>> {
+        let (codes, grid) = (sizes.tokenizer.codebook_size, sizes.tokenizer.grid());
+        let scope = Scope::empty_from_seed(config.seed, &Device::Cpu);
+        let model = Generator::new(&scope, config, sizes.vocabulary, codes, grid)?;
+        Ok(model.segments().iter().map(|segment| segment.params().clone()).collect())
+    }
+
+    fn parts(&self) -> &'static [(&'static str, &'static [&'static str])] {
+        &[
+            ("text embedding", &["text_embedding."]),
+            ("text positions", &["text_position."]),
+            ("image embedding", &["image_embedding."]),
+            ("image positions", &["image_row.", "image_column.", "image_start"]),
+            ("blocks", &["blocks."]),
+            ("final norm", &["norm."]),
+            ("text head", &["text_head."]),
+            ("image head", &["image_head."]),
+        ]
+    }
+
+    fn sequences(&self, config: &Config, sizes: &Sizes) -> Vec<Sequences> {
+        let (height, width) = sizes.tokenizer.grid();
+        let (train, grid, text) = (&config.train, Grid { height, width }, config.text.max_tokens);
+        vec![
+            Sequences {
+                name: "text to image",
+                layout: Layout::text_to_image(text, grid),
+                outputs: sizes.tokenizer.codebook_size,
+                batch_size: train.batch_size,
+                weight: train.image_loss_weight,
+            },
+            Sequences {
+                name: "image to text",
+                layout: Layout::image_to_text(grid, text),
+                outputs: sizes.vocabulary,
+                batch_size: train.caption_batch_size,
+                weight: train.text_loss_weight,
+            },
+        ]
+    }
+
+    fn files<'a>(&self, config: &'a Config) -> Vec<InputFile<'a>> {
+        let file = |key, path, kind| InputFile { key, path, kind, required: true };
+        vec![
+            file("text.vocab", &config.text.vocab, FileKind::File),
+            file("image_tokenizer.path", &config.image_tokenizer.path, FileKind::Model),
+        ]
+    }
+
+    fn initial_model(&self, model: Bundle) -> Result<Bundle> {
+        match model.config.task {
+            config::Task::Generator => Ok(model),
+            config::Task::ImageTokenizer => {
+                let hint = "name the model folder of a run with task = \"generator\"";
+                Err(usage(
+                    format_args!("train.init_from: {} is an image tokenizer, not a generator", model.name()),
+                    hint,
+                ))
+            }
+        }
+    }
+
+    fn fingerprint_of(&self, model: &Bundle) -> Result<Fingerprint> {
+        fingerprint(&model.text()?, model)
+    }
+
+    fn meaning_keys(&self, config: &Config) -> &'static [&'static str] {
+        match config.model.attention {
+            AttentionKind::Sparse => {
+                &["model.heads", "model.attention", "model.row_extent", "model.conv_border", "model.conv_size"]
+            }
+            AttentionKind::Dense => &["model.heads", "model.attention"],
+        }
+    }
+}
+
 /// Sequences that a step learns from, with a loss of their own.
 struct Objective {
     /// Of the loss in the metrics.
     name: &'static str,
-    weight: fn(&config::Train) -> f64,
+    weight: fn(&Train) -> f64,
     /// Whether captions are dropped with `condition_dropout`.
     drops_text: bool,
     /// The text's tokens, of at most so many positions: the end of a cut caption is no target.
@@ -86,7 +187,7 @@ impl GeneratorTask {
     }
 
     /// The same with weights of linear layers in `kept`, f32 or the precision of their products.
-    pub(super) fn kept_in(kept: Precision, config: &Config, group: &Group) -> Result<Self> {
+    pub(in crate::train) fn kept_in(kept: Precision, config: &Config, group: &Group) -> Result<Self> {
         let mut config = config.clone();
         let text = match config.text.vocab.as_str() {
             "demo" => Bundle::open("demo")?.text()?,
@@ -96,12 +197,16 @@ impl GeneratorTask {
             "demo" => Bundle::open("demo")?.image_tokenizer_folder()?,
             path => Bundle::open(path).context("image_tokenizer.path")?,
         };
-        let hint = "name the model folder of a run with task = \"image-tokenizer\"";
-        let kind = image_tokenizer.config.task;
-        ensure!(kind == Kind::ImageTokenizer, usage("image_tokenizer.path is not an image tokenizer", hint));
+        match image_tokenizer.config.task {
+            config::Task::ImageTokenizer => {}
+            config::Task::Generator => {
+                let hint = "name the model folder of a run with task = \"image-tokenizer\"";
+                return Err(usage("image_tokenizer.path is not an image tokenizer", hint));
+            }
+        }
         config.image_tokenizer = image_tokenizer.config.image_tokenizer.clone();
         let batches = [config.train.batch_size, config.train.caption_batch_size];
-        let data_loader = DataLoader::new(&config, data::Kind::Codes, &batches, group)?;
+        let data_loader = DataLoader::new(&config, Kind::Codes, &batches, group)?;
         let ours = match data_loader.dataset().codes() {
             Some(codes) => image_tokenizer.makes_codes_of(&codes.tokenizer)?,
             None => false,
@@ -111,7 +216,7 @@ impl GeneratorTask {
 
         let (device, seed) = (runtime::device()?, config.seed);
         // Every rank would hold the whole model for a moment.
-        let scope = match sizes::starts_empty(&config, group.world_size()) {
+        let scope = match Spec.starts_empty(&config, group.world_size()) {
             true => Scope::empty_from_seed(seed, &device),
             false => Scope::from_seed(seed, DType::F32, &device),
         };
@@ -177,10 +282,10 @@ fn build(scope: &Scope, config: &Config, text: &WordPiece) -> Result<Generator> 
 const IMAGE_TOKENIZER: &str = "image tokenizer";
 
 /// Digests of what a generator's weights belong to: its vocabulary and its image tokenizer.
-pub fn fingerprint(text: &WordPiece, image_tokenizer: &Bundle) -> Result<BTreeMap<String, String>> {
+fn fingerprint(text: &WordPiece, image_tokenizer: &Bundle) -> Result<Fingerprint> {
     let vocabulary = blake3::hash(text.vocab_text().as_bytes()).to_hex().to_string();
     let image_tokenizer = image_tokenizer.digest()?;
-    Ok(BTreeMap::from([("vocabulary".into(), vocabulary), (IMAGE_TOKENIZER.into(), image_tokenizer)]))
+    Ok(Fingerprint::from([("vocabulary".into(), vocabulary), (IMAGE_TOKENIZER.into(), image_tokenizer)]))
 }
 
 impl Task for GeneratorTask {
@@ -192,14 +297,19 @@ impl Task for GeneratorTask {
         self.fresh.as_ref().map(|fresh| fresh.values(name)).transpose()
     }
 
-    fn idle(&self, name: &str) -> bool {
-        let only_text = self.config.train.image_loss_weight == 0.0;
-        let only_image = self.config.train.text_loss_weight == 0.0 || self.config.train.caption_batch_size == 0;
-        (only_text && (name.starts_with("image_head.") || name == "image_start"))
-            || (only_image && name.starts_with("text_head."))
+    /// A head gets none where no sequence has its modality as target.
+    fn gets_gradient(&self, name: &str) -> bool {
+        let train = &self.config.train;
+        let images = train.image_loss_weight > 0.0;
+        let texts = train.text_loss_weight > 0.0 && train.caption_batch_size > 0;
+        match name.split('.').next() {
+            Some("image_head" | "image_start") => images,
+            Some("text_head") => texts,
+            _ => true,
+        }
     }
 
-    fn fingerprint(&self) -> Result<BTreeMap<String, String>> {
+    fn fingerprint(&self) -> Result<Fingerprint> {
         fingerprint(&self.text, &self.image_tokenizer)
     }
 
@@ -251,18 +361,6 @@ impl Task for GeneratorTask {
 
     fn samples(&self) -> Vec<String> {
         self.data_loader.names().to_vec()
-    }
-
-    fn after_step(&mut self, _step: u64, _shards: &mut Shards) -> Result<()> {
-        Ok(())
-    }
-
-    fn state(&self) -> Value {
-        Value::Null
-    }
-
-    fn restore(&mut self, _state: &Value) -> Result<()> {
-        Ok(())
     }
 
     /// One image a prompt.
