@@ -3,34 +3,39 @@
 //! A [`Group`] is one rank's handle. Every collective checks that all ranks call the same operation with the same length.
 //! A rank that fails, panics or does not come within the time limit makes the call an error on all other ranks, never a
 //! hang. Sums are added in rank order, so that they have the same bits on every rank, in every run and over every
-//! transport. Ranks are threads of one process ([`local`]) or processes that a launcher started ([`world`]); processes
-//! exchange messages over MPI ([`mpi`]) or TCP ([`tcp`]).
+//! transport. Ranks are threads of one process ([`local`]) or processes that a launcher started ([`processes`]);
+//! processes exchange messages over MPI ([`mpi`]) or TCP ([`tcp`]).
 //!
 //! Tensors on devices have collectives of their own ([`tensors`]). Collectives of floats return a [`Pending`]: with
 //! [`Group::overlap`] they run while the rank computes ([`background`]), otherwise at once. Both give the same bits.
 
 mod background;
+mod call;
 mod launcher;
 mod local;
+mod meeting;
 #[cfg_attr(not(feature = "mpi"), path = "mpi_disabled.rs")]
 mod mpi;
 #[cfg_attr(not(feature = "nccl"), path = "nccl_disabled.rs")]
 mod nccl;
+mod processes;
 mod tcp;
 mod tensors;
+mod wait;
 mod wire;
 mod world;
 
-use crate::error::{Error, Result, anyhow, ensure, failed, usage};
+use crate::error::{Result, anyhow, ensure, usage};
 use background::Background;
 pub use background::Pending;
+pub use call::Number;
+use call::{Among, Call, Op};
 use candle_core::Device;
 pub use launcher::{Place, place};
 pub use local::launch;
 pub use mpi::STATE as MPI_STATE;
 use nccl::Nccl;
 use std::{
-    fmt,
     ops::Range,
     sync::{
         Arc, Mutex, OnceLock,
@@ -38,7 +43,7 @@ use std::{
     },
     time::Duration,
 };
-use wire::{Among, Link, Part, Wire, sum};
+use wire::{Link, Part, Wire, sum};
 
 /// The `i`-th of `n` parts of `0..len`: sizes differ by one at most.
 pub fn part(len: usize, i: usize, n: usize) -> Range<usize> {
@@ -94,8 +99,10 @@ impl Ranks {
     pub fn run(&self, patience: Duration, f: impl Fn(&Group) -> Result<()> + Sync) -> Result<()> {
         match self {
             Self::Threads(ranks) => launch(*ranks, patience, f).map(drop),
-            Self::Processes(place @ Place { master: Some(master), .. }) => tcp::run(place, master, patience, f),
-            Self::Processes(place) => mpi::run(place, patience, f),
+            Self::Processes(place @ Place { master: Some(master), .. }) => {
+                processes::run_tcp(place, master, patience, f)
+            }
+            Self::Processes(place) => processes::run_mpi(place, patience, f),
         }
     }
 }
@@ -110,67 +117,6 @@ pub struct Group {
     /// Number of exchanges so far, without those of weights and gradients.
     #[cfg(test)]
     pub agreements: AtomicU64,
-}
-
-/// Numbers that are sent as their bytes in memory.
-pub trait Number: bytemuck::Pod + Send + Sync {}
-
-impl<T: bytemuck::Pod + Send + Sync> Number for T {}
-
-/// What a rank calls; all ranks must call the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Call {
-    op: Op,
-    /// Elements in all.
-    len: usize,
-    step: u64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Op {
-    Gather,
-    AllGather,
-    ReduceScatter,
-    AllReduce,
-    Sum,
-    Barrier,
-}
-
-impl fmt::Display for Op {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Gather => "gather",
-            Self::AllGather => "all_gather",
-            Self::ReduceScatter => "reduce_scatter",
-            Self::AllReduce => "all_reduce",
-            Self::Sum => "sum",
-            Self::Barrier => "barrier",
-        })
-    }
-}
-
-impl fmt::Display for Call {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} of {} elements in step {}", self.op, self.len, self.step)
-    }
-}
-
-/// The message when ranks call different collectives.
-fn different((rank, call): (usize, Call), (other, others): (usize, Call)) -> String {
-    let ((a, first), (b, second)) =
-        if rank < other { ((rank, call), (other, others)) } else { ((other, others), (rank, call)) };
-    format!("ranks call different collectives: rank {a} {first}, rank {b} {second}")
-}
-
-/// The error when a rank waited too long for others, each given with its last call.
-fn late(patience: Duration, call: Call, missing: &[(usize, Option<Call>)]) -> Error {
-    let name = |(rank, last): &(usize, Option<Call>)| match last {
-        Some(last) => format!("rank {rank} (last seen at {last})"),
-        None => format!("rank {rank} (never seen)"),
-    };
-    let (seconds, missing) = (patience.as_secs_f64(), missing.iter().map(name).collect::<Vec<_>>().join(", "));
-    let hint = "a rank hangs or is too slow; raise train.rank_timeout if it only needs more time";
-    failed(format!("waited {seconds} s at {call} for {missing}"), hint)
 }
 
 impl Group {

@@ -1,20 +1,17 @@
 //! Messages between processes that an MPI launcher started.
 
 use super::{
-    Group, Place,
-    world::{self, Carrier, Lost, Wait},
+    launcher::Place,
+    wait::{Lost, Wait},
 };
-use crate::{
-    error::{Exit, Result, anyhow, ensure, usage},
-    runtime,
-};
+use crate::error::{Exit, Result, anyhow, ensure, usage};
 use ::mpi::{
     Threading,
     request::{LocalScope, Request, scope},
     topology::SimpleCommunicator,
     traits::{Communicator, Destination, Source},
 };
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// What `vilg doctor` says.
 pub const STATE: &str = "built: mpirun and srun start ranks on any number of machines";
@@ -27,28 +24,29 @@ unsafe impl Send for Comm {}
 /// Bytes of a message, far below what MPI can count.
 const CHUNK: usize = 1 << 30;
 
-/// Runs `f` as this process's rank.
-///
-/// # Errors
-/// MPI cannot be started, or is not what the launcher said. When a rank fails, see [`world::run`].
-pub fn run(place: &Place, patience: Duration, f: impl Fn(&Group) -> Result<()> + Sync) -> Result<()> {
-    let Some((universe, threading)) = ::mpi::initialize_with_threading(Threading::Serialized) else {
-        return Err(anyhow!("MPI was started before"));
-    };
-    ensure!(threading >= Threading::Serialized, "this MPI is not made for programs with threads");
-    let comm = universe.world();
-    let (rank, world_size) = (usize::try_from(comm.rank())?, usize::try_from(comm.size())?);
-    let (launcher, said) = (place.launcher, (place.rank, place.world_size));
-    let what = format!("{launcher} says rank {} of {}, MPI says rank {rank} of {world_size}", said.0, said.1);
-    let hint = "start with the mpirun of the MPI that vilg was built with (or srun --mpi=pmix)";
-    ensure!((rank, world_size) == said, usage(what, hint));
-    let neighbours = usize::try_from(comm.split_shared(comm.rank()).size())?;
-    let threads = (rayon::current_num_threads() / neighbours.max(1)).max(1);
-    runtime::set_local_rank(place.local_rank.unwrap_or(rank));
-    world::run((rank, world_size), Carrier::Mpi(Comm(comm)), threads, patience, || drop(universe), f)
-}
+/// MPI's environment: MPI ends when this is dropped.
+pub struct Universe(#[expect(dead_code, reason = "held only to be dropped")] ::mpi::environment::Universe);
 
 impl Comm {
+    /// Starts MPI in this process; also returns this rank, the number of ranks, and how many are on this host.
+    ///
+    /// # Errors
+    /// MPI cannot be started, or is not what the launcher said.
+    pub fn start(place: &Place) -> Result<(Self, Universe, [usize; 3])> {
+        let Some((universe, threading)) = ::mpi::initialize_with_threading(Threading::Serialized) else {
+            return Err(anyhow!("MPI was started before"));
+        };
+        ensure!(threading >= Threading::Serialized, "this MPI is not made for programs with threads");
+        let comm = universe.world();
+        let (rank, world_size) = (usize::try_from(comm.rank())?, usize::try_from(comm.size())?);
+        let (launcher, said) = (place.launcher, (place.rank, place.world_size));
+        let what = format!("{launcher} says rank {} of {}, MPI says rank {rank} of {world_size}", said.0, said.1);
+        let hint = "start with the mpirun of the MPI that vilg was built with (or srun --mpi=pmix)";
+        ensure!((rank, world_size) == said, usage(what, hint));
+        let neighbours = usize::try_from(comm.split_shared(comm.rank()).size())?.max(1);
+        Ok((Self(comm), Universe(universe), [rank, world_size, neighbours]))
+    }
+
     /// Sends `parts[r]` to rank r and fills `buffers[r]` with what comes from there; `own` is this rank. Out of
     /// patience, it ends all processes with the exit code that `told` gives.
     pub fn exchange(

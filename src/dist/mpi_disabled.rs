@@ -1,16 +1,41 @@
-//! What stands in for [`mpi`](super::mpi) in a build without it.
+//! Stands in for [`mpi`](super::mpi) in a build without it.
 
-use super::{Group, Place};
-use crate::error::{Result, usage};
-use std::time::Duration;
+use super::{
+    launcher::Place,
+    wait::{Lost, Wait},
+};
+use crate::error::{Exit, Result, usage};
+use std::convert::Infallible;
 
-/// What `vilg doctor` says.
+/// The state of MPI in `vilg doctor`.
 pub const STATE: &str = "not built (cargo build --release --features mpi)";
 
-/// # Errors
-/// Always: each of the processes would train on its own, in the same folder.
-pub fn run(place: &Place, _patience: Duration, _f: impl Fn(&Group) -> Result<()> + Sync) -> Result<()> {
-    let Place { launcher, rank, world_size, .. } = place;
-    let what = format!("{launcher} started this as rank {rank} of {world_size}, but it was built without `mpi`");
-    Err(usage(what, "rebuild with `cargo build --release --features mpi`, start with torchrun, or start one process"))
+/// Never made.
+pub struct Comm(Infallible);
+
+/// Never made.
+pub struct Universe(Infallible);
+
+impl Comm {
+    /// # Errors
+    /// Always: each of the processes would train on its own, in the same folder.
+    pub fn start(place: &Place) -> Result<(Self, Universe, [usize; 3])> {
+        let Place { launcher, rank, world_size, .. } = place;
+        let what = format!("{launcher} started this as rank {rank} of {world_size}, but it was built without `mpi`");
+        Err(usage(
+            what,
+            "rebuild with `cargo build --release --features mpi`, start with torchrun, or start one process",
+        ))
+    }
+
+    pub fn exchange(
+        &self,
+        _own: usize,
+        _parts: &[&[u8]],
+        _buffers: Vec<&mut [u8]>,
+        _wait: &Wait,
+        _told: impl FnOnce(Lost) -> Exit,
+    ) {
+        match self.0 {}
+    }
 }

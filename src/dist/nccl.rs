@@ -9,7 +9,7 @@
 //! that dies leaves the others waiting on the device; therefore a control message with a time limit comes before each
 //! collective.
 
-use super::wire::Among;
+use super::call::Among;
 use crate::error::{Context, Error, Result, anyhow, bail, ensure};
 use candle_core::{
     CudaDevice, CudaStorage, DType, Device, Storage, Tensor,

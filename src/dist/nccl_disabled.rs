@@ -1,6 +1,6 @@
 //! NCCL in a build without it.
 
-use super::wire::Among;
+use super::call::Among;
 use crate::error::{Result, failed};
 use candle_core::{Device, Tensor};
 use std::convert::Infallible;

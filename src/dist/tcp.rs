@@ -4,14 +4,10 @@
 //! and connect to the ranks below them. Connections that do not name this run are refused.
 
 use super::{
-    Group, Place,
     launcher::Master,
-    world::{self, Carrier, Lost, Wait},
+    wait::{Lost, Wait},
 };
-use crate::{
-    error::{Context, Result, ensure, failed, usage},
-    runtime,
-};
+use crate::error::{Context, Result, ensure, failed, usage};
 use std::{
     fs,
     io::{ErrorKind, Read, Write},
@@ -33,18 +29,6 @@ type Digest = [u8; 8];
 /// For how long a connection may be silent before it has said who it is.
 const INTRODUCTION: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(20);
-
-/// Runs `f` as this process's rank.
-///
-/// # Errors
-/// The ranks do not find each other in time. When a rank fails, see [`world::run`].
-pub fn run(place: &Place, master: &Master, patience: Duration, f: impl Fn(&Group) -> Result<()> + Sync) -> Result<()> {
-    let (rank, world_size) = (place.rank, place.world_size);
-    let (mesh, neighbours) = Mesh::connect(rank, world_size, master, patience)?;
-    let threads = (rayon::current_num_threads() / neighbours).max(1);
-    runtime::set_local_rank(place.local_rank.unwrap_or(rank));
-    world::run((rank, world_size), Carrier::Tcp(mesh), threads, patience, || {}, f)
-}
 
 /// A rank that has connected.
 struct Guest {
@@ -68,7 +52,7 @@ struct Rendezvous {
 
 impl Mesh {
     /// Connects to all other ranks; also returns the number of ranks on this host.
-    fn connect(rank: usize, world_size: usize, master: &Master, patience: Duration) -> Result<(Self, usize)> {
+    pub fn connect(rank: usize, world_size: usize, master: &Master, patience: Duration) -> Result<(Self, usize)> {
         let port = if rank == 0 { master.port } else { 0 };
         let hint = "another run listens there, or an old one still does: choose another MASTER_PORT";
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))

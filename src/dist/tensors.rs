@@ -1,7 +1,11 @@
 //! Collectives of tensors on devices. NCCL sends them from device to device; without NCCL they travel as floats through
 //! the host, which tests on the CPU use.
 
-use super::{Call, Group, Op, nccl::Nccl, wire::Among};
+use super::{
+    Group,
+    call::{Among, Call, Op},
+    nccl::Nccl,
+};
 use crate::error::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use std::sync::{Mutex, PoisonError};

@@ -1,6 +1,12 @@
 //! A rank's connection to the others, and the two exchanges that all collectives consist of.
 
-use super::{Call, Number, local::Meeting, nccl::Nccl, part, world::World};
+use super::{
+    call::{Among, Call, Number},
+    meeting::Meeting,
+    nccl::Nccl,
+    part,
+    world::World,
+};
 use crate::{error::Result, ops::slices};
 use std::{
     ops::Range,
@@ -22,16 +28,6 @@ pub struct Wire {
     pub nccl: OnceLock<Mutex<Nccl>>,
     /// Exchanges of this rank that have begun or ended so far; see [`Wire::progress`].
     pub events: AtomicU64,
-}
-
-/// The ranks that take part in an exchange.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Among {
-    All,
-    /// The ranks of this rank's shard group.
-    Shards,
-    /// This rank, and the ranks that own the same part in the other shard groups.
-    Replicas,
 }
 
 /// The transport between ranks.

@@ -1,4 +1,4 @@
-//! Ranks as processes that a launcher started, on one machine or many.
+//! The connection between ranks that are processes, on one machine or many.
 //!
 //! A collective is a round of messages from every rank to every other: first a [`Header`] that says what is called and
 //! how much follows, then the numbers. So each rank sees what all others call before it decides, ranks that do not come
@@ -6,17 +6,17 @@
 //! add in an order of their own; the traffic is the same. Messages go over MPI where its launcher started the ranks, and
 //! over [`tcp`] where the environment only names the first rank's host.
 
-#[cfg(feature = "mpi")]
-use super::mpi;
-use super::{Call, Group, Number, Op, different, late, local::panicked, tcp, wire::Link};
+use super::{
+    call::{Call, Number, Op, different, late},
+    mpi, tcp,
+    wait::{Lost, Wait},
+};
 use crate::{
     error::{Error, Exit, Result, anyhow, ensure, exit_of, failed},
-    report, runtime,
+    report,
 };
 use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Mutex, MutexGuard, PoisonError},
-    thread,
     time::Duration,
 };
 
@@ -35,17 +35,8 @@ pub struct World {
 
 /// The transport between processes.
 pub enum Carrier {
-    #[cfg(feature = "mpi")]
     Mpi(mpi::Comm),
     Tcp(tcp::Mesh),
-}
-
-/// Why an exchange failed.
-pub enum Lost {
-    /// These ranks did not come in time.
-    Late(Vec<usize>),
-    /// The processes of these ranks are gone.
-    Gone(Vec<usize>),
 }
 
 /// Why there are no more collectives.
@@ -73,34 +64,13 @@ const FAILURE: u64 = 101;
 const GRACE: Duration = Duration::from_secs(30);
 /// For how long a waiting rank keeps its core.
 const EAGER: Duration = Duration::from_millis(1);
-/// How long it then sleeps between looks.
-const NAP: Duration = Duration::from_micros(100);
-
-/// Runs `f` as rank `rank` on `threads` compute threads; `end` is called before this process leaves because of a failure.
-///
-/// # Errors
-/// When a rank fails, no process returns from here: each leaves with that rank's exit code.
-pub fn run(
-    (rank, world_size): (usize, usize),
-    carrier: Carrier,
-    threads: usize,
-    patience: Duration,
-    end: impl FnOnce(),
-    f: impl Fn(&Group) -> Result<()> + Sync,
-) -> Result<()> {
-    let (carrier, last, verdict) = (Mutex::new(carrier), Mutex::default(), Mutex::default());
-    let world = World { rank, world_size, carrier, patience, last, verdict };
-    let group = Group::new(rank, world_size, Link::Processes(world));
-    let work = || runtime::with_threads(threads, || f(&group)).and_then(|result| result);
-    let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(panicked(rank, &*panic)));
-    let Link::Processes(world) = &group.wire.link else { return result };
-    match result.and_then(|()| world.done()) {
-        Ok(()) => Ok(()),
-        Err(error) => world.leave(&error, end),
-    }
-}
 
 impl World {
+    pub fn new((rank, world_size): (usize, usize), carrier: Carrier, patience: Duration) -> Self {
+        let (carrier, last, verdict) = (Mutex::new(carrier), Mutex::default(), Mutex::default());
+        Self { rank, world_size, carrier, patience, last, verdict }
+    }
+
     /// How long a rank waits for the others.
     pub fn patience(&self) -> Duration {
         self.patience
@@ -125,7 +95,7 @@ impl World {
     }
 
     /// Waits until no rank has anything more to call.
-    fn done(&self) -> Result<()> {
+    pub fn done(&self) -> Result<()> {
         let mut carrier = lock(&self.carrier);
         self.check(&self.headers(&mut carrier, self.end(), &self.to_all([DONE, 0, 0, 0]), None))
     }
@@ -173,7 +143,6 @@ impl World {
     fn exchange(&self, carrier: &mut Carrier, call: Call, parts: &[&[u8]], mut buffers: Vec<&mut [u8]>, wait: &Wait) {
         buffers[self.rank].copy_from_slice(parts[self.rank]);
         match carrier {
-            #[cfg(feature = "mpi")]
             Carrier::Mpi(comm) => comm.exchange(self.rank, parts, buffers, wait, |lost| self.tell(&lost, call, wait)),
             Carrier::Tcp(mesh) => {
                 if let Err(lost) = mesh.exchange(parts, buffers, wait) {
@@ -206,7 +175,7 @@ impl World {
     }
 
     /// Ends this process because of `error`, told once however many ranks have it.
-    fn leave(&self, error: &Error, end: impl FnOnce()) -> ! {
+    pub fn leave(&self, error: &Error, end: impl FnOnce()) -> ! {
         // What runs beside must be through: no other thread may be inside MPI when it ends.
         let mut carrier = lock(&self.carrier);
         let verdict = *lock(&self.verdict).get_or_insert(Verdict::Own);
@@ -226,22 +195,6 @@ impl World {
         }
         end();
         report::leave(exit)
-    }
-}
-
-/// How to wait for messages.
-pub struct Wait<'e> {
-    /// This rank's own error, told instead of who is missing.
-    own: Option<&'e Error>,
-    pub patience: Duration,
-    /// For how long to keep the core.
-    eager: Duration,
-}
-
-impl Wait<'_> {
-    /// A pause after having waited for `waited`: other ranks may need the core.
-    pub fn rest(&self, waited: Duration) {
-        if waited < self.eager { thread::yield_now() } else { thread::sleep(NAP) }
     }
 }
 

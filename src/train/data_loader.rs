@@ -1,5 +1,5 @@
-//! The samples of each step: position `(step - 1) · samples a step` of the sampler's order, so that the
-//! step alone says where the data goes on. Each rank reads a range of its own of every batch.
+//! The samples of each step: step s starts at position `(s - 1) · samples per step` of the sampler's order, so that a
+//! resumed run needs only the step. Each rank reads its own range of every batch.
 
 use crate::{
     config::Config,
@@ -10,25 +10,25 @@ use crate::{
 };
 use std::{ops::Range, sync::Arc};
 
-/// Reads a run's samples ahead, from any step on.
+/// Prefetches the samples of a run, from any step on.
 pub struct DataLoader {
     dataset: Arc<Dataset>,
     config: crate::config::Data,
     sampler: Sampler,
-    /// Of a step on all ranks.
+    /// Samples per step on all ranks.
     samples: usize,
-    /// This rank's samples among them, batch by batch.
+    /// The ranges of this rank, by batch.
     mine: Vec<Range<usize>>,
     loader: Option<(u64, Loader)>,
     bad: u64,
     /// Samples with damaged JSON at the last warning.
     ignored: u64,
-    /// Of the last step.
+    /// Names of the samples of the last step.
     names: Vec<String>,
 }
 
 impl DataLoader {
-    /// Steps of batches of these sizes, from the configuration's sources.
+    /// A loader of batches of these sizes from the sources of the configuration.
     pub fn new(config: &Config, kind: Kind, batches: &[usize], group: &Group) -> Result<Self> {
         let dataset = Arc::new(Dataset::open(&config.data, kind)?);
         let sampler = Sampler::new(config.seed, "train", &dataset.shares());
@@ -65,7 +65,7 @@ impl DataLoader {
         })
     }
 
-    /// What was found.
+    /// The data set.
     pub fn dataset(&self) -> &Dataset {
         &self.dataset
     }
@@ -104,7 +104,7 @@ impl DataLoader {
             self.bad = loader.bad().total();
             report::warn(format_args!("bad samples were replaced so far: {}", loader.bad()));
         }
-        // Each power of ten, since whole data sets have such JSON.
+        // Only at powers of ten: whole data sets can have such JSON.
         if loader.ignored().total() >= (10 * self.ignored).max(1) {
             self.ignored = loader.ignored().total();
             report::warn(format_args!("damaged JSON was ignored so far: {}", loader.ignored()));

@@ -1,4 +1,4 @@
-//! Which settings let a configuration fit a cluster, and what to change where its own do not.
+//! Finds settings with which a configuration fits into the memory of a cluster.
 
 use super::{
     memory::{Cluster, Memory, Row, Settings},
@@ -12,28 +12,28 @@ use serde::Serialize;
 pub struct Fit {
     pub cluster: Cluster,
     pub parameters: u64,
-    /// Useful operations of a step.
+    /// FLOPs per step without recomputation.
     pub flops: f64,
-    /// Of a step, at the cluster's speed and with no time for traffic.
+    /// Seconds per step, communication not counted.
     pub seconds: f64,
-    /// Of all steps.
+    /// Days for all steps.
     pub days: f64,
-    /// Forward and backward passes a step.
+    /// Forward and backward passes per step.
     pub micro_steps: u64,
-    /// Stages 0 to 3, each without and with offload.
+    /// ZeRO stages 0 to 3, each without and with offload.
     pub rows: Vec<Row>,
-    /// Bytes of activations without recomputation and with all of it.
+    /// Bytes of activations without and with full activation checkpointing.
     pub activations_kept: Option<u64>,
     pub activations_recomputed: Option<u64>,
-    /// Whether the configuration's own settings fit.
+    /// Whether the settings of the configuration fit.
     pub fits: bool,
-    /// Keys to set where they do not; empty where nothing is known to help.
+    /// Keys to change if they do not; empty if no settings fit.
     pub change: Vec<String>,
-    /// The fewest GPUs of this size, by powers of two, on which some settings fit; given where none do on these.
+    /// If no settings fit: the smallest power-of-two number of these GPUs on which some do.
     pub gpus_needed: Option<usize>,
 }
 
-/// GPUs beyond which nobody looks for a fit.
+/// Largest number of GPUs that is tried.
 const MOST_GPUS: usize = 1 << 16;
 
 impl Fit {
@@ -61,7 +61,7 @@ impl Fit {
     }
 }
 
-/// The settings that change least and fit: first what costs nothing, then time, then traffic.
+/// The fitting settings with the smallest cost: free changes first, then changes that cost time, then traffic.
 fn change(config: &Config, memory: &Memory, cluster: &Cluster) -> Option<Settings> {
     candidates(config, cluster.gpus).into_iter().find(|settings| memory.row(*settings, cluster.memory_bytes).fits)
 }
@@ -70,7 +70,7 @@ fn candidates(config: &Config, gpus: usize) -> Vec<Settings> {
     let own = Settings::of(config);
     let train = &config.train;
     let batches = [train.batch_size, train.caption_batch_size].into_iter().filter(|size| *size > 0);
-    // As many parts as leave each GPU a sample.
+    // At most as many micro-batches as each GPU has samples.
     let most = batches.min().map_or(own.accumulation, |size| size / gpus.max(1)).max(own.accumulation);
     let mut all = Vec::new();
     for stage in own.stage..=3 {
@@ -91,7 +91,7 @@ fn gpus_needed(config: &Config, sizes: &Sizes, cluster: &Cluster) -> Option<usiz
     })
 }
 
-/// The keys in which `new` differs from `own`, as a configuration sets them.
+/// The keys in which `new` differs from `own`, as `key = value`.
 fn keys(own: Settings, new: Settings) -> Vec<String> {
     let mut keys = Vec::new();
     let mut differs = |differs: bool, key: String| keys.extend(differs.then_some(key));

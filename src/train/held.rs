@@ -1,10 +1,9 @@
-//! What a rank on the CPU holds, in bytes by kind and moment, by formula: everything is f32 there.
+//! Memory of a rank on the CPU in bytes, by kind and by moment of a step, by formula. All numbers are f32.
 //!
 //! It follows [`shards`](super::shards), [`optimizer`](super::optimizer), [`engine`](super::engine), [`state`](super::state)
-//! and [`crate::model::activations`]; a change there wants the same change here: `tests/it/memory.rs` counts the bytes of
-//! real steps. Weights that travel in bf16 are counted as f32. Not counted: the program itself, batches that are read
-//! ahead, and the allocator's gaps. Memory in RAM was 5 to 21 % above the formulas in small
-//! runs; buffers above 64 MB leave no gaps.
+//! and [`crate::model::activations`]. After a change there, make the same change here: `tests/it/memory.rs` compares the
+//! formulas with the bytes that real steps allocate. Weights sent as bf16 are counted as f32. Not counted are the program
+//! itself, prefetched batches and fragmentation: in small runs resident memory was 5 to 21 % above the formulas.
 
 use super::sizes::{Shares, Sizes};
 use crate::{
@@ -16,47 +15,47 @@ use serde::Serialize;
 /// Bytes of a number.
 const F32: u64 = 4;
 
-/// What a rank holds. The largest rank's share where shares differ.
+/// Memory of the rank that holds most, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Held {
     pub stage: u8,
-    /// In the variables (stages 0 to 2), or the owned part of them.
+    /// Of all variables (stages 0 to 2) or of the owned part (stage 3).
     pub weights: u64,
-    /// Of whole parameters, that stay from step to step (stages 0 and 1).
+    /// Of whole parameters; they stay allocated between steps (stages 0 and 1).
     pub gradients: u64,
     /// Gradients of the owned part, summed over the ranks (stages 1 to 3).
     pub sums: u64,
     pub moments: u64,
     pub average: u64,
-    /// What comes on top at the fullest moment of a step: activations and buffers; at stages 2 and 3 a segment's
-    /// gradients, at stage 3 its weights, and what the collectives copy. `None` where nobody has worked it out.
+    /// Peak within a step beside the above: activations and buffers, the gradients of a segment (stages 2 and 3), its
+    /// weights (stage 3) and buffers of the collectives. `None` for tasks without a formula.
     pub working: Option<u64>,
-    /// Activations and their buffers alone, at their fullest.
+    /// Peak of activations and their buffers alone.
     pub activations: Option<u64>,
-    /// When the run starts: each rank makes all weights before they are split, unless they are random and split.
+    /// When the run starts: each rank makes all weights before they are sharded, unless the task can make only its part.
     pub start: u64,
-    /// While a checkpoint is written: beside a step, a copy of the owned part; otherwise one of its weights.
+    /// While a checkpoint is written: in the background a copy of the owned state, otherwise a copy of the owned weights.
     pub checkpoint: u64,
 }
 
 impl Held {
-    /// What stays between steps.
+    /// Between steps.
     pub fn between_steps(&self) -> u64 {
         self.weights + self.gradients + self.sums + self.moments + self.average
     }
 
-    /// At the fullest moment of a step.
+    /// Peak of a step.
     pub fn step(&self) -> u64 {
         self.between_steps() + self.working.unwrap_or(0)
     }
 
-    /// At the fullest moment of a run.
+    /// Peak of a run.
     pub fn peak(&self) -> u64 {
         self.step().max(self.start).max(self.checkpoint)
     }
 }
 
-/// What each of as many ranks as `shares` are for holds at a sharding stage.
+/// The memory of a rank at a ZeRO stage, for the number of ranks of `shares`.
 pub fn held(config: &Config, sizes: &Sizes, shares: &Shares, stage: u8) -> Held {
     // One rank, or replicas of one: each rank owns everything.
     let stage = if shares.ranks == 1 { 0 } else { stage };
@@ -89,9 +88,9 @@ pub fn held(config: &Config, sizes: &Sizes, shares: &Shares, stage: u8) -> Held 
     }
     held.working = held.working.map(|working| working.max(update(shares, stage)));
     held.start = match stage {
-        // The part it owns, and the segment that a parameter is of, at most.
+        // The owned part, and at most one whole segment.
         3 if sizes.spec.starts_empty(config, shares.world_size) => F32 * (owned + shares.largest_unit()),
-        // The whole model, and the copy of its owned part that stage 3 keeps.
+        // The whole model, and the copy of the owned part that stage 3 keeps.
         3 => F32 * (total + owned),
         _ => F32 * total,
     };
@@ -103,7 +102,7 @@ pub fn held(config: &Config, sizes: &Sizes, shares: &Shares, stage: u8) -> Held 
     held
 }
 
-/// What collectives and sharded segments add to the activations of a moment.
+/// Bytes that collectives and sharded segments add to the activations of a moment.
 fn moved(moment: &Moment, shares: &Shares, stage: u8, overlap: bool) -> u64 {
     let size = |segment: Option<usize>| segment.and_then(|i| shares.parameter_groups.get(i)).copied().unwrap_or(0);
     let part = |elements: u64| elements.div_ceil(shares.ranks.max(1) as u64);
@@ -111,30 +110,30 @@ fn moved(moment: &Moment, shares: &Shares, stage: u8, overlap: bool) -> u64 {
     let gradients = moment.gradients.min(unit);
     let weights = if stage == 3 { unit } else { 0 };
     let here = match moment.phase {
-        // This rank's part to give, and the weights put together from all parts.
+        // The part that this rank sends, and the gathered weights.
         Phase::Gather => weights + part(weights),
         Phase::Pass if stage >= 2 => weights + gradients,
         Phase::Pass => moment.aside,
-        // Weights are gone; gradients, the copy that is sent, the sum of this rank's part.
+        // The weights are freed. Left are the gradients, the copy that is sent and the sum of this rank's part.
         Phase::Reduce if stage >= 2 => 2 * gradients + part(unit),
         Phase::Reduce => 0,
     };
-    // In the backward pass, which goes down the chain: the copy of the last segment's gradients, this rank's part of the
-    // next one's weights.
+    // In the backward pass: the copy of the gradients of the segment after this one, and this rank's part of the weights
+    // of the segment before it.
     let last = size(moment.segment.checked_add(1));
     let next = if stage == 3 { part(size(moment.segment.checked_sub(1))) } else { 0 };
     let under_way = match moment.phase {
         _ if !overlap || shares.world_size == 1 => 0,
         Phase::Gather => last,
         Phase::Pass => last + next,
-        // At stages 0 and 1 its own copy, in the step's last micro-batch.
+        // At stages 0 and 1: its own copy, in the last micro-batch of the step.
         Phase::Reduce if stage < 2 => unit + part(unit),
         Phase::Reduce => next,
     };
     F32 * (here + under_way)
 }
 
-/// What the end of a step wants: gradients that go once a step (stages 0 and 1), Muon's matrices.
+/// Buffers at the end of a step: gradients that are sent once a step (stages 0 and 1), and those of Muon.
 fn update(shares: &Shares, stage: u8) -> u64 {
     let unit = shares.largest_unit();
     let sent = match stage {
@@ -142,7 +141,7 @@ fn update(shares: &Shares, stage: u8) -> u64 {
         1 => unit + unit.div_ceil(shares.ranks.max(1) as u64),
         _ => 0,
     };
-    // Direction, its square and two powers of that on the way to an orthogonal one.
+    // Newton-Schulz: the direction, its square and two powers of that.
     F32 * sent.max(4 * shares.largest_muon)
 }
 
@@ -176,7 +175,7 @@ mod tests {
         config
     }
 
-    /// Elements of weights and moments that a rank really holds.
+    /// Elements of weights and moments in a real rank.
     fn really(config: &Config, sizes: &Sizes, group: &Group) -> Result<[usize; 3]> {
         let scope = Scope::from_seed(0, DType::F32, &Device::Cpu);
         let grid = sizes.tokenizer.grid();

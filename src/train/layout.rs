@@ -1,8 +1,8 @@
 //! Which rank owns which elements: a pure function of the parameters' names and sizes and the number of ranks.
 //!
-//! A unit is the parameters of one segment of the engine's chain, which are gathered and reduced together. They are
-//! concatenated and cut into equal parts, so that every rank has the same work. Only a parameter that cannot be cut (Muon
-//! needs whole matrices) goes to a single rank: the one that has the fewest such elements so far.
+//! A parameter group is the parameters of one segment of the engine's chain. They are gathered and reduced together:
+//! concatenated and cut into equal parts, so that every rank has the same work. A parameter that cannot be cut (Muon
+//! needs whole matrices) goes to the rank that has the fewest such elements so far.
 
 use crate::dist;
 use std::ops::Range;
@@ -13,7 +13,7 @@ pub struct Entry {
     pub name: String,
     /// Elements.
     pub len: usize,
-    /// Whether it must lie on one rank.
+    /// Whether one rank must own all of it.
     pub whole: bool,
 }
 
@@ -24,7 +24,7 @@ pub struct Piece {
     pub range: Range<usize>,
 }
 
-/// The pieces of each unit by rank: `layout(..)[unit][rank]`. None is empty.
+/// The pieces of each parameter group by rank: `layout(..)[group][rank]`. No piece is empty.
 pub fn layout(parameter_groups: &[Vec<Entry>], world_size: usize) -> Vec<Vec<Vec<Piece>>> {
     let mut loads = vec![0; world_size];
     parameter_groups.iter().map(|unit| share_out(unit, &mut loads)).collect()

@@ -1,7 +1,9 @@
-//! What a run reports of each step: a line on stderr every `train.log_every` steps, and a line in metrics.jsonl.
+//! The metrics of each step: a line on stderr every `train.log_every` steps, and a line in metrics.jsonl. Between the lines
+//! on stderr, a terminal shows a progress bar.
 
 use super::{StepMetrics, clock::rfc3339, run_folder::RunFolder, state::RunState};
 use crate::{config::Train, error::Result, report, runtime};
+use indicatif::ProgressBar;
 use serde_json::json;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -13,17 +15,19 @@ pub struct StepLog {
     started: Instant,
     /// The step that this process started after.
     first: u64,
+    /// Where not every step has a line.
+    bar: Option<ProgressBar>,
 }
 
 impl StepLog {
     /// Starts the clock after `step`.
     pub fn start(settings: &Train, step: u64) -> Self {
-        Self { steps: settings.steps, every: settings.log_every, started: Instant::now(), first: step }
+        Self { steps: settings.steps, every: settings.log_every, started: Instant::now(), first: step, bar: None }
     }
 
     /// Reports the step that `began`; `learning_rate` is AdamW's.
     pub fn step(
-        &self,
+        &mut self,
         folder: &mut RunFolder,
         run: &RunState,
         measured: &StepMetrics,
@@ -34,6 +38,7 @@ impl StepLog {
         let (step, seconds) = (run.step, began.elapsed().as_secs_f64());
         let speed = measured.amount as f64 / seconds;
         let peak = runtime::peak_bytes().unwrap_or_else(runtime::resident_bytes);
+        self.progress(step, measured.loss());
         let numbers = || measured.losses.iter().chain(&measured.figures);
         if step.is_multiple_of(self.every.max(1)) || step == self.steps || step == self.first + 1 {
             let shown: Vec<_> = numbers().map(|(name, number)| format!("{name} {number:.4}")).collect();
@@ -60,6 +65,25 @@ impl StepLog {
             line[*name] = json!(number);
         }
         folder.log(&line)
+    }
+
+    /// Moves the progress bar to `step`.
+    fn progress(&mut self, step: u64, loss: f64) {
+        if self.every <= 1 {
+            return;
+        }
+        let steps = self.steps;
+        let bar = self.bar.get_or_insert_with(|| {
+            let bar = report::bar(steps, "");
+            bar.set_position(step);
+            bar.reset_eta();
+            bar
+        });
+        bar.set_message(format!("loss {loss:.4}"));
+        bar.set_position(step);
+        if step == steps {
+            bar.finish_and_clear();
+        }
     }
 }
 

@@ -1,9 +1,10 @@
-//! Bytes on a GPU, bytes moved and seconds a step, by sharding stage and with or without offload, by formula (paper §3.2).
+//! GPU memory, traffic and time per step by ZeRO stage, with and without offload, by formula (paper §3.2).
 //!
 //! With Ψ parameters, N GPUs and g bytes a gradient (4), bytes a parameter are `2 + g + 12/N` at stage 1,
 //! `2 + (g + 12)/N` at stage 2 and `(2 + g + 12)/N` at stage 3: bf16 weights, gradients, and 12 of fp32 master weights and
-//! two moments (arXiv 1910.02054). Offload takes the 12 to the host. Stages 2 and 3 work beside that on one segment: its
-//! gradients, the copy that is sent, and (stage 3) its gathered weights. The moving average and activations come on top.
+//! two moments (arXiv 1910.02054). Offload moves the 12 to the host. Stages 2 and 3 also need a working set for one
+//! segment: its gradients, the copy that is sent, and (stage 3) its gathered weights. The moving average and activations
+//! are added.
 
 use super::sizes::{Shares, Sizes};
 use crate::{
@@ -12,45 +13,45 @@ use crate::{
 };
 use serde::Serialize;
 
-/// Bytes of a gradient: they are summed in fp32.
+/// Bytes per gradient: gradients are summed in fp32.
 const GRADIENT: u64 = 4;
 
-/// Bytes of a GPU that are left to its driver, to libraries and to gaps between buffers.
+/// Bytes reserved on each GPU for the driver, libraries and fragmentation.
 pub const RESERVE: u64 = 1_000_000_000;
 
-/// What is planned for.
+/// The GPUs of a plan.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Cluster {
     pub gpus: usize,
-    /// Of one GPU.
+    /// Memory of one GPU.
     pub memory_bytes: u64,
-    /// Peak of one GPU in 10¹² FLOP a second.
+    /// Peak of one GPU in TFLOP/s.
     pub tflops: f64,
-    /// Share of the peak that the model's own operations reach (model FLOPs utilisation).
+    /// Model FLOPs utilisation (MFU).
     pub mfu: f64,
 }
 
 /// Bytes on one GPU by kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Kinds {
-    /// That products multiply.
+    /// Weights that matrix products read.
     pub weights: u64,
     pub gradients: u64,
     /// fp32 master weights and moments.
     pub optimizer: u64,
     /// One segment's gathered weights and gradients.
     pub working_set: u64,
-    /// What ZeRO's formulas leave out: the next segment's weights on their way (stage 3), and copies of one segment's
-    /// gradients as they are sent and as they come (stages 0 and 1).
+    /// Buffers in flight, which ZeRO's formulas leave out: the weights of the next segment (stage 3), and copies of the
+    /// gradients of one segment as they are sent and received (stages 0 and 1).
     pub under_way: u64,
     /// fp32 moving average of the weights.
     pub average: u64,
-    /// Of the largest micro-batch; `None` where nobody has worked them out (image tokenizers).
+    /// Of the largest micro-batch; `None` for tasks without a formula (image tokenizers).
     pub activations: Option<u64>,
 }
 
 impl Kinds {
-    /// What does not depend on the batch, as ZeRO counts: without what is under way, the average and activations.
+    /// The model states that ZeRO counts: without buffers in flight, moving average and activations.
     pub fn states(&self) -> u64 {
         self.weights + self.gradients + self.optimizer + self.working_set
     }
@@ -64,21 +65,21 @@ impl Kinds {
 #[derive(Debug, Clone, Serialize)]
 pub struct Row {
     pub stage: u8,
-    /// Whether optimizer state and moving average lie in host memory.
+    /// Whether optimizer state and moving average are in host memory.
     pub offload: bool,
-    /// On the GPU that holds most.
+    /// On the GPU with the largest shard.
     pub kinds: Kinds,
     pub states_bytes: u64,
     pub total_bytes: u64,
-    /// Host memory of one GPU's share.
+    /// Host memory per GPU.
     pub host_bytes: u64,
-    /// What one GPU sends to others a step.
+    /// Bytes that one GPU sends per step.
     pub traffic_bytes: u64,
-    /// Beside [`RESERVE`].
+    /// Whether they fit beside [`RESERVE`].
     pub fits: bool,
 }
 
-/// The settings that a row depends on beside the model.
+/// The training settings that a row depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
     pub stage: u8,
@@ -88,7 +89,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The configuration's own. The optimizer's state is on the host: this program keeps it nowhere else.
+    /// Those of the configuration. Optimizer state is always on the host.
     pub fn of(config: &Config) -> Self {
         let train = &config.train;
         Self {
@@ -100,7 +101,7 @@ impl Settings {
     }
 }
 
-/// A configuration, its sizes, and what each of so many GPUs owns.
+/// A configuration, its sizes, and the shards of each GPU.
 pub struct Memory<'a> {
     config: &'a Config,
     sizes: &'a Sizes,
@@ -116,7 +117,7 @@ impl<'a> Memory<'a> {
         &self.shares
     }
 
-    /// Bytes of a weight that products multiply.
+    /// Bytes per weight that matrix products read.
     fn weight(&self) -> u64 {
         match self.config.train.precision {
             Precision::Bf16 | Precision::F16 => 2,
@@ -124,7 +125,7 @@ impl<'a> Memory<'a> {
         }
     }
 
-    /// Elements whose state a GPU holds, and Muon's among them.
+    /// Elements whose optimizer state a GPU holds, and how many of them Muon updates.
     fn owned(&self, stage: u8) -> (u64, u64) {
         let Shares { largest, muons, all_muons, .. } = self.shares;
         if stage == 0 { (self.shares.total(), all_muons) } else { (largest, muons) }
@@ -134,7 +135,7 @@ impl<'a> Memory<'a> {
         let (total, (owned, muons)) = (self.shares.total(), self.owned(settings.stage));
         let (weight, unit) = (self.weight(), self.shares.largest_unit());
         let (split, whole) = (settings.stage, settings.stage < 3);
-        // In f32 the weights are their own master copy.
+        // In f32 the weights are the master weights.
         let master = if weight == 4 { 0 } else { 4 * owned };
         let average = if self.config.train.ema_decay > 0.0 { 4 * owned } else { 0 };
         let on_gpu = |bytes: u64| if settings.offload { 0 } else { bytes };
@@ -166,7 +167,7 @@ impl<'a> Memory<'a> {
             .max()
     }
 
-    /// Host memory of one GPU's share: fp32 master weights, what goes to the device of them in bf16, moments, moving average.
+    /// Host memory per GPU: fp32 master weights, their bf16 copy, moments and moving average.
     fn host(&self, settings: Settings) -> u64 {
         let (owned, muons) = self.owned(settings.stage);
         let average = if self.config.train.ema_decay > 0.0 { 4 } else { 0 };
@@ -175,16 +176,15 @@ impl<'a> Memory<'a> {
         if settings.offload { (12 + copy + average) * owned - 4 * muons } else { 0 }
     }
 
-    /// Forward and backward passes a step.
+    /// Forward and backward passes per step.
     pub fn micro_steps(&self) -> u64 {
         self.sizes.micro_steps(self.config, self.shares.world_size)
     }
 
-    /// What a GPU sends a step: its N-th part stays where it is. What it owns goes to its likes in other replicas as
-    /// often as gradients are summed. Gradients are fp32 on their way; in bf16, weights (of
-    /// linear layers, nearly all) are not.
+    /// Bytes that a GPU sends per step. Of N parts it keeps its own. With replicas (HSDP) it also sends the gradients it
+    /// owns to the other replicas. Gradients are sent as fp32, and weights as bf16 if linear layers round them.
     fn traffic(&self, stage: u8) -> u64 {
-        // How often the sums of gradients go to their owners, and weights (stage 0: the sums) to all.
+        // Reduce-scatters of gradients, and all-gathers of weights (stage 0: of gradients).
         let (sums, weights) = match stage {
             0 | 1 => (1, 1),
             2 => (self.micro_steps(), 1),
@@ -223,12 +223,12 @@ impl<'a> Memory<'a> {
         }
     }
 
-    /// FLOPs of a step: recomputation does not count.
+    /// FLOPs per step without recomputation.
     pub fn flops(&self) -> f64 {
         self.sizes.spec.flops(self.config, self.sizes)
     }
 
-    /// Seconds a step where nothing but computing takes time.
+    /// Seconds per step, communication not counted.
     pub fn seconds(&self, cluster: &Cluster) -> f64 {
         self.flops() / (cluster.gpus as f64 * cluster.tflops * 1e12 * cluster.mfu)
     }

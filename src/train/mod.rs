@@ -1,10 +1,10 @@
-//! Training: one loop for every task, over the engine of [`engine`].
+//! Training: one loop for every task, over the [`engine`].
 //!
 //! Read [`trainer`] first: a step from top to bottom. Then [`engine`] (gradients), [`shards`] (what each rank holds),
 //! [`optimizer`], [`schedule`], [`ema`], [`checkpoint`]. [`tasks`] has a file for each task: what a batch is, and which
 //! segments it runs through.
 //!
-//! What a run would take, without running it: [`plan()`] (data), [`memory`] and [`fit`] (GPUs), [`held`] (ranks on a CPU).
+//! Planning without training: [`plan()`] (data), [`memory`] and [`fit`] (GPUs), [`held`] (ranks on a CPU).
 
 pub mod checkpoint;
 mod clock;
@@ -52,21 +52,21 @@ use trainer::train;
 /// Where a run starts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Resume {
-    /// From the newest whole checkpoint of the run folder, or from the beginning.
+    /// From the newest complete checkpoint of the run folder, or from the beginning.
     Auto,
-    /// From the beginning; refused where checkpoints lie.
+    /// From the beginning; an error if there are checkpoints.
     Never,
     /// From this checkpoint.
     From(PathBuf),
 }
 
-/// What one step reports.
+/// The metrics of a step.
 pub struct StepMetrics {
-    /// Losses by name; the first is shown first.
+    /// Losses by name, in the order of the log line.
     pub losses: Vec<(&'static str, f64)>,
-    /// What else is to be watched, by name.
+    /// Other metrics by name.
     pub figures: Vec<(&'static str, f64)>,
-    /// How much of `unit` the step went through.
+    /// The number of `unit` that the step processed: tokens, images.
     pub amount: usize,
     pub unit: &'static str,
 }
@@ -78,17 +78,15 @@ impl StepMetrics {
     }
 }
 
-/// Trains what the configuration says, in `runs/NAME` below the current folder; stops with a checkpoint before
-/// `time_limit` is over.
-///
-/// With `json`, each step's metrics go to stdout as a line of JSON as well.
+/// Trains the task of the configuration in `runs/NAME` below the current folder, and stops with a checkpoint before
+/// `time_limit` is over. With `json`, the metrics of each step also go to stdout as a line of JSON.
 pub fn run(config: &Config, resume: &Resume, ranks: &Ranks, time_limit: Option<Duration>, json: bool) -> Result<()> {
     let stop = Stop::on_signals(time_limit)?;
     let _watchdog = stop.watch(Duration::from_secs(config.train.rank_timeout))?;
     let work = || launch(Path::new(""), tasks::spec(config.task), config, resume, ranks, &stop, json);
     match ranks {
         Ranks::Threads(1) => runtime::on_threads(work),
-        // These have pools of their own; this thread only waits for them.
+        // They have thread pools of their own.
         _ => work(),
     }
 }
@@ -120,7 +118,7 @@ fn launch(
     })
 }
 
-/// The task, with the weights to start from where nothing was trained yet, and the run's folder below `parent`.
+/// The task, with initial weights unless the run resumes, and the run folder below `parent`.
 fn prepare(
     parent: &Path,
     spec: &dyn TaskSpec,
@@ -128,7 +126,7 @@ fn prepare(
     resume: &Resume,
     group: &Group,
 ) -> Result<(Box<dyn Task>, RunFolder)> {
-    // Before anything is read: `--device` may ask for what is not there.
+    // Before anything is read: `--device` may name a missing device.
     runtime::device()?;
     // The task first: a configuration that cannot be trained leaves no run folder behind.
     let task = spec.start(config, group)?;
@@ -141,7 +139,7 @@ fn prepare(
     Ok((task, RunFolder::open(parent, config, group.leads())?))
 }
 
-/// Where a run of this configuration leaves its model.
+/// The model folder of a run of this configuration.
 pub fn model_folder(config: &Config) -> PathBuf {
     Path::new("runs").join(&config.name).join("model")
 }

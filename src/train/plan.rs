@@ -1,4 +1,4 @@
-//! What a run would do, without doing it: `vilg train --dry-run`.
+//! Data and steps of a run, without running it: `vilg train --dry-run`.
 
 use super::sizes::Sizes;
 use crate::{
@@ -16,9 +16,9 @@ pub struct Plan {
     pub steps: u64,
     /// Samples of one step.
     pub samples_a_step: usize,
-    /// Codes and text tokens that one step predicts, at most; for an image tokenizer its codes.
+    /// Maximum number of codes and text tokens that a step predicts; for an image tokenizer, the codes.
     pub tokens_a_step: usize,
-    /// Times that the run goes through the sources; `None` while some are not there.
+    /// Number of epochs; `None` if some sources are missing.
     pub epochs: Option<f64>,
 }
 
@@ -38,7 +38,7 @@ pub fn plan(config: &Config, sizes: &Sizes) -> Result<Plan> {
     planned(config, sizes, &config.data, true)
 }
 
-/// The same on a machine that need not have the sources: those that are not there are left out and returned.
+/// The same on a machine that lacks some sources; their paths are returned.
 ///
 /// # Errors
 /// A source is damaged or empty.
@@ -56,13 +56,13 @@ pub fn plan_without(config: &Config, sizes: &Sizes) -> Result<(Plan, Vec<String>
     Ok((plan, missing))
 }
 
-/// The plan of a run whose sources in `here` are opened; `all` says that there are no others.
+/// The plan of a run of which the sources in `here` are opened; `all`: these are all sources.
 fn planned(config: &Config, sizes: &Sizes, here: &config::Data, all: bool) -> Result<Plan> {
     let (settings, spec) = (&config.train, sizes.spec);
     let kind = spec.sample_kind(sizes);
     let samples = spec.batch_sizes(settings).iter().map(|(_, size)| size).sum();
     let tokens = spec.predicted_tokens(config, sizes);
-    // Without any source, a dataset is an error that says so; with none of them here there is nothing to open.
+    // `Dataset::open` reports an error if the configuration has no source at all.
     let sources = if all || !here.sources.is_empty() { sources(here, kind)? } else { Vec::new() };
     let epoch: f64 = sources.iter().map(|s| s.samples as f64 * s.weight).sum();
     let epochs = all.then(|| settings.steps as f64 * samples as f64 / epoch);

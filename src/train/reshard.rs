@@ -1,7 +1,7 @@
-//! The tensors of a checkpoint in parts: any number of ranks reads what any other number wrote, by copying intervals.
+//! The tensors of a checkpoint in parts: any number of ranks can read what any other number of ranks wrote.
 //!
-//! A stored tensor's name says which elements it holds of what: `adamw_m/text_head.weight` all of them,
-//! `adamw_m/text_head.weight@1024..2048` those from 1024 to 2047 in row-major order.
+//! The name of a stored tensor says which elements it holds: `adamw_m/text_head.weight` holds all,
+//! `adamw_m/text_head.weight@1024..2048` holds elements 1024 to 2047 in row-major order.
 
 use crate::{
     error::{Context, Result, ensure, failed},
@@ -11,17 +11,17 @@ use crate::{
 use safetensors::{Dtype, SafeTensors};
 use std::{borrow::Cow, collections::BTreeMap, io::Write, ops::Range, path::Path};
 
-/// Elements of a tensor of the state, to be written.
+/// A part of a tensor to write.
 #[derive(Clone)]
 pub struct Part<'a> {
-    /// Of the whole tensor.
+    /// Shape of the whole tensor.
     pub shape: Vec<usize>,
-    /// Which elements, in row-major order.
+    /// Its elements, in row-major order.
     pub range: Range<usize>,
     pub values: Cow<'a, [f32]>,
 }
 
-/// Parts of tensors by the tensors' names.
+/// Parts by the name of their tensor.
 pub type Parts<'a> = BTreeMap<String, Part<'a>>;
 
 impl Part<'_> {
@@ -40,14 +40,14 @@ pub fn write(out: &mut impl Write, parts: &Parts<'_>) -> Result<()> {
     weights::write(out, &parts.iter().map(|(name, part)| part.stored(name)).collect())
 }
 
-/// The tensors of a checkpoint's files; what is not asked for stays on the disk.
+/// The tensors of the files of a checkpoint; only requested ones are read.
 pub struct Stored {
     files: Vec<Mapped>,
     /// By tensor, in order of their elements.
     intervals: BTreeMap<String, Vec<Interval>>,
 }
 
-/// Elements of a tensor that lie in one file.
+/// The elements of a tensor in one file.
 struct Interval {
     range: Range<usize>,
     /// Whether these are all of them.
@@ -85,10 +85,10 @@ impl Stored {
         &self.files[interval.file][interval.bytes.clone()]
     }
 
-    /// Checks that nothing but `known` tensors is there.
+    /// Checks that all tensors are `known`.
     ///
     /// # Errors
-    /// Names the first other one.
+    /// Names the first unknown tensor.
     pub fn only(&self, known: impl Fn(&str) -> bool) -> Result<()> {
         match self.intervals.keys().find(|name| !known(name)) {
             None => Ok(()),
@@ -129,7 +129,7 @@ impl Stored {
     /// The whole tensor `name`, to be written as `dtype`.
     ///
     /// # Errors
-    /// It is not all there.
+    /// Some of its elements are missing.
     pub fn whole(&self, name: &str, shape: &[usize], dtype: Dtype) -> Result<Values<'_>> {
         let intervals = self.intervals.get(name).with_context(|| format!("the checkpoint lacks `{name}`"))?;
         let joined = intervals.windows(2).all(|pair| pair[0].range.end == pair[1].range.start);

@@ -1,7 +1,7 @@
-//! Writing checkpoints: beside training, at most one at a time.
+//! Writes checkpoints in the background, at most one at a time.
 //!
-//! [`Saving::begin`] lets every rank write its file; [`Saving::finish`], once all have, makes the folder a checkpoint. In
-//! between the ranks go on training: only a copy of the state is taken before.
+//! After [`Saving::begin`] every rank writes its file from a copy of its state while training continues. Once all are
+//! written, [`Saving::finish`] turns the folder into a checkpoint.
 
 use super::{
     checkpoint::{CONFIG, FORMAT, FileInfo, MANIFEST, Manifest, STATE, State, TENSORS, at, list, remove},
@@ -25,9 +25,9 @@ use std::{
 /// The checkpoint that is being written.
 pub struct Saving<'g> {
     group: &'g Group,
-    /// Where checkpoints lie.
+    /// The folder of all checkpoints.
     folder: PathBuf,
-    /// How many are kept.
+    /// How many to keep.
     keep: usize,
     /// The last step whose weights gave a finite loss and gradient.
     sound: Option<u64>,
@@ -57,8 +57,8 @@ impl<'g> Saving<'g> {
         self.sound = Some(step);
     }
 
-    /// Starts the checkpoint of `state.step`, each rank with `parts` of it; waits for the one before. In the `background`
-    /// a copy is written; otherwise this returns when this rank's files are on the disk.
+    /// Waits for the checkpoint before, then starts the one of `state.step`; `parts` are those of this rank. With
+    /// `background` a copy is written by another thread; otherwise this returns when this rank's files are on the disk.
     pub fn begin(&mut self, config: &Config, state: &State, parts: Parts<'_>, background: bool) -> Result<()> {
         self.finish()?;
         let tmp = tmp(&self.folder, state.step);
@@ -88,8 +88,7 @@ impl<'g> Saving<'g> {
         Ok(())
     }
 
-    /// Whether this rank's files are written, so that [`Saving::finish`] need not wait for it; `false` where there are
-    /// none.
+    /// Whether this rank's files are written and [`Saving::finish`] need not wait for them; `false` if there are none.
     pub fn is_written(&self) -> bool {
         self.pending.as_ref().is_some_and(|pending| match &pending.files {
             Files::Done(_) => true,
@@ -97,7 +96,7 @@ impl<'g> Saving<'g> {
         })
     }
 
-    /// Makes what was begun a checkpoint and deletes all but the newest ones; returns its step.
+    /// Completes the checkpoint under way, deletes old ones and returns its step.
     pub fn finish(&mut self) -> Result<Option<u64>> {
         let Some(Pending { step, files }) = self.pending.take() else { return Ok(None) };
         let ours = match files {
@@ -141,7 +140,7 @@ fn write_files(tmp: &Path, tensors: &str, parts: &Parts<'_>, others: Vec<(&str, 
         Ok(written)
     };
     write().hint(cannot(&tmp.with_extension("")), HINT).inspect_err(|_| {
-        // Half a checkpoint is of no use, and the disk may be full. Other ranks' files go with the next checkpoint.
+        // An incomplete checkpoint is useless, and the disk may be full. The files of other ranks are deleted later.
         for name in [tensors, STATE, CONFIG] {
             let _ = fs::remove_file(tmp.join(name));
         }
@@ -149,13 +148,13 @@ fn write_files(tmp: &Path, tensors: &str, parts: &Parts<'_>, others: Vec<(&str, 
     })
 }
 
-/// Gives a folder whose files are all there its manifest and its name.
+/// Writes the manifest of a folder whose files are complete, and gives it its final name.
 fn publish(tmp: &Path, path: &Path, files: Written) -> Result<()> {
     sync_folder(tmp)?;
     let manifest = serde_json::to_vec_pretty(&Manifest { format: FORMAT, files })?;
     write_synced(&tmp.join(MANIFEST), |out| Ok(out.write_all(&manifest)?))?;
     sync_folder(tmp)?;
-    // Only a damaged folder, or one of a run that was taken back, can be in the way.
+    // Only a damaged folder, or one from before a roll-back, can exist already.
     remove(path)?;
     fs::rename(tmp, path)?;
     sync_folder(path.parent().unwrap_or(path))

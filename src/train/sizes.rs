@@ -1,4 +1,4 @@
-//! What the size of a run depends on, without anything of it in memory: vocabulary, tokenizer, segments, micro-batches.
+//! The size of a run without its weights in memory: vocabulary, tokenizer, segments, shards, micro-batches.
 
 use super::{
     layout::{Entry, layout},
@@ -25,7 +25,7 @@ pub type Part = (&'static str, u64);
 #[derive(Debug, Clone)]
 pub struct Sizes {
     pub spec: &'static dyn TaskSpec,
-    /// The tokenizer's own configuration where its model folder exists, else what this one repeats of it.
+    /// Read from the tokenizer's model folder if that exists, otherwise from this configuration.
     pub tokenizer: ImageTokenizer,
     /// Whether it was read from that folder, if the task reads one.
     pub tokenizer_found: bool,
@@ -116,7 +116,7 @@ impl Sizes {
         self.groups.iter().map(|group| group.iter().map(entry).collect()).collect()
     }
 
-    /// What each of so many ranks owns where they share everything out, or those of a replica (`train.hsdp_shard_size`).
+    /// The shards of each of `world_size` ranks, within a shard group (`train.hsdp_shard_size`).
     pub fn shares(&self, config: &Config, world_size: usize) -> Shares {
         let ranks = if config.train.hsdp_shard_size == 0 { world_size } else { config.train.hsdp_shard_size };
         let parameter_groups = self.parameter_groups(config);
@@ -167,22 +167,22 @@ impl Sizes {
     }
 }
 
-/// What ranks own where they share everything out, in elements.
+/// How many elements ranks own if everything is sharded.
 #[derive(Debug, Clone)]
 pub struct Shares {
     pub world_size: usize,
-    /// Of a replica.
+    /// Ranks per shard group.
     pub ranks: usize,
-    /// Of each segment.
+    /// Elements of each segment.
     pub parameter_groups: Vec<u64>,
-    /// Of the rank that owns least and of the one that owns most.
+    /// Elements of the rank that owns fewest, and of the one that owns most.
     pub smallest: u64,
     pub largest: u64,
-    /// Of matrices that Muon updates, on the rank that owns most.
+    /// Elements that Muon updates, on the rank that owns most.
     pub muons: u64,
-    /// The same of all ranks together.
+    /// Elements that Muon updates, on all ranks.
     pub all_muons: u64,
-    /// Of the largest matrix that Muon updates.
+    /// Elements of the largest matrix that Muon updates.
     pub largest_muon: u64,
 }
 
@@ -192,7 +192,7 @@ impl Shares {
         self.parameter_groups.iter().sum()
     }
 
-    /// Of the largest segment.
+    /// Elements of the largest segment.
     pub fn largest_unit(&self) -> u64 {
         self.parameter_groups.iter().copied().max().unwrap_or(0)
     }
@@ -205,7 +205,7 @@ pub fn samples(size: usize, ranks: usize, accumulation: usize) -> (usize, usize)
     (least / parts(least), most.div_ceil(parts(most)))
 }
 
-/// Every rank needs at least one sample of each part of a step, and a place in a replica.
+/// Checks that every rank gets a sample of each micro-batch and belongs to a whole shard group.
 ///
 /// # Errors
 /// A batch is too small, or replicas do not come out even.
@@ -216,7 +216,7 @@ pub fn check_ranks(spec: &dyn TaskSpec, config: &Config, ranks: usize) -> Result
     ensure!(replica == 0 || ranks.is_multiple_of(replica), usage(what, "use a divisor, or 0: all ranks"));
     let parts = ranks.saturating_mul(settings.accumulation);
     for (key, size) in spec.batch_sizes(settings).into_iter().filter(|(_, size)| ranks > 1 && *size > 0) {
-        let what = format!("{key} = {size} gives {ranks} ranks x {} parts no sample each", settings.accumulation);
+        let what = format!("{key} = {size} is less than {ranks} ranks x {} micro-batches", settings.accumulation);
         ensure!(size >= parts, usage(what, format!("use fewer ranks, or make it at least {parts}")));
     }
     Ok(())

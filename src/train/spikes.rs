@@ -1,4 +1,4 @@
-//! Steps whose loss or gradient leaves the usual range: what `train.spike` does about them.
+//! Detects spikes of the loss or the gradient norm for `train.spike`.
 //!
 //! Usual is what lies within [`SIGMA`] standard deviations above the mean of the last steps, as in OLMo 2
 //! (arXiv 2501.00656, whose trainer skips such steps). Skipping a batch and going on from an older checkpoint is

@@ -84,7 +84,7 @@ impl RunState {
             run.restore(config, &loaded, task, shards)?;
             if shards.group().leads() {
                 checkpoint::set_aside_after(checkpoints, run.step)?;
-                report::note(format_args!("going on after step {}", run.step));
+                report::note(format_args!("resuming after step {}", run.step));
             }
         }
         Ok(run)
@@ -150,7 +150,7 @@ impl RunState {
         let bad = parts.iter().find(|(_, part)| !is_finite(&part.values)).map_or("", |(name, _)| name.as_str());
         let all = shards.group().gather(bad.as_bytes().to_vec())?;
         let Some(bad) = all.iter().find(|name| !name.is_empty()) else { return Ok(()) };
-        let what = format!("step {}: `{}` is not finite any more", self.step, String::from_utf8_lossy(bad));
+        let what = format!("step {}: `{}` is no longer finite", self.step, String::from_utf8_lossy(bad));
         Err(failed(what, "lower train.learning_rate; the older checkpoints and the model folder are kept as they were"))
     }
 

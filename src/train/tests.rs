@@ -8,7 +8,7 @@ use super::{
     *,
 };
 use crate::{
-    config::{MatrixOptimizer, Spike, Train},
+    config::{self, MatrixOptimizer, Spike, Train},
     data,
     dist::launch,
     error::bail,
@@ -136,13 +136,14 @@ impl TaskSpec for ToySpec {
 fn a_new_task_is_planned_and_trained_through_its_spec() {
     let (folder, mut config) = (tempfile::tempdir().unwrap(), config());
     config.train.batch_size = 4;
+    config.data.sources = vec![config::Source { path: "no/such".into(), weight: 1.0 }];
     let sizes = Sizes::of_task(&ToySpec, &config).unwrap();
     assert_eq!(sizes.parts(), [("parameters", 3 * 16)]);
     let shares = sizes.shares(&config, 2);
     assert_eq!((shares.total(), shares.all_muons), (48, 48));
     assert_eq!(held::held(&config, &sizes, &shares, 3).between_steps(), 4 * (32 + 32 + 32 + 32));
-    let plan = plan_without(&config, &sizes).unwrap().0;
-    assert_eq!((plan.samples_a_step, plan.steps), (4, 9));
+    let (plan, missing) = plan_without(&config, &sizes).unwrap();
+    assert_eq!((plan.samples_a_step, plan.steps, missing), (4, 9, vec!["no/such".to_owned()]));
     assert!(sizes::check_ranks(&ToySpec, &config, 8).is_err());
     for ranks in [1, 2] {
         let parent = folder.path().join(ranks.to_string());

@@ -1,4 +1,4 @@
-//! The loop: a step from top to bottom, and what happens around it.
+//! The training loop: a step from top to bottom.
 
 use super::{
     Resume, Task, checkpoint, ema,
@@ -22,12 +22,12 @@ use crate::{
 };
 use std::time::Instant;
 
-/// Steps in a row whose update may be left out.
+/// Maximum number of skipped updates in a row.
 const MAX_SKIPPED: u64 = 10;
-/// Times that a run goes back because of a spike.
+/// Maximum number of roll-backs because of spikes.
 const MAX_ROLLBACKS: u64 = 5;
 
-/// Trains to the end, or until something stops it.
+/// Trains until the last step, a signal or an error.
 pub fn train(
     group: &Group,
     config: &Config,
@@ -43,7 +43,7 @@ pub fn train(
     trainer.end()
 }
 
-/// One rank's run.
+/// The run of one rank.
 struct Trainer<'a> {
     config: &'a Config,
     task: &'a mut dyn Task,
@@ -57,13 +57,13 @@ struct Trainer<'a> {
     published: Option<u64>,
 }
 
-/// What all ranks know alike after the backward pass.
+/// What all ranks agree on after the backward pass.
 struct Agreed {
     /// The gradient's global norm.
     norm: f64,
-    /// A signal to stop that came to any rank; 0: none.
+    /// The signal that any rank received; 0: none.
     signal: i32,
-    /// Whether all ranks have written their files of the checkpoint under way.
+    /// Whether all ranks have written their files of the current checkpoint.
     saved: bool,
 }
 
@@ -83,7 +83,7 @@ impl<'a> Trainer<'a> {
         }
         group.use_device(&runtime::device()?)?;
         let rounded = ops::rounds_to_bf16(settings.precision, &runtime::device()?);
-        // A processor without bf16 wants all of every weight.
+        // A processor without bf16 reads the exact weights.
         let rounded = group.gather(vec![u8::from(rounded)])?.iter().all(|rank| rank[0] == 1);
         optimizer::check_frozen(settings, task.params())?;
         let handling = |name: &str, attributes| optimizer::handling(settings, rounded, name, attributes);
@@ -170,7 +170,7 @@ impl<'a> Trainer<'a> {
     fn end(mut self) -> Result<()> {
         self.complete()?;
         if self.shards.group().leads() {
-            // A run that died between its last checkpoint and the model folder left an older one.
+            // A run that was killed between its last checkpoint and the model folder left an older folder.
             if self.published != Some(self.run.step) {
                 self.publish(self.run.step)?;
             }
@@ -180,7 +180,7 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Before the first update: every parameter that can have a gradient has one.
+    /// Checks before the first update that every parameter that can have a gradient has one.
     fn check_complete(&self) -> Result<()> {
         let names: Vec<&String> = self.task.params().keys().filter(|name| self.gets_gradient(name)).collect();
         gradients::check_complete(&names, &self.shards.sizes(&names)?)
@@ -192,7 +192,7 @@ impl<'a> Trainer<'a> {
         requires_grad && self.task.gets_gradient(name) && !self.config.train.freezes(name)
     }
 
-    /// The trainer's one exchange of a step; weights, gradients and what the task reports have their own.
+    /// The only collective of a step beside those of weights, gradients and metrics.
     fn agree(&self, factor: f64) -> Result<Agreed> {
         let squares = optimizer::squares(self.shards.reduced(), self.shards.params())?;
         let saved = f64::from(u8::from(self.saving.is_written()));
@@ -218,10 +218,10 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// The loss or the gradient is not finite: a smaller loss scale may help; otherwise the update is skipped.
+    /// Handles a loss or gradient that is not finite: lowers the loss scale if there is one, otherwise skips the update.
     ///
     /// # Errors
-    /// The weights themselves are not finite: no later step can be either.
+    /// The weights are not finite, so that no later step can be.
     fn overflow(&mut self, norm: f64) -> Result<()> {
         if let Err(diverged) = self.run.check_finite(&self.shards) {
             self.complete()?;
@@ -241,7 +241,7 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Leaves this step's update out, on all ranks.
+    /// Skips this step's update on all ranks.
     fn skip(&mut self, why: &str) -> Result<()> {
         self.run.skipped += 1;
         let step = self.run.step;
@@ -256,7 +256,7 @@ impl<'a> Trainer<'a> {
         Err(failed(what, "look at these samples, or lower train.learning_rate; the newest checkpoint is from before"))
     }
 
-    /// Goes back to the newest checkpoint, and on with the samples after this step's.
+    /// Returns to the newest checkpoint and continues with the samples after this step.
     fn roll_back(&mut self) -> Result<()> {
         let (step, rollbacks) = (self.run.step, self.run.rollbacks + 1);
         let (what, samples) = (format!("step {step}: its loss or gradient is a spike"), self.samples()?);
@@ -268,7 +268,10 @@ impl<'a> Trainer<'a> {
         ensure!(run.go_back(config, *task, shards, &self.folder.checkpoints())?, "{what}, and there is no checkpoint");
         (run.rollbacks, run.passed_over) = (rollbacks, seen - run.step);
         if shards.group().leads() {
-            report::warn(format_args!("{what} (samples: {samples}); going on from step {} with later ones", run.step));
+            report::warn(format_args!(
+                "{what} (samples: {samples}); resuming from step {} with later samples",
+                run.step
+            ));
         }
         self.folder.begin(config, run.step)
     }
@@ -294,7 +297,7 @@ impl<'a> Trainer<'a> {
         saved
     }
 
-    /// Ends the checkpoint under way, if there is one, and makes a model folder of it.
+    /// Completes the checkpoint under way, if any, and publishes it as the model folder.
     fn complete(&mut self) -> Result<()> {
         let step = self.saving.finish()?;
         match step.filter(|_| self.shards.group().leads()) {
@@ -303,8 +306,8 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Writes the model folder out of the files of a checkpoint, so that no rank ever holds the model whole: the
-    /// weights' average where there is one.
+    /// Writes the model folder from the files of a checkpoint, so that no rank needs memory for the whole model: the moving
+    /// average if there is one, otherwise the weights.
     fn publish(&mut self, step: u64) -> Result<()> {
         let stored = checkpoint::tensors(&checkpoint::at(&self.folder.checkpoints(), step))?;
         let kind = if self.config.train.ema_decay > 0.0 { "average" } else { "weights" };

@@ -82,7 +82,7 @@ fn a_dry_run_of_64_ranks_needs_neither_data_nor_vocabulary_nor_tokenizer() {
     // As `vilg train` does.
     let refused = dry_run(&["--world-size", "65"]);
     assert_eq!(refused.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&refused.stderr).contains("gives 65 ranks x 16 parts no sample each"));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("is less than 65 ranks x 16 micro-batches"));
     assert_eq!(std::fs::read_dir(nowhere.path()).unwrap().count(), 0);
 }
 

@@ -99,7 +99,7 @@ fn a_time_limit_stops_with_a_checkpoint() {
     let (code, text) = run(&["--time-limit", "2s", "--nproc", "2"]);
     assert!(code == Some(75) && text.contains("stopped by --time-limit after step"), "{text}");
     let (code, text) = run(&["--time-limit", "1s"]);
-    assert!(code == Some(75) && text.contains("going on after step"), "{text}");
+    assert!(code == Some(75) && text.contains("resuming after step"), "{text}");
     assert_eq!(run(&["--time-limit", "soon"]).0, Some(2));
 }
 
@@ -147,7 +147,7 @@ fn a_disk_that_takes_nothing_more_ends_the_run_and_costs_nothing() {
         assert!(code == Some(1) && text.contains("cannot write the checkpoint"), "{text}");
         assert!(text.contains("hint: older checkpoints are untouched") && !text.contains("panicked"), "{text}");
         let (code, text) = run("10", "unlimited");
-        assert!(code == Some(0) && text.contains("going on after step 3"), "{text}");
+        assert!(code == Some(0) && text.contains("resuming after step 3"), "{text}");
     }
 }
 
@@ -270,7 +270,7 @@ mod processes {
         assert_eq!(text.matches("error: stopped by SIGTERM after step").count(), 1, "{text}");
         let again = [train("signal", &sets), vec!["--time-limit".into(), "1s".into()]].concat();
         let (code, text) = run(at, 1, &again);
-        assert!(code == Some(75) && text.contains("going on after step"), "{text}");
+        assert!(code == Some(75) && text.contains("resuming after step"), "{text}");
     }
 
     #[test]

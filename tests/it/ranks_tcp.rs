@@ -67,7 +67,7 @@ fn give_the_bits_of_threads_and_go_on_after_a_kill() {
     }
     let ended: Vec<_> = again.into_iter().map(|rank| told(&rank.wait_with_output().unwrap())).collect();
     assert!(ended.iter().all(|(code, _)| *code == Some(75)), "{ended:?}");
-    assert!(ended[0].1.contains("going on after step"), "{ended:?}");
+    assert!(ended[0].1.contains("resuming after step"), "{ended:?}");
 }
 
 #[test]

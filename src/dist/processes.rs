@@ -1,0 +1,67 @@
+//! Ranks as processes that a launcher started: this process is one of them.
+
+use super::{
+    Group,
+    launcher::{Master, Place},
+    local::panicked,
+    mpi, tcp,
+    wire::Link,
+    world::{Carrier, World},
+};
+use crate::{error::Result, runtime};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    time::Duration,
+};
+
+/// Runs `f` as this process's rank; messages go over TCP.
+///
+/// # Errors
+/// The ranks do not find each other in time. When a rank fails, no process returns from here: each leaves with that
+/// rank's exit code.
+pub fn run_tcp(
+    place: &Place,
+    master: &Master,
+    patience: Duration,
+    f: impl Fn(&Group) -> Result<()> + Sync,
+) -> Result<()> {
+    let (rank, world_size) = (place.rank, place.world_size);
+    let (mesh, neighbours) = tcp::Mesh::connect(rank, world_size, master, patience)?;
+    let threads = (rayon::current_num_threads() / neighbours).max(1);
+    runtime::set_local_rank(place.local_rank.unwrap_or(rank));
+    run((rank, world_size), Carrier::Tcp(mesh), threads, patience, || {}, f)
+}
+
+/// Runs `f` as this process's rank; messages go over MPI.
+///
+/// # Errors
+/// MPI cannot be started, or is not what the launcher said. When a rank fails, as [`run_tcp`].
+pub fn run_mpi(place: &Place, patience: Duration, f: impl Fn(&Group) -> Result<()> + Sync) -> Result<()> {
+    let (comm, universe, [rank, world_size, neighbours]) = mpi::Comm::start(place)?;
+    let threads = (rayon::current_num_threads() / neighbours).max(1);
+    runtime::set_local_rank(place.local_rank.unwrap_or(rank));
+    run((rank, world_size), Carrier::Mpi(comm), threads, patience, || drop(universe), f)
+}
+
+/// Runs `f` as rank `rank` on `threads` compute threads; `end` is called before this process leaves because of a failure.
+///
+/// # Errors
+/// When a rank fails, no process returns from here: each leaves with that rank's exit code.
+fn run(
+    (rank, world_size): (usize, usize),
+    carrier: Carrier,
+    threads: usize,
+    patience: Duration,
+    end: impl FnOnce(),
+    f: impl Fn(&Group) -> Result<()> + Sync,
+) -> Result<()> {
+    let world = World::new((rank, world_size), carrier, patience);
+    let group = Group::new(rank, world_size, Link::Processes(world));
+    let work = || runtime::with_threads(threads, || f(&group)).and_then(|result| result);
+    let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(panicked(rank, &*panic)));
+    let Link::Processes(world) = &group.wire.link else { return result };
+    match result.and_then(|()| world.done()) {
+        Ok(()) => Ok(()),
+        Err(error) => world.leave(&error, end),
+    }
+}
