@@ -3,7 +3,7 @@
 # missing and computes on the CPU. It shows nothing about a GPU. x86-64 Linux.
 #
 # nvcc comes as PyPI wheels; in place of the libraries, stand-ins are linked that open the real ones when they are called
-# (scripts/cuda_shims.py). For a program to be used, see "On GPUs" in README.md.
+# (scripts/cuda_shims.py). To build a program for use, see docs/gpu.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

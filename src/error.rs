@@ -7,7 +7,7 @@ use std::fmt;
 
 pub use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 
-/// Exit codes of the program; see the command-line contract in the README.
+/// Exit codes of the program; docs/training.md lists them for users.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
     /// The work failed.

@@ -2,10 +2,12 @@
 
 mod bench;
 mod commands;
+mod docs;
 mod file_systems;
 mod generate;
 mod house;
 mod imports;
+mod markdown;
 mod memory;
 mod one_cpu;
 mod plan;
