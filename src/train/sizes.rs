@@ -3,7 +3,7 @@
 use super::{
     layout::{Entry, layout},
     optimizer,
-    tasks::{self, FileKind, Sequences, TaskSpec},
+    tasks::{self, Sequences, TaskSpec},
 };
 use crate::{
     bundle::Bundle,
@@ -50,8 +50,8 @@ impl Sizes {
     /// As [`Sizes::of`].
     pub fn of_task(spec: &'static dyn TaskSpec, config: &Config) -> Result<Self> {
         let files = spec.files(config);
-        let of_kind = |kind| files.iter().find(|file| file.required && file.kind == kind).map(|file| file.path);
-        let tokenizer = match of_kind(FileKind::Model) {
+        let named = |key| files.iter().find(|file| file.key == key).map(|file| file.path);
+        let tokenizer = match named("image_tokenizer.path") {
             Some("demo") => Some(Bundle::open("demo")?.image_tokenizer_folder()?.config.image_tokenizer),
             Some(path) if Path::new(path).join("config.toml").is_file() => {
                 Some(Bundle::open(path)?.image_tokenizer_folder()?.config.image_tokenizer)
@@ -59,7 +59,7 @@ impl Sizes {
             Some(_) => None,
             None => Some(config.image_tokenizer.clone()),
         };
-        let vocabulary = match of_kind(FileKind::File) {
+        let vocabulary = match named("text.vocab") {
             Some("demo") => Some(Bundle::open("demo")?.text()?.vocab_size()),
             Some(path) => files::read_text(Path::new(path), files::VOCABULARY).ok().map(|text| text.lines().count()),
             None => Some(CHINESE_VOCABULARY),
