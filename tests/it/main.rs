@@ -2,7 +2,9 @@
 
 mod bench;
 mod commands;
+mod counting;
 mod file_systems;
+mod fuzz;
 mod generate;
 mod house;
 mod imports;
