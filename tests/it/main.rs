@@ -3,6 +3,7 @@
 mod bench;
 mod commands;
 mod counting;
+mod faults;
 mod file_systems;
 mod fuzz;
 mod generate;
