@@ -11,15 +11,11 @@ use crate::{
     report,
     tokenizer::ImageTokenizer,
 };
-use ::image::RgbImage;
 use serde_json::json;
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
 };
-
-/// Most pixels of an image that is processed whole: about 40 bytes of memory each.
-const MAX_WHOLE_PIXELS: u64 = 4096 * 4096;
 
 /// Encode images as image codes and decode them again: the upper bound of what the transformer can generate
 #[derive(clap::Args)]
@@ -34,7 +30,7 @@ pub struct Args {
     /// PNG file (or folder) to write
     #[arg(short, long, value_name = "FILE|DIR", default_value = "reconstruction.png")]
     output: PathBuf,
-    /// Process whole images at their own size (at most 4096x4096 pixels), tile by tile, instead of their centred squares
+    /// Process whole images at their own size, tile by tile, instead of their centred squares
     #[arg(long)]
     whole: bool,
     /// Model folder with the image tokenizer
@@ -90,8 +86,9 @@ fn same_file(a: &Path, b: &Path) -> bool {
 fn one(tokenizer: &ImageTokenizer, image: &Path, output: &Path, whole: bool, json: bool) -> Result<()> {
     let picture = open_picture(image)?;
     let (original, painted, codes) = if whole {
-        let (painted, codes) = in_tiles(tokenizer, &picture)?;
-        (picture, painted, codes)
+        let grid = tokenizer.encode_whole(&picture)?;
+        let painted = tokenizer.decode_whole(&grid, picture.height() as usize, picture.width() as usize)?;
+        (picture, painted, grid.codes)
     } else {
         let original = square(picture, tokenizer.image_size() as u32);
         let codes = tokenizer.encode(&to_pixels([&original])?)?;
@@ -110,17 +107,4 @@ fn one(tokenizer: &ImageTokenizer, image: &Path, output: &Path, whole: bool, jso
         report::result(format_args!("{output}: PSNR {psnr:.1} dB, {used} of the {size} codes"));
     }
     Ok(())
-}
-
-fn in_tiles(tokenizer: &ImageTokenizer, picture: &RgbImage) -> Result<(RgbImage, Vec<u32>)> {
-    let (width, height) = picture.dimensions();
-    let pixels = u64::from(width) * u64::from(height);
-    let hint = "scale it down, cut it into parts, or leave out --whole";
-    ensure!(
-        pixels <= MAX_WHOLE_PIXELS,
-        failed(format_args!("{width}x{height} pixels are too many for --whole: at most {MAX_WHOLE_PIXELS}"), hint)
-    );
-    let grid = tokenizer.encode_whole(&to_pixels([picture])?.squeeze(0)?)?;
-    let pixels = tokenizer.decode_whole(&grid, height as usize, width as usize)?;
-    Ok((from_pixels(&pixels.unsqueeze(0)?)?.swap_remove(0), grid.codes))
 }

@@ -36,7 +36,8 @@ impl Loaded {
             None => (String::new(), String::new()),
         };
         let mut config = Config::parse(&text, &name)?;
-        let mut file: Table = toml::from_str(&text)?;
+        // A whole number that a key takes may still be too large for TOML.
+        let mut file: Table = parse(&text, &name)?;
         rename_keys(&mut file, &name);
         let (mut all, mut set) = (file.clone(), Table::new());
         for text in sets {
@@ -116,15 +117,7 @@ impl Config {
     /// # Errors
     /// The text is no TOML; a key is unknown or has a value of the wrong type.
     pub fn parse(text: &str, name: &str) -> Result<Self> {
-        toml::from_str(text).map_err(|e| {
-            let line = e.span().map(|span| 1 + text[..span.start.min(text.len())].matches('\n').count());
-            let key =
-                line.and_then(|line| text.lines().nth(line - 1)?.split_once('=')).map_or("", |(key, _)| key.trim());
-            let place = line.map_or(name.to_owned(), |line| format!("{name}:{line}"));
-            // A complaint about a value does not name its key.
-            let of_value = !key.is_empty() && e.message().starts_with("invalid");
-            wrong(&if of_value { format!("{place}: `{key}`") } else { place }, &e)
-        })
+        parse(text, name)
     }
 
     /// The configuration as a TOML file with every key.
@@ -134,6 +127,18 @@ impl Config {
     pub fn to_toml(&self) -> Result<String> {
         Ok(toml::to_string(self)?)
     }
+}
+
+/// Reads TOML; errors name the place.
+fn parse<T: serde::de::DeserializeOwned>(text: &str, name: &str) -> Result<T> {
+    toml::from_str(text).map_err(|e| {
+        let line = e.span().map(|span| 1 + text[..span.start.min(text.len())].matches('\n').count());
+        let key = line.and_then(|line| text.lines().nth(line - 1)?.split_once('=')).map_or("", |(key, _)| key.trim());
+        let place = line.map_or(name.to_owned(), |line| format!("{name}:{line}"));
+        // A complaint about a value does not name its key.
+        let of_value = !key.is_empty() && e.message().starts_with("invalid");
+        wrong(&if of_value { format!("{place}: `{key}`") } else { place }, &e)
+    })
 }
 
 fn read(path: &Path) -> Result<String> {
@@ -276,6 +281,10 @@ mod tests {
         let (message, hint) = complaint(Config::load(Some(file.path()), &[]));
         let place = format!("{}: `train.batch_size` = 9223372036854775807: must be", file.path().display());
         assert!(message.starts_with(&place) && !hint.is_empty(), "{message}");
+        // Beyond what TOML can hold.
+        std::fs::write(&file, "[train]\nsteps = 9223372036854775808\n").unwrap();
+        let (message, hint) = complaint(Config::load(Some(file.path()), &[]));
+        assert!(message.starts_with(&format!("{}:2: ", file.path().display())) && !hint.is_empty(), "{message}");
     }
 
     #[test]

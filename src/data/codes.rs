@@ -2,9 +2,12 @@
 //! a `codes.json` in the folder that says which tokenizer made them.
 
 use super::bad::{Bad, Cause};
-use crate::error::{Hint, Result, ensure, failed};
+use crate::{
+    error::{Hint, Result, ensure, failed},
+    files,
+};
 use serde::{Deserialize, Serialize};
-use std::{fs, path::Path};
+use std::path::Path;
 
 /// Name of the file that describes a folder of code shards.
 pub const CODES_FILE: &str = "codes.json";
@@ -26,7 +29,7 @@ impl CodesInfo {
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(CODES_FILE);
         let hint = "code shards come from `vilg data encode --model DIR SOURCE -o FOLDER`";
-        let bytes = fs::read(&path).hint(format_args!("cannot read {}", path.display()), hint)?;
+        let bytes = files::read(&path, files::TEXT).hint(format_args!("cannot read {}", path.display()), hint)?;
         let info: Self = serde_json::from_slice(&bytes).hint(format_args!("bad {}", path.display()), hint)?;
         let sane =
             info.grid.iter().all(|side| (1..=4096).contains(side)) && (1..=1 << 16).contains(&info.codebook_size);

@@ -3,7 +3,10 @@
 mod bench;
 mod commands;
 mod docs;
+mod counting;
+mod faults;
 mod file_systems;
+mod fuzz;
 mod generate;
 mod house;
 mod imports;

@@ -2,8 +2,8 @@
 //!
 //! Bytes are counted for a whole process, so the test runs itself again, alone, in a process of its own.
 
+use crate::counting::{LIVE, PEAK};
 use std::{
-    alloc::{GlobalAlloc, Layout as Memory, System},
     process::Command,
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
     time::Duration,
@@ -24,29 +24,8 @@ use vilg::{
     },
 };
 
-struct Counting;
-
-#[global_allocator]
-static COUNTING: Counting = Counting;
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
 /// The peak before the first step.
 static START: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: everything is passed on to the system's allocator; the counters touch no memory of it.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, memory: Memory) -> *mut u8 {
-        PEAK.fetch_max(LIVE.fetch_add(memory.size(), Relaxed) + memory.size(), Relaxed);
-        // SAFETY: passed on.
-        unsafe { System.alloc(memory) }
-    }
-
-    unsafe fn dealloc(&self, start: *mut u8, memory: Memory) {
-        LIVE.fetch_sub(memory.size(), Relaxed);
-        // SAFETY: passed on.
-        unsafe { System.dealloc(start, memory) }
-    }
-}
 
 fn config(stage: u8, overlap: bool, activation_checkpointing: usize, accumulation: usize, qk_norm: bool) -> Config {
     let mut config = Config {
