@@ -3,11 +3,11 @@
 use super::{
     bad::{Bad, BadCounts, Cause},
     codes::CodesInfo,
-    files::open_regular,
     keys::keys,
     members::Members,
     paths,
     record::{Kind, Record, wants},
+    source_file::open_regular,
     tar::{self, Place},
 };
 use crate::{

@@ -79,7 +79,7 @@ impl Encoder<'_> {
         let cannot = || format!("cannot make {}", self.output.display());
         fs::create_dir_all(&self.output).hint(cannot(), "choose another folder with -o")?;
         let lock = Lock::take(&self.output)?;
-        self.describe(&shards)?;
+        self.report_sources(&shards)?;
         // All are compared before the first one is encoded, so that a refusal costs no time.
         let mut work = Vec::new();
         for shard in &shards {
@@ -111,7 +111,7 @@ impl Encoder<'_> {
     }
 
     /// Writes `codes.json` into every folder of the output; refuses one that belongs to another tokenizer.
-    fn describe(&self, shards: &[&Shard]) -> Result<()> {
+    fn report_sources(&self, shards: &[&Shard]) -> Result<()> {
         let folders: BTreeSet<PathBuf> =
             shards.iter().filter_map(|shard| Some(self.output.join(&shard.name).parent()?.to_path_buf())).collect();
         for folder in folders {

@@ -2,7 +2,7 @@
 
 use super::{
     bad::{Bad, Cause},
-    files::open_without_waiting,
+    source_file::open_without_waiting,
 };
 use crate::error::{Context, Hint, Result, ensure, failed};
 use candle_core::{Device, Tensor};

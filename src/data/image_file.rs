@@ -37,5 +37,5 @@ pub fn write_png(path: &Path, image: &RgbImage) -> Result<()> {
     folder
         .map_or(Ok(()), fs::create_dir_all)
         .and_then(|()| fs::write(path, png(image).map_err(std::io::Error::other)?))
-        .hint(format_args!("cannot write {}", path.display()), "choose another place with -o")
+        .hint(format_args!("cannot write {}", path.display()), "choose another file with -o")
 }

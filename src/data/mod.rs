@@ -15,7 +15,6 @@ mod encode_output;
 mod encode_tests;
 #[cfg(test)]
 mod fault_tests;
-mod files;
 pub mod image;
 pub mod image_file;
 #[cfg(test)]
@@ -27,6 +26,7 @@ mod members;
 pub mod paths;
 mod record;
 mod sampler;
+mod source_file;
 mod tar;
 #[cfg(test)]
 mod tests;

@@ -5,8 +5,8 @@
 
 use super::{
     bad::{Bad, BadCounts, Cause},
-    files::{foreign_format, open_regular},
     members::Members,
+    source_file::{foreign_format, open_regular},
 };
 use std::{
     collections::HashSet,

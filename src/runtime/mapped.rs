@@ -1,8 +1,8 @@
 //! Files as memory.
 
 use crate::{
+    bounded_read,
     error::{Context, Result},
-    files,
 };
 use std::{ops::Deref, path::Path};
 
@@ -16,7 +16,7 @@ impl Mapped {
     /// # Errors
     /// The file is missing, not a regular file, or cannot be mapped.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = files::open(path)?;
+        let file = bounded_read::open(path)?;
         #[cfg(target_os = "linux")]
         bus_error::explain();
         // SAFETY: nobody changes a file of a model folder or checkpoint in place: new ones are written and renamed. One

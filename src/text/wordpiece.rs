@@ -1,8 +1,8 @@
 //! WordPiece over a BERT vocabulary: cleaned, lower-cased, each Chinese character a word of its own.
 
 use crate::{
+    bounded_read,
     error::{Context, Hint, Result, anyhow, ensure},
-    files,
 };
 use std::{collections::HashSet, path::Path};
 use tokenizers::{
@@ -36,8 +36,9 @@ impl WordPiece {
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let hint = "a WordPiece vocabulary has one token a line, in UTF-8, and holds [PAD], [UNK], [CLS] and [SEP]";
-        let read = files::read_text(path, files::VOCABULARY);
-        read.and_then(|text| Self::parse(&text)).hint(format!("cannot use the vocabulary `{}`", path.display()), hint)
+        // An error of reading names the path itself.
+        let text = bounded_read::read_text(path, bounded_read::VOCABULARY).hint("cannot use the vocabulary", hint)?;
+        Self::parse(&text).hint(format!("cannot use the vocabulary `{}`", path.display()), hint)
     }
 
     /// The vocabulary in the text of a `vocab.txt`. A byte order mark at its beginning is skipped.

@@ -5,10 +5,10 @@ use super::{
     optimizer,
 };
 use crate::{
+    bounded_read as files,
     bundle::Bundle,
     config::{Config, ImageTokenizer, Task},
     error::{Result, ensure, usage},
-    files,
     model::{Layout, Modality, activations::Micro, listing, size},
     nn::pattern::Grid,
 };
