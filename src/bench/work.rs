@@ -106,7 +106,7 @@ pub fn decode(shape: &Shape, format: Format) -> Result<Work<'static>> {
     let decoder = Decoder::new(Arc::new(generator), format);
     let texts = texts(shape);
     let codes = shape.grid.0 * shape.grid.1;
-    let run = Box::new(move || paint(&decoder, &texts, codes));
+    let run = Box::new(move || generate(&decoder, &texts, codes));
     let (parameters, amount) = (count(&params), shape.batch * codes);
     Ok(Work {
         name: "decode",
@@ -121,7 +121,7 @@ pub fn decode(shape: &Shape, format: Format) -> Result<Work<'static>> {
     })
 }
 
-fn paint(decoder: &Decoder, texts: &[Vec<u32>], codes: usize) -> Result<()> {
+fn generate(decoder: &Decoder, texts: &[Vec<u32>], codes: usize) -> Result<()> {
     let draw = |logits: &[f32]| -> Result<Vec<u32>> {
         let rows = logits.par_chunks(logits.len() / texts.len());
         rows.map(|row| Sampling::GREEDY.draw(row, 0.0)).collect()

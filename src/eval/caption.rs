@@ -39,7 +39,7 @@ pub fn run(models: &Models, data: &str, samples: usize, decoding: &Decoding, see
                 Err(e) => bad.add(e),
             }
         }
-        let captions = models.describe(&models.encode(&pictures)?, decoding, 1)?;
+        let captions = models.caption(&models.encode(&pictures)?, decoding, 1)?;
         let said = names.iter().zip(&captions).filter(|(name, c)| c.first().is_some_and(|c| names_it(&c.text, name)));
         hits += said.count();
         of += names.len();

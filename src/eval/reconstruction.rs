@@ -75,22 +75,22 @@ pub fn run(tokenizer: &ImageTokenizer, settings: &Settings, shown: usize) -> Res
     let bar = report::bar(originals.len() as u64, "reconstructing");
     for batch in originals.chunks(BATCH) {
         let encoded = tokenizer.encode(&to_pixels(batch)?)?;
-        let painted = from_pixels(&tokenizer.decode(&encoded)?)?;
+        let reconstructed = from_pixels(&tokenizer.decode(&encoded)?)?;
         encoded.flatten_all()?.to_vec1()?.into_iter().for_each(|code| *codes.entry(code).or_default() += 1);
-        let compared = batch.par_iter().zip(&painted).map(|(a, b)| (psnr(a, b), ssim(a, b)));
+        let compared = batch.par_iter().zip(&reconstructed).map(|(a, b)| (psnr(a, b), ssim(a, b)));
         similar.par_extend(compared);
         if let Some(network) = settings.perceptual {
             // Of images as they are written: clamped and rounded.
-            let [a, b] = [network.features(&to_pixels(batch)?)?, network.features(&to_pixels(&painted)?)?];
+            let [a, b] = [network.features(&to_pixels(batch)?)?, network.features(&to_pixels(&reconstructed)?)?];
             lpips.extend(network.between(&a, &b)?.to_vec1::<f32>()?.into_iter().map(f64::from));
             let last = |features: &[Tensor]| pooled(&features[features.len() - 1]);
             vgg.extend(last(&a)?, last(&b)?);
         }
         if let Some(network) = settings.inception {
             let features = |pictures| Ok::<_, Error>(network.features(&to_pixels(pictures)?)?.to_vec2()?);
-            inception.extend(features(batch)?, features(&painted)?);
+            inception.extend(features(batch)?, features(&reconstructed)?);
         }
-        pairs.extend(batch.iter().cloned().zip(painted).take(shown.saturating_sub(pairs.len())));
+        pairs.extend(batch.iter().cloned().zip(reconstructed).take(shown.saturating_sub(pairs.len())));
         bar.inc(batch.len() as u64);
     }
     bar.finish_and_clear();
@@ -112,13 +112,13 @@ pub fn run(tokenizer: &ImageTokenizer, settings: &Settings, shown: usize) -> Res
 struct Pair([Vec<Vec<f32>>; 2]);
 
 impl Pair {
-    fn extend(&mut self, pictures: Vec<Vec<f32>>, painted: Vec<Vec<f32>>) {
-        self.0.iter_mut().zip([pictures, painted]).for_each(|(all, more)| all.extend(more));
+    fn extend(&mut self, pictures: Vec<Vec<f32>>, reconstructed: Vec<Vec<f32>>) {
+        self.0.iter_mut().zip([pictures, reconstructed]).for_each(|(all, more)| all.extend(more));
     }
 
     fn distance(&self) -> Result<Option<f64>> {
-        let [pictures, painted] = &self.0;
-        (pictures.len() > 1).then(|| Gaussian::of(pictures)?.distance(&Gaussian::of(painted)?)).transpose()
+        let [pictures, reconstructed] = &self.0;
+        (pictures.len() > 1).then(|| Gaussian::of(pictures)?.distance(&Gaussian::of(reconstructed)?)).transpose()
     }
 }
 
@@ -167,7 +167,7 @@ pub fn sheet(outcomes: &[Outcome]) -> RgbImage {
     let resized = |picture: &RgbImage| imageops::resize(picture, side, side, imageops::FilterType::Nearest);
     let mut rows: Vec<RgbImage> = pairs.clone().take(1).flatten().map(|(picture, _)| resized(picture)).collect();
     let columns = rows.len();
-    rows.extend(pairs.flatten().map(|(_, painted)| resized(painted)));
+    rows.extend(pairs.flatten().map(|(_, reconstructed)| resized(reconstructed)));
     crate::data::image_file::grid(&rows, columns)
 }
 

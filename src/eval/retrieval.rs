@@ -189,10 +189,10 @@ impl<'a> Shelf<'a> {
     }
 }
 
-/// The place of `own`, counted from 1, among all by distance from `painted`; ties count against it.
-fn rank<'a>(painted: &[f32], own: &[f32], others: impl Iterator<Item = &'a [f32]>) -> usize {
-    let own = distance(painted, own);
-    1 + others.filter(|other| distance(painted, other) <= own).count()
+/// The place of `own`, counted from 1, among all by distance from `generated`; ties count against it.
+fn rank<'a>(generated: &[f32], own: &[f32], others: impl Iterator<Item = &'a [f32]>) -> usize {
+    let own = distance(generated, own);
+    1 + others.filter(|other| distance(generated, other) <= own).count()
 }
 
 /// Mean squared difference.
@@ -263,7 +263,7 @@ mod tests {
     #[test]
     fn rank_counts_ties_against() {
         let others: [&[f32]; 4] = [&[0.0, 9.0], &[2.0, 0.0], &[0.0, 2.0], &[5.0, 5.0]];
-        let rank = |painted: [f32; 2], own: [f32; 2]| rank(&painted, &own, others.into_iter());
+        let rank = |generated: [f32; 2], own: [f32; 2]| rank(&generated, &own, others.into_iter());
         assert_eq!(rank([0.0, 0.0], [1.0, 1.0]), 1);
         assert_eq!(rank([0.0, 0.0], [2.0, 0.0]), 3, "two others are just as near");
         assert_eq!(rank([0.0, 0.0], [9.0, 9.0]), 5);

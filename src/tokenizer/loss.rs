@@ -139,17 +139,17 @@ impl GanLoss {
     fn compute(
         &self,
         y: &Var,
-        painted: &Tensor,
+        reconstructed: &Tensor,
         batch: &PixelBatch,
         logit_ema: LogitEma,
         terms: &mut Vec<(&'static str, f64)>,
     ) -> Result<Adversarial> {
-        let generator = self.discriminator.forward(painted, true)?.mean_all()?.neg()?;
+        let generator = self.discriminator.forward(reconstructed, true)?.mean_all()?.neg()?;
         let mut store = (&generator * batch.loss_scale)?.backward()?;
         let gradient = store.remove(y).context("the gan_loss does not see the reconstruction")?;
 
         let real = self.discriminator.forward(&batch.pixels, false)?;
-        let fake = self.discriminator.forward(&painted.detach(), false)?;
+        let fake = self.discriminator.forward(&reconstructed.detach(), false)?;
         let mut loss = discriminator::loss(self.loss, &real, &fake)?;
         terms.extend([
             ("generator", number(&generator)?),

@@ -205,12 +205,12 @@ impl ImageTokenizer {
             let manual = Manual { segment: encode, buffers };
             vec![Box::new(manual), Box::new(Manual { segment: decode, buffers })]
         } else {
-            self.taped_segments()
+            self.autograd_segments()
         }
     }
 
     /// The same by candle's tape.
-    fn taped_segments(&self) -> Vec<Box<dyn Segment<PixelBatch> + '_>> {
+    fn autograd_segments(&self) -> Vec<Box<dyn Segment<PixelBatch> + '_>> {
         vec![Box::new(&self.segments.0), Box::new(&self.segments.1)]
     }
 

@@ -171,8 +171,8 @@ fn a_dvae_answers_as_dall_e_does() -> Result<()> {
     assert_close("logits", &tokenizer.latents(&pixels)?, &nhwc(&golden["logits"])?, 1e-4);
     let codes = tokenizer.encode(&pixels)?;
     assert_eq!(values(&codes.flatten_all()?), values(&golden["codes"].flatten_all()?));
-    let painted = ((tokenizer.decode(&codes)? + 1.0)? * 0.5)?;
-    assert_close("reconstruction", &painted, &nhwc(&golden["pixels"])?, 1e-4);
+    let reconstructed = ((tokenizer.decode(&codes)? + 1.0)? * 0.5)?;
+    assert_close("reconstruction", &reconstructed, &nhwc(&golden["pixels"])?, 1e-4);
 
     let z_q = tokenizer.decoder.quantize.lookup(&codes.flatten_all()?)?.reshape((2, 4, 4, 12))?;
     let output = tokenizer.decoder.decode_to_last(&z_q)?.1;

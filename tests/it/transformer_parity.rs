@@ -145,7 +145,7 @@ fn two_hundred_losses_are_the_tapes() -> Result<()> {
     for (variant, config) in variants() {
         let manual = losses(&golden, &golden.generator(variant, &config)?.0.segments(), &config, 200)?;
         let autograd =
-            losses(&golden, &golden.generator(variant, &config)?.0.taped_segments(Precision::F32), &config, 200)?;
+            losses(&golden, &golden.generator(variant, &config)?.0.autograd_segments(Precision::F32), &config, 200)?;
         assert!(manual[199] < 0.5 * manual[0], "{variant}: nothing is learned: {manual:?}");
         for (step, (a, b)) in manual.iter().zip(&autograd).enumerate() {
             assert!((a - b).abs() < 1e-3 * b.abs().max(0.1), "{variant} step {step}: {a} and {b}");

@@ -1,4 +1,4 @@
-//! A generator's weights as decoding reads them: packed once, on plain slices.
+//! The generator's weights for decoding on the CPU: packed once, on plain slices.
 
 use crate::{
     error::{Context, Result},
@@ -13,7 +13,7 @@ use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 
-/// The weights of a generator.
+/// The packed weights of a generator.
 pub struct PackedGenerator {
     pub text: Table,
     pub text_position: Table,
@@ -28,7 +28,7 @@ pub struct PackedGenerator {
     pub heads: usize,
 }
 
-/// The weights of a block.
+/// The packed weights of a transformer block.
 pub struct PackedLayer {
     pub pattern: Pattern,
     norm1: Norm,
@@ -41,13 +41,15 @@ pub struct PackedLayer {
     post: Option<(Norm, Norm)>,
 }
 
-/// An embedding (rows, hidden).
+/// An embedding table (rows, hidden).
 pub struct Table {
     values: Vec<f32>,
     hidden: usize,
 }
 
 impl Table {
+    /// Row `row` of the table, (hidden).
+    ///
     /// # Errors
     /// There is no such row.
     pub fn row(&self, row: usize) -> Result<&[f32]> {
@@ -62,7 +64,7 @@ struct Norm {
 }
 
 impl Norm {
-    /// Rows that one task works on.
+    /// Number of rows that one parallel task normalizes.
     const ROWS: usize = 16;
 
     fn apply(&self, y: &mut [f32], x: &[f32]) {
@@ -72,7 +74,7 @@ impl Norm {
     }
 }
 
-/// Parameters by full name.
+/// The generator's parameters by full name.
 struct Named(BTreeMap<String, Tensor>);
 
 impl Named {
@@ -93,7 +95,7 @@ impl Named {
         Ok(Norm { weight: self.values(&format!("{name}.weight"))?, bias: self.values(&format!("{name}.bias"))? })
     }
 
-    /// Two norms, where the first is there.
+    /// Two norms, or `None` if the model does not have the first.
     fn norms(&self, first: &str, second: &str) -> Result<Option<(Norm, Norm)>> {
         if !self.has(&format!("{first}.weight")) {
             return Ok(None);
@@ -123,7 +125,7 @@ impl Named {
 }
 
 impl PackedGenerator {
-    /// A copy of the generator's weights, its matrices in `format`; embeddings, norms and biases stay f32.
+    /// Copies the generator's weights. Matrices are stored in `format`; embeddings, norms and biases stay f32.
     pub fn new(generator: &Generator, format: Format) -> Result<Self> {
         let params = generator.params().flatten();
         let named = Named(params.map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect());
@@ -149,7 +151,7 @@ impl PackedGenerator {
         self.image_start.len()
     }
 
-    /// `workspace.logits` (rows, vocabulary) of `workspace.x`, for targets of this modality.
+    /// Computes `workspace.logits` (rows, vocabulary) from `workspace.x`, for targets of this modality.
     pub fn logits(&self, workspace: &mut Workspace, target: Modality) {
         let head = match target {
             Modality::Text => &self.text_head,
@@ -161,14 +163,14 @@ impl PackedGenerator {
     }
 }
 
-/// The buffers of a pass through the layers, kept from step to step.
+/// The buffers of a pass through the layers, reused from step to step.
 #[derive(Default)]
 pub struct Workspace {
-    /// (rows, hidden), like `mixed`, `normed` and `branch`.
+    /// The residual stream (rows, hidden).
     pub x: Vec<f32>,
-    /// (rows, 3, heads, d)
+    /// Queries, keys and values (rows, 3, heads, d).
     pub qkv: Vec<f32>,
-    /// What attention makes of it.
+    /// Output of attention (rows, hidden).
     pub attended: Vec<f32>,
     pub scores: Vec<f32>,
     pub logits: Vec<f32>,
@@ -178,7 +180,7 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// Sizes the buffers for so many rows; allocates nothing if they have been as large before.
+    /// Resizes the buffers for `rows` rows; allocates nothing if they have been that large before.
     pub fn fit(&mut self, rows: usize, hidden: usize) {
         [&mut self.x, &mut self.attended, &mut self.normed, &mut self.branch]
             .into_iter()
@@ -188,7 +190,7 @@ impl Workspace {
 }
 
 impl PackedLayer {
-    /// `workspace.qkv` of `workspace.x`.
+    /// Computes `workspace.qkv` from `workspace.x`.
     pub fn qkv(&self, workspace: &mut Workspace) {
         self.norm1.apply(&mut workspace.normed, &workspace.x);
         self.qkv.apply(&mut workspace.qkv, &workspace.normed, Finish::Set);
@@ -204,7 +206,7 @@ impl PackedLayer {
         }
     }
 
-    /// The block from `workspace.attended` on: `workspace.x` becomes its output.
+    /// Runs the block after attention: from `workspace.attended` to the block's output in `workspace.x`.
     pub fn finish(&self, workspace: &mut Workspace) {
         let rows = workspace.x.len() / self.norm1.weight.len();
         workspace.inner.resize(rows * self.fc1.outputs(), 0.0);
@@ -217,7 +219,7 @@ impl PackedLayer {
     }
 }
 
-/// `x += post(linear(input))`
+/// `x += post(linear(input))`, where `post` is the norm of a sandwich block, if any.
 fn add(x: &mut [f32], linear: &PackedLinear, input: &[f32], post: Option<&Norm>, [branch, normed]: [&mut Vec<f32>; 2]) {
     let Some(post) = post else { return linear.apply(x, input, Finish::Add) };
     linear.apply(branch, input, Finish::Set);

@@ -91,7 +91,7 @@ fn equals_the_tape() -> Result<()> {
             let mut batch = PixelBatch::new(pixels(config.image_size, name)?, share);
             batch.logit_ema = Some(LogitEma { real: 0.3, fake: -0.2, accuracy: 0.5 });
             let (ours, codes) = accumulate(&tokenizer.segments(), &batch, &mut manual)?;
-            let (theirs, expected) = accumulate(&tokenizer.taped_segments(), &batch, &mut autograd)?;
+            let (theirs, expected) = accumulate(&tokenizer.autograd_segments(), &batch, &mut autograd)?;
             assert_eq!(codes, expected);
             assert!(ours.iter().zip(&theirs).all(|(a, b)| (a - b).abs() < 1e-5 * b.abs()), "{ours:?} {theirs:?}");
         }
@@ -104,7 +104,7 @@ fn equals_the_tape() -> Result<()> {
 fn distances_from_f32(config: &config::ImageTokenizer, precision: Precision) -> Result<[f64; 2]> {
     let step = |precision: Precision, manual: bool| -> Result<Gradients> {
         let ((tokenizer, _), mut gradients) = (tokenizer(config, precision)?, Gradients::default());
-        let chain = if manual { tokenizer.segments() } else { tokenizer.taped_segments() };
+        let chain = if manual { tokenizer.segments() } else { tokenizer.autograd_segments() };
         accumulate(&chain, &PixelBatch::new(pixels(config.image_size, "x")?, 0.5), &mut gradients)?;
         Ok(gradients)
     };
