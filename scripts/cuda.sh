@@ -74,12 +74,12 @@ step "$vilg" doctor | tee "$home/doctor" >&2
 if python3 -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null; then
     say "this machine has a driver: what vilg says without one is not checked"
 else
-    grep -q '^cuda  *built, but there is no CUDA driver here$' "$home/doctor" || broken "\`vilg doctor\` says otherwise"
+    grep -q '^cuda  *built, but this machine has no CUDA driver$' "$home/doctor" || broken "\`vilg doctor\` says otherwise"
     grep -q '^device  *cpu$' "$home/doctor" || broken "the CPU is not the default"
     refuses t2i 红苹果 -o "$home/never.png" --device cuda
     refuses train --config configs/emoji.toml --device cuda:1
-    [ ! -e "$home/never.png" ] || broken "a picture was painted"
-    # The same program must call a real driver where there is one. This one has a device that does not open.
+    [ ! -e "$home/never.png" ] || broken "an image was generated"
+    # The same program must call a real driver where there is one. This one has a device that cannot be opened.
     echo 'int cuInit(unsigned flags) { return flags; } int cuDeviceGetCount(int *n) { *n = 1; return 0; }' |
         cc -x c -shared -o "$home/libcuda.so.1" -
     export LD_LIBRARY_PATH=$home

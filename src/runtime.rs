@@ -1,4 +1,4 @@
-//! What this process runs on, chosen once at start: threads, memory, files, signals and the device.
+//! Resources of this process, chosen once at start: threads, memory, file locks, signals and the device.
 
 #[cfg_attr(not(feature = "cuda"), path = "runtime/cuda_disabled.rs")]
 mod cuda;

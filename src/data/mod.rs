@@ -1,4 +1,4 @@
-//! Samples: found, indexed, read in a repeatable order, and delivered in batches.
+//! Data sets: finds samples, indexes them, reads them in a reproducible order, and delivers them in batches.
 //!
 //! Reading order: `paths` and `tar` find and index shards, [`Dataset`] holds them, [`Sampler`] gives the sample at each
 //! position, [`Record`] is one sample, [`Loader`] reads ahead in threads. A damaged sample is a [`Bad`], counted in

@@ -1,7 +1,7 @@
 //! Ranks as threads of one process, each with its own pool of compute threads.
 //!
-//! All collectives use one exchange: every rank deposits a parcel, waits until all ranks have, and takes references to all
-//! parcels.
+//! All collectives use one exchange: every rank deposits its values, waits until all ranks have done so, and takes
+//! references to the values of all ranks.
 
 use super::{Call, Group, different, late, wire::Link};
 use crate::{
@@ -19,21 +19,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Where the ranks exchange their parcels.
+/// Shared state through which the ranks exchange values.
 pub struct Meeting {
     world_size: usize,
-    /// How long a rank waits for the others.
+    /// Time limit for waiting for the other ranks.
     patience: Duration,
     round: Mutex<Round>,
     changed: Condvar,
 }
 
 struct Round {
-    /// By rank: the parcel of this round.
+    /// By rank: the values of this round.
     parcels: Vec<Option<(Call, Parcel)>>,
-    /// Number of ranks that have taken this round's parcels.
+    /// Number of ranks that have taken this round's values.
     taken: usize,
-    /// By rank: the last call, for messages.
+    /// By rank: the last call, for error messages.
     last: Vec<Option<Call>>,
     /// By rank: whether it has finished and makes no more calls.
     done: Vec<bool>,
@@ -51,20 +51,20 @@ impl Meeting {
         Self { world_size, patience, round: Mutex::new(round), changed: Condvar::new() }
     }
 
-    /// How long a rank waits for the others.
+    /// Time limit for waiting for the other ranks.
     pub fn patience(&self) -> Duration {
         self.patience
     }
 
     fn lock(&self) -> MutexGuard<'_, Round> {
-        // Nothing panics while it holds the lock.
+        // No thread panics while it holds the lock.
         self.round.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Deposits `ours` and returns the values of all ranks, in rank order.
+    /// Deposits the values `ours` and returns the values of all ranks, in rank order.
     ///
     /// # Errors
-    /// The ranks make different calls, one failed, or one did not come in time.
+    /// The ranks make different calls, or one failed or timed out.
     pub fn exchange<T: Send + Sync + 'static>(
         &self,
         rank: usize,
@@ -74,14 +74,14 @@ impl Meeting {
         let parcels = self.parcels(rank, call, Arc::new(ours))?;
         parcels
             .into_iter()
-            .map(|parcel| parcel.downcast().ok().context("ranks exchange numbers of two types"))
+            .map(|parcel| parcel.downcast().ok().context("ranks exchange numbers of different types"))
             .collect()
     }
 
     fn parcels(&self, rank: usize, call: Call, parcel: Parcel) -> Result<Vec<Parcel>> {
         let mut round = self.lock();
         round.last[rank] = Some(call);
-        // The last round is over when all ranks have taken its parcels.
+        // The last round is complete when all ranks have taken its values.
         round = self.wait(round, rank, call, |round| round.parcels[rank].is_none())?;
         round.parcels[rank] = Some((call, parcel));
         self.changed.notify_all();
@@ -102,7 +102,10 @@ impl Meeting {
         Ok(parcels)
     }
 
-    /// Waits until `ready`; it is an error if a rank fails or the time limit passes before.
+    /// Waits until `ready`.
+    ///
+    /// # Errors
+    /// Another rank failed, or the time limit is reached.
     fn wait<'a>(
         &'a self,
         mut round: MutexGuard<'a, Round>,
@@ -131,7 +134,7 @@ impl Meeting {
         }
     }
 
-    /// Ends the run because ranks did not come.
+    /// Ends the run because ranks timed out.
     fn late(&self, round: &mut Round, rank: usize, call: Call) -> Error {
         let missing = round.parcels.iter().zip(&round.last).enumerate();
         let missing: Vec<_> =
@@ -154,11 +157,11 @@ impl Meeting {
     }
 }
 
-/// Runs `f` on `world_size` ranks, each on a share of the compute threads; `patience` is how long a rank waits for the
-/// others. Returns what each rank returned, in rank order.
+/// Runs `f` on `world_size` ranks, each with a share of the compute threads; `patience` is the time limit for waiting
+/// for other ranks. Returns the results in rank order.
 ///
 /// # Errors
-/// That of the rank which failed or panicked first; the others are stopped at their next collective.
+/// The error of the rank that failed or panicked first; the other ranks stop at their next collective.
 pub fn launch<R: Send>(
     world_size: usize,
     patience: Duration,
@@ -194,7 +197,7 @@ pub fn launch<R: Send>(
             match finished.recv_timeout(POLL) {
                 Ok((i, result)) => results[i] = Some(result),
                 Err(RecvTimeoutError::Disconnected) => break,
-                // A thread that hangs cannot be ended from outside; the process can.
+                // A hanging thread cannot be ended from outside, but the process can.
                 Err(RecvTimeoutError::Timeout) if failed.is_some_and(|since: Instant| since.elapsed() > grace) => {
                     results.iter().flatten().filter_map(|result| result.as_ref().err()).take(1).for_each(report::error);
                     report::leave(Exit::Failed);
@@ -210,16 +213,16 @@ pub fn launch<R: Send>(
     if let Some(Err(error)) = first.and_then(|rank| results[rank].take()) {
         return Err(error);
     }
-    results.into_iter().map(|result| result.context("a rank ended without a result")?).collect()
+    results.into_iter().map(|result| result.context("a rank returned no result")?).collect()
 }
 
-/// How long ranks may take to notice that one of them failed: the time limit of collectives, within these bounds.
+/// Time that ranks get to notice that one of them failed: the time limit of collectives, within these bounds.
 const MIN_GRACE: Duration = Duration::from_secs(5);
 const MAX_GRACE: Duration = Duration::from_secs(30);
-/// How often the thread that started the ranks looks whether one failed.
+/// Interval at which the main thread checks whether a rank has failed.
 const POLL: Duration = Duration::from_millis(500);
 
-/// A rank's panic as its error.
+/// The error for a rank that panicked.
 pub(super) fn panicked(rank: usize, panic: &(dyn Any + Send)) -> Error {
     let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     anyhow!("rank {rank} panicked: {}", text.unwrap_or("no message"))

@@ -1,4 +1,4 @@
-//! Messages between processes that an MPI launcher started.
+//! Transport between processes started by an MPI launcher.
 
 use super::{
     Group, Place,
@@ -16,26 +16,27 @@ use ::mpi::{
 };
 use std::time::{Duration, Instant};
 
-/// What `vilg doctor` says.
+/// The line of `vilg doctor` about MPI.
 pub const STATE: &str = "built: mpirun and srun start ranks on any number of machines";
 
 pub struct Comm(SimpleCommunicator);
 
-// SAFETY: MPI was started so that any thread may call it while no other does, and the mutex around sees to that.
+// SAFETY: MPI was initialized so that any thread may call it as long as no other does, which the mutex around it
+// ensures.
 unsafe impl Send for Comm {}
 
-/// Bytes of a message, far below what MPI can count.
+/// Maximum size of a message in bytes, far below MPI's limit of 2³¹ elements.
 const CHUNK: usize = 1 << 30;
 
 /// Runs `f` as this process's rank.
 ///
 /// # Errors
-/// MPI cannot be started, or is not what the launcher said. When a rank fails, see [`world::run`].
+/// MPI cannot be started, or disagrees with the launcher's variables. If a rank fails, see [`world::run`].
 pub fn run(place: &Place, patience: Duration, f: impl Fn(&Group) -> Result<()> + Sync) -> Result<()> {
     let Some((universe, threading)) = ::mpi::initialize_with_threading(Threading::Serialized) else {
-        return Err(anyhow!("MPI was started before"));
+        return Err(anyhow!("MPI has already been initialized"));
     };
-    ensure!(threading >= Threading::Serialized, "this MPI is not made for programs with threads");
+    ensure!(threading >= Threading::Serialized, "this MPI does not support threads");
     let comm = universe.world();
     let (rank, world_size) = (usize::try_from(comm.rank())?, usize::try_from(comm.size())?);
     let (launcher, said) = (place.launcher, (place.rank, place.world_size));
@@ -49,8 +50,8 @@ pub fn run(place: &Place, patience: Duration, f: impl Fn(&Group) -> Result<()> +
 }
 
 impl Comm {
-    /// Sends `parts[r]` to rank r and fills `buffers[r]` with what comes from there; `own` is this rank. Out of
-    /// patience, it ends all processes with the exit code that `told` gives.
+    /// Sends `parts[r]` to rank r and fills `buffers[r]` with the message from rank r; `own` is this rank. On a timeout
+    /// it ends all processes with the exit code that `told` returns.
     pub fn exchange(
         &self,
         own: usize,
@@ -85,10 +86,10 @@ impl Comm {
     }
 }
 
-/// The same message, unless it is through.
+/// Returns the message unless it is complete.
 fn open<'a, 's>((rank, request): Pending<'a, 's>) -> Option<Pending<'a, 's>> {
     request.test().err().map(|request| (rank, request))
 }
 
-/// A message under way, to or from a rank.
+/// A message in flight to or from a rank.
 type Pending<'a, 's> = (usize, Request<'a, [u8], &'s LocalScope<'a>>);

@@ -155,7 +155,7 @@ pub fn replace(tensor: &Tensor, elements: Vec<f32>) -> Result<Vec<f32>> {
             DType::F32 => CpuStorage::F32(elements),
             DType::F16 => CpuStorage::F16(elements.into_par_iter().map(f16::from_f32).collect()),
             DType::BF16 => CpuStorage::BF16(elements.into_par_iter().map(bf16::from_f32).collect()),
-            dtype => bail!("replace the elements: {dtype:?} is no type of weights"),
+            dtype => bail!("replace the elements: {dtype:?} is not a dtype of weights"),
         })
     }
 

@@ -13,7 +13,7 @@ use std::collections::HashMap;
 
 const GOLDEN: &[u8] = include_bytes!("../../tests/golden/taming_vqgan.safetensors");
 
-/// The model that `scripts/golden_taming.py` made.
+/// The model of `scripts/golden_taming.py`.
 fn golden_config() -> config::ImageTokenizer {
     config::ImageTokenizer {
         image_size: 16,
@@ -29,7 +29,7 @@ fn golden_config() -> config::ImageTokenizer {
     }
 }
 
-/// taming-transformers' weights under its names, and its answers.
+/// taming-transformers' weights under its names, and its outputs.
 fn golden(file: &[u8]) -> Result<(HashMap<String, Tensor>, HashMap<String, Tensor>)> {
     let all = weights::parse(file, "golden file")?;
     let (answers, weights) = all.into_iter().partition::<HashMap<_, _>, _>(|(name, _)| name.starts_with("golden."));
@@ -48,7 +48,7 @@ fn assert_close(what: &str, ours: &Tensor, theirs: &Tensor, tolerance: f64) {
     }
 }
 
-/// The loss of both segments, its gradients and what was left for the log.
+/// The loss of both segments, its gradients and the statistics.
 fn train_step(tokenizer: &ImageTokenizer, batch: &PixelBatch) -> Result<(f64, GradStore, Statistics)> {
     let mut x = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
     x = tokenizer.segments.0.autograd(&x, batch)?;
@@ -57,14 +57,14 @@ fn train_step(tokenizer: &ImageTokenizer, batch: &PixelBatch) -> Result<(f64, Gr
     Ok((values(&x)[0], x.backward()?, statistics))
 }
 
-/// Each gradient by the two numbers that the golden files hold of it.
+/// Compares each gradient with the two numbers that the golden files contain for it.
 fn assert_gradients(params: &Params, gradients: &GradStore, golden: &HashMap<String, Tensor>) -> Result<()> {
     for (name, var) in params {
         let gradient = values(gradients.get(var.as_tensor()).with_context(|| name.clone())?);
         let theirs = values(&golden[&format!("gradient.{name}")]);
         let norm = gradient.iter().map(|g| g * g).sum::<f64>().sqrt();
         let waves: f64 = gradient.iter().enumerate().map(|(i, g)| g * ((i % 1000) as f64).cos()).sum();
-        // The bias of a key shifts all scores of a query alike: its true gradient is 0.
+        // The bias of a key shifts all scores of a query equally: its true gradient is 0.
         let tolerance = 2e-4 * theirs[0] + 1e-7;
         assert!((norm - theirs[0]).abs() < tolerance, "norm of {name}: {norm}, {theirs:?}");
         assert!((waves - theirs[1]).abs() < tolerance, "{name}: {waves}, {theirs:?}");
@@ -73,7 +73,7 @@ fn assert_gradients(params: &Params, gradients: &GradStore, golden: &HashMap<Str
 }
 
 #[test]
-fn answers_as_taming_transformers_does() -> Result<()> {
+fn equals_taming_transformers() -> Result<()> {
     let (weights, golden) = golden(GOLDEN)?;
     let scope = Scope::from_tensors(weights, DType::F32, &Device::Cpu);
     let tokenizer = ImageTokenizer::new(&scope, &golden_config())?;
@@ -87,7 +87,7 @@ fn answers_as_taming_transformers_does() -> Result<()> {
 }
 
 #[test]
-fn losses_and_gradients_are_pytorchs() -> Result<()> {
+fn losses_and_gradients_equal_pytorch() -> Result<()> {
     let (weights, golden) = golden(GOLDEN)?;
     let number = |name: &str| values(&golden[name])[0];
     let scope = Scope::from_tensors(weights.clone(), DType::F32, &Device::Cpu);
@@ -105,10 +105,10 @@ fn losses_and_gradients_are_pytorchs() -> Result<()> {
     Ok(())
 }
 
-/// One generator's and one discriminator's loss of VQGAN's training, all terms, λ and gradients, against
-/// taming-transformers (scripts/golden_adversary.py).
+/// One loss of the generator and one of the discriminator in VQGAN's training, with all terms, λ and gradients,
+/// compared with taming-transformers (scripts/golden_adversary.py).
 #[test]
-fn is_judged_as_taming_transformers_judges() -> Result<()> {
+fn adversarial_training_equals_taming_transformers() -> Result<()> {
     let (weights, golden) = golden(include_bytes!("../../tests/golden/taming_adversary.safetensors"))?;
     let number = |name: &str| values(&golden[name])[0];
     let folder = tempfile::tempdir()?;
@@ -149,9 +149,9 @@ fn is_judged_as_taming_transformers_judges() -> Result<()> {
     Ok(())
 }
 
-/// Against OpenAI's dVAE (scripts/golden_dalle.py): codes, distribution, pixels, likelihood and its gradients.
+/// Compared with OpenAI's dVAE (scripts/golden_dalle.py): codes, distribution, pixels, likelihood and its gradients.
 #[test]
-fn a_dvae_answers_as_dall_e_does() -> Result<()> {
+fn a_dvae_equals_dall_e() -> Result<()> {
     let (weights, golden) = golden(include_bytes!("../../tests/golden/dalle_dvae.safetensors"))?;
     let config = config::ImageTokenizer {
         architecture: config::Architecture::Dvae,
@@ -218,7 +218,7 @@ fn unusable_channels_are_named() {
 }
 
 #[test]
-fn normalised_codes_see_directions_only() -> Result<()> {
+fn normalized_codes_only_depend_on_direction() -> Result<()> {
     let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
     let config = config::ImageTokenizer { l2_normalize: true, ..golden_config() };
     let quantizer = VectorQuantizer::new(&scope, &config)?;
@@ -256,7 +256,7 @@ fn only_dead_codes_restart_from_latents() -> Result<()> {
 }
 
 #[test]
-fn a_step_along_the_gradient_helps() -> Result<()> {
+fn a_step_along_the_gradient_reduces_the_loss() -> Result<()> {
     let (tokenizer, scope) = fresh(&golden_config())?;
     let pixels = Tensor::rand(-1f32, 1.0, (2, 16, 16, 3), &Device::Cpu)?;
     let (before, gradients, _) = train_step(&tokenizer, &PixelBatch::new(pixels.clone(), 1.0))?;

@@ -1,28 +1,28 @@
-//! Images of any size through a tokenizer of one size: overlapping tiles, blended where they overlap so that no seam
-//! shows.
+//! Encodes and decodes images of any size with a tokenizer of a fixed size: overlapping tiles, blended so that no seams
+//! are visible.
 
 use super::ImageTokenizer;
 use crate::error::{Result, ensure};
 use candle_core::{Device, Tensor};
 
-/// Tiles that go through the network at once.
+/// Batch size in tiles.
 const BATCH: usize = 8;
 
-/// Codes of an image of any size.
+/// The codes of an image of any size.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CodeGrid {
     pub height: usize,
     pub width: usize,
-    /// Row by row.
+    /// Codes in raster order.
     pub codes: Vec<u32>,
 }
 
 impl ImageTokenizer {
-    /// Pixels `(height, width, 3)` in \[-1, 1\] → codes of a grid that covers them. Each code is of the tile in which it
-    /// lies farthest inside.
+    /// Encodes pixels `(height, width, 3)` in \[-1, 1\] to a grid of codes that covers them. Each code is taken from
+    /// the tile in which it is farthest from the border.
     pub fn encode_whole(&self, pixels: &Tensor) -> Result<CodeGrid> {
         let (height, width, _) = pixels.dims3()?;
-        ensure!(height > 0 && width > 0, "an image without pixels");
+        ensure!(height > 0 && width > 0, "the image has no pixels");
         let cells = |length: usize| length.div_ceil(self.cell()).max(self.grid);
         let (rows, columns) = (cells(height), cells(width));
         let padded = self.padded(pixels, rows, columns)?;
@@ -47,10 +47,10 @@ impl ImageTokenizer {
         Ok(grid)
     }
 
-    /// Codes → the first `height` × `width` pixels, `(height, width, 3)`.
+    /// Decodes codes to the first `height` × `width` pixels, `(height, width, 3)`.
     ///
     /// # Errors
-    /// The grid is smaller than a tile or than the pixels asked for, or a code lies outside the codebook.
+    /// The grid is smaller than a tile or than the requested pixels, or a code is not in the codebook.
     pub fn decode_whole(&self, grid: &CodeGrid, height: usize, width: usize) -> Result<Tensor> {
         let (rows, columns, cell) = (grid.height, grid.width, self.cell());
         ensure!(
@@ -90,7 +90,7 @@ impl ImageTokenizer {
         Ok(whole.narrow(0, 0, height)?.narrow(1, 0, width)?.contiguous()?)
     }
 
-    /// Side of the pixels that a code stands for.
+    /// Side length of a code in pixels.
     fn cell(&self) -> usize {
         self.image_size / self.grid
     }
@@ -101,13 +101,13 @@ impl ImageTokenizer {
         self.starts(rows).into_iter().flat_map(|top| columns.iter().map(move |left| [top, *left])).collect()
     }
 
-    /// Where tiles begin along a side: every half a tile, the last one at the end.
+    /// Start positions of tiles along a side: every half tile, and the last one at the end.
     fn starts(&self, cells: usize) -> Vec<usize> {
         let last = cells - self.grid;
         (0..last).step_by((self.grid / 2).max(1)).chain([last]).collect()
     }
 
-    /// For each cell along a side the beginning of the tile in whose middle it lies most.
+    /// For each cell along a side, the start of the tile in which it is closest to the center.
     fn owners(&self, cells: usize) -> Vec<usize> {
         let starts = self.starts(cells);
         let from_middle = |cell: usize, start: usize| (2 * cell + 1).abs_diff(2 * start + self.grid);
@@ -115,12 +115,12 @@ impl ImageTokenizer {
         (0..cells).map(owner).collect()
     }
 
-    /// How much a pixel counts along a side of its tile: falling evenly to both ends, never to 0.
+    /// Blending weight of each pixel along a side of a tile: decreases linearly to both ends, never to 0.
     fn ramp(&self) -> Vec<f32> {
         (0..self.image_size).map(|i| (i + 1).min(self.image_size - i) as f32).collect()
     }
 
-    /// The image, its last row and column repeated to so many cells.
+    /// The image with its last row and column repeated up to `rows` × `columns` cells.
     fn padded(&self, pixels: &Tensor, rows: usize, columns: usize) -> Result<Tensor> {
         let places = |length: usize, wanted: usize| -> candle_core::Result<Tensor> {
             Tensor::new((0..wanted).map(|i| i.min(length - 1) as u32).collect::<Vec<_>>(), pixels.device())
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn a_picture_of_the_tokenizer_s_size_is_one_tile() -> Result<()> {
+    fn an_image_of_the_tokenizer_s_size_is_one_tile() -> Result<()> {
         let (tokenizer, image) = (tokenizer()?, image(16, 16)?);
         let whole = tokenizer.encode_whole(&image)?;
         let plain = tokenizer.encode(&image.unsqueeze(0)?)?;
@@ -172,8 +172,8 @@ mod tests {
         Ok(())
     }
 
-    /// Every size works, and every pixel is a mean of tiles whose weights change by little from pixel to pixel: next to
-    /// where a tile ends, it counts least.
+    /// Every size works. Every pixel is a mean of tiles whose weights change slowly from pixel to pixel, and a tile's
+    /// weight is smallest at its border.
     #[test]
     fn any_size_is_covered_and_blended() -> Result<()> {
         let tokenizer = tokenizer()?;
@@ -184,7 +184,7 @@ mod tests {
             assert_eq!(decoded.dims(), [height, width, 3]);
             assert!(values(&decoded).iter().all(|value| value.is_finite()));
         }
-        // Where a tile ends in the middle of an image, what it adds to the pixel is at most a sixteenth.
+        // At the border of a tile inside the image, its contribution to a pixel is at most a sixteenth.
         let ramp = tokenizer.ramp();
         assert_eq!(tokenizer.starts(20), [0, 4, 8, 12]);
         let covering = |pixel: usize| {

@@ -84,7 +84,7 @@ fn a_launcher_without_mpi_is_refused_before_anything_is_written() {
     assert!(code == Some(2) && text.contains("PMI_RANK is set, but PMI_SIZE is not"), "{text}");
     command.env("PMI_SIZE", "2").args(["--nproc", "2"]);
     let (code, text) = told(&command.output().unwrap());
-    assert!(code == Some(2) && text.contains("leave --nproc away"), "{text}");
+    assert!(code == Some(2) && text.contains("leave out --nproc"), "{text}");
     assert!(!folder.path().join("runs").exists());
 }
 
