@@ -454,7 +454,7 @@ def main():
     parser.add_argument("--shard-size", type=int, default=1000, help="pairs a shard (default: 1000)")
     parser.add_argument("--styles", help=f"some of: {','.join(STYLES)}")
     parser.add_argument("--share-alike", action="store_true", help="with OpenMoji (CC-BY-SA)")
-    parser.add_argument("--limit", type=int, default=0, help="make only so many pairs")
+    parser.add_argument("--limit", type=int, default=0, help="maximum number of pairs, 0: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that draw")
     args = parser.parse_args()
     styles = args.styles.split(",") if args.styles else [s for s in STYLES if args.share_alike or s not in SHARE_ALIKE]

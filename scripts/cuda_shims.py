@@ -64,7 +64,7 @@ __asm__(".text\\n"
 
 
 def functions(cudarc: Path, module: str) -> dict[str, bool]:
-    """The functions that a module declares, whatever the CUDA version, and whether each returns text."""
+    """The functions that a module declares, for any CUDA version, and whether each returns text."""
     declared = DECLARATION.findall((cudarc / "src" / module / "sys" / "mod.rs").read_text())
     return {name: "c_char" in result for name, result in sorted(declared)}
 

@@ -22,7 +22,7 @@ KIND and SRC:
   llamagen-vq    VQ tokenizer of LlamaGen: vq_ds16_c2i.pt or similar, or a training checkpoint; of a checkpoint with
                  `model` and `ema`, `ema` is used
 
-SRC is a .safetensors file, a PyTorch .pt, .pth or .ckpt, a pickle of numpy arrays, or a folder of such files. Code in \
+SRC is a .safetensors file, a PyTorch .pt, .pth or .ckpt, a pickle of numpy arrays, or a folder of these files. Code in \
 a pickle is never run: a file that calls anything but the functions that build tensors is refused.")]
 pub struct Args {
     /// Kind of the weights in SRC

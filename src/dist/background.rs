@@ -36,11 +36,11 @@ impl<T: Send + 'static> Pending<T> {
 /// The thread of a rank that runs its collectives. Dropping it waits until all of them have run.
 pub(super) struct Background {
     wire: Arc<Wire>,
-    jobs: Option<Sender<Job>>,
+    tasks: Option<Sender<Task>>,
     thread: Option<JoinHandle<()>>,
 }
 
-type Job = Box<dyn FnOnce(&Wire) + Send>;
+type Task = Box<dyn FnOnce(&Wire) + Send>;
 
 impl Background {
     /// Starts the thread.
@@ -48,21 +48,21 @@ impl Background {
     /// # Errors
     /// The system cannot start a thread.
     pub fn start(wire: Arc<Wire>) -> Result<Self> {
-        let (name, (jobs, queue)) = (format!("{}-collectives", wire.rank), channel::<Job>());
+        let (name, (tasks, queue)) = (format!("{}-collectives", wire.rank), channel::<Task>());
         let worker = wire.clone();
-        let work = move || queue.into_iter().for_each(|job| job(&worker));
+        let work = move || queue.into_iter().for_each(|task| task(&worker));
         let thread = thread::Builder::new().name(name).spawn(work)?;
-        Ok(Self { wire, jobs: Some(jobs), thread: Some(thread) })
+        Ok(Self { wire, tasks: Some(tasks), thread: Some(thread) })
     }
 
-    /// Runs `f` after all earlier jobs.
+    /// Runs `f` after all earlier tasks.
     pub fn run<R: Send + 'static>(&self, f: impl FnOnce(&Wire) -> Result<R> + Send + 'static) -> Pending<R> {
         let (sender, receiver) = channel();
         // Nobody may be waiting for the result if the rank failed after this call.
-        let job: Job = Box::new(move |wire| drop(sender.send(f(wire))));
-        // A job that cannot be sent is dropped together with its sender, so that the receiver gets an error.
-        if let Some(jobs) = &self.jobs {
-            let _ = jobs.send(job);
+        let task: Task = Box::new(move |wire| drop(sender.send(f(wire))));
+        // A task that cannot be sent is dropped together with its sender, so that the receiver gets an error.
+        if let Some(tasks) = &self.tasks {
+            let _ = tasks.send(task);
         }
         let wire = self.wire.clone();
         Pending(Box::new(move || receive(&receiver, &wire)))
@@ -96,9 +96,9 @@ fn receive<R>(results: &Receiver<Result<R>>, wire: &Wire) -> Result<R> {
 
 impl Drop for Background {
     fn drop(&mut self) {
-        self.jobs = None;
+        self.tasks = None;
         if let Some(thread) = self.thread.take() {
-            // If a job panicked, its waiter has already got an error.
+            // If a task panicked, its waiter has already got an error.
             let _ = thread.join();
         }
     }

@@ -84,7 +84,7 @@ fn json_results_are_json() {
     }
 }
 
-/// Whether CUDA was built or not, and whatever the machine has.
+/// Holds with and without CUDA, on any machine.
 #[test]
 fn a_device_that_is_not_there_is_said_in_two_lines() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! Painting, describing and measuring from outside, with a small untrained model.
+//! Text to image, captioning and evaluation through the command line, with a small untrained model.
 
 use crate::commands::vilg;
 use image::{Rgb, RgbImage};
@@ -71,36 +71,36 @@ fn picture(shade: u8) -> RgbImage {
 fn generated() {
     let folder = folder();
     let at = folder.path();
-    let paint = |more: &[&str]| {
+    let generate = |more: &[&str]| {
         let (output, stdout, stderr) = run(at, &[&["t2i", "一弯月，红", "--json"], more].concat());
         assert!(output.status.success() && stderr.is_empty(), "{stderr}");
         lines(&stdout).remove(0)
     };
-    let one = paint(&["-o", "one.png", "--seed", "5"]);
+    let one = generate(&["-o", "one.png", "--seed", "5"]);
     assert_eq!(one["images"][0]["path"], "one.png");
     assert_eq!(one["images"][0]["seed"], 5);
     assert!(one["images"][0]["score"].as_f64().unwrap() < 0.0 && one["tokens_per_second"].as_f64().unwrap() > 0.0);
-    paint(&["-o", "again.png", "--seed", "5"]);
+    generate(&["-o", "again.png", "--seed", "5"]);
     assert_eq!(fs::read(at.join("one.png")).unwrap(), fs::read(at.join("again.png")).unwrap());
 
-    let nine = paint(&["-o", "new/nine.png", "--seed", "1", "-n", "9", "--guidance", "2", "--top-k", "5"]);
+    let nine = generate(&["-o", "new/nine.png", "--seed", "1", "-n", "9", "--guidance", "2", "--top-k", "5"]);
     assert_eq!(nine["images"].as_array().unwrap().len(), 9);
     assert_eq!(image::open(at.join("new/nine.png")).unwrap().width(), 3 * 16 + 2 * 4);
 
     for format in ["f32", "bf16", "int8"] {
-        let painted = paint(&["-o", "format.png", "--precision", format]);
-        assert!(painted["images"][0]["score"].as_f64().unwrap() < 0.0, "{format}");
+        let generated = generate(&["-o", "format.png", "--precision", format]);
+        assert!(generated["images"][0]["score"].as_f64().unwrap() < 0.0, "{format}");
     }
 
-    let two = paint(&["红月", "-n", "2", "-o", "two.png"]);
+    let two = generate(&["红月", "-n", "2", "-o", "two.png"]);
     let seeds: Vec<_> =
         two["images"].as_array().unwrap().iter().map(|i| (i["prompt"].as_str(), i["seed"].as_u64())).collect();
     let (first, second) = (Some("一弯月，红"), Some("红月"));
     assert_eq!(seeds, [(first, Some(0)), (first, Some(1)), (second, Some(0)), (second, Some(1))]);
 
-    let each = paint(&["-o", "each.png", "--seed", "3", "-n", "3", "--each", "--best-of", "2"]);
+    let each = generate(&["-o", "each.png", "--seed", "3", "-n", "3", "--each", "--best-of", "2"]);
     assert_eq!(each["images"][2]["path"], "each-3.png");
-    paint(&["-o", "fifth.png", "--seed", "5", "--best-of", "2"]);
+    generate(&["-o", "fifth.png", "--seed", "5", "--best-of", "2"]);
     assert_eq!(fs::read(at.join("each-3.png")).unwrap(), fs::read(at.join("fifth.png")).unwrap());
 }
 
@@ -180,12 +180,12 @@ fn odd_file_names_are_printed_safely() {
 #[test]
 fn odd_prompts() {
     let folder = folder();
-    let paint = |prompt: &str| {
+    let generate = |prompt: &str| {
         let (output, stdout, stderr) = run(folder.path(), &["t2i", prompt, "-o", "odd.png"]);
         (output.status.code().unwrap(), stdout, stderr)
     };
     for empty in ["", " \t　", "\u{200b}\u{1}"] {
-        let (code, _, stderr) = paint(empty);
+        let (code, _, stderr) = generate(empty);
         assert!(code == 2 && stderr.contains("empty") && stderr.contains("hint: "), "{empty:?} {stderr}");
     }
     let warnings = [
@@ -196,7 +196,7 @@ fn odd_prompts() {
         (&"一弯月".repeat(10_000), "longer than 6 tokens"),
     ];
     for (prompt, warning) in warnings {
-        let (code, stdout, stderr) = paint(prompt);
+        let (code, stdout, stderr) = generate(prompt);
         assert!((code, stdout.as_str()) == (0, "odd.png\n"), "{stderr}");
         assert!(if warning.is_empty() { stderr.is_empty() } else { stderr.contains(warning) }, "{prompt}: {stderr}");
     }

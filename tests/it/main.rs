@@ -14,3 +14,4 @@ mod ranks_tcp;
 mod tokenizer;
 mod train;
 mod transformer_parity;
+mod words;

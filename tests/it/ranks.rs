@@ -223,9 +223,9 @@ mod processes {
     }
 
     /// A run that goes on until something happens to it.
-    struct Job(Child);
+    struct Launched(Child);
 
-    impl Job {
+    impl Launched {
         fn start(folder: &Path, ranks: usize, args: &[String]) -> Self {
             Self(mpirun(folder, ranks, args).stderr(Stdio::piped()).spawn().unwrap())
         }
@@ -262,10 +262,10 @@ mod processes {
         let folder = folder();
         let at = folder.path();
         let sets = ["train.steps=100000", "train.decay_start=1", "train.zero_stage=2"];
-        let job = Job::start(at, 3, &train("signal", &sets));
-        job.wait_for_steps(at, "signal", 6);
-        job.signal(2, libc::SIGTERM);
-        let (code, text) = job.end();
+        let launched = Launched::start(at, 3, &train("signal", &sets));
+        launched.wait_for_steps(at, "signal", 6);
+        launched.signal(2, libc::SIGTERM);
+        let (code, text) = launched.end();
         assert_eq!(code, Some(75), "{text}");
         assert_eq!(text.matches("error: stopped by SIGTERM after step").count(), 1, "{text}");
         let again = [train("signal", &sets), vec!["--time-limit".into(), "1s".into()]].concat();
@@ -277,10 +277,10 @@ mod processes {
     fn a_process_that_stands_still_is_named_with_its_last_call() {
         let folder = folder();
         let sets = ["train.steps=100000", "train.zero_stage=3", "train.rank_timeout=5"];
-        let job = Job::start(folder.path(), 3, &train("still", &sets));
-        job.wait_for_steps(folder.path(), "still", 4);
-        job.signal(1, libc::SIGSTOP);
-        let (code, text) = job.end();
+        let launched = Launched::start(folder.path(), 3, &train("still", &sets));
+        launched.wait_for_steps(folder.path(), "still", 4);
+        launched.signal(1, libc::SIGSTOP);
+        let (code, text) = launched.end();
         assert!(code.is_some_and(|code| code != 0), "{text}");
         assert!(text.contains("for rank 1 (last seen at") && text.contains("waited 5 s at"), "{text}");
     }
@@ -299,15 +299,15 @@ mod processes {
         let mut random = vilg::random::Random::keyed(11, "kills", kills as u64, 0);
         let mut killed = 0;
         while killed < kills {
-            let job = Job::start(at, 3, &train("killed", &sets));
+            let launched = Launched::start(at, 3, &train("killed", &sets));
             // From before the first step to the end of the run.
             sleep(Duration::from_millis(250 + random.below(600)));
-            let Some(pid) = job.ranks().get(random.below(3) as usize).copied() else { continue };
+            let Some(pid) = launched.ranks().get(random.below(3) as usize).copied() else { continue };
             // SAFETY: as above; a run that just ended makes it fail.
             if unsafe { libc::kill(pid, libc::SIGKILL) } == 0 {
                 killed += 1;
             }
-            let (code, text) = job.end();
+            let (code, text) = launched.end();
             assert!(!text.contains("panicked") && !text.contains("is not usable"), "{code:?} {text}");
             if code == Some(0) {
                 // Done before the kill: start over.
