@@ -101,7 +101,7 @@ fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
     let mut optimizer = Optimizer::new(&shards, &config.train)?;
     let mut average = ema::start(&shards)?;
     group.barrier()?;
-    PEAK.store(LIVE.load(Relaxed), Relaxed); // the start is no part of a step
+    PEAK.store(LIVE.load(Relaxed), Relaxed); // the start does not belong to a step
     group.barrier()?;
     for step in 1..=2 {
         shards.begin(step);
