@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Library: module of cudarc, file to open, and what it answers when that is missing.
+# Library: module of cudarc, file to open, and the error code if it is missing.
 LIBRARIES = {
     "cuda": ("driver", "libcuda.so.1", 34),  # CUDA_ERROR_STUB_LIBRARY
     "cublas": ("cublas", "libcublas.so.{major}", 1),  # CUBLAS_STATUS_NOT_INITIALIZED

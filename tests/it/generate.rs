@@ -125,7 +125,7 @@ fn prompts_from_stdin_and_files_and_images_to_stdout() {
     let (output, stdout, stderr) = run(at, &["t2i", "--prompts", "prompts.txt", "--each", "-o", "p.png"]);
     assert!(output.status.success() && stdout == "p-1.png\np-2.png\n", "{stdout} {stderr}");
     assert_eq!(fs::read(at.join("p-1.png")).unwrap(), expected);
-    // The folder of a run stands for its model.
+    // The folder of a training run can be given instead of its model folder.
     let output = vilg(&["t2i", "红月", "-o", "run.png", "--model", "."]).current_dir(at).output().unwrap();
     assert!(output.status.success() && fs::read(at.join("run.png")).unwrap() == expected);
 }
@@ -154,7 +154,7 @@ fn outputs_that_cannot_be_written_are_refused_before_the_work() {
 
 #[cfg(unix)]
 #[test]
-fn odd_file_names_are_printed_safely() {
+fn unusual_file_names_are_printed_safely() {
     use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
     let folder = folder();
     let at = folder.path();
@@ -178,7 +178,7 @@ fn odd_file_names_are_printed_safely() {
 }
 
 #[test]
-fn odd_prompts() {
+fn unusual_prompts() {
     let folder = folder();
     let generate = |prompt: &str| {
         let (output, stdout, stderr) = run(folder.path(), &["t2i", prompt, "-o", "odd.png"]);
@@ -232,7 +232,7 @@ fn bad_options_are_usage_errors() {
 }
 
 #[test]
-fn describing_goes_on_past_bad_pictures() {
+fn captioning_continues_after_bad_images() {
     let folder = folder();
     let at = folder.path();
     let good = png(&picture(200)).unwrap();
@@ -264,7 +264,7 @@ fn describing_goes_on_past_bad_pictures() {
     assert!(sampled("1") == sampled("1") && sampled("1") != sampled("2"));
 }
 
-/// Pairs of two styles; `sixth.png` has broken JSON, `seventh.png` is no image.
+/// Pairs of two styles; `sixth.png` has damaged JSON, `seventh.png` is not an image.
 fn pairs(folder: &Path, count: u8) {
     fs::create_dir(folder).unwrap();
     for i in 0..count {
@@ -277,7 +277,7 @@ fn pairs(folder: &Path, count: u8) {
 }
 
 #[test]
-fn measuring() {
+fn evaluation() {
     let folder = folder();
     let at = folder.path();
     pairs(&at.join("pairs"), 20);

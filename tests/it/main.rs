@@ -1,4 +1,4 @@
-//! The one integration binary (each further one would link candle again).
+//! The only integration test binary; each further one would link candle again.
 
 mod bench;
 mod commands;
