@@ -13,10 +13,7 @@
 //! | 5 | [`train`] [`generate`] [`eval`] [`bench`](mod@bench) [`bundle`] | training engine; generation; metrics; benchmarks; model folders |
 //! | 6 | [`cli`] | one short function per command |
 
-#![allow(
-    rustdoc::private_intra_doc_links,
-    reason = "these pages are for readers of the code: --document-private-items"
-)]
+#![allow(rustdoc::private_intra_doc_links, reason = "read these pages with --document-private-items")]
 
 pub mod bench;
 pub mod bounded_read;
