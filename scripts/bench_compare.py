@@ -1,4 +1,4 @@
-"""Runs `vilg bench` and bench_pytorch.py in turn and compares medians. Started by bench_vs_pytorch.sh.
+"""Runs `vilg bench` and bench_pytorch.py alternately and compares medians. Started by bench_vs_pytorch.sh.
 
 Every run is a process of its own with one warm-up and one repetition that counts, and a round runs each side once, so
 that a machine that gets slower does so for both. Before the rounds each of PyTorch's settings is tried once: vilg is
@@ -59,7 +59,7 @@ def torch_command(args, work, setting, warmup=1):
 
 
 def vilg_commands(args, work):
-    """One a precision that this vilg has."""
+    """One entry for each precision of this build of vilg."""
     base = [*shlex.split(args.vilg), "bench", work[0]]
     help_text = subprocess.run([*base, "--help"], capture_output=True, text=True, check=True).stdout
     command = [*base, *work[1:], "--repeat", "1", "--json"]
@@ -70,14 +70,14 @@ def vilg_commands(args, work):
 
 
 def speed(result):
-    """Of the single repetition; (amount a second, seconds, bytes)."""
+    """Result of the single repetition: (amount per second, seconds, bytes)."""
     seconds = result["seconds"]
     seconds = seconds[0] if isinstance(seconds, list) else seconds["all"][0]
     return result["amount"] / seconds, seconds, result["peak_memory_bytes"]
 
 
 def choose(args, work, settings):
-    """PyTorch's settings in the order of a first try: fastest first, those too slow left out."""
+    """PyTorch's settings sorted by a first run, fastest first, without those that are too slow."""
     settings = [s + c for s in settings for c in ([], ["--compile"])[: 1 + args.compile]]
     tried = []
     for setting in settings:
@@ -94,14 +94,14 @@ EXACTNESS = ["f32", "bf16", "int8"]
 
 
 def fastest(tried, precision):
-    """The fastest setting that is at least as exact as `precision`."""
+    """The fastest setting that is at least as precise as `precision`."""
     exact = EXACTNESS[: EXACTNESS.index(precision) + 1]
     return next(t["setting"] for t in tried if t["setting"][1] in exact)
 
 
 def compare(args, name):
     ours, theirs, settings = WORKS[name]
-    # A setting less exact than all of ours would never be compared.
+    # A setting less precise than all of vilg's would never be compared.
     tried = choose(args, theirs, [s for s in settings if s[1] in args.precisions.split(",")])
     commands = {("vilg", p): command for p, command in vilg_commands(args, ours).items()}
     peers = {p: fastest(tried, p) for _, p in commands}
@@ -127,7 +127,7 @@ def compare(args, name):
 
 
 def median_of(results):
-    # Training works are counted in sequences by dalle-pytorch and in tokens by vilg: seconds a step compare both.
+    # dalle-pytorch counts training in sequences and vilg in tokens, so seconds per step are compared.
     found = [speed(result) for result in results]
     return {
         "seconds": statistics.median(f[1] for f in found),

@@ -45,7 +45,7 @@ def parse():
     shape.add_argument("--hidden", type=int, default=512)
     shape.add_argument("--heads", type=int, default=8)
     shape.add_argument("--text", type=int, default=32, help="text positions")
-    shape.add_argument("--side", type=int, default=16, help="side of the grid of codes")
+    shape.add_argument("--side", type=int, default=16, help="side length of the grid of codes")
     shape.add_argument("--vocabulary", type=int, default=128, help="text tokens")
     shape.add_argument("--codebook", type=int, default=12288, help="codes")
     shape.add_argument("--attention", choices=["full", "axial"], default="full", help="of dalle-pytorch")
@@ -57,7 +57,7 @@ def parse():
     pictures.add_argument("--latent", type=int, default=64)
     pictures.add_argument("--picture-codes", type=int, default=1024)
     pictures.add_argument("--code-dim", type=int, default=64)
-    pictures.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    pictures.add_argument("--size", type=int, default=64, help="side length of the images in pixels")
     pictures.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
 
@@ -89,7 +89,7 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
     def step(self, x, cache, first, mask):
-        """Positions `first..` of sequences whose keys and values lie in `cache` (2, b, heads, positions, d)."""
+        """Positions `first..` of sequences whose keys and values are in `cache` (2, b, heads, positions, d)."""
         q, k, v = self.split(x)
         end = first + x.shape[1]
         cache[0][:, :, first:end] = k
@@ -201,7 +201,7 @@ def middle(channels):
 
 
 class Autoencoder(nn.Module):
-    """VQGAN's encoder, quantiser and decoder, without discriminator and perceptual loss."""
+    """VQGAN's encoder, quantizer and decoder, without discriminator and perceptual loss."""
 
     def __init__(self, a):
         super().__init__()
@@ -243,7 +243,7 @@ def autocast(precision):
 
 
 def training(model, inputs, a):
-    """One whole training step: forward, backward, clipping, AdamW."""
+    """One complete training step: forward, backward, clipping, AdamW."""
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.96), weight_decay=0.045, fused=True)
@@ -299,14 +299,14 @@ def decode(a):
 
 
 def dalle_model(a):
-    """dalle-pytorch without its pretrained tokenizers, whose imports need packages of no use here."""
+    """dalle-pytorch without its pretrained tokenizers, whose imports need packages that are not used here."""
     vae = types.ModuleType("dalle_pytorch.vae")
     vae.OpenAIDiscreteVAE = type("OpenAIDiscreteVAE", (), {})
     vae.VQGanVAE = type("VQGanVAE", (), {})
     sys.modules["dalle_pytorch.vae"] = vae
     from dalle_pytorch import DALLE, DiscreteVAE
 
-    # As small as it can be: only the transformer is measured.
+    # As small as possible: only the transformer is measured.
     pictures = DiscreteVAE(image_size=2 * a.side, num_layers=1, num_tokens=a.codebook, codebook_dim=8, hidden_dim=8)
     return DALLE(
         dim=a.hidden,

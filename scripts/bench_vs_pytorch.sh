@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Runs vilg and PyTorch side by side on this machine and prints medians and ratios; target/pytorch/result.json has everything.
-#   ./scripts/bench_vs_pytorch.sh                                  # all works, 5 rounds
+# Benchmarks vilg and PyTorch side by side on this machine and prints medians and ratios; all values are in
+# target/pytorch/result.json.
+#   ./scripts/bench_vs_pytorch.sh                                  # all benchmarks, 5 rounds
 #   ./scripts/bench_vs_pytorch.sh --works train,decode-1 --rounds 9
-#   ./scripts/bench_vs_pytorch.sh --python /path/to/python         # one that has PyTorch already
+#   ./scripts/bench_vs_pytorch.sh --python /path/to/python         # a Python that already has PyTorch
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,7 +21,7 @@ case " $* " in
         python3 -m venv --clear $folder
         pip=("$python" -m pip install --quiet --disable-pip-version-check)
         "${pip[@]}" torch==2.15.0 numpy==2.4.6 setuptools==80.9.0
-        # The nearest peer. Its image tokenizers need much that is of no use here: bench_pytorch.py does without them.
+        # The closest comparable project. bench_pytorch.py avoids the dependencies of its image tokenizers.
         "${pip[@]}" --no-deps dalle-pytorch==1.6.6 einops==0.8.2 axial-positional-embedding==0.3.12 rotary-embedding-torch==0.9.1
     }
     set -- --python "$python" "$@"

@@ -59,7 +59,7 @@ STYLES = {  # the first of the style words is the usual one
     "openmoji": Style("@iconify-json/openmoji", ["线条风格", "手绘线条风格"], "CC-BY-SA-4.0", OPENMOJI),
 }
 SHARE_ALIKE = {"openmoji"}
-# These share one drawing: they are held out together, or it leaks.
+# These share one drawing, so they must be held out together.
 FAMILY = {style: "fluent" for style in ("fluent-color", "fluent-3d", "fluent-flat")}
 
 TONES = {
@@ -185,7 +185,7 @@ def icon_keys(cache):
 
 
 def load_style(style, cache, keys_by_name):
-    """Yields (key, drawing) of a style; a drawing is SVG text or the path of a picture file."""
+    """Yields (key, drawing) of a style; a drawing is SVG text or the path of an image file."""
     folder = fetch(STYLES[style].package, cache)
     if style == "fluent-3d":
         yield from load_files(folder / "assets", cache)
@@ -229,7 +229,7 @@ def svg(icon, icons):
 
 
 def render(job):
-    """(PNG, None), or (None, what went wrong): one bad drawing must not stop the build."""
+    """(PNG, None), or (None, error): one bad drawing must not stop the build."""
     drawing, size = job
     try:
         picture = rasterise(drawing, size).convert("RGBA")
@@ -294,8 +294,8 @@ def split_of(key, style, group, subgroup, genders):
 
 
 def folder_of(split, key):
-    """Train pairs lie in three folders: people in skin tones and genders are many and much alike, and
-    a trainer shows them less often."""
+    """Train pairs are in three folders: people in skin tones and genders are many and similar, so that
+    a configuration can sample them less often."""
     if split != "train":
         return split
     _, gender, tones = parse_person(key)
@@ -448,14 +448,14 @@ def attribution(styles, size):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("data/emoji"), help="folder to make (default: data/emoji)")
+    parser.add_argument("--out", type=Path, default=Path("data/emoji"), help="folder to create (default: data/emoji)")
     parser.add_argument("--cache", type=Path, help="folder for downloaded packages (default: OUT.npm)")
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures (default: 64)")
-    parser.add_argument("--shard-size", type=int, default=1000, help="pairs a shard (default: 1000)")
+    parser.add_argument("--size", type=int, default=64, help="side length of the images in pixels (default: 64)")
+    parser.add_argument("--shard-size", type=int, default=1000, help="pairs per shard (default: 1000)")
     parser.add_argument("--styles", help=f"some of: {','.join(STYLES)}")
-    parser.add_argument("--share-alike", action="store_true", help="with OpenMoji (CC-BY-SA)")
-    parser.add_argument("--limit", type=int, default=0, help="make only so many pairs")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that draw")
+    parser.add_argument("--share-alike", action="store_true", help="include OpenMoji (CC-BY-SA)")
+    parser.add_argument("--limit", type=int, default=0, help="maximum number of pairs, 0: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of rendering processes (default: one per CPU)")
     args = parser.parse_args()
     styles = args.styles.split(",") if args.styles else [s for s in STYLES if args.share_alike or s not in SHARE_ALIKE]
     if unknown := [style for style in styles if style not in STYLES]:
@@ -467,7 +467,7 @@ def main():
     cache = (args.cache or args.out.with_name(args.out.name + ".npm")).resolve()
     cache.mkdir(parents=True, exist_ok=True)
 
-    # The folder gets its name only when it is whole.
+    # The folder is renamed to its final name when it is complete.
     part = args.out.with_name(args.out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the emoji data (20,468 Chinese text-image pairs, about five minutes) in data/emoji, or in the
-# folder named first; further arguments go to build_emoji.py. Does nothing where the folder is there.
+# folder given as first argument; further arguments go to build_emoji.py. Does nothing if the folder exists.
 #   ./scripts/build_emoji.sh [OUT] [--size 64] [--cache DIR] ...
 set -euo pipefail
 scripts=$(cd "$(dirname "$0")" && pwd)
@@ -20,7 +20,7 @@ done
 
 mkdir -p "$(dirname "$out")"
 venv=$(dirname "$out")/.venv
-# Versions of the renderers are pinned: they decide the pixels.
+# The renderers' versions are pinned, because the pixels depend on them.
 "$venv/bin/python" -c 'import PIL, resvg_py' 2>/dev/null || {
     python3 -m venv --clear "$venv"
     "$venv/bin/pip" install --quiet --disable-pip-version-check pillow==13.0.0 resvg_py==0.5.0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds vilg with CUDA and NCCL on a machine that has neither, and checks that the program starts there, says what is
-# missing and computes on the CPU. It shows nothing about a GPU. x86-64 Linux.
+# Builds vilg with CUDA and NCCL on a machine that has neither, and checks that the program starts, reports
+# what is missing and computes on the CPU. It proves nothing about a GPU. x86-64 Linux only.
 #
 # nvcc comes as PyPI wheels; in place of the libraries, stand-ins are linked that open the real ones when they are called
 # (scripts/cuda_shims.py). To build a program for use, see docs/gpu.md.
@@ -30,7 +30,7 @@ if [ "$(cat "$home/wheels" 2>/dev/null)" != "${wheels[*]}" ]; then
     step python3 -m venv "$home/venv"
     if ! step "$home/venv/bin/pip" install --quiet --disable-pip-version-check --retries 1 --timeout 20 --no-deps \
         --target "$home/wheels.d" "${wheels[@]}" 2>"$home/pip.log"; then
-        # pip says in the same words that a package is gone and that there is no network, but warns about the latter.
+        # pip's error is the same for a missing package and a missing network, but it only warns about the network.
         grep -qiE 'connection broken|connectionerror|proxyerror|timed out|name resolution|max retries' "$home/pip.log" &&
             skip "nvcc's wheels cannot be downloaded: $(grep -m 1 -oiE "[A-Za-z]+Error\([^)]*" "$home/pip.log" || true)"
         cat "$home/pip.log" >&2
@@ -40,17 +40,17 @@ if [ "$(cat "$home/wheels" 2>/dev/null)" != "${wheels[*]}" ]; then
 fi
 export CUDA_HOME=$home/wheels.d/nvidia/cu13
 export CUDA_PATH=$CUDA_HOME PATH=$CUDA_HOME/bin:$PATH
-# Kernels for one kind of GPU, compiled fast: the code is slow, and nobody runs it here.
+# Kernels for one GPU architecture, without optimization: they are only compiled here, never run.
 export CUDA_COMPUTE_CAP=80 CUDAFORGE_THREADS=2 NVCC_APPEND_FLAGS="-Ofc max"
 
-source_of() { # the folder of a dependency's source
+source_of() { # source folder of a dependency
     cargo metadata --locked --format-version 1 --features $features | python3 -c '
 import json, pathlib, sys
 found = [p for p in json.load(sys.stdin)["packages"] if p["name"] == sys.argv[1]]
 print(pathlib.Path(found[0]["manifest_path"]).parent)' "$1"
 }
 step ./scripts/cuda_shims.py "$(source_of cudarc)" 13 "$home/shims"
-# The CUDA runtime that candle's kernels want comes as a static library, which looks for the driver by itself.
+# candle's kernels link the static CUDA runtime, which opens the driver by itself.
 ln -sf "$CUDA_HOME/lib/libcudart_static.a" "$home/shims/libcudart.a"
 export LIBRARY_PATH=$home/shims
 
@@ -60,7 +60,7 @@ step cargo build --locked --features $features
 vilg=$target/debug/vilg
 
 broken() { say "CUDA: $*"; exit 1; }
-# Runs vilg, which must fail with one line that says why and one that says what to do.
+# Runs vilg, which must fail with one line that says why and one hint.
 refuses() {
     local code=0
     "$vilg" "$@" >"$home/out" 2>"$home/err" || code=$?
@@ -72,18 +72,18 @@ refuses() {
 }
 step "$vilg" doctor | tee "$home/doctor" >&2
 if python3 -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null; then
-    say "this machine has a driver: what vilg says without one is not checked"
+    say "this machine has a driver: the behavior without a driver is not checked"
 else
-    grep -q '^cuda  *built, but there is no CUDA driver here$' "$home/doctor" || broken "\`vilg doctor\` says otherwise"
+    grep -q '^cuda  *built, but this machine has no CUDA driver$' "$home/doctor" || broken "\`vilg doctor\` does not report the missing driver"
     grep -q '^device  *cpu$' "$home/doctor" || broken "the CPU is not the default"
     refuses t2i 红苹果 -o "$home/never.png" --device cuda
     refuses train --config configs/emoji.toml --device cuda:1
-    [ ! -e "$home/never.png" ] || broken "a picture was painted"
-    # The same program must call a real driver where there is one. This one has a device that does not open.
+    [ ! -e "$home/never.png" ] || broken "an image was generated"
+    # The same program must call the real driver if there is one. This fake driver has a device that cannot be opened.
     echo 'int cuInit(unsigned flags) { return flags; } int cuDeviceGetCount(int *n) { *n = 1; return 0; }' |
         cc -x c -shared -o "$home/libcuda.so.1" -
     export LD_LIBRARY_PATH=$home
-    "$vilg" doctor | grep -q '^cuda  *built; cuda:0 ' || broken "the stand-ins do not call a driver that is there"
+    "$vilg" doctor | grep -q '^cuda  *built; cuda:0 ' || broken "the shims do not call an existing driver"
     refuses t2i 红苹果 -o "$home/never.png" --device cuda
     refuses t2i 红苹果 -o "$home/never.png" --device cuda:1
     unset LD_LIBRARY_PATH
@@ -92,7 +92,8 @@ caption=$(step "$vilg" caption src/demo/sample.png)
 [ -n "$caption" ] && [ "$caption" = "$("$vilg" caption src/demo/sample.png --device cpu)" ] || broken "no caption on the CPU"
 say "$caption"
 
-# candle's kernels are built for sm_80 above; those that tensors use must assemble for newer GPUs as well. We have none.
+# Above, candle's kernels are built for sm_80. The kernels of tensors must also assemble for newer GPUs, which are not
+# available here.
 kernels=$(source_of candle-kernels)/src
 assemble() {
     for kernel in affine binary cast conv fill indexing reduce sort ternary unary; do

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Library: module of cudarc, file to open, and what it answers when that is missing.
+# Library: module of cudarc, file to open, and the error code if it is missing.
 LIBRARIES = {
     "cuda": ("driver", "libcuda.so.1", 34),  # CUDA_ERROR_STUB_LIBRARY
     "cublas": ("cublas", "libcublas.so.{major}", 1),  # CUBLAS_STATUS_NOT_INITIALIZED
@@ -64,7 +64,7 @@ __asm__(".text\\n"
 
 
 def functions(cudarc: Path, module: str) -> dict[str, bool]:
-    """The functions that a module declares, whatever the CUDA version, and whether each returns text."""
+    """The functions that a module declares, for any CUDA version, and whether each returns text."""
     declared = DECLARATION.findall((cudarc / "src" / module / "sys" / "mod.rs").read_text())
     return {name: "c_char" in result for name, result in sorted(declared)}
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes tests/golden/taming_adversary.safetensors: what taming-transformers' VQLPIPSWithDiscriminator says of a small
+"""Makes tests/golden/taming_adversary.safetensors: losses of taming-transformers' VQLPIPSWithDiscriminator for a small
 VQGAN's reconstruction, for the generator and for the discriminator, and autograd's gradients of both losses. The VGG-16
 inside of LPIPS has weights by the formula of golden_weights.py. No step is taken between the two losses; the
 discriminator's BatchNorm is in train mode, so that each batch is normalised by itself.

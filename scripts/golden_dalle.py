@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes tests/golden/dalle_dvae.safetensors: a small random dVAE of OpenAI's DALL-E package, what it answers for two
+"""Makes tests/golden/dalle_dvae.safetensors: a small random dVAE of OpenAI's DALL-E package, and its outputs for two
 pictures, and autograd's gradients of the logit-Laplace likelihood (arXiv 2102.12092, appendix A.3), which the package
 has not: it is written here.
 

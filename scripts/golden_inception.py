@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes tests/golden/inception.safetensors: features of pytorch-fid's InceptionV3 for two pictures, with weights by the
+"""Makes tests/golden/inception.safetensors: features of pytorch-fid's InceptionV3 for two images, with weights by the
 formula of golden_weights.py.
 
     python3 -m venv venv && venv/bin/pip install torch torchvision numpy scipy safetensors

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes tests/golden/lpips.safetensors: distances of the `lpips` package over VGG-16 for two pairs of pictures, with
+"""Makes tests/golden/lpips.safetensors: distances of the `lpips` package over VGG-16 for two pairs of images, with
 weights by the formula of golden_weights.py.
 
     python3 -m venv venv && venv/bin/pip install torch torchvision numpy safetensors scipy lpips

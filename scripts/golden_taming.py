@@ -44,7 +44,7 @@ def main():
     with torch.no_grad():
         z = m["quant_conv"](m["encoder"](x))
         rows = z.permute(0, 2, 3, 1).reshape(-1, DIM)
-        # Codes in the midst of the latents, so that many of them are chosen.
+        # Codes among the latents, so that many of them are used.
         book = rows[torch.randperm(len(rows))[:CODES]] + 0.1 * rows.std() * torch.randn(CODES, DIM)
         m["quantize"].embedding.weight.copy_(book.half())
 
@@ -61,7 +61,7 @@ def main():
             "golden.codebook_loss": codebook_loss, "golden.legacy_loss": legacy_loss}
     for name, p in m.named_parameters():
         g = p.grad.flatten()
-        # Two numbers that see position and sign say as much as the whole gradient, in less space.
+        # Two numbers that depend on position and sign replace the whole gradient, to save space.
         waves = torch.cos(torch.arange(len(g), dtype=torch.float64) % 1000)
         out["golden.gradient." + name] = torch.stack([g.double().norm(), (g.double() * waves).sum()])
     metadata = {"config": json.dumps(CONFIG | dict(codes=CODES, dim=DIM, beta=BETA)), "torch": torch.__version__,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/transformer.safetensors: what PyTorch makes of a tiny generator.
+"""Writes tests/golden/transformer.safetensors: outputs of a tiny generator in PyTorch.
 
 A formulation of its own, sharing no code with vilg: full n x n masks written out from the paper's rules, stock PyTorch layers'
 functions, autograd, torch.optim.AdamW. The file holds random weights under vilg's names (`weight.NAME`), two batches
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 HIDDEN, HEADS, MLP, VOCAB, CODEBOOK = 32, 4, 2, 23, 17
 HEIGHT, WIDTH, MAX_TEXT = 3, 5, 7
 CODES = HEIGHT * WIDTH
-# One optimizer setting that makes each of its parts matter: the gradient norm exceeds CLIP at first.
+# An optimizer setting in which every part has an effect: the gradient norm exceeds CLIP at first.
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP, STEPS = 3e-3, (0.9, 0.96), 1e-8, 0.2, 1.5, 10
 
 VARIANTS = {
@@ -72,7 +72,7 @@ def shapes(v):
 
 
 def sees(v, layer, query, key, causal):
-    """Whether the code at `query` sees the code at `key` in this layer (counted from 1)."""
+    """Whether the code at `query` attends to the code at `key` in this layer (counted from 1)."""
     if causal and key > query:
         return False
     (qr, qc), (kr, kc) = divmod(query, WIDTH), divmod(key, WIDTH)

@@ -6,7 +6,7 @@ import torch
 
 
 def hashed(name, shape, scale):
-    """Even in -scale/2..scale/2, keyed by name and flat index."""
+    """Uniform in -scale/2..scale/2, keyed by name and flat index."""
     h = np.arange(int(np.prod(shape)), dtype=np.uint32) * np.uint32(2654435761) + np.uint32(zlib.crc32(name.encode()))
     h ^= h >> np.uint32(15)
     h *= np.uint32(2246822519)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing, builds vilg, paints a line of Chinese and describes an image.
+# Installs what is missing, builds vilg, generates an image from a line of Chinese and captions an image.
 #   ./scripts/quickstart.sh "细腻风格的女宇航员"
 set -euo pipefail
 prompt=${1:-细腻风格的女宇航员}
@@ -12,9 +12,9 @@ cargo build --release --locked
 vilg=${CARGO_TARGET_DIR:-target}/release/vilg
 
 mkdir -p out
-"$vilg" t2i -o out/painting.png -- "$prompt"
+"$vilg" t2i -o out/generated.png -- "$prompt"
 caption=$("$vilg" caption src/demo/sample.png)
 
-printf '\npainted “%s”: %s\n' "$prompt" "$PWD/out/painting.png"
+printf '\ngenerated “%s”: %s\n' "$prompt" "$PWD/out/generated.png"
 printf 'described %s: %s\n' "$PWD/src/demo/sample.png" "$caption"
 printf 'next: %s --help\n' "$vilg"

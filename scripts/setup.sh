@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs what a fresh Debian machine lacks to build vilg: a linker and Rust.
-# `scripts/setup.sh data` adds what the emoji data needs: npm and Python's venv; `scripts/setup.sh cuda` the venv only;
-# `scripts/setup.sh mpi` what the feature `mpi` needs: Open MPI and the library that reads its headers; `scripts/setup.sh
-# test` all that the tests need: both, and `ip` for two hosts on one machine.
+# Installs the build dependencies of vilg on a fresh Debian machine: a linker and Rust.
+# `scripts/setup.sh data` adds the dependencies of the emoji data: npm and Python's venv; `scripts/setup.sh cuda` only venv;
+# `scripts/setup.sh mpi` those of the feature `mpi`: Open MPI and libclang, which reads its headers; `scripts/setup.sh test`
+# those of the tests: all of these, and `ip` for two hosts on one machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains the full width of the 10 B model here, two layers of it, for three steps on two ranks of one process each, and
-# prints what a rank held at most beside what `vilg plan` says. Takes some minutes and about 20 GB.
+# Trains two layers of the 10 B model at full width for three steps on two ranks (one process each), and prints the peak memory
+# of a rank next to the estimate of `vilg plan`. Takes some minutes and about 20 GB of memory.
 #   scripts/slice_10b.sh [more arguments of vilg train]      # needs a build with --features mpi
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +10,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 
-# Sixteen copies of one image, a tokenizer of one step and a vocabulary of the right size: only sizes matter here.
+# Sixteen copies of one image, a tokenizer trained for one step and a vocabulary of the right size: only sizes matter here.
 mkdir pictures
 for i in $(seq 16); do
     cp "$root/src/demo/sample.png" "pictures/$i.png"

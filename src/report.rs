@@ -1,4 +1,4 @@
-//! The only place that prints: results go to stdout; notes, warnings, errors and progress go to stderr. No colour.
+//! All output of the program: results go to stdout; notes, warnings, errors and progress go to stderr. No colors.
 //!
 //! Text may come from a file (a caption, a file name, a vocabulary). Control characters in it could move the cursor or
 //! change a terminal's settings: everything printed here goes through [`escape_controls`].
@@ -35,7 +35,7 @@ pub enum Verbosity {
 
 static VERBOSITY: AtomicU8 = AtomicU8::new(Verbosity::Normal as u8);
 
-/// The progress bar on the screen; lines are printed above it.
+/// The visible progress bar; lines are printed above it.
 static BAR: Mutex<Option<WeakProgressBar>> = Mutex::new(None);
 
 /// Sets how much is printed to stderr, for the whole process.
@@ -47,8 +47,8 @@ fn prints(wanted: Verbosity) -> bool {
     VERBOSITY.load(Ordering::Relaxed) >= wanted as u8
 }
 
-/// `text` with control characters other than newline and tab as escapes: `\x1b` (escape) becomes `\u{1b}`. So do the
-/// characters that reverse the direction of text, with which a file name can pretend to be another.
+/// Escapes control characters other than newline and tab: `\x1b` (escape) becomes `\u{1b}`. Characters that reverse the
+/// direction of text are escaped too, because a file name could use them to look like another one.
 pub fn escape_controls(text: &str) -> Cow<'_, str> {
     if !text.contains(is_unsafe) {
         return Cow::Borrowed(text);
@@ -65,17 +65,17 @@ fn is_unsafe(c: char) -> bool {
     turns_direction || (c.is_control() && c != '\n' && c != '\t')
 }
 
-/// A path in a JSON result, which is Unicode: bytes that are not UTF-8 become U+FFFD (�).
+/// A path as a JSON string. Bytes that are not UTF-8 become U+FFFD (�).
 pub fn path(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
-/// A line of the result (stdout).
+/// Prints a line of the result to stdout.
 pub fn result(line: impl Display) {
     bytes(format!("{}\n", escape_controls(&line.to_string())).as_bytes());
 }
 
-/// Raw bytes of the result (stdout). A closed pipe (`vilg … | head`) ends the program quietly.
+/// Writes raw bytes of the result to stdout. A closed pipe (`vilg … | head`) ends the program silently.
 pub fn bytes(bytes: &[u8]) {
     let mut out = std::io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {
@@ -93,14 +93,14 @@ pub fn stdout_is_terminal() -> bool {
     std::io::IsTerminal::is_terminal(&std::io::stdout())
 }
 
-/// One JSON object on one line of stdout.
+/// Prints a JSON object on one line of stdout.
 pub fn json(value: &impl Serialize) {
     let text =
         serde_json::to_string(value).unwrap_or_else(|e| serde_json::json!({ "error": e.to_string() }).to_string());
     bytes(format!("{}\n", escape_json(&text)).as_bytes());
 }
 
-/// JSON whose strings hold no control characters: JSON itself escapes only those below a space.
+/// Escapes all control characters in JSON; JSON itself only requires it for those below U+0020.
 fn escape_json(text: &str) -> String {
     let escape = |c: char| match is_unsafe(c) {
         true => format!("\\u{:04x}", c as u32),
@@ -109,7 +109,7 @@ fn escape_json(text: &str) -> String {
     text.chars().map(escape).collect()
 }
 
-/// A table on stdout: columns as wide as their widest cell; no header line where `header` is empty.
+/// Prints a table to stdout with columns as wide as their widest cell; without a header line if `header` is empty.
 pub fn table(header: &[&str], rows: &[Vec<String>]) {
     let header: Vec<String> = header.iter().map(ToString::to_string).collect();
     let escaped = |row: &Vec<String>| row.iter().map(|cell| escape_controls(cell).into_owned()).collect();
@@ -124,7 +124,7 @@ pub fn table(header: &[&str], rows: &[Vec<String>]) {
     }
 }
 
-/// Characters that take two columns of a terminal: CJK, full-width forms, emoji.
+/// Characters that are two terminal columns wide: CJK, full-width forms, emoji.
 const WIDE: [std::ops::RangeInclusive<char>; 7] = [
     '\u{1100}'..='\u{115f}',
     '\u{2e80}'..='\u{a4cf}',
@@ -135,31 +135,31 @@ const WIDE: [std::ops::RangeInclusive<char>; 7] = [
     '\u{1f300}'..='\u{1faff}',
 ];
 
-/// Columns of a terminal that `text` takes.
+/// Width of `text` in terminal columns.
 fn width(text: &str) -> usize {
     text.chars().map(|c| if WIDE.iter().any(|range| range.contains(&c)) { 2 } else { 1 }).sum()
 }
 
-/// A note (stderr): what the program does. Not printed with `-q`.
+/// Prints a note about progress to stderr; not with `-q`.
 pub fn note(line: impl Display) {
     if prints(Verbosity::Normal) {
         say(line);
     }
 }
 
-/// A detail (stderr), printed with `-v` only.
+/// Prints a detail to stderr; only with `-v`.
 pub fn detail(line: impl Display) {
     if prints(Verbosity::Verbose) {
         say(line);
     }
 }
 
-/// A warning (stderr).
+/// Prints a warning to stderr.
 pub fn warn(line: impl Display) {
     say(format_args!("warning: {line}"));
 }
 
-/// An error with its causes and its hint (stderr).
+/// Prints an error with its causes and its hint to stderr.
 pub fn error(error: &Error) {
     say(format_args!("error: {error:#}"));
     if let Some(hint) = hint_of(error) {
@@ -167,10 +167,10 @@ pub fn error(error: &Error) {
     }
 }
 
-/// Prints a line to stderr, above the progress bar where there is one.
+/// Prints a line to stderr, above the progress bar if there is one.
 fn say(line: impl Display) {
     let line = format!("{}\n", escape_controls(&line.to_string()));
-    // Nobody is left to tell when stderr is closed.
+    // If stderr is closed, the failure cannot be reported anywhere.
     let write = || drop(std::io::stderr().lock().write_all(line.as_bytes()));
     let bar = BAR.lock().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(WeakProgressBar::upgrade);
     match bar {
@@ -179,12 +179,12 @@ fn say(line: impl Display) {
     }
 }
 
-/// Ends the program where it cannot return: a thread hangs, or another process has said why.
+/// Ends the process without returning: for when a thread hangs, or another process has already reported the error.
 pub fn leave(exit: Exit) -> ! {
     std::process::exit(exit as i32)
 }
 
-/// A progress bar on one line of stderr; hidden with `-q` and where stderr is not a terminal.
+/// A progress bar on one line of stderr. Hidden with `-q` or if stderr is not a terminal.
 pub fn bar(length: u64, label: &str) -> ProgressBar {
     if !prints(Verbosity::Normal) {
         return ProgressBar::hidden();
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn control_characters_are_shown_not_obeyed() {
+    fn control_characters_are_escaped() {
         assert_eq!(escape_controls("一轮弯月\tmoon\n🌙"), "一轮弯月\tmoon\n🌙");
         assert_eq!(escape_controls("a\x1b[2Jb\r\u{9b}c\x7f\0"), "a\\u{1b}[2Jb\\u{d}\\u{9b}c\\u{7f}\\u{0}");
         assert_eq!(escape_controls("gnp.\u{202e}exe"), "gnp.\\u{202e}exe");

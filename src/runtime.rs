@@ -1,10 +1,10 @@
-//! What this process runs on, chosen once at start: threads, memory, files, signals and the device.
+//! Resources of this process, chosen once at start: threads, memory, file locks, signals and the device.
 
 #[cfg_attr(not(feature = "cuda"), path = "runtime/cuda_disabled.rs")]
 mod cuda;
 mod device;
 mod facts;
-mod files;
+mod file_sync;
 mod mapped;
 mod memory;
 mod processor;
@@ -13,7 +13,7 @@ mod threads;
 
 pub use device::{Wanted, choose_device, cpu_only, device, set_local_rank};
 pub use facts::{Facts, facts};
-pub use files::{Lock, lock, sync_folder};
+pub use file_sync::{Lock, lock, sync_folder};
 pub use mapped::Mapped;
 pub use memory::{keep_memory, peak_bytes, resident_bytes, restart_peak};
 #[cfg(target_arch = "x86_64")]

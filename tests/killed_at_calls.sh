@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Kills a run of two ranks at each single call that writes, syncs, renames or deletes, and lets it go on: the newest
-# checkpoint must be whole every time, and the end must have the bits of a run nobody killed. Then the same with SIGTERM
-# at every such call at once: signals while it saves. Needs strace.
-#   tests/killed_at_calls.sh PATH_TO_VILG FOLDER    # FOLDER holds tiny.toml, as tests/it/ranks.rs makes it
+# Kills a run of two ranks at each single system call that writes, syncs, renames or deletes, and resumes it: the newest
+# checkpoint must be complete every time, and the result must be bit-equal to that of an undisturbed run. Then the same with
+# SIGTERM at every such call: signals during saving. Needs strace.
+#   tests/killed_at_calls.sh PATH_TO_VILG FOLDER    # FOLDER contains tiny.toml, as made by tests/it/ranks.rs
 set -euo pipefail
 vilg=$(realpath "$1")
 cd "$2"
@@ -36,17 +36,17 @@ for background in false true; do
                 break
             fi
             kills=$((kills + 1))
-            train killed || { cat log; echo "killed at $call $n, it does not go on"; exit 1; }
-            as_nobody_killed || { cat log; echo "killed at $call $n, it ends differently"; exit 1; }
+            train killed || { cat log; echo "killed at $call $n, it does not resume"; exit 1; }
+            as_nobody_killed || { cat log; echo "killed at $call $n, its result differs"; exit 1; }
         done
     done
     rm -rf runs/killed
     stops=0
-    # Each life does one step at least and leaves with code 75, or ends.
+    # Each run does at least one step and exits with code 75, or ends.
     until train killed strace -f -qq -o /dev/null -e trace=fsync,rename -e inject=fsync,rename:signal=TERM; do
         stops=$((stops + 1))
-        [ $stops -lt 20 ] || { cat log; echo "signals keep it from going on"; exit 1; }
+        [ $stops -lt 20 ] || { cat log; echo "signals prevent progress"; exit 1; }
     done
-    as_nobody_killed || { cat log; echo "signals while it saves change the end"; exit 1; }
+    as_nobody_killed || { cat log; echo "signals during saving change the result"; exit 1; }
 done
 echo "$kills kills at single calls cost no bit"

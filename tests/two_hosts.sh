@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Two hosts on one machine: network namespaces with a cable (veth) between them, two ranks on each, real TCP in between.
-# The run must give the bits of four ranks on one host. Needs root, iproute2 and a build with --features mpi.
-#   tests/two_hosts.sh PATH_TO_VILG FOLDER    # FOLDER holds tiny.toml, as tests/it/ranks.rs makes it
+# Two hosts on one machine: network namespaces connected by a veth cable, two ranks on each, with real TCP between them.
+# The result must be bit-equal to that of four ranks on one host. Needs root, iproute2 and a build with --features mpi.
+#   tests/two_hosts.sh PATH_TO_VILG FOLDER    # FOLDER contains tiny.toml, as made by tests/it/ranks.rs
 set -euo pipefail
 vilg=$(realpath "$1")
 cd "$2"
@@ -29,7 +29,7 @@ for host in "$a" "$b"; do
     address=2
 done
 
-# What mpirun uses instead of ssh: the host's network and a name of its own. mpirun itself stands on the first host.
+# Replaces ssh for mpirun: enters the host's network namespace with its own host name. mpirun itself runs on the first host.
 cat >"$work/rsh" <<RSH
 #!/usr/bin/env bash
 host=\$1
@@ -49,7 +49,7 @@ sent=$(ip netns exec "$a" cat "/sys/class/net/v$$a/statistics/tx_bytes")
 mpirun "${common[@]}" -n 4 "$vilg" "${settings[@]}" --set name=one-host
 cmp runs/two-hosts/model/model.safetensors runs/one-host/model/model.safetensors
 
-# The same without MPI: each rank finds the first one's host by torchrun's variables.
+# The same without MPI: each rank finds the host of rank 0 by torchrun's variables.
 export MASTER_ADDR=10.77.0.1 MASTER_PORT=29577 WORLD_SIZE=4
 pids=()
 for rank in 0 1 2 3; do

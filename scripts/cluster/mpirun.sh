@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on the hosts of an Open MPI host file (`node1 slots=2`), one rank a slot, and starts again where a signal, a
-# killed rank or a lost host stopped it, from the newest checkpoint:
+# Trains on the hosts of an Open MPI host file (`node1 slots=2`), one rank per slot. If a signal, a killed rank or a lost host
+# stops the run, it is restarted from the newest checkpoint:
 #   scripts/cluster/mpirun.sh HOSTFILE configs/10b.toml [more arguments of vilg train]
 # The folder must be the same on all hosts (a shared file system). Ctrl-C ends it for good, after a checkpoint.
 set -euo pipefail
@@ -18,7 +18,7 @@ while :; do
     0 | 2 | 130) exit "$code" ;; # done, wrong usage, Ctrl-C
     75) failures=0 ;;
     *)
-        # Ten failures in a row within ten minutes each: it does not get better by itself.
+        # Ten failures in a row within ten minutes each: restarting does not help.
         [ $((SECONDS - begun)) -lt 600 ] && failures=$((failures + 1)) || failures=1
         [ $failures -lt 10 ] || exit "$code"
         ;;

@@ -1,4 +1,5 @@
-//! Cost of attention over the number of codes, and of one whole block: each pattern compared with dense.
+//! Cost of attention against the number of codes, and of a whole block: each sparse pattern compared with dense
+//! attention.
 
 use super::{Spread, flops::layout, seconds, shapes::Shape, work};
 use crate::{
@@ -17,26 +18,26 @@ use serde::Serialize;
 /// Time and memory of one pattern at one size.
 #[derive(Debug, Clone, Serialize)]
 pub struct Cost {
-    /// `row`, `column`, `conv`, `dense`; `dense n×n` builds the whole matrix of scores, the others never do.
+    /// `row`, `column`, `conv` or `dense`. `dense n×n` builds the whole attention matrix, the others never do.
     pub pattern: &'static str,
     /// Number of image codes, without the text tokens.
     pub codes: usize,
-    /// Time of forward and backward, in seconds.
+    /// Time of forward and backward in seconds.
     pub seconds: Spread,
-    /// Useful operations of forward and backward.
+    /// FLOPs of forward and backward, useful ones only.
     pub flops: f64,
-    /// Peak memory that the work added to the memory in use before it, in bytes.
+    /// Peak memory in bytes, beyond the memory already in use.
     pub memory_bytes: Option<u64>,
-    /// Times faster than `dense` at the same size.
+    /// Speed-up over `dense` at the same size.
     pub speedup: f64,
-    /// Share of the memory of `dense` at the same size.
+    /// Memory relative to `dense` at the same size.
     pub memory_share: Option<f64>,
 }
 
-/// Larger matrices of scores (elements of all heads) are not built.
+/// Maximum size of an attention matrix, in elements over all heads; larger ones are skipped.
 const MAX_SCORES: usize = 1 << 27;
 
-/// Attention alone, forward and backward, one sequence of text→image with square grids of the given sides.
+/// Attention alone, forward and backward, for one text→image sequence on square grids with the given sides.
 pub fn attention(shape: &Shape, sides: &[usize], repeat: usize) -> Result<Vec<Cost>> {
     let mut costs = Vec::new();
     for &side in sides {
@@ -78,14 +79,14 @@ fn qkv(positions: usize, heads: usize, d: usize) -> Result<Var> {
 
 fn once(qkv: &Var, attend: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
     let gradients = attend(qkv)?.sum_all()?.backward()?;
-    gradients.get(qkv).context("attention passes no gradient on")?;
+    gradients.get(qkv).context("attention returned no gradient")?;
     Ok(())
 }
 
 /// A whole block of the shape, forward and backward, with each pattern.
 pub fn block(shape: &Shape, repeat: usize) -> Result<Vec<Cost>> {
     let mut costs = Vec::new();
-    // By the paper's rule, three layers are row, column and conv.
+    // The paper's order gives three layers the patterns row, column and conv.
     for (kind, names) in [(AttentionKind::Dense, &["dense"][..]), (AttentionKind::Sparse, &["row", "column", "conv"])] {
         let mut shape = shape.clone();
         (shape.config.model.attention, shape.config.model.layers) = (kind, names.len());
@@ -121,7 +122,7 @@ impl Cost {
     }
 }
 
-/// Fills in what refers to `dense`, the first.
+/// Fills in the columns relative to `dense`, the first entry.
 fn compare(costs: &mut [Cost]) {
     let Some(Cost { seconds, memory_bytes: dense, .. }) = costs.first().cloned() else { return };
     for cost in costs {

@@ -1,4 +1,4 @@
-//! What [`model::flops`](crate::model::flops) counts, of the shapes that are measured.
+//! FLOPs of the benchmark shapes, counted by [`model::flops`](crate::model::flops).
 
 use super::shapes::Shape;
 use crate::{
@@ -6,12 +6,12 @@ use crate::{
     nn::pattern::Grid,
 };
 
-/// Forward and backward of one step of text→image sequences.
+/// Forward and backward of one training step on text→image sequences.
 pub fn train(shape: &Shape) -> f64 {
     3.0 * forward(shape)
 }
 
-/// One image for each sequence, painted with a cache: as the forward pass, each position once.
+/// Generation of one image for each sequence with the KV cache: like the forward pass, every position is computed once.
 pub fn decode(shape: &Shape) -> f64 {
     forward(shape)
 }
@@ -35,7 +35,8 @@ mod tests {
     fn a_dense_generator_by_hand() {
         let mut shape = Shape::named("tiny").unwrap();
         shape.config.model.attention = crate::config::AttentionKind::Dense;
-        // 2 layers of 12 · 32² weights at 20 positions; head 32 × 32 at 16; pairs: 4 texts see 4, target j sees 4 + j + 1.
+        // 2 layers of 12 · 32² weights at 20 positions; head 32 × 32 at 16; pairs: 4 texts see 4, target j sees 4 + j +
+        // 1.
         let pairs = 4 * 4 + (0..16).map(|j| 4 + j + 1).sum::<usize>();
         let expected = 2 * 2 * (2 * 12 * 32 * 32 * 20 + 4 * 32 * pairs) + 2 * 2 * 32 * 32 * 16;
         assert_eq!(decode(&shape), expected as f64);

@@ -1,7 +1,7 @@
 //! `vilg bench`: speed and memory of the real code on synthetic data.
 //!
-//! A measurement is one warm-up and then timed repetitions; the report has the median, the spread and every value. The
-//! share of the peak refers to [`ops::peak_flops`], measured in the same run.
+//! A measurement is one warm-up run and then timed repetitions. The report has the median, the spread and every value.
+//! The share of the peak refers to [`ops::peak_flops`], measured in the same run.
 
 pub mod attention;
 mod flops;
@@ -39,13 +39,13 @@ pub struct Report {
     pub unit: &'static str,
     /// `amount` / median.
     pub per_second: f64,
-    /// Useful operations of one repetition.
+    /// Useful FLOPs of one repetition.
     pub flops: f64,
     pub flops_per_second: f64,
-    /// Peak of multiply-adds in the precision of the work's matrix products, on all threads.
+    /// Peak FLOP/s of multiply-adds on all threads, in the precision of the matrix products.
     pub peak_flops_per_second: f64,
     pub share_of_peak: f64,
-    /// Largest memory of this process so far, in bytes.
+    /// Peak memory of this process so far, in bytes.
     pub peak_memory_bytes: Option<u64>,
 }
 
@@ -53,7 +53,7 @@ pub struct Report {
 struct Work<'a> {
     name: &'static str,
     precision: &'static str,
-    /// Precision of its matrix products.
+    /// Precision of the matrix products.
     factors: Precision,
     run: Box<dyn FnMut() -> Result<()> + 'a>,
     parameters: usize,
@@ -62,17 +62,17 @@ struct Work<'a> {
     flops: f64,
 }
 
-/// Whole training steps of the generator: forward, backward, clipping, update.
+/// Times complete training steps of the generator: forward, backward, gradient clipping, optimizer update.
 pub fn train(shape: &Shape, repeat: usize) -> Result<Report> {
     report(shape, repeat, work::train(shape)?)
 }
 
-/// Whole training steps of the image tokenizer.
+/// Times complete training steps of the image tokenizer.
 pub fn tokenizer(shape: &Shape, repeat: usize) -> Result<Report> {
     report(shape, repeat, work::tokenizer(shape)?)
 }
 
-/// Generation: the codes of one image for each sequence, the most likely code each time, with weights stored in `format`.
+/// Times greedy generation: all codes of one image for each sequence, with weights stored in `format`.
 pub fn decode(shape: &Shape, format: Format, repeat: usize) -> Result<Report> {
     report(shape, repeat, work::decode(shape, format)?)
 }
@@ -100,7 +100,7 @@ fn report(shape: &Shape, repeat: usize, mut work: Work) -> Result<Report> {
     })
 }
 
-/// Seconds of each of `repeat` repetitions, after one that is not counted.
+/// Seconds of each of `repeat` repetitions, after one warm-up run that is not counted.
 fn seconds(repeat: usize, run: &mut dyn FnMut() -> Result<()>) -> Result<Spread> {
     run()?;
     let timed = |_| {

@@ -1,11 +1,11 @@
-//! Attention's cost against its size as an SVG image.
+//! Plots the cost of attention against its size as SVG.
 
 use super::attention::Cost;
 use crate::error::{Result, anyhow};
 use plotters::prelude::*;
 use std::{collections::BTreeSet, path::Path};
 
-/// Milliseconds over codes, a line a pattern, both axes logarithmic.
+/// Milliseconds against codes, one line per pattern, both axes logarithmic.
 ///
 /// # Errors
 /// The file cannot be written, or there is nothing to draw.
@@ -72,7 +72,7 @@ mod tests {
     use crate::bench::Spread;
 
     #[test]
-    fn draws_a_line_a_pattern() {
+    fn draws_one_line_per_pattern() {
         let cost = |pattern, codes, seconds| Cost {
             pattern,
             codes,

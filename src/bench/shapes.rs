@@ -1,33 +1,33 @@
-//! The sizes that are measured, by name.
+//! Model sizes for benchmarks, by name.
 
 use crate::{
     config::{Config, ImageTokenizer, Model},
     error::{Result, bail},
 };
 
-/// Names that [`Shape::named`] knows.
+/// Names accepted by [`Shape::named`].
 pub const SHAPES: [&str; 4] = ["perf", "emoji", "10b-layer", "tiny"];
 
-/// A generator and an image tokenizer, and how much of each goes through a step.
+/// A generator and an image tokenizer, with their batch sizes.
 #[derive(Debug, Clone)]
 pub struct Shape {
     pub name: &'static str,
-    /// `model`, `text.max_tokens`, `train` and `image_tokenizer` count here.
+    /// Only `model`, `text.max_tokens`, `train` and `image_tokenizer` are used.
     pub config: Config,
     pub vocabulary: usize,
-    /// Codes that the generator knows; the tokenizer has its own number.
+    /// Codebook size of the generator; the tokenizer has its own.
     pub codebook: usize,
     /// Height and width of the generator's grid of codes.
     pub grid: (usize, usize),
-    /// Sequences or images a step.
+    /// Batch size in sequences or images.
     pub batch: usize,
 }
 
 impl Shape {
-    /// - `perf`: 8 layers of 512, 32 + 256 positions, 12 288 codes (38.0 M parameters), 16 sequences; a tokenizer of
-    ///   4.0 M over 64 × 64 pixels.
-    /// - `emoji`: the demo's.
-    /// - `10b-layer`: layers as in the paper's 10 B model, 64 + 1024 positions, few tokens.
+    /// - `perf`: 8 layers, hidden size 512, 32 + 256 positions, 12,288 codes (38.0 M parameters), batch 16; a tokenizer
+    /// with   4.0 M parameters for 64 × 64 pixels.
+    /// - `emoji`: the sizes of the demo.
+    /// - `10b-layer`: layers of the paper's 10 B model, 64 + 1024 positions, small vocabularies.
     /// - `tiny`: for tests.
     ///
     /// # Errors
@@ -100,7 +100,7 @@ fn tokenizer(
 fn config(model: Model, max_tokens: usize, image_tokenizer: ImageTokenizer) -> Config {
     let mut config = Config { model, image_tokenizer, ..Config::default() };
     config.text.max_tokens = max_tokens;
-    // Small steps: repeated on one random batch, larger ones would leave the range of normal training.
+    // A small learning rate: larger steps on one random batch would leave the range of normal training.
     config.train.learning_rate = 1e-4;
     config
 }
@@ -112,7 +112,7 @@ mod tests {
     use candle_core::Device;
 
     #[test]
-    fn every_name_is_a_shape_and_the_measured_ones_have_their_parameters() {
+    fn every_name_is_a_shape_with_the_documented_number_of_parameters() {
         for name in SHAPES {
             assert_eq!(Shape::named(name).unwrap().name, name);
         }

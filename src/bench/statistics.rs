@@ -1,8 +1,8 @@
-//! What several repetitions of one measurement say.
+//! Statistics of repeated measurements.
 
 use serde::Serialize;
 
-/// Seconds of each repetition, their median and their spread.
+/// Times of the repetitions in seconds, their median and their spread.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Spread {
     /// In the order in which they were measured.
@@ -15,7 +15,7 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// Of at least one repetition; all zero without any.
+    /// Statistics of at least one repetition; all zero without any.
     pub fn of(all: Vec<f64>) -> Self {
         let median = median(all.iter().copied());
         let mad = self::median(all.iter().map(|x| (x - median).abs()));

@@ -1,4 +1,4 @@
-//! The work that is measured: the same calls as training and painting make, on random tokens and pixels.
+//! The benchmarked work: the calls of training and generation, on random tokens and pixels.
 
 use super::{Work, flops, shapes::Shape};
 use crate::{
@@ -23,7 +23,7 @@ use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// Whole steps on one batch of text→image sequences without padding.
+/// Training steps on one batch of text→image sequences without padding.
 pub fn train(shape: &Shape) -> Result<Work<'static>> {
     let (generator, params) = generator(shape)?;
     let batch = batch(shape)?;
@@ -43,7 +43,7 @@ pub fn train(shape: &Shape) -> Result<Work<'static>> {
     })
 }
 
-/// Whole steps on one batch of images.
+/// Training steps on one batch of images.
 pub fn tokenizer(shape: &Shape) -> Result<Work<'static>> {
     let config = &shape.config.image_tokenizer;
     let scope = Scope::from_seed(1, DType::F32, &Device::Cpu).in_precision(shape.config.train.precision);
@@ -68,7 +68,7 @@ pub fn tokenizer(shape: &Shape) -> Result<Work<'static>> {
     })
 }
 
-/// What a step of `vilg train` does between reading and logging.
+/// One step of `vilg train`, without reading and logging.
 struct Step {
     shards: Shards<'static>,
     optimizer: Optimizer,
@@ -94,25 +94,25 @@ impl Step {
     }
 }
 
-/// Forward and backward through a chain, with the gradients in memory that the last pass used.
+/// Forward and backward through a chain, reusing the gradient buffers of the last pass.
 pub fn forward_backward<B>(chain: &Chain<B>, batch: &B, shards: &mut Shards) -> Result<()> {
     shards.begin(0);
     engine::accumulate(chain, batch, 0, shards)?;
     shards.finish()
 }
 
-/// All codes of one image for each text.
+/// Generates all codes of one image for each text.
 pub fn decode(shape: &Shape, format: Format) -> Result<Work<'static>> {
     let (generator, params) = generator(shape)?;
     let decoder = Decoder::new(Arc::new(generator), format);
     let texts = texts(shape);
     let codes = shape.grid.0 * shape.grid.1;
-    let run = Box::new(move || paint(&decoder, &texts, codes));
+    let run = Box::new(move || generate(&decoder, &texts, codes));
     let (parameters, amount) = (count(&params), shape.batch * codes);
     Ok(Work {
         name: "decode",
         precision: format.name(),
-        // Weights are widened on the way.
+        // The packed weights are converted to f32 for the products.
         factors: Precision::F32,
         run,
         parameters,
@@ -122,7 +122,7 @@ pub fn decode(shape: &Shape, format: Format) -> Result<Work<'static>> {
     })
 }
 
-fn paint(decoder: &Decoder, texts: &[Vec<u32>], codes: usize) -> Result<()> {
+fn generate(decoder: &Decoder, texts: &[Vec<u32>], codes: usize) -> Result<()> {
     let draw = |logits: &[f32]| -> Result<Vec<u32>> {
         let rows = logits.par_chunks(logits.len() / texts.len());
         rows.map(|row| Sampling::GREEDY.draw(row, 0.0)).collect()
@@ -135,7 +135,7 @@ fn paint(decoder: &Decoder, texts: &[Vec<u32>], codes: usize) -> Result<()> {
     Ok(())
 }
 
-/// A fresh generator and its parameters.
+/// A new generator and its parameters.
 pub fn generator(shape: &Shape) -> Result<(Generator, Params)> {
     let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
     let generator = Generator::new(&scope, &shape.config, shape.vocabulary, shape.codebook, shape.grid)?;

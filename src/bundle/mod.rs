@@ -2,9 +2,9 @@
 //! the folder of its image tokenizer. The demo model is such a folder inside the program.
 
 use crate::{
+    bounded_read as files,
     config::{Config, Task},
     error::{Context, Hint, Result, ensure, usage},
-    files,
     model::Generator,
     nn::{params::Scope, weights},
     runtime::{self, Mapped},

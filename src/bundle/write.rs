@@ -4,9 +4,9 @@ use super::{
     ATTRIBUTION, Bundle, CONFIG, IMAGE_TOKENIZER, MANIFEST, VOCAB, WEIGHTS, codes, manifest::Manifest, publish,
 };
 use crate::{
+    bounded_read as files,
     config::{Config, Source, Task},
     error::{Context, Result},
-    files,
     nn::weights::{self, Values},
 };
 use safetensors::Dtype;

@@ -20,27 +20,27 @@ pub struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Whole training steps of the generator: forward, backward, clipping, update
+    /// Time complete training steps of the generator: forward, backward, gradient clipping, optimizer update
     Train(WorkArgs<Numbers>),
-    /// Whole training steps of the image tokenizer
+    /// Time complete training steps of the image tokenizer
     Tokenizer(WorkArgs<Numbers>),
-    /// Generation: the codes of one image for each sequence, the most likely code each time
+    /// Time greedy generation with the KV cache: all codes of one image for each sequence of the batch
     Decode(WorkArgs<Format>),
     Attention(AttentionArgs),
 }
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Data and weights are random. One more repetition warms up and is not counted. The peak is measured in \
-    the same run: multiply-adds on values in registers. Peak memory is that of the whole process."
+    after_help = "Data and weights are random. One extra repetition warms up and is not counted. The peak FLOP/s is measured in \
+    the same run, with multiply-adds on registers only. Peak memory is the peak of the whole process."
 )]
 struct WorkArgs<P: ValueEnum + Clone + Send + Sync + 'static> {
     #[command(flatten)]
     common: Common,
-    /// Batch size, in sequences or images [default: the shape's]
+    /// Batch size, in sequences or images [default: given by --shape]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096), allow_negative_numbers = true)]
     batch: Option<u16>,
-    /// Number format of matrix products; for `decode`: of the weights
+    /// Number format of the matrix products; for `decode`: of the weights
     #[arg(long, value_name = "P", default_value = "f32")]
     precision: P,
     /// Attention of the generator's layers: sparse (row, column and conv as in the paper) or dense
@@ -48,33 +48,33 @@ struct WorkArgs<P: ValueEnum + Clone + Send + Sync + 'static> {
     attention: Kind,
 }
 
-/// Attention, forward and backward, of each pattern over the number of image codes
+/// Time attention (forward and backward) with each sparse pattern against the number of image codes
 #[derive(clap::Args)]
 #[command(
-    after_help = "Memory is what the work adds to the memory in use before it. `dense n×n` builds the whole matrix of \
-    scores; the other patterns never do."
+    after_help = "Memory is what the work adds to the memory already in use. `dense n×n` builds the whole attention matrix; \
+    the other patterns never do."
 )]
 struct AttentionArgs {
     #[command(flatten)]
     common: Common,
-    /// Sides of the square grids of codes, separated by commas
+    /// Side lengths of the square grids of image codes, separated by commas
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "16,32,64",
         value_parser = clap::value_parser!(u16).range(1..=256))]
     sides: Vec<u16>,
-    /// Measure one whole transformer block of the shape on the shape's own grid instead
+    /// Time one complete transformer block of --shape, on the grid of that shape
     #[arg(long, conflicts_with_all = ["sides", "plot"])]
     block: bool,
-    /// SVG file to write: time over the number of codes
+    /// Write a plot to this SVG file: time against the number of codes
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
 }
 
 #[derive(clap::Args)]
 struct Common {
-    /// Sizes of the model to measure
+    /// Model size to measure
     #[arg(long, value_name = "NAME", default_value = "perf", value_parser = PossibleValuesParser::new(SHAPES))]
     shape: String,
-    /// Number of repetitions; the median is reported
+    /// Number of timed repetitions; the median is reported
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..), allow_negative_numbers = true)]
     repeat: u16,
 }
@@ -82,7 +82,7 @@ struct Common {
 #[derive(Clone, Copy, ValueEnum)]
 enum Numbers {
     F32,
-    /// bf16 where the processor computes with it faster
+    /// bf16 where the processor has fast bf16 instructions, else f32
     Bf16,
 }
 

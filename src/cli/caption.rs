@@ -13,17 +13,17 @@ use crate::{
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
-/// Images that are read and captioned at once.
+/// Number of images that are read and captioned together.
 const BATCH: usize = 64;
 
 /// Write Chinese captions for images
 #[derive(clap::Args)]
 #[command(
     after_help = "Prints one caption on each line, after the file name of its image where there are several images. An \
-    image that cannot be read is reported and skipped; the exit code is then 1. `score` in the JSON is the mean ln p of \
-    a token of the caption, given the image.\n\n\
-    Beam search continues the B most likely beginnings of captions by one token at a time, and ends when none of them can \
-    become better than the B best finished captions. Captions compete by ln p(caption) / tokens^A with A of \
+    image that cannot be read is reported and skipped; the exit code is then 1. `score` in the JSON is the mean log \
+    probability of a caption token, given the image.\n\n\
+    Beam search extends the B most likely partial captions by one token at a time, and ends when none of them can \
+    overtake the B best finished captions. Captions are ranked by ln p(caption) / tokens^A, where A is \
     --length-penalty."
 )]
 pub struct Args {
@@ -38,22 +38,22 @@ pub struct Args {
     #[arg(long, value_name = "B", value_parser = clap::value_parser!(u32).range(1..=64), allow_negative_numbers = true,
         conflicts_with_all = ["temperature", "top_k", "top_p", "seed"])]
     beam: Option<u32>,
-    /// Exponent A of the caption's length in beam search, from 0 to 10: 1 compares the mean of a token, lower values prefer
-    /// short captions, higher values long ones
+    /// Length penalty A of beam search, from 0 to 10: 1 ranks captions by mean log probability per token, lower values
+    /// prefer short captions, higher values prefer long ones
     #[arg(long, value_name = "A", default_value_t = 1.0, value_parser = length_penalty, requires = "beam",
         allow_negative_numbers = true)]
     length_penalty: f64,
-    /// Sampling temperature, from 0 to 100: divides the logits; 0 takes the most likely token each time [default: 0 for
+    /// Sampling temperature, from 0 to 100: divides the logits; 0 always takes the most likely token [default: 0 for
     /// one caption, 1 for several]
     #[arg(long, value_name = "T", value_parser = from_0_to_100, allow_negative_numbers = true)]
     temperature: Option<f64>,
-    /// Sample only from the K most likely tokens; 0: from all
+    /// Top-k sampling: sample only from the K most likely tokens; 0: from all
     #[arg(long, value_name = "K", default_value_t = 0, allow_negative_numbers = true)]
     top_k: usize,
-    /// Sample only from the most likely tokens whose probabilities add up to P (nucleus sampling), above 0; 1: from all
+    /// Nucleus sampling: sample only from the most likely tokens whose probabilities add up to P, above 0; 1: from all
     #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability, allow_negative_numbers = true)]
     top_p: f64,
-    /// Seed of the sampling
+    /// Random seed of the sampling
     #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
     #[command(flatten)]
@@ -88,7 +88,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
                 }
             }
         }
-        let captions = models.describe(&models.encode(&pictures)?, &decoding, args.number as usize)?;
+        let captions = models.caption(&models.encode(&pictures)?, &decoding, args.number as usize)?;
         for (path, captions) in read.into_iter().zip(&captions) {
             captions.iter().for_each(|caption| print(path, caption, &args, json));
         }

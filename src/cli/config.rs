@@ -11,7 +11,7 @@ use clap::{Subcommand, ValueEnum};
 use serde_json::json;
 use std::{fs::OpenOptions, io::Write, path::Path, path::PathBuf};
 
-/// Show, check or start a configuration
+/// Show, check or create a configuration
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -20,34 +20,40 @@ pub struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Print every value and where it comes from, then parameters, sequence layout and layers
+    /// Print every value and where it is set, then parameter counts, sequence layout and attention layers
     Show(Source),
-    /// Check the values and paths of a configuration; exit code 2 on an error, warnings for paths that do not exist
+    /// Check the values and the paths of a configuration. Exit code 2 on an error; a path that does not exist is a
+    /// warning
     Check(Source),
-    /// Print a commented configuration to start from
+    /// Print a commented example configuration to start from
     Init {
         /// Name of the example
         #[arg(value_enum, default_value = "emoji")]
         name: Example,
-        /// Write it to this file instead; an existing file is never replaced
+        /// Write to this file instead of stdout; an existing file is never replaced
         #[arg(short, long, value_name = "FILE")]
         output: Option<PathBuf>,
     },
 }
 
-/// Where a configuration comes from.
+/// The options that select a configuration.
 #[derive(clap::Args)]
 pub struct Source {
-    /// Configuration file; keys that it does not set have built-in defaults. `train` and `plan` need it or --set
+    /// Configuration file (TOML); keys that it does not set keep their defaults. `train` and `plan` need --config or
+    /// --set
     #[arg(short, long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Override a value, e.g. `--set train.steps=100`; may be repeated
+    /// Override one value, e.g. `--set train.steps=100`; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub sets: Vec<String>,
 }
 
 impl Source {
-    /// The configuration, for commands that need more than the built-in defaults; the hint names `example`.
+    /// Loads the configuration for commands that need more than the built-in defaults. `example` is the configuration
+    /// that the hint of the error recommends.
+    ///
+    /// # Errors
+    /// Neither --config nor --set is given, or the configuration cannot be read.
     pub fn load(&self, example: &str) -> Result<Config> {
         let hint = format!("`vilg config init {example} -o {example}.toml` writes one to start from");
         ensure!(self.config.is_some() || !self.sets.is_empty(), usage("--config is missing", hint));
@@ -57,24 +63,24 @@ impl Source {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Example {
-    /// The demo's generator
+    /// Generator of the demo
     Emoji,
-    /// The demo's image tokenizer
+    /// Image tokenizer of the demo (f = 4, no discriminator)
     EmojiTokenizer,
-    /// The same sizes with VQGAN's perceptual loss and adversary
+    /// Image tokenizer of the demo with VQGAN's perceptual and adversarial losses
     EmojiVqgan,
-    /// DALL-E's dVAE in small
+    /// DALL-E's dVAE at the size of the demo
     EmojiDvae,
-    /// The paper's image tokenizer
+    /// The paper's image tokenizer: VQGAN, f = 8, 8192 codes
     #[value(name = "vqgan-f8-8192")]
     VqganF8,
-    /// DALL-E's dVAE, the paper's other image tokenizer
+    /// The paper's second image tokenizer: DALL-E's dVAE, f = 8, 8192 codes
     #[value(name = "dvae-f8-8192")]
     DvaeF8,
-    /// 24 layers × 1024 (the paper's analysis model)
+    /// The paper's analysis model: 24 layers, hidden size 1024
     #[value(name = "300m")]
     M300,
-    /// 48 layers × 4096 (the paper's model)
+    /// The paper's full model: 48 layers, hidden size 4096
     #[value(name = "10b")]
     B10,
 }
@@ -123,7 +129,7 @@ fn check(source: &Source, json: bool) -> Result<()> {
     let loaded = Loaded::read(source.config.as_deref(), &source.sets)?;
     let problems = loaded.problems()?.into_iter();
     let mut problems: Vec<_> = problems.map(|problem| (problem.message, problem.hint)).collect();
-    // Wrong values first: what they name is not worth a look.
+    // Paths are checked only when all values are valid: an invalid `task` would name the wrong paths.
     let found = if problems.is_empty() { Found::of(&loaded.config) } else { Found::default() };
     problems.extend(found.wrong.into_iter().map(|what| (what, "correct the path in the configuration".to_owned())));
     let missing = found.missing;
@@ -196,7 +202,8 @@ mod tests {
         assert_eq!(shown, all, "keys that no shipped configuration shows");
     }
 
-    /// The generator's file repeats what decides its grid; it must agree with the tokenizer's own file.
+    /// The generator's file repeats the keys that decide its grid of codes; they must agree with the tokenizer's own
+    /// file.
     #[test]
     fn the_demo_s_two_files_agree() {
         let side = |example: Example| {

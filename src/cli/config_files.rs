@@ -1,4 +1,5 @@
-//! `vilg config check`: whether the files and folders that a configuration names exist and are of the right kind.
+//! Checks whether the files and folders that a configuration names exist and are of the right kind (`vilg config
+//! check`).
 
 use crate::{
     config::Config,
@@ -10,14 +11,14 @@ use std::path::Path;
 /// What was found.
 #[derive(Default)]
 pub struct Found {
-    /// Paths that do not exist: they may exist where the run will be.
+    /// Warnings: paths that do not exist. They may exist on the machine where the run will start.
     pub missing: Vec<String>,
-    /// Paths that exist but cannot be right.
+    /// Errors: paths that exist but are of the wrong kind.
     pub wrong: Vec<String>,
 }
 
 impl Found {
-    /// Looks at every path of the configuration that its task reads.
+    /// Checks every path that the configuration's task reads.
     pub fn of(config: &Config) -> Self {
         let mut found = Self::default();
         if config.data.sources.is_empty() {
@@ -75,7 +76,7 @@ mod tests {
         let mut config = Config::default();
         let found = Found::of(&config);
         assert_eq!((found.missing.len(), found.wrong.len()), (3, 0), "no data, no vocabulary, no tokenizer");
-        // Folders where a file and a model folder are wanted.
+        // A folder where a file is wanted, and a folder without config.toml where a model folder is wanted.
         (config.text.vocab, config.image_tokenizer.path) = (at.clone(), at.clone());
         config.train.init_from = format!("{at}/nowhere");
         let found = Found::of(&config);

@@ -4,7 +4,7 @@ use super::{data_encode, data_inspect, data_vocab};
 use crate::error::Result;
 use clap::Subcommand;
 
-/// Look at data, encode images, make a vocabulary
+/// Inspect data, encode images as image codes, make a vocabulary
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]

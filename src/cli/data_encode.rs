@@ -9,28 +9,28 @@ use crate::{
 };
 use std::{fs, path::PathBuf};
 
-/// Encode shards of images as shards of image codes; run it again to continue where it stopped
+/// Encode shards of images as shards of image codes. Run the same command again to resume
 #[derive(clap::Args)]
 #[command(
-    after_help = "Each output shard records its source (samples, sizes, modification times) and the tokenizer. A shard \
-    whose source is unchanged is kept, one whose source changed is encoded again, and one of another source is never \
-    replaced. Images of folders are stored under their path without dots. A source shard without a usable sample is \
+    after_help = "Each output shard records its source (samples, sizes, modification times) and the tokenizer. An output \
+    shard is kept while its source is unchanged, encoded again when the source has changed, and never replaced by a \
+    different source. Images from folders are stored under their path with dots replaced. A source shard without a usable sample is \
     reported, and the exit code is then 1."
 )]
 pub struct Args {
     /// Shards or folders, as for `vilg data inspect`
     #[arg(required = true, value_name = "SOURCE")]
     sources: Vec<String>,
-    /// Model folder with the image tokenizer
+    /// Model folder whose image tokenizer encodes the images
     #[arg(short, long, value_name = "DIR")]
     model: String,
-    /// Folder for the shards
+    /// Folder to write the shards of codes to
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
-    /// Images that are encoded at once
+    /// Batch size: number of images encoded together
     #[arg(long, default_value_t = 32, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     batch: u16,
-    /// Stop when more than this share of the samples is bad (0: at the first bad sample)
+    /// Stop when more than this share of the samples is bad, from 0 to 1 (0: stop at the first bad sample)
     #[arg(long, default_value_t = config::Data::default().max_bad_ratio, value_name = "RATIO")]
     max_bad_ratio: f64,
 }

@@ -13,7 +13,7 @@ use crate::{
 #[derive(clap::Args)]
 #[command(after_help = "The exit code is 1 if one of the paths contains no readable image or codes.")]
 pub struct Args {
-    /// Tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), folders of shards, folders of images
+    /// Tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), folders of shards, or folders of images
     #[arg(required = true, value_name = "PATH")]
     paths: Vec<String>,
 }

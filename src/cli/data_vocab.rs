@@ -8,19 +8,19 @@ use crate::{
 };
 use std::{fs, path::PathBuf};
 
-/// Make a WordPiece vocabulary from all captions
+/// Train a WordPiece vocabulary on all captions
 #[derive(clap::Args)]
 pub struct Args {
     /// Shards or folders, as for `vilg data inspect`
     #[arg(required = true, value_name = "SOURCE")]
     sources: Vec<String>,
-    /// The file to write, one token a line
+    /// Vocabulary file to write, one token per line
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// Largest number of tokens, special tokens included
+    /// Maximum vocabulary size, special tokens included
     #[arg(long, default_value_t = 8192, value_name = "N", value_parser = clap::value_parser!(u32).range(6..=1_000_000))]
     size: u32,
-    /// Largest number of samples that are read, evenly spread over the sources
+    /// Maximum number of samples to read, spread evenly over the sources
     #[arg(long, default_value_t = 1_000_000, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     samples: u64,
 }
@@ -56,7 +56,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     }
     let vocab = text::train(captions.iter().map(String::as_str), args.size as usize)?;
     let file = args.output.display();
-    fs::write(&args.output, &vocab).hint(format_args!("cannot write {file}"), "choose another place with -o")?;
+    fs::write(&args.output, &vocab).hint(format_args!("cannot write {file}"), "choose another file with -o")?;
     let (tokens, captions) = (vocab.lines().count(), captions.len());
     if json {
         report::json(

@@ -3,9 +3,9 @@
 use crate::{bundle::DEMO_NAME, dist, error::Result, report, runtime};
 use serde_json::{Value, json};
 
-/// Show what this machine offers and what this build contains
+/// Show what this machine offers and how this program was built
 #[derive(clap::Args)]
-#[command(after_help = "The JSON has sizes in bytes (`*_bytes`; null: unknown) and counts as numbers.")]
+#[command(after_help = "In the JSON, sizes are numbers of bytes (`*_bytes`; null: unknown) and counts are numbers.")]
 pub struct Args {}
 
 pub fn run(_args: Args, json: bool) -> Result<()> {
@@ -18,7 +18,7 @@ pub fn run(_args: Args, json: bool) -> Result<()> {
     Ok(())
 }
 
-/// The facts in the order in which they are shown.
+/// The facts as (key, value), in the order in which they are shown.
 fn facts() -> Vec<(&'static str, Value)> {
     let (version, machine) = (report::version(), runtime::facts());
     vec![
@@ -42,7 +42,7 @@ fn facts() -> Vec<(&'static str, Value)> {
     ]
 }
 
-/// A fact for readers: `memory_bytes 8000000000` is `memory  8.0 GB`.
+/// One row of the table: `memory_bytes 8000000000` becomes `memory  8.0 GB`.
 fn row(key: &str, value: &Value) -> Vec<String> {
     let (name, is_size) = key.strip_suffix("_bytes").map_or((key, false), |name| (name, true));
     let shown = match value {

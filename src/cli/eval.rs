@@ -27,39 +27,39 @@ enum Command {
     Recon(super::eval_recon::Args),
 }
 
-/// Measure text-to-image: generate from captions and search each caption's own image among others of its style
+/// Measure text-to-image: generate images from captions and look up each caption's real image among others of its style
 #[derive(clap::Args)]
 #[command(
-    after_help = "The other images have the same `style` in their JSON; the seed chooses them. The nearest image has the \
+    after_help = "The other images have the same `style` in their JSON and are chosen by --seed. The nearest image has the \
     smallest mean squared RGB difference after box-filtering both to 16×16; ties count against the model. Upper bound: \
     real images after a tokenizer round trip. Intervals are 95 % Wilson intervals."
 )]
 struct RetrievalArgs {
     #[command(flatten)]
     common: Common,
-    /// More images to search among, for styles with too few images in the data; same forms as --data
+    /// Further images to search among, for styles with too few images in the data; same forms as --data
     #[arg(long, value_name = "SRC")]
     pool: Option<String>,
-    /// Number of images to search among, the right one included
+    /// Number of images to search among, the real image included
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(2..=1_000_000))]
     candidates: u32,
-    /// Generate K candidates for each caption and keep the one that fits it best; takes K times as long
+    /// Generate K candidates for each caption and keep the best match; takes K times as long
     #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     best_of: u32,
     #[command(flatten)]
     sampling: Options,
 }
 
-/// Measure image-to-text: count the captions that contain the `name_zh` of the image's JSON
+/// Measure image-to-text: the share of captions that contain the `name_zh` of the image's JSON
 #[derive(clap::Args)]
 #[command(after_help = "Case and spaces are ignored. Intervals are 95 % Wilson intervals.")]
 struct CaptionArgs {
     #[command(flatten)]
     common: Common,
-    /// Use beam search of width B [default: the most likely token each time]
+    /// Use beam search of width B [default: greedy decoding]
     #[arg(long, value_name = "B", value_parser = clap::value_parser!(u32).range(1..=64))]
     beam: Option<u32>,
-    /// Exponent A of the caption's length in beam search, from 0 to 10: captions compete by ln p(caption) / tokens^A
+    /// Length penalty A of beam search, from 0 to 10: captions are ranked by ln p(caption) / tokens^A
     #[arg(long, value_name = "A", default_value_t = 1.0, value_parser = length_penalty, requires = "beam",
         allow_negative_numbers = true)]
     length_penalty: f64,
@@ -67,13 +67,13 @@ struct CaptionArgs {
 
 #[derive(clap::Args)]
 struct Common {
-    /// Tar shards (`DIR/{00000..00012}.tar`, `DIR/*.tar`), a folder of shards, or a folder of pairs
+    /// Tar shards (`DIR/{00000..00012}.tar`, `DIR/*.tar`), a folder of shards, or a folder of image-caption pairs
     #[arg(long, value_name = "SRC")]
     data: String,
-    /// Number of samples to measure, chosen by the seed; 0: all
+    /// Number of samples to measure, chosen by --seed; 0: all
     #[arg(long, value_name = "N", default_value_t = 400, allow_negative_numbers = true)]
     samples: usize,
-    /// Seed of the choice of samples and of the sampling
+    /// Random seed of the choice of samples and of the sampling
     #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
     #[command(flatten)]
@@ -134,7 +134,7 @@ fn run_caption(args: &CaptionArgs, json: bool) -> Result<()> {
     Ok(())
 }
 
-/// `23.0 % (92 of 400, 95 % interval 19.1 to 27.4 %)`
+/// Formats a rate: `23.0 % (92 of 400, 95 % interval 19.1 to 27.4 %)`.
 fn line(rate: &Rate) -> String {
     let Rate { hits, of, rate, interval: [low, high] } = rate;
     let percent = |share: f64| share * 100.0;

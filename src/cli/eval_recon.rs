@@ -19,20 +19,20 @@ use std::path::PathBuf;
 #[derive(clap::Args)]
 #[command(
     after_help = "PSNR (in dB) and SSIM (as scikit-image computes it, 7 × 7 windows) are means over images. LPIPS and \
-    the Fréchet distance of VGG-16 features (averaged over space; not comparable with FID) need --lpips; FID needs \
-    --inception and thousands of images. `use` is the share of the codebook that at least one image uses."
+    the Fréchet distance of VGG-16 features (averaged over positions; not comparable with FID) need --lpips; FID needs \
+    --inception and thousands of images. `use` is the share of codebook entries used by at least one image."
 )]
 pub struct Args {
     /// Tar shards (`DIR/{00000..00012}.tar`, `DIR/*.tar`), a folder of shards, or a folder of images
     #[arg(long, value_name = "SRC")]
     data: String,
-    /// Number of images to measure, chosen by the seed; 0: all
+    /// Number of images to measure, chosen by --seed; 0: all
     #[arg(long, value_name = "N", default_value_t = 400, allow_negative_numbers = true)]
     samples: usize,
-    /// Seed of the choice of images
+    /// Random seed of the choice of images
     #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
-    /// Model folder with the image tokenizer; give the option several times to compare models on the same images
+    /// Model folder with the image tokenizer; repeat the option to compare several tokenizers on the same images
     #[arg(short, long, value_name = "DIR|NAME", default_value = DEMO_NAME)]
     model: Vec<String>,
     /// Folder written by `vilg import lpips`
@@ -41,7 +41,7 @@ pub struct Args {
     /// Folder written by `vilg import inception`
     #[arg(long, value_name = "DIR")]
     inception: Option<PathBuf>,
-    /// PNG file to write: the first 12 images above their reconstructions by each tokenizer
+    /// PNG file to write: the first 12 images, with their reconstructions by each tokenizer below
     #[arg(long, value_name = "FILE")]
     sheet: Option<PathBuf>,
 }
@@ -71,7 +71,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
             report::json(&json!({ "model": model, "data": args.data, "result": outcome.result }));
         }
     } else {
-        let header = ["tokenizer", "pictures", "PSNR", "SSIM", "LPIPS", "Fréchet (VGG)", "FID", "use", "perplexity"];
+        let header = ["tokenizer", "images", "PSNR", "SSIM", "LPIPS", "Fréchet (VGG)", "FID", "use", "perplexity"];
         let rows = args.model.iter().zip(&outcomes).map(|(model, outcome)| row(model, outcome));
         report::table(&header, &rows.collect::<Vec<_>>());
     }

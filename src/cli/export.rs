@@ -9,20 +9,20 @@ use std::path::PathBuf;
 /// Copy a model folder: in another precision, with another decoder, or under another project's tensor names
 #[derive(clap::Args)]
 pub struct Args {
-    /// Model folder, or `demo`
+    /// Model folder, the folder of a training run, or `demo`
     #[arg(long, value_name = "DIR|NAME", default_value = crate::bundle::DEMO_NAME)]
     model: String,
-    /// Folder to write; with `--names llamagen-vq` the .safetensors file. An existing model folder is replaced
+    /// Folder to write; with `--names llamagen-vq`: .safetensors file to write. An existing model folder is replaced
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
-    /// Precision of the copy's weights
+    /// Number format of the copied weights
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Precision,
-    /// Image tokenizer to put in place of the generator's own: one whose decoder was trained further while encoder and
-    /// codebook were frozen (train.freeze)
+    /// Replace the generator's image tokenizer by this one. Encoder and codebook must be the same: only the decoder may
+    /// have been trained further (train.freeze)
     #[arg(long, value_name = "DIR")]
     image_tokenizer: Option<String>,
-    /// Names of the tensors. A VQGAN already has those of taming-transformers, a dVAE those of DALL-E
+    /// Names of the tensors. A VQGAN already has the names of taming-transformers, a dVAE those of DALL-E
     #[arg(long, value_enum, default_value = "ours", conflicts_with = "image_tokenizer")]
     names: Names,
     /// Replace the output even if it is not a model folder (or, with `--names llamagen-vq`, not a .safetensors file)
@@ -32,9 +32,9 @@ pub struct Args {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Names {
-    /// A model folder
+    /// A model folder of vilg
     Ours,
-    /// The image tokenizer alone, as LlamaGen names its VQ tokenizer
+    /// The image tokenizer alone, with the tensor names of LlamaGen's VQ tokenizer
     LlamagenVq,
 }
 

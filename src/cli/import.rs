@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Convert published weights into a folder that vilg reads
+/// Convert published weights into a model folder
 #[derive(clap::Args)]
 #[command(after_help = "\
 KIND and SRC:
@@ -17,28 +17,28 @@ KIND and SRC:
                  torchvision's vgg16-*.pth, or a taming-transformers VQGAN checkpoint
   inception      InceptionV3 for the FID: pytorch-fid's pt_inception-2015-12-05-*.pth
   taming-vqgan   VQGAN of taming-transformers: last.ckpt, or a transformer's checkpoint that holds the VQGAN
-  taming-gumbel  the same with a Gumbel quantizer, such as the published f8-8192
+  taming-gumbel  VQGAN of taming-transformers with a Gumbel quantizer, such as the published f8-8192
   dalle-dvae     DALL-E's dVAE: a folder with encoder.pt and decoder.pt (state dicts), or one file with both
-  llamagen-vq    VQ tokenizer of LlamaGen: vq_ds16_c2i.pt and its like, or a checkpoint of its training; where that holds
-                 both `model` and `ema`, `ema` is taken
+  llamagen-vq    VQ tokenizer of LlamaGen: vq_ds16_c2i.pt or similar, or a training checkpoint; of a checkpoint with
+                 `model` and `ema`, `ema` is used
 
-SRC is a .safetensors file, a PyTorch .pt, .pth or .ckpt, a pickle of numpy arrays, or a folder of such files. Nothing in \
-a pickle is run: a file that would call anything but what builds tensors is refused.")]
+SRC is a .safetensors file, a PyTorch .pt, .pth or .ckpt, a pickle of numpy arrays, or a folder of these files. Code in \
+a pickle is never run: a file that calls anything but the functions that build tensors is refused.")]
 pub struct Args {
-    /// What SRC is
+    /// Kind of the weights in SRC
     #[arg(value_enum, value_name = "KIND")]
     kind: Kind,
-    /// File, or folder whose files belong together
+    /// File to convert, or folder with the files to convert
     #[arg(value_name = "SRC")]
     source: PathBuf,
     /// Folder to write
     #[arg(value_name = "DIR")]
     folder: PathBuf,
-    /// taming-vqgan and taming-gumbel: the YAML file published with SRC. It gives the side of the images [default: 256] and
-    /// is checked against the weights
+    /// taming-vqgan and taming-gumbel only: the YAML file published with SRC. It sets the image side length [default:
+    /// 256] and is checked against the weights
     #[arg(long, value_name = "FILE")]
     yaml: Option<PathBuf>,
-    /// Replace DIR even if it holds other files; they are deleted
+    /// Replace DIR even if it holds other files, which are deleted
     #[arg(long)]
     force: bool,
 }

@@ -12,7 +12,7 @@ pub fn run(_args: Args, _json: bool) -> Result<()> {
     Ok(())
 }
 
-/// One page for the program and all its commands.
+/// One man page for the program and all its commands, as roff.
 fn page() -> Result<Vec<u8>> {
     let mut root = super::command().disable_help_subcommand(true);
     root.build();
@@ -32,7 +32,7 @@ fn page() -> Result<Vec<u8>> {
     Ok(page)
 }
 
-/// The section of a command, or those of its subcommands. Global options are explained once, at the top.
+/// The section of a command, or the sections of its subcommands. Global options are explained once, at the top.
 fn command_section(command: &clap::Command, page: &mut Vec<u8>) -> Result<()> {
     if command.has_subcommands() {
         return command.get_subcommands().try_for_each(|below| command_section(below, page));

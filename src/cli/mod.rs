@@ -1,4 +1,4 @@
-//! The command line: one file for each command, with its `Args` and a `run` that calls the floors below.
+//! The command line. Each command is one file with its `Args` and a `run` function.
 
 mod bench;
 mod caption;
@@ -70,7 +70,7 @@ struct Cli {
     allow_mismatch: bool,
 }
 
-/// The commands in the order of the overview, by what a user wants to do.
+/// The commands in the order of the overview, grouped by what a user wants to do.
 const GROUPS: [(&str, &[&str]); 5] = [
     ("Use a model", &["t2i", "caption", "tokenize", "reconstruct"]),
     ("Prepare data", &["data"]),
@@ -100,12 +100,15 @@ enum Command {
 }
 
 /// Parses `args` (the first is the program's name) and runs the command.
+///
+/// # Errors
+/// The arguments are wrong (exit code 2), or the command fails.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     let args: Vec<OsString> = args.into_iter().collect();
     let cli = match parse(&args) {
         Ok(cli) => cli,
         Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
-            // A closed pipe (`vilg --help | head`) is no failure.
+            // A closed pipe (`vilg --help | head`) is not an error.
             let _ = error.print();
             return Ok(());
         }
@@ -126,7 +129,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     }
     runtime::start_threads(cli.threads.map(usize::from))?;
     match cli.command {
-        // Threads of their own hand work to the pool: waiting for them on its only thread would never end.
+        // Data and training start their own threads, which hand work to the pool. Waiting for them from inside a pool
+        // of one thread would deadlock.
         Command::Data(_) | Command::Train(_) => dispatch(cli.command, cli.json),
         _ => runtime::on_threads(|| dispatch(cli.command, cli.json)),
     }
@@ -156,7 +160,7 @@ fn parse(args: &[OsString]) -> Result<Cli, clap::Error> {
     Cli::from_arg_matches(&command().try_get_matches_from(args)?)
 }
 
-/// The whole command line as clap knows it: the source of help, completions and man page.
+/// The complete clap command: the source of help, completions and man page.
 fn command() -> clap::Command {
     let command = Cli::command();
     let overview = overview(&command);
@@ -166,7 +170,7 @@ fn command() -> clap::Command {
     ))
 }
 
-/// The commands with what they do, in groups.
+/// The list of commands with one line of help each, in groups.
 fn overview(command: &clap::Command) -> String {
     let line = |name: &&str| {
         let about = command.find_subcommand(name).and_then(clap::Command::get_about);
@@ -178,7 +182,7 @@ fn overview(command: &clap::Command) -> String {
     format!("{groups}`vilg help COMMAND` explains a command and its options.\n\n")
 }
 
-/// clap's message in our form: what is wrong, then a hint.
+/// Converts clap's error message: what is wrong, then a hint.
 fn usage_error(error: &clap::Error, args: &[OsString]) -> Error {
     let help = format!("`{} --help` explains commands and options", command_of(args));
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {

@@ -9,19 +9,23 @@ use crate::{
 };
 use std::time::Instant;
 
-/// Which model runs, and how.
+/// Options that choose the model and the precision of its weights.
 #[derive(clap::Args)]
 pub struct ModelOptions {
-    /// Model folder, the folder of a training run (its `model` is taken), or `demo` for the built-in model
+    /// Model folder, folder of a training run (its `model` is used), or `demo` for the built-in model
     #[arg(long, value_name = "DIR|NAME", default_value = DEMO_NAME)]
     model: String,
-    /// Format of the weights while tokens are generated: bf16 is as good as f32 and faster, int8 halves the memory of bf16
+    /// Number format of the weights during generation: bf16 is as good as f32 and faster, int8 halves the memory of
+    /// bf16
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = Format::Bf16)]
     precision: Format,
 }
 
 impl ModelOptions {
     /// Opens the model folder and loads its generator, image tokenizer and vocabulary.
+    ///
+    /// # Errors
+    /// The folder is missing, incomplete or damaged.
     pub fn load(&self) -> Result<(Bundle, Models)> {
         let bundle = Bundle::open(&self.model)?;
         let begun = Instant::now();

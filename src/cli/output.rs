@@ -1,10 +1,10 @@
-//! Output files: refused before hours of work, not after.
+//! Checks that output files can be written before the work starts, not hours later.
 
 use crate::error::{Hint, Result, ensure, usage};
 use std::{fs, path::Path};
 
-/// Checks that the file `path` of the option `option` can be written, and makes the folders on the way. An existing file
-/// keeps its content.
+/// Checks that the file `path` of the option `option` can be written, and creates its parent folders. The content of an
+/// existing file is kept.
 ///
 /// # Errors
 /// `path` is a folder, or the file or its folder cannot be written.
@@ -14,7 +14,7 @@ pub fn check(path: &Path, option: &str) -> Result<()> {
     let hint = format!("choose another file with {option}");
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     folder.map_or(Ok(()), fs::create_dir_all).hint(format_args!("cannot write {name}"), &hint)?;
-    // Pipes and devices are opened once, when there is something to write.
+    // Opening a pipe or device here would be a second open; it is opened once, when there is something to write.
     let exists = path.exists();
     if exists && !path.is_file() {
         return Ok(());

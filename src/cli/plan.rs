@@ -18,28 +18,28 @@ use crate::{
 use clap::ValueEnum;
 use serde_json::json;
 
-/// Say what a configuration takes on N GPUs: memory by kind, traffic and time, by sharding stage; and what fits
+/// Estimate memory, traffic and time on N GPUs for each ZeRO stage, and say which settings fit
 #[derive(clap::Args)]
 #[command(
-    after_help = "All by formula: nothing is allocated, and neither data nor vocabulary need to be there. GB are 10^9 \
-    bytes. --on cpu plans the ranks of `vilg train --nproc N` on processors, where all numbers are f32."
+    after_help = "All figures are computed: nothing is allocated, and neither data nor vocabulary need to exist. A GB is 10^9 \
+    bytes. --on cpu plans for the ranks of `vilg train --nproc N` on CPUs, where all numbers are f32."
 )]
 pub struct Args {
     #[command(flatten)]
     source: Source,
-    /// GPUs, or ranks with --on cpu; each is a rank
+    /// Number of GPUs, one rank each; with --on cpu: number of ranks
     #[arg(long, visible_alias = "ranks", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
     gpus: u32,
-    /// Memory of one GPU in GB (optional with --on cpu: of one rank)
+    /// Memory of one GPU in GB; with --on cpu: memory of one rank, optional
     #[arg(long, value_name = "GB")]
     gpu_memory: Option<f64>,
-    /// Share of the GPU's peak that the model's own operations reach (recomputation does not count)
+    /// Model FLOPs utilization: share of the GPU's peak, without recomputation, from 0 to 1
     #[arg(long, value_name = "SHARE", default_value_t = 0.4)]
     mfu: f64,
-    /// Peak of one GPU in TFLOP/s; 312 is an A100's in bf16
+    /// Peak of one GPU in TFLOP/s (an A100 has 312 in bf16)
     #[arg(long, value_name = "N", default_value_t = 312.0)]
     gpu_tflops: f64,
-    /// What the ranks compute on
+    /// Hardware that the ranks run on
     #[arg(long, value_enum, default_value = "gpu")]
     on: Device,
 }
@@ -106,7 +106,7 @@ fn on_gpus(config: &Config, sizes: &Sizes, cluster: Cluster, json: bool) {
     print_refusal(config, cluster.gpus, refusal);
 }
 
-/// What `vilg train` would refuse.
+/// Prints why `vilg train` would refuse this configuration on `ranks` ranks, and the next step.
 fn print_refusal(config: &Config, ranks: usize, refusal: Option<Error>) {
     if let Some(error) = refusal {
         report::result(format_args!("`vilg train` refuses: {error}"));
@@ -114,7 +114,8 @@ fn print_refusal(config: &Config, ranks: usize, refusal: Option<Error>) {
     }
 }
 
-/// What to do about it: the largest number of parts with a sample each, if there is one.
+/// The hint for a refused configuration: the largest `train.accumulation` that gives every micro-step a sample on each
+/// rank, if there is one.
 fn refused(config: &Config, ranks: usize, error: &Error) -> String {
     let train = &config.train;
     let least = [train.batch_size, train.caption_batch_size].into_iter().filter(|size| *size > 0).min();
@@ -185,8 +186,8 @@ fn verdict(config: &Config, fit: &Fit) {
     }
     report::result(format_args!("\nthe configuration does not fit ({own})"));
     let hint = match (&fit.change[..], fit.gpus_needed) {
-        ([], Some(gpus)) => format!("no settings fit; {gpus} of these GPUs are enough"),
-        ([], None) => "no settings fit, whatever the number of these GPUs; use larger ones or a smaller model".into(),
+        ([], Some(gpus)) => format!("no settings fit; at least {gpus} of these GPUs are needed"),
+        ([], None) => "no settings fit on any number of these GPUs; use larger ones or a smaller model".into(),
         (keys, _) => keys.join(", "),
     };
     report::result(format_args!("hint: {hint}"));
@@ -215,7 +216,7 @@ fn on_cpus(config: &Config, sizes: &Sizes, ranks: usize, memory: Option<u64>, js
     print_refusal(config, ranks, refusal);
 }
 
-/// Elements of the largest and the smallest rank.
+/// Prints how many elements the largest and the smallest shard hold.
 pub fn print_shares(shares: &Shares) {
     let (least, most) = (grouped(shares.smallest), grouped(shares.largest));
     let Shares { world_size, ranks, .. } = shares;
@@ -225,7 +226,7 @@ pub fn print_shares(shares: &Shares) {
     ));
 }
 
-/// One rank as JSON.
+/// The memory of one rank as JSON, in bytes.
 pub fn held_json(stage: u8, held: &Held, fits: Option<bool>) -> serde_json::Value {
     json!({
         "stage": stage, "bytes": held, "between_steps": held.between_steps(), "step": held.step(),
@@ -233,7 +234,7 @@ pub fn held_json(stage: u8, held: &Held, fits: Option<bool>) -> serde_json::Valu
     })
 }
 
-/// One rank as a row of [`print_held`].
+/// The memory of one rank as a row of [`print_held`], in GB.
 pub fn held_row(name: String, held: &Held, fits: Option<bool>) -> Vec<String> {
     let unknown = || "unknown".to_owned();
     let fits = fits.map(|fits| if fits { "yes" } else { "no" });
@@ -247,7 +248,7 @@ pub fn held_row(name: String, held: &Held, fits: Option<bool>) -> Vec<String> {
     row
 }
 
-/// Rows of [`held_row`] with what they mean.
+/// Prints the rows of [`held_row`] with a legend.
 pub fn print_held(rows: &[Vec<String>]) {
     let header = [
         "  stage",
@@ -271,12 +272,12 @@ pub fn print_held(rows: &[Vec<String>]) {
     );
 }
 
-/// Bytes as GB.
+/// Formats bytes as GB.
 fn gb(bytes: u64) -> String {
     short(bytes as f64 / 1e9)
 }
 
-/// Three digits or so.
+/// Formats a number with about three digits.
 fn short(number: f64) -> String {
     match number {
         0.0 => "0".into(),

@@ -1,4 +1,4 @@
-//! The prompts of `vilg t2i`: from the command line, from stdin or from a file with one on each line.
+//! Reads the prompts of `vilg t2i` from the command line, from stdin or from a file with one prompt on each line.
 
 use crate::error::{Hint, Result, ensure, usage};
 use std::{
@@ -7,14 +7,14 @@ use std::{
     path::Path,
 };
 
-/// Largest text of prompts that is read, in bytes.
+/// Maximum size of a prompt file, in bytes.
 const MAX_BYTES: u64 = 16 << 20;
 
-/// The prompts of the arguments `texts`, of which `-` stands for the lines of stdin, then those of the file `file` (`-`:
+/// Collects the prompts of `texts`, where `-` stands for the lines of stdin, followed by the prompts of `file` (`-`:
 /// stdin).
 ///
 /// # Errors
-/// The text cannot be read, is not UTF-8 or too large, there is no prompt, or one is empty.
+/// The text cannot be read, is not UTF-8 or is too large; there is no prompt, or a prompt is empty.
 pub fn collect(texts: &[String], file: Option<&Path>) -> Result<Vec<String>> {
     let mut prompts = Vec::new();
     for text in texts {
@@ -32,7 +32,7 @@ pub fn collect(texts: &[String], file: Option<&Path>) -> Result<Vec<String>> {
                 let is_folder = std::fs::metadata(file)?.is_dir();
                 if is_folder { Err(std::io::ErrorKind::IsADirectory.into()) } else { File::open(file) }
             };
-            let opened = open().hint(format_args!("cannot read {name}"), "--prompts takes a text file")?;
+            let opened = open().hint(format_args!("cannot read {name}"), "--prompts needs a text file")?;
             prompts.extend(lines(opened, &name)?);
         }
         None => {}
@@ -41,11 +41,11 @@ pub fn collect(texts: &[String], file: Option<&Path>) -> Result<Vec<String>> {
     Ok(prompts)
 }
 
-/// The prompts of a text, one on each line; empty lines do not count.
+/// The prompts of a text, one on each line. Empty lines are skipped.
 fn lines(reader: impl Read, name: &str) -> Result<Vec<String>> {
     let mut bytes = Vec::new();
     let read = reader.take(MAX_BYTES + 1).read_to_end(&mut bytes);
-    read.hint(format_args!("cannot read {name}"), "prompts are lines of text")?;
+    read.hint(format_args!("cannot read {name}"), "prompts must be lines of text")?;
     let hint = "split the prompts into several files";
     ensure!(bytes.len() as u64 <= MAX_BYTES, usage(format_args!("{name} is larger than {} MB", MAX_BYTES >> 20), hint));
     let text = match std::str::from_utf8(&bytes) {
@@ -61,7 +61,7 @@ fn lines(reader: impl Read, name: &str) -> Result<Vec<String>> {
     Ok(prompts)
 }
 
-/// The error for a prompt without text.
+/// The error for an empty prompt.
 pub fn empty() -> crate::error::Error {
     usage("the prompt is empty", "say what to generate: vilg t2i 现代风格的彩虹")
 }

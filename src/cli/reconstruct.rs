@@ -20,17 +20,17 @@ use std::{
 /// Encode images as image codes and decode them again: the upper bound of what the transformer can generate
 #[derive(clap::Args)]
 #[command(
-    after_help = "Of a folder, every image in it and in its subfolders is written to the folder of `-o`, as a PNG under \
-    its path without dots (`x.jpg` beside `x.png`: `x.png` and `x_png.png`). Images that cannot be read are reported, \
+    after_help = "If IMAGE is a folder, every image in it and in its subfolders is written to the folder -o, as a PNG named by \
+    its path with dots replaced (`x.jpg` and `x.png` become `x.png` and `x_png.png`). Images that cannot be read are reported, \
     and the exit code is then 1. A source image is never overwritten."
 )]
 pub struct Args {
     /// Image file, or folder of images
     image: PathBuf,
-    /// PNG file (or folder) to write
+    /// PNG file to write, or folder if IMAGE is a folder
     #[arg(short, long, value_name = "FILE|DIR", default_value = "reconstruction.png")]
     output: PathBuf,
-    /// Process whole images at their own size, tile by tile, instead of their centred squares
+    /// Process whole images at their own size (at most 4096x4096 pixels) in tiles, instead of their central squares
     #[arg(long)]
     whole: bool,
     /// Model folder with the image tokenizer
@@ -78,26 +78,26 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     Ok(())
 }
 
-/// Whether two paths lead to one file.
+/// Whether two paths lead to the same file.
 fn same_file(a: &Path, b: &Path) -> bool {
     matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
 fn one(tokenizer: &ImageTokenizer, image: &Path, output: &Path, whole: bool, json: bool) -> Result<()> {
     let picture = open_picture(image)?;
-    let (original, painted, codes) = if whole {
+    let (original, reconstructed, codes) = if whole {
         let grid = tokenizer.encode_whole(&picture)?;
-        let painted = tokenizer.decode_whole(&grid, picture.height() as usize, picture.width() as usize)?;
-        (picture, painted, grid.codes)
+        let reconstructed = tokenizer.decode_whole(&grid, picture.height() as usize, picture.width() as usize)?;
+        (picture, reconstructed, grid.codes)
     } else {
         let original = square(picture, tokenizer.image_size() as u32);
         let codes = tokenizer.encode(&to_pixels([&original])?)?;
-        let painted = from_pixels(&tokenizer.decode(&codes)?)?.swap_remove(0);
-        (original, painted, codes.flatten_all()?.to_vec1()?)
+        let reconstructed = from_pixels(&tokenizer.decode(&codes)?)?.swap_remove(0);
+        (original, reconstructed, codes.flatten_all()?.to_vec1()?)
     };
-    image_file::write_png(output, &painted)?;
+    image_file::write_png(output, &reconstructed)?;
     let used = codes.into_iter().collect::<BTreeSet<u32>>().len();
-    let (psnr, size) = (psnr(&original, &painted), tokenizer.codebook_size()?);
+    let (psnr, size) = (psnr(&original, &reconstructed), tokenizer.codebook_size()?);
     if json {
         report::json(
             &json!({ "image": report::path(image), "path": report::path(output), "psnr": psnr, "codebook_used": used }),

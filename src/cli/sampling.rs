@@ -1,29 +1,29 @@
-//! The options that commands which sample tokens share.
+//! Options shared by the commands that sample tokens.
 
 use crate::{config, generate::Sampling};
 
-/// How image codes are sampled; options that are not given come from the model's configuration.
+/// How image codes are sampled. Options that are not given come from the model's configuration.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Sampling temperature, from 0 to 100: divides the logits. Lower values give more typical images; 0 takes the most
-    /// likely code each time [default: the model's]
+    /// Sampling temperature, from 0 to 100: divides the logits. Lower values give more typical images; 0 always takes
+    /// the most likely code [default: the model's]
     #[arg(long, value_name = "T", value_parser = from_0_to_100, allow_negative_numbers = true)]
     pub temperature: Option<f64>,
-    /// Sample only from the K most likely codes; 0: from all [default: the model's]
+    /// Top-k sampling: sample only from the K most likely codes; 0: from all [default: the model's]
     #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<usize>,
-    /// Sample only from the most likely codes whose probabilities add up to P (nucleus sampling), above 0; 1: from all
+    /// Nucleus sampling: sample only from the most likely codes whose probabilities add up to P, above 0; 1: from all
     /// [default: the model's]
     #[arg(long, value_name = "P", value_parser = probability, allow_negative_numbers = true)]
     pub top_p: Option<f64>,
-    /// Scale of classifier-free guidance, from 0 to 100: 1 is none, higher values follow the prompt more closely; other
-    /// values than 1 double the cost [default: the model's]
+    /// Classifier-free guidance scale, from 0 to 100: 1 turns guidance off, higher values follow the prompt more
+    /// closely. Any value but 1 doubles the cost [default: the model's]
     #[arg(long, value_name = "S", value_parser = from_0_to_100, allow_negative_numbers = true)]
     pub guidance: Option<f64>,
 }
 
 impl Options {
-    /// The options over a model's defaults.
+    /// The sampling settings: these options where given, else `defaults`.
     pub fn over(&self, defaults: &config::Sample) -> Sampling {
         Sampling {
             temperature: self.temperature.unwrap_or(defaults.temperature),
@@ -34,19 +34,19 @@ impl Options {
     }
 }
 
-/// A number from 0 to 100.
+/// Parses a number from 0 to 100.
 pub fn from_0_to_100(text: &str) -> Result<f64, String> {
     let number: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
     if (0.0..=100.0).contains(&number) { Ok(number) } else { Err("must be from 0 to 100".to_owned()) }
 }
 
-/// An exponent of the length, from 0 to 10.
+/// Parses a length penalty, from 0 to 10.
 pub fn length_penalty(text: &str) -> Result<f64, String> {
     let number: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
     if (0.0..=10.0).contains(&number) { Ok(number) } else { Err("must be from 0 to 10".to_owned()) }
 }
 
-/// A number above 0, at most 1.
+/// Parses a number above 0, at most 1.
 pub fn probability(text: &str) -> Result<f64, String> {
     let number: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
     if number > 0.0 && number <= 1.0 { Ok(number) } else { Err("must be above 0, at most 1".to_owned()) }

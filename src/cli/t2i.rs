@@ -14,23 +14,21 @@ use std::{
     time::Instant,
 };
 
-/// Most images in a grid.
+/// Maximum number of images in a grid.
 const MAX_GRID: usize = 1024;
-/// Images that are generated before they are written with `--each`.
+/// Number of images that `--each` generates before it writes them.
 const CHUNK: usize = 64;
 
 /// Generate images from Chinese text
 #[derive(clap::Args)]
-#[command(
-    after_help = "The same prompt, seed, options and model give the same image. The model itself judges candidates of \
-    --best-of, and each image as `score` in the JSON: the mean ln p of a token of the prompt, given the image.\n\n\
+#[command(after_help = "The same prompt, seed, options and model give the same image. The model ranks the \
+    candidates of --best-of by `score` (also in the JSON): the mean log probability of a prompt token, given the image.\n\n\
     Examples:\n  \
     vilg t2i 一轮弯月，扁平风格 -o moon.png\n  \
     vilg t2i --prompts prompts.txt --each -o images/moon.png\n  \
-    echo 红苹果 | vilg t2i - -o - | display"
-)]
+    echo 红苹果 | vilg t2i - -o - | display")]
 pub struct Args {
-    /// What to generate, e.g. 细腻风格的女宇航员; the images of several prompts go into one grid. `-`: the lines of stdin
+    /// Prompt, e.g. 细腻风格的女宇航员; the images of several prompts form one grid. `-`: read prompts from the lines of stdin
     #[arg(required_unless_present = "prompts", value_name = "TEXT")]
     texts: Vec<String>,
     /// Text file with one prompt on each line (UTF-8, at most 16 MB); `-`: stdin
@@ -39,20 +37,20 @@ pub struct Args {
     /// PNG file to write; `-`: stdout
     #[arg(short, long, value_name = "FILE", default_value = "picture.png")]
     output: PathBuf,
-    /// Number of images for each prompt; more than one image are laid out in a grid
+    /// Number of images for each prompt; several images form a grid
     #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024),
         allow_negative_numbers = true)]
     number: u32,
-    /// Write each image to a file of its own: FILE-1.png, FILE-2.png, …
+    /// Write each image to its own file: FILE-1.png, FILE-2.png, …
     #[arg(long)]
     each: bool,
-    /// Generate K candidates for each image and keep the one that fits the prompt best; takes K times as long
+    /// Generate K candidates for each image and keep the one that matches the prompt best; takes K times as long
     #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024),
         allow_negative_numbers = true)]
     best_of: u32,
     #[command(flatten)]
     sampling: Options,
-    /// Seed of each prompt's first image; the seeds of the others count up from it
+    /// Random seed of each prompt's first image; the next images use the next seeds
     #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
     #[command(flatten)]
@@ -74,7 +72,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let codes = models.generator.grid().len() as u64 * requests.len() as u64 * u64::from(args.best_of);
     let bar = report::bar(codes, "generating");
     let begun = Instant::now();
-    // Files of their own are written as they come, so that memory does not grow with their number.
+    // Separate files are written in chunks, so that memory does not grow with the number of images.
     let each = args.each && requests.len() > 1;
     let chunk = if each { CHUNK } else { requests.len() };
     let (mut images, mut seconds) = (Vec::new(), 0.0);
@@ -91,7 +89,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
                 .iter()
                 .zip(requests)
                 .zip(&generated)
-                .map(|((path, request), generated)| describe(path, request, generated)),
+                .map(|((path, request), generated)| image_json(path, request, generated)),
         );
         if !json && !to_stdout(&args.output) {
             let mut shown = paths;
@@ -107,12 +105,12 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     Ok(())
 }
 
-/// Whether `-o` says stdout.
+/// Whether `-o` means stdout.
 fn to_stdout(output: &Path) -> bool {
     output == Path::new("-")
 }
 
-/// Refuses an output that could not be written, before the work begins.
+/// Checks the output before the work begins.
 fn check_output(args: &Args, count: usize, json: bool) -> Result<()> {
     let several = args.each && count > 1;
     let hint = "--each writes each image to a file of its own";
@@ -134,19 +132,19 @@ fn check_output(args: &Args, count: usize, json: bool) -> Result<()> {
     output::check(&if several { numbered(&args.output, 1) } else { args.output.clone() }, "-o")
 }
 
-/// An image as it is described in the JSON.
-fn describe(path: &Path, request: &Request, generated: &GeneratedImage) -> Value {
+/// The JSON object of one image.
+fn image_json(path: &Path, request: &Request, generated: &GeneratedImage) -> Value {
     json!({ "path": report::path(path), "prompt": request.prompt, "seed": request.seed, "score": generated.score })
 }
 
-/// Writes each image to its own file; returns the files. `before` images have been written already.
+/// Writes each image to its own file and returns the files. `before` images have already been written.
 fn write_each(output: &Path, generated: &[GeneratedImage], before: usize) -> Result<Vec<PathBuf>> {
     let paths = (before + 1..).map(|i| numbered(output, i));
     let write = |(path, generated): (PathBuf, &GeneratedImage)| write_png(&path, &generated.image).map(|()| path);
     paths.zip(generated).map(write).collect()
 }
 
-/// Writes the only image, or a grid of all; returns the file of each.
+/// Writes the only image, or a grid of all images; returns the file of each image.
 fn write_grid(output: &Path, generated: &[GeneratedImage]) -> Result<Vec<PathBuf>> {
     let pictures: Vec<RgbImage> = generated.iter().map(|generated| generated.image.clone()).collect();
     let sheet = match pictures.as_slice() {
@@ -167,7 +165,7 @@ fn numbered(path: &Path, number: usize) -> PathBuf {
     path.with_file_name(name)
 }
 
-/// Warns about the parts of a prompt that the model does not see.
+/// Warns about the parts of a prompt that the model ignores.
 fn check_prompt(models: &Models, prompt: &str) -> Result<()> {
     let (text, longest) = (&models.text, models.generator.max_text());
     let seen = text.encode(prompt, longest)?;
@@ -178,7 +176,7 @@ fn check_prompt(models: &Models, prompt: &str) -> Result<()> {
         None => format!("“{prompt}”"),
     };
     if text.encode(prompt, longest + 1)?.len() > longest {
-        report::warn(format_args!("{quoted} is longer than {} tokens; the rest is not seen", longest - 2));
+        report::warn(format_args!("{quoted} is longer than {} tokens; the rest is ignored", longest - 2));
     }
     let unknown = tokens.iter().filter(|&&token| token == text.unk()).count();
     if unknown == tokens.len() {

@@ -19,7 +19,7 @@ use std::path::PathBuf;
     reported, and the exit code is then 1."
 )]
 pub struct Args {
-    /// Image files; the centred square of each is encoded
+    /// Image files; the central square of each image is encoded
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<PathBuf>,
     /// Model folder with the image tokenizer

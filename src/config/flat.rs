@@ -1,10 +1,10 @@
-//! A configuration as a flat list.
+//! A configuration as a flat list of dotted keys.
 
 use super::Config;
 use crate::error::Result;
 use toml::{Table, Value};
 
-/// All values by dotted key, in the order of the struct's fields.
+/// All values by dotted key (`model.layers`), in the order of the struct's fields.
 pub fn values(config: &Config) -> Result<Vec<(String, Value)>> {
     let mut flat = Vec::new();
     for (section, value) in Table::try_from(config)? {

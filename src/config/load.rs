@@ -1,14 +1,14 @@
-//! From text to a configuration: defaults < file < `--set`, and errors that name the place.
+//! Reads a configuration: defaults < file < `--set`. Errors name the file, line and key.
 
 use super::{Config, Problem, flat::values, renamed::rename_keys};
 use crate::{
+    bounded_read,
     error::{Error, Result, usage},
-    files,
 };
 use std::path::Path;
 use toml::{Table, Value};
 
-/// Where a value of the configuration comes from.
+/// Where the value of a key is set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
     Default,
@@ -16,17 +16,17 @@ pub enum Origin {
     Set,
 }
 
-/// A configuration together with what the file and the `--set` options said.
+/// A configuration, with the tables that remember which keys the file and the `--set` options set.
 pub struct Loaded {
     pub config: Config,
-    /// The file's name in messages.
+    /// The file's name in error messages.
     name: String,
     file: Table,
     sets: Table,
 }
 
 impl Loaded {
-    /// Reads the file, if any, and lays `sets` (`a.b=value`) over it; does not validate.
+    /// Reads the file, if any, then applies `sets` (`a.b=value`). Does not validate the values.
     ///
     /// # Errors
     /// The file cannot be read; a key is unknown or has a value of the wrong type.
@@ -46,7 +46,7 @@ impl Loaded {
             let mut with = all.clone();
             merge(&mut with, &one);
             let parsed = with.clone().try_into();
-            // A number for a key that wants text: `--set name=2024`.
+            // `--set name=2024`: a key that takes text was given a number.
             let (one, with, parsed) = match (parsed, as_text(text)) {
                 (Err(e), Some(quoted)) => {
                     let mut again = all.clone();
@@ -70,7 +70,7 @@ impl Loaded {
         Ok(loaded)
     }
 
-    /// Everything that is wrong with the values; those that the file gives are named with it.
+    /// All invalid values. The message of a value that the file sets names the file.
     ///
     /// # Errors
     /// A number does not fit into TOML.
@@ -82,7 +82,7 @@ impl Loaded {
         Ok(problems)
     }
 
-    /// The configuration, if all its values are right.
+    /// Returns the configuration if all its values are valid.
     ///
     /// # Errors
     /// The first problem, as a usage error.
@@ -93,7 +93,7 @@ impl Loaded {
         }
     }
 
-    /// Where the value of `key` (`model.layers`) comes from.
+    /// Where the value of `key` (`model.layers`) is set.
     pub fn origin(&self, key: &str) -> Origin {
         match () {
             () if lookup(&self.sets, key).is_some() => Origin::Set,
@@ -104,23 +104,23 @@ impl Loaded {
 }
 
 impl Config {
-    /// The validated configuration of a file (none: defaults) with `sets` (`a.b=value`) laid over it.
+    /// Reads and validates the configuration of a file (none: defaults) with `sets` (`a.b=value`) applied on top.
     ///
     /// # Errors
-    /// The file cannot be read, a key is unknown, or a value is wrong.
+    /// The file cannot be read, a key is unknown, or a value is invalid.
     pub fn load(path: Option<&Path>, sets: &[String]) -> Result<Self> {
         Loaded::read(path, sets)?.validated()
     }
 
-    /// Reads the text of a configuration file; `name` is the file's name in messages.
+    /// Reads the text of a configuration file; `name` is the file's name in error messages.
     ///
     /// # Errors
-    /// The text is no TOML; a key is unknown or has a value of the wrong type.
+    /// The text is not TOML; a key is unknown or has a value of the wrong type.
     pub fn parse(text: &str, name: &str) -> Result<Self> {
         parse(text, name)
     }
 
-    /// The configuration as a TOML file with every key.
+    /// Writes the configuration as TOML, with every key.
     ///
     /// # Errors
     /// A number is too large for TOML.
@@ -144,10 +144,10 @@ fn parse<T: serde::de::DeserializeOwned>(text: &str, name: &str) -> Result<T> {
 fn read(path: &Path) -> Result<String> {
     let hint = "`vilg config init emoji -o emoji.toml` writes a configuration to start from";
     let what = |e: Error| format!("cannot read the configuration {}: {}", path.display(), e.root_cause());
-    files::read_text(path, files::TEXT).map_err(|e| usage(what(e), hint))
+    bounded_read::read_text(path, bounded_read::TEXT).map_err(|e| usage(what(e), hint))
 }
 
-/// `a.b=value` as a table; what is no TOML value is taken as a string (`--set name=first`).
+/// Parses `a.b=value` as a table. A value that is not TOML is taken as a string (`--set name=first`).
 fn assignment(text: &str) -> Result<Table> {
     let (key, value) = text.split_once('=').map(|(k, v)| (k.trim(), v.trim())).unwrap_or_default();
     let quoted = Value::String(value.to_owned());
@@ -160,7 +160,7 @@ fn assignment(text: &str) -> Result<Table> {
         })
 }
 
-/// `a.b=value` as a table with the value as a string, unless it is one already.
+/// Parses `a.b=value` as a table with the value as a string; `None` if it already is a string.
 fn as_text(text: &str) -> Option<Table> {
     let (key, value) = text.split_once('=').map(|(key, value)| (key.trim(), value.trim()))?;
     let plain = value.chars().all(|c| c.is_alphanumeric() || "+-.:_".contains(c));
@@ -177,7 +177,7 @@ fn merge(into: &mut Table, from: &Table) {
     }
 }
 
-/// The value of a dotted key.
+/// Looks up the value of a dotted key.
 fn lookup<'a>(table: &'a Table, key: &str) -> Option<&'a Value> {
     match key.split_once('.') {
         Some((section, rest)) => lookup(table.get(section)?.as_table()?, rest),
@@ -185,7 +185,7 @@ fn lookup<'a>(table: &'a Table, key: &str) -> Option<&'a Value> {
     }
 }
 
-/// serde's complaint as a usage error with the place and the nearest known key or value.
+/// Converts serde's error to a usage error with the place and the nearest known key or value.
 fn wrong(place: &str, error: &toml::de::Error) -> Error {
     let message = plain(&error.message().trim().replace('\n', ", "));
     let unknown = message.strip_prefix("unknown field ").map(|rest| ("key", rest));
@@ -199,7 +199,7 @@ fn wrong(place: &str, error: &toml::de::Error) -> Error {
     usage(format_args!("{place}: unknown {what} `{given}`"), nearest(given, &known))
 }
 
-/// serde's names of types in words that do not need Rust.
+/// Replaces the names of Rust types in serde's messages by plain words.
 fn plain(message: &str) -> String {
     const WORDS: [(&str, &str); 13] = [
         ("usize", "a whole number >= 0"),
@@ -229,7 +229,7 @@ fn nearest(given: &str, known: &[&str]) -> String {
     match (closest, home) {
         (Some((score, name)), _) if score > 0.8 => format!("did you mean `{name}`?"),
         (_, Some(section)) => format!("`{given}` is a key of [{section}]"),
-        _ => format!("known here: {}", known.join(", ")),
+        _ => format!("possible values: {}", known.join(", ")),
     }
 }
 
@@ -242,7 +242,7 @@ mod tests {
         Loaded::read(None, &sets.iter().map(ToString::to_string).collect::<Vec<_>>())
     }
 
-    /// The message and the hint of the usage error.
+    /// The message and the hint of a usage error.
     fn complaint<T>(result: Result<T>) -> (String, String) {
         let error = result.err().expect("an error");
         assert_eq!(exit_of(&error), Exit::Usage);
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn file_lies_over_defaults_and_set_over_file() {
+    fn a_file_overrides_defaults_and_set_overrides_the_file() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(&file, "[model]\nlayers = 3\nhidden = 64\n").unwrap();
         let set = ["model.hidden=32", "name=first try", "data.sources=[{path=\"x\"}]", "model.attention=\"dense\""];
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn text_keys_take_numbers_and_warm_up_follows_the_steps() {
+    fn text_keys_accept_numbers_and_warmup_scales_with_steps() {
         let loaded = sets(&["name=2024", "train.steps=50", "text.vocab=1.5"]).unwrap();
         assert_eq!((loaded.config.name.as_str(), loaded.config.text.vocab.as_str()), ("2024", "1.5"));
         assert_eq!(loaded.config.train.warmup_steps, 5);

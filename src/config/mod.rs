@@ -1,4 +1,4 @@
-//! The configuration: one file describes a run, and the same file lies in every model folder.
+//! The configuration: one file describes a run, and a copy of it is part of every model folder.
 //!
 //! Order of precedence: defaults < file < `--set key=value`. Unknown keys are errors.
 
@@ -20,23 +20,23 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Name of the run; its folder is `runs/NAME`.
+    /// Name of the run; its folder is `runs/NAME`. Default `run`.
     pub name: String,
-    /// What is trained.
+    /// What to train: `generator` (default) or `image-tokenizer`.
     pub task: Task,
-    /// Seed of every random number of the run.
+    /// Seed of every random number of the run. Default 0.
     pub seed: u64,
-    /// Where the samples come from.
+    /// Section `[data]`: where the samples come from.
     pub data: Data,
-    /// The text side.
+    /// Section `[text]`: the text tokenizer.
     pub text: Text,
-    /// The image tokenizer (paper §2.1).
+    /// Section `[image_tokenizer]` (paper §2.1).
     pub image_tokenizer: ImageTokenizer,
-    /// The transformer (paper §2.2).
+    /// Section `[model]`: the transformer (paper §2.2).
     pub model: Model,
-    /// The training loop.
+    /// Section `[train]`: optimizer, schedule, parallelism and checkpoints.
     pub train: Train,
-    /// Defaults of `vilg t2i` and of the sample images drawn while training.
+    /// Section `[sample]`: defaults of `vilg t2i` and of the sample images drawn during training.
     pub sample: Sample,
 }
 
@@ -59,23 +59,24 @@ impl Config {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Task {
-    /// The VQGAN: pixels to codes and back.
+    /// An image tokenizer (VQGAN or dVAE): pixels to codes and back.
     ImageTokenizer,
-    /// The bidirectional transformer over text tokens and image codes.
+    /// The bidirectional transformer over text tokens and image codes, trained on text→image and image→text.
     Generator,
 }
 
-/// Where samples come from.
+/// Section `[data]`: where samples come from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Data {
-    /// Sources that are mixed.
+    /// Data sources that are mixed. Default: none.
     pub sources: Vec<Source>,
-    /// Batches to read ahead.
+    /// Number of batches to read ahead. Default 4.
     pub prefetch: usize,
-    /// Reader threads.
+    /// Number of reader threads. Default 1.
     pub workers: usize,
-    /// The run ends when more than this share of the samples read so far was bad.
+    /// Maximum share of bad samples among the samples read so far, from 0 to 1; above it the run ends with an error.
+    /// Default 0.05.
     pub max_bad_ratio: f64,
 }
 
@@ -91,7 +92,8 @@ pub struct Source {
     /// Tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), a folder of shards, or a folder of
     /// image + `.txt` pairs.
     pub path: String,
-    /// How often an epoch shows each of its samples (0.25: a different quarter of them each epoch).
+    /// Passes over this source per epoch, above 0. Default 1. With 0.25, each epoch uses a different quarter of its
+    /// samples.
     #[serde(default = "one")]
     pub weight: f64,
 }
@@ -100,100 +102,105 @@ fn one() -> f64 {
     1.0
 }
 
-/// The text side.
+/// Section `[text]`: the text tokenizer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Text {
-    /// WordPiece vocabulary file with one token a line, or `demo`: that of the embedded model.
+    /// WordPiece vocabulary file with one token per line, or `demo` for the vocabulary of the built-in model.
     pub vocab: String,
-    /// Text positions: `[CLS]`, tokens, `[SEP]`; longer captions are cut.
+    /// Number of text positions: `[CLS]`, tokens, `[SEP]`. Longer captions are truncated. Default 64.
     pub max_tokens: usize,
 }
 
-/// The image tokenizer: a VQGAN with the names and shapes of taming-transformers, or DALL-E's dVAE.
+/// Section `[image_tokenizer]`: a VQGAN with the tensor names and shapes of taming-transformers, or DALL-E's dVAE.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ImageTokenizer {
-    /// Model folder of a trained tokenizer, or `demo` (task `generator` only; the other keys are then read from there).
+    /// Model folder of a trained tokenizer, or `demo`. Only for task `generator`: the other keys are read from that
+    /// folder.
     pub path: String,
-    /// Encoder and decoder.
+    /// Architecture of encoder and decoder: `vqgan` (default) or `dvae`.
     pub architecture: Architecture,
-    /// Side of the square image in pixels.
+    /// Side length of the square images, in pixels. Default 256.
     pub image_size: usize,
-    /// Channels of the first level.
+    /// Channels at the first resolution. Default 128.
     pub channels: usize,
-    /// Channel multiplier of each level; each level but the last halves the side, so f = 2^(levels-1).
+    /// Channels at each resolution, as multiples of `channels`. Each resolution after the first halves the side length,
+    /// so f = 2^(number of entries - 1). Default [1, 1, 2, 4] (f = 8).
     pub channel_multipliers: Vec<usize>,
-    /// Residual blocks a level in the encoder (one more in the decoder).
+    /// Residual blocks per resolution in the encoder; the decoder has one more. Default 2.
     pub residual_blocks: usize,
-    /// Sides (in feature pixels) at which each residual block is followed by self-attention.
+    /// Side lengths of the feature maps (in positions) at which self-attention follows each residual block. Default
+    /// [32].
     pub attention_sides: Vec<usize>,
-    /// Channels between encoder and quantiser.
+    /// Channels between encoder and quantizer. Default 256.
     pub latent_channels: usize,
-    /// How latents become codes.
+    /// Quantizer: how latents become codes. Default `nearest`.
     pub quantizer: QuantizerKind,
-    /// Number of codes.
+    /// Codebook size: number of codes. Default 8192.
     pub codebook_size: usize,
-    /// Dimensions of a code.
+    /// Number of dimensions of a code vector. Default 256.
     pub code_dim: usize,
-    /// Levels of each dimension (quantiser `fsq`); their product is the number of codes.
+    /// Number of levels of each dimension (quantizer `fsq`); their product is the codebook size. Default: none.
     pub fsq_levels: Vec<u32>,
-    /// Compare codes by cosine: both sides are l2-normalised.
+    /// L2-normalize latents and codes before they are compared, as ViT-VQGAN does (arXiv 2110.04627). Default false.
     pub l2_normalize: bool,
-    /// Weight of the commitment term (beta; eq. 2).
+    /// Weight of the commitment loss (beta; arXiv 2012.09841, eq. 2). Default 0.25.
     pub commitment: f64,
-    /// taming's `legacy` quantiser: beta weighs the codebook term instead of the commitment term.
+    /// `legacy` quantizer of taming-transformers: beta weights the codebook loss instead of the commitment loss.
+    /// Default false.
     pub legacy_beta: bool,
-    /// Each code is the mean of the latents that chose it, weighed down by this factor a step (quantiser `nearest`); 0: the
-    /// codebook's gradients move it.
+    /// Decay per step of an EMA codebook (quantizer `nearest`; arXiv 1711.00937, appendix A.1): each code is the moving
+    /// average of the latents assigned to it. 0 (default): the codebook is trained by gradients.
     pub codebook_decay: f64,
-    /// Weight of the codes' entropy (MaskGIT's and MAGVIT-2's, arXiv 2310.05737, eq. 4): each latent is to be sure of its
-    /// code, and all codes are to be chosen alike. Its memory is latents × codes.
+    /// Weight of the entropy loss (MAGVIT-2, arXiv 2310.05737, eq. 4): low entropy of each latent's code distribution,
+    /// high entropy of their mean. Needs memory for latents × codes numbers. Default 0.
     pub entropy_weight: f64,
-    /// Weight of the absolute pixel error.
+    /// Weight of the L1 pixel loss. Default 0.
     pub l1_weight: f64,
-    /// Weight of the squared pixel error (eq. 1).
+    /// Weight of the L2 pixel loss (arXiv 2012.09841, eq. 1). Default 1.
     pub l2_weight: f64,
-    /// A code unused for this many steps is replaced by an encoder output; 0 turns it off.
+    /// Steps after which an unused code is replaced by an encoder output (dead code restart). 0 (default): never.
     pub restart_after: u64,
-    /// Weight of the divergence from codes that are all as likely (quantiser `gumbel`).
+    /// Weight of the KL divergence from the uniform distribution over codes (quantizer `gumbel`). Default 5e-4.
     pub kl_weight: f64,
-    /// First and last temperature of the relaxed choice (quantiser `gumbel`).
+    /// First and last temperature of the Gumbel softmax (quantizer `gumbel`). Default [1.0, 0.0625].
     pub temperature: [f64; 2],
-    /// Steps over which the temperature falls, as half a cosine.
+    /// Steps over which the temperature is annealed, as half a cosine. Default 100000.
     pub temperature_steps: u64,
-    /// Steps over which `kl_weight` rises linearly from 0 (DALL-E: 5000); 0: as many as `temperature_steps`.
+    /// Steps over which `kl_weight` rises linearly from 0 (DALL-E: 5000). 0 (default): `temperature_steps`.
     pub kl_steps: u64,
-    /// Folder of the perceptual network (`vilg import lpips`).
+    /// Folder of the perceptual network, written by `vilg import lpips`. Needed with `perceptual_weight` above 0.
     pub perceptual: String,
-    /// Weight of the perceptual distance LPIPS; 0: none.
+    /// Weight of the perceptual loss LPIPS (arXiv 1801.03924). 0 (default): none.
     pub perceptual_weight: f64,
-    /// Step after which the perceptual distance counts: pixels alone are several times faster.
+    /// Step after which the perceptual loss is added; steps before it are several times faster. Default 0.
     pub perceptual_start: u64,
-    /// Weight of the adversary before it is adapted (arXiv 2012.09841, eq. 7); 0: no discriminator.
+    /// Weight of the adversarial loss before the adaptive weight (arXiv 2012.09841, eq. 7). 0 (default): no
+    /// discriminator.
     pub adversarial_weight: f64,
-    /// Step after which the discriminator trains and takes part.
+    /// Step after which the discriminator is trained and its loss is added. Default 0.
     pub adversarial_start: u64,
-    /// The discriminator's loss.
+    /// Loss of the discriminator: `hinge` (default) or `vanilla`.
     pub adversarial_loss: AdversarialLoss,
-    /// Channels of the discriminator's first layer.
+    /// Channels of the discriminator's first layer. Default 64.
     pub discriminator_channels: usize,
-    /// Layers of the discriminator that halve the side.
+    /// Number of layers of the discriminator that halve the side length. Default 3.
     pub discriminator_layers: usize,
-    /// A discriminator that told more than this share of a step's patches rightly does not train in the next; 1: it always
-    /// trains.
+    /// Skip the discriminator's update while its accuracy on the patches of the last step is above this share. 1
+    /// (default): never skip.
     pub discriminator_ceiling: f64,
-    /// Weight of LeCam's regularisation of the discriminator (arXiv 2104.03310); 0: none.
+    /// Weight of the LeCam regularization of the discriminator (arXiv 2104.03310). 0 (default): none.
     pub lecam_weight: f64,
 }
 
-/// Encoder and decoder of an image tokenizer.
+/// Architecture of an image tokenizer's encoder and decoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Architecture {
-    /// VQGAN's (arXiv 2012.09841).
+    /// VQGAN (arXiv 2012.09841).
     Vqgan,
-    /// DALL-E's (arXiv 2102.12092): the encoder gives logits, the decoder a distribution of pixels.
+    /// DALL-E's dVAE (arXiv 2102.12092): the encoder outputs logits over codes, the decoder a distribution over pixels.
     Dvae,
 }
 
@@ -201,60 +208,61 @@ pub enum Architecture {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum QuantizerKind {
-    /// The nearest vector of a learned codebook.
+    /// The nearest vector of a learned codebook (VQ-VAE, arXiv 1711.00937).
     Nearest,
-    /// A draw by logits, relaxed by a softmax in training.
+    /// A sample from the encoder's logits, relaxed by a Gumbel softmax in training (arXiv 1611.01144).
     Gumbel,
-    /// Each dimension rounded to a few levels; nothing is learned.
+    /// Finite scalar quantization (arXiv 2309.15505): each dimension is rounded to a few levels; no codebook is
+    /// learned.
     Fsq,
 }
 
-/// How wrong a discriminator is.
+/// Loss of the discriminator on its logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AdversarialLoss {
-    /// Distance from 1 and -1.
+    /// Hinge loss: logits of real patches above 1, of reconstructed patches below -1.
     Hinge,
-    /// Cross-entropy.
+    /// Binary cross-entropy.
     Vanilla,
 }
 
 impl ImageTokenizer {
-    /// Height and width of the grid of codes.
+    /// Height and width of the grid of image codes.
     pub fn grid(&self) -> (usize, usize) {
         let side = self.image_size >> self.channel_multipliers.len().saturating_sub(1);
         (side, side)
     }
 
-    /// Whether means of latents move the codebook, and not its gradients.
+    /// Whether the codebook is updated by moving averages of latents (EMA) instead of gradients.
     pub fn codebook_is_averaged(&self) -> bool {
         self.quantizer == QuantizerKind::Nearest && self.codebook_decay > 0.0
     }
 }
 
-/// The bidirectional transformer.
+/// Section `[model]`: the bidirectional transformer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Model {
-    /// Transformer layers.
+    /// Number of transformer layers. Default 24.
     pub layers: usize,
-    /// Hidden size.
+    /// Hidden size. Default 1024.
     pub hidden: usize,
-    /// Attention heads.
+    /// Number of attention heads. Default 16.
     pub heads: usize,
-    /// Inner size of the feed-forward network, in hidden sizes.
+    /// Inner size of the feed-forward network, as a multiple of the hidden size. Default 4.
     pub mlp_ratio: usize,
-    /// `sparse`: row, column and conv layers by the paper's rule; `dense`: every layer dense.
+    /// `sparse` (default): row, column and conv layers in the paper's order; `dense`: every layer dense.
     pub attention: AttentionKind,
-    /// What a row layer sees.
+    /// Image codes that a row layer attends to: `window` (default) or `same-row`.
     pub row_extent: RowExtent,
-    /// What a conv layer sees at the left and right border.
+    /// How the neighborhood of a conv layer ends at the left and right border: `clip` (default) or `raster-wrap`.
     pub conv_border: ConvBorder,
-    /// Side of the conv layer's neighbourhood; odd.
+    /// Side length of the conv layer's neighborhood in codes, odd. Default 11.
     pub conv_size: usize,
-    /// LayerNorm on queries and keys (arXiv 2405.09818).
+    /// LayerNorm on queries and keys (arXiv 2405.09818). Default false.
     pub qk_norm: bool,
-    /// A second LayerNorm at the end of each residual branch (CogView, arXiv 2105.13290).
+    /// A second LayerNorm at the end of each residual branch (CogView, arXiv 2105.13290). Default false.
     pub sandwich_norm: bool,
 }
 
@@ -268,34 +276,35 @@ pub enum AttentionKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RowExtent {
-    /// The `width` codes before the query in raster order, so up to the one straight above.
+    /// The `width` codes before the query in raster order, up to the code directly above it.
     Window,
-    /// Only the query's own row.
+    /// Only the codes of the query's own row.
     SameRow,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ConvBorder {
-    /// The neighbourhood is cut at the border.
+    /// The neighborhood is clipped at the border.
     Clip,
-    /// The neighbourhood goes on in the row above or below, as raster order does.
+    /// The neighborhood continues in the row above or below, in raster order.
     RasterWrap,
 }
 
-/// Sampling defaults.
+/// Section `[sample]`: sampling defaults.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sample {
-    /// Prompts of the sample images.
+    /// Prompts of the sample images. Default: none.
     pub prompts: Vec<String>,
-    /// Divides the logits; lower is safer and plainer.
+    /// Sampling temperature: divides the logits. Lower values give more typical images. Default 1.
     pub temperature: f64,
-    /// Only the K most likely codes are drawn; 0: all.
+    /// Top-k sampling: sample only from the K most likely codes. 0 (default): from all.
     pub top_k: usize,
-    /// Only the most likely codes that make up this probability are drawn; 1: all.
+    /// Nucleus sampling: sample only from the most likely codes whose probabilities add up to this. 1 (default): from
+    /// all.
     pub top_p: f64,
-    /// Classifier-free guidance scale; 1: none.
+    /// Classifier-free guidance scale. 1 (default): no guidance.
     pub guidance: f64,
 }
 

@@ -1,23 +1,23 @@
-//! Keys that have another name than in earlier versions. Configuration files, `--set` and checkpoints with the earlier
-//! names still work; in the structs each of these keys has the earlier name as a serde alias.
+//! Keys renamed since earlier versions. Configuration files, `--set` and checkpoints with the earlier names still work:
+//! in the structs each of these keys has its earlier name as a serde alias.
 
 use crate::report;
 use toml::Table;
 
-/// Section, earlier name, name.
+/// Section, earlier name, present name.
 const RENAMED: [[&str; 3]; 3] = [
     ["train", "recompute", "activation_checkpointing"],
     ["train", "shard_stage", "zero_stage"],
     ["train", "shard_ranks", "hsdp_shard_size"],
 ];
 
-/// Gives the keys of a configuration their names of today, with a warning for each. `place` says where the keys are.
+/// Replaces earlier names of keys by the present ones, with a warning for each. `place` says where the keys were read.
 pub(super) fn rename_keys(table: &mut Table, place: &str) {
     for [section, earlier, name] in RENAMED {
         let Some(keys) = table.get_mut(section).and_then(toml::Value::as_table_mut) else { continue };
         if let Some(value) = keys.remove(earlier) {
             keys.insert(name.to_owned(), value);
-            report::warn(format_args!("{place}: `{section}.{earlier}` is called `{section}.{name}` now"));
+            report::warn(format_args!("{place}: `{section}.{earlier}` is now called `{section}.{name}`"));
         }
     }
 }

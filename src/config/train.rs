@@ -1,82 +1,85 @@
-//! The part `[train]` of a configuration.
+//! The section `[train]` of a configuration.
 
 use serde::{Deserialize, Serialize};
 
-/// The training loop.
+/// Section `[train]`: optimizer, schedule, parallelism and checkpoints.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Train {
-    /// Model folder (or `demo`) whose weights a new run starts from; empty: random weights.
+    /// Model folder (or `demo`) whose weights a new run starts from. Empty (default): random weights.
     pub init_from: String,
-    /// Parameters to freeze: full names, or prefixes of names that end before a dot.
+    /// Parameters to freeze: full names, or prefixes of names that end before a dot. Default: none.
     pub freeze: Vec<String>,
-    /// Optimizer steps.
+    /// Number of optimizer steps. Default 100000.
     pub steps: u64,
-    /// Samples a step: images (image tokenizer) or text→image sequences (generator).
+    /// Samples per step: images (task `image-tokenizer`) or text→image sequences (task `generator`). Default 64.
     pub batch_size: usize,
-    /// image→text sequences a step (generator).
+    /// image→text sequences per step (task `generator`). Default 64.
     pub caption_batch_size: usize,
-    /// Gradient accumulation: number of micro-batches a step's samples are split into.
+    /// Gradient accumulation: number of micro-batches that a step's samples are split into. Default 1.
     pub accumulation: usize,
-    /// Weight of the text→image loss.
+    /// Weight of the text→image loss. Default 1.
     pub image_loss_weight: f64,
-    /// Weight of the image→text loss.
+    /// Weight of the image→text loss. Default 1.
     pub text_loss_weight: f64,
-    /// How the losses of a batch's target tokens are combined, for each direction.
+    /// How the losses of a batch's target tokens are combined, for each direction: `mean` (default) or `sum`.
     pub loss_reduction: LossReduction,
-    /// Share of text→image samples whose text is dropped, for classifier-free guidance.
+    /// Share of text→image samples whose text is dropped, for classifier-free guidance. Default 0.1.
     pub condition_dropout: f64,
-    /// Optimizer of the transformer's matrices; everything else is AdamW's.
+    /// Optimizer of the transformer's weight matrices: `adamw` (default) or `muon`. Other parameters always use AdamW.
     pub matrix_optimizer: MatrixOptimizer,
-    /// Peak learning rate of AdamW.
+    /// Peak learning rate of AdamW. Default 4.5e-4.
     pub learning_rate: f64,
-    /// Peak learning rate of Muon.
+    /// Peak learning rate of Muon. Default 0.02.
     pub muon_learning_rate: f64,
-    /// AdamW's decay rates of the first and second moment.
+    /// AdamW's decay rates of the first and second moment. Default [0.9, 0.96].
     pub betas: [f64; 2],
-    /// Decoupled weight decay of matrices; biases, norms and embeddings have none.
+    /// Decoupled weight decay of weight matrices; biases, norms and embeddings have none. Default 0.045.
     pub weight_decay: f64,
-    /// Steps of linear warm-up. Where a file does not give it: 1000, but at most a tenth of `steps`.
+    /// Steps of linear warm-up. Default: 1000, but at most a tenth of `steps`.
     pub warmup_steps: u64,
-    /// Shape of the decay.
+    /// Shape of the learning rate decay: `cosine` (default) or `linear`.
     pub decay: Decay,
-    /// Share of the steps after which the decay begins.
+    /// Share of the steps after which the decay begins. Default 0.
     pub decay_start: f64,
-    /// Final learning rate as a share of the peak. With 0, the rate would reach 0 one step after the last.
+    /// Final learning rate as a share of the peak. Default 0: the rate would reach 0 one step after the last.
     pub final_lr_ratio: f64,
-    /// The gradient's global norm is clipped to this; 0 turns clipping off.
+    /// Maximum global norm of the gradient; larger gradients are clipped. 0: no clipping. Default 4.
     pub clip_norm: f64,
-    /// Decay a step of the moving average of the weights; 0 turns it off.
+    /// Decay per step of the moving average (EMA) of the weights. 0: no EMA. Default 0.999.
     pub ema_decay: f64,
-    /// Activation checkpointing: recompute the activations of every k-th segment in the backward pass (0: none, 1: all).
+    /// Activation checkpointing: recompute the activations of every k-th segment in the backward pass (0: none, 1:
+    /// all). Default 0.
     #[serde(alias = "recompute")]
     pub activation_checkpointing: usize,
-    /// ZeRO stage, what is sharded over the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights.
+    /// ZeRO stage, what is sharded over the ranks: 0 nothing, 1 (default) optimizer state, 2 also gradients, 3 also
+    /// weights.
     #[serde(alias = "shard_stage")]
     pub zero_stage: u8,
-    /// Ranks per shard group (HSDP): state is sharded within a group of this many consecutive ranks and replicated across
-    /// groups; 0: sharded over all ranks.
+    /// Ranks per shard group (HSDP): state is sharded within a group of this many consecutive ranks and replicated
+    /// across groups. 0 (default): shard over all ranks.
     #[serde(alias = "shard_ranks")]
     pub hsdp_shard_size: usize,
-    /// Overlap communication with computation; the results are bit-equal either way.
+    /// Overlap communication with computation. Results are bit-equal either way. Default true.
     pub overlap: bool,
-    /// Where optimizer state (moments, moving average and, at stage 3, master weights) is stored.
+    /// Where optimizer state (moments, EMA and, at stage 3, master weights) is stored: `cpu` (default) or `disk`.
     pub offload: Offload,
-    /// Seconds a rank waits for the others before the run ends with an error.
+    /// Timeout of collectives: seconds that a rank waits for the others before the run ends with an error. Default 600.
     pub rank_timeout: u64,
-    /// Precision of matrix products; weights, gradients and sums stay f32.
+    /// Number format of matrix products: `f32` (default), `bf16` or `f16`. Weights, gradients and sums stay f32.
     pub precision: Precision,
     /// What to do about a step whose loss or gradient norm is more than 6 standard deviations above the recent mean.
+    /// Default `ignore`.
     pub spike: Spike,
-    /// Steps between checkpoints.
+    /// Steps between checkpoints. Default 1000.
     pub checkpoint_every: u64,
-    /// Write checkpoints in the background, from a copy of the state in memory; otherwise training waits.
+    /// Write checkpoints in the background, from a copy of the state in memory; otherwise training waits. Default true.
     pub background_checkpoints: bool,
-    /// Number of newest checkpoints to keep; at least 2.
+    /// Number of newest checkpoints to keep, at least 2. Default 2.
     pub keep_checkpoints: usize,
-    /// Steps between sample images; 0: none.
+    /// Steps between sample images. 0: none. Default 1000.
     pub sample_every: u64,
-    /// Print a line every this many steps; metrics.jsonl has a line for each step.
+    /// Print progress every this many steps; metrics.jsonl always has a line for each step. Default 1.
     pub log_every: u64,
 }
 
@@ -103,7 +106,7 @@ impl Train {
     }
 }
 
-/// Whether `part` is the name of a parameter, or what it begins with up to a dot.
+/// Whether `part` is the full name of a parameter, or a prefix of it that ends before a dot.
 pub fn begins_with(name: &str, part: &str) -> bool {
     name.strip_prefix(part).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
@@ -163,16 +166,16 @@ pub enum LossReduction {
 #[serde(rename_all = "kebab-case")]
 pub enum MatrixOptimizer {
     Adamw,
-    /// Momentum, orthogonalised by Newton-Schulz iterations.
+    /// Momentum orthogonalized by Newton-Schulz iterations (Muon).
     Muon,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Offload {
-    /// In the host's memory.
+    /// In RAM.
     Cpu,
-    /// In files of the run's folder, mapped into memory.
+    /// In memory-mapped files in the run folder.
     Disk,
 }
 
@@ -180,9 +183,9 @@ pub enum Offload {
 #[serde(rename_all = "kebab-case")]
 pub enum Spike {
     Ignore,
-    /// Its update is left out.
+    /// Skip the update of this step.
     Skip,
-    /// The run goes back to the newest checkpoint and on with the samples after it.
+    /// Go back to the newest checkpoint and continue with the samples after the spike.
     RollBack,
 }
 
@@ -193,20 +196,21 @@ pub enum Decay {
     Linear,
 }
 
-/// The numbers that matrix products multiply; they add up in f32.
+/// Number format of the factors of matrix products; sums are f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Precision {
     F32,
-    /// Rounded to bf16 where the processor multiplies it faster (AVX-512 BF16 of AMD, or AMX with `--amx`); f32 elsewhere.
+    /// Rounded to bf16 where the processor has fast bf16 instructions (AVX-512 BF16 of AMD, or AMX with `--amx`), else
+    /// f32.
     Bf16,
-    /// Rounded to f16, with the loss scaled so that gradients keep their bits: what GPUs without bf16 want. On the CPU it
-    /// is slower than f32, for trying a recipe.
+    /// Rounded to f16, with loss scaling so that small gradients do not underflow. For GPUs without bf16; on the CPU it
+    /// is slower than f32 and only useful to try a recipe.
     F16,
 }
 
 impl Precision {
-    /// As the configuration names it.
+    /// The name in the configuration.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",

@@ -1,27 +1,27 @@
-//! Whether the values of a configuration make sense, alone and together.
+//! Checks the values of a configuration, alone and together.
 
 use super::{Architecture, Config, Data, ImageTokenizer, Model, QuantizerKind, Sample, Text, Train, flat::values};
 use crate::error::{Result, usage};
 use std::fmt::Display;
 
-/// A value that cannot work.
+/// An invalid value.
 pub struct Problem {
-    /// The key, as `train.steps`.
+    /// The key, e.g. `train.steps`.
     pub key: String,
-    /// What is wrong, with the key and its value.
+    /// What is wrong, with key and value.
     pub message: String,
     /// What to do about it.
     pub hint: String,
 }
 
-/// Collects the problems of a configuration.
+/// Collects the problems of a configuration while its values are checked.
 struct Check {
     values: std::collections::BTreeMap<String, toml::Value>,
     problems: Vec<Problem>,
 }
 
 impl Check {
-    /// Records a problem with `key` unless `ok`.
+    /// Records a problem with `key` unless `ok`; `must` completes the sentence "must …".
     fn that(&mut self, ok: bool, key: &str, must: impl Display, hint: impl Display) {
         if !ok {
             let value = self.values.get(key).map(|v| format!(" = {v}")).unwrap_or_default();
@@ -30,7 +30,7 @@ impl Check {
         }
     }
 
-    /// Each of the numbers must be finite and lie in the range.
+    /// Each of the numbers must be finite and in the range `min..=max`.
     fn within(&mut self, section: &str, keys: &[(&str, f64)], min: f64, max: f64, hint: &str) {
         for (key, value) in keys {
             let range = if max.is_finite() {
@@ -55,7 +55,7 @@ impl Config {
         }
     }
 
-    /// Everything that is wrong with the values.
+    /// All invalid values.
     ///
     /// # Errors
     /// A number does not fit into TOML.
@@ -78,7 +78,7 @@ fn data(check: &mut Check, data: &Data) {
         check.that(
             !source.path.is_empty(),
             "data.sources",
-            "have a path each",
+            "each have a path",
             "a folder, or tar shards like dir/*.tar",
         );
         let ok = source.weight > 0.0 && source.weight <= 1e6;
@@ -111,18 +111,23 @@ fn image_tokenizer(check: &mut Check, t: &ImageTokenizer) {
     let ok = (1..=8).contains(&levels) && multipliers.iter().all(|m| (1..=64).contains(m));
     check.that(ok, &key("channel_multipliers"), "have 1 to 8 entries from 1 to 64", "[1, 1, 2, 4] is f = 8");
     let (step, hint) = match t.architecture {
-        Architecture::Vqgan => (32, "GroupNorm has 32 groups"),
-        Architecture::Dvae => (4, "a block is four times narrower inside"),
+        Architecture::Vqgan => (32, "GroupNorm uses 32 groups"),
+        Architecture::Dvae => (4, "the inner layers of a block have a quarter of the channels"),
     };
     let ok = t.channels > 0 && t.channels.is_multiple_of(step) && t.channels <= 4096;
     check.that(ok, &key("channels"), format_args!("be a multiple of {step}, at most 4096"), hint);
     let f = 1_usize << levels.saturating_sub(1).min(16);
     let ok = (1..=4096).contains(&t.image_size) && t.image_size.is_multiple_of(f);
-    let hint = format!("{levels} levels reduce the side {f} times: use a multiple of {f}");
+    let hint = format!("{levels} levels downsample by {f}: use a multiple of {f}");
     check.that(ok, &key("image_size"), format_args!("be divisible by {f}, at most 4096"), hint);
     let sides: Vec<usize> = (0..levels.min(16)).map(|level| t.image_size >> level).collect();
     let ok = t.attention_sides.iter().all(|side| sides.contains(side));
-    check.that(ok, &key("attention_sides"), "be sides that occur", format!("the levels have sides {sides:?}"));
+    check.that(
+        ok,
+        &key("attention_sides"),
+        "be side lengths of the feature maps",
+        format!("the levels have sides {sides:?}"),
+    );
     check.that((1..=64).contains(&t.residual_blocks), &key("residual_blocks"), "be from 1 to 64", "taming uses 2");
     check.that(
         (1..=65536).contains(&t.latent_channels),
@@ -131,21 +136,26 @@ fn image_tokenizer(check: &mut Check, t: &ImageTokenizer) {
         "taming uses 256",
     );
     let ok = (2..=65536).contains(&t.codebook_size);
-    check.that(ok, &key("codebook_size"), "be from 2 to 65536", "shards of codes hold 16 bits a code");
+    check.that(ok, &key("codebook_size"), "be from 2 to 65536", "shards of codes store 16 bits per code");
     check.that(
         (1..=65536).contains(&t.code_dim),
         &key("code_dim"),
         "be from 1 to 65536",
-        "8 with l2_normalize, else 256",
+        "8 is usual with l2_normalize, else 256",
     );
     let product = t.fsq_levels.iter().try_fold(1u32, |product, size| product.checked_mul(*size));
     let fits = product == u32::try_from(t.codebook_size).ok() && t.fsq_levels.iter().all(|size| *size >= 2);
     let ok = t.quantizer != QuantizerKind::Fsq || (fits && t.fsq_levels.len() == t.code_dim);
-    let must = "be code_dim numbers of at least 2 with the product codebook_size";
-    check.that(ok, &key("fsq_levels"), must, "[8, 8, 8, 4] are 2,048 codes of 4 dimensions");
+    let must = "be code_dim integers of at least 2 whose product is codebook_size";
+    check.that(ok, &key("fsq_levels"), must, "[8, 8, 8, 4] gives 2,048 codes of 4 dimensions");
     let ok = t.temperature.iter().all(|t| t.is_finite() && *t > 0.0);
-    check.that(ok, &key("temperature"), "be above 0", "[1.0, 0.0625] are DALL-E's");
-    check.that(t.temperature_steps >= 1, &key("temperature_steps"), "be at least 1", "a third of the steps, or more");
+    check.that(ok, &key("temperature"), "be above 0", "DALL-E uses [1.0, 0.0625]");
+    check.that(
+        t.temperature_steps >= 1,
+        &key("temperature_steps"),
+        "be at least 1",
+        "use a third of train.steps or more",
+    );
     let weights = [
         ("kl_weight", t.kl_weight),
         ("commitment", t.commitment),
@@ -156,41 +166,47 @@ fn image_tokenizer(check: &mut Check, t: &ImageTokenizer) {
         ("adversarial_weight", t.adversarial_weight),
         ("lecam_weight", t.lecam_weight),
     ];
-    check.within("image_tokenizer", &weights, 0.0, f64::INFINITY, "the weight of a loss term");
+    check.within("image_tokenizer", &weights, 0.0, f64::INFINITY, "weight of a loss term");
     let ok = t.perceptual_weight == 0.0 || t.image_size >= 16;
     check.that(
         ok,
         &key("image_size"),
         "be at least 16 with a perceptual loss",
-        "its network halves the side four times",
+        "its network halves the side length four times",
     );
     let ok = (0.0..1.0).contains(&t.codebook_decay);
     check.that(
         ok,
         &key("codebook_decay"),
         "be at least 0 and below 1",
-        "0.99 is usual; 0 leaves the codebook to its gradients",
+        "0.99 is usual; 0 trains the codebook by gradients",
     );
     let ok = !t.codebook_is_averaged() || !t.legacy_beta;
     check.that(
         ok,
         &key("legacy_beta"),
         "be false with codebook_decay",
-        "means have no codebook term for beta to weigh",
+        "an EMA codebook has no codebook loss for beta to weight",
     );
     let share = [("discriminator_ceiling", t.discriminator_ceiling)];
-    check.within("image_tokenizer", &share, 0.5, 1.0, "0.85 keeps it from winning; 1 lets it train always");
+    check.within(
+        "image_tokenizer",
+        &share,
+        0.5,
+        1.0,
+        "0.85 keeps the discriminator from overpowering the decoder; 1 always trains it",
+    );
     let ok = (1..=4096).contains(&t.discriminator_channels);
     check.that(ok, &key("discriminator_channels"), "be from 1 to 4096", "taming uses 64");
     let ok = (1..=8).contains(&t.discriminator_layers)
         && (t.adversarial_weight == 0.0 || t.image_size >> t.discriminator_layers > 2);
-    let hint = format!("an image of {} pixels must be halved so often and still have more than 2", t.image_size);
+    let hint = format!("each layer halves the side length of {} pixels; more than 2 must remain", t.image_size);
     check.that(ok, &key("discriminator_layers"), "be from 1 to 8 and fit the image", hint);
     let dvae = t.architecture == Architecture::Dvae;
     let ok = !dvae || t.quantizer == QuantizerKind::Gumbel;
-    check.that(ok, &key("quantizer"), "be gumbel with the architecture dvae", "its encoder gives logits");
+    check.that(ok, &key("quantizer"), "be gumbel when architecture is dvae", "the encoder of a dVAE outputs logits");
     let ok = dvae || t.l1_weight != 0.0 || t.l2_weight != 0.0;
-    check.that(ok, &key("l2_weight"), "not be 0 together with l1_weight", "without a pixel error nothing is learned");
+    check.that(ok, &key("l2_weight"), "not be 0 together with l1_weight", "the tokenizer needs a pixel loss to learn");
 }
 
 fn model(check: &mut Check, model: &Model) {
@@ -198,13 +214,13 @@ fn model(check: &mut Check, model: &Model) {
     check.that((1..=65536).contains(&model.hidden), "model.hidden", "be from 1 to 65536", "the 10B model has 4096");
     let ok = model.heads > 0 && model.hidden.is_multiple_of(model.heads);
     let must = format!("divide model.hidden ({})", model.hidden);
-    check.that(ok, "model.heads", must, "64 channels a head are usual");
+    check.that(ok, "model.heads", must, "64 channels per head are usual");
     check.that((1..=64).contains(&model.mlp_ratio), "model.mlp_ratio", "be from 1 to 64", "4 is usual");
     let ok = model.conv_size % 2 == 1 && model.conv_size < 1024;
-    check.that(ok, "model.conv_size", "be odd and below 1024", "the paper uses 11: 5 on either side of the query");
+    check.that(ok, "model.conv_size", "be odd and below 1024", "the paper uses 11: 5 codes on each side of the query");
 }
 
-/// Limits that keep products of sizes within 64 bits, and far above all that can be trained.
+/// Upper limits that are far above all realistic runs and keep products of sizes within 64 bits.
 const MOST_STEPS: u64 = 1_000_000_000_000;
 const MOST_SAMPLES: usize = 1 << 20;
 const MOST_SECONDS: u64 = 31_536_000;
@@ -217,7 +233,12 @@ fn train(check: &mut Check, t: &Train) {
     let (ok, must) = (t.caption_batch_size <= MOST_SAMPLES, format!("be at most {MOST_SAMPLES}"));
     check.that(ok, "train.caption_batch_size", must, "image-to-text sequences per step; 0: none");
     let ok = (1..=t.batch_size).contains(&t.accumulation);
-    check.that(ok, "train.accumulation", "be from 1 to train.batch_size", "it cuts a step's samples into parts");
+    check.that(
+        ok,
+        "train.accumulation",
+        "be from 1 to train.batch_size",
+        "gradient accumulation splits a step's samples into micro-batches",
+    );
     let weights = [
         ("image_loss_weight", t.image_loss_weight),
         ("text_loss_weight", t.text_loss_weight),
@@ -230,14 +251,14 @@ fn train(check: &mut Check, t: &Train) {
         ok,
         "train.image_loss_weight",
         "not be 0 together with text_loss_weight",
-        "one direction must be learned",
+        "at least one direction must be trained",
     );
     check.within(
         "train",
         &[("condition_dropout", t.condition_dropout)],
         0.0,
         0.99,
-        "0.1 is usual; 0 makes guidance useless",
+        "0.1 is usual; with 0, classifier-free guidance has no effect",
     );
     for (key, rate) in [("train.learning_rate", t.learning_rate), ("train.muon_learning_rate", t.muon_learning_rate)] {
         check.that(
@@ -248,7 +269,7 @@ fn train(check: &mut Check, t: &Train) {
         );
     }
     let ok = t.betas.iter().all(|b| (0.0..1.0).contains(b));
-    check.that(ok, "train.betas", "be from 0 to below 1", "[0.9, 0.96] are DALL-E's");
+    check.that(ok, "train.betas", "be from 0 to below 1", "DALL-E uses [0.9, 0.96]");
     check.that(
         t.warmup_steps <= t.steps,
         "train.warmup_steps",
@@ -256,29 +277,29 @@ fn train(check: &mut Check, t: &Train) {
         "a few hundred steps are usual",
     );
     let shares = [("decay_start", t.decay_start), ("final_lr_ratio", t.final_lr_ratio)];
-    check.within("train", &shares, 0.0, 1.0, "it is a share");
+    check.within("train", &shares, 0.0, 1.0, "it is a share of 1");
     check.that(
         (0.0..1.0).contains(&t.ema_decay),
         "train.ema_decay",
         "be from 0 to below 1",
         "0.999, or 0 to turn it off",
     );
-    let hint = "0: nothing is split over the ranks; 3: optimizer state, gradients and weights are";
+    let hint = "0: nothing is sharded; 1: optimizer state; 2: also gradients; 3: also weights";
     check.that(t.zero_stage <= 3, "train.zero_stage", "be from 0 to 3", hint);
     let ok = (1..=MOST_SECONDS).contains(&t.rank_timeout);
     check.that(ok, "train.rank_timeout", format_args!("be from 1 to {MOST_SECONDS}"), "600 s are usual");
     let ok = t.hsdp_shard_size <= 65536;
-    check.that(ok, "train.hsdp_shard_size", "be at most 65536", "the number of ranks of a node is usual; 0: all ranks");
-    let hint = "a run that stops between two checkpoints repeats the steps since the last";
+    check.that(ok, "train.hsdp_shard_size", "be at most 65536", "the number of ranks per node is usual; 0: all ranks");
+    let hint = "a resumed run repeats the steps since its last checkpoint";
     check.that(t.log_every >= 1, "train.log_every", "be at least 1", "metrics.jsonl has every step");
     check.that(t.checkpoint_every >= 1, "train.checkpoint_every", "be at least 1", hint);
-    let hint = "should the newest be damaged, a run goes on from the one before";
+    let hint = "if the newest checkpoint is damaged, a run resumes from the previous one";
     check.that(t.keep_checkpoints >= 2, "train.keep_checkpoints", "be at least 2", hint);
 }
 
 fn sample(check: &mut Check, sample: &Sample) {
     let keys = [("temperature", sample.temperature), ("guidance", sample.guidance)];
-    check.within("sample", &keys, 0.0, 100.0, "1 leaves the model as it is");
+    check.within("sample", &keys, 0.0, 100.0, "1 leaves the model's distribution unchanged");
     let ok = sample.top_p > 0.0 && sample.top_p <= 1.0;
     check.that(ok, "sample.top_p", "be above 0, at most 1", "1 turns it off");
 }
@@ -293,7 +314,7 @@ mod tests {
         assert!(Config::default().problems().unwrap().is_empty());
     }
 
-    /// One bad value a row: exactly this key is complained about.
+    /// Each row has one bad value, and exactly its key must be reported.
     #[test]
     fn bad_values_are_found() {
         let bad = [

@@ -1,4 +1,4 @@
-//! Bad samples: what was wrong, how often, and where to look.
+//! Bad samples: cause, count and example locations.
 
 use crate::error::{Result, failed};
 use serde::Serialize;
@@ -10,39 +10,39 @@ use std::{collections::BTreeMap, fmt};
 pub enum Cause {
     /// The file cannot be opened or read.
     Unreadable,
-    /// The file is not a tar archive: compressed, a table, text.
+    /// The file is not a tar archive but, for example, compressed, a table or text.
     NotATar,
-    /// The tar archive is cut or damaged here.
+    /// The tar archive is truncated or damaged.
     BrokenTar,
-    /// An absolute name, `..`, control characters, or not UTF-8.
+    /// The name is absolute, contains `..` or control characters, or is not UTF-8.
     UnsafeName,
     /// A link, device, pipe or sparse file.
     NotAFile,
-    /// The same key again in one shard, or the same member twice in one sample.
+    /// The key occurs twice in one shard, or a member twice in one sample.
     Duplicate,
-    /// A member, sample or header beyond our limits.
+    /// A member, sample or header exceeds a size limit.
     TooLarge,
     /// A symbolic link whose target does not exist.
     DanglingLink,
-    /// A file of a folder that is neither an image, a caption nor a shard.
+    /// A file in a folder that is neither an image, a caption nor a shard.
     UnknownKind,
-    /// There is no image.
+    /// The sample has no image.
     NoImage,
-    /// An image in a format that is not decoded (AVIF, SVG, …).
+    /// The image format is not supported (AVIF, SVG, …).
     UnsupportedImage,
     /// The image cannot be decoded.
     BadImage,
-    /// The image's header announces more pixels than we decode.
+    /// The image header declares more pixels than the limit.
     HugeImage,
-    /// There are no codes.
+    /// The sample has no codes.
     NoCodes,
-    /// The codes are no `u16` array, or do not fit the folder's `codes.json`.
+    /// The codes are not a `u16` array, or do not match the folder's `codes.json`.
     BadCodes,
-    /// There is no caption, or an empty one.
+    /// The sample has no caption, or an empty caption.
     NoCaption,
     /// The text is not UTF-8.
     NotUtf8,
-    /// The JSON does not parse.
+    /// The JSON cannot be parsed.
     BadJson,
 }
 
@@ -52,28 +52,28 @@ impl fmt::Display for Cause {
     }
 }
 
-/// One bad sample.
+/// A bad sample.
 #[derive(Debug, Clone)]
 pub struct Bad {
     pub cause: Cause,
-    /// Where: shard and key, and the decoder's words where there are any.
+    /// Location: shard and key, followed by the decoder's error message if there is one.
     pub place: String,
 }
 
 impl Bad {
-    /// A bad sample at `place`; control characters of file names are escaped.
+    /// A bad sample at `place`. Control characters of file names are escaped.
     pub fn new(cause: Cause, place: impl fmt::Display) -> Self {
         Self { cause, place: printable(&place.to_string()) }
     }
 }
 
-/// Text from a file name as it may be shown on a terminal: control characters are escaped.
+/// Escapes control characters, so that text from a file name can be shown on a terminal.
 pub fn printable(text: &str) -> String {
     let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
     if text.chars().any(char::is_control) { text.chars().map(escape).collect() } else { text.to_owned() }
 }
 
-/// Bad samples counted by cause, with the first few places of each.
+/// Counts of bad samples by cause, with the first few locations of each cause.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct BadCounts(BTreeMap<Cause, Found>);
 
@@ -83,10 +83,10 @@ struct Found {
     examples: Vec<String>,
 }
 
-/// Places that are kept for each cause.
+/// Number of example locations kept for each cause.
 const EXAMPLES: usize = 3;
 
-/// Samples that must have been read before a bad ratio above 0 can end a run.
+/// Number of samples that must be read before a bad ratio above 0 can end a run.
 const MIN_READ: u64 = 100;
 
 impl BadCounts {
@@ -99,7 +99,7 @@ impl BadCounts {
         }
     }
 
-    /// Adds the counts of `other`; its places follow ours.
+    /// Adds the counts of `other`; its examples follow the present ones.
     pub fn merge(&mut self, other: Self) {
         for (cause, from) in other.0 {
             let found = self.0.entry(cause).or_default();
@@ -109,13 +109,16 @@ impl BadCounts {
         }
     }
 
-    /// Bad samples of all causes.
+    /// Number of bad samples of all causes.
     pub fn total(&self) -> u64 {
         self.0.values().map(|found| found.count).sum()
     }
 
-    /// Fails when more than `max_ratio` of the `read` samples were bad. A ratio above 0 is not judged before 100
-    /// samples were read; 0 allows no bad sample at all.
+    /// Checks that at most `max_ratio` of the `read` samples were bad. A ratio above 0 is checked only after 100
+    /// samples; 0 allows no bad sample at all.
+    ///
+    /// # Errors
+    /// Too many samples were bad.
     pub fn check(&self, read: u64, max_ratio: f64) -> Result<()> {
         let total = self.total();
         if (read < MIN_READ && max_ratio > 0.0) || total as f64 <= max_ratio * read as f64 {
@@ -123,7 +126,7 @@ impl BadCounts {
         }
         Err(failed(
             format_args!("{total} of the first {read} samples are bad: {self}"),
-            format_args!("repair or leave out these samples, or raise data.max_bad_ratio (now {max_ratio})"),
+            format_args!("repair or remove these samples, or raise data.max_bad_ratio (now {max_ratio})"),
         ))
     }
 }

@@ -1,10 +1,10 @@
-//! Image codes in shards: `KEY.npy` (`u16`, grid height × grid width) beside `KEY.txt` and `KEY.json`, and
-//! a `codes.json` in the folder that says which tokenizer made them.
+//! Image codes in shards: `KEY.npy` (`u16`, grid height × grid width) next to `KEY.txt` and `KEY.json`. A `codes.json`
+//! in the folder identifies the tokenizer.
 
 use super::bad::{Bad, Cause};
 use crate::{
+    bounded_read,
     error::{Hint, Result, ensure, failed},
-    files,
 };
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -12,7 +12,7 @@ use std::path::Path;
 /// Name of the file that describes a folder of code shards.
 pub const CODES_FILE: &str = "codes.json";
 
-/// What a folder of code shards says about its codes.
+/// Content of `codes.json`: the tokenizer and grid of a folder of code shards.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CodesInfo {
@@ -20,16 +20,20 @@ pub struct CodesInfo {
     pub tokenizer: String,
     /// Grid height and width.
     pub grid: [usize; 2],
-    /// Number of different codes.
+    /// Codebook size.
     pub codebook_size: usize,
 }
 
 impl CodesInfo {
     /// Reads `codes.json` in `folder`.
+    ///
+    /// # Errors
+    /// The file is missing or damaged.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(CODES_FILE);
         let hint = "code shards come from `vilg data encode --model DIR SOURCE -o FOLDER`";
-        let bytes = files::read(&path, files::TEXT).hint(format_args!("cannot read {}", path.display()), hint)?;
+        let bytes =
+            bounded_read::read(&path, bounded_read::TEXT).hint(format_args!("cannot read {}", path.display()), hint)?;
         let info: Self = serde_json::from_slice(&bytes).hint(format_args!("bad {}", path.display()), hint)?;
         let sane =
             info.grid.iter().all(|side| (1..=4096).contains(side)) && (1..=1 << 16).contains(&info.codebook_size);
@@ -37,7 +41,7 @@ impl CodesInfo {
         Ok(info)
     }
 
-    /// The codes of a `.npy` member, in raster order.
+    /// Parses the codes of a `.npy` member, in raster order.
     pub(super) fn parse(&self, npy: &[u8]) -> Result<Vec<u16>, Bad> {
         let (shape, codes) = parse_npy(npy).ok_or_else(|| Bad::new(Cause::BadCodes, "no npy array of u16"))?;
         if shape != self.grid {
@@ -51,11 +55,11 @@ impl CodesInfo {
     }
 }
 
-/// Codes `(height, width)` as the bytes of a version 1.0 `.npy` file.
+/// Writes codes `(height, width)` as a version 1.0 `.npy` file.
 pub fn npy(grid: [usize; 2], codes: &[u16]) -> Vec<u8> {
     let [h, w] = grid;
     let mut header = format!("{{'descr': '<u2', 'fortran_order': False, 'shape': ({h}, {w}), }}");
-    // Magic, length and header together fill a multiple of 64 bytes, the last of them a newline.
+    // The .npy format pads magic, length and header with a final newline to a multiple of 64 bytes.
     let padded = (10 + header.len() + 1).next_multiple_of(64) - 10;
     header.push_str(&" ".repeat(padded - header.len() - 1));
     header.push('\n');

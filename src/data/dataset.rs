@@ -3,11 +3,11 @@
 use super::{
     bad::{Bad, BadCounts, Cause},
     codes::CodesInfo,
-    files::open_regular,
     keys::keys,
     members::Members,
     paths,
     record::{Kind, Record, wants},
+    source_file::open_regular,
     tar::{self, Place},
 };
 use crate::{
@@ -22,7 +22,7 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-/// Largest file of a folder of pairs that is read.
+/// Maximum size of an image, caption or JSON file in a folder, in bytes.
 const MAX_FILE: u64 = 64 << 20;
 
 /// All sources of a configuration.
@@ -38,16 +38,16 @@ pub struct Dataset {
 /// One source: a sequence of shards.
 #[derive(Debug)]
 pub struct Source {
-    /// As the user wrote it.
+    /// The path or pattern as given by the user.
     pub path: String,
-    /// How often an epoch shows each of its samples.
+    /// Passes over this source per epoch.
     pub weight: f64,
     pub shards: Vec<Shard>,
     /// Images and shards of its folders that cannot be used.
     pub bad: BadCounts,
-    /// Other files of its folders that no sample is made of.
+    /// Files of its folders that belong to no sample.
     pub ignored: BadCounts,
-    /// Number of samples up to and with each shard.
+    /// Number of samples up to and including each shard.
     ends: Vec<u64>,
 }
 
@@ -55,7 +55,7 @@ pub struct Source {
 #[derive(Debug)]
 pub struct Shard {
     pub path: PathBuf,
-    /// Path below the source's folder, the name under which derived shards are written.
+    /// Path below the source's folder. Derived shards are written under this name.
     pub name: PathBuf,
     samples: Samples,
     /// Damage of the shard itself.
@@ -68,16 +68,19 @@ enum Samples {
     Files(Vec<ImageFile>),
 }
 
-/// An image of a folder.
+/// An image file in a folder.
 #[derive(Debug)]
 struct ImageFile {
     path: PathBuf,
-    /// Unique among the images of its source, without dots.
+    /// Unique among the images of its source; contains no dots.
     key: String,
 }
 
 impl Dataset {
     /// Finds and indexes the samples of all sources.
+    ///
+    /// # Errors
+    /// A source does not exist or has no samples, or code shards belong to different tokenizers.
     pub fn open(config: &config::Data, kind: Kind) -> Result<Self> {
         let none = || usage("there is no data", "set data.sources, e.g. [{ path = \"data/emoji/train\" }]");
         ensure!(!config.sources.is_empty(), none());
@@ -94,7 +97,7 @@ impl Dataset {
         Ok(Self { sources, bad, kind, codes })
     }
 
-    /// The description of the code shards ([`Kind::Codes`] only).
+    /// The `codes.json` of the code shards ([`Kind::Codes`] only).
     pub fn codes(&self) -> Option<&CodesInfo> {
         self.codes.as_ref()
     }
@@ -104,11 +107,11 @@ impl Dataset {
         self.sources.iter().map(|source| (source.len(), source.weight)).collect()
     }
 
-    /// Digest of the samples' identity: shard names, keys or member positions, and sizes of files. It does not depend on
-    /// where the sources are stored, nor on modification times.
+    /// Digest of the data set: shard names, keys or member positions, and file sizes. It depends neither on where the
+    /// sources are stored nor on modification times.
     ///
     /// # Errors
-    /// A file cannot be examined any more.
+    /// A file can no longer be read.
     pub fn fingerprint(&self) -> Result<String> {
         let mut hasher = blake3::Hasher::new();
         for source in &self.sources {
@@ -120,7 +123,7 @@ impl Dataset {
         Ok(hasher.finalize().to_hex().to_string())
     }
 
-    /// Bytes of one sample in memory, estimated: captions are counted as 4 KiB.
+    /// Estimated size of one sample in memory, in bytes; captions count as 4 KiB.
     pub(super) fn sample_bytes(&self) -> usize {
         let content = match self.kind {
             Kind::Images(size) | Kind::Pairs(size) => 3 * (size as usize).pow(2),
@@ -142,14 +145,14 @@ impl Dataset {
         Ok(Record { source, ..record })
     }
 
-    /// Every `step`-th sample in storage order.
+    /// Reads every `step`-th sample in storage order.
     pub fn records(&self, step: u64) -> impl Iterator<Item = Result<Record, Bad>> {
         let places = self.sources.iter().enumerate().flat_map(|(i, source)| (0..source.len()).map(move |n| (i, n)));
         places.step_by(step.max(1) as usize).map(|(source, sample)| self.read(source, sample))
     }
 }
 
-/// The one description that all code shards share.
+/// The `codes.json` shared by all code shards.
 fn common_codes(sources: &[Source]) -> Result<CodesInfo> {
     let mut common: Option<(CodesInfo, &Path)> = None;
     let mut last = None;
@@ -236,11 +239,10 @@ impl Shard {
         self.len() == 0
     }
 
-    /// Digest of the shard's name, its samples and the sizes of its files, with `times` of their modification times as
-    /// well.
+    /// Digest of the shard's name, its samples and file sizes; with `times` also of the modification times.
     ///
     /// # Errors
-    /// A file cannot be examined any more.
+    /// A file can no longer be read.
     pub fn digest(&self, times: bool) -> Result<blake3::Hash> {
         let mut hasher = blake3::Hasher::new();
         let file = |hasher: &mut blake3::Hasher, path: &Path| -> io::Result<()> {
@@ -255,7 +257,8 @@ impl Shard {
         hasher.update(self.name.as_os_str().as_encoded_bytes()).update(&[0]).update(&self.len().to_le_bytes());
         match &self.samples {
             Samples::Tar(places) => {
-                file(&mut hasher, &self.path).with_context(|| format!("cannot examine {}", self.path.display()))?;
+                file(&mut hasher, &self.path)
+                    .with_context(|| format!("cannot read the metadata of {}", self.path.display()))?;
                 for Place { start, length } in places {
                     hasher.update(&start.to_le_bytes()).update(&length.to_le_bytes());
                 }
@@ -263,12 +266,13 @@ impl Shard {
             Samples::Files(images) => {
                 for ImageFile { path, key } in images {
                     hasher.update(key.as_bytes()).update(&[0]);
-                    file(&mut hasher, path).with_context(|| format!("cannot examine {}", path.display()))?;
+                    file(&mut hasher, path)
+                        .with_context(|| format!("cannot read the metadata of {}", path.display()))?;
                     for extension in ["txt", "json"] {
                         if let Some(beside) = beside(path, extension) {
                             hasher.update(extension.as_bytes());
                             file(&mut hasher, &beside)
-                                .with_context(|| format!("cannot examine {}", beside.display()))?;
+                                .with_context(|| format!("cannot read the metadata of {}", beside.display()))?;
                         }
                     }
                 }
@@ -277,7 +281,7 @@ impl Shard {
         Ok(hasher.finalize())
     }
 
-    /// The key of sample `index` and those of its members that are read for `kind` (`None`: for any kind).
+    /// The key of sample `index`, and those of its members that are read for `kind` (`None`: for any kind).
     ///
     /// # Errors
     /// The sample is bad.
@@ -297,7 +301,7 @@ impl Shard {
         self.parse(&key, &members, kind, codes)
     }
 
-    /// The record in the members of a sample of this shard; errors and warnings name shard and key.
+    /// Parses the members of a sample of this shard; errors and warnings name shard and key.
     pub(super) fn parse(
         &self,
         key: &str,
@@ -310,14 +314,15 @@ impl Shard {
         Ok(Record { ignored, ..record })
     }
 
-    /// Adds shard and key to the place of a bad sample.
+    /// Adds shard and key to the location of a bad sample.
     pub fn locate(&self, key: &str, bad: Bad) -> Bad {
         let separator = if bad.place.is_empty() { "" } else { ": " };
         Bad::new(bad.cause, format_args!("{}: {key}{separator}{}", self.path.display(), bad.place))
     }
 }
 
-/// The members of an image file: itself, and the `.txt` and `.json` of the same name (in lower or upper case).
+/// The members of an image file: the image, and the `.txt` and `.json` of the same name (extension in lower or upper
+/// case).
 fn read_files(image: &ImageFile, kind: Option<Kind>) -> Result<(String, Members), Bad> {
     let mut members = Members::default();
     let extension = image.path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
@@ -334,7 +339,7 @@ fn read_files(image: &ImageFile, kind: Option<Kind>) -> Result<(String, Members)
     Ok((image.key.clone(), members))
 }
 
-/// The file beside an image with another extension, in lower or upper case.
+/// The file with the image's name and another extension, in lower or upper case.
 fn beside(image: &Path, extension: &str) -> Option<PathBuf> {
     let spellings = [extension.to_owned(), extension.to_ascii_uppercase()];
     spellings.iter().map(|extension| image.with_extension(extension)).find(|path| path.exists())

@@ -1,4 +1,4 @@
-//! From shards of images to shards of image codes, computed once and trained from many times.
+//! Encodes shards of images as shards of image codes. Codes are computed once and used by many training runs.
 
 use super::{
     bad::{Bad, BadCounts},
@@ -28,33 +28,33 @@ use tar::{Builder, Header};
 /// The result of an encoding run.
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
-    /// Shards that an earlier run finished and whose source is unchanged.
+    /// Number of shards that an earlier run finished and whose source is unchanged.
     pub skipped_shards: u64,
-    /// Shards that were written.
+    /// Number of shards written.
     pub shards: u64,
-    /// Source shards without a usable sample; nothing was written for them.
+    /// Number of source shards without a usable sample; nothing was written for them.
     pub unusable_shards: u64,
-    /// Samples that were written.
+    /// Number of samples written.
     pub samples: u64,
     /// Samples and shards that were left out.
     pub bad: BadCounts,
-    /// Damaged JSON of samples that were written, and files that no sample is made of.
+    /// Damaged JSON of samples that were written, and files that belong to no sample.
     pub ignored: BadCounts,
 }
 
-/// Encodes shards into a folder. A shard is finished if its record says that it was made from the same samples with the
-/// same tokenizer; it is encoded again if its source changed since.
+/// Encodes shards into a folder. A shard is finished if its record names the same samples and the same tokenizer; it is
+/// encoded again if its source has changed.
 pub struct Encoder<'a> {
     pub tokenizer: &'a ImageTokenizer,
     pub info: CodesInfo,
     pub output: PathBuf,
-    /// Images that are encoded at once.
+    /// Batch size in images.
     pub batch_size: usize,
-    /// The run ends when more than this share of the samples is bad.
+    /// Maximum share of bad samples; above it the run ends with an error.
     pub max_bad_ratio: f64,
 }
 
-/// An image ready to be encoded, with the members that are kept beside its codes.
+/// A decoded image, with the members that are stored next to its codes.
 struct Ready {
     record: Record,
     members: Members,
@@ -72,15 +72,15 @@ impl Encoder<'_> {
         let shards: Vec<&Shard> = sources.iter().flat_map(|source| &source.shards).collect();
         let mut names = BTreeSet::new();
         for shard in &shards {
-            let hint = "encode these sources into folders of their own";
+            let hint = "encode these sources into separate folders";
             let twice = || failed(format_args!("two shards would be written as {}", shard.name.display()), hint);
             ensure!(names.insert(&shard.name), twice());
         }
-        let cannot = || format!("cannot make {}", self.output.display());
+        let cannot = || format!("cannot create {}", self.output.display());
         fs::create_dir_all(&self.output).hint(cannot(), "choose another folder with -o")?;
         let lock = Lock::take(&self.output)?;
-        self.describe(&shards)?;
-        // All are compared before the first one is encoded, so that a refusal costs no time.
+        self.report_sources(&shards)?;
+        // All shards are compared before the first one is encoded, so that a refusal comes at once.
         let mut work = Vec::new();
         for shard in &shards {
             let made_from = MadeFrom::of(shard, &self.info)?;
@@ -101,7 +101,7 @@ impl Encoder<'_> {
                 self.encode_shard(shard, &made_from, &mut report, &progress)?;
             }
         }
-        // Not before: unusable files of a large folder would count against its first batch alone.
+        // Counted at the end: the unusable files of a large folder would otherwise count against its first batch.
         for source in sources {
             report.bad.merge(source.bad.clone());
             report.ignored.merge(source.ignored.clone());
@@ -110,8 +110,11 @@ impl Encoder<'_> {
         Ok(report)
     }
 
-    /// Writes `codes.json` into every folder of the output; refuses one that belongs to another tokenizer.
-    fn describe(&self, shards: &[&Shard]) -> Result<()> {
+    /// Writes `codes.json` to every folder of the output.
+    ///
+    /// # Errors
+    /// A folder holds codes of another tokenizer, or a file cannot be written.
+    fn report_sources(&self, shards: &[&Shard]) -> Result<()> {
         let folders: BTreeSet<PathBuf> =
             shards.iter().filter_map(|shard| Some(self.output.join(&shard.name).parent()?.to_path_buf())).collect();
         for folder in folders {
@@ -131,7 +134,8 @@ impl Encoder<'_> {
         Ok(())
     }
 
-    /// Writes the codes of a shard; a shard without a usable sample writes nothing, so that it is tried again.
+    /// Writes the codes of a shard. A shard without a usable sample writes nothing, so that the next run tries it
+    /// again.
     fn encode_shard(
         &self,
         shard: &Shard,
@@ -144,7 +148,7 @@ impl Encoder<'_> {
         let before = report.samples;
         let write = |file: &mut BufWriter<File>| -> Result<bool> {
             thread::scope(|scope| {
-                // One batch is read and decoded while the one before is encoded.
+                // The next batch is read and decoded while the current one is encoded.
                 let (sender, receiver) = sync_channel(1);
                 let batch_size = self.batch_size.max(1);
                 scope.spawn(move || {
@@ -210,7 +214,7 @@ impl Encoder<'_> {
         }
         let pixels = to_pixels(samples.iter().filter_map(|sample| sample.record.image.as_ref()))?;
         let codes = self.tokenizer.encode(&pixels)?.to_vec2::<u32>()?;
-        let narrow = |code: u32| u16::try_from(code).map_err(|_| anyhow!("code {code} does not fit 16 bits"));
+        let narrow = |code: u32| u16::try_from(code).map_err(|_| anyhow!("code {code} does not fit into 16 bits"));
         codes.into_iter().map(|codes| codes.into_iter().map(narrow).collect()).collect()
     }
 }

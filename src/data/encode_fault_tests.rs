@@ -1,4 +1,4 @@
-//! `data encode` on folders with equal names, changed sources, foreign outputs and other writers.
+//! `data encode` with equal names, changed sources, outputs of other tokenizers, and concurrent writers.
 
 use super::{encode_output::Lock, encode_tests::*, tests::*, *};
 use crate::error::Result;
@@ -24,7 +24,7 @@ fn pair(folder: &Path, name: &str, shade: u8) {
 }
 
 #[test]
-fn images_of_equal_and_dotted_names_stay_apart() {
+fn images_with_equal_or_dotted_names_get_different_keys() {
     let dir = tempfile::tempdir().unwrap();
     let (input, output) = (dir.path().join("in"), dir.path().join("out"));
     let names = ["photo.v1.0.png", "photo.v1.1.png", "sub/a/0000.png", "sub/b/0000.png", "x.jpg", "x.png"];
@@ -36,7 +36,7 @@ fn images_of_equal_and_dotted_names_stay_apart() {
 }
 
 #[test]
-fn a_changed_source_is_encoded_again_and_another_one_refused() {
+fn a_changed_source_is_encoded_again_and_a_different_one_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (input, other, output) = (dir.path().join("in"), dir.path().join("other"), dir.path().join("out"));
     pair(&input, "a.png", 1);
@@ -54,7 +54,7 @@ fn a_changed_source_is_encoded_again_and_another_one_refused() {
     assert!(crate::error::hint_of(&error).is_some_and(|hint| hint.contains("-o")));
     assert_eq!(files(&output), before);
 
-    // Moved with its modification times, it is the same source.
+    // Moved with its modification times, it counts as the same source.
     fs::rename(&input, dir.path().join("moved")).unwrap();
     assert_eq!(encode(&dir.path().join("moved"), &output).unwrap().skipped_shards, 1);
 }

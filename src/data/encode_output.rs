@@ -1,39 +1,39 @@
-//! The output folder of `vilg data encode`: one writer at a time, shards that appear whole or not at all, and in each
-//! shard the record of what it was made from.
+//! The output folder of `vilg data encode`: only one process writes to it, shards are written atomically, and each shard
+//! records its source.
 
-use super::{codes::CodesInfo, dataset::Shard, files::open_regular};
+use super::{codes::CodesInfo, dataset::Shard, source_file::open_regular};
 use crate::{
     error::{Context, Hint, Result, failed},
-    report,
+    report, runtime,
 };
 use serde::{Deserialize, Serialize};
 use std::{
-    fs::{self, File, OpenOptions, TryLockError},
+    fs::{self, File, OpenOptions},
     hash::{BuildHasher, RandomState},
     io::{BufWriter, Read},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
-/// The first member of a shard. Its name has no extension, so that it is part of no sample.
+/// Name of the first member of a shard, the record of its source. It has no extension, so it belongs to no sample.
 pub const MADE_FROM: &str = "encoded-from";
-/// Largest record that is read.
+/// Maximum size of a record in bytes.
 const MAX_RECORD: u64 = 64 << 10;
 const LOCK: &str = ".encode.lock";
 
-/// What a shard of codes was made from.
+/// The source of a shard of codes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MadeFrom {
     /// Absolute path of the source shard or folder.
     pub path: PathBuf,
     /// Digest of the source's samples, sizes and modification times.
     pub digest: String,
-    /// The image tokenizer and its grid.
+    /// The image tokenizer and its grid of codes.
     pub codes: CodesInfo,
 }
 
 impl MadeFrom {
-    /// The record of a source shard.
+    /// The record for a source shard.
     ///
     /// # Errors
     /// The shard cannot be examined.
@@ -42,7 +42,7 @@ impl MadeFrom {
         Ok(Self { path, digest: shard.digest(true)?.to_hex().to_string(), codes: codes.clone() })
     }
 
-    /// The record in a shard of codes; `None` if it has none (an older version wrote it) or is damaged.
+    /// Reads the record of a shard of codes; `None` if the shard is damaged or has none (older versions wrote none).
     pub fn read(path: &Path) -> Option<Self> {
         let mut archive = tar::Archive::new(open_regular(path).ok()?);
         let member = archive.entries().ok()?.next()?.ok()?;
@@ -55,20 +55,20 @@ impl MadeFrom {
     }
 }
 
-/// Whether a shard has to be encoded, given the file of its name in the output folder.
+/// Whether a source shard still has to be encoded, given the output file of the same name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
     Missing,
     Finished,
-    /// The source changed since.
+    /// The source has changed since it was encoded.
     Outdated,
 }
 
 impl Standing {
-    /// Compares the shard at `output` with what would be written there.
+    /// Compares the record of the file `output` with the record `wanted` of the source.
     ///
     /// # Errors
-    /// The file there was made from another source or has no record: it is not replaced.
+    /// The file has no record or was encoded from another source; it must not be replaced.
     pub fn of(output: &Path, wanted: &MadeFrom) -> Result<Self> {
         if output.symlink_metadata().is_err() {
             return Ok(Self::Missing);
@@ -83,16 +83,16 @@ impl Standing {
         if found.path == wanted.path {
             return Ok(Self::Outdated);
         }
-        // The same samples, moved.
+        // The same samples under another path.
         if found.digest == wanted.digest && found.codes == wanted.codes {
             return Ok(Self::Finished);
         }
-        let (theirs, ours) = (found.path.display(), wanted.path.display());
-        Err(failed(format_args!("{shown} was encoded from {theirs}, not from {ours}"), hint))
+        let (recorded, requested) = (found.path.display(), wanted.path.display());
+        Err(failed(format_args!("{shown} was encoded from {recorded}, not from {requested}"), hint))
     }
 }
 
-/// The lock of an output folder; released and removed when dropped.
+/// The lock of an output folder. Dropping it releases the lock and removes its file.
 #[derive(Debug)]
 pub struct Lock {
     path: PathBuf,
@@ -100,24 +100,24 @@ pub struct Lock {
 }
 
 impl Lock {
-    /// Locks a folder. File systems without locks get a warning and no lock.
+    /// Locks a folder. On file systems without locks it prints a warning and returns without a lock.
     ///
     /// # Errors
-    /// Another process holds the lock, or its file cannot be made.
+    /// Another process holds the lock, or the lock file cannot be created or locked.
     pub fn take(folder: &Path) -> Result<Self> {
         let path = folder.join(LOCK);
         loop {
             let opened = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
             let file = opened.hint(format_args!("cannot write {}", path.display()), "choose another folder with -o")?;
-            match file.try_lock() {
-                // The holder before may have removed the file between our opening and locking it.
-                Ok(()) if is_at(&file, &path) => return Ok(Self { path, file: Some(file) }),
-                Ok(()) => {}
-                Err(TryLockError::WouldBlock) => {
+            match runtime::lock(&file).with_context(|| format!("cannot lock {}", folder.display()))? {
+                // The previous holder may have removed the file between our opening and locking it.
+                runtime::Lock::Held if is_at(&file, &path) => return Ok(Self { path, file: Some(file) }),
+                runtime::Lock::Held => {}
+                runtime::Lock::Busy => {
                     let message = format!("another process is encoding into {}", folder.display());
                     return Err(failed(message, "wait until it is done, or choose another folder with -o"));
                 }
-                Err(TryLockError::Error(error)) => {
+                runtime::Lock::Unsupported(error) => {
                     let folder = folder.display();
                     report::warn(format_args!(
                         "cannot lock {folder} ({error}): make sure that no other process encodes into it"
@@ -128,28 +128,29 @@ impl Lock {
         }
     }
 
-    /// Whether no other process writes into the folder.
+    /// Whether the lock is held, so that no other process writes to the folder.
     pub fn is_held(&self) -> bool {
         self.file.is_some()
     }
 }
 
 fn is_at(file: &File, path: &Path) -> bool {
-    let (Ok(ours), Ok(there)) = (file.metadata(), fs::metadata(path)) else { return false };
-    (ours.dev(), ours.ino()) == (there.dev(), there.ino())
+    let (Ok(opened), Ok(present)) = (file.metadata(), fs::metadata(path)) else { return false };
+    (opened.dev(), opened.ino()) == (present.dev(), present.ino())
 }
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // A lock file that cannot be removed does no harm: the next process locks it again.
+        // A lock file that cannot be removed is harmless: the next process locks it again.
         let _ = fs::remove_file(&self.path);
     }
 }
 
-/// Writes a file under a temporary name that nobody else uses, and renames it when it is complete and on the disk.
+/// Writes a file atomically: under a unique temporary name, renamed once it is complete and flushed to the disk. If
+/// `write` returns false, nothing is kept.
 ///
 /// # Errors
-/// `write` fails, or the file cannot be written; no file is left behind then.
+/// `write` fails, or the file cannot be written; the temporary file is then removed.
 pub fn write_whole(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<bool>) -> Result<()> {
     let mut name = path.as_os_str().to_owned();
     name.push(format!(".{:016x}.tmp", RandomState::new().hash_one(std::process::id())));
@@ -163,17 +164,15 @@ pub fn write_whole(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Resu
         Ok(keep)
     });
     if !matches!(written, Ok(true)) {
-        // The error that stopped the writing is reported; one from removing the rest of it would hide it.
+        // An error of the removal would hide the error that stopped the writing.
         let _ = fs::remove_file(&temporary);
         return written.map(|_| ());
     }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    // Makes the new name itself durable; some file systems cannot.
-    let _ = File::open(folder.unwrap_or(Path::new("."))).and_then(|folder| folder.sync_all());
-    Ok(())
+    runtime::sync_folder(folder.unwrap_or(Path::new(".")))
 }
 
-/// Removes temporary files of runs that were killed while they wrote `path`. Only for the holder of the [`Lock`].
+/// Removes temporary files of processes that were killed while they wrote `path`. The caller must hold the [`Lock`].
 pub fn remove_leftovers(path: &Path) {
     let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else { return };
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -181,7 +180,7 @@ pub fn remove_leftovers(path: &Path) {
         let rest = entry_name.to_str().and_then(|entry| entry.strip_prefix(name));
         let random = rest.and_then(|rest| rest.strip_prefix('.')?.strip_suffix(".tmp"));
         let ours = random.is_some_and(|hex| hex.len() == 16 && hex.bytes().all(|b| b.is_ascii_hexdigit()));
-        // Earlier versions used this name.
+        // Earlier versions used the name `.tmp`.
         if ours || rest == Some(".tmp") {
             let _ = fs::remove_file(entry.path());
         }

@@ -1,4 +1,4 @@
-//! Shards of images encoded by a tiny random tokenizer, inspected, and encoded again.
+//! Encodes shards of images with a tiny random tokenizer, inspects them, and encodes them again.
 
 use super::{inspect::inspect, *};
 use crate::{config, nn::params::Scope, tokenizer::ImageTokenizer};
@@ -20,7 +20,7 @@ pub(super) fn tokenizer() -> ImageTokenizer {
     ImageTokenizer::new(&Scope::from_seed(1, DType::F32, &Device::Cpu), &config).unwrap()
 }
 
-/// Two shards of 7 samples each, one of them bad, below a folder of their own.
+/// Two shards of 7 samples, one of them bad, in a subfolder.
 fn pictures(folder: &Path) {
     fs::create_dir_all(folder.join("deep")).unwrap();
     for name in ["0.tar", "deep/0.tar"] {
@@ -53,7 +53,7 @@ pub(super) fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
 }
 
 #[test]
-fn encoding_keeps_order_and_text_and_goes_on_where_it_stopped() {
+fn encoding_keeps_order_and_text_and_resumes() {
     let dir = tempfile::tempdir().unwrap();
     let (input, output) = (dir.path().join("in"), dir.path().join("out"));
     pictures(&input);
@@ -70,7 +70,7 @@ fn encoding_keeps_order_and_text_and_goes_on_where_it_stopped() {
     let report = encoder(&info).run(&sources, |_| ()).unwrap();
     assert_eq!((report.shards, report.samples, report.bad.total()), (2, 12, 2));
 
-    // What was written is what the tokenizer says of each image.
+    // The stored codes are those that the tokenizer gives for each image.
     let open = |path: &Path, kind| {
         let source = config::Source { path: path.display().to_string(), weight: 1.0 };
         Dataset::open(&config::Data { sources: vec![source], ..Default::default() }, kind).unwrap()
@@ -86,14 +86,14 @@ fn encoding_keeps_order_and_text_and_goes_on_where_it_stopped() {
         assert_eq!(codes.codes.as_ref(), Some(&expected));
     }
 
-    // A lost shard, and one that was cut while it was written, are made again; the other is kept.
+    // A missing shard and a truncated shard are encoded again; the other shard is kept.
     let before = files(&output);
     fs::rename(output.join("deep/0.tar"), output.join("deep/0.tar.tmp")).unwrap();
     let report = encoder(&info).run(&sources, |_| ()).unwrap();
     assert_eq!((report.shards, report.skipped_shards), (1, 1));
     assert_eq!(files(&output), before);
 
-    // Codes of another tokenizer are not mixed in.
+    // Codes of different tokenizers are not mixed.
     let other = CodesInfo { tokenizer: "y".into(), ..info.clone() };
     assert!(encoder(&other).run(&sources, |_| ()).unwrap_err().to_string().contains("another tokenizer"));
 
@@ -102,7 +102,7 @@ fn encoding_keeps_order_and_text_and_goes_on_where_it_stopped() {
 }
 
 #[test]
-fn too_many_bad_pictures_stop_it_and_leave_no_shard() {
+fn too_many_bad_images_stop_encoding_and_leave_no_shard() {
     let dir = tempfile::tempdir().unwrap();
     let (input, output) = (dir.path().join("in"), dir.path().join("out"));
     fs::create_dir(&input).unwrap();

@@ -1,4 +1,4 @@
-//! Shards and folders that other tools wrote oddly or that were damaged: what is good is read, the rest is counted.
+//! Unusual shards and folders of other tools, and damaged ones: good samples are read, the rest is counted.
 
 #![allow(clippy::single_range_in_vec_init, reason = "a step of one batch is a list of one range")]
 
@@ -17,7 +17,7 @@ fn case(name: &str) -> Vec<u8> {
 }
 
 #[test]
-fn zero_blocks_between_members_are_counted_and_reading_goes_on() {
+fn zero_blocks_between_members_are_counted_and_reading_continues() {
     let (keys, bad) = read_tar(case("zeroed_region.tar"));
     assert_eq!(keys, ["00000", "00001", "00003", "00004", "00005"]);
     assert_eq!(bad, serde_json::json!({"broken-tar": 1}));
@@ -25,7 +25,7 @@ fn zero_blocks_between_members_are_counted_and_reading_goes_on() {
 
 #[test]
 fn concatenated_shards_are_read() {
-    // GNU tar and Python fill an archive up to a multiple of 10 KiB.
+    // GNU tar and Python pad an archive to a multiple of 10 KiB.
     let padded = |tar: Tar| {
         let mut bytes = tar.bytes();
         bytes.resize(bytes.len().next_multiple_of(10_240), 0);
@@ -33,7 +33,7 @@ fn concatenated_shards_are_read() {
     };
     let both = [padded(Tar::new().sample("a", 1)), padded(Tar::new().sample("b", 2))].concat();
     assert_eq!(read_tar(both), (vec!["a".into(), "b".into()], serde_json::json!({})));
-    // Without that padding an overwritten member looks the same, so it is counted.
+    // Without the padding it looks like an overwritten member, so it is counted.
     let both = [Tar::new().sample("a", 1).bytes(), Tar::new().sample("b", 2).bytes()].concat();
     assert_eq!(read_tar(both), (vec!["a".into(), "b".into()], serde_json::json!({"broken-tar": 1})));
     let rubbish = [Tar::new().sample("a", 1).bytes(), vec![7; 512]].concat();
@@ -41,7 +41,7 @@ fn concatenated_shards_are_read() {
 }
 
 #[test]
-fn what_is_no_tar_is_named() {
+fn the_format_of_other_files_is_named() {
     let dir = tempfile::tempdir().unwrap();
     for (content, name) in
         [(case("gzip_named.tar"), "gzip"), (b"PAR1\x15\x04".to_vec(), "parquet"), (b"{\"a\": 1}".to_vec(), "JSON")]
@@ -104,7 +104,7 @@ fn each_line_of_a_text_is_a_caption_and_one_is_drawn() {
 }
 
 #[test]
-fn members_that_nobody_wants_are_not_read() {
+fn unused_members_are_not_read() {
     // 40 sparse members of 120 MiB each would take 4.8 GB.
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("0.tar");
@@ -134,7 +134,7 @@ fn many_members_of_one_key_take_linear_time() {
     }
     let started = Instant::now();
     assert_eq!(read_tar(tar.bytes()).0, ["k"]);
-    // Comparing each with each takes minutes.
+    // Comparing all pairs of members would take minutes.
     assert!(started.elapsed() < Duration::from_secs(20));
 }
 
@@ -184,7 +184,8 @@ fn a_pipe_with_a_writer_is_read() {
     writer.join().unwrap();
 }
 
-/// Decoders fill the missing part of a scan with grey, and only a strict decoder would notice: the image is accepted.
+/// Decoders fill the missing part of a scan with grey, and only a strict decoder would report it: the image is
+/// accepted.
 #[test]
 fn a_cut_jpeg_with_an_end_marker_is_accepted() {
     assert!(image::decode(&case("jpeg_scan_cut_with_eoi.jpg")).is_ok());
@@ -204,7 +205,7 @@ fn control_characters_of_names_are_escaped() {
 }
 
 #[test]
-fn a_fingerprint_depends_on_samples_and_not_on_their_place() {
+fn a_fingerprint_depends_on_samples_and_not_on_their_path() {
     let dir = tempfile::tempdir().unwrap();
     let write = |name: &str, shade: u8| -> PathBuf {
         let folder = dir.path().join(name);
@@ -225,7 +226,7 @@ fn a_fingerprint_depends_on_samples_and_not_on_their_place() {
 }
 
 #[test]
-fn what_is_read_ahead_is_bounded() {
+fn read_ahead_is_bounded() {
     let dir = tempfile::tempdir().unwrap();
     Tar::new().sample("a", 1).write(&dir.path().join("0.tar"));
     let dataset = Arc::new(open(dir.path()));

@@ -1,8 +1,8 @@
-//! Image files to square RGB images, and images to tensors and back.
+//! Decodes image files to square RGB images, and converts between images and tensors.
 
 use super::{
     bad::{Bad, Cause},
-    files::open_without_waiting,
+    source_file::open_without_waiting,
 };
 use crate::error::{Context, Hint, Result, ensure, failed};
 use candle_core::{Device, Tensor};
@@ -20,38 +20,50 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Most pixels of an image that is decoded.
+/// Maximum size of an image in pixels.
 const MAX_PIXELS: u64 = 8192 * 8192;
-/// Largest image file that is read.
+/// Maximum size of an image file in bytes.
 const MAX_FILE: u64 = 64 << 20;
-/// Most bytes that a decoder may allocate.
+/// Maximum memory that a decoder may allocate, in bytes.
 const MAX_BYTES: u64 = 256 << 20;
 
-/// How long a pipe may have no writer before it counts as empty.
+/// A pipe without a writer counts as empty after this time.
 const PIPE_PATIENCE: Duration = Duration::from_secs(3);
 
-/// Decodes an image: first frame, EXIF orientation applied, alpha laid onto white, 8 bits, RGB.
+/// Decodes the first frame of an image to 8-bit RGB, with EXIF orientation applied and alpha blended onto white.
+///
+/// # Errors
+/// The image is damaged, too large or in an unsupported format.
 pub fn decode(bytes: &[u8]) -> Result<RgbImage, Bad> {
-    // A decoder that panics on a hostile file must not take a reader thread with it.
+    // A decoder that panics on a malicious file must not end a reader thread.
     catch_unwind(AssertUnwindSafe(|| decode_unguarded(bytes)))
         .unwrap_or_else(|_| Err(Bad::new(Cause::BadImage, "the decoder panicked")))
 }
 
-/// Decodes an image and makes it a square of `size` pixels: centre crop, then resize.
+/// Decodes an image to a square of `size` × `size` pixels: central crop, then resize.
+///
+/// # Errors
+/// As [`decode`].
 pub fn decode_square(bytes: &[u8], size: u32) -> Result<RgbImage, Bad> {
     Ok(square(decode(bytes)?, size))
 }
 
-/// Reads an image file that the user named and makes it a square of `size` pixels.
+/// Reads the image file `path` as a square of `size` × `size` pixels.
+///
+/// # Errors
+/// The file cannot be read or is not a usable image.
 pub fn open_square(path: &Path, size: usize) -> Result<RgbImage> {
     Ok(square(open_picture(path)?, size as u32))
 }
 
-/// Reads an image file that the user named.
+/// Reads the image file `path`.
+///
+/// # Errors
+/// The file cannot be read or is not a usable image.
 pub fn open_picture(path: &Path) -> Result<RgbImage> {
     let name = path.display();
     let mut bytes = Vec::new();
-    // Not by the file's size: a pipe has none.
+    // The size of the file cannot be checked first: a pipe has none.
     let read = open_without_waiting(path).and_then(|file| match file.metadata()?.file_type().is_fifo() {
         true => read_pipe(file, &mut bytes),
         false => file.take(MAX_FILE + 1).read_to_end(&mut bytes).map(|_| ()),
@@ -59,11 +71,11 @@ pub fn open_picture(path: &Path) -> Result<RgbImage> {
     read.hint(format_args!("cannot read {name}"), "name an image file")?;
     ensure!(bytes.len() as u64 <= MAX_FILE, "{name} is larger than {} MB", MAX_FILE >> 20);
     let hint = "PNG, JPEG, WebP, GIF, BMP and TIFF are read";
-    let unusable = |bad: Bad| failed(format_args!("{name} is no usable image: {} ({})", bad.cause, bad.place), hint);
+    let unusable = |bad: Bad| failed(format_args!("{name} is not a usable image: {} ({})", bad.cause, bad.place), hint);
     decode(&bytes).map_err(unusable)
 }
 
-/// Reads a pipe that was opened without waiting; it stays empty if nobody opens it for writing within 3 seconds.
+/// Reads a pipe opened without blocking. The result is empty if nobody opens the pipe for writing within 3 seconds.
 fn read_pipe(mut pipe: File, bytes: &mut Vec<u8>) -> io::Result<()> {
     let opened = Instant::now();
     let mut chunk = vec![0; 64 << 10];
@@ -84,7 +96,7 @@ fn decode_unguarded(bytes: &[u8]) -> Result<RgbImage, Bad> {
         e => Bad::new(Cause::BadImage, e),
     };
     if is_cut_jpeg(bytes) {
-        return Err(Bad::new(Cause::BadImage, "a JPEG without its end"));
+        return Err(Bad::new(Cause::BadImage, "a JPEG without its end-of-image marker"));
     }
     let mut limits = Limits::default();
     limits.max_alloc = Some(MAX_BYTES);
@@ -100,7 +112,7 @@ fn decode_unguarded(bytes: &[u8]) -> Result<RgbImage, Bad> {
     if pixels == 0 {
         return Err(Bad::new(Cause::BadImage, "no pixels"));
     }
-    // Damaged metadata is no reason to lose an image.
+    // An image with damaged metadata is still usable.
     let orientation = decoder.orientation().ok();
     let mut image = DynamicImage::from_decoder(decoder).map_err(bad)?;
     if let Some(orientation) = orientation {
@@ -109,16 +121,16 @@ fn decode_unguarded(bytes: &[u8]) -> Result<RgbImage, Bad> {
     Ok(onto_white(image))
 }
 
-/// Whether a JPEG lacks its end-of-image marker. Decoders fill the missing part with grey without an error. A scan that
-/// is cut but still followed by the marker is not noticed: only decoding it strictly would show that.
+/// Whether a JPEG lacks its end-of-image marker. Decoders fill the missing part with grey without an error. A truncated
+/// scan that is followed by the marker is not detected: only a strict decoder would find it.
 fn is_cut_jpeg(bytes: &[u8]) -> bool {
     let Some(mut rest) = bytes.strip_prefix(&[0xff, 0xd8]) else { return false };
-    // Segments are skipped up to the first scan, since a thumbnail in the EXIF segment has an end of its own.
+    // Segments are skipped up to the first scan: a thumbnail in the EXIF segment has its own end-of-image marker.
     while let [0xff, marker, high, low, ..] = *rest {
         if marker == 0xda {
             return !rest.windows(2).any(|pair| pair == [0xff, 0xd9]);
         }
-        // A fill byte stands alone; else the length counts itself but not the marker.
+        // A fill byte has no length. Other lengths include themselves but not the marker.
         let length = if marker == 0xff { 1 } else { 2 + usize::from(u16::from_be_bytes([high, low])) };
         rest = rest.get(length..).unwrap_or_default();
     }
@@ -137,7 +149,7 @@ fn onto_white(image: DynamicImage) -> RgbImage {
     })
 }
 
-/// The largest centred square of an image, resized to `size` pixels.
+/// The largest central square of an image, resized to `size` × `size` pixels.
 pub fn square(image: RgbImage, size: u32) -> RgbImage {
     let (width, height) = image.dimensions();
     let side = width.min(height);
@@ -146,14 +158,17 @@ pub fn square(image: RgbImage, size: u32) -> RgbImage {
     }
     let cropped = imageops::crop_imm(&image, (width - side) / 2, (height - side) / 2, side, side);
     if side > 4 * size {
-        // Averaging to twice the size first is much faster on large photographs and looks the same.
+        // Box filtering to twice the size first is much faster for large photographs, without visible difference.
         let half = imageops::thumbnail(&*cropped, 2 * size, 2 * size);
         return imageops::resize(&half, size, size, FilterType::Lanczos3);
     }
     imageops::resize(&*cropped, size, size, FilterType::Lanczos3)
 }
 
-/// Square images of one size as a tensor `(batch, height, width, 3)` in [-1, 1].
+/// Square images of one size → tensor `(batch, height, width, 3)` in \[-1, 1\].
+///
+/// # Errors
+/// There are no images, or they differ in size.
 pub fn to_pixels<'a>(images: impl IntoIterator<Item = &'a RgbImage>) -> Result<Tensor> {
     let mut values: Vec<f32> = Vec::new();
     let mut size = None;
@@ -167,7 +182,10 @@ pub fn to_pixels<'a>(images: impl IntoIterator<Item = &'a RgbImage>) -> Result<T
     Ok(Tensor::from_vec(values, (count, height as usize, width as usize, 3), &Device::Cpu)?)
 }
 
-/// A tensor `(batch, height, width, 3)` in [-1, 1] as images; values beyond are cut.
+/// Tensor `(batch, height, width, 3)` in \[-1, 1\] → images; values outside are clamped.
+///
+/// # Errors
+/// The tensor has another shape.
 pub fn from_pixels(pixels: &Tensor) -> Result<Vec<RgbImage>> {
     let (_, height, width, channels) = pixels.dims4()?;
     ensure!(channels == 3, "images have 3 channels, not {channels}");

@@ -1,13 +1,13 @@
-//! Writing images: PNG files and grids of images.
+//! Writes PNG files and grids of images.
 
 use crate::error::{Hint, Result};
 use image::{ImageFormat, Rgb, RgbImage, imageops};
 use std::{fs, io::Cursor, path::Path};
 
-/// White pixels between the images of a grid.
+/// Width of the white gap between the images of a grid, in pixels.
 const GAP: u32 = 4;
 
-/// Puts images of one size side by side, `columns` in a row (0: as square as possible).
+/// Arranges images of one size in a grid with `columns` columns (0: as square as possible).
 pub fn grid(images: &[RgbImage], columns: usize) -> RgbImage {
     let Some((width, height)) = images.first().map(RgbImage::dimensions) else {
         return RgbImage::new(1, 1);
@@ -24,18 +24,21 @@ pub fn grid(images: &[RgbImage], columns: usize) -> RgbImage {
     sheet
 }
 
-/// An image as the bytes of a PNG file.
+/// Encodes an image as PNG.
 pub fn png(image: &RgbImage) -> Result<Vec<u8>> {
     let mut bytes = Cursor::new(Vec::new());
     image.write_to(&mut bytes, ImageFormat::Png)?;
     Ok(bytes.into_inner())
 }
 
-/// Writes an image as a PNG file; folders on the way are made.
+/// Writes an image as a PNG file and creates missing parent folders.
+///
+/// # Errors
+/// The file cannot be written.
 pub fn write_png(path: &Path, image: &RgbImage) -> Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     folder
         .map_or(Ok(()), fs::create_dir_all)
         .and_then(|()| fs::write(path, png(image).map_err(std::io::Error::other)?))
-        .hint(format_args!("cannot write {}", path.display()), "choose another place with -o")
+        .hint(format_args!("cannot write {}", path.display()), "choose another file with -o")
 }

@@ -1,4 +1,4 @@
-//! Images of many makes, whole and broken.
+//! Decoding images of many formats, intact and damaged.
 
 use super::{bad::Cause, image::*};
 use ::image::{
@@ -22,7 +22,7 @@ fn close(a: &RgbImage, b: &RgbImage, tolerance: u8) -> bool {
 }
 
 #[test]
-fn every_format_is_decoded_and_every_cut_is_noticed() {
+fn every_format_is_decoded_and_truncation_is_detected() {
     let image = gradient();
     for (format, tolerance) in [
         (ImageFormat::Png, 0),
@@ -41,14 +41,14 @@ fn every_format_is_decoded_and_every_cut_is_noticed() {
 }
 
 #[test]
-fn alpha_lies_on_white() {
+fn alpha_is_blended_onto_white() {
     let image = RgbaImage::from_fn(3, 1, |x, _| Rgba([200, 0, 0, [0, 128, 255][x as usize]]));
     let decoded = decode(&encode(&image.into(), ImageFormat::Png)).unwrap();
     assert_eq!(decoded.as_raw(), &[255, 255, 255, 227, 127, 127, 200, 0, 0]);
 }
 
 #[test]
-fn sixteen_bits_and_grey_become_eight_and_rgb() {
+fn sixteen_bit_and_grey_images_become_eight_bit_rgb() {
     let mut bytes = Vec::new();
     let samples: Vec<u8> = [0u16, 0x8080, 0xffff].iter().flat_map(|v| v.to_ne_bytes()).collect();
     PngEncoder::new(&mut bytes).write_image(&samples, 3, 1, ExtendedColorType::L16).unwrap();
@@ -63,14 +63,14 @@ fn cmyk_jpeg_is_red() {
 }
 
 #[test]
-fn the_first_frame_of_an_animation_counts() {
+fn the_first_frame_of_an_animation_is_used() {
     let mut bytes = Vec::new();
     let frame = |shade| Frame::new(RgbaImage::from_pixel(4, 4, Rgba([shade, shade, shade, 255])));
     GifEncoder::new(&mut bytes).encode_frames([frame(10), frame(200)]).unwrap();
     assert!(close(&decode(&bytes).unwrap(), &RgbImage::from_pixel(4, 4, Rgb([10; 3])), 4));
 }
 
-/// A little-endian EXIF block that holds nothing but the orientation.
+/// A little-endian EXIF block with only the orientation.
 fn exif(orientation: u8) -> Vec<u8> {
     let mut bytes = b"II\x2a\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0".to_vec();
     bytes.extend([orientation, 0, 0, 0, 0, 0, 0, 0]);
@@ -89,7 +89,7 @@ fn exif_orientation_is_applied() {
 }
 
 #[test]
-fn huge_pictures_are_refused_before_they_are_allocated() {
+fn huge_images_are_refused_before_they_are_allocated() {
     let mut png = encode(&gradient().into(), ImageFormat::Png);
     png[16..24].copy_from_slice(&[0, 0, 0xff, 0xff, 0, 0, 0xff, 0xff]);
     let crc = crc32(&png[12..29]);
@@ -103,11 +103,11 @@ fn huge_pictures_are_refused_before_they_are_allocated() {
     jpeg[sof + 5..sof + 9].copy_from_slice(&[0xff; 4]);
     let mut tiff = encode(&gradient().into(), ImageFormat::Tiff);
     for tag in [0x00, 0x01] {
-        // ImageWidth and ImageLength; whatever the type of the entry, its value stands in the last 4 of 12 bytes.
+        // ImageWidth and ImageLength. For every type of entry, the value is in the last 4 of its 12 bytes.
         let entry = tiff.windows(2).rposition(|pair| pair == [tag, 0x01]).unwrap();
         tiff[entry + 8..entry + 12].copy_from_slice(&[0xff, 0xff, 0, 0]);
     }
-    // Its strips do not fit the new size, which is noticed first.
+    // The strips do not match the new size, which is detected first.
     assert_eq!(decode(&tiff).unwrap_err().cause, Cause::BadImage);
     for (name, bytes) in [("png", png), ("bmp", bmp), ("gif", gif), ("jpeg", jpeg)] {
         let bad = decode(&bytes).unwrap_err();
@@ -122,20 +122,20 @@ fn crc32(bytes: &[u8]) -> u32 {
 }
 
 #[test]
-fn damaged_pictures_do_not_panic() {
+fn damaged_images_do_not_panic() {
     for format in [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::Gif, ImageFormat::WebP, ImageFormat::Bmp] {
         let whole = encode(&gradient().into(), format);
         for at in 0..whole.len().min(300) {
             let mut damaged = whole.clone();
             damaged[at] ^= 0x5a;
-            // Some damage cannot be seen; a panic would show as "the decoder panicked".
+            // Some damage cannot be detected. A panic would be reported as "the decoder panicked".
             assert!(decode(&damaged).map_or_else(|bad| !bad.place.contains("panicked"), |_| true), "{format:?} {at}");
         }
     }
 }
 
 #[test]
-fn squares_are_cut_from_the_middle() {
+fn squares_are_cropped_from_the_center() {
     let mut image = RgbImage::from_pixel(300, 100, Rgb([255; 3]));
     for (x, _, pixel) in image.enumerate_pixels_mut() {
         if (100..200).contains(&x) {
@@ -150,7 +150,7 @@ fn squares_are_cut_from_the_middle() {
 }
 
 #[test]
-fn pixels_and_pictures_round_trip() {
+fn pixels_and_images_round_trip() {
     let images = [gradient(), RgbImage::new(40, 24)];
     let pixels = to_pixels(&images).unwrap();
     assert_eq!(pixels.dims(), [2, 24, 40, 3]);

@@ -20,12 +20,12 @@ pub struct Inspection {
     pub found: Findings,
 }
 
-/// Samples of one shard.
+/// The number of samples in one shard.
 #[derive(Debug, Serialize)]
 pub struct ShardCount {
     pub name: String,
     pub samples: u64,
-    /// Bad samples and bad places of the shard itself.
+    /// Number of bad samples and of damaged places of the shard itself.
     pub bad: u64,
 }
 
@@ -38,18 +38,18 @@ pub struct Findings {
     /// Image sizes in pixels.
     pub widths: Spread,
     pub heights: Spread,
-    /// Caption variants a sample.
+    /// Number of captions per sample.
     pub captions: Spread,
-    /// Characters a caption.
+    /// Number of characters per caption.
     pub caption_lengths: Spread,
     pub bad: BadCounts,
-    /// Damaged JSON of good samples, and files of folders that no sample is made of.
+    /// Damaged JSON of good samples, and files of folders that belong to no sample.
     pub ignored: BadCounts,
     /// Key and caption of the first good sample.
     pub example: Option<(String, String)>,
 }
 
-/// How often each value occurs; written as smallest, median, mean and largest.
+/// A histogram of values; serialized as minimum, median, mean and maximum.
 #[derive(Debug, Default)]
 pub struct Spread(BTreeMap<u64, u64>);
 
@@ -73,7 +73,7 @@ impl Spread {
         }
     }
 
-    /// `None` where nothing was counted.
+    /// `None` if no value was counted.
     pub fn summary(&self) -> Option<Summary> {
         let count: u64 = self.0.values().sum();
         let mut below = 0;
@@ -114,13 +114,13 @@ impl Findings {
 }
 
 impl Findings {
-    /// Whether any image or codes could be read.
+    /// Whether any image or code could be read.
     pub fn usable(&self) -> bool {
         self.pictures + self.codes > 0
     }
 }
 
-/// Reads every sample of a source; `progress` is called with the number of samples of each finished shard.
+/// Reads every sample of a source. `progress` is called with the number of samples of each finished shard.
 pub fn inspect(source: &Source, progress: impl Fn(u64)) -> Inspection {
     let mut shards = Vec::new();
     let mut found = Findings { bad: source.bad.clone(), ignored: source.ignored.clone(), ..Findings::default() };
@@ -137,7 +137,7 @@ pub fn inspect(source: &Source, progress: impl Fn(u64)) -> Inspection {
 
 fn inspect_shard(shard: &Shard) -> Findings {
     let info = shard.path.parent().and_then(|folder| CodesInfo::read(folder).ok());
-    // Merged in order, so that examples do not depend on the threads.
+    // Merged in order, so that the examples do not depend on the number of threads.
     let each: Vec<Findings> = (0..shard.len() as usize)
         .collect::<Vec<_>>()
         .par_chunks(64)
@@ -160,7 +160,7 @@ fn look_at(shard: &Shard, index: usize, info: Option<&CodesInfo>, found: &mut Fi
     let (key, members) = shard.members(index, None)?;
     let locate = |bad| shard.locate(&key, bad);
     if let Some(npy) = members.get("npy") {
-        let info = info.ok_or_else(|| Bad::new(Cause::BadCodes, "no readable codes.json beside the shard"));
+        let info = info.ok_or_else(|| Bad::new(Cause::BadCodes, "no readable codes.json next to the shard"));
         info.and_then(|info| info.parse(npy)).map_err(locate)?;
         found.codes += 1;
     } else {

@@ -1,10 +1,10 @@
-//! Keys of images in folders, under which their codes are stored in a shard.
+//! Keys of the images in folders. Their codes are stored under these keys in a shard.
 
 use std::{collections::HashSet, path::Path};
 
-/// A key for each path below a source's folder: the path without its extension; dots and control characters become `_`,
-/// because a key ends at the first dot of a file name. Where two paths would get one key, the later one gets its
-/// extension, and a number if that is taken as well (`x.jpg` and `x.png`: `x` and `x_png`).
+/// A key for each path below a source's folder: the path without its extension, with dots and control characters
+/// replaced by `_`, because a key ends at the first dot of a file name. If two paths would get the same key, the later
+/// one is extended by its extension, and by a number if that key is taken too (`x.jpg` and `x.png`: `x` and `x_png`).
 pub fn keys<'a>(paths: impl Iterator<Item = &'a Path>) -> Vec<String> {
     let mut taken = HashSet::new();
     paths.map(|path| key(path, &mut taken)).collect()

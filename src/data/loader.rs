@@ -19,20 +19,20 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-/// Bad samples in a row that one position may meet.
+/// Maximum number of bad samples in a row at one position.
 const MAX_ATTEMPTS: u64 = 100;
-/// Most threads that read.
+/// Maximum number of reader threads.
 const MAX_WORKERS: usize = 256;
-/// Most samples of a batch.
+/// Maximum number of samples in a batch.
 const MAX_BATCH: usize = 1 << 20;
-/// Bytes of samples that may wait in the queues, beyond one batch a worker.
+/// Maximum size of the batches waiting in the queues, in bytes, beyond one batch per worker.
 const MAX_WAITING: usize = 1 << 30;
 
-/// Batches of samples, or this rank's samples of each, read ahead by worker threads.
+/// Data loader: batches of samples, or this rank's part of each batch, read ahead by worker threads.
 ///
-/// Worker `w` of `W` makes the batches `w, w + W, …` and has a bounded queue of its own; taking from the
-/// queues in turn gives the exact order for any number of workers. Dropping the loader ends its threads.
-/// `data.prefetch` batches are read ahead, fewer where they would take more than 1 GiB.
+/// Worker `w` of `W` reads the batches `w, w + W, …` and has its own bounded queue. Taking from the queues in turn
+/// gives the exact order of the sampler for any number of workers. Dropping the loader ends its threads.
+/// `data.prefetch` batches are read ahead, or fewer if they would take more than 1 GiB.
 pub struct Loader {
     queues: Vec<Receiver<Batch>>,
     workers: Vec<JoinHandle<()>>,
@@ -44,13 +44,13 @@ pub struct Loader {
 }
 
 struct Batch {
-    /// `None` where a position met nothing but bad samples.
+    /// `None` if a position had only bad samples.
     records: Vec<Option<Record>>,
     bad: Vec<Bad>,
 }
 
 impl Loader {
-    /// Batches of `batch_size` samples from `position` (samples consumed before) on, of each the samples `mine`.
+    /// Loads batches of `batch_size` samples, starting after `position` samples; of each batch only the samples `mine`.
     ///
     /// # Errors
     /// A batch has more than 2²⁰ samples, or a thread cannot be started.
@@ -89,7 +89,10 @@ impl Loader {
         Ok(Self { queues, workers, taken: 0, read: 0, bad, ignored, max_bad_ratio: config.max_bad_ratio })
     }
 
-    /// The next batch. Bad samples are replaced and counted; too many of them are an error.
+    /// The next batch. Bad samples are replaced and counted.
+    ///
+    /// # Errors
+    /// Too many samples are bad, or a data thread ended.
     pub fn next_batch(&mut self) -> Result<Vec<Record>> {
         let queue = self.queues.get(self.taken % self.queues.len()).context("a loader without workers")?;
         let batch = queue.recv().context("a data thread ended")?;
@@ -103,18 +106,18 @@ impl Loader {
         records.with_context(|| format!("{MAX_ATTEMPTS} bad samples in a row: {}", self.bad))
     }
 
-    /// Bad samples met so far.
+    /// Bad samples found so far.
     pub fn bad(&self) -> &BadCounts {
         &self.bad
     }
 
-    /// Damaged JSON of good samples met so far.
+    /// Damaged JSON of good samples found so far.
     pub fn ignored(&self) -> &BadCounts {
         &self.ignored
     }
 }
 
-/// Batches of `bytes` bytes that each of `workers` queues holds.
+/// Capacity in batches of `bytes` bytes of each of the `workers` queues.
 fn depth(prefetch: usize, workers: usize, bytes: usize) -> usize {
     prefetch.min(MAX_WAITING / bytes.max(1)).div_ceil(workers).max(1)
 }
@@ -123,7 +126,7 @@ impl Drop for Loader {
     fn drop(&mut self) {
         self.queues.clear();
         for worker in self.workers.drain(..) {
-            // A worker that panicked has nothing more to tell.
+            // A panic of a worker has already been printed by the panic hook.
             let _ = worker.join();
         }
     }

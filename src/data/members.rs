@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-/// Extensions of image formats that are not decoded; such a sample is counted as [`UnsupportedImage`](super::bad::Cause::UnsupportedImage).
+/// Extensions of unsupported image formats; such a sample is counted as
+/// [`UnsupportedImage`](super::bad::Cause::UnsupportedImage).
 pub const UNSUPPORTED_EXTENSIONS: [&str; 12] =
     ["avif", "svg", "heic", "heif", "jxl", "jp2", "psd", "ico", "tga", "exr", "hdr", "eps"];
 
@@ -21,7 +22,7 @@ impl Members {
         self.bytes.get(range.clone())
     }
 
-    /// Adds a member read from a file of its own.
+    /// Adds a member that was read from a separate file.
     pub fn push(&mut self, extension: &str, content: &[u8]) {
         self.bytes.extend_from_slice(content);
         self.end_member(extension);
@@ -34,17 +35,17 @@ impl Members {
         }
     }
 
-    /// The extension of a skipped image whose format is not decoded.
+    /// The extension of a skipped image in an unsupported format.
     pub fn unsupported(&self) -> Option<&str> {
         self.unsupported.as_deref()
     }
 
-    /// The content of all members; bytes appended here become a member with [`Members::end_member`].
+    /// The content of all members. Bytes appended here become a member through [`Members::end_member`].
     pub(super) fn bytes(&mut self) -> &mut Vec<u8> {
         &mut self.bytes
     }
 
-    /// Makes the bytes behind the last member a member.
+    /// Turns the bytes after the last member into a member.
     pub(super) fn end_member(&mut self, extension: &str) {
         let start = self.members.last().map_or(0, |(_, range)| range.end);
         self.members.push((extension.to_owned(), start..self.bytes.len()));

@@ -1,4 +1,4 @@
-//! Samples: found, indexed, read in a repeatable order, and delivered in batches.
+//! Data sets: finds samples, indexes them, reads them in a reproducible order, and delivers them in batches.
 //!
 //! Reading order: `paths` and `tar` find and index shards, [`Dataset`] holds them, [`Sampler`] gives the sample at each
 //! position, [`Record`] is one sample, [`Loader`] reads ahead in threads. A damaged sample is a [`Bad`], counted in
@@ -15,7 +15,6 @@ mod encode_output;
 mod encode_tests;
 #[cfg(test)]
 mod fault_tests;
-mod files;
 pub mod image;
 pub mod image_file;
 #[cfg(test)]
@@ -27,6 +26,7 @@ mod members;
 pub mod paths;
 mod record;
 mod sampler;
+mod source_file;
 mod tar;
 #[cfg(test)]
 mod tests;

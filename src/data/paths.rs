@@ -1,4 +1,4 @@
-//! From the sources that a user names to a list of shards: brace lists, globs, folders.
+//! Expands the sources given by a user (brace lists, globs, folders) to a list of shards.
 
 use super::{
     bad::{Bad, BadCounts, Cause},
@@ -12,19 +12,19 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Alternatives that one brace list may stand for.
+/// Maximum number of alternatives of one brace list.
 const MAX_ALTERNATIVES: usize = 1_000_000;
 
 /// The files of a source, in a fixed order.
 #[derive(Debug, Default)]
 pub struct Found {
-    /// Tar shards with their path below the source's folder.
+    /// Tar shards, each with its path below the source's folder.
     pub tars: Vec<(PathBuf, PathBuf)>,
-    /// Image files with their path below the source's folder.
+    /// Image files, each with its path below the source's folder.
     pub images: Vec<(PathBuf, PathBuf)>,
     /// Images and shards that cannot be used.
     pub bad: BadCounts,
-    /// Other files that no sample is made of.
+    /// Files that belong to no sample.
     pub ignored: BadCounts,
 }
 
@@ -34,11 +34,14 @@ impl Found {
     }
 }
 
-/// Finds the files of a source: tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`) or folders, which
-/// are searched with their subfolders (names that begin with a dot are left out).
+/// Finds the files of a source: tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), or folders with their subfolders.
+/// Names that start with a dot are skipped.
+///
+/// # Errors
+/// Nothing was found, or a folder cannot be listed.
 pub fn find(source: &str) -> Result<Found> {
     let mut found = Found::default();
-    // A file whose name has braces is meant literally.
+    // An existing file whose name contains braces is meant literally.
     let patterns = if Path::new(source).exists() { vec![source.to_owned()] } else { braces(source)? };
     for path in patterns {
         let before = found.len();
@@ -50,10 +53,10 @@ pub fn find(source: &str) -> Result<Found> {
     Ok(found)
 }
 
-/// Whether anything is at a source, so that what [`find`] misses is a damage and not the whole source.
+/// Whether a source exists at all, so that what [`find`] misses is damage and not a missing source.
 ///
 /// # Errors
-/// A brace list stands for too many names, or a folder on the way cannot be listed.
+/// A brace list stands for too many names, or a parent folder cannot be listed.
 pub fn is_there(source: &str) -> Result<bool> {
     if Path::new(source).exists() {
         return Ok(true);
@@ -90,7 +93,7 @@ fn add(path: &Path, found: &mut Found) -> Result<()> {
 
 fn add_folder(root: &Path, folder: &Path, found: &mut Found) -> Result<()> {
     for path in entries(folder)? {
-        // Links to folders are not followed: they can run in circles.
+        // Links to folders are not followed: they can form cycles.
         if path.is_dir() && !path.is_symlink() {
             add_folder(root, &path, found)?;
         } else {
@@ -100,7 +103,7 @@ fn add_folder(root: &Path, folder: &Path, found: &mut Found) -> Result<()> {
                 Some((false, cause)) => found.ignored.add(Bad::new(cause, path.display())),
                 None if extension(&path) == "tar" => found.tars.push((path, below)),
                 None if is_image(&path) => found.images.push((path, below)),
-                // Captions are found from their image; the rest describes the folder.
+                // Captions are found from their image; other text and JSON files describe the folder.
                 None => {}
             }
         }
@@ -108,7 +111,7 @@ fn add_folder(root: &Path, folder: &Path, found: &mut Found) -> Result<()> {
     Ok(())
 }
 
-/// Why a file of a folder cannot be used, and whether a sample is lost by it.
+/// Why a file in a folder cannot be used, and whether it means a lost sample.
 fn unusable(path: &Path) -> Option<(bool, Cause)> {
     let extension = extension(path);
     let extension = extension.as_str();
@@ -135,11 +138,13 @@ fn is_image(path: &Path) -> bool {
     IMAGE_EXTENSIONS.contains(&extension(path).as_str())
 }
 
-/// The entries of a folder by name, without those whose name begins with a dot.
+/// The entries of a folder, sorted by name, without names that start with a dot.
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     let cannot = || format!("cannot list {}", folder.display());
     let mut paths = Vec::new();
-    for entry in fs::read_dir(folder).hint(cannot(), "is it a folder that you may read?")? {
+    for entry in
+        fs::read_dir(folder).hint(cannot(), "check that it is a folder and that you have permission to read it")?
+    {
         let path = entry.with_context(cannot)?.path();
         let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
         if !hidden {
@@ -165,7 +170,7 @@ fn braces(pattern: &str) -> Result<Vec<String>> {
             count.saturating_add(open.len() + done.len()) <= MAX_ALTERNATIVES,
             failed(format_args!("`{{{alternatives}}}` stands for too many names"), "write a glob (`*`) or a folder")
         );
-        // The last one pushed is expanded first, so this keeps the order of writing.
+        // The pattern pushed last is expanded first; pushing in reverse keeps the written order.
         open.extend(expanded.unwrap_or_default().iter().rev().map(|one| format!("{head}{one}{tail}")));
     }
     Ok(done)
@@ -177,7 +182,7 @@ fn first_brace(pattern: &str) -> Option<(&str, &str, &str)> {
     Some((head, inner, tail))
 }
 
-/// The alternatives of one brace list; `None` when there are too many.
+/// The alternatives of one brace list; `None` if there are too many.
 fn expand(inner: &str) -> Option<Vec<String>> {
     let range = inner.split_once("..").and_then(|(a, b)| Some((a, a.parse::<u64>().ok()?, b.parse::<u64>().ok()?)));
     let Some((from, first, last)) = range else {
@@ -188,7 +193,7 @@ fn expand(inner: &str) -> Option<Vec<String>> {
     few.then(|| (first..=last).map(|number| format!("{number:0width$}")).collect())
 }
 
-/// Paths that match a pattern with `*` and `?`; a pattern without them is itself.
+/// Paths that match a pattern with `*` and `?`. A pattern without them is returned as it is.
 fn glob(pattern: &str) -> Result<Vec<PathBuf>> {
     if Path::new(pattern).exists() {
         return Ok(vec![PathBuf::from(pattern)]);
@@ -214,7 +219,7 @@ fn glob(pattern: &str) -> Result<Vec<PathBuf>> {
     Ok(paths.into_iter().filter(|path| path.exists()).collect())
 }
 
-/// Whether `name` matches `pattern`, where `*` is any run of characters and `?` any one.
+/// Whether `name` matches `pattern`; `*` matches any run of characters, `?` any single one.
 fn matches(pattern: &[u8], name: &[u8]) -> bool {
     let (mut p, mut n) = (0, 0);
     let mut star = None;
@@ -225,7 +230,7 @@ fn matches(pattern: &[u8], name: &[u8]) -> bool {
                 p += 1;
             }
             Some(c) if *c == b'?' || Some(c) == name.get(n) => (p, n) = (p + 1, n + 1),
-            // Let the last star take one character more.
+            // On a mismatch, the last `*` takes one more character.
             _ => match star {
                 Some((at, taken)) => {
                     star = Some((at, taken + 1));
@@ -252,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_is_there_when_any_of_its_shards_is() {
+    fn a_source_exists_if_any_of_its_shards_exists() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("01.tar"), "").unwrap();
         let there = |name: &str| is_there(folder.path().join(name).to_str().unwrap()).unwrap();

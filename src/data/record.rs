@@ -9,15 +9,15 @@ use super::{
 use image::RgbImage;
 use serde_json::Value;
 
-/// Extensions of image members, in the order in which they are looked for.
+/// Extensions of image members, in order of preference.
 pub const IMAGE_EXTENSIONS: [&str; 9] = ["png", "jpg", "jpeg", "webp", "gif", "bmp", "tiff", "tif", "jfif"];
 
-/// Largest text or JSON member that is read.
+/// Maximum size of a text or JSON member in bytes.
 const MAX_TEXT: usize = 1 << 20;
-/// Characters of a caption that are kept.
+/// Maximum length of a caption in characters; longer captions are truncated.
 const MAX_CAPTION: usize = 4096;
 
-/// What a sample must have, and which of its members are read.
+/// What a sample must contain. It also decides which of its members are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// An image, cropped and resized to this side; a caption is optional.
@@ -45,7 +45,7 @@ pub(super) fn wants(kind: Option<Kind>, extension: &str) -> bool {
 /// One sample.
 #[derive(Debug, Clone, Default)]
 pub struct Record {
-    /// Its name in its shard.
+    /// The sample's key in its shard.
     pub key: String,
     /// Index of its source in the configuration.
     pub source: usize,
@@ -53,9 +53,9 @@ pub struct Record {
     pub image: Option<RgbImage>,
     /// Codes in raster order ([`Kind::Codes`]).
     pub codes: Option<Vec<u16>>,
-    /// The caption drawn for this visit, one of `captions`; empty if there is none.
+    /// The caption chosen for this visit, one of `captions`; empty if there is none.
     pub caption: String,
-    /// All caption variants.
+    /// All captions of the sample.
     pub captions: Vec<String>,
     /// The sample's JSON; `Null` if there is none or it was ignored.
     pub meta: Value,
@@ -64,7 +64,7 @@ pub struct Record {
 }
 
 impl Record {
-    /// Reads what `kind` asks for from the members of a sample.
+    /// Parses what `kind` needs from the members of a sample.
     pub(super) fn parse(key: &str, members: &Members, kind: Kind, codes: Option<&CodesInfo>) -> Result<Self, Bad> {
         let (meta, ignored) = match json(members) {
             Ok(meta) => (meta, None),
@@ -91,7 +91,7 @@ impl Record {
     }
 }
 
-/// The bytes of a sample's image.
+/// The content of a sample's image.
 pub(super) fn image_member(members: &Members) -> Result<&[u8], Bad> {
     let found = IMAGE_EXTENSIONS.iter().find_map(|extension| members.get(extension));
     found.ok_or_else(|| match members.unsupported() {
@@ -115,8 +115,8 @@ fn text_member<'a>(members: &'a Members, extension: &str) -> Result<Option<&'a [
     }
 }
 
-/// The captions of a sample: `captions` of its JSON, else `caption`, else the lines of its text, each line a caption
-/// of its own (as DALLE-pytorch has it).
+/// The captions of a sample: `captions` of its JSON, else `caption`, else the lines of its text file, one caption per
+/// line (as in DALLE-pytorch).
 fn captions(members: &Members, meta: &Value) -> Result<Vec<String>, Bad> {
     let variants = meta.get("captions").and_then(Value::as_array);
     let variants = variants.into_iter().flatten().filter_map(Value::as_str);
@@ -133,8 +133,7 @@ fn captions(members: &Members, meta: &Value) -> Result<Vec<String>, Bad> {
     Ok(text.split(['\n', '\r']).map(clean).filter(|caption| !caption.is_empty()).collect())
 }
 
-/// A caption on one line: control characters and runs of spaces become one space; a caption is cut after 4096
-/// characters.
+/// Cleans a caption: control characters and runs of spaces become one space, and it is truncated to 4096 characters.
 fn clean(text: &str) -> String {
     let text = text.trim_start_matches('\u{feff}');
     let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());

@@ -1,13 +1,13 @@
-//! The order of samples as a pure function of (seed, purpose, position): nothing is stored but the
-//! position, so any point of a run can be reached again at once.
+//! The order of samples as a pure function of (seed, purpose, position). Only the position is stored, so any point of a
+//! run can be reached again directly.
 
 use crate::random::Random;
 
 /// Rounds of the Feistel network.
 const ROUNDS: u64 = 6;
 
-/// A keyed permutation of `0..n` that is computed, not stored: a balanced Feistel network over the
-/// smallest even number of bits that holds `n`, walked until it comes out below `n`.
+/// A keyed permutation of `0..n` that is computed, not stored: a balanced Feistel network over the smallest even number
+/// of bits that holds `n`, applied repeatedly until the result is below `n` (cycle walking).
 #[derive(Debug, Clone)]
 struct Permutation {
     n: u64,
@@ -22,7 +22,7 @@ impl Permutation {
         Self { n, half_bits: bits.div_ceil(2).max(1), keys }
     }
 
-    /// Where `index` (below `n`) goes.
+    /// Maps `index` (below `n`) to its place in the permutation.
     fn at(&self, index: u64) -> u64 {
         let mut value = index;
         loop {
@@ -44,12 +44,12 @@ impl Permutation {
     }
 }
 
-/// What stands at one position of the order.
+/// The sample at one position of the order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Draw {
-    /// Epoch of the mixture.
+    /// Epoch over the mixed sources.
     pub epoch: u64,
-    /// How often this sample was shown before.
+    /// Number of earlier visits of this sample.
     pub turn: u64,
     /// Index of the source.
     pub source: usize,
@@ -59,9 +59,8 @@ pub struct Draw {
 
 /// The order in which samples are shown.
 ///
-/// An epoch shows `round(weight · n)` samples of each source, mixed. Each source is walked through by
-/// permutations of its own that go on from epoch to epoch, so every sample gets its turn before any
-/// is shown again, whatever the weight.
+/// An epoch contains `round(weight · n)` samples of each source, mixed. Each source has its own permutations, which
+/// continue across epochs: with any weight, every sample is visited once before any is visited again.
 #[derive(Debug, Clone)]
 pub struct Sampler {
     seed: u64,
@@ -77,10 +76,10 @@ struct Share {
 }
 
 impl Sampler {
-    /// The order for sources of (samples, weight). `purpose` tells streams of one run apart.
+    /// The order for sources given as (samples, weight). `purpose` distinguishes the streams of one run.
     pub fn new(seed: u64, purpose: &str, sources: &[(u64, f64)]) -> Self {
         let share = |&(samples, weight): &(u64, f64)| {
-            // The bound keeps the sum over the sources in range whatever the weights.
+            // The bound keeps the sum over all sources in range for any weights.
             let wanted = ((samples as f64 * weight).round() as u64).min(1 << 48);
             Share { samples, shown: if samples == 0 || weight <= 0.0 { 0 } else { wanted.max(1) } }
         };
@@ -89,12 +88,12 @@ impl Sampler {
         Self { seed, purpose: purpose.to_owned(), sources, epoch_length }
     }
 
-    /// Samples that one epoch shows.
+    /// Number of samples in an epoch.
     pub fn epoch_length(&self) -> u64 {
         self.epoch_length
     }
 
-    /// What stands at `position`; `None` where there are no samples at all.
+    /// The sample at `position`; `None` if there are no samples.
     pub fn at(&self, position: u64) -> Option<Draw> {
         let epoch = position.checked_div(self.epoch_length)?;
         let mix = Permutation::new(self.epoch_length, self.seed, &format!("{} mix", self.purpose), epoch);
@@ -112,14 +111,14 @@ impl Sampler {
         None
     }
 
-    /// The sample that stands in for a bad one: a keyed choice from the same source.
+    /// The replacement of a bad sample: a keyed choice from the same source.
     pub fn replacement(&self, position: u64, attempt: u64, bad: Draw) -> Draw {
         let mut random = Random::keyed(self.seed, &format!("{} replacement", self.purpose), position, attempt);
         let samples = self.sources.get(bad.source).map_or(1, |share| share.samples);
         Draw { sample: random.below(samples.max(1)), ..bad }
     }
 
-    /// Which of `count` caption variants a draw shows.
+    /// The index of the caption to use, of `count` captions.
     pub fn caption(&self, draw: Draw, count: usize) -> usize {
         let purpose = format!("{} caption {}", self.purpose, draw.source);
         Random::keyed(self.seed, &purpose, draw.turn, draw.sample).below(count.max(1) as u64) as usize
@@ -132,7 +131,7 @@ mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
     #[test]
-    fn a_permutation_hits_everything_once() {
+    fn a_permutation_is_a_bijection() {
         for n in (1..70).chain([1000, 4097]) {
             let order = Permutation::new(n, 3, "test", 0);
             let hit: BTreeSet<u64> = (0..n).map(|i| order.at(i)).collect();
@@ -152,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn an_epoch_shows_each_sample_once() {
+    fn an_epoch_visits_each_sample_once() {
         let sampler = Sampler::new(1, "train", &[(100, 1.0), (7, 1.0)]);
         for epoch in 0..3 {
             let draws: Vec<Draw> = (0..107).map(|i| sampler.at(epoch * 107 + i).unwrap()).collect();
@@ -163,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_hold_and_every_sample_gets_its_turn() {
+    fn weights_hold_and_every_sample_is_visited() {
         let sampler = Sampler::new(1, "train", &[(100, 0.25), (10, 2.0), (9, 0.0)]);
         assert_eq!(sampler.epoch_length(), 45);
         let mut count = BTreeMap::<(usize, u64), u64>::new();
@@ -184,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_to_show() {
+    fn no_samples_give_no_draw() {
         assert_eq!(Sampler::new(1, "train", &[(0, 1.0)]).at(0), None);
     }
 }

@@ -1,12 +1,12 @@
-//! The index of a tar shard: only headers are read, nothing is unpacked to disk.
+//! The index of a tar shard. Only headers are read, and nothing is unpacked to disk.
 //!
-//! A sample is a run of neighbouring members `KEY.ext` (the WebDataset convention); its [`Place`] is the
-//! byte range from its first header to the end of its last member.
+//! A sample is a run of adjacent members `KEY.ext` (the WebDataset convention). Its [`Place`] is the byte range from
+//! its first header to the end of its last member.
 
 use super::{
     bad::{Bad, BadCounts, Cause},
-    files::{foreign_format, open_regular},
     members::Members,
+    source_file::{foreign_format, open_regular},
 };
 use std::{
     collections::HashSet,
@@ -18,14 +18,14 @@ use std::{
 };
 use tar::{EntryType, Header};
 
-/// Most bytes that are read of one sample: the members that the caller wants, without headers.
+/// Maximum size of the members read of one sample, in bytes, without headers.
 const MAX_SAMPLE: u64 = 128 << 20;
-/// Bytes that are read at once while a sample is read.
+/// Buffer size for reading a sample, in bytes.
 const READ_AHEAD: u64 = 64 << 10;
-/// Largest extended header (PAX or GNU long name) that is read.
+/// Maximum size of an extended header (PAX or GNU long name), in bytes.
 const MAX_EXTENSION: u64 = 64 << 10;
 const BLOCK: u64 = 512;
-/// Archives are padded to a multiple of this many bytes by GNU tar and Python.
+/// GNU tar and Python pad archives to a multiple of this many bytes.
 const RECORD: u64 = 20 * BLOCK;
 
 /// The byte range of a sample in its shard.
@@ -35,21 +35,21 @@ pub struct Place {
     pub(super) length: u64,
 }
 
-/// The samples of one shard, and what was wrong with it.
+/// The samples of one shard, and its damage.
 #[derive(Debug, Default)]
 pub struct Index {
     pub places: Vec<Place>,
     pub bad: BadCounts,
 }
 
-/// A member's name, cut at the first dot behind the last slash.
+/// A member's name, split at the first dot after the last slash.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Name {
     pub key: String,
     pub extension: String,
 }
 
-/// Lists the samples of a shard. What is wrong is counted; the rest of the shard stays usable.
+/// Lists the samples of a shard. Damage is counted; the rest of the shard stays usable.
 pub fn index(path: &Path) -> Index {
     let mut index = Index::default();
     let shown = path.display();
@@ -102,7 +102,7 @@ fn list<R: Read + Seek>(walker: &mut Walker<R>, index: &mut Index, shown: &str) 
             },
             Ok(None) => {
                 if walker.at == walker.length && !walker.length.is_multiple_of(BLOCK) {
-                    index.bad.add(Bad::new(Cause::BrokenTar, format_args!("{shown}: the last block is cut")));
+                    index.bad.add(Bad::new(Cause::BrokenTar, format_args!("{shown}: the last block is truncated")));
                 }
                 None
             }
@@ -153,7 +153,7 @@ pub fn read(path: &Path, place: Place, wants: impl Fn(&str) -> bool) -> Result<(
 fn read_members(walker: &mut Walker<BufReader<File>>, wants: impl Fn(&str) -> bool) -> Result<(String, Members), Bad> {
     let (mut sample_key, mut members) = (String::new(), Members::default());
     while let Some(member) = walker.next()? {
-        // Refused members were counted when the shard was indexed.
+        // Refused members were already counted when the shard was indexed.
         let Ok(Some(Name { key, extension })) = &member.name else { continue };
         if wants(extension) {
             if members.get(extension).is_some() {
@@ -181,7 +181,7 @@ struct Member {
     header: u64,
     data: Range<u64>,
     end: u64,
-    /// Whether zero blocks come before it: one archive ended and another one begins.
+    /// Whether zero blocks precede it: one archive ended and another one starts here.
     begins_archive: bool,
 }
 
@@ -192,9 +192,9 @@ struct Walker<R> {
     length: u64,
     /// The end of the last member.
     next_at: u64,
-    /// The first byte of the archive, of several that were concatenated.
+    /// Start of the current archive in a file of concatenated archives.
     archive: u64,
-    /// Zero blocks between members that are not the end of an archive.
+    /// Zero blocks between members that do not end an archive.
     gap: Option<Bad>,
 }
 
@@ -203,7 +203,10 @@ impl<R: Read + Seek> Walker<R> {
         Self { reader, at: 0, length, next_at: 0, archive: 0, gap: None }
     }
 
-    /// The next member; an error where the tar cannot be followed any further.
+    /// The next member.
+    ///
+    /// # Errors
+    /// The tar is damaged so that no further member can be found.
     fn next(&mut self) -> Result<Option<Member>, Bad> {
         self.skip_to(self.next_at)?;
         let archive = self.archive;
@@ -212,10 +215,12 @@ impl<R: Read + Seek> Walker<R> {
         loop {
             let Some(header) = self.header()? else { return Ok(None) };
             let header_at = *header_at.get_or_insert(self.at - BLOCK);
-            let size = header.entry_size().map_err(|_| self.broken("a size field that is no number"))?;
+            let size = header.entry_size().map_err(|_| self.broken("a size field that is not a number"))?;
             let start = self.at;
             let end = start.checked_add(size).filter(|end| *end <= self.length);
-            let end = end.ok_or_else(|| self.broken(format_args!("a member of {size} bytes goes beyond the end")))?;
+            let end = end.ok_or_else(|| {
+                self.broken(format_args!("a member of {size} bytes extends beyond the end of the file"))
+            })?;
             let padded = end.next_multiple_of(BLOCK).min(self.length);
             let kind = header.entry_type();
             match kind {
@@ -233,7 +238,7 @@ impl<R: Read + Seek> Walker<R> {
         }
     }
 
-    /// The next header, also of a further archive behind this one; `None` at the end of the file.
+    /// The next header, also of a concatenated archive; `None` at the end of the file.
     fn header(&mut self) -> Result<Option<Header>, Bad> {
         let first = self.at;
         let mut header = Header::new_old();
@@ -242,7 +247,7 @@ impl<R: Read + Seek> Walker<R> {
             if self.at == self.length || (zeros > 0 && self.length - self.at < BLOCK) {
                 return Ok(None);
             }
-            self.reader.read_exact(header.as_mut_bytes()).map_err(|_| self.broken("a header is cut"))?;
+            self.reader.read_exact(header.as_mut_bytes()).map_err(|_| self.broken("a header is truncated"))?;
             if is_header(header.as_bytes()) {
                 if zeros > 0 {
                     self.begin_archive(first, zeros);
@@ -251,15 +256,15 @@ impl<R: Read + Seek> Walker<R> {
                 return Ok(Some(header));
             }
             if header.as_bytes().iter().any(|byte| *byte != 0) {
-                let what = if zeros > 0 { "bytes that are no tar" } else { "a header's checksum is wrong" };
+                let what = if zeros > 0 { "bytes that are not a tar header" } else { "a header's checksum is wrong" };
                 return Err(self.broken(what));
             }
             self.at += BLOCK;
         }
     }
 
-    /// A header follows `zeros` zero blocks. Only whole records are the end of an archive for sure; other zero blocks
-    /// may have overwritten members.
+    /// Called when a header follows `zeros` zero blocks. Only complete records reliably end an archive; other zero
+    /// blocks may have overwritten members.
     fn begin_archive(&mut self, first: u64, zeros: u64) {
         if zeros < 2 || !(self.at - self.archive).is_multiple_of(RECORD) {
             let what = format_args!("byte {first}: {zeros} zero blocks between members");
@@ -277,13 +282,13 @@ impl<R: Read + Seek> Walker<R> {
         Ok(())
     }
 
-    /// The name that an extended header gives to the member behind it.
+    /// The name that an extended header gives to the next member.
     fn extension(&mut self, kind: EntryType, size: u64) -> Result<Result<Vec<u8>, Bad>, Bad> {
         if size > MAX_EXTENSION {
             return Ok(Err(Bad::new(Cause::TooLarge, format_args!("an extended header of {size} bytes"))));
         }
         let mut content = vec![0; size as usize];
-        self.reader.read_exact(&mut content).map_err(|_| self.broken("an extended header is cut"))?;
+        self.reader.read_exact(&mut content).map_err(|_| self.broken("an extended header is truncated"))?;
         self.at += size;
         if kind == EntryType::GNULongName {
             while content.last() == Some(&0) {
@@ -295,12 +300,12 @@ impl<R: Read + Seek> Walker<R> {
         for record in tar::PaxExtensions::new(&content) {
             match record {
                 Ok(record) if record.key_bytes() == b"path" => name = record.value_bytes().to_vec(),
-                // Only members above 8 GiB need a size there, and those are beyond our limits.
+                // Only members above 8 GiB need a PAX size, and those exceed the limits.
                 Ok(record) if record.key_bytes() == b"size" => {
                     return Ok(Err(Bad::new(Cause::TooLarge, "a member with a PAX size")));
                 }
                 Ok(_) => {}
-                Err(_) => return Ok(Err(Bad::new(Cause::BrokenTar, "an extended header that does not parse"))),
+                Err(_) => return Ok(Err(Bad::new(Cause::BrokenTar, "an extended header that cannot be parsed"))),
             }
         }
         Ok(Ok(name))
@@ -318,7 +323,7 @@ impl<R: Read + Seek> Walker<R> {
     }
 }
 
-/// Whether a block is a tar header: its checksum is right.
+/// Whether a block is a tar header, by its checksum.
 fn is_header(block: &[u8]) -> bool {
     let Some(block) = block.first_chunk::<{ BLOCK as usize }>() else { return false };
     let mut header = Header::new_old();
@@ -342,8 +347,8 @@ fn member_name(header: &Header, kind: EntryType, long: Option<Result<Vec<u8>, Ba
     }
 }
 
-/// A member's name without empty and `.` parts. Nothing is written under these names, but codes are stored under them,
-/// and an absolute name or `..` there would be refused by other tools.
+/// A member's name without empty and `.` components. Nothing is unpacked under these names, but codes are stored under
+/// them, and other tools would refuse absolute names and `..`.
 fn safe_name(bytes: &[u8]) -> Result<String, Bad> {
     let refuse = || Bad::new(Cause::UnsafeName, String::from_utf8_lossy(bytes).escape_debug());
     let name = std::str::from_utf8(bytes).map_err(|_| refuse())?;

@@ -1,4 +1,4 @@
-//! Shards written here on purpose well or badly, read back through the public interface.
+//! Shards written by the tests, valid and damaged, read back through the public interface.
 
 use super::*;
 use crate::config;
@@ -9,7 +9,7 @@ use std::{
     sync::Arc,
 };
 
-/// A tar made member by member, rightly or wrongly.
+/// A tar built member by member; invalid members are possible.
 pub(super) struct Tar(Builder<Vec<u8>>);
 
 impl Tar {
@@ -32,7 +32,7 @@ impl Tar {
         self.raw(name.as_bytes(), EntryType::Regular, content.len() as u64, content)
     }
 
-    /// A sample whose image has one colour.
+    /// Adds a sample whose image has a single color.
     pub(super) fn sample(self, key: &str, shade: u8) -> Self {
         self.file(&format!("{key}.png"), picture(shade)).file(&format!("{key}.txt"), format!("第{shade}张"))
     }
@@ -71,7 +71,7 @@ pub(super) fn causes(counts: &BadCounts) -> serde_json::Value {
     value
 }
 
-/// The keys that can be read, and the causes of those that cannot.
+/// The keys of the readable samples, and the causes of the others.
 pub(super) fn read_all(dataset: &Dataset) -> (Vec<String>, serde_json::Value) {
     let mut bad = dataset.bad.clone();
     let mut keys = Vec::new();
@@ -86,7 +86,7 @@ pub(super) fn read_all(dataset: &Dataset) -> (Vec<String>, serde_json::Value) {
 
 pub(super) fn read_tar(tar: Vec<u8>) -> (Vec<String>, serde_json::Value) {
     let dir = folder();
-    // A good shard behind the bad one must be read all the same.
+    // A good shard after the bad one must still be read.
     fs::write(dir.path().join("0.tar"), tar).unwrap();
     Tar::new().sample("last", 9).write(&dir.path().join("1.tar"));
     let (mut keys, bad) = read_all(&open(dir.path()));
@@ -105,7 +105,7 @@ fn a_good_shard_is_read() {
     let dataset = open(dir.path());
     let records: Vec<_> = dataset.records(1).collect();
     let keys: Vec<_> = records.iter().flatten().map(|record| record.key.as_str()).collect();
-    // `dir/c.d.png` has the key `dir/c` and the extension `d.png`, as in WebDataset: no image.
+    // `dir/c.d.png` has the key `dir/c` and the extension `d.png`, as in WebDataset: it is not an image.
     assert_eq!(keys, ["a", "e"]);
     let last = records.last().unwrap().as_ref().unwrap();
     assert_eq!(last.captions, ["二", "三 四"]);
@@ -114,7 +114,7 @@ fn a_good_shard_is_read() {
 }
 
 #[test]
-fn members_that_no_one_should_send_are_counted() {
+fn unsafe_members_are_counted() {
     let tar = Tar::new().sample("a", 1).file("../evil.png", "x").file("/etc/evil.png", "x");
     let tar = tar.raw(b"l.png", EntryType::Symlink, 0, b"").raw(b"h.png", EntryType::Link, 0, b"");
     let tar = tar.raw(b"d.png", EntryType::Char, 0, b"").raw(b"f.png", EntryType::Fifo, 0, b"");
@@ -133,13 +133,13 @@ fn duplicates_are_counted() {
 }
 
 #[test]
-fn a_cut_shard_keeps_its_whole_samples() {
+fn a_truncated_shard_keeps_its_complete_samples() {
     let whole = Tar::new().sample("a", 1).sample("b", 2).bytes();
     for cut in 0..whole.len() {
         let (keys, bad) = read_tar(whole[..cut].to_vec());
         assert!(keys.len() <= 2 && keys.iter().zip(["a", "b"]).all(|(key, expected)| key == expected));
         if keys.len() < 2 && cut % 512 != 0 {
-            assert!(bad.as_object().is_some_and(|bad| !bad.is_empty()), "nobody noticed the cut at {cut}");
+            assert!(bad.as_object().is_some_and(|bad| !bad.is_empty()), "the cut at {cut} was not detected");
         }
     }
 }
@@ -155,7 +155,7 @@ fn damaged_shards_do_not_panic() {
 }
 
 #[test]
-fn hostile_sizes_are_refused() {
+fn malicious_sizes_are_refused() {
     let huge = Tar::new().sample("a", 1).raw(b"big.png", EntryType::Regular, 8 << 30, b"").sample("b", 2);
     assert_eq!(read_tar(huge.bytes()), (vec!["a".into()], serde_json::json!({"broken-tar": 1})));
     let negative = Tar::new().sample("a", 1).raw(b"big.png", EntryType::Regular, u64::MAX - 100, b"");
@@ -182,12 +182,12 @@ fn long_names_are_read() {
     let tar = Tar(tar).raw(b"p", EntryType::XHeader, pax.len() as u64, pax.as_bytes());
     let tar = tar.raw(b"short.png", EntryType::Regular, content.len() as u64, &content);
     let (keys, bad) = read_tar(tar.bytes());
-    // The second sample has no text, but its name is that of the extended header.
+    // The second sample has no text, but its name comes from the extended header.
     assert_eq!((keys, bad), (vec![long], serde_json::json!({"no-caption": 1})));
 }
 
 #[test]
-fn bad_text_goes_by_rule() {
+fn bad_text_and_json_are_counted_or_ignored() {
     let with = |text: &[u8]| Tar::new().file("a.png", picture(1)).file("a.txt", text).bytes();
     let only = |cause: &str| (Vec::<String>::new(), serde_json::json!({cause: 1}));
     assert_eq!(read_tar(with(b"\xff\xfe")), only("not-utf8"));
@@ -196,7 +196,7 @@ fn bad_text_goes_by_rule() {
     assert_eq!(read_tar(with(b"a\0b")).0, ["a"]);
     let deep = "[".repeat(100_000);
     let json = Tar::new().sample("a", 1).file("a.json", deep).bytes();
-    // The JSON is ignored, the text is good.
+    // The JSON is ignored; the text is good.
     assert_eq!(read_tar(json), (vec!["a".into()], serde_json::json!({})));
     let json = Tar::new().file("a.png", picture(1)).file("a.json", "[").bytes();
     assert_eq!(read_tar(json), only("bad-json"));
@@ -253,7 +253,7 @@ fn code_shards_are_read() {
     assert_eq!(read_all(&dataset).1, serde_json::json!({"bad-codes": 2}));
 }
 
-/// Two shards with 20 samples, of which every one below `bad` is bad.
+/// Two shards with 20 samples, of which those below `bad` are bad.
 fn numbered(dir: &Path, bad: u8) -> PathBuf {
     for shard in 0..2 {
         let mut tar = Tar::new();
@@ -269,7 +269,7 @@ fn loader(dataset: &Arc<Dataset>, data: &config::Data, position: u64) -> Loader 
     part_loader(dataset, data, position, 0..3)
 }
 
-/// Of each batch of three the samples `mine`.
+/// Loads only the samples `mine` of each batch of three.
 fn part_loader(dataset: &Arc<Dataset>, data: &config::Data, position: u64, mine: std::ops::Range<usize>) -> Loader {
     Loader::new(dataset, data, Sampler::new(5, "test", &dataset.shares()), 3, vec![mine], position).unwrap()
 }

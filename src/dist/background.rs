@@ -1,4 +1,4 @@
-//! Collectives that overlap computation: each rank has one thread that runs them in the order of the calls.
+//! Collectives that overlap computation: each rank has one thread that runs them in call order.
 
 use super::Wire;
 use crate::error::{Result, anyhow, failed};
@@ -10,8 +10,8 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-/// The result of a collective that may still run.
-#[must_use = "the collective runs on all ranks, but this one drops its result"]
+/// The result of a collective that may still be running.
+#[must_use = "the result of the collective is dropped"]
 pub struct Pending<T>(Box<dyn FnOnce() -> Result<T> + Send>);
 
 impl<T: Send + 'static> Pending<T> {
@@ -22,66 +22,68 @@ impl<T: Send + 'static> Pending<T> {
     /// Waits for the result.
     ///
     /// # Errors
-    /// A rank failed or did not come in time.
+    /// A rank failed or timed out.
     pub fn wait(self) -> Result<T> {
         (self.0)()
     }
 
-    /// `f` runs on the thread that waits.
+    /// Applies `f` to the result, on the thread that waits.
     pub(super) fn map<R: Send + 'static>(self, f: impl FnOnce(T) -> R + Send + 'static) -> Pending<R> {
         Pending(Box::new(move || self.wait().map(f)))
     }
 }
 
-/// A rank's thread of collectives; dropping this waits until it has run all of them.
+/// The thread of a rank that runs its collectives. Dropping it waits until all of them have run.
 pub(super) struct Background {
     wire: Arc<Wire>,
-    jobs: Option<Sender<Job>>,
+    tasks: Option<Sender<Task>>,
     thread: Option<JoinHandle<()>>,
 }
 
-type Job = Box<dyn FnOnce(&Wire) + Send>;
+type Task = Box<dyn FnOnce(&Wire) + Send>;
 
 impl Background {
+    /// Starts the thread.
+    ///
     /// # Errors
-    /// The system gives no thread.
+    /// The system cannot start a thread.
     pub fn start(wire: Arc<Wire>) -> Result<Self> {
-        let (name, (jobs, queue)) = (format!("{}-collectives", wire.rank), channel::<Job>());
+        let (name, (tasks, queue)) = (format!("{}-collectives", wire.rank), channel::<Task>());
         let worker = wire.clone();
-        let work = move || queue.into_iter().for_each(|job| job(&worker));
+        let work = move || queue.into_iter().for_each(|task| task(&worker));
         let thread = thread::Builder::new().name(name).spawn(work)?;
-        Ok(Self { wire, jobs: Some(jobs), thread: Some(thread) })
+        Ok(Self { wire, tasks: Some(tasks), thread: Some(thread) })
     }
 
-    /// Runs `f` after all earlier jobs.
+    /// Runs `f` after all earlier tasks.
     pub fn run<R: Send + 'static>(&self, f: impl FnOnce(&Wire) -> Result<R> + Send + 'static) -> Pending<R> {
         let (sender, receiver) = channel();
-        // Nobody waits for the result if the rank failed after this call.
-        let job: Job = Box::new(move |wire| drop(sender.send(f(wire))));
-        // A job that cannot be sent is dropped, and its end of the channel with it.
-        if let Some(jobs) = &self.jobs {
-            let _ = jobs.send(job);
+        // Nobody may be waiting for the result if the rank failed after this call.
+        let task: Task = Box::new(move |wire| drop(sender.send(f(wire))));
+        // A task that cannot be sent is dropped together with its sender, so that the receiver gets an error.
+        if let Some(tasks) = &self.tasks {
+            let _ = tasks.send(task);
         }
         let wire = self.wire.clone();
         Pending(Box::new(move || receive(&receiver, &wire)))
     }
 }
 
-/// Waits for a result of the thread of collectives.
+/// Waits for a result of the collective thread.
 ///
 /// # Errors
-/// The thread ended, or stands still: an exchange gives up by itself after the ranks' time limit, so a thread that
-/// neither begins nor ends one within twice that time hangs somewhere else.
+/// The thread ended or hangs. An exchange times out by itself, so a thread that neither starts nor ends one within
+/// twice that time hangs somewhere else.
 fn receive<R>(results: &Receiver<Result<R>>, wire: &Wire) -> Result<R> {
     let limit = wire.patience().saturating_mul(2);
     loop {
         let before = wire.progress();
         match results.recv_timeout(limit) {
             Ok(result) => return result,
-            Err(RecvTimeoutError::Disconnected) => return Err(anyhow!("the thread of collectives ended")),
+            Err(RecvTimeoutError::Disconnected) => return Err(anyhow!("the collective thread ended")),
             Err(RecvTimeoutError::Timeout) if wire.progress() == before => {
                 let what = format!(
-                    "rank {}: the thread of collectives has not moved for {} s",
+                    "rank {}: the collective thread has made no progress for {} s",
                     wire.rank,
                     limit.as_secs_f64()
                 );
@@ -94,9 +96,9 @@ fn receive<R>(results: &Receiver<Result<R>>, wire: &Wire) -> Result<R> {
 
 impl Drop for Background {
     fn drop(&mut self) {
-        self.jobs = None;
+        self.tasks = None;
         if let Some(thread) = self.thread.take() {
-            // Whoever waited for a job that panicked has got an error.
+            // If a task panicked, its waiter has already got an error.
             let _ = thread.join();
         }
     }

@@ -1,51 +1,51 @@
-//! The environment variables by which a launcher tells this process its rank.
+//! Reads this process's rank from the environment variables of a launcher (torchrun, srun, mpirun).
 
 use crate::error::{Result, usage};
 
-/// This process's rank among those that a launcher started together.
+/// This process's rank among the processes that a launcher started.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
-    /// The launcher's name.
+    /// Name of the launcher.
     pub launcher: &'static str,
     pub rank: usize,
     pub world_size: usize,
-    /// Its rank among those of its host, if the launcher sets one.
+    /// Local rank: the rank among the processes of this host, if the launcher sets it.
     pub local_rank: Option<usize>,
-    /// Where rank 0 listens, if the launcher sets it and is not MPI's.
+    /// Address on which rank 0 listens; only for launchers without MPI, and if it is set.
     pub master: Option<Master>,
 }
 
-/// Where rank 0 listens for the others (`MASTER_ADDR`, `MASTER_PORT`).
+/// Address on which rank 0 listens for the other ranks (`MASTER_ADDR`, `MASTER_PORT`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Master {
     pub host: String,
     pub port: u16,
-    /// The name of the run: connections from other runs are refused.
+    /// Name of the run; connections from other runs are refused.
     pub run: String,
 }
 
-/// The variables of one launcher.
+/// Environment variables of one launcher.
 struct Launcher {
     name: &'static str,
     rank: &'static str,
     world_size: &'static str,
     local_rank: &'static str,
-    /// Another variable, without which the three do not apply to this process.
+    /// Another variable that must be set for the three to apply to this process.
     needs: Option<&'static str>,
-    /// Whether it is MPI's, which connects the ranks itself.
+    /// Whether it is an MPI launcher; MPI connects the ranks itself.
     mpi: bool,
 }
 
-/// In order of precedence: mpirun below sbatch sees the variables of both.
+/// In order of precedence: under mpirun inside sbatch, the variables of both are set.
 const LAUNCHERS: [Launcher; 5] = [
     Launcher { mpi: false, ..launcher("torchrun", ["RANK", "WORLD_SIZE", "LOCAL_RANK"]) },
     launcher("Open MPI", ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"]),
     launcher("MVAPICH2", ["MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"]),
     launcher("MPICH", ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"]),
     Launcher {
-        // A plain sbatch script has SLURM_PROCID = 0, too; only srun makes steps.
+        // A plain sbatch script also has SLURM_PROCID = 0; only srun creates steps.
         needs: Some("SLURM_STEP_NUM_TASKS"),
-        // srun starts MPI's ranks, too: those do not say where to meet.
+        // srun can also start MPI ranks; those do not set MASTER_ADDR.
         mpi: false,
         ..launcher("SLURM", ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"])
     },
@@ -56,10 +56,10 @@ const fn launcher(name: &'static str, variables: [&'static str; 3]) -> Launcher 
     Launcher { name, rank, world_size, local_rank, needs: None, mpi: true }
 }
 
-/// This process's rank, from its environment; `None`: no launcher started it.
+/// This process's rank from its environment; `None` if no launcher started it.
 ///
 /// # Errors
-/// Some of a launcher's variables are missing or are not numbers.
+/// A launcher's variables are incomplete or not numbers.
 pub fn place() -> Result<Option<Place>> {
     resolve(|name| std::env::var(name).ok())
 }
@@ -71,14 +71,14 @@ fn resolve(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Place>> {
         }
         let (rank, world_size) = (variable(launcher.rank), variable(launcher.world_size));
         let hint = format!("start with {}, or unset the variable", launcher.name);
-        let missing = |there: &str, missing: &str| usage(format!("{there} is set, but {missing} is not"), &hint);
+        let missing = |set: &str, missing: &str| usage(format!("{set} is set, but {missing} is not"), &hint);
         match (rank, world_size) {
             (None, None) => {}
             (Some(_), None) => return Err(missing(launcher.rank, launcher.world_size)),
             (None, Some(_)) => return Err(missing(launcher.world_size, launcher.rank)),
             (Some(rank), Some(world_size)) => {
                 let number = |name: &str, text: &str| -> Result<usize> {
-                    text.trim().parse().map_err(|_| usage(format!("{name} = `{text}` is no number"), &hint))
+                    text.trim().parse().map_err(|_| usage(format!("{name} = `{text}` is not a number"), &hint))
                 };
                 let local_rank = variable(launcher.local_rank);
                 let place = Place {
@@ -91,7 +91,7 @@ fn resolve(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Place>> {
                 if place.rank >= place.world_size {
                     let (rank, world_size) = (place.rank, place.world_size);
                     let what = format!("{} = {rank} of {} = {world_size}", launcher.rank, launcher.world_size);
-                    return Err(usage(format!("{what}: ranks count from 0"), hint));
+                    return Err(usage(format!("{what}: ranks are counted from 0"), hint));
                 }
                 return Ok(Some(place));
             }
@@ -100,13 +100,14 @@ fn resolve(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Place>> {
     Ok(None)
 }
 
-/// Where rank 0 listens, by `MASTER_ADDR` and `MASTER_PORT`.
+/// Address on which rank 0 listens, from `MASTER_ADDR` and `MASTER_PORT`.
 fn master(variable: &impl Fn(&str) -> Option<String>) -> Result<Option<Master>> {
     let (Some(host), Some(port)) = (variable("MASTER_ADDR"), variable("MASTER_PORT")) else { return Ok(None) };
-    let wrong =
-        || usage(format!("MASTER_PORT = `{port}` is no port"), "a number from 1 to 65534 that no other run uses");
+    let wrong = || {
+        usage(format!("MASTER_PORT = `{port}` is not a port"), "use a number from 1 to 65534 that no other run uses")
+    };
     let number: u16 = port.trim().parse().ok().filter(|port| (1..u16::MAX).contains(port)).ok_or_else(wrong)?;
-    // torchrun itself listens on MASTER_PORT.
+    // torchrun's own store already listens on MASTER_PORT.
     let taken = variable("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|text| text == "True");
     let run = variable("TORCHELASTIC_RUN_ID").or_else(|| variable("SLURM_JOB_ID")).unwrap_or_default();
     Ok(Some(Master { host, port: number + u16::from(taken), run }))
@@ -142,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn ranks_that_mpi_does_not_join_meet_where_the_master_is() {
+    fn ranks_without_mpi_use_the_master_address() {
         let torchrun = "RANK=3 WORLD_SIZE=8 LOCAL_RANK=1 MASTER_ADDR=a MASTER_PORT=7000";
         let srun = "SLURM_PROCID=3 SLURM_STEP_NUM_TASKS=8 MASTER_ADDR=a MASTER_PORT=7000 SLURM_JOB_ID=5";
         for (variables, port, run) in [
@@ -157,18 +158,18 @@ mod tests {
         assert_eq!(resolved(mpi).unwrap().unwrap().master, None);
         for wrong in ["0", "65535", "x"] {
             let error = resolved(&torchrun.replace("7000", wrong)).unwrap_err();
-            assert_eq!(error.to_string(), format!("MASTER_PORT = `{wrong}` is no port"));
+            assert_eq!(error.to_string(), format!("MASTER_PORT = `{wrong}` is not a port"));
         }
     }
 
     #[test]
-    fn half_set_and_wrong_variables_are_named() {
+    fn incomplete_and_invalid_variables_are_named() {
         let cases = [
             ("RANK=0", "RANK is set, but WORLD_SIZE is not"),
             ("OMPI_COMM_WORLD_SIZE=2", "OMPI_COMM_WORLD_SIZE is set, but OMPI_COMM_WORLD_RANK is not"),
-            ("PMI_RANK=x PMI_SIZE=2", "PMI_RANK = `x` is no number"),
-            ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=-1", "LOCAL_RANK = `-1` is no number"),
-            ("RANK=2 WORLD_SIZE=2", "RANK = 2 of WORLD_SIZE = 2: ranks count from 0"),
+            ("PMI_RANK=x PMI_SIZE=2", "PMI_RANK = `x` is not a number"),
+            ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=-1", "LOCAL_RANK = `-1` is not a number"),
+            ("RANK=2 WORLD_SIZE=2", "RANK = 2 of WORLD_SIZE = 2: ranks are counted from 0"),
             ("SLURM_STEP_NUM_TASKS=2", "SLURM_STEP_NUM_TASKS is set, but SLURM_PROCID is not"),
         ];
         for (variables, message) in cases {

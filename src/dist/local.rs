@@ -1,4 +1,7 @@
 //! Ranks as threads of one process, each with its own pool of compute threads.
+//!
+//! All collectives use one exchange: every rank deposits its values, waits until all ranks have done so, and takes
+//! references to the values of all ranks.
 
 use super::{Group, meeting::Meeting, wire::Link};
 use crate::{
@@ -20,7 +23,7 @@ use std::{
 /// others. Returns what each rank returned, in rank order.
 ///
 /// # Errors
-/// That of the rank which failed or panicked first; the others are stopped at their next collective.
+/// The error of the rank that failed or panicked first; the other ranks stop at their next collective.
 pub fn launch<R: Send>(
     world_size: usize,
     patience: Duration,
@@ -56,7 +59,7 @@ pub fn launch<R: Send>(
             match finished.recv_timeout(POLL) {
                 Ok((i, result)) => results[i] = Some(result),
                 Err(RecvTimeoutError::Disconnected) => break,
-                // A thread that hangs cannot be ended from outside; the process can.
+                // A hanging thread cannot be ended from outside, but the process can.
                 Err(RecvTimeoutError::Timeout) if failed.is_some_and(|since: Instant| since.elapsed() > grace) => {
                     results.iter().flatten().filter_map(|result| result.as_ref().err()).take(1).for_each(report::error);
                     report::leave(Exit::Failed);
@@ -71,16 +74,16 @@ pub fn launch<R: Send>(
     if let Some(Err(error)) = meeting.failed().and_then(|rank| results[rank].take()) {
         return Err(error);
     }
-    results.into_iter().map(|result| result.context("a rank ended without a result")?).collect()
+    results.into_iter().map(|result| result.context("a rank returned no result")?).collect()
 }
 
-/// How long ranks may take to notice that one of them failed: the time limit of collectives, within these bounds.
+/// Time that ranks get to notice that one of them failed: the time limit of collectives, within these bounds.
 const MIN_GRACE: Duration = Duration::from_secs(5);
 const MAX_GRACE: Duration = Duration::from_secs(30);
-/// How often the thread that started the ranks looks whether one failed.
+/// Interval at which the main thread checks whether a rank has failed.
 const POLL: Duration = Duration::from_millis(500);
 
-/// A rank's panic as its error.
+/// The error for a rank that panicked.
 pub(super) fn panicked(rank: usize, panic: &(dyn Any + Send)) -> Error {
     let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     anyhow!("rank {rank} panicked: {}", text.unwrap_or("no message"))

@@ -1,13 +1,14 @@
-//! Ranks that train together, and the collectives that all of them call in the same order (paper §3.2).
+//! Ranks that train together, and their collectives, which all ranks call in the same order (paper §3.2).
 //!
-//! A [`Group`] is one rank's handle. Every collective checks that all ranks call the same operation with the same length.
-//! A rank that fails, panics or does not come within the time limit makes the call an error on all other ranks, never a
-//! hang. Sums are added in rank order, so that they have the same bits on every rank, in every run and over every
-//! transport. Ranks are threads of one process ([`local`]) or processes that a launcher started ([`processes`]);
-//! processes exchange messages over MPI ([`mpi`]) or TCP ([`tcp`]).
+//! A [`Group`] is one rank's handle. Every collective checks that all ranks call the same operation with the same
+//! length. If a rank fails, panics or times out, the call returns an error on all other ranks; it never hangs. Sums are
+//! added in rank order, so they are bit-equal on every rank, in every run and over every transport. Ranks are threads
+//! of one process ([`local`]) or processes started by a launcher ([`world`]), which communicate over MPI ([`mpi`]) or
+//! TCP ([`tcp`]).
 //!
-//! Tensors on devices have collectives of their own ([`tensors`]). Collectives of floats return a [`Pending`]: with
-//! [`Group::overlap`] they run while the rank computes ([`background`]), otherwise at once. Both give the same bits.
+//! Tensors on devices have their own collectives ([`tensors`]). Collectives of floats return a [`Pending`]: after
+//! [`Group::overlap`] they run while the rank computes ([`background`]), otherwise immediately. Both give the same
+//! bits.
 
 mod background;
 mod call;
@@ -45,19 +46,19 @@ use std::{
 };
 use wire::{Link, Part, Wire, sum};
 
-/// The `i`-th of `n` parts of `0..len`: sizes differ by one at most.
+/// The `i`-th of `n` parts of `0..len`; sizes differ by at most one.
 pub fn part(len: usize, i: usize, n: usize) -> Range<usize> {
-    // In u128 because `len` times `n` may not fit.
+    // In u128, because `len` × `n` may overflow.
     let at = |i: usize| (len as u128 * i as u128 / n.max(1) as u128) as usize;
     at(i)..at(i + 1)
 }
 
-/// The ranks of a run: who they are, before they start.
+/// The ranks of a run, before they start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ranks {
-    /// This number of threads of this process.
+    /// This many threads of this process.
     Threads(usize),
-    /// This process is one of those that a launcher started.
+    /// Processes started by a launcher; this process is one of them.
     Processes(Place),
 }
 
@@ -65,13 +66,14 @@ impl Ranks {
     /// `threads` ranks in this process, unless a launcher started several processes.
     ///
     /// # Errors
-    /// Both are wanted, or the launcher's variables are not whole.
+    /// Both are given, or the launcher's variables are incomplete.
     pub fn find(threads: usize) -> Result<Self> {
         match place()? {
             Some(place) if place.world_size > 1 => {
                 let (launcher, world_size) = (place.launcher, place.world_size);
-                let what = format!("{threads} ranks are wanted in each of the {world_size} processes of {launcher}");
-                ensure!(threads == 1, usage(what, "leave --nproc away, or start one process"));
+                let what =
+                    format!("--nproc asks for {threads} ranks in each of the {world_size} processes of {launcher}");
+                ensure!(threads == 1, usage(what, "leave out --nproc, or start one process"));
                 Ok(Self::Processes(place))
             }
             _ => Ok(Self::Threads(threads)),
@@ -85,17 +87,17 @@ impl Ranks {
         }
     }
 
-    /// Whether this process holds the rank that speaks for all.
+    /// Whether this process has rank 0, which prints and writes for all ranks.
     pub fn leads(&self) -> bool {
         !matches!(self, Self::Processes(place) if place.rank > 0)
     }
 
-    /// Runs `f` on every rank, each with its share of this machine's compute threads; `patience` is how long a rank waits
-    /// for the others.
+    /// Runs `f` on every rank, each with a share of this machine's compute threads; `patience` is the time limit for
+    /// waiting for other ranks.
     ///
     /// # Errors
-    /// That of the rank which failed or panicked first; the others are stopped at their next collective. Ranks that are
-    /// processes leave here when one fails, with its exit code.
+    /// The error of the rank that failed or panicked first; the other ranks stop at their next collective. If the ranks
+    /// are processes, they exit here with the exit code of the failed rank.
     pub fn run(&self, patience: Duration, f: impl Fn(&Group) -> Result<()> + Sync) -> Result<()> {
         match self {
             Self::Threads(ranks) => launch(*ranks, patience, f).map(drop),
@@ -107,20 +109,20 @@ impl Ranks {
     }
 }
 
-/// One rank's end of a group.
+/// One rank's handle of the group of all ranks.
 pub struct Group {
     wire: Arc<Wire>,
-    /// The thread that runs collectives of floats; without it, the calling thread does.
+    /// The thread that runs collectives of floats; without it, the calling thread runs them.
     background: OnceLock<Background>,
-    /// The step that messages name.
+    /// The step shown in error messages.
     step: AtomicU64,
-    /// Number of exchanges so far, without those of weights and gradients.
+    /// Number of exchanges so far, not counting weights and gradients.
     #[cfg(test)]
     pub agreements: AtomicU64,
 }
 
 impl Group {
-    /// The only rank.
+    /// A group of one rank.
     pub fn alone() -> Self {
         Self::new(0, 1, Link::Alone)
     }
@@ -145,30 +147,30 @@ impl Group {
         self.wire.world_size
     }
 
-    /// Whether this rank speaks and writes for all.
+    /// Whether this is rank 0, which prints and writes for all ranks.
     pub fn leads(&self) -> bool {
         self.rank() == 0
     }
 
-    /// The step that messages name from now on.
+    /// Sets the step shown in error messages.
     pub fn begin_step(&self, step: u64) {
         self.step.store(step, Ordering::Relaxed);
     }
 
-    /// From now on parameters are sharded within groups of `ranks` consecutive ranks and replicated across groups (hybrid
-    /// sharding, HSDP: the large transfers stay within a node). 0: shard over all ranks.
+    /// Shards parameters within groups of `ranks` consecutive ranks and replicates them across groups from now on
+    /// (hybrid sharded data parallel, HSDP: the large transfers stay within a node). 0: shard over all ranks.
     ///
     /// # Errors
-    /// The world is no multiple of it.
+    /// The world size is not a multiple of `ranks`.
     pub fn shard_over(&self, ranks: usize) -> Result<()> {
         let world_size = self.world_size();
         let ranks = if ranks == 0 { world_size } else { ranks };
-        let what = format!("{world_size} ranks are no whole number of replicas of {ranks} ranks each");
+        let what = format!("{world_size} ranks cannot be split into shard groups of {ranks} ranks");
         ensure!(
             world_size.is_multiple_of(ranks),
-            usage(what, "set train.hsdp_shard_size to a divisor, or to 0: all ranks")
+            usage(what, "set train.hsdp_shard_size to a divisor of the number of ranks, or to 0 (all ranks)")
         );
-        ensure!(*self.wire.hsdp_shard_size.get_or_init(|| ranks) == ranks, "the ranks share replicas out already");
+        ensure!(*self.wire.hsdp_shard_size.get_or_init(|| ranks) == ranks, "the shard group size has already been set");
         Ok(())
     }
 
@@ -177,24 +179,24 @@ impl Group {
         self.wire.hsdp_shard_size()
     }
 
-    /// This rank's place in its shard group.
+    /// This rank's index in its shard group.
     pub fn shard_rank(&self) -> usize {
         self.rank() % self.hsdp_shard_size()
     }
 
-    /// Whether this rank is in the shard group that writes checkpoints.
+    /// Whether this rank is in the first shard group, which writes checkpoints.
     pub fn in_first_replica(&self) -> bool {
         self.rank() < self.hsdp_shard_size()
     }
 
-    /// From now on collectives of floats run on a thread of their own while the rank computes. No effect with one rank.
+    /// Runs collectives of floats on a separate thread from now on, while the rank computes. No effect with one rank.
     ///
     /// # Errors
-    /// The system gives no thread.
+    /// The system cannot start a thread.
     pub fn overlap(&self) -> Result<()> {
         if self.world_size() > 1 && self.background.get().is_none() {
             let background = Background::start(self.wire.clone())?;
-            ensure!(self.background.set(background).is_ok(), "two threads of a rank start its collectives");
+            ensure!(self.background.set(background).is_ok(), "the collective thread was started twice");
         }
         Ok(())
     }
@@ -204,11 +206,11 @@ impl Group {
         self.background.get().is_some()
     }
 
-    /// From now on tensors on CUDA devices go over NCCL, while the rank computes if [`Group::overlap`] was called before.
-    /// Floats on the host do not.
+    /// Sends tensors on CUDA devices over NCCL from now on, overlapping computation if [`Group::overlap`] was called
+    /// before. Floats on the host do not use NCCL.
     ///
     /// # Errors
-    /// NCCL is not built in or not there, or two ranks have the same device.
+    /// NCCL is not built in or not available, or two ranks use the same device.
     pub fn use_device(&self, device: &Device) -> Result<()> {
         if !device.is_cuda() || self.world_size() == 1 {
             return Ok(());
@@ -222,19 +224,19 @@ impl Group {
             let place = members.iter().position(|rank| *rank == self.rank()).unwrap_or(0);
             nccl.join(*among, place, members.len(), exchange)?;
         }
-        ensure!(self.wire.nccl.set(Mutex::new(nccl)).is_ok(), "the group has its devices already");
+        ensure!(self.wire.nccl.set(Mutex::new(nccl)).is_ok(), "the devices of the group have already been set");
         Ok(())
     }
 
-    /// Every rank's values, in rank order; their lengths may differ.
+    /// Every rank's values, in rank order. Their lengths may differ.
     pub fn gather<T: Number>(&self, ours: Vec<T>) -> Result<Vec<Arc<Vec<T>>>> {
         self.to_all(Op::Gather, 0, ours)
     }
 
-    /// The values of all ranks of this shard group, in rank order: `counts[r]` elements from the r-th.
+    /// The values of all ranks of this shard group, in rank order; rank r contributes `counts[r]` elements.
     ///
     /// # Errors
-    /// `ours` does not have this rank's length. Failures of the exchange are errors of [`Pending::wait`].
+    /// `ours` has another length than `counts` says. Failures of the exchange are returned by [`Pending::wait`].
     pub fn all_gather(&self, ours: Vec<f32>, counts: &[usize]) -> Result<Pending<Vec<Arc<Vec<f32>>>>> {
         let expected = self.count(counts)?;
         ensure!(ours.len() == expected, "all_gather: {} elements instead of {expected}", ours.len());
@@ -242,8 +244,9 @@ impl Group {
         Ok(self.start(move |wire| wire.to_members(call, Among::Shards, ours)))
     }
 
-    /// This rank's part of the sum of `all` over all ranks. `all` is the concatenation of one part for each rank of a shard
-    /// group, `counts[r]` elements for the r-th. Sums run first within a shard group, then over the replicas.
+    /// This rank's part of the sum of `all` over all ranks. `all` is the concatenation of one part for each rank of a
+    /// shard group,
+    /// `counts[r]` elements for rank r. Sums run first within the shard group, then over the replicas.
     ///
     /// # Errors
     /// As [`Group::all_gather`].
@@ -274,15 +277,15 @@ impl Group {
         Ok((0..ours.len()).map(|i| parts.iter().map(|part| part[i]).sum()).collect())
     }
 
-    /// Waits until all ranks are here.
+    /// Waits until all ranks have called this.
     pub fn barrier(&self) -> Result<()> {
         self.to_all(Op::Barrier, 0, Vec::<u8>::new()).map(drop)
     }
 
-    /// Checks that all ranks hold the same text.
+    /// Checks that all ranks have the same text.
     ///
     /// # Errors
-    /// Names the first rank with another one.
+    /// A rank has another text; the error names the first such rank.
     pub fn same(&self, what: &str, ours: &str) -> Result<()> {
         let all = self.gather(ours.as_bytes().to_vec())?;
         match all.iter().position(|text| *text != all[0]) {
@@ -291,7 +294,7 @@ impl Group {
         }
     }
 
-    /// This rank's count.
+    /// The number of elements of this rank.
     fn count(&self, counts: &[usize]) -> Result<usize> {
         let ranks = self.hsdp_shard_size();
         ensure!(counts.len() == ranks, "{} counts for {ranks} ranks", counts.len());
@@ -302,7 +305,7 @@ impl Group {
         Call { op, len, step: self.step.load(Ordering::Relaxed) }
     }
 
-    /// Runs `f` on the thread of collectives, or now if there is none.
+    /// Runs `f` on the collective thread, or immediately if there is none.
     fn start<R: Send + 'static>(&self, f: impl FnOnce(&Wire) -> Result<R> + Send + 'static) -> Pending<R> {
         match self.background.get() {
             Some(background) => background.run(f),

@@ -1,4 +1,4 @@
-//! Messages between processes that an MPI launcher started.
+//! Transport between processes started by an MPI launcher.
 
 use super::{
     launcher::Place,
@@ -13,15 +13,16 @@ use ::mpi::{
 };
 use std::time::Instant;
 
-/// What `vilg doctor` says.
+/// The line of `vilg doctor` about MPI.
 pub const STATE: &str = "built: mpirun and srun start ranks on any number of machines";
 
 pub struct Comm(SimpleCommunicator);
 
-// SAFETY: MPI was started so that any thread may call it while no other does, and the mutex around sees to that.
+// SAFETY: MPI was initialized so that any thread may call it as long as no other does, which the mutex around it
+// ensures.
 unsafe impl Send for Comm {}
 
-/// Bytes of a message, far below what MPI can count.
+/// Maximum size of a message in bytes, far below MPI's limit of 2³¹ elements.
 const CHUNK: usize = 1 << 30;
 
 /// MPI's environment: MPI ends when this is dropped.
@@ -83,10 +84,10 @@ impl Comm {
     }
 }
 
-/// The same message, unless it is through.
+/// Returns the message unless it is complete.
 fn open<'a, 's>((rank, request): Pending<'a, 's>) -> Option<Pending<'a, 's>> {
     request.test().err().map(|request| (rank, request))
 }
 
-/// A message under way, to or from a rank.
+/// A message in flight to or from a rank.
 type Pending<'a, 's> = (usize, Request<'a, [u8], &'s LocalScope<'a>>);

@@ -1,4 +1,4 @@
-//! Stands in for [`mpi`](super::mpi) in a build without it.
+//! Replaces [`mpi`](super::mpi) in a build without MPI.
 
 use super::{
     launcher::Place,

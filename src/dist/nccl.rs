@@ -1,12 +1,12 @@
-//! Collectives between CUDA devices, over NCCL. **They have never run on a GPU.**
+//! Collectives between CUDA devices over NCCL. **They have never run on a GPU.**
 //!
-//! One communicator a rank, each rank with a device of its own: a process or a thread.
+//! Each rank (a process or a thread) has its own device and its own communicator.
 //!
-//! Collectives that overlap computation have a CUDA stream of their own; otherwise they use the compute stream. cudarc keeps
-//! two events for each buffer, of its last read and its last write: a collective waits for the kernels that write its
-//! input, kernels that read its output wait for it, and memory is freed after both. There is only one read event, so that
-//! nothing else may read a collective's input. NCCL adds floats in its own order, not in that of ranks on the CPU. A rank
-//! that dies leaves the others waiting on the device; therefore a control message with a time limit comes before each
+//! Collectives that overlap computation use a separate CUDA stream, others the compute stream. cudarc keeps two events
+//! for each buffer, of its last read and its last write: a collective waits for the kernels that write its input,
+//! kernels that read its output wait for it, and memory is freed after both. Because there is only one read event,
+//! nothing else may read a collective's input. NCCL adds floats in its own order, not in rank order as on the CPU. If a
+//! rank dies, the others would wait forever on the device; therefore a control message with a time limit precedes each
 //! collective.
 
 use super::call::Among;
@@ -25,7 +25,7 @@ use candle_core::{
 use half::{bf16, f16};
 use std::{collections::BTreeMap, sync::Arc};
 
-/// A rank's end of the collectives; all ranks call the same ones in the same order with the same counts.
+/// One rank's NCCL communicators. All ranks make the same calls in the same order with the same counts.
 pub struct Nccl {
     device: CudaDevice,
     stream: Arc<CudaStream>,
@@ -36,25 +36,25 @@ pub struct Nccl {
 unsafe impl Send for Nccl {}
 
 impl Nccl {
-    /// Without communicators yet; `beside`: collectives run beside computation.
+    /// No communicators yet. `beside`: collectives overlap computation.
     ///
     /// # Errors
-    /// The device is none of CUDA, or has no second stream.
+    /// The device is not a CUDA device, or a second stream cannot be created.
     pub fn new(device: &Device, beside: bool) -> Result<Self> {
         let Device::Cuda(device) = device else { bail!("NCCL needs a CUDA device, not {:?}", device.location()) };
         let mut stream = device.cuda_stream();
         if beside {
-            // Others wait for what it does: its kernels go first.
+            // Other ranks wait for its kernels, so they get priority.
             stream = stream.context().new_stream_with_priority(-1).context("a stream for NCCL")?;
         }
         Ok(Self { device: device.clone(), stream, comms: BTreeMap::new() })
     }
 
-    /// Joins this rank to the others in `among`, of which it is the `rank`-th. `exchange` is called once on every rank: it
-    /// takes the first one's bytes and returns them on all.
+    /// Creates the communicator of the ranks `among`; this is the `rank`-th of them. `exchange` is called once on every
+    /// rank and returns the bytes of the first rank on all of them.
     ///
     /// # Errors
-    /// Two ranks have the same device, or one does not come.
+    /// Two ranks have the same device, or a rank times out.
     pub fn join(
         &mut self,
         among: Among,
@@ -68,19 +68,19 @@ impl Nccl {
             _ => None,
         };
         let id: Vec<_> = exchange(ours)?.into_iter().map(|byte| byte as std::ffi::c_char).collect();
-        let id = id.try_into().ok().context("the ranks exchanged no NCCL id")?;
+        let id = id.try_into().ok().context("the ranks did not receive an NCCL id")?;
         let comm = Comm::from_rank(self.stream.clone(), rank, ranks, Id::uninit(id)).map_err(explain("start"))?;
         self.comms.insert(among, comm);
         Ok(())
     }
 
-    /// All ranks' elements in rank order, equally many of each: flat, f32, bf16 or f16.
+    /// All ranks' elements in rank order, with equal counts: flat, f32, bf16 or f16.
     pub fn all_gather(&self, among: Among, ours: &Tensor) -> Result<Tensor> {
         match ours.dtype() {
             DType::F32 => self.all_gather_of::<f32>(among, ours),
             DType::BF16 => self.all_gather_of::<bf16>(among, ours),
             DType::F16 => self.all_gather_of::<f16>(among, ours),
-            dtype => bail!("all_gather: {dtype:?} is no type of weights"),
+            dtype => bail!("all_gather: {dtype:?} is not a dtype of weights"),
         }
     }
 
@@ -92,13 +92,13 @@ impl Nccl {
         Ok(self.tensor(all, len))
     }
 
-    /// All ranks' elements in rank order, where rank r gives `counts[r]`: flat, f32, bf16 or f16.
+    /// All ranks' elements in rank order, with `counts[r]` elements of rank r: flat, f32, bf16 or f16.
     pub fn broadcasts(&self, among: Among, ours: &Tensor, counts: &[usize]) -> Result<Vec<Tensor>> {
         match ours.dtype() {
             DType::F32 => self.broadcasts_of::<f32>(among, ours, counts),
             DType::BF16 => self.broadcasts_of::<bf16>(among, ours, counts),
             DType::F16 => self.broadcasts_of::<f16>(among, ours, counts),
-            dtype => bail!("broadcast: {dtype:?} is no type of weights"),
+            dtype => bail!("broadcast: {dtype:?} is not a dtype of weights"),
         }
     }
 
@@ -118,7 +118,7 @@ impl Nccl {
         Ok(rooms.into_iter().zip(counts).map(|(workspace, count)| self.tensor(workspace, *count)).collect())
     }
 
-    /// The sum over these ranks of this rank's part of `all`: flat, f32, cut in equal parts.
+    /// This rank's part of the sum of `all` over these ranks: flat, f32, equal parts.
     pub fn reduce_scatter(&self, among: Among, all: &Tensor) -> Result<Tensor> {
         let comm = self.comm(among)?;
         let len = all.elem_count() / comm.world_size();
@@ -127,7 +127,7 @@ impl Nccl {
         Ok(self.tensor(ours, len))
     }
 
-    /// The sum over these ranks of this rank's part of `all`, in which `counts[r]` elements after another are rank r's.
+    /// This rank's part of the sum of `all` over these ranks; `all` has consecutive parts of `counts[r]` elements.
     pub fn reductions(&self, among: Among, all: &Tensor, counts: &[usize]) -> Result<Tensor> {
         let (comm, mut at) = (self.comm(among)?, 0);
         let count = counts[comm.rank()];
@@ -149,7 +149,7 @@ impl Nccl {
         Ok(self.tensor(ours, count))
     }
 
-    /// The sum over these ranks.
+    /// The sum of `ours` over these ranks.
     pub fn all_reduce(&self, among: Among, ours: &Tensor) -> Result<Tensor> {
         let (comm, len) = (self.comm(among)?, ours.elem_count());
         let mut sum = self.workspace::<f32>(len)?;
@@ -159,12 +159,12 @@ impl Nccl {
         Ok(self.tensor(sum, len))
     }
 
-    /// Where all ranks share one replica out, they have one communicator.
+    /// The communicator of the ranks `among`. If all ranks form one shard group, there is only one.
     fn comm(&self, among: Among) -> Result<&Comm> {
-        self.comms.get(&among).or_else(|| self.comms.get(&Among::All)).context("the ranks are not joined by NCCL")
+        self.comms.get(&among).or_else(|| self.comms.get(&Among::All)).context("the ranks have no NCCL communicator")
     }
 
-    /// Memory for `len` elements; a driver may refuse memory of length zero.
+    /// Allocates `len` elements; at least one, because a driver may refuse memory of length zero.
     fn workspace<T: Element>(&self, len: usize) -> Result<CudaSlice<T>> {
         Ok(self.device.alloc_zeros(len.max(1))?)
     }
@@ -175,7 +175,7 @@ impl Nccl {
     }
 }
 
-/// What tensors on a device are made of.
+/// Element types of tensors on a device.
 trait Element: NcclType + CudaDType + DeviceRepr + ValidAsZeroBits {}
 
 impl<T: NcclType + CudaDType + DeviceRepr + ValidAsZeroBits> Element for T {}
@@ -184,7 +184,7 @@ impl<T: NcclType + CudaDType + DeviceRepr + ValidAsZeroBits> Element for T {}
 fn with_view<T: Element>(tensor: &Tensor, f: impl FnOnce(&CudaView<T>) -> Result<()>) -> Result<()> {
     let tensor = tensor.contiguous()?;
     let (storage, layout) = tensor.storage_and_layout();
-    let Storage::Cuda(storage) = &*storage else { bail!("NCCL moves tensors of CUDA devices only") };
+    let Storage::Cuda(storage) = &*storage else { bail!("NCCL only supports tensors on CUDA devices") };
     let (start, end) = layout.contiguous_offsets().context("the tensor is not contiguous")?;
     f(&storage.as_cuda_slice::<T>()?.slice(start..end))
 }

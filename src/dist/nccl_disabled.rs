@@ -1,16 +1,18 @@
-//! NCCL in a build without it.
+//! The functions of `nccl.rs` in a build without NCCL.
 
 use super::call::Among;
 use crate::error::{Result, failed};
 use candle_core::{Device, Tensor};
 use std::convert::Infallible;
 
-/// Communicators that cannot be.
+/// A value of this type cannot exist.
 pub struct Nccl(Infallible);
 
 impl Nccl {
+    /// Always an error.
+    ///
     /// # Errors
-    /// Always.
+    /// This build has no NCCL.
     pub fn new(_device: &Device, _beside: bool) -> Result<Self> {
         Err(failed("this program was built without `nccl`", "rebuild with --features nccl"))
     }

@@ -1,7 +1,8 @@
-//! Messages between processes over TCP, where no MPI started them: torchrun, srun, or variables set by hand.
+//! Transport between processes over TCP, for ranks that were not started by MPI: torchrun, srun, or variables set by
+//! hand.
 //!
-//! Rank 0 listens at `MASTER_ADDR:MASTER_PORT`. The other ranks tell it where they listen, receive the list of all ranks,
-//! and connect to the ranks below them. Connections that do not name this run are refused.
+//! Rank 0 listens on `MASTER_ADDR:MASTER_PORT`. The other ranks send it the addresses on which they listen, receive the
+//! list of all ranks, and connect to the ranks below them. Connections that do not name this run are refused.
 
 use super::{
     launcher::Master,
@@ -19,14 +20,14 @@ use std::{
 /// Connections to all other ranks, by rank.
 pub struct Mesh(Vec<Option<TcpStream>>);
 
-/// The first message on a connection: these bytes, digests of the run and of the host, the rank, and the port that it
-/// listens on.
+/// Start of the first message on a connection: these bytes, digests of the run and of the host, the rank, and the port
+/// on which it listens.
 const HELLO: Digest = *b"vilg/1\0\0";
 const GREETING: usize = 3 * size_of::<Digest>() + 4 + 2;
 
 type Digest = [u8; 8];
 
-/// For how long a connection may be silent before it has said who it is.
+/// Time limit for the first message on a new connection.
 const INTRODUCTION: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -34,16 +35,16 @@ const PAUSE: Duration = Duration::from_millis(20);
 struct Guest {
     rank: usize,
     host: Digest,
-    /// Where it listens.
+    /// The address on which it listens.
     address: SocketAddr,
     stream: TcpStream,
 }
 
-/// What a rank needs to connect to the others.
+/// State of the rendezvous: what a rank needs to connect to the others.
 struct Rendezvous {
     rank: usize,
     world_size: usize,
-    /// Of the run's name and size.
+    /// Digest of the run's name and size.
     run: Digest,
     host: Digest,
     listener: TcpListener,
@@ -54,7 +55,7 @@ impl Mesh {
     /// Connects to all other ranks; also returns the number of ranks on this host.
     pub fn connect(rank: usize, world_size: usize, master: &Master, patience: Duration) -> Result<(Self, usize)> {
         let port = if rank == 0 { master.port } else { 0 };
-        let hint = "another run listens there, or an old one still does: choose another MASTER_PORT";
+        let hint = "another run may be using this port; choose another MASTER_PORT";
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))
             .map_err(|error| failed(format!("rank {rank} cannot listen on port {port}: {error}"), hint))?;
         listener.set_nonblocking(true)?;
@@ -66,7 +67,7 @@ impl Mesh {
         if rank == 0 { rendezvous.receive() } else { rendezvous.join(master) }
     }
 
-    /// Sends `parts[r]` to rank r and fills `buffers[r]` with what comes from there.
+    /// Sends `parts[r]` to rank r and fills `buffers[r]` with the message from rank r.
     pub fn exchange(&mut self, parts: &[&[u8]], buffers: Vec<&mut [u8]>, wait: &Wait) -> std::result::Result<(), Lost> {
         let streams = self.0.iter_mut().enumerate().filter_map(|(rank, stream)| Some((rank, stream.as_mut()?)));
         let mut buffers: Vec<Option<&mut [u8]>> = buffers.into_iter().map(Some).collect();
@@ -98,7 +99,7 @@ impl Mesh {
     }
 }
 
-/// An exchange with one rank that is not over.
+/// An incomplete exchange with one rank.
 struct Open<'a> {
     rank: usize,
     stream: &'a mut TcpStream,
@@ -107,7 +108,7 @@ struct Open<'a> {
 }
 
 impl Open<'_> {
-    /// Sends and receives what is possible without waiting; returns whether anything was.
+    /// Sends and receives what is possible without blocking; returns whether any bytes were transferred.
     fn step(&mut self) -> std::io::Result<bool> {
         let mut moved = false;
         while !self.out.is_empty() {
@@ -128,7 +129,7 @@ impl Open<'_> {
     }
 }
 
-/// `None`: not now.
+/// `None` if the operation would block.
 fn ready(result: std::io::Result<usize>) -> std::io::Result<Option<usize>> {
     match result {
         Ok(0) => Err(ErrorKind::ConnectionReset.into()),
@@ -139,7 +140,7 @@ fn ready(result: std::io::Result<usize>) -> std::io::Result<Option<usize>> {
 }
 
 impl Rendezvous {
-    /// Rank 0: waits for all others and sends each the list of all ranks.
+    /// Rank 0: waits for all other ranks and sends each the list of all ranks.
     fn receive(self) -> Result<(Mesh, usize)> {
         let guests = self.guests(1..self.world_size)?;
         let own = (self.listener.local_addr()?, self.host);
@@ -154,18 +155,23 @@ impl Rendezvous {
         self.mesh(streams, &told)
     }
 
-    /// Any other rank: gets the list from rank 0, connects to the ranks below it and waits for those above.
+    /// Other ranks: receives the list from rank 0, connects to the ranks below it and waits for those above it.
     fn join(self, master: &Master) -> Result<(Mesh, usize)> {
         const ENTRY: usize = 200;
         let mut first = self.reach(&format!("{}:{}", master.host, master.port), 0)?;
         let mut length = [0; 4];
-        first.read_exact(&mut length).with_context(|| format!("rank 0 told rank {} nothing", self.rank))?;
+        first
+            .read_exact(&mut length)
+            .with_context(|| format!("rank {} received no list of ranks from rank 0", self.rank))?;
         let length = u32::from_le_bytes(length) as usize;
-        ensure!(length <= ENTRY * self.world_size, "what rank 0 tells of the other ranks is {length} bytes long");
+        ensure!(length <= ENTRY * self.world_size, "the list of ranks from rank 0 is {length} bytes long");
         let mut text = vec![0; length];
-        first.read_exact(&mut text).with_context(|| format!("rank 0 told rank {} too little", self.rank))?;
-        let all: Vec<(SocketAddr, Digest)> = serde_json::from_slice(&text).context("what rank 0 told")?;
-        ensure!(all.len() == self.world_size, "rank 0 knows {} ranks", all.len());
+        first
+            .read_exact(&mut text)
+            .with_context(|| format!("rank {} received an incomplete list of ranks from rank 0", self.rank))?;
+        let all: Vec<(SocketAddr, Digest)> =
+            serde_json::from_slice(&text).context("cannot parse the list of ranks from rank 0")?;
+        ensure!(all.len() == self.world_size, "the list of ranks from rank 0 has {} entries", all.len());
         let mut streams = vec![Some(first)];
         for (rank, (address, _)) in all.iter().enumerate().take(self.rank).skip(1) {
             streams.push(Some(self.reach(&address.to_string(), rank)?));
@@ -175,7 +181,7 @@ impl Rendezvous {
         self.mesh(streams, &all)
     }
 
-    /// Connects to a rank and introduces this one.
+    /// Connects to a rank and sends the greeting of this one.
     fn reach(&self, address: &str, rank: usize) -> Result<TcpStream> {
         loop {
             let connected = address.to_socket_addrs().and_then(|mut found| {
@@ -189,8 +195,9 @@ impl Rendezvous {
                     return Ok(stream);
                 }
                 Err(error) if self.deadline <= Instant::now() => {
-                    let hint = "is MASTER_ADDR the host of rank 0, and may these hosts connect to each other?";
-                    let what = format!("rank {} does not reach rank {rank} at {address}: {error}", self.rank);
+                    let hint =
+                        "check that MASTER_ADDR is the host of rank 0 and that the hosts can connect to each other";
+                    let what = format!("rank {} cannot reach rank {rank} at {address}: {error}", self.rank);
                     return Err(failed(what, hint));
                 }
                 Err(_) => thread::sleep(PAUSE),
@@ -209,7 +216,7 @@ impl Rendezvous {
         Ok(bytes)
     }
 
-    /// Waits until all of `ranks` have come; returns them in order.
+    /// Waits until all of `ranks` have connected; returns them in order.
     fn guests(&self, ranks: std::ops::Range<usize>) -> Result<Vec<Guest>> {
         let mut guests: Vec<Option<Guest>> = ranks.clone().map(|_| None).collect();
         while guests.iter().any(Option::is_none) {
@@ -217,8 +224,8 @@ impl Rendezvous {
                 Ok((stream, from)) => {
                     let Some(guest) = self.introduced(stream, from.ip()) else { continue };
                     let seat = guest.rank.checked_sub(ranks.start).and_then(|i| guests.get_mut(i));
-                    let (rank, what) = (guest.rank, "two processes say that they are rank");
-                    let hint = "start each rank once, and every run with a MASTER_PORT of its own";
+                    let (rank, what) = (guest.rank, "two processes have rank");
+                    let hint = "start each rank once, and give every run its own MASTER_PORT";
                     match seat {
                         Some(seat) if seat.is_none() => *seat = Some(guest),
                         _ => return Err(usage(format!("{what} {rank}"), hint)),
@@ -229,7 +236,10 @@ impl Rendezvous {
                     let missing = ranks.clone().zip(&guests).filter(|(_, guest)| guest.is_none());
                     let missing: Vec<String> = missing.map(|(rank, _)| rank.to_string()).collect();
                     let what = format!("rank {} waited in vain for ranks {}", self.rank, missing.join(", "));
-                    return Err(failed(what, "were all ranks started, with the same MASTER_ADDR and WORLD_SIZE?"));
+                    return Err(failed(
+                        what,
+                        "check that all ranks were started, with the same MASTER_ADDR and WORLD_SIZE",
+                    ));
                 }
                 Err(_) => thread::sleep(PAUSE),
             }
@@ -246,7 +256,7 @@ impl Rendezvous {
         Ok((Mesh(streams), all.iter().filter(|(_, host)| *host == self.host).count().max(1)))
     }
 
-    /// The rank that has connected; `None`: the connection is not from this run.
+    /// Reads the greeting of a new connection; `None` if it is not from this run.
     fn introduced(&self, mut stream: TcpStream, from: IpAddr) -> Option<Guest> {
         stream.set_nonblocking(false).ok()?;
         stream.set_read_timeout(Some(INTRODUCTION)).ok()?;

@@ -1,5 +1,5 @@
-//! Collectives of tensors on devices. NCCL sends them from device to device; without NCCL they travel as floats through
-//! the host, which tests on the CPU use.
+//! Collectives of tensors on devices. NCCL sends them from device to device; without NCCL they are sent as floats
+//! through the host, as in tests on the CPU.
 
 use super::{
     Group,
@@ -11,11 +11,11 @@ use candle_core::{DType, Device, Tensor};
 use std::sync::{Mutex, PoisonError};
 
 impl Group {
-    /// The flat tensors of all ranks of this shard group, in rank order: `counts[r]` elements from the r-th. With NCCL this
-    /// returns before the transfer ends: kernels that read the tensors wait on the device.
+    /// The flat tensors of all ranks of this shard group, in rank order; rank r contributes `counts[r]` elements. With
+    /// NCCL this returns before the transfer ends: kernels that read the tensors wait on the device.
     ///
     /// # Errors
-    /// The lengths are not these, or a rank does not come.
+    /// A tensor has another length than `counts` says, or a rank times out.
     pub fn all_gather_tensor(&self, ours: &Tensor, counts: &[usize]) -> Result<Vec<Tensor>> {
         let Some(nccl) = self.wire.nccl.get() else {
             let parts = self.all_gather(floats(ours)?, counts)?.wait()?;
@@ -38,7 +38,7 @@ impl Group {
         }
     }
 
-    /// As [`Group::reduce_scatter`], of a flat f32 tensor; with NCCL it returns before the transfer ends, too.
+    /// [`Group::reduce_scatter`] for a flat f32 tensor; with NCCL it returns before the transfer ends.
     ///
     /// # Errors
     /// As [`Group::all_gather_tensor`].
@@ -61,7 +61,7 @@ impl Group {
         self.on_device(nccl, call, |nccl| nccl.all_reduce(Among::Replicas, &part))
     }
 
-    /// As [`Group::all_reduce`], of a flat f32 tensor; with NCCL it returns before the transfer ends, too.
+    /// [`Group::all_reduce`] for a flat f32 tensor; with NCCL it returns before the transfer ends.
     ///
     /// # Errors
     /// As [`Group::all_gather_tensor`].
@@ -72,31 +72,31 @@ impl Group {
     }
 
     fn on_device<R>(&self, nccl: &Mutex<Nccl>, call: Call, f: impl FnOnce(&Nccl) -> Result<R>) -> Result<R> {
-        // NCCL has no time limit; this exchange has one, and checks that all ranks make the same call.
+        // NCCL has no time limit. This exchange has one, and it checks that all ranks make the same call.
         self.to_all(call.op, call.len, Vec::<u8>::new())?;
         f(&nccl.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
-/// How much room each rank's part has on its way.
+/// Length of each rank's part in a transfer.
 #[derive(Debug, PartialEq, Eq)]
 enum PaddedParts {
-    /// The same for all, that of the largest part: one collective.
+    /// The same for all ranks, that of the largest part: one collective.
     Equal(usize),
     /// Its own length: one operation for each rank.
     Own,
 }
 
 impl PaddedParts {
-    /// Evenly cut parts differ by one element at most. Where a few ranks have nearly everything, equal buffers would be
-    /// mostly empty.
+    /// Evenly split parts differ by at most one element and are padded. If few ranks own nearly everything, equal
+    /// buffers would be mostly padding.
     fn of(counts: &[usize]) -> Self {
         let (most, len) = (counts.iter().copied().max().unwrap_or(0), counts.iter().sum::<usize>());
         if most * counts.len() <= len + len / 8 { Self::Equal(most) } else { Self::Own }
     }
 }
 
-/// A flat tensor with zeros behind it, `len` elements in all.
+/// A flat tensor padded with zeros to `len` elements.
 fn padded(part: &Tensor, len: usize) -> Result<Tensor> {
     match part.elem_count() {
         0 => Ok(Tensor::zeros(len, part.dtype(), part.device())?),
@@ -104,7 +104,7 @@ fn padded(part: &Tensor, len: usize) -> Result<Tensor> {
     }
 }
 
-/// The parts of a flat tensor, `room` elements apart.
+/// The parts of a flat tensor in which each part is padded to `padded_length` elements.
 fn spread(all: &Tensor, counts: &[usize], padded_length: usize) -> Result<Tensor> {
     if counts.iter().all(|count| *count == padded_length) {
         return Ok(all.clone());
@@ -123,7 +123,7 @@ fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
     Ok(tensor.to_dtype(DType::F32)?.to_vec1()?)
 }
 
-/// A flat tensor of these, of the type and on the device of `like`.
+/// A flat tensor with these values, with the dtype and device of `like`.
 fn like(like: &Tensor, values: Vec<f32>) -> Result<Tensor> {
     let len = values.len();
     Ok(Tensor::from_vec(values, len, &Device::Cpu)?.to_dtype(like.dtype())?.to_device(like.device())?)
@@ -134,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_travel_in_equal_room_where_little_of_it_is_empty() -> Result<()> {
+    fn parts_are_padded_unless_most_would_be_padding() -> Result<()> {
         assert_eq!(PaddedParts::of(&[8, 8, 8]), PaddedParts::Equal(8));
         assert_eq!(PaddedParts::of(&[8, 8, 7]), PaddedParts::Equal(8));
         assert_eq!(PaddedParts::of(&[9, 0, 0]), PaddedParts::Own);

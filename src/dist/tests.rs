@@ -1,4 +1,4 @@
-//! Collectives against plain sums, and what happens when ranks fail.
+//! Collectives against plain sums, and their errors when ranks fail.
 
 use super::*;
 use crate::error::{Result, bail, hint_of};
@@ -7,12 +7,12 @@ use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Rank `rank`'s numbers.
+/// The test values of rank `rank`.
 fn numbers(rank: usize, len: usize) -> Vec<f32> {
     (0..len).map(|i| (i * 7 % 13) as f32 * 0.1 + rank as f32).collect()
 }
 
-/// Sums over `world_size` ranks from rank `first` on, in rank order.
+/// Sums over `world_size` ranks starting with rank `first`, in rank order.
 fn summed_from(first: usize, world_size: usize, len: usize) -> Vec<f32> {
     let mut sum = numbers(first, len);
     let mut add = |rank| sum.iter_mut().zip(numbers(rank, len)).for_each(|(s, x)| *s += x);
@@ -37,7 +37,7 @@ fn parts_cover_everything_once() {
 #[test]
 fn collectives_equal_plain_sums_at_any_world_size() -> Result<()> {
     for world_size in 1..=4 {
-        // Uneven, and one rank with nothing.
+        // Uneven counts, and one rank without elements.
         let counts: Vec<usize> = (0..world_size).map(|rank| 5 * (rank % 3)).collect();
         let len: usize = counts.iter().sum();
         let everywhere = launch(world_size, PATIENCE, |group| {
@@ -68,7 +68,7 @@ fn collectives_equal_plain_sums_at_any_world_size() -> Result<()> {
 }
 
 #[test]
-fn replicas_share_out_among_their_own_ranks_and_sum_over_all() -> Result<()> {
+fn shard_groups_scatter_within_and_sum_over_replicas() -> Result<()> {
     launch(6, PATIENCE, |group| {
         group.shard_over(2)?;
         assert_eq!((group.shard_rank(), group.in_first_replica()), (group.rank() % 2, group.rank() < 2));
@@ -95,7 +95,7 @@ fn replicas_share_out_among_their_own_ranks_and_sum_over_all() -> Result<()> {
 }
 
 #[test]
-fn many_rounds_in_a_row_keep_their_order() -> Result<()> {
+fn many_rounds_keep_their_order() -> Result<()> {
     let sums = launch(3, PATIENCE, |group| {
         (0..500)
             .map(|round| Ok(group.sum(&[round as f64 * (1.0 + group.rank() as f64)])?[0]))
@@ -131,7 +131,7 @@ fn overlapped_collectives_do_not_wait_and_keep_their_order() -> Result<()> {
 }
 
 #[test]
-fn a_rank_that_fails_ends_what_is_under_way_on_the_others() {
+fn a_failing_rank_ends_collectives_in_flight_on_the_others() {
     let failed = failure(3, PATIENCE, |group| {
         group.overlap()?;
         let pending = group.all_reduce(numbers(group.rank(), 9));
@@ -146,7 +146,7 @@ fn a_rank_that_fails_ends_what_is_under_way_on_the_others() {
     assert!(failed.contains("disk is full"), "{failed}");
 }
 
-/// The message of a group whose ranks do `f`.
+/// The error message of a group whose ranks run `f`.
 fn failure(world_size: usize, patience: Duration, f: impl Fn(&Group) -> Result<()> + Sync) -> String {
     let error = launch(world_size, patience, f).unwrap_err();
     format!("{error:#} {}", hint_of(&error).unwrap_or_default())
@@ -202,7 +202,7 @@ fn waiting_for_a_rank_that_is_done_is_an_error_at_once() {
 }
 
 #[test]
-fn a_rank_that_stays_away_is_named_with_its_last_call() {
+fn a_rank_that_times_out_is_named_with_its_last_call() {
     let late = failure(3, Duration::from_millis(300), |group| {
         group.begin_step(4);
         group.barrier()?;
@@ -217,7 +217,7 @@ fn a_rank_that_stays_away_is_named_with_its_last_call() {
 }
 
 #[test]
-fn a_thread_of_collectives_that_hangs_is_an_error_of_who_waits() {
+fn a_hanging_collective_thread_is_an_error_for_its_waiter() {
     let hung = failure(2, Duration::from_millis(300), |group| {
         group.overlap()?;
         let sleep = |seconds| {

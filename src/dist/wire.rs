@@ -1,4 +1,4 @@
-//! A rank's connection to the others, and the two exchanges that all collectives consist of.
+//! A rank's connection to the others, and the two exchanges from which all collectives are built.
 
 use super::{
     call::{Among, Call, Number},
@@ -22,11 +22,11 @@ pub struct Wire {
     pub rank: usize,
     pub world_size: usize,
     pub link: Link,
-    /// The number of ranks in a shard group; all ranks until it is set.
+    /// Number of ranks in a shard group; all ranks until it is set.
     pub hsdp_shard_size: OnceLock<usize>,
-    /// Moves tensors where ranks have CUDA devices.
+    /// Collectives between CUDA devices, if the ranks use them.
     pub nccl: OnceLock<Mutex<Nccl>>,
-    /// Exchanges of this rank that have begun or ended so far; see [`Wire::progress`].
+    /// Counter of begun and ended exchanges of this rank; see [`Wire::progress`].
     pub events: AtomicU64,
 }
 
@@ -43,7 +43,7 @@ impl Wire {
         self.hsdp_shard_size.get().copied().unwrap_or(self.world_size)
     }
 
-    /// How long an exchange waits for the other ranks.
+    /// Time limit for waiting for the other ranks.
     pub fn patience(&self) -> Duration {
         match &self.link {
             Link::Alone => Duration::MAX,
@@ -52,12 +52,12 @@ impl Wire {
         }
     }
 
-    /// A number that grows whenever an exchange of this rank begins or ends.
+    /// A counter that increases whenever an exchange of this rank begins or ends.
     pub fn progress(&self) -> u64 {
         self.events.load(Ordering::Relaxed)
     }
 
-    /// Calls `f`, an exchange, and counts it as progress.
+    /// Runs the exchange `f` and counts it as progress.
     fn exchange<R>(&self, f: impl FnOnce() -> R) -> R {
         self.events.fetch_add(1, Ordering::Relaxed);
         let result = f();
@@ -65,7 +65,7 @@ impl Wire {
         result
     }
 
-    /// The ranks of `among`, with this one, in order.
+    /// The ranks of `among`, including this one, in order.
     pub fn members(&self, among: Among) -> Vec<usize> {
         let (rank, shards) = (self.rank, self.hsdp_shard_size());
         match among {
@@ -80,7 +80,7 @@ impl Wire {
         self.to_members(call, Among::All, ours)
     }
 
-    /// The `ours` of each of these ranks, in rank order.
+    /// The values `ours` of each of these ranks, in rank order.
     pub fn to_members<T: Number>(&self, call: Call, among: Among, ours: Vec<T>) -> Result<Vec<Arc<Vec<T>>>> {
         let members = self.members(among);
         match &self.link {
@@ -98,7 +98,7 @@ impl Wire {
         }
     }
 
-    /// This rank's part of the `all` of each of these ranks, in rank order; `counts` are theirs.
+    /// This rank's part of `all` of each of these ranks, in rank order; `counts` are the lengths of the parts.
     pub fn scatter(&self, call: Call, among: Among, all: Vec<f32>, counts: &[usize]) -> Result<Vec<Part>> {
         let members = self.members(among);
         match &self.link {
@@ -129,7 +129,7 @@ impl Wire {
     }
 }
 
-/// One rank's summand.
+/// One rank's contribution to a sum.
 pub struct Part {
     of: Arc<Vec<f32>>,
     range: Range<usize>,
@@ -156,8 +156,8 @@ pub fn sum(parts: &[Part]) -> Vec<f32> {
 
 /// Adds `x` to `y`, element by element.
 ///
-/// Only a compute thread shares the work with its pool. The thread of collectives belongs to no pool; it would have to
-/// wait for the process's global pool, and all workers of that may be waiting for this sum.
+/// Only a compute thread uses its pool for this. The collective thread belongs to no pool: it would wait for the global
+/// pool, whose workers may all be waiting for this sum.
 fn add(y: &mut [f32], x: &[f32]) {
     match rayon::current_thread_index() {
         Some(_) => slices::add(y, x),

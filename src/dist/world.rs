@@ -1,10 +1,10 @@
-//! The connection between ranks that are processes, on one machine or many.
+//! Ranks as processes started by a launcher, on one machine or many.
 //!
-//! A collective is a round of messages from every rank to every other: first a [`Header`] that says what is called and
-//! how much follows, then the numbers. So each rank sees what all others call before it decides, ranks that do not come
-//! can be named, and a rank that failed says so in place of its next call. MPI's own collectives offer neither, and they
-//! add in an order of their own; the traffic is the same. Messages go over MPI where its launcher started the ranks, and
-//! over [`tcp`] where the environment only names the first rank's host.
+//! A collective is a round of messages from every rank to every other: first a [`Header`] with the call and the number
+//! of bytes that follow, then the numbers. Each rank therefore sees the calls of all others before it decides, ranks
+//! that time out can be named, and a failed rank reports its failure instead of its next call. MPI's own collectives
+//! offer neither, and they add in their own order; the traffic is the same. Messages go over MPI if an MPI launcher
+//! started the ranks, and over [`tcp`] if the environment only names the host of rank 0.
 
 use super::{
     call::{Call, Number, Op, different, late},
@@ -25,11 +25,11 @@ pub struct World {
     rank: usize,
     world_size: usize,
     carrier: Mutex<Carrier>,
-    /// How long a rank waits for the others.
+    /// Time limit for waiting for the other ranks.
     patience: Duration,
-    /// The last call of all ranks, for messages.
+    /// The last call of all ranks, for error messages.
     last: Mutex<Option<Call>>,
-    /// Set when the run ended; changes while `carrier` is locked.
+    /// Set when the run has ended; changed only while `carrier` is locked.
     verdict: Mutex<Option<Verdict>>,
 }
 
@@ -42,27 +42,27 @@ pub enum Carrier {
 /// Why there are no more collectives.
 #[derive(Clone, Copy)]
 enum Verdict {
-    /// This rank failed and is about to tell the others.
+    /// This rank failed and is about to notify the others.
     Own,
-    /// Another rank failed: it tells why, and with this code.
+    /// Another rank failed; it prints the error, and this is its exit code.
     Other(Exit),
-    /// An error that every rank has alike.
+    /// The same error occurred on every rank.
     Alike,
 }
 
-/// What each rank tells every other before it sends: op, elements and step of the call, bytes that follow.
+/// Sent to every other rank before the data: op, elements and step of the call, number of bytes that follow.
 type Header = [u64; 4];
 
-/// By the number that travels.
+/// Operations by the number that encodes them in a header.
 const OPS: [Op; 6] = [Op::Gather, Op::AllGather, Op::ReduceScatter, Op::AllReduce, Op::Sum, Op::Barrier];
-/// In place of an op: this rank has nothing more to call.
+/// Instead of an op: this rank makes no more calls.
 const DONE: u64 = 100;
-/// In place of an op: this rank failed, with the exit code that stands in place of the elements.
+/// Instead of an op: this rank failed; the field for elements holds the exit code.
 const FAILURE: u64 = 101;
 
-/// How long a rank that failed waits for the others to hear of it.
+/// Time that a failed rank waits for the others to receive its failure.
 const GRACE: Duration = Duration::from_secs(30);
-/// For how long a waiting rank keeps its core.
+/// Time for which a waiting rank keeps its core busy.
 const EAGER: Duration = Duration::from_millis(1);
 
 impl World {
@@ -76,7 +76,7 @@ impl World {
         self.patience
     }
 
-    /// Sends `parts[r]` to rank r and returns what came from each rank.
+    /// Sends `parts[r]` to rank r and returns the message of each rank.
     pub fn swap<T: Number>(&self, call: Call, parts: &[&[T]]) -> Result<Vec<Vec<T>>> {
         let mut carrier = lock(&self.carrier);
         ensure!(lock(&self.verdict).is_none(), "the run ended before {call}");
@@ -100,7 +100,7 @@ impl World {
         self.check(&self.headers(&mut carrier, self.end(), &self.to_all([DONE, 0, 0, 0]), None))
     }
 
-    /// A call for messages where none is made.
+    /// The call shown in error messages after the last one.
     fn end(&self) -> Call {
         Call { op: Op::Barrier, len: 0, step: lock(&self.last).map_or(0, |last| last.step) }
     }
@@ -109,7 +109,7 @@ impl World {
         vec![header; self.world_size]
     }
 
-    /// What every rank says, where this one says `ours[r]` to rank r. `own` is the error of this rank, if it failed.
+    /// Exchanges headers; this rank sends `ours[r]` to rank r. `own` is the error of this rank, if it failed.
     fn headers(&self, carrier: &mut Carrier, call: Call, ours: &[Header], own: Option<&Error>) -> Vec<Header> {
         let mut theirs: Vec<Header> = vec![[0; 4]; self.world_size];
         let sent: Vec<&[u8]> = ours.iter().map(|header| bytemuck::cast_slice(header)).collect();
@@ -119,14 +119,14 @@ impl World {
         theirs
     }
 
-    /// Whether all ranks say the same.
+    /// Checks that all ranks make the same call.
     fn check(&self, headers: &[Header]) -> Result<()> {
         let settle = |verdict| *lock(&self.verdict) = Some(verdict);
         if let Some(rank) = headers.iter().position(|header| header[0] == FAILURE) {
             settle(Verdict::Other(Exit::of_code(headers[rank][1] as usize)));
             return Err(anyhow!("rank {rank} ended the run"));
         }
-        // Every rank must come to the same two.
+        // All ranks must compare the same two headers.
         let differs = |header: &Header| header[..3] != headers[0][..3];
         let Some(other) = headers.iter().position(differs) else { return Ok(()) };
         settle(Verdict::Alike);
@@ -138,7 +138,7 @@ impl World {
         })
     }
 
-    /// Sends `parts[r]` to rank r and fills `buffers[r]` with what comes from there; where that cannot be, it ends all
+    /// Sends `parts[r]` to rank r and fills `buffers[r]` with the message of rank r. If that fails, it ends all
     /// processes.
     fn exchange(&self, carrier: &mut Carrier, call: Call, parts: &[&[u8]], mut buffers: Vec<&mut [u8]>, wait: &Wait) {
         buffers[self.rank].copy_from_slice(parts[self.rank]);
@@ -146,14 +146,14 @@ impl World {
             Carrier::Mpi(comm) => comm.exchange(self.rank, parts, buffers, wait, |lost| self.tell(&lost, call, wait)),
             Carrier::Tcp(mesh) => {
                 if let Err(lost) = mesh.exchange(parts, buffers, wait) {
-                    // The others see this process's connections close.
+                    // The other ranks see the connections of this process close.
                     report::leave(self.tell(&lost, call, wait));
                 }
             }
         }
     }
 
-    /// Says why messages did not come through; returns the code to leave with.
+    /// Reports why messages did not arrive; returns the exit code.
     fn tell(&self, lost: &Lost, call: Call, wait: &Wait) -> Exit {
         let error = match lost {
             Lost::Late(ranks) => {
@@ -162,10 +162,12 @@ impl World {
             }
             Lost::Gone(ranks) => {
                 let ranks = ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
-                let hint =
-                    "what they said last is in their own output; the same command goes on from the newest checkpoint";
+                let hint = "see their own output for the reason; the same command resumes from the newest checkpoint";
                 failed(
-                    format!("rank {} lost its connections at {call}: these ranks are gone: {ranks}", self.rank),
+                    format!(
+                        "rank {} lost its connections at {call}: the processes of these ranks have ended: {ranks}",
+                        self.rank
+                    ),
                     hint,
                 )
             }

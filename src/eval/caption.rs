@@ -1,4 +1,4 @@
-//! Caption accuracy: does the caption contain the name of the object in the image?
+//! Caption accuracy: the share of captions that contain the name of the object in the image.
 
 use super::{Rate, choose, open, tell_bad};
 use crate::{
@@ -9,7 +9,7 @@ use crate::{
 };
 use image::RgbImage;
 
-/// Images that are captioned in one batch.
+/// Number of images captioned in one batch.
 const BATCH: usize = 64;
 
 /// The share of captions that contain the image's `name_zh`, for `samples` images (0: all) of `data` chosen by `seed`.
@@ -39,7 +39,7 @@ pub fn run(models: &Models, data: &str, samples: usize, decoding: &Decoding, see
                 Err(e) => bad.add(e),
             }
         }
-        let captions = models.describe(&models.encode(&pictures)?, decoding, 1)?;
+        let captions = models.caption(&models.encode(&pictures)?, decoding, 1)?;
         let said = names.iter().zip(&captions).filter(|(name, c)| c.first().is_some_and(|c| names_it(&c.text, name)));
         hits += said.count();
         of += names.len();
@@ -47,7 +47,7 @@ pub fn run(models: &Models, data: &str, samples: usize, decoding: &Decoding, see
     }
     bar.finish_and_clear();
     tell_bad(data, &bad, of + nameless)?;
-    let hint = "an image's name is `name_zh` in its JSON side file, as scripts/build_emoji.sh writes it";
+    let hint = "the name of an image is `name_zh` in its JSON file, as written by scripts/build_emoji.sh";
     ensure!(of > 0, failed(format_args!("no image in `{data}` has a name"), hint));
     if nameless > 0 {
         report::warn(format_args!("{nameless} images have no `name_zh` and were left out"));
@@ -55,7 +55,7 @@ pub fn run(models: &Models, data: &str, samples: usize, decoding: &Decoding, see
     Ok(Rate::new(hits, of))
 }
 
-/// Whether `caption` contains `name`. Case and spaces are ignored: captions have neither.
+/// Whether `caption` contains `name`. Case and spaces are ignored, because captions have neither.
 fn names_it(caption: &str, name: &str) -> bool {
     let plain = |text: &str| text.to_lowercase().split_whitespace().collect::<String>();
     let name = plain(name);
@@ -67,7 +67,7 @@ mod tests {
     use super::names_it;
 
     #[test]
-    fn case_and_spaces_do_not_count() {
+    fn case_and_spaces_are_ignored() {
         assert!(names_it("一个扁平风格的atm取款机图标", "ATM 取款机"));
         assert!(names_it("弯月，扁平风格", "弯月"));
         assert!(!names_it("月，扁平风格", "弯月"));

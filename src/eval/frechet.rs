@@ -1,5 +1,5 @@
-//! The Fréchet distance between two sets of features, each taken as a Gaussian (arXiv 1706.08500): with Inception's
-//! features it is the FID.
+//! Fréchet distance between two sets of features, each modeled as a Gaussian (arXiv 1706.08500). With features of
+//! Inception it is the FID.
 
 use crate::error::{Context, Result, ensure};
 use nalgebra::{DMatrix, DVector, SymmetricEigen};
@@ -11,10 +11,10 @@ pub struct Gaussian {
 }
 
 impl Gaussian {
-    /// Of `(count, dim)` features.
+    /// Fits a Gaussian to `(count, dim)` features.
     ///
     /// # Errors
-    /// There are fewer than two.
+    /// There are fewer than two features.
     pub fn of(features: &[Vec<f32>]) -> Result<Self> {
         let (count, dim) = (features.len(), features.first().map_or(0, Vec::len));
         ensure!(count > 1, "a covariance needs at least two images");
@@ -28,10 +28,10 @@ impl Gaussian {
     /// ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½).
     ///
     /// # Errors
-    /// The features are of different lengths, or no root is found.
+    /// The features differ in length, or the eigenvalue iteration does not converge.
     pub fn distance(&self, other: &Self) -> Result<f64> {
         ensure!(self.mean.len() == other.mean.len(), "features of {} and {} values", self.mean.len(), other.mean.len());
-        // (Σ₁ Σ₂)^½ and (Σ₁^½ Σ₂ Σ₁^½)^½ have the same trace, and the latter is of a symmetric matrix.
+        // (Σ₁ Σ₂)^½ and (Σ₁^½ Σ₂ Σ₁^½)^½ have the same trace, and only the second is the root of a symmetric matrix.
         let (values, vectors) = eigen(self.covariance.clone())?;
         let root = &vectors * DMatrix::from_diagonal(&values.map(|value| value.max(0.0).sqrt())) * vectors.transpose();
         let product = &root * &other.covariance * &root;
@@ -43,8 +43,8 @@ impl Gaussian {
 }
 
 fn eigen(matrix: DMatrix<f64>) -> Result<(DVector<f64>, DMatrix<f64>)> {
-    let found =
-        SymmetricEigen::try_new(matrix, f64::EPSILON, 10_000).context("the features' covariance has no root")?;
+    let found = SymmetricEigen::try_new(matrix, f64::EPSILON, 10_000)
+        .context("the eigenvalues of the features' covariance do not converge")?;
     Ok((found.eigenvalues, found.eigenvectors))
 }
 
@@ -55,17 +55,17 @@ mod tests {
 
     /// Against pytorch-fid (scripts/golden_frechet.py).
     #[test]
-    fn is_pytorch_fid_s_distance() -> Result<()> {
+    fn distance_equals_pytorch_fid() -> Result<()> {
         let golden = weights::parse(include_bytes!("../../tests/golden/similarity.safetensors"), "golden")?;
         let gaussian = |name: &str| Gaussian::of(&golden[&format!("features.{name}")].to_vec2()?);
         let (ours, theirs) = (gaussian("a")?.distance(&gaussian("b")?)?, values(&golden["distance"])[0]);
-        // The golden figure itself comes through f32.
+        // The golden value was computed from f32 features.
         assert!((ours - theirs).abs() < 1e-6 * theirs, "{ours} instead of {theirs}");
         Ok(())
     }
 
     #[test]
-    fn of_one_dimension_it_is_the_formula() -> Result<()> {
+    fn one_dimension_equals_the_formula() -> Result<()> {
         // Means 2 and 5, variances 4 and 9: 3² + (2 - 3)².
         let a = Gaussian::of(&[vec![2.0 - 2f32.sqrt()], vec![2.0 + 2f32.sqrt()]])?;
         let b = Gaussian::of(&[vec![5.0 - 4.5f32.sqrt()], vec![5.0 + 4.5f32.sqrt()]])?;

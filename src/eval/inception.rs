@@ -1,5 +1,5 @@
-//! InceptionV3 as pytorch-fid has it, whose features are those of the FID (arXiv 1706.08500). Names are torchvision's, the
-//! poolings TensorFlow's: averages leave padding out, and the last block takes the largest instead.
+//! InceptionV3 as in pytorch-fid, whose features define the FID (arXiv 1706.08500). Tensor names are torchvision's;
+//! pooling is TensorFlow's: averages exclude padding, and the last block uses max pooling.
 
 use crate::{
     error::{Hint, Result},
@@ -14,27 +14,27 @@ use candle_core::{D, DType, Device, Tensor};
 use rayon::prelude::*;
 use std::path::Path;
 
-/// The file in the folder of an imported network.
+/// Name of the weights file in the folder of an imported network.
 pub const FILE: &str = "inception.safetensors";
 
-/// Side to which images are resized.
+/// Side length to which images are resized, in pixels.
 const SIDE: usize = 299;
 const NORM_EPS: f64 = 1e-3;
 
-/// A part of a branch: convolutions with their name in the block and the channels that come out.
+/// One layer of a branch. Convolutions have their name in the block and their number of output channels.
 #[derive(Clone, Copy)]
 enum Piece {
-    /// A square kernel of this side.
+    /// A square kernel with this side.
     Square(&'static str, usize, usize),
-    /// A kernel of this height and width.
+    /// A rectangular kernel with this height and width.
     Strip(&'static str, usize, [usize; 2]),
-    /// 3 × 3 that halves the side.
+    /// A 3 × 3 convolution with stride 2.
     Down(&'static str, usize),
-    /// 1 × 3 and 3 × 1 side by side, so many channels each.
+    /// A 1 × 3 and a 3 × 1 convolution in parallel, concatenated, with this many channels each.
     Fork([&'static str; 2], usize),
-    /// The mean of 3 × 3.
+    /// 3 × 3 average pooling.
     Average,
-    /// The largest of 3 × 3, with this stride.
+    /// 3 × 3 max pooling with this stride.
     Largest(usize),
 }
 
@@ -45,7 +45,7 @@ enum Step {
     Largest(usize),
 }
 
-/// A convolution with its norm folded in, and ReLU.
+/// A convolution with batch norm folded in, followed by ReLU.
 struct Conv {
     weight: Tensor,
     bias: Tensor,
@@ -55,15 +55,15 @@ struct Conv {
 
 /// The network up to its pooled features.
 pub struct Inception {
-    /// Blocks of branches whose outputs lie side by side.
+    /// Blocks of parallel branches whose outputs are concatenated.
     blocks: Vec<Vec<Vec<Step>>>,
 }
 
 impl Inception {
-    /// The network in a folder that `vilg import inception` wrote.
+    /// Opens the network in a folder written by `vilg import inception`.
     ///
     /// # Errors
-    /// There is none, or its file is damaged.
+    /// The folder has no network, or the file is damaged.
     pub fn open(folder: &Path, device: &Device) -> Result<Self> {
         let file = folder.join(FILE);
         let hint = "`vilg import inception SRC DIR` writes such a folder";
@@ -73,8 +73,10 @@ impl Inception {
         Self::new(&scope).hint(format!("{} is not pytorch-fid's InceptionV3", file.display()), hint)
     }
 
+    /// The network with the parameters of `scope`.
+    ///
     /// # Errors
-    /// A tensor is missing or misshapen.
+    /// A tensor is missing or has another shape.
     pub fn new(scope: &Scope) -> Result<Self> {
         let mut channels = 3;
         let mut blocks = Vec::new();
@@ -122,7 +124,7 @@ impl Inception {
     }
 }
 
-/// The blocks behind the first convolutions.
+/// The blocks after the first convolutions.
 fn mixed() -> Vec<(&'static str, Vec<Vec<Piece>>)> {
     let a = |pool| {
         vec![
@@ -192,7 +194,7 @@ fn mixed() -> Vec<(&'static str, Vec<Vec<Piece>>)> {
     ]
 }
 
-/// The steps of a branch and the channels that come out.
+/// Builds a branch; returns its steps and its number of output channels.
 fn build(scope: &Scope, mut channels: usize, branch: &[Piece]) -> Result<(Vec<Step>, usize)> {
     let mut steps = Vec::new();
     for piece in branch {
@@ -245,8 +247,8 @@ impl Step {
     }
 }
 
-/// Pools 3 × 3 pixels channel by channel, those of the image only; with stride 1 around every pixel, else inside. `mean`
-/// divides by how many there were.
+/// 3 × 3 pooling of each channel, without padding values: with stride 1 around every pixel, else only at full windows.
+/// `mean` selects average pooling.
 fn pool(
     x: &Tensor,
     stride: usize,
@@ -276,11 +278,11 @@ fn pool(
     Ok(Tensor::from_vec(pooled, (batch, rows, columns, channels), x.device())?)
 }
 
-/// Bilinear interpolation to 299 × 299, corners not aligned.
+/// Bilinear interpolation to 299 × 299 with `align_corners = False`.
 fn resize(pixels: &Tensor) -> Result<Tensor> {
     let (batch, height, width, channels) = pixels.dims4()?;
     let values = pixels.flatten_all()?.to_vec1::<f32>()?;
-    // The two pixels between which each output lies, and how far from the first.
+    // The two input pixels around each output pixel, and the weight of the second.
     let places = |side: usize| -> Vec<(usize, usize, f32)> {
         let scale = side as f32 / SIDE as f32;
         let place = |i: usize| {

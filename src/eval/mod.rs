@@ -1,4 +1,4 @@
-//! Quality of a model: retrieval accuracy of generated images, naming accuracy of captions, and reconstruction quality of
+//! Evaluation of a model: retrieval accuracy of generated images, accuracy of captions, and reconstruction quality of
 //! image tokenizers.
 
 pub mod caption;
@@ -28,7 +28,7 @@ pub struct Rate {
 }
 
 impl Rate {
-    /// `hits` of `of` tries.
+    /// The rate of `hits` among `of` tries.
     pub fn new(hits: usize, of: usize) -> Self {
         let (n, z) = (of.max(1) as f64, 1.959_964);
         let rate = hits as f64 / n;
@@ -39,7 +39,7 @@ impl Rate {
     }
 }
 
-/// `count` different indices below `from` (all where there are fewer), a keyed choice in keyed order.
+/// `count` distinct indices below `from` (all if there are fewer), chosen and ordered by the keyed random numbers.
 fn choose(count: usize, from: usize, seed: u64, purpose: &str, step: u64) -> Vec<usize> {
     let mut all: Vec<usize> = (0..from).collect();
     let count = count.min(from);
@@ -57,9 +57,12 @@ fn open(path: &str, kind: Kind) -> Result<Dataset> {
     Dataset::open(&config::Data { sources: vec![source], ..config::Data::default() }, kind)
 }
 
-/// Warns about samples that could not be read; an error if none could.
+/// Warns about samples that could not be read.
+///
+/// # Errors
+/// No sample could be read.
 fn tell_bad(path: &str, bad: &BadCounts, good: usize) -> Result<()> {
-    let hint = "`vilg data inspect PATH` shows what is there";
+    let hint = "`vilg data inspect PATH` shows what the source contains";
     ensure!(good > 0, failed(format_args!("nothing in `{path}` can be used: {bad}"), hint));
     if bad.total() > 0 {
         report::warn(format_args!("skipped in `{path}`: {bad}"));
@@ -87,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn choices_are_different_keyed_and_even() {
+    fn choices_are_distinct_keyed_and_uniform() {
         let set: BTreeSet<_> = choose(5, 9, 1, "a", 0).into_iter().collect();
         assert!(set.len() == 5 && set.last() < Some(&9));
         assert_eq!(choose(9, 5, 1, "a", 0).len(), 5);

@@ -1,4 +1,4 @@
-//! What image tokenizers keep of images: each is turned into codes and back, and compared with itself.
+//! Reconstruction quality of image tokenizers: images are encoded, decoded and compared with the originals.
 
 use super::{
     choose,
@@ -23,42 +23,42 @@ use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
-/// Images that go through a tokenizer at once.
+/// Batch size in images.
 const BATCH: usize = 16;
 
-/// Which images are compared.
+/// Images and metrics of a comparison.
 pub struct Settings<'a> {
     pub data: &'a str,
-    /// Images, a choice keyed by the seed; 0: all.
+    /// Number of images, chosen by the seed; 0: all.
     pub samples: usize,
     pub seed: u64,
-    /// For LPIPS and the Fréchet distance.
+    /// Network for LPIPS and the Fréchet distance.
     pub perceptual: Option<&'a Perceptual>,
-    /// For the FID.
+    /// Network for the FID.
     pub inception: Option<&'a Inception>,
 }
 
-/// Means over all images.
+/// Metrics, as means over all images.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Reconstruction {
     pub pictures: usize,
-    /// dB.
+    /// Peak signal-to-noise ratio in dB.
     pub psnr: f64,
-    /// `None`: the images are too small.
+    /// Structural similarity; `None` if the images are too small.
     pub ssim: Option<f64>,
     /// LPIPS over VGG-16.
     pub lpips: Option<f64>,
-    /// Between the means over space of VGG-16's last features, of images and reconstructions.
+    /// Fréchet distance of VGG-16's last features (averaged over positions) between images and reconstructions.
     pub frechet_vgg: Option<f64>,
-    /// The same with Inception's: the reconstruction FID.
+    /// Reconstruction FID: the same with Inception features.
     pub fid: Option<f64>,
-    /// Share of the codebook that any image uses.
+    /// Share of codebook entries used by at least one image.
     pub codebook_used: f64,
-    /// e to the entropy of the codes' frequencies.
+    /// Perplexity of the codes: e to the entropy of their frequencies.
     pub perplexity: f64,
 }
 
-/// The result, and the first images with what became of them.
+/// The metrics, and the first images with their reconstructions.
 pub struct Outcome {
     pub result: Reconstruction,
     pub pairs: Vec<(RgbImage, RgbImage)>,
@@ -75,22 +75,22 @@ pub fn run(tokenizer: &ImageTokenizer, settings: &Settings, shown: usize) -> Res
     let bar = report::bar(originals.len() as u64, "reconstructing");
     for batch in originals.chunks(BATCH) {
         let encoded = tokenizer.encode(&to_pixels(batch)?)?;
-        let painted = from_pixels(&tokenizer.decode(&encoded)?)?;
+        let reconstructed = from_pixels(&tokenizer.decode(&encoded)?)?;
         encoded.flatten_all()?.to_vec1()?.into_iter().for_each(|code| *codes.entry(code).or_default() += 1);
-        let compared = batch.par_iter().zip(&painted).map(|(a, b)| (psnr(a, b), ssim(a, b)));
+        let compared = batch.par_iter().zip(&reconstructed).map(|(a, b)| (psnr(a, b), ssim(a, b)));
         similar.par_extend(compared);
         if let Some(network) = settings.perceptual {
-            // Of images as they are written: clamped and rounded.
-            let [a, b] = [network.features(&to_pixels(batch)?)?, network.features(&to_pixels(&painted)?)?];
+            // Features of the images as written to files: clamped and rounded to 8 bits.
+            let [a, b] = [network.features(&to_pixels(batch)?)?, network.features(&to_pixels(&reconstructed)?)?];
             lpips.extend(network.between(&a, &b)?.to_vec1::<f32>()?.into_iter().map(f64::from));
             let last = |features: &[Tensor]| pooled(&features[features.len() - 1]);
             vgg.extend(last(&a)?, last(&b)?);
         }
         if let Some(network) = settings.inception {
             let features = |pictures| Ok::<_, Error>(network.features(&to_pixels(pictures)?)?.to_vec2()?);
-            inception.extend(features(batch)?, features(&painted)?);
+            inception.extend(features(batch)?, features(&reconstructed)?);
         }
-        pairs.extend(batch.iter().cloned().zip(painted).take(shown.saturating_sub(pairs.len())));
+        pairs.extend(batch.iter().cloned().zip(reconstructed).take(shown.saturating_sub(pairs.len())));
         bar.inc(batch.len() as u64);
     }
     bar.finish_and_clear();
@@ -112,17 +112,17 @@ pub fn run(tokenizer: &ImageTokenizer, settings: &Settings, shown: usize) -> Res
 struct Pair([Vec<Vec<f32>>; 2]);
 
 impl Pair {
-    fn extend(&mut self, pictures: Vec<Vec<f32>>, painted: Vec<Vec<f32>>) {
-        self.0.iter_mut().zip([pictures, painted]).for_each(|(all, more)| all.extend(more));
+    fn extend(&mut self, pictures: Vec<Vec<f32>>, reconstructed: Vec<Vec<f32>>) {
+        self.0.iter_mut().zip([pictures, reconstructed]).for_each(|(all, more)| all.extend(more));
     }
 
     fn distance(&self) -> Result<Option<f64>> {
-        let [pictures, painted] = &self.0;
-        (pictures.len() > 1).then(|| Gaussian::of(pictures)?.distance(&Gaussian::of(painted)?)).transpose()
+        let [pictures, reconstructed] = &self.0;
+        (pictures.len() > 1).then(|| Gaussian::of(pictures)?.distance(&Gaussian::of(reconstructed)?)).transpose()
     }
 }
 
-/// The images in the tokenizer's size.
+/// Reads the images at the size of the tokenizer.
 fn read(tokenizer: &ImageTokenizer, settings: &Settings) -> Result<Vec<RgbImage>> {
     let dataset = open(settings.data, Kind::Images(tokenizer.image_size() as u32))?;
     let places: Vec<(usize, u64)> =
@@ -141,33 +141,33 @@ fn read(tokenizer: &ImageTokenizer, settings: &Settings) -> Result<Vec<RgbImage>
     Ok(pictures)
 }
 
-/// Means over space: `(batch, h, w, c)` → rows of c.
+/// Averages over positions: `(batch, h, w, c)` → rows of c.
 fn pooled(features: &Tensor) -> Result<Vec<Vec<f32>>> {
     let (batch, height, width, channels) = features.dims4()?;
     Ok(features.reshape((batch, height * width, channels))?.mean(1)?.to_vec2()?)
 }
 
-/// `None` where there is nothing, or something is missing.
+/// The mean; `None` if there are no values or one is missing.
 fn mean(values: impl Iterator<Item = Option<f64>>) -> Option<f64> {
     let values = values.collect::<Option<Vec<f64>>>()?;
     (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
 }
 
-/// e to the entropy of what was counted.
+/// e to the entropy of the frequencies.
 fn perplexity(counts: impl Iterator<Item = usize>) -> f64 {
     let counts: Vec<f64> = counts.map(|count| count as f64).collect();
     let total: f64 = counts.iter().sum();
     counts.iter().map(|count| count / total).map(|p| -p * p.ln()).sum::<f64>().exp()
 }
 
-/// The images above what each tokenizer made of them, a column an image.
+/// The images, with the reconstructions of each tokenizer below; one column per image.
 pub fn sheet(outcomes: &[Outcome]) -> RgbImage {
     let pairs = outcomes.iter().map(|outcome| &outcome.pairs);
     let side = pairs.clone().flatten().map(|(picture, _)| picture.width()).max().unwrap_or(1);
     let resized = |picture: &RgbImage| imageops::resize(picture, side, side, imageops::FilterType::Nearest);
     let mut rows: Vec<RgbImage> = pairs.clone().take(1).flatten().map(|(picture, _)| resized(picture)).collect();
     let columns = rows.len();
-    rows.extend(pairs.flatten().map(|(_, painted)| resized(painted)));
+    rows.extend(pairs.flatten().map(|(_, reconstructed)| resized(reconstructed)));
     crate::data::image_file::grid(&rows, columns)
 }
 
@@ -176,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn perplexity_counts_what_is_used_evenly() {
+    fn perplexity_of_uniform_use_is_the_number_used() {
         assert!((perplexity([3, 3, 3].into_iter()) - 3.0).abs() < 1e-12);
         assert!((perplexity([5].into_iter()) - 1.0).abs() < 1e-12);
         let two = perplexity([90, 10].into_iter());

@@ -1,4 +1,5 @@
-//! Retrieval accuracy of generated images: is the caption's own image the nearest of many images of the same style?
+//! Retrieval accuracy of generated images: whether the caption's real image is the nearest of many images of the same
+//! style.
 
 use super::{Rate, choose, open, tell_bad};
 use crate::{
@@ -15,10 +16,10 @@ use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::HashMap;
 
-/// Captions in one batch.
+/// Number of captions in one batch.
 const BATCH: usize = 64;
 
-/// Side in pixels to which images are reduced before they are compared.
+/// Side length to which images are reduced before they are compared, in pixels.
 const SIDE: usize = 16;
 
 /// The distance between two images.
@@ -28,11 +29,11 @@ pub const DISTANCE: &str = "mean squared RGB difference after box-filtering both
 #[derive(Debug)]
 pub struct Settings<'a> {
     pub data: &'a str,
-    /// More images to search among, for styles with too few images in `data`.
+    /// Further images to search among, for styles with too few images in `data`.
     pub pool: Option<&'a str>,
     /// Number of samples to measure; 0: all.
     pub samples: usize,
-    /// Number of images to search among, the right one included.
+    /// Number of images to search among, the real image included.
     pub candidates: usize,
     pub sampling: Sampling,
     pub best_of: usize,
@@ -44,9 +45,9 @@ pub struct Settings<'a> {
 pub struct Retrieval {
     pub candidates: usize,
     pub distance: &'static str,
-    /// The right image is the nearest.
+    /// The real image is the nearest.
     pub top1: Rate,
-    /// The right image is among the five nearest.
+    /// The real image is among the five nearest.
     pub top5: Rate,
     pub chance_top1: f64,
     pub chance_top5: f64,
@@ -55,16 +56,16 @@ pub struct Retrieval {
     pub reconstructed_top5: Rate,
 }
 
-/// An image that can be found.
+/// An image to search among.
 struct Candidate {
     features: Vec<f32>,
     caption: String,
     style: usize,
-    /// Source and sample of its data set.
+    /// Source and sample in its data set.
     place: (usize, u64),
 }
 
-/// Generates images from captions chosen by the seed and searches the image of each caption.
+/// Generates images from captions chosen by the seed and looks up the real image of each caption.
 ///
 /// # Errors
 /// The data cannot be read, or a style has too few images.
@@ -122,7 +123,7 @@ pub fn run(models: &Models, settings: &Settings) -> Result<Retrieval> {
 fn reconstruct(models: &Models, data: &Dataset, places: impl Iterator<Item = (usize, u64)>) -> Result<Vec<RgbImage>> {
     let picture = |(source, sample): (usize, u64)| {
         let record = data.read(source, sample).ok();
-        record.and_then(|record| record.image).context("an image that was readable before cannot be read any more")
+        record.and_then(|record| record.image).context("an image can no longer be read")
     };
     let pixels = to_pixels(&places.map(picture).collect::<Result<Vec<_>>>()?)?;
     from_pixels(&models.image_tokenizer.decode(&models.image_tokenizer.encode(&pixels)?)?)
@@ -148,16 +149,16 @@ fn read(dataset: &Dataset, path: &str, styles: &mut HashMap<String, usize>) -> R
     Ok(found)
 }
 
-/// Features, caption and style of a sample; without `style` in its JSON it is of the nameless style.
+/// Features, caption and style of a sample. Samples without `style` in their JSON share the empty style.
 fn reduce(record: Record) -> (Vec<f32>, String, String) {
     let style = record.meta.get("style").and_then(|style| style.as_str()).unwrap_or_default().to_owned();
     (record.image.as_ref().map(features).unwrap_or_default(), record.caption, style)
 }
 
-/// Images by style.
+/// Candidates grouped by style.
 struct Shelf<'a> {
     pictures: &'a [Candidate],
-    /// By style: images of the data, and images of the pool.
+    /// For each style: images of the data, and images of the pool.
     styles: Vec<[Vec<usize>; 2]>,
 }
 
@@ -170,8 +171,8 @@ impl<'a> Shelf<'a> {
         Self { pictures, styles: shelf }
     }
 
-    /// `count` other images of the same style: of the data first, then of the pool. An image with the same
-    /// features is the same image, not another.
+    /// `count` other images of the same style: from the data first, then from the pool. An image with the same features
+    /// counts as the same image.
     fn others(&self, own: usize, count: usize, seed: u64) -> Result<Vec<usize>> {
         let picture = &self.pictures[own];
         let mut others = Vec::with_capacity(count);
@@ -182,17 +183,17 @@ impl<'a> Shelf<'a> {
                 }
             }
         }
-        let message = format!("only {} other images of one style, {count} are wanted", others.len());
-        let hint = "name more images with --pool, or lower --candidates";
+        let message = format!("only {} other images of one style, {count} are needed", others.len());
+        let hint = "add images with --pool, or lower --candidates";
         ensure!(others.len() == count, failed(message, hint));
         Ok(others)
     }
 }
 
-/// The place of `own`, counted from 1, among all by distance from `painted`; ties count against it.
-fn rank<'a>(painted: &[f32], own: &[f32], others: impl Iterator<Item = &'a [f32]>) -> usize {
-    let own = distance(painted, own);
-    1 + others.filter(|other| distance(painted, other) <= own).count()
+/// The rank of `own`, counted from 1, by distance from `generated`; ties count against it.
+fn rank<'a>(generated: &[f32], own: &[f32], others: impl Iterator<Item = &'a [f32]>) -> usize {
+    let own = distance(generated, own);
+    1 + others.filter(|other| distance(generated, other) <= own).count()
 }
 
 /// Mean squared difference.
@@ -221,7 +222,7 @@ fn features(picture: &RgbImage) -> Vec<f32> {
     values
 }
 
-/// For each of [`SIDE`] equal parts of a side of `size` pixels: the pixels that it covers and their shares.
+/// For each of [`SIDE`] equal parts of `size` pixels: the pixels that it covers, with their weights.
 fn spans(size: usize) -> Vec<Vec<(usize, f64)>> {
     let part = size as f64 / SIDE as f64;
     let span = |i: usize| {
@@ -249,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn spans_share_out_every_pixel() {
+    fn spans_cover_every_pixel_once() {
         for size in [1, 5, 16, 17, 40, 64, 100] {
             let mut covered = vec![0.0; size];
             for span in spans(size) {
@@ -263,7 +264,7 @@ mod tests {
     #[test]
     fn rank_counts_ties_against() {
         let others: [&[f32]; 4] = [&[0.0, 9.0], &[2.0, 0.0], &[0.0, 2.0], &[5.0, 5.0]];
-        let rank = |painted: [f32; 2], own: [f32; 2]| rank(&painted, &own, others.into_iter());
+        let rank = |generated: [f32; 2], own: [f32; 2]| rank(&generated, &own, others.into_iter());
         assert_eq!(rank([0.0, 0.0], [1.0, 1.0]), 1);
         assert_eq!(rank([0.0, 0.0], [2.0, 0.0]), 3, "two others are just as near");
         assert_eq!(rank([0.0, 0.0], [9.0, 9.0]), 5);
@@ -275,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn others_are_of_the_style_never_the_same_picture_and_from_the_pool_only_where_needed() {
+    fn others_have_the_style_and_come_from_the_pool_only_if_needed() {
         let mut pictures: Vec<Candidate> = (0..12).map(|i| candidate(i % 2, i as f32)).collect();
         pictures.push(candidate(0, 4.0)); // a copy of image 4
         let of_data = pictures.len();

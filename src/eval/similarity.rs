@@ -1,20 +1,20 @@
-//! How like two images of one size are, pixel by pixel: PSNR and SSIM.
+//! Pixel similarity of two images of one size: PSNR and SSIM.
 
 use image::RgbImage;
 
-/// Side of SSIM's window.
+/// Side length of SSIM's window in pixels.
 const WINDOW: u32 = 7;
 
-/// Peak signal-to-noise ratio of two images of one size in dB; two equal ones count as one grey step apart in
-/// one value, so that the figure stays finite.
+/// Peak signal-to-noise ratio in dB of two images of one size. Equal images are treated as if one value differed by 1,
+/// so that the result is finite.
 pub fn psnr(a: &RgbImage, b: &RgbImage) -> f64 {
     let squares = a.as_raw().iter().zip(b.as_raw()).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2));
     let error = squares.sum::<f64>().max(1.0) / a.as_raw().len() as f64;
     10.0 * (255.0 * 255.0 / error).log10()
 }
 
-/// Structural similarity (Wang et al. 2004, doi 10.1109/TIP.2003.819861) of two images of one size, as scikit-image
-/// computes it: even windows of 7 × 7 that lie inside, the mean over places and colours. `None` where none fits.
+/// Structural similarity (Wang et al. 2004, doi 10.1109/TIP.2003.819861) of two images of one size, as in scikit-image:
+/// the mean over uniform 7 × 7 windows inside the image and over colors. `None` if the image is smaller than a window.
 pub fn ssim(a: &RgbImage, b: &RgbImage) -> Option<f64> {
     let (width, height) = a.dimensions();
     if width < WINDOW || height < WINDOW {
@@ -61,7 +61,7 @@ mod tests {
 
     /// Against scikit-image (scripts/golden_frechet.py).
     #[test]
-    fn ssim_is_scikit_image_s() -> Result<()> {
+    fn ssim_equals_scikit_image() -> Result<()> {
         let golden = weights::parse(include_bytes!("../../tests/golden/similarity.safetensors"), "golden")?;
         let image = |name: &str| {
             let bytes = values(&golden[name]).into_iter().map(|value| value as u8).collect();

@@ -1,4 +1,4 @@
-//! Beam search for the caption of one image: bookkeeping only, the model's log-probabilities come from outside.
+//! Beam search for the caption of one image. It only keeps the hypotheses; the caller computes the log probabilities.
 
 use super::sampling::likelier;
 
@@ -7,28 +7,28 @@ use super::sampling::likelier;
 pub struct Hypothesis {
     /// Token ids without `[CLS]`; the last one is `[SEP]` when finished.
     pub tokens: Vec<u32>,
-    /// Sum of ln p over the tokens, at most 0.
+    /// Sum of the log probabilities of the tokens, at most 0.
     pub log_p: f64,
 }
 
 impl Hypothesis {
-    /// Mean ln p of a token.
+    /// Mean log probability per token.
     pub fn score(&self) -> f64 {
         self.log_p / self.tokens.len() as f64
     }
 }
 
-/// What [`Beam`] searches for.
+/// Settings of a beam search.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Settings {
-    /// Unfinished hypotheses that are continued at each step, and finished captions that are kept.
+    /// Beam width: unfinished hypotheses that are extended at each step, and finished captions that are kept.
     pub width: usize,
-    /// Exponent α of the length in the score Σ ln p / lengthᵅ, as `length_penalty` of Hugging Face; from 0 (the plain
-    /// sum, which favours short captions) through 1 (the mean of a token) to more (which favours long captions).
+    /// Exponent α of the length in the score Σ ln p / lengthᵅ (`length_penalty` of Hugging Face): 0 is the plain sum
+    /// and prefers short captions, 1 is the mean per token, larger values prefer long captions.
     pub length_penalty: f64,
     /// The token `[SEP]` that ends a caption.
     pub sep: u32,
-    /// The most tokens of a caption, `[SEP]` included.
+    /// Maximum number of tokens of a caption, `[SEP]` included.
     pub longest: usize,
 }
 
@@ -40,24 +40,25 @@ pub struct Settings {
 pub struct Beam {
     settings: Settings,
     live: Vec<Hypothesis>,
-    /// The best finished captions, best first, at most `width` of them.
+    /// The best finished captions, best first; at most `width` captions.
     finished: Vec<Hypothesis>,
 }
 
 impl Beam {
-    /// A search that starts with the empty caption.
+    /// Starts a search with the empty caption.
     pub fn new(settings: Settings) -> Self {
         Self { settings, live: vec![Hypothesis::default()], finished: Vec::new() }
     }
 
-    /// Unfinished hypotheses; each needs its log-probabilities at the next [`Beam::step`]. Empty when the search is over.
+    /// Unfinished hypotheses, for which the next [`Beam::step`] needs log probabilities. Empty when the search is over.
     pub fn live(&self) -> &[Hypothesis] {
         &self.live
     }
 
-    /// Continues every live hypothesis by one token. `rows` holds the log-probabilities of the next token for each live
-    /// hypothesis; tokens at −∞ are never taken. Returns, for each new live hypothesis, the index of the old one that it
-    /// continues.
+    /// Extends every live hypothesis by one token. `rows[i]` holds the log probabilities of the next token of live
+    /// hypothesis
+    /// `i`; tokens at −∞ are never taken. Returns, for each new live hypothesis, the index of the hypothesis that it
+    /// extends.
     pub fn step(&mut self, rows: &[Vec<f32>]) -> Vec<usize> {
         let Settings { width, sep, .. } = self.settings;
         let mut candidates: Vec<(f64, usize, u32)> = Vec::new();
@@ -89,8 +90,8 @@ impl Beam {
         parents
     }
 
-    /// Whether none of the hypotheses `live` can become better than the worst kept caption. A beam of 1 is greedy search:
-    /// it ends with the caption that the likeliest tokens make.
+    /// Whether none of the hypotheses `live` can overtake the worst kept caption. A beam of width 1 is greedy search
+    /// and ends with the first finished caption.
     fn is_done(&self, live: &[Hypothesis]) -> bool {
         let Settings { width, .. } = self.settings;
         let Some(worst) = self.finished.get(width.saturating_sub(1)) else { return false };
@@ -98,26 +99,26 @@ impl Beam {
         width == 1 || live.iter().all(|hypothesis| self.settings.attainable(hypothesis) <= worst)
     }
 
-    /// The finished captions, the best first.
+    /// The finished captions, best first.
     pub fn into_finished(self) -> Vec<Hypothesis> {
         self.finished
     }
 }
 
 impl Settings {
-    /// The score by which finished captions compete: Σ ln p / lengthᵅ.
+    /// The score that ranks finished captions: Σ ln p / lengthᵅ.
     fn penalized(&self, hypothesis: &Hypothesis) -> f64 {
         hypothesis.log_p / (hypothesis.tokens.len() as f64).powf(self.length_penalty)
     }
 
-    /// An upper bound of the score that a live hypothesis may reach: the sum of ln p can only fall, and a negative sum
-    /// weighs least at the greatest length.
+    /// Upper bound of the score that a live hypothesis can reach: Σ ln p can only decrease, and dividing a negative sum
+    /// by the largest length gives the largest score.
     fn attainable(&self, hypothesis: &Hypothesis) -> f64 {
         hypothesis.log_p / (self.longest as f64).powf(self.length_penalty)
     }
 }
 
-/// The `count` likeliest tokens, in no particular order.
+/// The `count` most likely tokens, in no particular order.
 fn best(row: &[f32], count: usize) -> impl Iterator<Item = u32> {
     let mut tokens: Vec<u32> = (0..row.len() as u32).filter(|&t| row[t as usize] > f32::NEG_INFINITY).collect();
     if count < tokens.len() {
@@ -135,7 +136,8 @@ mod tests {
     const SEP: u32 = 0;
     const VOCABULARY: usize = 3;
 
-    /// A random language model: the distribution after a prefix; the `longest`-th token must be `[SEP]`.
+    /// A random language model: the next-token distribution after a prefix. The token at position `longest` is always
+    /// `[SEP]`.
     fn model(seed: u64, prefix: &[u32], longest: usize) -> Vec<f32> {
         let key = prefix.iter().fold(1, |key, &token| key * VOCABULARY as u64 + u64::from(token));
         let mut random = Random::keyed(seed, "language", 0, key);
@@ -155,7 +157,7 @@ mod tests {
         Settings { width, length_penalty, sep: SEP, longest }
     }
 
-    /// What the search finds in the language `seed`, and the number of its steps.
+    /// The captions that the search finds in the language `seed`, and its number of steps.
     fn search(seed: u64, settings: Settings) -> (Vec<Hypothesis>, usize) {
         let (mut beam, mut steps) = (Beam::new(settings), 0);
         while !beam.live().is_empty() {
@@ -171,7 +173,7 @@ mod tests {
         (beam.into_finished(), steps)
     }
 
-    /// The same search without an early end, or one that ends at the first `width` finished captions.
+    /// The same search without early stopping, or stopped at the first `width` finished captions.
     fn plain_search(seed: u64, settings: Settings, first_finished: bool) -> (Vec<Hypothesis>, usize) {
         let Settings { width, longest, .. } = settings;
         let (mut live, mut finished, mut steps) = (vec![Hypothesis::default()], Vec::new(), 0);
@@ -192,7 +194,7 @@ mod tests {
         hypothesis.log_p / (hypothesis.tokens.len() as f64).powf(length_penalty)
     }
 
-    /// Every way in which `prefix` goes on by a token.
+    /// All extensions of `prefix` by one token.
     fn next(seed: u64, prefix: &Hypothesis, longest: usize) -> Vec<Hypothesis> {
         let row = model(seed, &prefix.tokens, longest);
         let possible = row.iter().enumerate().filter(|(_, log_p)| **log_p > f32::NEG_INFINITY);
@@ -214,9 +216,9 @@ mod tests {
 
     const PENALTIES: [f64; 4] = [0.0, 0.6, 1.0, 2.0];
 
-    /// 31 captions. No step has more than 24 candidates, so that a beam of 24 loses none on the way.
+    /// There are 31 captions. No step has more than 24 candidates, so a beam of width 24 prunes nothing.
     #[test]
-    fn a_wide_beam_finds_what_trying_everything_finds() {
+    fn a_wide_beam_equals_exhaustive_search() {
         for (seed, penalty) in (0..20).flat_map(|seed| PENALTIES.map(|penalty| (seed, penalty))) {
             let mut everything = Vec::new();
             all(seed, &Hypothesis::default(), 5, &mut everything);
@@ -230,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_search_ends_when_nothing_better_can_come_and_no_earlier() {
+    fn early_stopping_never_changes_the_result() {
         let (mut saved, mut better) = (0, 0);
         for (seed, penalty) in (0..50).flat_map(|seed| PENALTIES.map(|penalty| (seed, penalty))) {
             for settings in (2..6).map(|width| settings(width, penalty, 9)) {
@@ -261,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn wider_is_seldom_worse() {
+    fn a_wider_beam_is_seldom_worse() {
         let best = |seed, width| search(seed, settings(width, 1.0, 6)).0[0].score();
         let worse = (0..100).filter(|&seed| best(seed, 8) < best(seed, 1) - 1e-9).count();
         let better = (0..100).filter(|&seed| best(seed, 8) > best(seed, 1) + 1e-9).count();

@@ -13,16 +13,16 @@ use crate::{
 };
 use rayon::prelude::*;
 
-/// Captions that are generated in one batch.
+/// Number of captions generated in one batch.
 const BATCH: usize = 64;
 
 /// The decoding algorithm for captions.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Decoding {
-    /// Sampling token by token. An image's captions do not depend on other images; guidance is not used.
+    /// Sampling token by token. The captions of an image do not depend on the other images; guidance is ignored.
     Sample { sampling: Sampling, seed: u64 },
-    /// The captions of the greatest Σ ln p / lengthᵅ that a beam search finds. `width` hypotheses are continued at each
-    /// step; α is `length_penalty`, at least 0: 1 compares the mean ln p of a token, 0 the sum.
+    /// Beam search: the captions with the largest Σ ln p / lengthᵅ. `width` hypotheses are extended at each step; α is
+    /// `length_penalty`, at least 0 (0: sum of log probabilities, 1: mean per token).
     Beam { width: usize, length_penalty: f64 },
 }
 
@@ -30,9 +30,9 @@ pub enum Decoding {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Caption {
     pub text: String,
-    /// `[CLS]` tokens `[SEP]`.
+    /// Token ids: `[CLS]`, tokens, `[SEP]`.
     pub tokens: Vec<u32>,
-    /// Mean ln p of a token of the caption, `[SEP]` included, given the image.
+    /// Mean log probability per token of the caption, `[SEP]` included, given the image.
     pub score: f64,
 }
 
@@ -43,18 +43,19 @@ struct Line {
     log_p: f64,
 }
 
-/// The tokens that may come next.
+/// Constraints on the next token.
 struct Allowed {
     /// For each token: whether it is a special token.
     special: Vec<bool>,
     sep: u32,
-    /// The most tokens of a caption without `[CLS]`, with `[SEP]`: the positions that the model has.
+    /// Maximum number of tokens of a caption without `[CLS]`, with `[SEP]`: the text positions of the model.
     longest: usize,
 }
 
 impl Allowed {
-    /// Sets the logits of forbidden tokens to −∞, for the token after `before` others: special tokens always, `[SEP]` at
-    /// the first position, and everything but `[SEP]` at the last position.
+    /// Sets the logits of forbidden tokens to −∞. `before` tokens precede this one. Special tokens are always
+    /// forbidden,
+    /// `[SEP]` at the first position, and everything but `[SEP]` at the last position.
     fn mask(&self, row: &mut [f32], before: usize) {
         let last = before + 1 >= self.longest;
         for (token, value) in row.iter_mut().enumerate() {
@@ -70,11 +71,12 @@ impl Allowed {
 }
 
 impl Models {
-    /// Up to `count` captions for the codes of each image, best first; a beam of a width below `count` gives fewer.
+    /// Generates up to `count` captions for the codes of each image, best first. A beam narrower than `count` gives
+    /// fewer.
     ///
     /// # Errors
-    /// A logit is not a finite number: the weights are damaged.
-    pub fn describe(&self, codes: &[Vec<u32>], decoding: &Decoding, count: usize) -> Result<Vec<Vec<Caption>>> {
+    /// A logit is not finite: the weights are damaged.
+    pub fn caption(&self, codes: &[Vec<u32>], decoding: &Decoding, count: usize) -> Result<Vec<Vec<Caption>>> {
         let (vocabulary, sep) = (self.text.vocab_size() as u32, self.text.sep());
         let special = (0..vocabulary).map(|token| self.text.decode(&[token]).is_empty()).collect();
         let allowed = Allowed { special, sep, longest: self.generator.max_text() - 1 };
@@ -128,7 +130,7 @@ impl Models {
             if lines.iter().all(|line| line.tokens.last() == Some(&allowed.sep)) {
                 break;
             }
-            // Finished captions stay in the batch; the tokens after their [SEP] are ignored.
+            // Finished captions stay in the batch; tokens after their [SEP] are ignored.
             let last: Vec<u32> = lines.iter().map(|line| line.tokens.last().copied().unwrap_or(allowed.sep)).collect();
             logits = state.logits_next(&last)?;
             rows = (0..lines.len()).collect();

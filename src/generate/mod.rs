@@ -1,8 +1,7 @@
 //! Generation with a trained model: text to image and image to text.
 //!
-//! Reading order: [`sampling`] turns logits into tokens, `paint` (text to image) and `caption` (image to text) decode
-//! with it, `beam` is beam search for captions, `score` computes the log-likelihood of a caption. All are methods of
-//! [`Models`].
+//! Reading order: [`sampling`] turns logits into tokens; `text_to_image` and `caption` (image to text) decode with it;
+//! `beam` is beam search for captions; `score` computes the log likelihood of a caption. All are methods of [`Models`].
 
 mod beam;
 mod caption;
@@ -28,7 +27,7 @@ use crate::{
 use image::RgbImage;
 use std::sync::Arc;
 
-/// The models of both directions: text to image and image to text.
+/// The parts of a loaded model, for both directions: text to image and image to text.
 pub struct Models {
     pub generator: Arc<Generator>,
     pub decoder: Decoder,
@@ -37,24 +36,25 @@ pub struct Models {
 }
 
 impl Models {
-    /// Loads the parts of an opened model folder; the generator decodes with weights stored in `format`.
+    /// Loads the parts of an opened model folder. The weights used for decoding are stored in `format`.
     ///
     /// # Errors
-    /// A part is missing, damaged or does not fit the others, or the folder is not a generator's.
+    /// A part is missing, damaged or does not match the others, or the folder holds no generator.
     pub fn load(bundle: &Bundle, format: Format) -> Result<Self> {
         Ok(Self::new(bundle.generator()?, format, bundle.image_tokenizer()?, bundle.text()?))
     }
 
-    /// The same from its parts.
+    /// Combines loaded parts. The weights used for decoding are stored in `format`.
     pub fn new(generator: Generator, format: Format, image_tokenizer: ImageTokenizer, text: WordPiece) -> Self {
         let generator = Arc::new(generator);
         Self { decoder: Decoder::new(generator.clone(), format), generator, image_tokenizer, text }
     }
 
-    /// Encodes square images of [`ImageTokenizer::image_size`] pixels: the codes of each image in raster order.
+    /// Encodes square images with a side of [`ImageTokenizer::image_size`] pixels: the codes of each image in raster
+    /// order.
     ///
     /// # Errors
-    /// The images differ in size or do not fit the image tokenizer.
+    /// The images differ in size or do not have the size of the image tokenizer.
     pub fn encode(&self, images: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
         if images.is_empty() {
             return Ok(Vec::new());

@@ -1,4 +1,4 @@
-//! From logits to a token: guidance, temperature, top-k, top-p. Pure functions over one row of logits.
+//! From logits to a token: guidance, temperature, top-k and top-p. Pure functions over one row of logits.
 
 use crate::{
     config,
@@ -10,13 +10,13 @@ use std::cmp::Ordering;
 /// How a token is sampled.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
-    /// Divides the logits; 0 takes the most likely token.
+    /// Sampling temperature: divides the logits; 0 takes the most likely token.
     pub temperature: f64,
-    /// Sample only from the K most likely tokens; 0: from all.
+    /// Top-k sampling: sample only from the K most likely tokens; 0: from all.
     pub top_k: usize,
-    /// Nucleus sampling: sample only from the most likely tokens that make up this probability; 1: from all.
+    /// Nucleus sampling: sample only from the most likely tokens whose probabilities add up to this; 1: from all.
     pub top_p: f64,
-    /// Classifier-free guidance scale; 1: none.
+    /// Classifier-free guidance scale; 1: no guidance.
     pub guidance: f64,
 }
 
@@ -28,10 +28,11 @@ impl From<&config::Sample> for Sampling {
 }
 
 impl Sampling {
-    /// Always the most likely token.
+    /// Greedy decoding: always the most likely token.
     pub const GREEDY: Self = Self { temperature: 0.0, top_k: 0, top_p: 1.0, guidance: 1.0 };
 
-    /// Draws a token; `unit` in `0..1` decides. Tokens at −∞ are never drawn, and ties go to the lower token.
+    /// Samples a token; `unit` in `0..1` is the random number. Tokens at −∞ are never sampled, and ties go to the lower
+    /// id.
     ///
     /// # Errors
     /// A logit is NaN or +∞, or all are −∞.
@@ -42,7 +43,7 @@ impl Sampling {
         if self.temperature == 0.0 {
             return Ok(logits.iter().position(|&l| l == top).unwrap_or(0) as u32);
         }
-        // Finite and above 0, so that neither the likeliest token nor one at −∞ becomes not-a-number.
+        // Clamped to be finite and above 0: otherwise the largest logit or one at −∞ would give NaN.
         let scale = (1.0 / self.temperature).clamp(f64::from(f32::MIN_POSITIVE), f64::from(f32::MAX)) as f32;
         if self.top_p >= 1.0 && (self.top_k == 0 || self.top_k >= logits.len()) {
             return Ok(draw_from_all(logits, top, scale, unit));
@@ -61,7 +62,8 @@ impl Sampling {
     }
 }
 
-/// Draws from all tokens by exp(scale · (logit − top)): first a block of them by its sum, then a token of it.
+/// Samples from all tokens by exp(scale · (logit − top)): first a block of tokens by its sum, then a token of the
+/// block.
 fn draw_from_all(logits: &[f32], top: f32, scale: f32, unit: f64) -> u32 {
     let sums: Vec<f64> = exp_sums(logits, top, scale).into_iter().map(f64::from).collect();
     let block = pick(&sums, unit);
@@ -78,23 +80,23 @@ pub fn guide(conditional: &mut [f32], unconditional: &[f32], scale: f64) {
     }
 }
 
-/// ln p of each token: logits − ln Σ exp(logits).
+/// Log probability of each token: logits − ln Σ exp(logits).
 pub fn log_softmax(logits: &[f32]) -> Vec<f32> {
     let normalizer = log_sum_exp(logits);
     logits.iter().map(|&l| (f64::from(l) - normalizer) as f32).collect()
 }
 
-/// Orders tokens: the likelier first, of two equal ones the lower.
+/// Orders tokens by decreasing logit; ties by increasing id.
 pub fn likelier(logits: &[f32]) -> impl Fn(&u32, &u32) -> Ordering {
     |&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b))
 }
 
-/// The fewest likeliest tokens whose weights make up the share `p`; at least one.
+/// The smallest set of most likely tokens whose weights make up the share `p` of the sum; at least one token.
 fn nucleus(tokens: Vec<u32>, weights: Vec<f64>, p: f64) -> (Vec<u32>, Vec<f64>) {
     let wanted = p * weights.iter().sum::<f64>();
     let mut order: Vec<(u32, f64)> = tokens.into_iter().zip(weights).collect();
     let likelier = |a: &(u32, f64), b: &(u32, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-    // Few tokens make up most shares: only those are sorted.
+    // A few tokens make up most shares, so only those are sorted at first.
     let mut head = 64;
     while head < order.len() {
         order.select_nth_unstable_by(head, likelier);
@@ -115,19 +117,19 @@ fn nucleus(tokens: Vec<u32>, weights: Vec<f64>, p: f64) -> (Vec<u32>, Vec<f64>) 
     order.into_iter().unzip()
 }
 
-/// The index at which the running sum of `weights` passes `unit` of their total.
+/// The index at which the running sum of `weights` exceeds `unit` of their total.
 fn pick(weights: &[f64], unit: f64) -> usize {
     passed(weights, unit * weights.iter().sum::<f64>())
 }
 
-/// The index at which the running sum of `weights` passes `target`.
+/// The index at which the running sum of `weights` exceeds `target`.
 fn passed(weights: &[f64], target: f64) -> usize {
     let mut sum = 0.0;
     let passed = weights.iter().position(|weight| {
         sum += weight;
         sum > target
     });
-    // Rounding may leave the sum a hair short; a weight of 0 must still not be taken.
+    // Rounding may leave the sum slightly below `target`; even then a weight of 0 must not be taken.
     passed.or_else(|| weights.iter().rposition(|&weight| weight > 0.0)).unwrap_or(0)
 }
 
@@ -140,7 +142,7 @@ mod tests {
 
     const ALL: Sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, guidance: 1.0 };
 
-    /// Every token that some `unit` draws (`steps` of them).
+    /// Every token that is sampled for `steps` evenly spaced values of `unit`.
     fn drawn(sampling: Sampling, logits: &[f32], steps: usize) -> BTreeSet<u32> {
         (0..steps).map(|i| sampling.draw(logits, i as f64 / steps as f64).unwrap()).collect()
     }
@@ -161,14 +163,14 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
-        fn top_k_draws_from_the_k_likeliest(logits in prop::collection::vec(-2i8..2, 1..12), k in 1usize..14) {
+        fn top_k_samples_from_the_k_most_likely(logits in prop::collection::vec(-2i8..2, 1..12), k in 1usize..14) {
             let logits: Vec<f32> = logits.into_iter().map(|l| f32::from(l) / 2.0).collect();
             let expected: BTreeSet<u32> = sorted(&logits).into_iter().take(k).collect();
             prop_assert_eq!(drawn(Sampling { top_k: k, ..ALL }, &logits, 2000), expected);
         }
 
         #[test]
-        fn top_p_draws_from_the_smallest_set_that_makes_up_p(
+        fn top_p_samples_from_the_smallest_set_that_makes_up_p(
             logits in prop::collection::vec(-1.0f32..1.0, 1..12), p in 0.05f64..0.95, temperature in 0.7f64..2.0,
         ) {
             let probability = probabilities(&logits, temperature);
@@ -183,7 +185,7 @@ mod tests {
         }
 
         #[test]
-        fn temperature_0_takes_the_first_of_the_likeliest(logits in prop::collection::vec(-3i8..3, 1..12), unit in 0.0f64..1.0) {
+        fn temperature_0_takes_the_first_of_the_most_likely(logits in prop::collection::vec(-3i8..3, 1..12), unit in 0.0f64..1.0) {
             let logits: Vec<f32> = logits.into_iter().map(f32::from).collect();
             prop_assert_eq!(Sampling::GREEDY.draw(&logits, unit).unwrap(), sorted(&logits)[0]);
         }
@@ -198,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn frequencies_are_the_probabilities() {
+    fn sampling_frequencies_are_the_probabilities() {
         let logits = [0.5, f32::NEG_INFINITY, -1.0, 2.0, 1.0];
         for (sampling, kept) in [
             (ALL, vec![0, 2, 3, 4]),
@@ -220,9 +222,9 @@ mod tests {
         }
     }
 
-    /// Over several blocks, and a nucleus of more tokens than are sorted first.
+    /// Over several blocks, and with a nucleus of more tokens than are sorted at first.
     #[test]
-    fn frequencies_over_many_tokens() {
+    fn sampling_frequencies_over_many_tokens() {
         let mut random = Random::keyed(3, "many", 0, 0);
         let logits: Vec<f32> =
             (0..300).map(|i| if i % 7 == 3 { f32::NEG_INFINITY } else { random.unit() as f32 }).collect();
@@ -246,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn extremes() {
+    fn extreme_logits_and_temperatures() {
         let logits = [1.0, 3.0, f32::NEG_INFINITY, 3.0];
         for unit in [0.0, 0.3, 1.0 - f64::EPSILON] {
             let draw = |sampling: Sampling| sampling.draw(&logits, unit).unwrap();

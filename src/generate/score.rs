@@ -1,4 +1,4 @@
-//! The log-likelihood of a text, given an image.
+//! The log likelihood of a text given an image.
 
 use super::Models;
 use crate::{
@@ -10,12 +10,12 @@ use crate::{
 use candle_core::DType;
 use rayon::prelude::*;
 
-/// Pairs in one batch: their logits over the whole vocabulary are in memory together.
+/// Batch size in pairs; the logits of a batch over the whole vocabulary are in memory together.
 const BATCH: usize = 16;
 
 impl Models {
-    /// Mean ln p of a token of the text, `[SEP]` included, given the image: for each pair of an image's codes (raster
-    /// order) and a text (`[CLS]` tokens `[SEP]`).
+    /// Mean log probability per token of the text (`[SEP]` included) given the image, for each pair of image codes
+    /// (raster order) and text (`[CLS]`, tokens, `[SEP]`).
     ///
     /// # Errors
     /// The numbers of images and texts differ, or a code or token is not in the vocabulary.

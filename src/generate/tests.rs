@@ -11,7 +11,7 @@ use candle_core::{DType, Tensor};
 
 const VOCAB: &str = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n一\n弯\n月\n星\n，\n##d\n";
 
-/// A model of 3 × 3 codes whose predictions are far from flat.
+/// A model with 3 × 3 codes whose distributions are far from uniform.
 pub(crate) fn tiny() -> Models {
     let mut config = Config::default();
     config.text.max_tokens = 6;
@@ -48,14 +48,15 @@ fn requests(prompts: &[&str], seed: u64) -> Vec<Request> {
 const SAMPLING: Sampling = Sampling { temperature: 0.8, top_k: 9, top_p: 0.95, guidance: 1.5 };
 
 #[test]
-fn a_picture_depends_on_its_own_prompt_and_seed_alone() {
+fn an_image_depends_only_on_its_own_prompt_and_seed() {
     let models = tiny();
     let prompts = ["一弯月", "月", "星，一弯月星月", "", "月"];
-    let paint = |requests: &[Request], best_of| models.generate_images(requests, &SAMPLING, best_of, |_| {}).unwrap();
+    let generate =
+        |requests: &[Request], best_of| models.generate_images(requests, &SAMPLING, best_of, |_| {}).unwrap();
     for best_of in [1, 3] {
-        let together = paint(&requests(&prompts, 3), best_of);
+        let together = generate(&requests(&prompts, 3), best_of);
         for (i, request) in requests(&prompts, 3).into_iter().enumerate() {
-            let alone = paint(&[request], best_of).remove(0);
+            let alone = generate(&[request], best_of).remove(0);
             assert_eq!((&alone.codes, &alone.image), (&together[i].codes, &together[i].image), "{i} {best_of}");
             assert!((alone.score - together[i].score).abs() < 1e-4);
         }
@@ -65,36 +66,36 @@ fn a_picture_depends_on_its_own_prompt_and_seed_alone() {
 }
 
 #[test]
-fn more_pictures_than_a_batch_holds() {
+fn more_images_than_fit_in_a_batch() {
     let (models, mut codes) = (tiny(), 0);
     let many = requests(&["月"; 70], 0);
-    let painted = models.generate_images(&many, &SAMPLING, 2, |n| codes += n).unwrap();
-    assert_eq!((painted.len(), codes), (70, 70 * 2 * 9));
-    assert_eq!(painted[69].codes, models.generate_images(&many[69..], &SAMPLING, 2, |_| {}).unwrap()[0].codes);
+    let generated = models.generate_images(&many, &SAMPLING, 2, |n| codes += n).unwrap();
+    assert_eq!((generated.len(), codes), (70, 70 * 2 * 9));
+    assert_eq!(generated[69].codes, models.generate_images(&many[69..], &SAMPLING, 2, |_| {}).unwrap()[0].codes);
 }
 
-/// Cached, guided, greedy decoding against whole forward passes.
+/// Cached, guided, greedy decoding against full forward passes.
 #[test]
-fn greedy_guided_painting_follows_the_logits() {
+fn greedy_guided_generation_follows_the_logits() {
     let models = tiny();
     let sampling = Sampling { guidance: 2.0, ..Sampling::GREEDY };
-    let painted = models.generate_images(&requests(&["弯月"], 0), &sampling, 1, |_| {}).unwrap().remove(0);
+    let generated = models.generate_images(&requests(&["弯月"], 0), &sampling, 1, |_| {}).unwrap().remove(0);
     let logits = |prompt: &str| -> Vec<Vec<f32>> {
         let text = models.text.encode(prompt, 6).unwrap();
         let device = &runtime::device().unwrap();
         let text = Tokens::whole(Tensor::new(vec![text], device).unwrap()).unwrap();
-        let codes = Tensor::new(vec![painted.codes.clone()], device).unwrap();
+        let codes = Tensor::new(vec![generated.codes.clone()], device).unwrap();
         let batch = Batch::text_to_image(text, codes).unwrap();
         models.generator.logits(&batch).unwrap().squeeze(0).unwrap().to_vec2().unwrap()
     };
     for (position, (mut row, without)) in logits("弯月").into_iter().zip(logits("")).enumerate() {
         sampling::guide(&mut row, &without, 2.0);
-        assert_eq!(Sampling::GREEDY.draw(&row, 0.0).unwrap(), painted.codes[position], "position {position}");
+        assert_eq!(Sampling::GREEDY.draw(&row, 0.0).unwrap(), generated.codes[position], "position {position}");
     }
 }
 
 #[test]
-fn the_best_of_many_is_the_best() {
+fn best_of_keeps_the_highest_score() {
     let models = tiny();
     let requests = requests(&["一弯月", "星", "月，一"], 9);
     let scores = |best_of| -> Vec<f64> {
@@ -123,7 +124,7 @@ fn beam(width: usize) -> Decoding {
     Decoding::Beam { width, length_penalty: 1.0 }
 }
 
-/// Every caption that a model can give: one to four of six words.
+/// Every caption that a model can generate: one to four tokens out of six.
 fn every_caption() -> Vec<Vec<u32>> {
     let mut shorter = vec![vec![2]];
     let mut all = Vec::new();
@@ -135,14 +136,14 @@ fn every_caption() -> Vec<Vec<u32>> {
 }
 
 #[test]
-fn a_beam_without_limits_finds_the_best_of_all_captions() {
+fn an_unpruned_beam_finds_the_best_of_all_captions() {
     let models = tiny();
     let (codes, all) = (images(&models).remove(1), every_caption());
     let texts: Vec<&[u32]> = all.iter().map(Vec::as_slice).collect();
     let means = models.score(&vec![codes.clone(); all.len()], &texts).unwrap();
     for length_penalty in [0.0, 1.0, 3.0] {
         let decoding = Decoding::Beam { width: 1296 * 7, length_penalty };
-        let found = models.describe(std::slice::from_ref(&codes), &decoding, all.len()).unwrap().remove(0);
+        let found = models.caption(std::slice::from_ref(&codes), &decoding, all.len()).unwrap().remove(0);
         assert_eq!(found.len(), all.len());
         let penalized = |mean: f64, tokens: usize| mean * ((tokens - 1) as f64).powf(1.0 - length_penalty);
         let mut scores: Vec<f64> = means.iter().zip(&all).map(|(&mean, c)| penalized(mean, c.len())).collect();
@@ -154,7 +155,7 @@ fn a_beam_without_limits_finds_the_best_of_all_captions() {
 }
 
 #[test]
-fn captions_hold_no_special_tokens_and_their_scores_are_the_model_s() {
+fn captions_have_no_special_tokens_and_their_scores_come_from_the_model() {
     let models = tiny();
     let codes = images(&models);
     let hot = Sampling { temperature: 5.0, ..Sampling::GREEDY };
@@ -164,7 +165,7 @@ fn captions_hold_no_special_tokens_and_their_scores_are_the_model_s() {
         beam(1),
         beam(5),
     ] {
-        let captions = models.describe(&codes, &decoding, 5).unwrap();
+        let captions = models.caption(&codes, &decoding, 5).unwrap();
         assert_eq!(captions.len(), 3);
         for (codes, captions) in codes.iter().zip(captions) {
             assert_eq!(captions.len(), if decoding == beam(1) { 1 } else { 5 });
@@ -182,14 +183,14 @@ fn captions_hold_no_special_tokens_and_their_scores_are_the_model_s() {
 }
 
 #[test]
-fn captions_depend_on_their_own_picture_alone() {
+fn captions_depend_only_on_their_own_image() {
     let models = tiny();
     let codes = images(&models);
     let hot = Sampling { temperature: 3.0, ..Sampling::GREEDY };
     for decoding in [Decoding::Sample { sampling: hot, seed: 4 }, beam(3)] {
-        let together = models.describe(&codes, &decoding, 3).unwrap();
+        let together = models.caption(&codes, &decoding, 3).unwrap();
         for (codes, captions) in codes.iter().zip(together) {
-            let alone = models.describe(std::slice::from_ref(codes), &decoding, 3).unwrap().remove(0);
+            let alone = models.caption(std::slice::from_ref(codes), &decoding, 3).unwrap().remove(0);
             let tokens = |captions: Vec<Caption>| captions.into_iter().map(|c| c.tokens).collect::<Vec<_>>();
             assert_eq!(tokens(alone), tokens(captions));
         }
@@ -197,13 +198,13 @@ fn captions_depend_on_their_own_picture_alone() {
 }
 
 #[test]
-fn greedy_is_a_beam_of_one_and_follows_the_logits() {
+fn greedy_decoding_is_a_beam_of_one_and_follows_the_logits() {
     let models = tiny();
     for codes in images(&models) {
-        let describe =
-            |decoding| models.describe(std::slice::from_ref(&codes), &decoding, 1).unwrap()[0][0].tokens.clone();
-        let greedy = describe(Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 });
-        assert_eq!(describe(beam(1)), greedy);
+        let greedy_tokens =
+            |decoding| models.caption(std::slice::from_ref(&codes), &decoding, 1).unwrap()[0][0].tokens.clone();
+        let greedy = greedy_tokens(Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 });
+        assert_eq!(greedy_tokens(beam(1)), greedy);
         let source = Source::image_to_text(std::slice::from_ref(&codes), 2);
         let (mut state, mut logits) = models.decoder.start(&source).unwrap();
         for (i, &token) in greedy[1..].iter().enumerate() {
@@ -242,14 +243,14 @@ fn a_damaged_model_is_an_error() {
     let error = models.generate_images(&requests(&["月"], 0), &SAMPLING, 1, |_| {}).unwrap_err();
     assert!(error.to_string().contains("damaged"), "{error}");
     for decoding in [Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 }, beam(2)] {
-        assert!(models.describe(&codes, &decoding, 1).unwrap_err().to_string().contains("damaged"));
+        assert!(models.caption(&codes, &decoding, 1).unwrap_err().to_string().contains("damaged"));
     }
 }
 
-/// What the formats cost the demo: the gap of the logits in standard deviations of theirs, and how often the likeliest
-/// token and whole greedy captions stay what they are in f32.
+/// How much each weight format changes the demo's output: the error of the logits in units of their standard deviation,
+/// and how often the most likely token and whole greedy captions are the same as in f32.
 #[test]
-fn the_demo_says_the_same_in_every_format() {
+fn the_demo_gives_the_same_captions_in_every_format() {
     let bundle = Bundle::open(crate::bundle::DEMO_NAME).unwrap();
     let text = bundle.text().unwrap();
     let prompts =
@@ -257,7 +258,7 @@ fn the_demo_says_the_same_in_every_format() {
     let prompts: Vec<Vec<u32>> = prompts.iter().map(|prompt| text.encode(prompt, 28).unwrap()).collect();
     let [exact, bf16, int8] = [Format::F32, Format::Bf16, Format::Int8].map(|f| Models::load(&bundle, f).unwrap());
     let likeliest = |row: &[f32]| Sampling::GREEDY.draw(row, 0.0).unwrap();
-    // Logits along the codes that are the likeliest in f32.
+    // Logits along the codes that are the most likely in f32.
     let (mut codes, mut expected) = (vec![Vec::new(); prompts.len()], Vec::new());
     let (mut state, first) = exact.decoder.start(&Source::text_to_image(&prompts)).unwrap();
     expected.push(first);
@@ -270,7 +271,7 @@ fn the_demo_says_the_same_in_every_format() {
     }
     let captions = |models: &Models| -> Vec<String> {
         let greedy = Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 };
-        models.describe(&codes, &greedy, 1).unwrap().into_iter().map(|mut c| c.remove(0).text).collect()
+        models.caption(&codes, &greedy, 1).unwrap().into_iter().map(|mut c| c.remove(0).text).collect()
     };
     let said = captions(&exact);
     for (models, bound, same_bound, caption_bound) in [(&bf16, 0.01, 0.99, 6), (&int8, 0.1, 0.9, 4)] {

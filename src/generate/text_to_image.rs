@@ -1,4 +1,4 @@
-//! Text to image (paper §2.4): codes one by one, then the image tokenizer's decoder.
+//! Text to image (paper §2.4): generates the codes one by one, then decodes them with the image tokenizer.
 
 use super::{
     Models,
@@ -15,10 +15,10 @@ use candle_core::Tensor;
 use image::RgbImage;
 use rayon::prelude::*;
 
-/// Images that are generated in one batch.
+/// Number of images generated in one batch.
 const BATCH: usize = 64;
 
-/// An image to generate. The result depends on the prompt and the seed only, not on other jobs in the batch.
+/// An image to generate. The result depends only on its prompt and seed, not on other requests in the batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     pub prompt: String,
@@ -31,11 +31,11 @@ pub struct GeneratedImage {
     pub image: RgbImage,
     /// The image's codes in raster order.
     pub codes: Vec<u32>,
-    /// Mean ln p of a token of the prompt, given the image, by the same model.
+    /// Mean log probability per token of the prompt given the image, by the same model.
     pub score: f64,
 }
 
-/// One candidate for one job.
+/// One candidate of one request.
 #[derive(Clone, Copy)]
 struct Draw {
     request: usize,
@@ -44,11 +44,12 @@ struct Draw {
 }
 
 impl Models {
-    /// Generates the image of every job. Of `best_of` candidates for a job, the one with the greatest
-    /// ln p(prompt | image) by the same model is kept. `advance` is called with the number of codes that were generated.
+    /// Generates the image of every request. Of the `best_of` candidates of a request, the one with the highest
+    /// ln p(prompt | image) by the same model is kept. `advance` is called with the number of codes generated since its
+    /// last call.
     ///
     /// # Errors
-    /// A logit is not a finite number: the weights are damaged.
+    /// A logit is not finite: the weights are damaged.
     pub fn generate_images(
         &self,
         requests: &[Request],
@@ -62,7 +63,7 @@ impl Models {
         let draws: Vec<Draw> = (0..requests.len()).flat_map(|j| (0..best_of.max(1)).map(move |c| draw(j, c))).collect();
         let mut best: Vec<Option<(f64, Vec<u32>)>> = vec![None; requests.len()];
         for chunk in draws.chunks(BATCH) {
-            let codes = self.paint_codes(&prompts, chunk, sampling, &mut advance)?;
+            let codes = self.generate_codes(&prompts, chunk, sampling, &mut advance)?;
             let texts: Vec<&[u32]> = chunk.iter().map(|draw| prompts[draw.request].as_slice()).collect();
             let scores = self.score(&codes, &texts)?;
             for ((draw, codes), score) in chunk.iter().zip(codes).zip(scores) {
@@ -78,8 +79,8 @@ impl Models {
         best.into_iter().map(finish).collect()
     }
 
-    /// The codes of each draw. The prefill of a prompt is computed once for all its candidates.
-    fn paint_codes(
+    /// The codes of each candidate. The prefill of a prompt is computed once for all its candidates.
+    fn generate_codes(
         &self,
         prompts: &[Vec<u32>],
         draws: &[Draw],
@@ -91,7 +92,7 @@ impl Models {
         let mut rows: Vec<usize> = draws.iter().map(|draw| draw.request - first).collect();
         let guided = sampling.guidance != 1.0;
         if guided {
-            // A second half of the rows generates the same codes without a prompt (classifier-free guidance).
+            // The second half of the rows is the unconditional branch of classifier-free guidance.
             rows.extend(std::iter::repeat_n(sources.len(), draws.len()));
             sources.push(self.text.encode("", self.generator.max_text())?);
         }
@@ -114,19 +115,21 @@ impl Models {
         Ok(codes)
     }
 
-    /// Decodes codes in raster order to an image. One image at a time, so that its bytes do not depend on others.
+    /// Decodes codes in raster order to an image. One image at a time, so that its pixels do not depend on other
+    /// images.
     fn image(&self, codes: &[u32]) -> Result<RgbImage> {
         let device = &runtime::device()?;
         let pixels = self.image_tokenizer.decode(&Tensor::from_slice(codes, (1, codes.len()), device)?)?;
-        from_pixels(&pixels)?.pop().context("the decoder gave no image")
+        from_pixels(&pixels)?.pop().context("the decoder returned no image")
     }
 }
 
-/// Logits `(rows, vocabulary)` → the next code of each draw. With guidance, the second half of the rows is unconditional.
+/// Logits `(rows, vocabulary)` → the next code of each draw. With guidance, the second half of the rows is
+/// unconditional.
 fn next_codes(values: &mut [f32], draws: &[Draw], sampling: &Sampling, position: u64) -> Result<Vec<u32>> {
     let guided = sampling.guidance != 1.0;
     let vocabulary = values.len() / draws.len() / if guided { 2 } else { 1 };
-    ensure!(vocabulary > 0, "the model predicts nothing");
+    ensure!(vocabulary > 0, "the model has an empty vocabulary");
     let (conditional, unconditional) = values.split_at_mut(draws.len() * vocabulary);
     if guided {
         guide(conditional, unconditional, sampling.guidance);

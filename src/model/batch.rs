@@ -1,4 +1,4 @@
-//! A batch of sequences: the token ids of each span, and the loss that they ask for.
+//! A batch of sequences: the token ids of each span, and the scale of the loss.
 
 use super::sequence::{Layout, Modality, Span, split};
 use crate::{
@@ -7,13 +7,13 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 
-/// The token ids of one span, one row a sample.
+/// The token ids of one span, one row per sample.
 #[derive(Debug, Clone)]
 pub struct Tokens {
     /// (b, length) u32. A text is `[CLS]`, tokens, `[SEP]`, padding; a dropped condition is `[CLS] [SEP]`. An image
     /// is its codes in raster order.
     pub ids: Tensor,
-    /// Tokens of each row that are not padding.
+    /// Number of tokens of each row that are not padding.
     pub lengths: Vec<usize>,
 }
 
@@ -33,7 +33,7 @@ impl Tokens {
         Ok(Self { ids, lengths: rows.iter().map(Vec::len).collect() })
     }
 
-    /// Rows without padding: (b, length) u32.
+    /// Rows without padding: `ids` (b, length) u32.
     ///
     /// # Errors
     /// `ids` does not have two dimensions.
@@ -43,7 +43,7 @@ impl Tokens {
     }
 }
 
-/// Sequences of one list of spans.
+/// Sequences that share one list of spans.
 #[derive(Debug, Clone)]
 pub struct Batch {
     sources: Vec<(Span, Tokens)>,
@@ -53,11 +53,11 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Sequences of any list of spans, with the tokens of each span and a `loss_scale` of 1.
+    /// Sequences with any list of spans, the tokens of each span, and a `loss_scale` of 1.
     ///
     /// # Errors
-    /// The list is not a sequence: one or more sources followed by one target, at most one image and one source
-    /// text, no empty span. Or the tokens do not fit their spans, or differ in their number of rows.
+    /// The list is not a sequence (one or more sources followed by one target, at most one image and one source text,
+    /// no empty span), the tokens do not match their spans, or the spans differ in their number of rows.
     pub fn new(spans: &[Span], tokens: Vec<Tokens>) -> Result<Self> {
         let (sources, target) = split(spans)?;
         ensure!(tokens.len() == spans.len(), "tokens of {} spans for {spans:?}", tokens.len());
@@ -126,23 +126,23 @@ impl Batch {
         (self.target.0, &self.target.1)
     }
 
-    /// Samples.
+    /// Number of samples.
     pub fn samples(&self) -> usize {
         self.target.1.lengths.len()
     }
 
-    /// Where the token ids are.
+    /// The device of the token ids.
     pub fn device(&self) -> &Device {
         self.target.1.ids.device()
     }
 
-    /// Tokens of each sample's source text; empty if no source is text.
+    /// Number of tokens of each sample's source text; empty if no source is text.
     pub fn source_lengths(&self) -> &[usize] {
         let text = self.sources.iter().find(|(span, _)| span.modality == Modality::Text);
         text.map_or(&[], |(_, tokens)| &tokens.lengths)
     }
 
-    /// Positions of all source spans.
+    /// Number of positions of all source spans.
     pub fn source_positions(&self) -> usize {
         self.sources.iter().map(|(span, _)| span.positions()).sum()
     }
@@ -156,8 +156,8 @@ impl Batch {
         }
     }
 
-    /// The tokens that the target positions predict and their weights in the loss, both (b · target positions);
-    /// padding has weight 0.
+    /// The tokens to predict at the target positions, and their weights in the loss; both (b · target positions).
+    /// Padding has weight 0.
     ///
     /// # Errors
     /// The device is out of memory.

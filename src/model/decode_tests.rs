@@ -1,4 +1,4 @@
-//! cached ≡ full pass.
+//! Cached decoding equals the full forward pass.
 
 use super::{
     tests::{CODEBOOK, LISTS, List, case, largest, max_difference},
@@ -12,7 +12,7 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use std::sync::Arc;
 
-/// How far decoding is from the whole forward pass, of the largest logit (at least 1), in the worst of 40 cases.
+/// Error of decoding against the full forward pass, relative to the largest logit (at least 1): the worst of 40 cases.
 fn decoding_error(format: Format, fused: bool, lists: &[List]) -> Result<f64> {
     let mut worst: f64 = 0.0;
     for index in 0..40 {
@@ -20,7 +20,7 @@ fn decoding_error(format: Format, fused: bool, lists: &[List]) -> Result<f64> {
         let (generator, _) = case.generator(DType::F32)?;
         let decoder = Decoder::new(Arc::new(generator), format);
         let (texts, codes) = (case.texts(), case.codes());
-        // Answers fill their positions and start with [CLS], here token 2.
+        // Answers use all their positions and start with [CLS], which is token 2 here.
         let mut answers: Vec<Vec<u32>> = texts.clone();
         for answer in &mut answers {
             answer.resize(case.config.text.max_tokens, 1);
@@ -46,7 +46,7 @@ fn decoding_error(format: Format, fused: bool, lists: &[List]) -> Result<f64> {
                 let logits = Tensor::from_slice(&logits, expected.shape(), &Device::Cpu)?;
                 worst = worst.max(max_difference(&logits, &expected)? / largest(&expected)?.max(1.0));
             }
-            assert!(state.logits_next(&vec![0; case.batch]).is_err(), "the sequences are full");
+            assert!(state.logits_next(&vec![0; case.batch]).is_err(), "the sequences are complete");
         }
     }
     Ok(worst)
@@ -59,9 +59,9 @@ fn cached_attention_is_block_attention() -> Result<()> {
     Ok(())
 }
 
-/// These models are small, of large weights and off-centre: no error averages out.
+/// These models are small and have large weights with non-zero means, so that errors do not average out.
 #[test]
-fn packed_weights_cost_what_their_format_costs() -> Result<()> {
+fn the_error_of_packed_weights_is_that_of_their_format() -> Result<()> {
     let (bf16, int8) =
         (decoding_error(Format::Bf16, true, &LISTS[..2])?, decoding_error(Format::Int8, true, &LISTS[..2])?);
     assert!((1e-4..0.03).contains(&bf16) && (1e-4..0.08).contains(&int8), "{bf16} {int8}");
@@ -69,7 +69,7 @@ fn packed_weights_cost_what_their_format_costs() -> Result<()> {
 }
 
 #[test]
-fn reordered_sequences_go_on_as_copies() -> Result<()> {
+fn reordered_sequences_continue_as_copies() -> Result<()> {
     for (index, fused) in (0..8).flat_map(|index| [(index, true), (index, false)]) {
         let mut case = case(index);
         (case.batch, case.grid) = (3, (2, 3));
@@ -102,9 +102,9 @@ fn reordered_sequences_go_on_as_copies() -> Result<()> {
     Ok(())
 }
 
-/// The same bits alone and among others, on one thread and on four, at every instruction set.
+/// Bit-equal alone and in a batch, on one thread and on four, at every instruction set.
 #[test]
-fn a_sequence_depends_on_itself_alone() -> Result<()> {
+fn a_sequence_does_not_depend_on_the_batch() -> Result<()> {
     at_each_level(|| {
         let mut case = case(2);
         (case.batch, case.grid) = (9, (2, 3));

@@ -1,4 +1,4 @@
-//! Tokens to hidden states: separate embeddings a modality, text positions, image rows plus columns.
+//! Token embeddings: one table per modality, position embeddings for text, row plus column embeddings for images.
 
 use super::{
     batch::Batch,
@@ -15,7 +15,7 @@ use crate::{
 };
 use candle_core::{Device, Tensor};
 
-/// The first segment.
+/// The embedding segment, first in the chain.
 pub struct Embedding {
     pub(super) text: Tensor,
     pub(super) text_position: Tensor,
@@ -43,7 +43,7 @@ impl Embedding {
         })
     }
 
-    /// Checks that a batch's images fill the grid and its texts have positions.
+    /// Checks that a batch's images fill the grid and its texts fit the position table.
     pub(super) fn check(&self, batch: &Batch) -> Result<()> {
         let (cells, most) = (self.grid.len(), self.text_position.dim(0)?);
         for (Span { modality, length, .. }, _) in batch.parts() {
@@ -59,13 +59,13 @@ impl Embedding {
         self.text.device()
     }
 
-    /// ids (b, l) of text at positions `first..first + l` → (b, l, hidden).
+    /// Embeds text: `ids` (b, l) at positions `first..first + l` → (b, l, hidden).
     pub fn text(&self, ids: &Tensor, first: usize) -> Result<Tensor> {
         let length = ids.dim(1)?;
         Ok(lookup(&self.text, ids)?.broadcast_add(&self.text_position.narrow(0, first, length)?)?)
     }
 
-    /// codes (b, l) at places `first..first + l` of the grid → (b, l, hidden).
+    /// Embeds image codes: `codes` (b, l) at grid positions `first..first + l` → (b, l, hidden).
     pub fn image(&self, codes: &Tensor, first: usize) -> Result<Tensor> {
         let places = first as u32..(first + codes.dim(1)?) as u32;
         let width = self.grid.width as u32;
@@ -76,7 +76,7 @@ impl Embedding {
         Ok(lookup(&self.image, codes)?.broadcast_add(&position)?)
     }
 
-    /// Appends the inputs of a span with token ids (b, length) to `parts`: tensors (b, ·, hidden) that add up to the
+    /// Embeds a span with token ids (b, length): appends tensors (b, ·, hidden) to `parts` that, concatenated, are the
     /// span's positions.
     pub fn push_span(&self, span: Span, ids: &Tensor, parts: &mut Vec<Tensor>) -> Result<()> {
         match (span.modality, span.role) {
@@ -92,7 +92,7 @@ impl Embedding {
         Ok(())
     }
 
-    /// The start of `b` images (b, 1, hidden).
+    /// The learned start of `b` images (b, 1, hidden).
     pub fn start(&self, b: usize) -> Result<Tensor> {
         let hidden = self.image_start.dim(0)?;
         Ok(self.image_start.reshape((1, 1, hidden))?.broadcast_as((b, 1, hidden))?.contiguous()?)
@@ -108,7 +108,7 @@ impl Autograd<Batch> for Embedding {
         &self.params
     }
 
-    /// → (b, positions, hidden).
+    /// Token ids of `batch` → (b, positions, hidden).
     fn autograd(&self, _: &Tensor, batch: &Batch) -> Result<Tensor> {
         self.check(batch)?;
         let mut parts = Vec::new();

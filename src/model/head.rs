@@ -1,4 +1,4 @@
-//! Hidden states to logits, and the loss.
+//! The output head: hidden states to logits, and the loss.
 
 use super::{batch::Batch, sequence::Modality};
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
 };
 use candle_core::Tensor;
 
-/// The last segment: final norm, one head a modality, cross-entropy over the target.
+/// The head segment, last in the chain: final norm, one linear layer per modality, cross-entropy over the target.
 pub struct Head {
     pub(super) norm: LayerNorm,
     text: Linear,
@@ -31,12 +31,12 @@ impl Head {
         Ok(Self { norm, text, image, params })
     }
 
-    /// x (.., hidden) at positions of a target of this modality → logits (.., its vocabulary).
+    /// `x` (.., hidden) at positions of a target of this modality → logits (.., vocabulary of the modality).
     pub fn logits(&self, x: &Tensor, target: Modality) -> Result<Tensor> {
         self.linear(target).forward(&self.norm.forward(x)?)
     }
 
-    /// The layer that predicts targets of this modality: (.., hidden) → (.., its vocabulary).
+    /// The output layer of a modality: (.., hidden) → (.., vocabulary of the modality).
     pub(super) fn linear(&self, target: Modality) -> &Linear {
         match target {
             Modality::Text => &self.text,
@@ -44,7 +44,7 @@ impl Head {
         }
     }
 
-    /// x (b, positions, hidden) → logits (b, targets, vocabulary): the target stands last.
+    /// `x` (b, positions, hidden) → logits (b, targets, vocabulary). The target is the last span.
     pub fn target_logits(&self, precision: Precision, x: &Tensor, batch: &Batch) -> Result<Tensor> {
         let source = batch.source_positions();
         let target = x.narrow(1, source, x.dim(1)? - source)?.contiguous()?;

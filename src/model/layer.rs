@@ -1,4 +1,4 @@
-//! A transformer block with the attention pattern that its number gives it.
+//! A transformer layer: a block with the attention pattern of its position in the stack.
 
 use super::batch::Batch;
 use crate::{
@@ -24,7 +24,7 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// Layer `i`, counted from 0, over a grid of image codes; `scope` is the root.
+    /// Layer `i`, counted from 0, over a grid of image codes; `scope` is the root scope.
     ///
     /// # Errors
     /// The hidden size is not a multiple of the heads, or a checkpoint lacks a parameter.

@@ -1,4 +1,5 @@
-//! The generator's segments by hand, for the CPU in f32; a test holds them equal to the autograd ones.
+//! The generator's segments with hand-written gradients, for the CPU in f32. A test holds them equal to the autograd
+//! segments.
 
 use super::{
     batch::Batch,
@@ -20,13 +21,13 @@ use crate::{
 };
 use candle_core::Tensor;
 
-/// [`Embedding`] by hand.
+/// [`Embedding`] with hand-written gradients.
 pub struct ManualEmbedding<'g>(pub &'g Embedding);
 
-/// (row of a table, position of the batch that it is added to)
+/// (row of an embedding table, position of the batch that it is added to)
 type Lookup = (usize, usize);
 
-/// The rows of the tables that a batch looks up.
+/// The rows of the embedding tables that a batch looks up.
 #[derive(Default)]
 struct Lookups {
     text: Vec<Lookup>,
@@ -49,7 +50,7 @@ impl Lookups {
         Ok(lookups)
     }
 
-    /// Adds what `position` holds, of a span with these token ids.
+    /// Adds the lookups of `position`, which belongs to a span with these token ids.
     fn push(&mut self, slot: Slot, ids: &[u32], position: usize, width: usize) {
         match slot {
             Slot::Text(i) => {
@@ -65,7 +66,7 @@ impl Lookups {
         }
     }
 
-    /// With the table and its name in the checkpoint.
+    /// The lookups with their table and its name in the checkpoint.
     fn tables<'a>(&'a self, embedding: &'a Embedding) -> [(&'static str, &'a Tensor, &'a [Lookup]); 6] {
         [
             ("text_embedding.weight", &embedding.text, &self.text),
@@ -87,7 +88,7 @@ impl Segment<Batch> for ManualEmbedding<'_> {
         &self.0.params
     }
 
-    /// → (b, positions, hidden).
+    /// Token ids of `batch` → (b, positions, hidden).
     fn forward(&self, _: &Tensor, batch: &Batch) -> Result<(Tensor, Saved)> {
         self.0.check(batch)?;
         let layout = batch.layout(self.0.grid)?;
@@ -124,7 +125,7 @@ impl Segment<Batch> for ManualEmbedding<'_> {
     }
 }
 
-/// [`Layer`] by hand.
+/// [`Layer`] with hand-written gradients.
 pub struct ManualLayer<'g> {
     pub layer: &'g Layer,
     pub precision: Precision,
@@ -147,7 +148,7 @@ impl Segment<Batch> for ManualLayer<'_> {
         &self.layer.params
     }
 
-    /// (b, positions, hidden) → the same.
+    /// (b, positions, hidden) → (b, positions, hidden).
     fn forward(&self, x: &Tensor, batch: &Batch) -> Result<(Tensor, Saved)> {
         let (keys, sizes) = (self.layer.keys(batch)?, self.sizes(x)?);
         keys.check(sizes.samples, sizes.positions)?;
@@ -171,24 +172,25 @@ impl Segment<Batch> for ManualLayer<'_> {
     }
 }
 
-/// [`Head`] by hand. The loss ends the chain: its gradient is known as soon as the logits are, so the forward pass
-/// takes it at once, some rows at a time, and the logits of a whole batch are never in memory together.
+/// [`Head`] with hand-written gradients. It is the last segment, so the gradient of the loss is known as soon as the
+/// logits are: the forward pass also computes the gradients, a few rows at a time. The logits of a whole batch never
+/// exist in memory at once (as in fused linear cross-entropy).
 pub struct ManualHead<'g> {
     pub head: &'g Head,
     pub precision: Precision,
 }
 
-/// Rows whose logits are in memory together.
+/// Number of rows whose logits are in memory at once.
 pub(super) const ROWS: usize = 512;
 
-/// The gradients, found in the forward pass.
+/// The gradients computed in the forward pass.
 struct Found {
     gradients: Gradients,
     /// (b, positions, hidden)
     dx: Vec<f32>,
 }
 
-/// The rows of a batch that count in the loss: their place in (b, positions), targets and weights.
+/// The rows of a batch that count in the loss: their index in (b, positions), target tokens and weights.
 struct Predicted {
     rows: Vec<usize>,
     targets: Vec<u32>,
@@ -196,7 +198,7 @@ struct Predicted {
 }
 
 impl Predicted {
-    /// Of b samples with `positions` positions, whose targets stand last.
+    /// For `b` samples of `positions` positions; the targets are the last positions of each sample.
     fn of(batch: &Batch, b: usize, positions: usize) -> Result<Self> {
         let (targets, weights) = batch.outputs()?;
         let (targets, weights) = (targets.to_vec1::<u32>()?, weights.to_vec1::<f32>()?);
@@ -221,7 +223,7 @@ impl Segment<Batch> for ManualHead<'_> {
         &self.head.params
     }
 
-    /// (b, positions, hidden) → the scalar loss.
+    /// (b, positions, hidden) → the loss, a scalar.
     fn forward(&self, x: &Tensor, batch: &Batch) -> Result<(Tensor, Saved)> {
         let (b, positions, hidden) = x.dims3()?;
         let predicted = Predicted::of(batch, b, positions)?;
@@ -265,5 +267,5 @@ impl Segment<Batch> for ManualHead<'_> {
 }
 
 fn unpack<T: 'static>(saved: Saved) -> Result<T> {
-    saved.downcast().map(|saved| *saved).ok().context("what another segment saved")
+    saved.downcast().map(|saved| *saved).ok().context("the saved state belongs to another segment")
 }

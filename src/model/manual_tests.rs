@@ -1,4 +1,4 @@
-//! manual ≡ autograd, forward and gradient.
+//! Manual segments equal autograd segments, forward and backward.
 
 use super::{
     tests::{CODEBOOK, KINDS, LISTS, VOCAB, case},
@@ -31,10 +31,10 @@ fn run(chain: &[Box<dyn Segment<Batch> + '_>], batch: &Batch, gradients: &mut Gr
     Ok(x.to_dtype(DType::F64)?.to_scalar::<f64>()?)
 }
 
-/// Against the tape in double precision: to 1e-5, or twice the tape's own error in f32 where a small model with norms
-/// of four elements magnifies rounding.
+/// Compares with autograd in double precision. The bound is 1e-5, or twice autograd's own error in f32 where a small
+/// model with norms over four elements amplifies rounding.
 #[test]
-fn manual_segments_are_the_taped_ones() -> Result<()> {
+fn manual_segments_equal_autograd() -> Result<()> {
     for index in 0..24 {
         let mut case = case(index);
         (case.config.model.qk_norm, case.config.model.sandwich_norm) = (index % 2 == 0, index % 4 > 1);
@@ -44,12 +44,12 @@ fn manual_segments_are_the_taped_ones() -> Result<()> {
         let exact = Generator::new(&scope, &case.config, VOCAB, CODEBOOK, case.grid)?;
         let (texts, codes) = (case.texts(), case.codes());
         let [mut manual, mut autograd, mut truth] = [(); 3].map(|()| Gradients::default());
-        // All lists of spans onto the same sums: each adds to what those before it wrote.
+        // All lists of spans add to the same gradient buffers.
         for list in LISTS {
             let batch = case.batch(list, &texts, &codes)?;
             let ours = run(&generator.segments(), &batch, &mut manual)?;
-            run(&generator.taped_segments(Precision::F32), &batch, &mut autograd)?;
-            let expected = run(&exact.taped_segments(Precision::F32), &batch, &mut truth)?;
+            run(&generator.autograd_segments(Precision::F32), &batch, &mut autograd)?;
+            let expected = run(&exact.autograd_segments(Precision::F32), &batch, &mut truth)?;
             assert!((ours - expected).abs() < 1e-5 * expected.abs(), "case {index} {list:?}: {ours} {expected}");
             for name in params.keys() {
                 let (Some(ours), Some(autograd), Some(truth)) = (manual.get(name), autograd.get(name), truth.get(name))
@@ -57,7 +57,8 @@ fn manual_segments_are_the_taped_ones() -> Result<()> {
                     assert_eq!(manual.get(name).is_some(), truth.get(name).is_some(), "case {index} {name}");
                     continue;
                 };
-                // The bias of the keys' norm has no effect: its gradient is rounding error.
+                // A constant added to all keys does not change attention: the gradient of the k-norm's bias is only
+                // rounding error.
                 let scale = if name.ends_with("k_norm.bias") { 0.1 } else { norm(truth)?.max(1e-2) };
                 let [ours, autograd] = [norm(&(ours - truth)?)? / scale, norm(&(autograd - truth)?)? / scale];
                 assert!(ours < f64::max(1e-5, 2.0 * autograd), "case {index} {list:?} {name}: {ours:e} ({autograd:e})");
@@ -67,10 +68,10 @@ fn manual_segments_are_the_taped_ones() -> Result<()> {
     Ok(())
 }
 
-/// In f16 the hand-written segments keep products in f32 where candle rounds them: each gradient within 1 % of the
-/// tape's in f16 by norm, and that within 2 % of the exact one, so that it is f16 that is compared.
+/// In f16 the manual segments sum products in f32 where candle rounds them to f16. Each gradient is within 1 % (by
+/// norm) of autograd's in f16, which is within 2 % of the exact one: so both compute in f16.
 #[test]
-fn manual_segments_in_f16_are_near_the_taped_ones() -> Result<()> {
+fn manual_segments_in_f16_are_close_to_autograd() -> Result<()> {
     let mut farthest = [0f64; 2];
     for index in 0..8 {
         let mut case = case(index);
@@ -81,8 +82,8 @@ fn manual_segments_in_f16_are_near_the_taped_ones() -> Result<()> {
             let batch = case.batch(list, &texts, &codes)?;
             let [mut manual, mut autograd, mut exact] = [(); 3].map(|()| Gradients::default());
             run(&generator.segments(), &batch, &mut manual)?;
-            run(&generator.taped_segments(Precision::F16), &batch, &mut autograd)?;
-            run(&generator.taped_segments(Precision::F32), &batch, &mut exact)?;
+            run(&generator.autograd_segments(Precision::F16), &batch, &mut autograd)?;
+            run(&generator.autograd_segments(Precision::F32), &batch, &mut exact)?;
             for name in params.keys().filter(|name| !name.ends_with("k_norm.bias")) {
                 let (Some(ours), Some(autograd), Some(exact)) = (manual.get(name), autograd.get(name), exact.get(name))
                 else {
@@ -98,7 +99,7 @@ fn manual_segments_in_f16_are_near_the_taped_ones() -> Result<()> {
     Ok(())
 }
 
-/// The same bits on one thread and on four, for a batch large enough to be shared out.
+/// Bit-equal on one thread and on four, for a batch large enough to be split.
 #[test]
 fn manual_gradients_do_not_depend_on_the_threads() -> Result<()> {
     let gradients = |threads: usize| -> Result<Vec<(String, Vec<u32>)>> {

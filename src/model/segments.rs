@@ -1,4 +1,4 @@
-//! The generator as a chain of segments embedding → blocks → head, whose output is the loss.
+//! The generator as a chain of segments: embedding → layers → head. The output of the chain is the loss.
 
 use super::{
     batch::Batch,
@@ -18,13 +18,13 @@ use crate::{
 };
 use candle_core::Tensor;
 
-/// A layer whose linear layers compute in a precision.
-pub(super) struct TapedLayer<'a> {
+/// A layer with autograd; its linear layers compute in `precision`.
+pub(super) struct AutogradLayer<'a> {
     pub layer: &'a Layer,
     pub precision: Precision,
 }
 
-impl Autograd<Batch> for TapedLayer<'_> {
+impl Autograd<Batch> for AutogradLayer<'_> {
     fn name(&self) -> &str {
         &self.layer.name
     }
@@ -38,13 +38,13 @@ impl Autograd<Batch> for TapedLayer<'_> {
     }
 }
 
-/// The head, computed in a precision.
-pub(super) struct TapedHead<'a> {
+/// The head with autograd, computed in `precision`.
+pub(super) struct AutogradHead<'a> {
     pub head: &'a Head,
     pub precision: Precision,
 }
 
-impl Autograd<Batch> for TapedHead<'_> {
+impl Autograd<Batch> for AutogradHead<'_> {
     fn name(&self) -> &str {
         "head"
     }
@@ -53,7 +53,7 @@ impl Autograd<Batch> for TapedHead<'_> {
         &self.head.params
     }
 
-    /// → the scalar loss.
+    /// (b, positions, hidden) → the loss, a scalar.
     fn autograd(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
         let (targets, weights) = batch.outputs()?;
         let logits = self.head.target_logits(self.precision, x, batch)?.flatten_to(1)?;
@@ -62,11 +62,11 @@ impl Autograd<Batch> for TapedHead<'_> {
 }
 
 impl Generator {
-    /// The chain that training runs; its output is the loss. By hand on a CPU in f32, autograd elsewhere; products in
-    /// `train.precision`.
+    /// The chain for training, whose output is the loss: with hand-written gradients on a CPU in f32, with autograd
+    /// elsewhere. Matrix products use `train.precision`.
     pub fn segments(&self) -> Vec<Box<dyn Segment<Batch> + '_>> {
         if !self.manual {
-            return self.taped_segments(self.precision);
+            return self.autograd_segments(self.precision);
         }
         let precision = self.precision;
         let layers = self.layers.iter().map(|layer| Box::new(ManualLayer { layer, precision }) as Box<_>);
@@ -76,12 +76,12 @@ impl Generator {
             .collect()
     }
 
-    /// The same chain written with candle's ops, which have no bf16 on a CPU.
-    pub fn taped_segments(&self, precision: Precision) -> Vec<Box<dyn Segment<Batch> + '_>> {
-        let layers = self.layers.iter().map(|layer| Box::new(TapedLayer { layer, precision }) as Box<_>);
+    /// The same chain with autograd over candle ops, which have no bf16 matrix products on a CPU.
+    pub fn autograd_segments(&self, precision: Precision) -> Vec<Box<dyn Segment<Batch> + '_>> {
+        let layers = self.layers.iter().map(|layer| Box::new(AutogradLayer { layer, precision }) as Box<_>);
         std::iter::once(Box::new(&self.embedding) as Box<dyn Segment<Batch>>)
             .chain(layers)
-            .chain([Box::new(TapedHead { head: &self.head, precision }) as Box<_>])
+            .chain([Box::new(AutogradHead { head: &self.head, precision }) as Box<_>])
             .collect()
     }
 }

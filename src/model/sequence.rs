@@ -1,4 +1,4 @@
-//! A sequence as a list of spans: who attends to whom, and what each position holds (paper §2.2).
+//! A sequence as a list of spans: which positions attend to which, and the slot of each position (paper §2.2).
 //!
 //! A sequence is `[source spans | target span]`. Three lists are in use:
 //!
@@ -8,8 +8,8 @@
 //! | [`Span::image_to_text`] | z₁ … zₙ | text without its last token | text without `[CLS]` |
 //! | [`Span::visual_question`] | z₁ … zₙ, question | answer without its last token | answer without `[CLS]` |
 //!
-//! A code keeps its place in the grid and a token its place in its own text, whether source or target.
-//! Everything else follows from the list: slots, masks, key ranges, heads, targets and loss weights.
+//! A code keeps its position in the grid and a token its position in its own text, in sources and targets alike. Slots,
+//! masks, key ranges, heads, targets and loss weights all follow from the list.
 
 use crate::{
     error::{Result, bail, ensure},
@@ -19,7 +19,7 @@ use crate::{
 use candle_core::{Device, Tensor};
 use std::{ops::Range, sync::Arc};
 
-/// What a span's tokens are. It selects the embedding and, for a target, the head.
+/// The kind of a span's tokens. It selects the embedding and, for a target, the head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Modality {
     Text,
@@ -35,23 +35,23 @@ pub enum Role {
     Target,
 }
 
-/// A stretch of a sequence with one modality and one role.
+/// A part of a sequence with one modality and one role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Span {
     pub modality: Modality,
     pub role: Role,
-    /// Tokens, padding included: all codes of an image, or a text from `[CLS]` to its last padding.
+    /// Number of tokens, padding included: all codes of an image, or a text from `[CLS]` to its last padding token.
     pub length: usize,
 }
 
-/// What a position of a sequence holds.
+/// The content of a position of a sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Slot {
     /// Token `i` of a text.
     Text(usize),
-    /// The learned start of an image: outside the grid and, like text, densely visible.
+    /// The learned start of an image. It is outside the grid; attention treats it like text.
     Start,
-    /// The code at this place of the grid, in raster order.
+    /// The code at this position of the grid, in raster order.
     Image(usize),
 }
 
@@ -82,8 +82,8 @@ impl Span {
         [codes, Self::text(Role::Source, question), answer]
     }
 
-    /// Positions in the sequence. A target text's last token is only predicted, never an input; a target image has
-    /// its start in front and its last code is only predicted.
+    /// Number of positions in the sequence. The last token of a target is only predicted, never an input; a target
+    /// image starts with the learned start token.
     pub const fn positions(&self) -> usize {
         match (self.role, self.modality) {
             (Role::Target, Modality::Text) => self.length.saturating_sub(1),
@@ -91,7 +91,7 @@ impl Span {
         }
     }
 
-    /// What the span's position `offset` holds.
+    /// The content of the span's position `offset`.
     pub const fn slot(&self, offset: usize) -> Slot {
         match (self.modality, self.role, offset) {
             (Modality::Text, ..) => Slot::Text(offset),
@@ -105,10 +105,10 @@ impl Span {
 /// Splits a list of spans into its sources and its target.
 ///
 /// # Errors
-/// The list is not one or more sources followed by one target; it has a second image or a second source text (the
-/// attention masks the padding of one); a span has no tokens, or a target text has nothing to predict.
+/// The list is not one or more sources followed by one target; it has a second image or a second source text (padding
+/// is masked for one text only); a span is empty, or a target text has nothing to predict.
 pub(super) fn split(spans: &[Span]) -> Result<(&[Span], Span)> {
-    let Some((target, sources)) = spans.split_last() else { bail!("a sequence without spans") };
+    let Some((target, sources)) = spans.split_last() else { bail!("a sequence has no spans") };
     let ordered = target.role == Role::Target && sources.iter().all(|span| span.role == Role::Source);
     ensure!(ordered && !sources.is_empty(), "a sequence is one or more sources and then one target, not {spans:?}");
     let count = |spans: &[Span], modality| spans.iter().filter(|span| span.modality == modality).count();
@@ -177,7 +177,7 @@ impl Layout {
         self.target
     }
 
-    /// All spans with the position at which each starts.
+    /// All spans, each with the position at which it starts.
     pub fn spans(&self) -> impl Iterator<Item = (usize, Span)> {
         self.sources.iter().copied().chain([self.target]).scan(0, |next, span| {
             let start = *next;
@@ -186,17 +186,17 @@ impl Layout {
         })
     }
 
-    /// Positions of all source spans; the target starts there.
+    /// Number of positions of all source spans; the target starts there.
     pub fn source_positions(&self) -> usize {
         self.sources.iter().map(Span::positions).sum()
     }
 
-    /// Positions of the target span: as many as it has predicted tokens, padding included.
+    /// Number of positions of the target span, which is its number of predicted tokens, padding included.
     pub fn target_positions(&self) -> usize {
         self.target.positions()
     }
 
-    /// Positions of the whole sequence.
+    /// Number of positions of the whole sequence.
     pub fn positions(&self) -> usize {
         self.source_positions() + self.target_positions()
     }
@@ -212,7 +212,7 @@ impl Layout {
         found.map_or(0..0, |(start, span)| start..start + span.length)
     }
 
-    /// What `position` holds; a position past the end belongs to the target.
+    /// The content of `position`. A position past the end belongs to the target.
     pub fn slot(&self, position: usize) -> Slot {
         let mut offset = position;
         for span in &self.sources {
@@ -224,9 +224,9 @@ impl Layout {
         self.target.slot(offset)
     }
 
-    /// The mask rule, one pair of positions at a time: source positions have weight 0, target position j has weight
-    /// j + 1, and a query attends to keys whose weight is not above its own; codes attend to codes through the
-    /// layer's pattern; and no query attends to the padding of a source text of `text_length` tokens.
+    /// The mask rule for one pair of positions. Source positions have weight 0, target position j has weight j + 1, and
+    /// a query attends to keys whose weight is not above its own. In addition, codes attend to codes by the layer's
+    /// pattern, and no query attends to the padding of a source text with `text_length` tokens.
     pub fn visible(&self, pattern: Pattern, text_length: usize, query: usize, key: usize) -> bool {
         let weight = |position: usize| (position + 1).saturating_sub(self.source_positions());
         if weight(key) > weight(query) {
@@ -244,13 +244,13 @@ impl Layout {
         self.target.modality == Modality::Image
     }
 
-    /// The same rule as key ranges. `text_lengths` are the tokens of each sample's source text
-    /// ([`Batch::source_lengths`](super::Batch::source_lengths)); they are not read if no source is text.
+    /// The mask rule as key ranges. `text_lengths` are the numbers of tokens of each sample's source text
+    /// ([`Batch::source_lengths`](super::Batch::source_lengths)); they are ignored if no source is text.
     pub fn keys(&self, pattern: Pattern, text_lengths: &[usize]) -> Arc<KeyRanges> {
         self.keys_of(pattern, 0..self.positions(), text_lengths)
     }
 
-    /// The key ranges of the source positions alone, with which decoding begins.
+    /// The key ranges of the source positions alone, for the prefill.
     pub fn source_keys(&self, pattern: Pattern, text_lengths: &[usize]) -> Arc<KeyRanges> {
         self.keys_of(pattern, 0..self.source_positions(), text_lengths)
     }
@@ -266,7 +266,7 @@ impl Layout {
         Arc::new(KeyRanges { offsets, runs, text, text_lengths })
     }
 
-    /// The runs of one query; `codes` are the positions of a source image.
+    /// Appends the runs of keys of one query; `codes` are the positions of a source image.
     fn push_runs(&self, pattern: Pattern, codes: &Range<usize>, query: usize, runs: &mut Vec<Run>) {
         let source = self.source_positions();
         let dense = |range: Range<usize>| Run { start: range.start, len: range.len(), stride: 1 };
@@ -289,7 +289,7 @@ impl Layout {
         }
     }
 
-    /// 1 at the first `positions` positions of each sample, 0 at the padding of its source text: (b, positions) u8.
+    /// Padding mask (b, positions) u8 of the first `positions` positions: 0 at the padding of the source text, else 1.
     ///
     /// # Errors
     /// The device is out of memory.
@@ -301,7 +301,8 @@ impl Layout {
         Ok(Tensor::from_vec(mask, (text_lengths.len(), positions), device)?)
     }
 
-    /// The full mask (b, l, l) u8 by [`Layout::visible`], for the oracle; `text_lengths` has one entry a sample.
+    /// The full mask (b, l, l) u8 by [`Layout::visible`], for the reference implementation. `text_lengths` has one
+    /// entry per sample.
     ///
     /// # Errors
     /// The device is out of memory.

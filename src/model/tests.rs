@@ -1,7 +1,7 @@
-//! dense ≡ block, forward and gradient, and gradients against finite differences.
+//! Dense attention equals block attention, forward and backward; gradients equal finite differences.
 
 use super::{
-    segments::{TapedHead, TapedLayer},
+    segments::{AutogradHead, AutogradLayer},
     *,
 };
 use crate::{
@@ -49,7 +49,7 @@ pub(super) struct Case {
     random: Random,
 }
 
-/// The `index`-th random model and batch shape; the patterns, options and small grids all come up.
+/// The random model and batch shape number `index`. The cases together cover all patterns, options and small grids.
 pub(super) fn case(index: u64) -> Case {
     let mut random = Random::keyed(5, "case", 0, index);
     let mut below = |bound: u64| random.below(bound) as usize;
@@ -72,7 +72,7 @@ pub(super) fn case(index: u64) -> Case {
 }
 
 impl Case {
-    /// Weights as if trained a while: biases and norms are random as well, logits are not flat.
+    /// Random weights as after some training: biases and norms are random as well, and logits are not uniform.
     pub(super) fn generator(&self, dtype: DType) -> Result<(Generator, Params)> {
         let scope = Scope::from_seed(1, dtype, &Device::Cpu);
         let generator = Generator::new(&scope, &self.config, VOCAB, CODEBOOK, self.grid)?;
@@ -97,7 +97,7 @@ impl Case {
         (0..self.batch).map(|_| (0..n).map(|_| code()).collect()).collect()
     }
 
-    /// Sequences with these texts; where both source and target are text, the target's are reversed.
+    /// Sequences with these texts. If both source and target are text, the target has the texts in reverse order.
     pub(super) fn batch(&self, list: List, texts: &[Vec<u32>], codes: &[Vec<u32>]) -> Result<Batch> {
         let reversed = texts.iter().rev().map(|text| text.iter().rev().copied().collect()).collect::<Vec<_>>();
         let targets = if list.0.contains(&Text) { &reversed } else { texts };
@@ -128,12 +128,12 @@ impl Case {
 fn loss(generator: &Generator, batch: &Batch) -> Result<Tensor> {
     let mut x = generator.embedding.autograd(&batch.target().1.ids, batch)?;
     for layer in &generator.layers {
-        x = TapedLayer { layer, precision: Precision::F32 }.autograd(&x, batch)?;
+        x = AutogradLayer { layer, precision: Precision::F32 }.autograd(&x, batch)?;
     }
-    TapedHead { head: &generator.head, precision: Precision::F32 }.autograd(&x, batch)
+    AutogradHead { head: &generator.head, precision: Precision::F32 }.autograd(&x, batch)
 }
 
-/// The loss with attention against full masks.
+/// The loss with dense attention under full masks.
 fn dense_loss(generator: &Generator, batch: &Batch) -> Result<Tensor> {
     let layout = batch.layout(generator.grid())?;
     let lengths = match batch.source_lengths() {
@@ -145,7 +145,7 @@ fn dense_loss(generator: &Generator, batch: &Batch) -> Result<Tensor> {
         let mask = layout.mask(layer.pattern, &lengths, x.device())?;
         x = layer.block.forward_with(Precision::F32, &x, |qkv| dense_masked(qkv, &mask))?;
     }
-    TapedHead { head: &generator.head, precision: Precision::F32 }.autograd(&x, batch)
+    AutogradHead { head: &generator.head, precision: Precision::F32 }.autograd(&x, batch)
 }
 
 pub(super) fn max_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
@@ -158,7 +158,7 @@ pub(super) fn largest(a: &Tensor) -> Result<f64> {
 }
 
 #[test]
-fn key_lists_are_the_mask_rule() {
+fn key_ranges_equal_the_mask_rule() {
     for list in LISTS {
         for (text, height, width) in [(2, 1, 1), (3, 3, 4), (5, 4, 3), (4, 1, 5), (2, 5, 1)] {
             let layout = Layout::new(&spans(list, [text, text + 1, height * width]), Grid { height, width }).unwrap();
@@ -188,8 +188,8 @@ fn a_small_mask_by_hand() {
         all.clone().map(|q| all.clone().map(|k| visible(q, k)).collect::<String>()).collect::<Vec<_>>()
     };
     // [CLS] [SEP] [PAD] | start z1 z2 z3
-    let painting = ["1100000", "1100000", "1100000", "1101000", "1101100", "1101010", "1101101"];
-    assert_eq!(rows(TEXT_TO_IMAGE), painting);
+    let generation = ["1100000", "1100000", "1100000", "1101000", "1101100", "1101010", "1101101"];
+    assert_eq!(rows(TEXT_TO_IMAGE), generation);
     // z1 z2 z3 z4 | [CLS] token
     assert_eq!(rows(IMAGE_TO_TEXT), ["101000", "010100", "101000", "010100", "111110", "111111"]);
     // z1 z2 z3 z4 [CLS] [SEP] [PAD] | [CLS] token
@@ -199,7 +199,7 @@ fn a_small_mask_by_hand() {
 }
 
 #[test]
-fn block_attention_is_dense_attention() -> Result<()> {
+fn block_attention_equals_dense_attention() -> Result<()> {
     for index in 0..40 {
         let mut case = case(index);
         let (generator, params) = case.generator(DType::F64)?;
@@ -223,9 +223,9 @@ fn block_attention_is_dense_attention() -> Result<()> {
     Ok(())
 }
 
-/// Every parameter's gradient along a random direction, in double precision.
+/// The gradient of every parameter along a random direction, in double precision.
 #[test]
-fn gradients_are_finite_differences() -> Result<()> {
+fn gradients_equal_finite_differences() -> Result<()> {
     for index in [1, 2, 3, 4] {
         let mut case = case(index);
         case.config.model.qk_norm = index % 2 == 0;
@@ -257,7 +257,7 @@ fn gradients_are_finite_differences() -> Result<()> {
 }
 
 #[test]
-fn padding_changes_nothing_and_is_not_predicted() -> Result<()> {
+fn padding_has_no_effect_and_is_not_predicted() -> Result<()> {
     let mut case = case(3);
     (case.config.text.max_tokens, case.batch) = (6, 1);
     let (generator, _) = case.generator(DType::F32)?;
@@ -278,7 +278,7 @@ fn padding_changes_nothing_and_is_not_predicted() -> Result<()> {
 }
 
 #[test]
-fn spans_that_are_no_sequence_are_refused() -> Result<()> {
+fn invalid_lists_of_spans_are_refused() -> Result<()> {
     let tokens = |width: usize| Tokens::whole(Tensor::zeros((2, width), DType::U32, &Device::Cpu)?);
     let (text, image) = (|role| Span::text(role, 3), |role| Span::image(role, 4));
     let (source, target) = (Role::Source, Role::Target);

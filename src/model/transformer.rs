@@ -12,22 +12,23 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 
-/// Predicts image codes or text from image codes, text or both. All parameters are shared between the modalities but
-/// embeddings and heads.
+/// Predicts image codes or text tokens from image codes, text or both. All parameters except embeddings and heads are
+/// shared between the modalities.
 pub struct Generator {
     pub(super) embedding: Embedding,
     pub(super) layers: Vec<Layer>,
     pub(super) head: Head,
     pub(super) max_text: usize,
     pub(super) heads: usize,
-    /// Whether the segments with hand-written gradients can run: f32 on a CPU.
+    /// Whether the segments with hand-written gradients can be used: f32 on a CPU.
     pub(super) manual: bool,
     pub(super) precision: Precision,
 }
 
 impl Generator {
-    /// The generator over `vocab_size` text tokens and a (height, width) `grid` of `codebook_size` codes;
-    /// `scope` is the root.
+    /// A generator over `vocab_size` text tokens and a (height, width) `grid` of image codes, `codebook_size` codes in
+    /// all.
+    /// `scope` is the root scope.
     pub fn new(
         scope: &Scope,
         config: &Config,
@@ -39,7 +40,7 @@ impl Generator {
         let model = &config.model;
         ensure!(!grid.is_empty(), "the grid of image codes is empty");
         ensure!(model.layers > 0 && model.conv_size % 2 == 1, "no layers, or an even conv_size");
-        ensure!(config.text.max_tokens >= 2, "text.max_tokens must have workspace for [CLS] and [SEP]");
+        ensure!(config.text.max_tokens >= 2, "text.max_tokens must leave room for [CLS] and [SEP]");
         let embedding = Embedding::new(scope, config, vocab_size, codebook_size, grid)?;
         let layer = |i| Layer::new(scope, model, i, grid);
         let layers = (0..model.layers).map(layer).collect::<Result<_>>()?;
@@ -62,12 +63,12 @@ impl Generator {
         self.embedding.grid
     }
 
-    /// Most tokens of a text, `[CLS]` and `[SEP]` included.
+    /// Maximum number of tokens of a text, `[CLS]` and `[SEP]` included.
     pub fn max_text(&self) -> usize {
         self.max_text
     }
 
-    /// Logits at each target position: (b, target positions, its vocabulary).
+    /// Logits at each target position: (b, target positions, vocabulary of the target's modality).
     pub fn logits(&self, batch: &Batch) -> Result<Tensor> {
         let mut x = self.embedding.autograd(&batch.target().1.ids, batch)?;
         for layer in &self.layers {
@@ -76,7 +77,7 @@ impl Generator {
         self.head.target_logits(Precision::F32, &x, batch)
     }
 
-    /// Where the parameters are.
+    /// The device of the parameters.
     pub(super) fn device(&self) -> &Device {
         self.embedding.device()
     }

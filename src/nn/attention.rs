@@ -1,4 +1,4 @@
-//! Attention against a full mask: the oracle that the block and the cached implementation are held to.
+//! Attention with a full mask: the reference for the block and the cached implementation.
 //!
 //! One contract, three implementations: this one (n×n scores, stock candle ops),
 //! [`ops::attention`](fn@crate::ops::attention) (training: only the keys a pattern lists) and
@@ -7,7 +7,7 @@
 use crate::error::Result;
 use candle_core::{D, Tensor};
 
-/// Softmax over the last dimension of the scores where `mask` (u8) is 1; a row without any 1 becomes zero.
+/// Softmax of the scores over the last dimension where `mask` (u8) is 1. A row without any 1 becomes zero.
 pub fn masked_softmax(scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let mask = mask.broadcast_as(scores.shape())?;
     let hidden = Tensor::full(-1e30f32, scores.shape(), scores.device())?.to_dtype(scores.dtype())?;
@@ -18,7 +18,7 @@ pub fn masked_softmax(scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
     Ok(weights.broadcast_div(&sums)?)
 }
 
-/// qkv (b, l, 3, heads, d), mask (b or 1, l, l) with 1 where a query sees a key → (b, l, heads·d).
+/// `qkv` (b, l, 3, heads, d), `mask` (b or 1, l, l) with 1 where a query attends to a key → (b, l, heads·d).
 pub fn dense_masked(qkv: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let (b, l, _, heads, d) = qkv.dims5()?;
     let part = |i: usize| qkv.narrow(2, i, 1)?.squeeze(2)?.transpose(1, 2)?.contiguous();

@@ -1,9 +1,9 @@
-//! KV cache with stock candle ops: attention of one new position at a time, on any device. It is the oracle of
+//! KV cache with stock candle ops: attention of one new position at a time, on any device. It is the reference for
 //! [`slot_cache`](super::slot_cache).
 //!
-//! Each layer keeps only the codes that its pattern can still need: a row window needs a ring of `width + 1` codes, a
-//! conv neighbourhood a ring of `size / 2 · (width + 1) + 1` codes, and a column layer all codes, stored column by
-//! column. Text and the start of the image are never dropped.
+//! Each layer only keeps the codes that its pattern can still need: a row window needs a ring of `width + 1` codes, a
+//! conv neighborhood a ring of `size / 2 · (width + 1) + 1` codes, and a column layer all codes, stored by column. Text
+//! and the start of the image are never dropped.
 
 use super::{
     attention::masked_softmax,
@@ -15,12 +15,12 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 
-/// Where the cache stores a new position.
+/// Position of a new key and value in the cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
-    /// Densely visible: text, or the start of the image.
+    /// Visible to all later positions: text, or the start of the image.
     Dense,
-    /// A code of the image's grid, seen through the layer's pattern.
+    /// A code at this position of the grid, visible by the layer's pattern.
     Image(usize),
 }
 
@@ -51,7 +51,7 @@ fn seen(pattern: Pattern, grid: Grid, query: usize) -> Vec<u32> {
     list
 }
 
-/// Keys and values in numbered slots, each (b·heads, slots, d).
+/// Keys and values in numbered slots, both (b·heads, slots, d).
 struct Store {
     keys: Tensor,
     values: Tensor,
@@ -86,9 +86,9 @@ impl Store {
 /// The keys and values of one layer for a batch of sequences.
 pub struct Cache {
     dense: Store,
-    /// Slots of `dense` in use.
+    /// Number of used slots of `dense`.
     filled: usize,
-    /// (b, slots of `dense`) with 0 at padding, where the sequences' sources differ in length.
+    /// Padding mask (b, slots of `dense`), 0 at padding; present if the sources differ in length.
     mask: Option<Tensor>,
     image: Option<(Store, Pattern, Grid)>,
     heads: usize,
@@ -99,14 +99,14 @@ pub struct Cache {
 pub struct Sizes {
     pub batch: usize,
     pub heads: usize,
-    /// Dimensions of a head.
+    /// Head dimension.
     pub dims: usize,
-    /// Densely visible positions: the source, and those that come one at a time.
+    /// Number of positions visible to all later ones: the source, and dense positions decoded one at a time.
     pub dense: usize,
 }
 
 impl Cache {
-    /// An empty cache; `image` is given when codes will come at [`Place::Image`]; `mask` (b, dense) has 0 at padding.
+    /// An empty cache. `image` is set if codes will be stored at [`Place::Image`]; `mask` (b, dense) is 0 at padding.
     pub fn new(
         sizes: Sizes,
         image: Option<(Pattern, Grid)>,
@@ -122,7 +122,7 @@ impl Cache {
         Ok(Self { dense: store(sizes.dense)?, filled: 0, mask, image, heads: sizes.heads })
     }
 
-    /// Appends a whole source: qkv (b, l, 3, heads, d).
+    /// Appends a whole source, `qkv` (b, l, 3, heads, d).
     ///
     /// # Errors
     /// The source is longer than the cache.
@@ -133,10 +133,10 @@ impl Cache {
         Ok(())
     }
 
-    /// Appends one position, qkv (b, 1, 3, heads, d), and attends from it → (b, 1, heads·d).
+    /// Appends one position, `qkv` (b, 1, 3, heads, d), and computes its attention → (b, 1, heads·d).
     ///
     /// # Errors
-    /// There is more than one position, the cache is full, or it was made without room for image codes.
+    /// There is more than one position, the cache is full, or it has no slots for image codes.
     pub fn attend(&mut self, qkv: &Tensor, place: Place) -> Result<Tensor> {
         let (b, l, _, heads, d) = qkv.dims5()?;
         ensure!(l == 1, "cached attention takes one position at a time, not {l}");
@@ -151,7 +151,7 @@ impl Cache {
                 store.write(slot_of(*pattern, *grid, code), &key, &value)?;
                 Some(store.read(&seen(*pattern, *grid, code))?)
             }
-            (Place::Image(_), None) => crate::error::bail!("this cache has no workspace for image codes"),
+            (Place::Image(_), None) => crate::error::bail!("this cache has no slots for image codes"),
         };
         let query = (query * (d as f64).powf(-0.5))?;
         let dense = |tensor: &Tensor| tensor.narrow(1, 0, self.filled);
@@ -170,7 +170,7 @@ impl Cache {
         Ok(out.reshape((b, 1, heads * d))?)
     }
 
-    /// (b·heads, 1, keys) for the scores of this step.
+    /// Additive mask (b·heads, 1, keys) for the scores of this step.
     fn mask(&self, scores: &Tensor) -> Result<Tensor> {
         let (rows, _, keys) = scores.dims3()?;
         let Some(mask) = &self.mask else {
@@ -183,7 +183,7 @@ impl Cache {
         Ok(mask.unsqueeze(1)?.broadcast_as((b, self.heads, keys))?.reshape((rows, 1, keys))?)
     }
 
-    /// Sequence `i` continues as a copy of the old sequence `index[i]`; index (new b) u32.
+    /// Replaces sequence `i` by a copy of the old sequence `index[i]`; `index` (new b) u32.
     pub fn reorder(&mut self, index: &Tensor) -> Result<()> {
         self.dense.reorder(index, self.heads)?;
         if let Some((store, ..)) = &mut self.image {
@@ -218,7 +218,7 @@ mod tests {
         assert_eq!((kept as f64 / (48.0 * 1024.0) * 100.0).round(), 28.0);
     }
 
-    /// Decoding a whole image never overwrites a code that is still visible, and reads exactly the visible ones.
+    /// Decoding a whole image never overwrites a code that is still visible, and reads exactly the visible codes.
     #[test]
     fn slots_hold_exactly_the_visible_codes() {
         for (height, width) in [(1, 1), (1, 6), (6, 1), (3, 5), (5, 3), (7, 9)] {

@@ -1,5 +1,5 @@
-//! Weights in published files: safetensors, PyTorch's `.pt`/`.pth`/`.ckpt` (zip archives, and the older kind), pickles
-//! of numpy arrays. Nothing in them is run, and a tensor is only converted when it is taken.
+//! Weights in published files: safetensors, PyTorch's `.pt`/`.pth`/`.ckpt` (zip archives, and the older format), and
+//! pickles of numpy arrays. No code in them is run. A tensor is only converted when it is read.
 
 use super::{
     pickle::{At, Object, Pickle},
@@ -26,33 +26,33 @@ mod stored;
 #[cfg(test)]
 mod tests;
 
-/// Entries of nested dictionaries that are looked at: far above any checkpoint's.
+/// Maximum number of entries of nested dictionaries, far above any real checkpoint.
 const MAX_ENTRIES: usize = 1 << 17;
-/// Bytes of all names of tensors together.
+/// Maximum size of all tensor names together, in bytes.
 const MAX_NAMES: usize = 16 << 20;
-/// Levels of nested dictionaries.
+/// Maximum depth of nested dictionaries.
 const MAX_DEPTH: usize = 12;
-/// Elements that the tensors of a file may have beyond those that it stores: views that repeat elements, as `expand` makes.
+/// Maximum number of repeated elements in a file, as in the views that `expand` makes.
 const MAX_REPEATED: usize = 1 << 24;
-/// What wrappers put before the names of a model's tensors: DataParallel, torch.compile, and a transformer that holds its
-/// image tokenizer (taming-transformers).
+/// Prefixes that wrappers add to the tensor names of a model: DataParallel, torch.compile, and transformers of
+/// taming-transformers, which contain their image tokenizer.
 const WRAPPERS: [&str; 3] = ["module.", "_orig_mod.", "first_stage_model."];
-/// The number at the beginning of PyTorch's older files, as a pickle.
+/// Magic number at the start of PyTorch's older format, as a pickle.
 const OLD_MAGIC: &[u8] = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.";
 
-/// The float tensors of one or several files.
+/// The float tensors of one or several checkpoint files.
 pub struct CheckpointFile {
     files: Vec<(String, Mapped)>,
     tensors: BTreeMap<String, Stored>,
 }
 
 impl CheckpointFile {
-    /// Opens a file, or all files of a folder together. Names of tensors are those in the file's `state_dict` or
-    /// `model` where it has one, those of nested dictionaries joined by dots, without the prefixes of wrappers. Of a file
-    /// with both `model` and `ema` (a moving average of the weights), `ema` is read, as LlamaGen's evaluation does.
+    /// Opens a file, or all files of a folder. Tensor names are those of the file's `state_dict` or `model`, if it has
+    /// one; names of nested dictionaries are joined by dots, and prefixes of wrappers are removed. If a file has both
+    /// `model` and `ema` (a moving average of the weights), `ema` is read, as in LlamaGen's evaluation.
     ///
     /// # Errors
-    /// A file is of no known kind, damaged, or a pickle that would call what is no part of a checkpoint.
+    /// A file has an unknown format, is damaged, or is a pickle that calls a function that checkpoints do not need.
     pub fn open(path: &Path) -> Result<Self> {
         let mut paths = vec![path.to_owned()];
         if path.is_dir() {
@@ -60,7 +60,7 @@ impl CheckpointFile {
             paths = entries.into_iter().map(|entry| entry.path()).filter(|path| is_checkpoint(path)).collect();
             paths.sort();
             let hint = "name a file, or a folder with .safetensors, .pt, .pth, .ckpt or .bin files";
-            (!paths.is_empty()).then_some(()).hint(format!("{} holds no checkpoint", path.display()), hint)?;
+            (!paths.is_empty()).then_some(()).hint(format!("{} contains no checkpoint", path.display()), hint)?;
         }
         let mut all = Self { files: Vec::new(), tensors: BTreeMap::new() };
         for path in paths {
@@ -83,15 +83,15 @@ impl CheckpointFile {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// A tensor's shape.
+    /// Shape of the tensor `name`.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
         self.tensors.get(name).map(|stored| stored.shape.as_slice())
     }
 
-    /// A tensor as f32.
+    /// Reads a tensor as f32.
     ///
     /// # Errors
-    /// There is none of this name, or it holds numbers that are not finite.
+    /// There is no tensor of this name, or it contains numbers that are not finite.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let stored = self.tensors.get(name).with_context(|| format!("tensor `{name}` is missing"))?;
         let (file, bytes) = &self.files[stored.file];
@@ -104,7 +104,7 @@ impl CheckpointFile {
     }
 }
 
-/// Says which file cannot be read; an error with a hint of its own keeps it.
+/// Adds the name of the file to an error; an error that already has a hint keeps it.
 fn named<T>(result: Result<T>, name: &str) -> Result<T> {
     let what = format!("cannot read {name}");
     match result {
@@ -113,7 +113,7 @@ fn named<T>(result: Result<T>, name: &str) -> Result<T> {
     }
 }
 
-/// The tensors without the prefixes of wrappers; where two names would become one, both stay.
+/// Removes the prefixes of wrappers from tensor names. If two names would become equal, both keep their prefix.
 fn unwrapped(stored: BTreeMap<String, Stored>) -> BTreeMap<String, Stored> {
     fn plain(mut name: &str) -> &str {
         while let Some(rest) = WRAPPERS.iter().find_map(|wrapper| name.strip_prefix(wrapper)) {
@@ -137,7 +137,8 @@ fn is_checkpoint(path: &Path) -> bool {
 
 fn read(bytes: &[u8], file: usize) -> Result<BTreeMap<String, Stored>> {
     match bytes {
-        // First: the length of its header may begin with any byte.
+        // Checked first, because the length of a safetensors header may start with any byte, also those of other
+        // formats.
         _ if weights::is_safetensors(bytes) => read_safetensors(bytes, file),
         [b'P', b'K', ..] => read_zip(bytes, file),
         _ if bytes.starts_with(OLD_MAGIC) => read_old(bytes, file),
@@ -164,7 +165,7 @@ fn is_float(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16)
 }
 
-/// What `torch.save` writes today: `NAME/data.pkl`, and a file for each storage.
+/// The present format of `torch.save`: a zip archive with `NAME/data.pkl`, and a file for each storage.
 fn read_zip(bytes: &[u8], file: usize) -> Result<BTreeMap<String, Stored>> {
     let mut archive = ZipArchive::new(Cursor::new(bytes))?;
     let (mut pickled, mut storages) = (None, HashMap::new());
@@ -176,7 +177,8 @@ fn read_zip(bytes: &[u8], file: usize) -> Result<BTreeMap<String, Stored>> {
             entry.compression() == CompressionMethod::Stored,
             "`{name}` is compressed, which torch.save never does"
         );
-        let start = usize::try_from(entry.data_start().with_context(|| format!("`{name}` lies nowhere"))?)?;
+        let start =
+            usize::try_from(entry.data_start().with_context(|| format!("`{name}` has no data in the archive"))?)?;
         let end = start.checked_add(usize::try_from(entry.size())?).filter(|&end| end <= bytes.len());
         let range = start..end.with_context(|| format!("`{name}` is cut off"))?;
         if inner == "data.pkl" {
@@ -190,10 +192,10 @@ fn read_zip(bytes: &[u8], file: usize) -> Result<BTreeMap<String, Stored>> {
     Reader { pickle: &pickle, base, file, storages: &storages }.tensors()
 }
 
-/// What it wrote until 2020: a few pickles, and the storages one after the other.
+/// The format until 2020: several pickles, followed by the storages.
 fn read_old(bytes: &[u8], file: usize) -> Result<BTreeMap<String, Stored>> {
     let mut base = 0;
-    // The magic number, the version and facts about the machine.
+    // The magic number, the protocol version and facts about the machine.
     for _ in 0..3 {
         base += Pickle::read(&bytes[base..])?.1;
     }
@@ -216,7 +218,7 @@ fn read_old(bytes: &[u8], file: usize) -> Result<BTreeMap<String, Stored>> {
     Reader { pickle: &pickle, base, file, storages: &storages }.tensors()
 }
 
-/// Name and kind of a storage, from the reference to it.
+/// Name and dtype of a storage, from the reference to it.
 fn storage<'p>(pickle: &'p Pickle, object: &Object) -> Option<(&'p str, Dtype)> {
     let Object::Persistent(id) = object else { return None };
     let [kind, class, key, ..] = pickle.list(*id)? else { return None };
@@ -224,7 +226,7 @@ fn storage<'p>(pickle: &'p Pickle, object: &Object) -> Option<(&'p str, Dtype)> 
     (pickle.text(*kind)? == "storage").then_some((pickle.text(*key)?, torch_dtype(class)))
 }
 
-/// The elements of a storage class; those that are no floats are told apart by their width alone.
+/// The dtype of a storage class. Of dtypes that are not floats, only the width matters.
 fn torch_dtype(class: &str) -> Dtype {
     match class {
         "DoubleStorage" => Dtype::F64,
@@ -238,22 +240,22 @@ fn torch_dtype(class: &str) -> Dtype {
     }
 }
 
-/// Finds the tensors among a pickle's objects.
+/// Finds the tensors among the objects of a pickle.
 struct Reader<'a> {
     pickle: &'a Pickle,
-    /// Where the pickle begins in the file.
+    /// Offset of the pickle in the file.
     base: usize,
     file: usize,
     storages: &'a HashMap<String, Range<usize>>,
 }
 
-/// The tensors found so far, and what of the bounds is used.
+/// The tensors found so far, and the remaining budgets.
 struct Found {
     tensors: BTreeMap<String, Stored>,
     entries: usize,
-    /// Bytes of names.
+    /// Total size of names in bytes.
     names: usize,
-    /// What is left of [`MAX_REPEATED`].
+    /// Remaining part of [`MAX_REPEATED`].
     repeated: usize,
 }
 
@@ -267,7 +269,7 @@ impl Reader<'_> {
         };
         let chosen = match (inner("model"), inner("ema")) {
             (Some(_), Some(ema)) => {
-                report::note("the file holds the weights and their moving average: taking the average (`ema`)");
+                report::note("the file contains the weights and their moving average: using the average (`ema`)");
                 Some(ema)
             }
             (model, _) => inner("state_dict").or(model),
@@ -297,7 +299,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// The tensor or array at this place, if it is one.
+    /// The tensor or array at `at`, if it is one.
     fn tensor(&self, at: At) -> Result<Option<Stored>> {
         let Some((function, arguments)) = self.pickle.call(at) else { return Ok(None) };
         match (function, arguments) {
@@ -322,13 +324,13 @@ impl Reader<'_> {
         Ok(Stored { file: self.file, dtype, shape, strides, offset, bytes })
     }
 
-    /// A list of sizes, one a dimension.
+    /// A list of sizes, one per dimension.
     fn sizes(&self, at: At) -> Option<Vec<usize>> {
         self.pickle.list(at).filter(|list| list.len() <= MAX_DIMENSIONS)?;
         self.pickle.sizes(at)
     }
 
-    /// A numpy array: the state is (version, shape, dtype, Fortran order, bytes).
+    /// A numpy array; its state is (version, shape, dtype, Fortran order, bytes).
     fn array(&self, at: At) -> Result<Option<Stored>> {
         let Object::Call { state: Some(state), .. } = self.pickle.get(at) else { bail!("an array without content") };
         let Some([_, shape, dtype, fortran, content]) = self.pickle.list(*state) else { bail!("an array's state") };

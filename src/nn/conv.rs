@@ -1,4 +1,4 @@
-//! Convolution over `(batch, height, width, channels)`; the weight keeps PyTorch's `(out, in, k, k)`.
+//! Convolution over `(batch, height, width, channels)`. Weights have PyTorch's shape `(out, in, k, k)`.
 
 use super::{
     features::Features,
@@ -19,10 +19,10 @@ use crate::{
 };
 use candle_core::{DType, Tensor, Var};
 
-/// A square convolution with bias.
+/// A convolution with a square kernel and bias.
 ///
-/// [`Conv2d::forward`] is written with candle ops. The methods on [`Features`] are the manual pass: forward,
-/// the gradient of the input, and those of weight and bias.
+/// [`Conv2d::forward`] uses candle ops. The methods on [`Features`] are the manual pass: forward, the gradient of the
+/// input, and the gradients of weight and bias.
 pub struct Conv2d {
     weight: Tensor,
     bias: Tensor,
@@ -33,14 +33,15 @@ pub struct Conv2d {
 }
 
 impl Conv2d {
-    /// Stride 1 and as much padding as keeps the size; `kernel` is odd.
+    /// A convolution with stride 1 and "same" padding; `kernel` is odd.
     pub fn same(scope: &Scope, inputs: usize, outputs: usize, kernel: usize) -> Result<Self> {
         let pad = kernel / 2;
         let padding = Padding { top: pad, bottom: pad, left: pad, right: pad };
         Self::new(scope, inputs, outputs, kernel, 1, padding)
     }
 
-    /// taming's downsampling: 3×3, stride 2, one zero row below and one zero column to the right.
+    /// The downsampling of taming-transformers: 3×3, stride 2, one row of zeros below and one column of zeros to the
+    /// right.
     pub fn down(scope: &Scope, channels: usize) -> Result<Self> {
         Self::new(scope, channels, channels, 3, 2, Padding { top: 0, bottom: 1, left: 0, right: 1 })
     }
@@ -53,7 +54,7 @@ impl Conv2d {
         stride: usize,
         padding: Padding,
     ) -> Result<Self> {
-        // PyTorch's default for convolutions.
+        // PyTorch's default initialization of convolutions.
         let init = Init::Uniform(((inputs * kernel * kernel) as f64).powf(-0.5));
         let weight = scope.get("weight", (outputs, inputs, kernel, kernel), init)?;
         let bias = scope.get("bias", outputs, init)?;
@@ -75,7 +76,7 @@ impl Conv2d {
         Ok(self.geometry(input)?.output())
     }
 
-    /// Writes the output, `residual` added, to `y`.
+    /// Writes the output plus `residual` to `y`.
     pub fn run(&self, x: &Features, residual: Option<&Features>, y: &mut Features) -> Result<()> {
         let (w, b) = (view::<f32>(&self.weight)?, view::<f32>(&self.bias)?);
         let residual = residual.map(|r| r.data.as_slice());
@@ -83,7 +84,7 @@ impl Conv2d {
         Ok(())
     }
 
-    /// Writes the gradient of an input to `dx`.
+    /// Writes the gradient of the input to `dx`.
     pub fn input_gradient(&self, dy: &Features, dx: &mut Features) -> Result<()> {
         let w = view::<f32>(&self.weight)?;
         conv::input_gradient(self.precision, &dy.data, &w, &mut dx.data, self.geometry(dx.shape)?);
@@ -96,7 +97,7 @@ impl Conv2d {
         self.accumulate(dy, gradients, |dw| conv::weight_gradient(self.precision, &x.data, &dy.data, dw, geometry))
     }
 
-    /// Norm of the gradient in the weight, on any device.
+    /// Norm of the weight's gradient, on any device.
     pub fn weight_gradient_norm(&self, x: &Tensor, dy: &Tensor) -> Result<f64> {
         weight_gradient_norm(&self.weight, x, dy, self.stride, self.padding)
     }
@@ -112,7 +113,7 @@ impl Conv2d {
     }
 }
 
-/// Norm of the gradient in a convolution's weight, from its input and the gradient of its output.
+/// Norm of the weight's gradient, from the input and the gradient of the output.
 pub fn weight_gradient_norm(weight: &Tensor, x: &Tensor, dy: &Tensor, stride: usize, padding: Padding) -> Result<f64> {
     let weight = Var::from_tensor(weight)?;
     let y = ops::conv2d(&x.detach(), &weight, None, stride, padding)?;
@@ -121,7 +122,7 @@ pub fn weight_gradient_norm(weight: &Tensor, x: &Tensor, dy: &Tensor, stride: us
     Ok(f64::from(gradient.sqr()?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?).sqrt())
 }
 
-/// A 3×3 convolution after nearest-neighbour upsampling by 2.
+/// A 3×3 convolution after nearest-neighbor upsampling by 2.
 pub struct Upsample {
     conv: Conv2d,
 }
@@ -143,7 +144,7 @@ impl Upsample {
         Ok(())
     }
 
-    /// Writes the gradient of an input to `dx`.
+    /// Writes the gradient of the input to `dx`.
     pub fn input_gradient(&self, dy: &Features, dx: &mut Features) -> Result<()> {
         let w = view::<f32>(&self.conv.weight)?;
         conv_upsample::input_gradient(self.conv.precision, &dy.data, &w, dy.channels(), &mut dx.data, dx.shape);

@@ -1,4 +1,4 @@
-//! Activations of the manual convolutional passes, in buffers that are used again.
+//! Activations of the manual convolution passes, in reused buffers.
 
 use std::{cell::RefCell, collections::HashMap};
 
@@ -9,38 +9,37 @@ pub struct Features {
 }
 
 impl Features {
-    /// Elements of one image.
+    /// Number of elements of one image.
     pub fn image(&self) -> usize {
         self.shape[1..].iter().product()
     }
 
-    /// Channels of a pixel.
+    /// Number of channels.
     pub fn channels(&self) -> usize {
         self.shape[3]
     }
 }
 
-/// Buffers that no pass needs at the moment, by length: a training step takes and gives the same ones as the one
-/// before it.
+/// Free buffers by length. Every training step uses the same buffers as the one before it.
 #[derive(Default)]
 pub struct Buffers(RefCell<HashMap<usize, Vec<Vec<f32>>>>);
 
 impl Buffers {
-    /// A buffer of this shape with any content.
+    /// A buffer of this shape with unspecified content.
     pub fn take(&self, shape: [usize; 4]) -> Features {
         let length = shape.iter().product();
         let free = self.0.borrow_mut().get_mut(&length).and_then(Vec::pop);
         Features { shape, data: free.unwrap_or_else(|| vec![0.0; length]) }
     }
 
-    /// A buffer with this content.
+    /// A buffer with a copy of this content.
     pub fn copy(&self, shape: [usize; 4], data: &[f32]) -> Features {
         let mut features = self.take(shape);
         features.data.copy_from_slice(data);
         features
     }
 
-    /// Takes a buffer back.
+    /// Returns a buffer.
     pub fn give(&self, features: Features) {
         self.0.borrow_mut().entry(features.data.len()).or_default().push(features.data);
     }

@@ -1,4 +1,4 @@
-//! Gradients of a step, added up over its micro-batches and segments.
+//! Gradients of a step, accumulated over micro-batches and segments.
 
 use crate::{
     error::{Result, ensure},
@@ -7,23 +7,23 @@ use crate::{
 use candle_core::{DType, Device, Shape, Tensor};
 use std::collections::BTreeMap;
 
-/// Gradients of a step by parameter name, in f32. The buffers stay from step to step.
+/// Gradients of a step by parameter name, in f32. Their memory is reused from step to step.
 #[derive(Default)]
 pub struct Gradients(BTreeMap<String, Gradient>);
 
 struct Gradient {
     sum: Tensor,
-    /// Whether `sum` is of this step; otherwise it is only room.
+    /// Whether `sum` belongs to this step; otherwise it is only memory for reuse.
     live: bool,
 }
 
 impl Gradients {
-    /// Forgets all gradients but keeps their memory for the next step.
+    /// Clears all gradients but keeps their memory for the next step.
     pub fn clear(&mut self) {
         self.0.values_mut().for_each(|gradient| gradient.live = false);
     }
 
-    /// Adds a gradient that is there as a tensor.
+    /// Adds a gradient given as a tensor.
     pub fn add(&mut self, name: &str, gradient: Tensor) -> Result<()> {
         let gradient = gradient.to_dtype(DType::F32)?;
         let sum = match self.get(name) {
@@ -34,7 +34,7 @@ impl Gradients {
         Ok(())
     }
 
-    /// Adds a gradient in place: `f` writes it ([`Beta::Zero`]: over whatever lies there) or adds it to the sum.
+    /// Adds a gradient in place: `f` writes it ([`Beta::Zero`]: overwriting the buffer) or adds it to the sum.
     pub fn accumulate(&mut self, name: &str, shape: &Shape, f: impl FnOnce(&mut [f32], Beta)) -> Result<()> {
         if self.0.get(name).is_none_or(|gradient| gradient.sum.shape() != shape) {
             let sum = Tensor::zeros(shape, DType::F32, &Device::Cpu)?;
@@ -46,7 +46,7 @@ impl Gradients {
         Ok(with_slice_mut(&gradient.sum, |sum| f(sum, beta))?)
     }
 
-    /// Adds a short gradient that is there as a vector: that of a bias.
+    /// Adds a short gradient given as a vector, such as that of a bias.
     pub fn accumulate_vector(&mut self, name: &str, values: Vec<f32>) -> Result<()> {
         self.accumulate(name, &Shape::from(values.len()), |sum, beta| match beta {
             Beta::Zero => sum.copy_from_slice(&values),
@@ -62,12 +62,12 @@ impl Gradients {
         Ok(())
     }
 
-    /// Forgets a gradient and frees its memory.
+    /// Removes a gradient and frees its memory.
     pub fn free(&mut self, name: &str) {
         self.0.remove(name);
     }
 
-    /// The gradient of the parameter `name`, if the step's loss depends on it.
+    /// The gradient of the parameter `name`, if the loss of the step depends on it.
     pub fn get(&self, name: &str) -> Option<&Tensor> {
         self.0.get(name).filter(|gradient| gradient.live).map(|gradient| &gradient.sum)
     }
@@ -77,7 +77,7 @@ impl Gradients {
         self.0.iter().filter(|(_, gradient)| gradient.live).map(|(name, gradient)| (name, &gradient.sum))
     }
 
-    /// The sum of absolute values of each of these gradients; `None` where there is no gradient.
+    /// Sum of absolute values of each of these gradients; `None` if there is no gradient.
     pub fn sizes(&self, names: &[&String]) -> Result<Vec<Option<f64>>> {
         let size = |name: &&String| {
             let Some(gradient) = self.get(name) else { return Ok(None) };
@@ -87,11 +87,11 @@ impl Gradients {
     }
 }
 
-/// Checks by their [`Gradients::sizes`] that all gradients are there, finite and not zero everywhere. candle cuts some
-/// gradients silently and the loss still falls, so this gate runs at the first step.
+/// Checks, given their [`Gradients::sizes`], that all gradients exist, are finite and are not zero. candle drops some
+/// gradients silently while the loss still falls, so this check runs at the first step.
 ///
 /// # Errors
-/// Names every parameter that fails and why.
+/// A gradient is missing, not finite or zero; the error names every such parameter.
 pub fn check_complete(names: &[&String], sizes: &[Option<f64>]) -> Result<()> {
     let problem = |(name, size): (&&String, &Option<f64>)| match size {
         None => Some(format!("`{name}` has none")),
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_added_in_place_and_as_a_tensor_adds_up() {
+    fn in_place_and_tensor_gradients_accumulate() {
         let mut gradients = Gradients::default();
         let write = |gradients: &mut Gradients, value: f32| {
             let f = |sum: &mut [f32], beta| match beta {
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn the_gate_names_missing_zero_and_infinite_gradients() {
+    fn the_check_names_missing_zero_and_infinite_gradients() {
         let mut gradients = Gradients::default();
         gradients.add("b", Tensor::zeros((4, 4), DType::F32, &Device::Cpu).unwrap()).unwrap();
         gradients.add("c", Tensor::new(&[f32::NAN, 1.0], &Device::Cpu).unwrap()).unwrap();

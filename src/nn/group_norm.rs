@@ -1,4 +1,4 @@
-//! GroupNorm (arXiv 1803.08494) over `(batch, height, width, channels)`, as VQGAN has it.
+//! GroupNorm (arXiv 1803.08494) over `(batch, height, width, channels)`, as in VQGAN.
 
 use super::{
     features::Features,
@@ -15,11 +15,11 @@ use crate::{
 };
 use candle_core::Tensor;
 
-/// taming-transformers normalises in 32 groups, so channels come in multiples of 32.
+/// taming-transformers uses 32 groups, so the number of channels must be a multiple of 32.
 pub const GROUPS: usize = 32;
 const EPS: f64 = 1e-6;
 
-/// GroupNorm in 32 groups with a scale and a shift a channel.
+/// GroupNorm with 32 groups and a scale and shift per channel.
 ///
 /// The methods on [`Features`] are the manual pass.
 pub struct GroupNorm {
@@ -29,8 +29,10 @@ pub struct GroupNorm {
 }
 
 impl GroupNorm {
+    /// A norm over `channels` channels.
+    ///
     /// # Errors
-    /// The channels are no multiple of [`GROUPS`].
+    /// The number of channels is not a multiple of [`GROUPS`].
     pub fn new(scope: &Scope, channels: usize) -> Result<Self> {
         ensure!(
             channels.is_multiple_of(GROUPS),
@@ -43,7 +45,7 @@ impl GroupNorm {
         })
     }
 
-    /// The normalised input, same shape.
+    /// Normalizes the input; same shape.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::group_norm(x, &self.weight, &self.bias, GROUPS, EPS, false)
     }
@@ -53,20 +55,21 @@ impl GroupNorm {
         ops::group_norm(x, &self.weight, &self.bias, GROUPS, EPS, true)
     }
 
-    /// What [`GroupNorm::run`] and [`GroupNorm::backward`] need to know of an input.
+    /// Statistics of an input that [`GroupNorm::run`] and [`GroupNorm::backward`] use.
     pub fn statistics(&self, x: &Features) -> Statistics<f32> {
         kernel(false).statistics(&x.data, x.channels(), x.image())
     }
 
-    /// Writes the normalised input to `y`, through SiLU if asked for.
+    /// Writes the normalized input to `y`, followed by SiLU if `silu`.
     pub fn run(&self, x: &Features, statistics: &Statistics<f32>, silu: bool, y: &mut Features) -> Result<()> {
         let (w, b) = (view::<f32>(&self.weight)?, view::<f32>(&self.bias)?);
         kernel(silu).forward(&x.data, &w, &b, statistics, &mut y.data);
         Ok(())
     }
 
-    /// Turns the gradient of the output, in `d`, into that of the input, adds `plus` to it, and the gradients of
-    /// weight and bias to `gradients`.
+    /// Replaces the gradient of the output in `d` by that of the input plus `plus`; adds the gradients of weight and
+    /// bias to
+    /// `gradients`.
     pub fn backward(
         &self,
         x: &Features,

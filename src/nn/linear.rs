@@ -1,4 +1,4 @@
-//! `y = x Wᵀ + b`.
+//! Linear layer, `y = x Wᵀ + b`.
 
 use super::{
     gradients::Gradients,
@@ -57,19 +57,19 @@ impl Linear {
         self.forward_in(Precision::F32, x)
     }
 
-    /// The same with the product in `precision`.
+    /// The same with the matrix product in `precision`.
     pub fn forward_in(&self, precision: Precision, x: &Tensor) -> Result<Tensor> {
         ops::linear_in(precision, x, &self.weight, &self.bias)
     }
 
-    /// x (rows, inputs) → (rows, outputs), with `residual` (rows, outputs) added.
+    /// `x` (rows, inputs) → (rows, outputs), plus `residual` (rows, outputs).
     pub fn manual(&self, precision: Precision, x: &[f32], residual: Option<&[f32]>) -> Result<Vec<f32>> {
         let (weight, bias) = (view(&self.weight)?, view(&self.bias)?);
         let epilogue = Epilogue { bias: Some(&bias), residual, gelu: None };
         Ok(linear::forward_in(precision, x, &weight, self.sizes(x.len())?, epilogue))
     }
 
-    /// y of x (rows, inputs), and gelu(y).
+    /// y of `x` (rows, inputs), and gelu(y).
     pub fn manual_gelu(&self, precision: Precision, x: &[f32]) -> Result<(Vec<f32>, Vec<f32>)> {
         let (weight, bias) = (view(&self.weight)?, view(&self.bias)?);
         Ok(linear::forward_gelu(precision, x, &weight, &bias, self.sizes(x.len())?))
@@ -91,7 +91,7 @@ impl Linear {
         Ok(linear::input_gradient(precision, dy, &view(&self.weight)?, sizes))
     }
 
-    /// Rows of x, inputs, outputs.
+    /// Number of rows of x, inputs and outputs.
     fn sizes(&self, elements: usize) -> Result<[usize; 3]> {
         let (outputs, inputs) = self.weight.dims2()?;
         Ok([elements / inputs, inputs, outputs])

@@ -1,4 +1,4 @@
-//! Layer normalisation.
+//! Layer normalization (arXiv 1607.06450).
 
 use super::{
     gradients::Gradients,
@@ -22,7 +22,7 @@ impl LayerNorm {
     /// PyTorch's default.
     pub const EPS: f64 = 1e-5;
 
-    /// `weight` (size), one; `bias` (size), zero.
+    /// `weight` (size), initialized to one; `bias` (size), initialized to zero.
     pub fn new(scope: &Scope, size: usize) -> Result<Self> {
         let (weight, bias) = (scope.get("weight", size, Init::Ones)?, scope.get("bias", size, Init::Zeros)?);
         Ok(Self { name: scope.name().to_owned(), weight, bias })

@@ -1,8 +1,7 @@
-//! Which image codes a layer looks at (paper §2.2; arXiv 2102.12092, appendix B.1).
+//! Sparse attention patterns: which image codes a layer attends to (paper §2.2; arXiv 2102.12092, appendix B.1).
 //!
-//! A pattern is data. It is stated twice on purpose: [`Pattern::visible`] is the definition, one pair of
-//! positions at a time; [`Pattern::runs`] lists the same keys as a few runs, which is what attention
-//! reads. A test holds the two equal.
+//! A pattern is stated twice on purpose: [`Pattern::visible`] is the definition for one pair of positions;
+//! [`Pattern::runs`] lists the same keys as a few runs, which attention reads. A test checks that they agree.
 
 use crate::config::{self, AttentionKind, ConvBorder, RowExtent};
 
@@ -25,13 +24,13 @@ impl Grid {
     }
 }
 
-/// What a query of the image may see of the image. Text is always densely visible.
+/// Image codes that a query in the image attends to. Text is always visible.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pattern {
     Dense,
     Row(RowExtent),
     Column,
-    /// A `size` × `size` neighbourhood; `size` is odd.
+    /// A `size` × `size` neighborhood; `size` is odd.
     Conv {
         size: usize,
         border: ConvBorder,
@@ -39,7 +38,7 @@ pub enum Pattern {
 }
 
 impl Pattern {
-    /// The pattern of layer `layer`, counted from 1: conv in the last one whatever its number, else
+    /// The pattern of layer `layer`, counted from 1: conv in the last layer, else
     /// column where `layer mod 4 = 2`, else row.
     pub fn of_layer(layer: usize, model: &config::Model) -> Self {
         match model.attention {
@@ -52,7 +51,7 @@ impl Pattern {
         }
     }
 
-    /// Whether the code at `query` sees the code at `key`; `causal`: only itself and codes before it.
+    /// Whether the code at `query` attends to the code at `key`; `causal`: only to itself and earlier codes.
     pub fn visible(&self, grid: Grid, causal: bool, query: usize, key: usize) -> bool {
         if causal && key > query {
             return false;
@@ -72,7 +71,7 @@ impl Pattern {
         }
     }
 
-    /// Lists the keys that the code at `query` sees, ascending: `run(start, len, stride)` for each run of them.
+    /// Lists the keys of the code at `query` in ascending order: calls `run(start, len, stride)` for each run of them.
     pub fn runs(&self, grid: Grid, causal: bool, query: usize, mut run: impl FnMut(usize, usize, usize)) {
         let Grid { height, width } = grid;
         let (row, column) = (query / width, query % width);
@@ -133,7 +132,7 @@ pub(crate) mod tests {
                 for query in 0..grid.len() {
                     let expected: Vec<_> =
                         (0..grid.len()).filter(|&key| pattern.visible(grid, causal, query, key)).collect();
-                    // `keys` is ascending and free of duplicates, or this fails.
+                    // Fails unless `keys` is ascending and free of duplicates.
                     assert_eq!(keys(pattern, grid, causal, query), expected, "{pattern:?} {grid:?} {causal} {query}");
                 }
             }
@@ -155,7 +154,7 @@ pub(crate) mod tests {
         assert_eq!(keys(conv(ConvBorder::RasterWrap), grid, true, 8), [3, 4, 5, 7, 8]);
     }
 
-    /// The ceilings of what sparsity can give on 32×32 codes.
+    /// Upper bounds on the savings by sparsity on 32×32 codes.
     #[test]
     fn counts_on_a_32_by_32_grid() {
         let grid = Grid { height: 32, width: 32 };
@@ -178,7 +177,7 @@ pub(crate) mod tests {
         assert_eq!(columns, [2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46]);
         let rows = patterns.iter().filter(|&&p| p == Pattern::Row(RowExtent::Window)).count();
         assert_eq!(rows, 35);
-        // The last layer is conv even where its number asks for column.
+        // The last layer is conv even if its number asks for column.
         assert_eq!(Pattern::of_layer(6, &config::Model { layers: 6, ..model.clone() }), conv);
         let dense = config::Model { attention: AttentionKind::Dense, ..model };
         assert_eq!(Pattern::of_layer(48, &dense), Pattern::Dense);

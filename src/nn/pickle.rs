@@ -1,8 +1,8 @@
-//! Python's pickle format as data: builds what a checkpoint holds and never runs any of it.
+//! Reads Python's pickle format as data, without running code.
 //!
-//! A pickle is a program for a stack machine that may call any function of Python. Here a call is only noted, and refused
-//! unless it is one of the few that put tensors and arrays together. All objects are in one list and refer to each other
-//! by index, so that neither depth nor cycles do harm; [`machine::BUDGET`] bounds the memory that they take together.
+//! A pickle is a program for a stack machine that may call any Python function. Here calls are only recorded, and
+//! refused unless they belong to the few that build tensors and arrays. All objects are in one list and refer to each
+//! other by index, so that depth and cycles are harmless; [`machine::BUDGET`] bounds their memory.
 
 use crate::error::Result;
 
@@ -11,28 +11,28 @@ mod object;
 
 pub use object::{At, Object};
 
-/// A pickle's objects.
+/// The objects of a pickle.
 pub struct Pickle {
     objects: Vec<Object>,
     root: At,
 }
 
 impl Pickle {
-    /// Reads the pickle at the beginning of `bytes`; returns it and its length.
+    /// Reads the pickle at the start of `bytes`; returns it and its length in bytes.
     ///
     /// # Errors
-    /// It is damaged, of an unknown kind, or calls a function that does not belong into a checkpoint.
+    /// The pickle is damaged, has an unknown protocol, or calls a function that checkpoints do not need.
     pub fn read(bytes: &[u8]) -> Result<(Self, usize)> {
         let (objects, root, length) = machine::run(bytes)?;
         Ok((Self { objects, root }, length))
     }
 
-    /// What the pickle is of.
+    /// The object that was pickled.
     pub fn root(&self) -> At {
         self.root
     }
 
-    /// All objects, also those that nothing refers to.
+    /// All objects, including unused ones.
     pub fn objects(&self) -> impl Iterator<Item = &Object> {
         self.objects.iter()
     }
@@ -67,14 +67,14 @@ impl Pickle {
         }
     }
 
-    /// The function's name and the arguments of a call.
+    /// Function name and arguments of a call.
     pub fn call(&self, at: At) -> Option<(&str, &[At])> {
         let Object::Call { function, arguments, .. } = self.get(at) else { return None };
         let Object::Global(_, name) = self.get(*function) else { return None };
         Some((name, self.list(*arguments)?))
     }
 
-    /// The entries of a dictionary, ordered or not.
+    /// The entries of a dictionary or ordered dictionary.
     pub fn dict(&self, at: At) -> Option<&[(At, At)]> {
         match self.get(at) {
             Object::Dict(entries) => Some(entries),

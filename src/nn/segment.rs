@@ -1,41 +1,42 @@
-//! The contract between a model and the training engine: a model is a chain of segments.
+//! The interface between a model and the training engine: a model is a chain of segments.
 //!
-//! A segment has one contract and two implementations; the engine does not know which one it runs.
-//! *Autograd*: the forward pass is written with candle ops and candle's tape gives the gradients; it runs on any
-//! device and is the oracle. *Manual*: forward and backward are written by hand over slices, for the CPU.
-//! Dropping what forward saved and running it again is activation recomputation (paper §3.2).
+//! A segment has one of two implementations; the engine does not know which. *Autograd*: the forward pass uses candle
+//! ops and candle computes the gradients; it runs on any device and is the reference. *Manual*: forward and backward
+//! are written by hand over slices, for the CPU. Activation recomputation (paper §3.2) drops the saved state and runs
+//! forward again.
 
 use super::{gradients::Gradients, params::Params};
 use crate::error::{Context, Result};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, Var};
 use std::any::Any;
 
-/// What a forward pass keeps for its backward pass; only the segment knows what it is.
+/// State that a forward pass saves for its backward pass. Only the segment knows its type.
 pub type Saved = Box<dyn Any>;
 
-/// One link of the chain embedding → block 1 … block L → head with loss.
+/// A segment of the chain embedding → block 1 … block L → head with loss.
 ///
-/// `B` is what the whole chain reads beside the hidden states: tokens, masks, targets. The first
-/// segment ignores `x` (an empty tensor); the last one returns the scalar loss, or an output whose gradient comes from
-/// outside (an embedding).
+/// `B` is the batch, which all segments can read besides the hidden states: tokens, masks, targets. The first segment
+/// ignores
+/// `x` (an empty tensor); the last one returns the scalar loss, or an output whose gradient is given from outside (an
+/// embedding).
 pub trait Segment<B> {
-    /// The segment's name in messages (`blocks.3`).
+    /// Name of the segment in error messages (`blocks.3`).
     fn name(&self) -> &str;
 
-    /// Its trainable parameters by full name.
+    /// Trainable parameters by full name.
     fn params(&self) -> &Params;
 
-    /// The output y of x, and what [`Segment::backward`] needs of this pass.
+    /// Computes the output y from x; also returns the state for [`Segment::backward`].
     ///
     /// # Errors
-    /// The shapes do not fit, or the device fails.
+    /// The shapes do not match, or the device fails.
     fn forward(&self, x: &Tensor, batch: &B) -> Result<(Tensor, Saved)>;
 
-    /// Adds the parameters' gradients to `gradients` and returns that of x (of x's shape), if y depends on x. `dy` is the
-    /// loss's gradient with respect to y, of y's shape; `None`: y is the loss itself, a scalar.
+    /// Adds the parameters' gradients to `gradients` and returns the gradient of x, if y depends on x. `dy` is the
+    /// gradient of the loss with respect to y; `None` if y is the loss itself, a scalar.
     ///
     /// # Errors
-    /// `saved` is another segment's, the shapes do not fit, or the device fails.
+    /// `saved` belongs to another segment, the shapes do not match, or the device fails.
     fn backward(
         &self,
         x: &Tensor,
@@ -46,11 +47,11 @@ pub trait Segment<B> {
     ) -> Result<Option<Tensor>>;
 }
 
-/// Segments that run one after another, each on the output of the one before. In training the last one returns the loss,
-/// or an output whose gradient comes from outside.
+/// Segments that run in order, each on the output of the previous one. In training the last one returns the loss, or an
+/// output whose gradient is given from outside.
 pub type Chain<'a, B> = [Box<dyn Segment<B> + 'a>];
 
-/// A segment whose gradients candle's tape finds.
+/// A segment whose gradients are computed by candle's autograd.
 pub trait Autograd<B> {
     /// As [`Segment::name`].
     fn name(&self) -> &str;
@@ -117,7 +118,7 @@ impl<B, S: Autograd<B>> Segment<B> for S {
 /// A scalar whose gradient with respect to `y` is `dy`.
 fn seeded(y: &Tensor, dy: Tensor) -> Result<Tensor> {
     if y.device().is_cpu() {
-        // Hands `dy` over as it is; the product's sum would pass over it six times.
+        // The op passes `dy` on directly; a sum of the product would read it six times.
         Ok(y.apply_op1(Seed(dy))?)
     } else {
         Ok((y * dy)?.sum_all()?)

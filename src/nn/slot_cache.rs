@@ -1,7 +1,7 @@
-//! KV cache of sequences that are decoded together, on plain slices.
+//! KV cache for a batch of sequences, on plain slices.
 //!
-//! A source is cached once, however many sequences continue from it. Only target positions are cached per sequence, in
-//! the slots that [`cache`](super::cache) defines.
+//! A source is cached once for all sequences that continue from it. Only target positions are cached per sequence, in
+//! the slots defined by [`cache`](super::cache).
 
 use super::{
     cache::{Place, slot_of, slots},
@@ -9,7 +9,7 @@ use super::{
 };
 use crate::ops::cached_attention::Part;
 
-/// Keys and values (blocks, heads, slots, d): a block is a source or a sequence.
+/// Keys and values (blocks, heads, slots, d). A block belongs to a source or a sequence.
 pub struct Blocks {
     keys: Vec<f32>,
     values: Vec<f32>,
@@ -19,7 +19,7 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    /// A cache of zeros.
+    /// A cache filled with zeros.
     pub fn new(blocks: usize, heads: usize, slots: usize, d: usize) -> Self {
         let len = blocks * heads * slots * d;
         Self { keys: vec![0.0; len], values: vec![0.0; len], heads, slots, d }
@@ -38,7 +38,7 @@ impl Blocks {
         }
     }
 
-    /// The keys, values and slots that a head attends to in a block.
+    /// The keys, values and slots of a block that a head attends to.
     pub fn part<'a>(&'a self, block: usize, head: usize, slots: &'a [u32]) -> Part<'a, f32> {
         let range = self.start(block, head, 0)..self.start(block, head, self.slots);
         Part { keys: &self.keys[range.clone()], values: &self.values[range], slots }
@@ -74,13 +74,13 @@ impl Own {
         self.dense + self.image.map_or(0, |(pattern, grid)| slots(pattern, grid))
     }
 
-    /// Slots that the first `fed` positions may have written.
+    /// Number of slots that the first `fed` positions may have written.
     pub fn used(&self, fed: usize) -> usize {
         if fed > self.dense { self.count() } else { fed }
     }
 
-    /// Replaces `seen` by the slots that the newest position attends to, its own included, and returns its own slot;
-    /// `fed` positions came before it.
+    /// Writes the slots that the newest position attends to (its own included) to `seen`, and returns its own slot.
+    /// `fed` positions precede it.
     pub fn see(&self, place: Place, fed: usize, seen: &mut Vec<u32>) -> usize {
         seen.clear();
         match (place, self.image) {
@@ -100,15 +100,16 @@ impl Own {
     }
 }
 
-/// Where a sequence's keys and values are.
+/// The blocks of a sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
     pub source: usize,
-    /// The block of its own positions.
+    /// The block of its target positions.
     pub block: usize,
 }
 
-/// Which blocks the sequences own. Continuing from another sequence costs a copy only if two continue from the same one.
+/// The blocks owned by each sequence. Continuing from another sequence needs a copy only if several sequences continue
+/// from it.
 #[derive(Debug)]
 pub struct Lineage {
     rows: Vec<Row>,
@@ -116,7 +117,7 @@ pub struct Lineage {
 }
 
 impl Lineage {
-    /// One sequence a source.
+    /// Starts with one sequence per source.
     pub fn new(sources: usize) -> Self {
         Self { rows: (0..sources).map(|i| Row { source: i, block: i }).collect(), blocks: sources }
     }
@@ -126,13 +127,13 @@ impl Lineage {
         &self.rows
     }
 
-    /// Blocks in use by any sequence so far.
+    /// Number of blocks used by any sequence so far.
     pub fn blocks(&self) -> usize {
         self.blocks
     }
 
-    /// Sequence `i` continues as a copy of the old sequence `index[i]`. Returns the blocks to copy, as (from, to); no
-    /// block is on both sides.
+    /// Replaces sequence `i` by a copy of the old sequence `index[i]`. Returns the blocks to copy as (from, to); no
+    /// block is both source and destination.
     pub fn reorder(&mut self, index: &[usize]) -> Vec<(usize, usize)> {
         let parents: Vec<Row> = index.iter().map(|&i| self.rows[i]).collect();
         let mut taken = vec![false; self.blocks];
@@ -157,7 +158,7 @@ mod tests {
     use super::*;
     use crate::random::Random;
 
-    /// A random search, against one that copies everything.
+    /// A random search, compared with one that copies everything.
     #[test]
     fn lineages_follow_their_sequences() {
         let mut random = Random::keyed(1, "lineage", 0, 0);

@@ -1,4 +1,4 @@
-//! Weights on disk: safetensors files, checked before anything large is allocated.
+//! Reads and writes safetensors files; they are checked before large memory is allocated.
 
 use super::params::Params;
 use crate::{
@@ -23,35 +23,35 @@ use std::{
     path::Path,
 };
 
-/// Bytes converted at a time; a multiple of every float's size.
+/// Number of bytes converted at a time; a multiple of the size of every float.
 const CHUNK: usize = 1 << 16;
 
-pub(super) const REPLACE: &str = "the file is damaged or of another kind; copy it again or name another folder";
+pub(super) const REPLACE: &str = "the file is damaged or has another format; copy it again or choose another folder";
 
 /// Maps a safetensors file into memory.
 ///
 /// # Errors
-/// The file is missing, not a regular file, or its header does not fit into it.
+/// The file is missing or not a regular file, or its header is longer than the file.
 pub fn map(path: &Path) -> Result<Mapped> {
     let bytes = Mapped::open(path)?;
     check_header(&bytes).hint(format!("{} is not a safetensors file, or truncated", path.display()), REPLACE)?;
     Ok(bytes)
 }
 
-/// The tensors of a safetensors file.
+/// Parses a safetensors file.
 ///
 /// # Errors
-/// It is none, it is cut off, or two tensors have one name.
+/// The bytes are not a safetensors file, are truncated, or two tensors have the same name.
 pub(super) fn tensors(bytes: &[u8]) -> Result<SafeTensors<'_>> {
     check_header(bytes)?;
     let tensors = SafeTensors::deserialize(bytes)?;
-    // The library keeps the last of equal names. It has checked the header's length.
+    // The safetensors crate checks the length of the header, but keeps the last of several equal names.
     let length = bytes.first_chunk().map_or(0, |length| u64::from_le_bytes(*length) as usize);
     serde_json::from_slice::<UniqueKeys>(bytes.get(8..).and_then(|rest| rest.get(..length)).unwrap_or_default())?;
     Ok(tensors)
 }
 
-/// A JSON object whose keys all differ; its values are skipped.
+/// A JSON object with distinct keys; its values are skipped.
 struct UniqueKeys;
 
 impl<'de> Deserialize<'de> for UniqueKeys {
@@ -71,20 +71,20 @@ impl<'de> Visitor<'de> for UniqueKeys {
         let mut keys = HashSet::new();
         while let Some((key, _)) = map.next_entry::<String, IgnoredAny>()? {
             if let Some(key) = keys.replace(key) {
-                return Err(de::Error::custom(format_args!("it holds `{key}` twice")));
+                return Err(de::Error::custom(format_args!("it contains `{key}` twice")));
             }
         }
         Ok(self)
     }
 }
 
-/// Whether the bytes begin like a safetensors file: the length of a JSON header that fits into the file. A pickle or a
-/// zip archive gives a length beyond any file's.
+/// Whether the bytes start like a safetensors file: with the length of a JSON header that fits into the file. Read as
+/// such a length, the first bytes of a pickle or zip archive exceed the size of any file.
 pub(super) fn is_safetensors(bytes: &[u8]) -> bool {
     check_header(bytes).is_ok() && bytes.get(8) == Some(&b'{')
 }
 
-/// Checks that the header is no longer than the file: it is read into memory.
+/// Checks that the header fits into the file before it is read into memory.
 fn check_header(bytes: &[u8]) -> Result<()> {
     let header = bytes.first_chunk().copied().map(u64::from_le_bytes);
     let header = header.with_context(|| format!("only {} bytes", bytes.len()))?;
@@ -92,13 +92,13 @@ fn check_header(bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// The tensors of a safetensors file as it holds them, to be written as `dtype`.
+/// The tensors of a safetensors file in their stored dtypes, to be written as `dtype`.
 ///
 /// # Errors
-/// A malformed header, a dtype other than a float, a number that is not finite.
+/// The header is malformed, a dtype is not a float, or a number is not finite.
 pub fn stored<'a>(bytes: &'a [u8], origin: &str, dtype: Dtype) -> Result<BTreeMap<String, Values<'a>>> {
     let values = |(name, view): (&str, TensorView<'a>)| {
-        // Checked now, converted when they are written: a little is in memory at a time.
+        // Checked now and converted during writing, so that little is in memory at a time.
         view.data().chunks(CHUNK).try_for_each(|chunk| finite(chunk, view.dtype(), name, origin).map(drop))?;
         let pieces = vec![Piece::Stored(view.data(), view.dtype())];
         Ok((name.to_owned(), Values { shape: view.shape().to_vec(), pieces, dtype }))
@@ -106,10 +106,10 @@ pub fn stored<'a>(bytes: &'a [u8], origin: &str, dtype: Dtype) -> Result<BTreeMa
     open(bytes, origin)?.iter().map(values).collect()
 }
 
-/// All tensors of a safetensors file as f32 by name; `origin` is its name in messages.
+/// All tensors of a safetensors file as f32 by name; `origin` is the file's name in error messages.
 ///
 /// # Errors
-/// A malformed header, a dtype other than a float, a number that is not finite.
+/// The header is malformed, a dtype is not a float, or a number is not finite.
 pub fn parse(bytes: &[u8], origin: &str) -> Result<HashMap<String, Tensor>> {
     let tensor = |(name, view): (&str, TensorView<'_>)| {
         let values = finite(view.data(), view.dtype(), name, origin)?;
@@ -119,21 +119,21 @@ pub fn parse(bytes: &[u8], origin: &str) -> Result<HashMap<String, Tensor>> {
 }
 
 fn open<'a>(bytes: &'a [u8], origin: &str) -> Result<SafeTensors<'a>> {
-    tensors(bytes).hint(format!("{origin} is not a whole safetensors file"), REPLACE)
+    tensors(bytes).hint(format!("{origin} is not a complete safetensors file"), REPLACE)
 }
 
-/// Bytes of the tensor `name` as f32.
+/// The tensor `name` as f32.
 pub(super) fn finite(bytes: &[u8], dtype: Dtype, name: &str, origin: &str) -> Result<Vec<f32>> {
     let values = floats(bytes, dtype).with_context(|| format!("{origin}: tensor `{name}`"))?;
     ensure!(values.iter().all(|x| x.is_finite()), "{origin}: tensor `{name}` holds numbers that are not finite");
     Ok(values)
 }
 
-/// A tensor to write: its shape and its values in consecutive pieces.
+/// A tensor to write: its shape and its values as consecutive pieces.
 pub struct Values<'a> {
     pub shape: Vec<usize>,
     pub pieces: Vec<Piece<'a>>,
-    /// The number format to store it in.
+    /// Number format of the file.
     pub dtype: Dtype,
 }
 
@@ -144,7 +144,7 @@ impl Values<'_> {
     }
 }
 
-/// Floats in memory, or as a file holds them.
+/// Floats in memory, or in the bytes of a file.
 pub enum Piece<'a> {
     Floats(Cow<'a, [f32]>),
     Stored(&'a [u8], Dtype),
@@ -158,7 +158,7 @@ impl Piece<'_> {
         }
     }
 
-    /// Writes the piece as `dtype`, converting a little at a time.
+    /// Writes the piece as `dtype`, a small part at a time.
     fn write(&self, out: &mut impl Write, dtype: Dtype) -> Result<()> {
         let (bytes, from): (&[u8], _) = match self {
             Self::Floats(values) => (bytemuck::cast_slice(values), Dtype::F32),
@@ -180,7 +180,7 @@ impl Piece<'_> {
     }
 }
 
-/// A file's bytes as f32.
+/// Bytes of a file as f32.
 fn floats(bytes: &[u8], dtype: Dtype) -> Result<Vec<f32>> {
     let f64 = |b: &[u8; 8]| f64::from_le_bytes(*b) as f32;
     Ok(match dtype {
@@ -204,12 +204,12 @@ pub fn of_tensor(tensor: &Tensor) -> Result<Values<'static>> {
     Ok(Values { shape, pieces, dtype: Dtype::F32 })
 }
 
-/// Writes a safetensors file of these tensors to `out`, one piece in memory at a time.
+/// Writes these tensors to `out` as a safetensors file, with one piece in memory at a time.
 ///
 /// # Errors
-/// A tensor's pieces are not as long as its shape says, or `out` takes no more.
+/// The pieces of a tensor do not match its shape, or `out` cannot be written.
 pub fn write(out: &mut impl Write, tensors: &BTreeMap<String, Values<'_>>) -> Result<()> {
-    // Wide numbers first, so that each lies at a multiple of its size.
+    // Wide numbers first, so that all are aligned.
     let mut order: Vec<_> = tensors.iter().collect();
     order.sort_by_key(|(_, values)| Reverse(values.dtype.bitsize()));
     let mut end = 0;

@@ -1,9 +1,9 @@
-//! Maths that candle lacks or does slowly: forward and backward over slices, wrapped as candle ops. One folder a kind of
-//! op; `simd`, `slices`, `store` and `scatter` are what they share.
+//! Kernels that candle lacks or runs slowly: forward and backward over slices, wrapped as candle ops, in one folder per
+//! kind of op. `simd`, `slices`, `store` and `scatter` are shared by all.
 //!
-//! On a CPU each op runs our kernel; on any other device (and in tests, as the oracle) it is composed
-//! from stock candle ops. Kernels are generic over `f32` and `f64`, so that gradients can be checked
-//! against finite differences in double precision. Results do not depend on the number of threads.
+//! On a CPU each op runs a kernel of this module; on other devices, and as the reference in tests, it is composed of
+//! stock candle ops. Kernels are generic over `f32` and `f64`, so that gradients can be checked against finite
+//! differences in double precision. Results do not depend on the number of threads.
 
 pub mod attention;
 pub mod conv;
@@ -24,7 +24,7 @@ pub mod testing;
 #[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
 pub use matmul::bf16::amx_emulator;
 
-// Floors above name an op without its folder.
+// Higher floors name an op without its folder.
 pub use attention::{attention, cached as cached_attention, image as image_attention};
 pub use conv::{Padding, conv2d, conv2d_in, upsample as conv_upsample};
 pub use matmul::{epilogue, gemm, linear, linear_in, matmul_weight_dtype, packed, rounds_to_bf16};

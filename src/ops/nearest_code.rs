@@ -1,5 +1,5 @@
-//! The nearest codebook entry of each vector: argmin of `‖z‖² - 2 z·c + ‖c‖²`, where `‖z‖²` is the same
-//! for all entries. No gradient: the quantiser passes gradients straight through.
+//! The nearest codebook entry of each vector: argmin of `‖z‖² - 2 z·c + ‖c‖²`, where `‖z‖²` is the same for all
+//! entries. It has no gradient: the quantizer uses a straight-through gradient.
 
 use super::{
     matmul::{
@@ -12,11 +12,11 @@ use crate::error::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-/// Vectors that one task compares with the whole codebook.
+/// Number of vectors that one task compares with the whole codebook.
 const ROWS: usize = 32;
 
-/// Index `(rows)`, as `u32`, of the nearest code of `codebook (codes, dim)` for each vector of `z (rows, dim)`; of equally
-/// near codes the lowest index.
+/// Index `(rows)` u32 of the nearest code of `codebook (codes, dim)` for each vector of `z (rows, dim)`; ties go to the
+/// lowest index.
 pub fn nearest_code(z: &Tensor, codebook: &Tensor) -> Result<Tensor> {
     let ((rows, dim), (codes, code_dim)) = (z.dims2()?, codebook.dims2()?);
     ensure!(dim == code_dim && codes > 0, "vectors of {dim} numbers for a codebook of {codes} x {code_dim}");

@@ -1,4 +1,4 @@
-//! Peak FLOP/s of this machine, measured: multiply-adds on numbers that stay in registers or in the L1 cache.
+//! Measures the peak FLOP/s of this machine with multiply-adds on numbers in registers or in the L1 cache.
 
 use super::{
     matmul::{
@@ -14,8 +14,8 @@ use super::{
 use crate::config::Precision;
 use std::{hint::black_box, time::Instant};
 
-/// Operations a second (a multiply-add counts two) of products in `precision`, on all threads of the pool together;
-/// the best of a few short tries.
+/// Peak FLOP/s (a multiply-add counts as two) of products in `precision` on all threads of the pool; the best of a few
+/// short runs.
 pub fn peak_flops(precision: Precision) -> f64 {
     let once = || match Bf16Unit::for_precision(precision) {
         Some(unit) => tiles(unit),
@@ -27,7 +27,7 @@ pub fn peak_flops(precision: Precision) -> f64 {
 const TRIES: usize = 5;
 const ROUNDS: usize = 1 << 20;
 
-/// Squares of C whose factors fit the first-level cache.
+/// Products of tiles whose factors fit in the L1 cache.
 fn tiles(unit: Bf16Unit) -> f64 {
     const BLOCKS: usize = 8;
     let rounds = ROUNDS / (BLOCKS * STEPS);
@@ -43,7 +43,7 @@ fn tiles(unit: Bf16Unit) -> f64 {
     })
 }
 
-/// A matrix product that fits the second-level cache: what the compiler cannot spoil.
+/// A matrix product that fits in the L2 cache; its kernel does not depend on compiler optimizations.
 fn product() -> f64 {
     const SIDE: usize = 192;
     let rounds = ROUNDS / SIDE / 64;
@@ -58,14 +58,14 @@ fn narrow_and_wide() -> f64 {
     measure(96, chains_of_96::<f32>).max(measure(256, chains_of_256::<f32>))
 }
 
-/// Each thread runs `chains` on `width` values of its own.
+/// Each thread runs `chains` on `width` values.
 fn measure(width: usize, chains: fn(f32, f32, usize) -> f32) -> f64 {
     on_all_threads(2.0 * (width * ROUNDS) as f64, || {
         black_box(chains(black_box(0.999), black_box(0.001), ROUNDS));
     })
 }
 
-/// Operations per second, if each thread does `operations` in `run`.
+/// FLOP/s, if each thread does `operations` in `run`.
 fn on_all_threads(operations: f64, run: impl Fn() + Sync) -> f64 {
     let begun = Instant::now();
     rayon::broadcast(|_| run());
@@ -73,7 +73,7 @@ fn on_all_threads(operations: f64, run: impl Fn() + Sync) -> f64 {
 }
 
 multiversion! {
-    /// Twelve AVX2 registers: enough to hide the latency of an addition, few enough to fit.
+    /// Twelve AVX2 registers: enough to hide the latency of an addition, and few enough to fit.
     fn chains_of_96<T: Real, const FMA: bool>(scale: T, shift: T, rounds: usize) -> T {
         chains::<T, FMA, 96>(scale, shift, rounds)
     }

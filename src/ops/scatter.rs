@@ -1,13 +1,14 @@
-//! Gradients of table rows: an embedding's backward pass.
+//! Gradients of table rows: the backward pass of an embedding.
 
 use super::matmul::matrix::Beta;
 use rayon::prelude::*;
 
-/// `table[targets[i].0] += dy[targets[i].1]` for rows of `hidden` elements, or the same onto a table of zeros. Each
-/// row of the table adds up its rows of `dy` in the order of `targets`, so the result does not depend on the number of threads.
+/// `table[targets[i].0] += dy[targets[i].1]` for rows of `hidden` elements; with [`Beta::Zero`] the table is zeroed
+/// first. Each row of the table sums its rows of `dy` in the order of `targets`, so the result does not depend on the
+/// number of threads.
 ///
 /// # Panics
-/// A row is outside the table or `dy` (a defect of the caller).
+/// A row is outside the table or `dy` (a bug in the caller).
 pub fn scatter_add(table: &mut [f32], beta: Beta, hidden: usize, dy: &[f32], targets: &[(usize, usize)]) {
     let rows = table.len() / hidden.max(1);
     let mut ends = vec![0; rows + 1];
@@ -34,7 +35,7 @@ mod tests {
     use crate::random::Random;
 
     #[test]
-    fn equals_one_addition_after_another() {
+    fn equals_sequential_additions() {
         for (rows, hidden, sources) in [(1, 1, 1), (5, 3, 40), (40, 7, 9), (3, 8, 0)] {
             let mut random = Random::keyed(7, "scatter", rows as u64, 0);
             let mut floats = |n: usize| (0..n).map(|_| random.normal() as f32).collect::<Vec<_>>();

@@ -1,4 +1,4 @@
-//! Between candle's tensors and the slices that kernels work on.
+//! Conversion between candle's tensors and the slices of kernels.
 
 use super::simd::Real;
 use candle_core::{
@@ -11,10 +11,10 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use std::{cell::RefCell, marker::PhantomData, ops::Deref, ops::Range};
 
-/// Elements that one task of a parallel elementwise loop takes.
+/// Number of elements per task of a parallel elementwise loop.
 pub(super) const CHUNK: usize = 1 << 14;
 
-/// Runs `$body` with the type `$T` standing for the element type of `$dtype` (`F32` or `F64`).
+/// Runs `$body` with `$T` as the element type of `$dtype` (`F32` or `F64`).
 macro_rules! by_dtype {
     ($dtype:expr, $op:expr, $T:ident => $body:expr) => {
         match $dtype {
@@ -44,7 +44,7 @@ pub fn slice<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Resu
     Ok(&T::cpu_storage_as_slice(storage)?[contiguous(layout)?])
 }
 
-/// A read lock on a tensor that gives its elements.
+/// A read lock on a tensor that dereferences to its elements.
 pub struct View<'a, T> {
     storage: StorageRef<'a>,
     range: Range<usize>,
@@ -56,7 +56,7 @@ impl<T: WithDType> Deref for View<'_, T> {
 
     fn deref(&self) -> &[T] {
         match &*self.storage {
-            // `view` has checked device and type; a lock keeps both.
+            // `view` has checked device and dtype, and neither can change.
             Storage::Cpu(cpu) => T::cpu_storage_as_slice(cpu).map_or(&[], |all| &all[self.range.clone()]),
             _ => &[],
         }
@@ -74,7 +74,7 @@ pub fn view<T: WithDType>(tensor: &Tensor) -> Result<View<'_, T>> {
     Ok(View { storage, range, elements: PhantomData })
 }
 
-/// Calls `f` with the elements of a tensor in row-major order. From a device other than the CPU they are copied.
+/// Calls `f` with the elements of a tensor in row-major order; from other devices they are copied to the CPU.
 pub fn with_slice<T: WithDType, R>(tensor: &Tensor, f: impl FnOnce(&[T]) -> R) -> Result<R> {
     let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
     let result = f(&view(&tensor)?);
@@ -82,8 +82,8 @@ pub fn with_slice<T: WithDType, R>(tensor: &Tensor, f: impl FnOnce(&[T]) -> R) -
 }
 
 /// Calls `f` with the elements of a contiguous tensor, to change them in place. Tensors that share the storage (a `Var`
-/// and the layers that hold it) see the change; a autograd graph does not know of it. On a device other than
-/// the CPU, `f` changes a copy, which is then written back.
+/// and the layers that use it) see the change; an autograd graph does not. On other devices, `f` changes a copy, which
+/// is then written back.
 pub fn with_slice_mut<T: Real, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
     struct Edit<T, F, R>(RefCell<(Option<F>, Option<R>)>, PhantomData<T>);
 
@@ -111,7 +111,7 @@ pub fn with_slice_mut<T: Real, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> R
     edit.0.into_inner().1.ok_or_else(|| Error::Msg("the tensor has no elements to edit".into()).bt())
 }
 
-/// [`with_slice_mut`] for any device.
+/// [`with_slice_mut`] for other devices.
 fn with_copy<T: WithDType, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
     contiguous(tensor.layout())?;
     let flat = tensor.flatten_all()?;
@@ -121,8 +121,9 @@ fn with_copy<T: WithDType, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> R) ->
     Ok(result)
 }
 
-/// Gives a tensor's storage `elements`, rounded to its type, and returns those it had (f32 on a CPU; else none). An empty
-/// vector frees its memory: until it is given elements again, no kernel may read the tensor or one that shares its storage.
+/// Replaces the elements of a tensor's storage, rounded to its dtype, and returns the old ones (f32 on a CPU; else
+/// none). An empty vector frees the memory: until the elements are replaced again, no kernel may read a tensor with
+/// this storage.
 pub fn replace(tensor: &Tensor, elements: Vec<f32>) -> Result<Vec<f32>> {
     struct Replace(RefCell<Vec<f32>>);
 
@@ -155,7 +156,7 @@ pub fn replace(tensor: &Tensor, elements: Vec<f32>) -> Result<Vec<f32>> {
             DType::F32 => CpuStorage::F32(elements),
             DType::F16 => CpuStorage::F16(elements.into_par_iter().map(f16::from_f32).collect()),
             DType::BF16 => CpuStorage::BF16(elements.into_par_iter().map(bf16::from_f32).collect()),
-            dtype => bail!("replace the elements: {dtype:?} is no type of weights"),
+            dtype => bail!("replace the elements: {dtype:?} is not a dtype of weights"),
         })
     }
 
@@ -164,8 +165,8 @@ pub fn replace(tensor: &Tensor, elements: Vec<f32>) -> Result<Vec<f32>> {
     Ok(elements.0.into_inner())
 }
 
-/// Gives a tensor's storage a copy of `source`'s elements; both are of one type, shape and device. The storage may have
-/// been empty.
+/// Copies the elements of `source` to a tensor's storage; both have the same dtype, shape and device. The storage may
+/// be empty.
 pub fn assign(tensor: &Tensor, source: &Tensor) -> Result<()> {
     struct Assign(Tensor);
 
@@ -198,7 +199,7 @@ pub fn assign(tensor: &Tensor, source: &Tensor) -> Result<()> {
             tensor.dims()
         );
     }
-    // A view may be a part of its storage.
+    // A view may only be a part of its storage.
     tensor.inplace_op1(&Assign(source.force_contiguous()?))
 }
 

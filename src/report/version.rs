@@ -1,4 +1,4 @@
-//! Which program this is; `build.rs` provides what Cargo does not know.
+//! The version of this program. `build.rs` provides what Cargo does not know.
 
 use serde::Serialize;
 use std::fmt;
@@ -8,12 +8,12 @@ use std::fmt;
 pub struct Version {
     /// The version of the package, such as `0.1.0`.
     pub version: &'static str,
-    /// The full hash of the commit that was checked out at the build; `None` when built outside a git repository.
-    /// Changes that were not committed do not show in it.
+    /// Full hash of the commit that was checked out at build time; `None` if built outside a git repository.
+    /// Uncommitted changes are not visible in it.
     pub commit: Option<&'static str>,
-    /// Cargo features that were switched on, separated by spaces; empty for a plain build.
+    /// Enabled Cargo features, separated by spaces.
     pub features: &'static str,
-    /// The platform that it was compiled for, such as `x86_64-unknown-linux-gnu`.
+    /// Target triple, such as `x86_64-unknown-linux-gnu`.
     pub target: &'static str,
 }
 

@@ -1,9 +1,9 @@
-//! CUDA in a build without it.
+//! The functions of `cuda.rs` in a build without CUDA.
 
 use crate::error::{Error, Result, failed};
 use candle_core::Device;
 
-/// How many devices there are; never 0.
+/// Number of devices; always an error in this build.
 pub fn count() -> Result<usize> {
     Err(not_built())
 }
@@ -13,7 +13,7 @@ pub fn open(_number: usize) -> Result<Device> {
     Err(not_built())
 }
 
-/// What `vilg doctor` says.
+/// The line of `vilg doctor` about CUDA.
 pub fn describe() -> String {
     "not built".to_owned()
 }

@@ -1,4 +1,4 @@
-//! The device that a process or rank computes on, opened at the first use and kept.
+//! The device of a process or rank, opened at the first use and kept.
 
 use super::cuda;
 use crate::{
@@ -14,13 +14,13 @@ use std::{
     sync::{Mutex, OnceLock, PoisonError},
 };
 
-/// What `--device` asks for.
+/// The value of `--device`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wanted {
-    /// CUDA where this build has it and a device opens, else the CPU.
+    /// The first CUDA device if this build supports CUDA and the device opens, else the CPU.
     Auto,
     Cpu,
-    /// One CUDA device by number, or the one of the local rank.
+    /// One CUDA device by number; without a number, one by local rank.
     Cuda(Option<usize>),
 }
 
@@ -46,30 +46,30 @@ thread_local! {
     static LOCAL_RANK: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Chooses for the whole process; only the first call counts. Nothing is opened yet.
+/// Sets the device for the whole process. Only the first call has an effect, and no device is opened yet.
 pub fn choose_device(wanted: Wanted) {
     let _ = WANTED.set(wanted);
 }
 
-/// Says which of this machine's ranks the calling thread works for; the pools that it starts inherit it. Before it, a
-/// thread works for rank 0.
+/// Sets the local rank of the calling thread; thread pools started by it inherit the rank. Before, a thread has local
+/// rank 0.
 pub fn set_local_rank(rank: usize) {
     LOCAL_RANK.set(rank);
 }
 
-/// A pool whose threads work for the calling thread's rank.
+/// Builder of a pool whose threads have the local rank of the calling thread.
 pub(super) fn pool() -> ThreadPoolBuilder {
     let rank = LOCAL_RANK.get();
     ThreadPoolBuilder::new().start_handler(move |_| set_local_rank(rank))
 }
 
-/// The device that everything of this rank runs on: always the same one.
+/// The device of this rank; every call returns the same device.
 ///
 /// # Errors
-/// `--device` asks for CUDA, and this build has none, there is no driver, or no such device; or some ranks have a device
-/// and this one's does not open.
+/// `--device` asks for CUDA, but this build has no CUDA, there is no driver or no such device; or other ranks have a
+/// device and this rank's cannot be opened.
 pub fn device() -> Result<Device> {
-    // Whether there is CUDA is found out once, so that no rank falls back alone.
+    // CUDA is detected once per process, so that no rank falls back to the CPU alone.
     static FOUND: OnceLock<bool> = OnceLock::new();
     match WANTED.get().copied().unwrap_or(Wanted::Auto) {
         Wanted::Cpu => Ok(Device::Cpu),
@@ -81,7 +81,7 @@ pub fn device() -> Result<Device> {
     }
 }
 
-/// Whether CUDA can be had. A device that is there and does not open is not passed over in silence.
+/// Whether CUDA is available. If a device exists but cannot be opened, a warning is printed.
 fn found() -> bool {
     let opened = cuda_device(None);
     if let Err(error) = &opened
@@ -92,12 +92,12 @@ fn found() -> bool {
     opened.is_ok()
 }
 
-/// The opened device: tensors of two handles on one device would not mix.
+/// Opens a device once: tensors created through two handles of one device cannot be combined.
 fn cuda_device(number: Option<usize>) -> Result<Device> {
     static OPENED: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
     let number = match number {
         Some(number) => number,
-        // More ranks than devices share them.
+        // If there are more ranks than devices, ranks share devices.
         None => LOCAL_RANK.get() % cuda::count()?,
     };
     let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -109,15 +109,15 @@ fn cuda_device(number: Option<usize>) -> Result<Device> {
     Ok(device)
 }
 
-/// Refuses `--device cuda` for what runs on the CPU only.
+/// Refuses `--device cuda` for commands that run only on the CPU.
 pub fn cpu_only(what: &str) -> Result<()> {
     match WANTED.get() {
-        Some(Wanted::Cuda(_)) => Err(usage(format_args!("{what} is for the CPU only"), "leave --device away")),
+        Some(Wanted::Cuda(_)) => Err(usage(format_args!("{what} runs only on the CPU"), "leave out --device")),
         _ => Ok(()),
     }
 }
 
-/// `cpu` or `cuda:N`, or why there is none.
+/// `cpu` or `cuda:N`, or why no device is available.
 pub(super) fn name() -> String {
     match device().map(|device| device.location()) {
         Ok(DeviceLocation::Cpu) => "cpu".to_owned(),
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn pools_work_for_the_rank_that_started_them() {
+    fn pools_have_the_rank_that_started_them() {
         set_local_rank(3);
         let seen = super::super::with_threads(2, || rayon::broadcast(|_| LOCAL_RANK.get())).unwrap();
         assert_eq!(seen, [3, 3]);

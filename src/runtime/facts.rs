@@ -1,4 +1,4 @@
-//! What `vilg doctor` prints about this machine and this build.
+//! Facts about this machine and this build, for `vilg doctor`.
 
 use super::{
     cuda, device,
@@ -6,28 +6,28 @@ use super::{
 };
 use std::fs::read_to_string;
 
-/// What this machine offers and what this build contains.
+/// Facts about this machine and this build.
 #[derive(Debug, Clone)]
 pub struct Facts {
     /// `release` or `debug`.
     pub build: &'static str,
-    /// The device that commands compute on, or why there is none.
+    /// The device that commands would use, or why none is available.
     pub device: String,
     pub cuda: String,
     pub nccl: &'static str,
     pub threads: usize,
     pub processor: String,
     pub vector_units: Vec<&'static str>,
-    /// Whether the processor has AMX and products use it.
+    /// Whether the processor has AMX and whether matrix products use it.
     pub amx: &'static str,
-    /// RAM of the machine; `None` where the system does not say.
+    /// RAM of the machine in bytes; `None` if the system does not report it.
     pub memory_bytes: Option<u64>,
     pub memory_available_bytes: Option<u64>,
-    /// What may still be written below the current folder.
+    /// Free disk space below the current folder in bytes.
     pub disk_available_here_bytes: Option<u64>,
 }
 
-/// What this machine offers and what this build contains.
+/// Collects the facts.
 pub fn facts() -> Facts {
     Facts {
         build: if cfg!(debug_assertions) { "debug (slow: build with --release)" } else { "release" },
@@ -44,7 +44,7 @@ pub fn facts() -> Facts {
     }
 }
 
-/// The first value of `name` in one of Linux's `name : value` files.
+/// The value of the first line `name : value` of a Linux file such as `/proc/cpuinfo`.
 pub(super) fn field(file: &str, name: &str) -> Option<String> {
     let text = read_to_string(file).ok()?;
     text.lines().find_map(|line| {
@@ -53,13 +53,13 @@ pub(super) fn field(file: &str, name: &str) -> Option<String> {
     })
 }
 
-/// Bytes of a field of `/proc/meminfo`.
+/// The value of a field of `/proc/meminfo`, in bytes.
 fn memory(name: &str) -> Option<u64> {
     let kilobytes: u64 = field("/proc/meminfo", name)?.split(' ').next()?.parse().ok()?;
     Some(kilobytes * 1024)
 }
 
-/// Bytes that a user may still write below the current folder.
+/// Free disk space below the current folder in bytes, as far as the user may use it.
 fn disk() -> Option<u64> {
     #[cfg(target_os = "linux")]
     {

@@ -1,26 +1,28 @@
-//! Files as memory.
+//! Memory-mapped files.
 
 use crate::{
+    bounded_read,
     error::{Context, Result},
-    files,
 };
 use std::{ops::Deref, path::Path};
 
-/// A file as memory: pages are read from the disk when they are used, and dropped when memory is short.
+/// A read-only memory-mapped file: pages are read from the disk when they are used, and dropped when memory is short.
 ///
-/// A page that cannot be read (the file became shorter after it was opened, or the disk fails) raises SIGBUS; on Linux the
-/// program then says so and ends with exit code 1.
+/// A page that cannot be read (the file was truncated after it was opened, or the disk fails) raises SIGBUS. On Linux
+/// the program then prints an error and ends with exit code 1.
 pub struct Mapped(memmap2::Mmap);
 
 impl Mapped {
+    /// Maps a file.
+    ///
     /// # Errors
     /// The file is missing, not a regular file, or cannot be mapped.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = files::open(path)?;
+        let file = bounded_read::open(path)?;
         #[cfg(target_os = "linux")]
         bus_error::explain();
-        // SAFETY: nobody changes a file of a model folder or checkpoint in place: new ones are written and renamed. One
-        // that becomes shorter all the same ends the program by `bus_error`.
+        // SAFETY: files of model folders and checkpoints are never changed in place: new files are written and renamed.
+        // If a file is truncated all the same, `bus_error` ends the program.
         let map = unsafe { memmap2::Mmap::map(&file) }.with_context(|| format!("cannot map {}", path.display()))?;
         Ok(Self(map))
     }
@@ -41,7 +43,7 @@ mod bus_error {
     const MESSAGE: &[u8] = b"error: a file became shorter while it was read, or its disk failed\n\
         hint: do not change model folders and checkpoints in place; check the disk, copy the files again and start again\n";
 
-    /// Has SIGBUS end the program with a message instead of a core dump.
+    /// Installs a SIGBUS handler that ends the program with an error message instead of a core dump.
     pub fn explain() {
         static DONE: Once = Once::new();
         DONE.call_once(|| {
@@ -67,7 +69,7 @@ mod tests {
 
     const FILE: &str = "VILG_TEST_FILE_TO_CUT";
 
-    /// In a process of its own, which it ends.
+    /// Runs in its own process, because it ends that process.
     #[test]
     fn a_file_that_is_cut_while_it_is_mapped_ends_the_program_with_a_message() {
         if let Some(path) = std::env::var_os(FILE) {

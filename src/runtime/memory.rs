@@ -1,9 +1,9 @@
-//! This process's memory: how the allocator keeps it, and how much of it is in RAM.
+//! Memory of this process: allocator settings and usage.
 
 use super::facts::field;
 
-/// Keeps freed memory in the process. A training step frees and allocates the same buffers over and
-/// over; glibc would give each back to the kernel and fault it in again (a third of the time of a step).
+/// Keeps freed memory in the process. A training step frees and allocates the same buffers again and again; glibc would
+/// return each to the kernel, and the page faults of using it again take a third of the time of a step.
 pub fn keep_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: mallopt only sets allocator parameters; it is called before any other thread starts.
@@ -14,12 +14,12 @@ pub fn keep_memory() {
     }
 }
 
-/// Memory of this process that is in RAM, in bytes; 0 where the system does not say.
+/// Resident memory of this process in bytes; 0 if the system does not report it.
 pub fn resident_bytes() -> u64 {
     status_bytes("VmRSS").unwrap_or(0)
 }
 
-/// The most memory that this process has had in RAM, in bytes, since it began or since [`restart_peak`].
+/// Peak resident memory of this process in bytes, since its start or since [`restart_peak`].
 pub fn peak_bytes() -> Option<u64> {
     status_bytes("VmHWM")
 }
@@ -29,10 +29,10 @@ fn status_bytes(name: &str) -> Option<u64> {
     Some(line.strip_suffix(" kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
-/// Gives freed memory back, lets [`peak_bytes`] begin anew and returns what is in RAM now; `None` where the system cannot.
+/// Frees unused memory, resets [`peak_bytes`] and returns the resident memory; `None` if the system cannot do it.
 pub fn restart_peak() -> Option<u64> {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: malloc_trim only returns memory that nobody uses.
+    // SAFETY: malloc_trim only releases memory that is not in use.
     unsafe {
         libc::malloc_trim(0);
     }

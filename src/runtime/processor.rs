@@ -1,11 +1,11 @@
-//! What the processor can do: asked at run time, since one binary runs on all x86-64 machines.
+//! Features of the processor, detected at run time because one binary runs on all x86-64 machines.
 
 use std::sync::{
     OnceLock,
     atomic::{AtomicBool, Ordering},
 };
 
-/// The instruction sets that make a difference to us.
+/// The vector instruction sets that kernels use, as far as the processor has them.
 pub(super) fn vector_units() -> Vec<&'static str> {
     #[cfg(target_arch = "x86_64")]
     {
@@ -22,7 +22,7 @@ pub(super) fn vector_units() -> Vec<&'static str> {
     vec!["baseline"]
 }
 
-/// Whether AMD made the processor.
+/// Whether the processor is made by AMD.
 #[cfg(target_arch = "x86_64")]
 #[allow(unused_unsafe, reason = "cpuid is an unsafe function in older compilers that we support")]
 pub fn amd() -> bool {
@@ -35,14 +35,14 @@ pub fn amd() -> bool {
 /// Whether the user asked for AMX.
 static AMX_WANTED: AtomicBool = AtomicBool::new(false);
 
-/// Lets this process use AMX where the processor has it. Call it before the first product. Off by default, because
-/// our AMX code has so far only run in an emulator.
+/// Enables AMX for this process if the processor has it. Must be called before the first matrix product. Off by
+/// default, because the AMX code has only run in an emulator so far.
 pub fn want_amx() {
     AMX_WANTED.store(true, Ordering::Relaxed);
 }
 
-/// Whether this process may and should use AMX tiles with bf16: the user asked for them, the processor has them, and
-/// the system saves them and (Linux, asked once) permits this process to touch their 8 KiB of state.
+/// Whether AMX tiles with bf16 are used: the user asked for them, the processor has them, and the system saves their
+/// state and (on Linux, asked once) permits this process to use them.
 pub fn amx_bf16() -> bool {
     static USABLE: OnceLock<bool> = OnceLock::new();
     AMX_WANTED.load(Ordering::Relaxed) && *USABLE.get_or_init(amx::usable)
@@ -55,7 +55,7 @@ pub(super) fn amx_state() -> &'static str {
 
 fn amx_state_of(present: bool, usable: bool, wanted: bool) -> &'static str {
     match (present, usable, wanted) {
-        (false, ..) => "not on this processor",
+        (false, ..) => "not available on this processor",
         (true, _, false) => "present but off: so far tested only in an emulator; switch it on with --amx",
         (true, false, true) => "present, but the system does not permit it",
         (true, true, true) => "on",
@@ -66,14 +66,14 @@ fn amx_state_of(present: bool, usable: bool, wanted: bool) -> &'static str {
 mod amx {
     use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 
-    /// Number of the tiles' data among the parts of a processor's extended state; 17 is their configuration.
+    /// State component of the tile data (XTILEDATA) in XCR0; 17 is the tile configuration.
     const TILE_DATA: u32 = 18;
 
     pub fn usable() -> bool {
         present() && permitted()
     }
 
-    /// The processor has AMX with bf16, and the system has enabled it.
+    /// Whether the processor has AMX with bf16 and the system has enabled it.
     #[allow(unused_unsafe, reason = "cpuid is an unsafe function in older compilers that we support")]
     pub fn present() -> bool {
         const OSXSAVE: u32 = 1 << 27;
@@ -85,13 +85,13 @@ mod amx {
             return false;
         }
         let wanted = AMX_BF16 | AMX_TILE;
-        // SAFETY: OSXSAVE says that the instruction is there.
+        // SAFETY: OSXSAVE says that the instruction exists.
         let enabled = unsafe { _xgetbv(0) } >> (TILE_DATA - 1) & 0b11 == 0b11;
-        // SAFETY: as above, and it answers leaf 7.
+        // SAFETY: as above, and the processor supports leaf 7.
         unsafe { __cpuid_count(7, 0) }.edx & wanted == wanted && enabled
     }
 
-    /// Linux gives the tiles' state to processes that ask for it.
+    /// Asks Linux for permission to use the tile state.
     fn permitted() -> bool {
         const ARCH_REQ_XCOMP_PERM: libc::c_int = 0x1023;
         // SAFETY: this request only marks the process; it has no pointer arguments.

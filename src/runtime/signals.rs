@@ -1,4 +1,4 @@
-//! What the process that started this one decided about signals.
+//! Signal settings inherited from the parent process.
 
 /// Whether this process ignores `signal`, as `nohup` arranges for SIGHUP.
 pub fn is_ignored(signal: libc::c_int) -> bool {

@@ -1,9 +1,9 @@
-//! The compute threads: rayon's global pool, and a pool of its own for each rank.
+//! Compute threads: rayon's global pool, and a separate pool for each rank.
 
 use super::device;
 use crate::error::{Context, Result};
 
-/// Sizes the one thread pool of the process (rayon's global one); `None`: one thread a core.
+/// Starts the global thread pool of the process; `None`: one thread per core.
 ///
 /// # Errors
 /// The threads cannot be started.
@@ -12,16 +12,16 @@ pub fn start_threads(threads: Option<usize>) -> Result<()> {
     builder.build_global().context("cannot start the compute threads")
 }
 
-/// Bytes of a compute thread's stack: as much as a main thread has.
+/// Stack size of a compute thread in bytes, as large as a main thread's.
 const STACK: usize = 8 << 20;
 
-/// Runs `f` on one of the compute threads. Parallel loops then begin and end there without waking up a thread that
-/// sleeps, which costs more than a small matrix product.
+/// Runs `f` on a compute thread. Parallel loops then start and end on that thread. Waking up a sleeping thread would
+/// cost more than a small matrix product.
 pub fn on_threads<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| f())
 }
 
-/// Runs `f` on one of `threads` compute threads that are `f`'s alone: a rank's share of the machine.
+/// Runs `f` on a separate pool of `threads` compute threads: a rank's share of the machine.
 ///
 /// # Errors
 /// The threads cannot be started.

@@ -1,4 +1,4 @@
-//! Text to tokens and back.
+//! Text tokenizer: text to token ids and back.
 
 mod train;
 mod wordpiece;

@@ -8,8 +8,11 @@ use tokenizers::{
     models::wordpiece::{WordPiece as Pieces, WordPieceTrainerBuilder},
 };
 
-/// The text of a `vocab.txt` with at most `size` tokens: special tokens, then characters by how often
-/// they occur, then joined pieces of words that are not Chinese. The same captions give the same vocabulary.
+/// Trains a vocabulary with at most `size` tokens: special tokens, then characters by frequency, then word pieces of
+/// non-Chinese words. Returns the text of a `vocab.txt`. The same captions give the same vocabulary.
+///
+/// # Errors
+/// The trainer fails.
 pub fn train<'a>(captions: impl IntoIterator<Item = &'a str>, size: usize) -> Result<String> {
     let special = [PAD, UNK, CLS, SEP, MASK];
     ensure!(size > special.len(), "a vocabulary of {size} has no workspace beside {} special tokens", special.len());
@@ -19,8 +22,8 @@ pub fn train<'a>(captions: impl IntoIterator<Item = &'a str>, size: usize) -> Re
             *counts.entry(word).or_default() += 1;
         }
     }
-    // The trainer numbers characters in the order of a hash map, and breaks ties by number. Handed to it as
-    // special tokens, and with no room for others, they keep the order given here.
+    // The trainer numbers characters in the order of a hash map and breaks ties by number. Passed as special tokens,
+    // with no room for other characters, they keep the order given here.
     let mut tokens: Vec<String> = special.map(str::to_owned).into();
     tokens.extend(alphabet(&counts, size - special.len()));
     let mut trainer = WordPieceTrainerBuilder::new()
@@ -39,8 +42,8 @@ pub fn train<'a>(captions: impl IntoIterator<Item = &'a str>, size: usize) -> Re
     Ok(vocab.into_iter().flat_map(|(token, _)| [token, "\n".into()]).collect())
 }
 
-/// The most frequent characters, each as a beginning and, where it occurs so, as a continuation (`##c`) of
-/// a word. The trainer only knows a continuation whose beginning it knows.
+/// The most frequent characters, each as the start and, if it occurs there, as a continuation (`##c`) of a word. The
+/// trainer only accepts a continuation whose start it knows.
 fn alphabet(words: &BTreeMap<String, usize>, size: usize) -> Vec<String> {
     let mut counts = BTreeMap::<char, (usize, bool)>::new();
     for (word, count) in words {
@@ -83,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn the_most_frequent_characters_stay_and_every_run_agrees() {
+    fn the_most_frequent_characters_are_kept_and_runs_are_reproducible() {
         let small = train(CAPTIONS, 16).unwrap();
         assert!(small.lines().count() <= 16);
         assert!(small.contains("风") && !small.contains("轮"), "{small}");

@@ -1,8 +1,8 @@
-//! WordPiece over a BERT vocabulary: cleaned, lower-cased, each Chinese character a word of its own.
+//! WordPiece over a BERT vocabulary: cleaned, lower-cased, each Chinese character a separate word.
 
 use crate::{
+    bounded_read,
     error::{Context, Hint, Result, anyhow, ensure},
-    files,
 };
 use std::{collections::HashSet, path::Path};
 use tokenizers::{
@@ -16,14 +16,14 @@ pub(super) const CLS: &str = "[CLS]";
 pub(super) const SEP: &str = "[SEP]";
 pub(super) const MASK: &str = "[MASK]";
 
-/// Characters read for each token asked for: a longer word than 100 characters is `[UNK]` whatever its length.
+/// Number of characters read per requested token. Words longer than 100 characters become `[UNK]` anyway.
 const CHARACTERS_A_TOKEN: usize = 128;
 
-/// A vocabulary and the rules that go with it.
+/// A WordPiece tokenizer with its vocabulary.
 #[derive(Debug, Clone)]
 pub struct WordPiece {
     pieces: Pieces,
-    /// By id.
+    /// Tokens by id.
     tokens: Vec<String>,
     cls: u32,
     sep: u32,
@@ -32,20 +32,28 @@ pub struct WordPiece {
 }
 
 impl WordPiece {
-    /// Reads a `vocab.txt`: one token a line, its id the line's number from 0.
+    /// Reads a `vocab.txt` with one token per line; the id of a token is its line number, counted from 0.
+    ///
+    /// # Errors
+    /// The file cannot be read, or its content is not a vocabulary.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let hint = "a WordPiece vocabulary has one token a line, in UTF-8, and holds [PAD], [UNK], [CLS] and [SEP]";
-        let read = files::read_text(path, files::VOCABULARY);
-        read.and_then(|text| Self::parse(&text)).hint(format!("cannot use the vocabulary `{}`", path.display()), hint)
+        let hint =
+            "a WordPiece vocabulary has one token per line, in UTF-8, and contains [PAD], [UNK], [CLS] and [SEP]";
+        // The error of a failed read already contains the path.
+        let text = bounded_read::read_text(path, bounded_read::VOCABULARY).hint("cannot use the vocabulary", hint)?;
+        Self::parse(&text).hint(format!("cannot use the vocabulary `{}`", path.display()), hint)
     }
 
-    /// The vocabulary in the text of a `vocab.txt`. A byte order mark at its beginning is skipped.
+    /// Parses the text of a `vocab.txt`. A byte order mark at its start is skipped.
+    ///
+    /// # Errors
+    /// A line is empty or repeats a token, or one of `[PAD]`, `[UNK]`, `[CLS]` and `[SEP]` is missing.
     pub fn parse(vocab: &str) -> Result<Self> {
-        // Alone in its line it is a token.
+        // A byte order mark alone on its line is a token.
         let marked = vocab.strip_prefix('\u{feff}').filter(|rest| !rest.starts_with(['\r', '\n']));
         let vocab = marked.unwrap_or(vocab);
-        // Not trimmed: the Chinese BERT vocabulary holds a line separator (U+2028) as a token.
+        // Not trimmed: the Chinese BERT vocabulary contains a line separator (U+2028) as a token.
         let tokens: Vec<String> = vocab.lines().map(str::to_owned).collect();
         let mut seen = HashSet::new();
         if let Some(line) = tokens.iter().position(|token| token.is_empty() || !seen.insert(token.as_str())) {
@@ -61,9 +69,9 @@ impl WordPiece {
         Ok(Self { pieces, tokens, cls, sep, pad, unk })
     }
 
-    /// `[CLS] tokens [SEP]`, cut to `max_tokens` (at least 2) in all. An empty text is `[CLS] [SEP]`.
+    /// `[CLS]`, tokens, `[SEP]`, truncated to `max_tokens` (at least 2) in all. An empty text is `[CLS] [SEP]`.
     ///
-    /// Of a very long text only the first 128 characters a token are looked at.
+    /// Of a very long text only the first 128 characters per token are read.
     pub fn encode(&self, text: &str, max_tokens: usize) -> Result<Vec<u32>> {
         let (mut ids, _) = self.pieces_of(text, max_tokens)?;
         ids.truncate(max_tokens - 1);
@@ -71,8 +79,8 @@ impl WordPiece {
         Ok(ids)
     }
 
-    /// The same for a text that a model learns to write: if it is cut, it has no `[SEP]`, since it does not end there.
-    /// The last token then has no successor.
+    /// Encodes a text that the model learns to predict. A truncated text has no `[SEP]`, because it does not end there;
+    /// its last token then has no successor.
     pub fn encode_target(&self, text: &str, max_tokens: usize) -> Result<Vec<u32>> {
         let (mut ids, complete) = self.pieces_of(text, max_tokens)?;
         ids.extend(complete.then_some(self.sep));
@@ -80,9 +88,9 @@ impl WordPiece {
         Ok(ids)
     }
 
-    /// `[CLS]` and at least the first `max_tokens - 1` tokens of a text, and whether these are all of its tokens.
+    /// `[CLS]` and at least the first `max_tokens - 1` tokens of a text, and whether these are all its tokens.
     fn pieces_of(&self, text: &str, max_tokens: usize) -> Result<(Vec<u32>, bool)> {
-        ensure!(max_tokens >= 2, "{max_tokens} tokens leave no workspace for [CLS] and [SEP]");
+        ensure!(max_tokens >= 2, "{max_tokens} tokens leave no room for [CLS] and [SEP]");
         let end =
             text.char_indices().nth(max_tokens.saturating_mul(CHARACTERS_A_TOKEN)).map_or(text.len(), |(end, _)| end);
         let mut ids = vec![self.cls];
@@ -95,7 +103,8 @@ impl WordPiece {
         Ok((ids, end == text.len()))
     }
 
-    /// Readable text: pieces joined, spaces only between words that are not Chinese, special tokens dropped.
+    /// Decodes tokens to readable text: word pieces are joined, spaces only separate non-Chinese words, special tokens
+    /// are dropped.
     pub fn decode(&self, ids: &[u32]) -> String {
         let mut text = String::new();
         for &id in ids {
@@ -121,7 +130,7 @@ impl WordPiece {
         self.tokens.len()
     }
 
-    /// The vocabulary as it stands in a `vocab.txt`.
+    /// The vocabulary as the text of a `vocab.txt`.
     pub fn vocab_text(&self) -> String {
         self.tokens.iter().flat_map(|token| [token.as_str(), "\n"]).collect()
     }
@@ -157,7 +166,7 @@ pub(super) fn words(text: &str) -> Result<Vec<String>> {
     Ok(splits.into_iter().map(|(word, ..)| word.to_owned()).collect())
 }
 
-/// Whether words that begin or end with this character are set apart by spaces.
+/// Whether spaces separate words that start or end with this character.
 fn spaced(c: char) -> bool {
     let unspaced_script = matches!(c as u32, 0x2E80..=0x9FFF | 0xF900..=0xFAFF | 0xFF00..=0xFFEF | 0x20000..=0x3FFFF);
     c.is_alphanumeric() && !unspaced_script
@@ -184,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn odd_texts() {
+    fn unusual_texts() {
         assert_eq!(round(""), (vec![2, 3], String::new()));
         assert_eq!(round(" \t\n\0\u{fffd}\u{200b}"), (vec![2, 3], String::new()));
         assert_eq!(round("🌙 [SEP] ไทย").0[..2], [2, 1]);
@@ -202,10 +211,10 @@ mod tests {
     }
 
     #[test]
-    fn a_cut_target_does_not_end() {
+    fn a_truncated_target_has_no_sep() {
         let wordpiece = WordPiece::parse(VOCAB).unwrap();
         let target = |text: &str, max| wordpiece.encode_target(text, max).unwrap();
-        assert_eq!(target("一弯月", 5), [2, 5, 6, 7, 3], "as long as there is workspace");
+        assert_eq!(target("一弯月", 5), [2, 5, 6, 7, 3], "as long as there is room");
         assert_eq!(target("一弯月", 8), wordpiece.encode("一弯月", 8).unwrap());
         assert_eq!(target("一弯月", 4), [2, 5, 6, 7], "its end does not fit");
         assert_eq!(target("一弯月一弯月一弯月", 5), [2, 5, 6, 7, 5]);
@@ -214,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_byte_order_mark_is_no_part_of_the_first_token() {
+    fn a_byte_order_mark_is_not_part_of_the_first_token() {
         let marked = WordPiece::parse(&format!("\u{feff}{VOCAB}")).unwrap();
         assert_eq!(marked.pad(), 0);
         assert_eq!(marked.vocab_text(), VOCAB);

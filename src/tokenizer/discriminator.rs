@@ -1,5 +1,5 @@
-//! PatchGAN (arXiv 1611.07004), VQGAN's adversary: says patch by patch whether an image is real. Names and shapes are
-//! taming-transformers'. It is trained beside the tokenizer and is no part of the model.
+//! PatchGAN discriminator (arXiv 1611.07004), as in VQGAN: classifies each image patch as real or reconstructed. Names
+//! and shapes are those of taming-transformers. It is only used in training and is not part of the published model.
 
 use crate::{
     config::{self, Precision},
@@ -9,10 +9,10 @@ use crate::{
 };
 use candle_core::Tensor;
 
-/// The scope of its parameters.
+/// The scope of the discriminator's parameters.
 pub const SCOPE: &str = "discriminator";
 
-/// Whether a parameter of a tokenizer in training is the discriminator's.
+/// Whether a parameter of a tokenizer in training belongs to the discriminator.
 pub fn is_ours(name: &str) -> bool {
     name.strip_prefix(SCOPE).is_some_and(|rest| rest.starts_with('.'))
 }
@@ -21,10 +21,10 @@ const KERNEL: usize = 4;
 /// Slope of the leaky ReLU below 0.
 const SLOPE: f64 = 0.2;
 const NORM_EPS: f64 = 1e-5;
-/// Channels grow up to so many times those of the first layer.
+/// Maximum number of channels, as a multiple of the first layer's.
 const MAX_WIDENING: usize = 8;
 
-/// The network.
+/// The discriminator network.
 pub struct Discriminator {
     layers: Vec<Layer>,
     precision: Precision,
@@ -33,15 +33,17 @@ pub struct Discriminator {
 struct Layer {
     /// `(out, in, 4, 4)`
     weight: Tensor,
-    /// Of the first layer and the last, which have no norm.
+    /// Only the first and the last layer have a bias; the others have a norm.
     bias: Option<Tensor>,
     norm: Option<(Tensor, Tensor)>,
     stride: usize,
 }
 
 impl Discriminator {
+    /// The discriminator with the parameters of `scope`.
+    ///
     /// # Errors
-    /// Images of the configuration's size are too small for it.
+    /// Images of the configured size are too small for the number of layers.
     pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
         let (channels, halvings) = (config.discriminator_channels, config.discriminator_layers);
         let side = (0..halvings).fold(config.image_size, |side, _| side / 2);
@@ -52,7 +54,7 @@ impl Discriminator {
         );
         let widths = (0..=halvings).map(|i| channels * (1 << i).min(MAX_WIDENING));
         let (mut inputs, mut layers) = (3, Vec::new());
-        // A convolution, its norm and the activation are numbered in the reference.
+        // In the reference, convolution, norm and activation are numbered separately.
         let mut number = 0;
         for (i, outputs) in widths.chain([1]).enumerate() {
             let (first, last) = (i == 0, i == halvings + 1);
@@ -74,8 +76,8 @@ impl Discriminator {
         Ok(Self { layers, precision: scope.precision() })
     }
 
-    /// Pixels `(batch, height, width, 3)` → logits `(batch, h, w, 1)`, above 0 where a patch looks real. Frozen: no
-    /// gradient goes to the network's own parameters.
+    /// Pixels `(batch, height, width, 3)` → logits `(batch, h, w, 1)`, above 0 where a patch looks real. `frozen`: no
+    /// gradient flows to the network's own parameters.
     pub fn forward(&self, pixels: &Tensor, frozen: bool) -> Result<Tensor> {
         let own = |tensor: &Tensor| if frozen { tensor.detach() } else { tensor.clone() };
         let mut x = pixels.clone();
@@ -93,7 +95,7 @@ impl Discriminator {
     }
 }
 
-/// Each channel with mean 0 and variance 1 over the batch: there is no other mode, since only training uses it.
+/// Batch norm with batch statistics. There is no inference mode, because the network is only used in training.
 fn batch_norm(x: &Tensor) -> Result<Tensor> {
     let (batch, height, width, channels) = x.dims4()?;
     let rows = x.reshape((batch * height * width, channels))?;
@@ -102,7 +104,7 @@ fn batch_norm(x: &Tensor) -> Result<Tensor> {
     Ok(centred.broadcast_div(&deviation)?.reshape(x.shape())?)
 }
 
-/// Mean of how wrong the discriminator is about logits of real images and of reconstructions.
+/// The discriminator's loss, a scalar, for logits of real images and of reconstructions.
 pub fn loss(kind: config::AdversarialLoss, real: &Tensor, fake: &Tensor) -> Result<Tensor> {
     let wrong = |x: Tensor| match kind {
         config::AdversarialLoss::Hinge => (x + 1.0)?.relu()?.mean_all(),
@@ -116,26 +118,26 @@ fn softplus(x: &Tensor) -> candle_core::Result<Tensor> {
     x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?
 }
 
-/// LeCam regularisation (arXiv 2104.03310): logits stay near the running means of the other kind.
+/// LeCam regularization (arXiv 2104.03310): keeps logits close to the running means of the other class.
 pub fn lecam(real: &Tensor, fake: &Tensor, logit_ema: LogitEma) -> Result<Tensor> {
     let above = (real - logit_ema.fake)?.relu()?.sqr()?.mean_all()?;
     let below = (fake.neg()? + logit_ema.real)?.relu()?.sqr()?.mean_all()?;
     Ok((above + below)?)
 }
 
-/// What the steps before said of the discriminator.
+/// Running statistics of the discriminator over earlier steps.
 #[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize, serde::Deserialize)]
 pub struct LogitEma {
     /// Running mean of the logits of real images.
     pub real: f64,
-    /// The same of reconstructions.
+    /// Running mean of the logits of reconstructions.
     pub fake: f64,
-    /// Share of patches that were told rightly in the last step.
+    /// Accuracy of the discriminator in the last step: share of patches classified correctly.
     pub accuracy: f64,
 }
 
 impl LogitEma {
-    /// Takes in what a step gave.
+    /// Updates the running statistics with those of a step.
     pub fn follow(&mut self, real: f64, fake: f64, accuracy: f64) {
         const DECAY: f64 = 0.99;
         self.real = DECAY * self.real + (1.0 - DECAY) * real;
@@ -144,7 +146,7 @@ impl LogitEma {
     }
 }
 
-/// Share of patches that are told rightly, real ones and reconstructed ones counting alike.
+/// Accuracy: share of patches classified correctly; real and reconstructed patches have equal weight.
 pub fn accuracy(real: &Tensor, fake: &Tensor) -> Result<f64> {
     let share = |hits: Tensor| -> Result<f64> {
         let hits = hits.to_dtype(candle_core::DType::F32)?.mean_all()?;

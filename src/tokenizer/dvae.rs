@@ -1,5 +1,6 @@
 //! DALL-E's dVAE (arXiv 2102.12092, appendix A), the tokenizer of the paper's ablation, with the names of its published
-//! weights. The encoder gives a code's logits at each place; the decoder gives mean and spread of a distribution of pixels.
+//! weights. The encoder outputs logits over codes at each position, the decoder mean and scale of a distribution over
+//! pixels.
 
 use crate::{
     config::{self, Precision},
@@ -12,10 +13,10 @@ use crate::{
 };
 use candle_core::{D, Tensor};
 
-/// Pixels keep so far from 0 and 1, where logits end.
+/// Pixel values are mapped to \[ε, 1 − ε\], because their logits must be finite.
 const EPS: f64 = 0.1;
 
-/// A square convolution with as much padding as keeps the size.
+/// A convolution with a square kernel and "same" padding.
 struct Conv {
     w: Tensor,
     b: Tensor,
@@ -37,7 +38,8 @@ impl Conv {
     }
 }
 
-/// `id_path(x) + gain · res_path(x)`; the residual path is four times ReLU and convolution at a quarter of the width.
+/// `id_path(x) + gain · res_path(x)`; the residual path is four times ReLU and convolution, with a quarter of the
+/// channels.
 struct Block {
     id_path: Option<Conv>,
     res_path: Vec<Conv>,
@@ -63,7 +65,7 @@ impl Block {
     }
 }
 
-/// Groups of blocks; all but the last change the side.
+/// Groups of blocks. All groups but the last are followed by down- or up-sampling.
 struct Groups(Vec<Vec<Block>>);
 
 impl Groups {
@@ -137,14 +139,14 @@ impl Decoder {
         })
     }
 
-    /// What the last convolution reads, and what it makes of it.
+    /// The input of the last convolution, and its output.
     pub fn forward(&self, z_q: &Tensor) -> Result<(Tensor, Tensor)> {
         let x = self.groups.forward(z_q.clone(), ops::upsample_nearest2x)?.relu()?;
         let y = self.output.forward(&x)?;
         Ok((x, y))
     }
 
-    /// Norm of the gradient in the last convolution's weight, from its input and the gradient of its output.
+    /// Norm of the gradient of the last convolution's weight, from its input and the gradient of its output.
     pub fn last_weight_norm(&self, input: &Tensor, dy: &Tensor) -> Result<f64> {
         conv::weight_gradient_norm(&self.output.w, input, dy, 1, Padding::default())
     }
@@ -155,7 +157,7 @@ fn map_pixels(pixels: &Tensor) -> Result<Tensor> {
     Ok(pixels.affine(0.5 - EPS, 0.5)?)
 }
 
-/// The likeliest pixels, in \[-1, 1\], of the decoder's output.
+/// The most likely pixels, in \[-1, 1\], from the decoder's output.
 pub fn pixels(output: &Tensor) -> Result<Tensor> {
     let values = sigmoid(&output.narrow(D::Minus1, 0, 3)?)?;
     Ok(values.affine(1.0 / (0.5 - EPS), -0.5 / (0.5 - EPS))?.clamp(-1.0, 1.0)?)
@@ -165,7 +167,7 @@ fn sigmoid(x: &Tensor) -> Result<Tensor> {
     Ok((x.neg()?.exp()? + 1.0)?.recip()?)
 }
 
-/// −ln of the likelihood of pixels under a logit-Laplace distribution (appendix A.3), the mean over values:
+/// Negative log likelihood of pixels under a logit-Laplace distribution (appendix A.3), averaged over values:
 /// ln 2b x (1 − x) + |logit x − μ| / b.
 pub fn negative_log_likelihood(output: &Tensor, pixels: &Tensor) -> Result<Tensor> {
     let x = map_pixels(pixels)?;

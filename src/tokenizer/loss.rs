@@ -1,4 +1,5 @@
-//! What a reconstruction is judged by (paper §2.1; arXiv 2012.09841, eq. 5-7): pixels, perception, an adversary.
+//! Training loss of an image tokenizer (paper §2.1; arXiv 2012.09841, eq. 5-7): pixel, perceptual and adversarial
+//! terms.
 
 use super::{
     PixelBatch,
@@ -14,16 +15,16 @@ use crate::{
 use candle_core::{DType, Tensor, Var};
 use std::path::Path;
 
-/// The most by which the adversary's gradient is scaled.
+/// Maximum adaptive weight of the adversarial loss.
 const MAX_ADAPTION: f64 = 1e4;
 
-/// The terms of a configuration.
+/// The loss terms of a configuration.
 pub struct Loss {
     l1_weight: f64,
     l2_weight: f64,
-    /// Whether the decoder gives a distribution of pixels: then their likelihood counts, too.
+    /// Whether the decoder outputs a distribution over pixels: then its negative log likelihood is added.
     distribution: bool,
-    /// The network, its weight, and the step after which it counts.
+    /// The network, its weight, and the step after which the term is added.
     perceptual: Option<(Perceptual, f64, u64)>,
     gan_loss: Option<GanLoss>,
 }
@@ -37,42 +38,41 @@ struct GanLoss {
     ceiling: f64,
 }
 
-/// The judgement of a batch.
-pub struct Judged {
-    /// Means by name, for the log.
+/// The loss of a batch, with its gradients.
+pub struct LossOutput {
+    /// Mean values by name, for the log.
     pub terms: Vec<(&'static str, f64)>,
-    /// Pixels and perception, weighted.
+    /// Weighted sum of pixel and perceptual terms.
     pub loss: f64,
-    /// The gradient of all terms in the decoder's output, times the batch's loss scale.
+    /// Gradient of all terms with respect to the decoder's output, times the batch's loss scale.
     pub gradient: Tensor,
-    /// Gradients of the discriminator's own loss in its parameters, scaled alike.
+    /// Gradients of the discriminator's own loss with respect to its parameters, times the loss scale.
     pub own: Vec<(String, Tensor)>,
 }
 
-/// What the discriminator says; all gradients are scaled.
+/// The adversarial terms; all gradients are scaled.
 struct Adversarial {
-    /// The gradient of −mean D(x̂) in the decoder's output.
+    /// Gradient of −mean D(x̂) with respect to the decoder's output.
     gradient: Tensor,
     own: Vec<(String, Tensor)>,
 }
 
 impl Loss {
-    /// Pixels alone.
+    /// Pixel terms only.
     pub fn pixels(config: &config::ImageTokenizer) -> Self {
         let distribution = config.architecture == Architecture::Dvae;
         let (l1_weight, l2_weight) = (config.l1_weight, config.l2_weight);
         Self { l1_weight, l2_weight, distribution, perceptual: None, gan_loss: None }
     }
 
-    /// Everything that the configuration asks for; the discriminator's parameters lie in `scope`.
+    /// All terms of the configuration. The discriminator's parameters are in `scope`.
     ///
     /// # Errors
     /// The perceptual network cannot be opened, or images are too small for the discriminator.
     pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
         let mut all = Self::pixels(config);
         if config.perceptual_weight > 0.0 {
-            let hint =
-                "name a folder that `vilg import lpips SRC DIR` wrote, or set image_tokenizer.perceptual_weight to 0";
+            let hint = "set it to a folder written by `vilg import lpips SRC DIR`, or set image_tokenizer.perceptual_weight to 0";
             ensure!(!config.perceptual.is_empty(), usage("image_tokenizer.perceptual is empty", hint));
             let network = Perceptual::open(Path::new(&config.perceptual), scope.precision(), &scope.device());
             let network = network.context("image_tokenizer.perceptual")?;
@@ -92,14 +92,15 @@ impl Loss {
         Ok(all)
     }
 
-    /// Judges what the decoder gave: pixels `(batch, side, side, 3)`, or a distribution of them `(batch, side, side, 6)`.
-    /// `last_norm` gives the norm of the gradient in the weight of the decoder's last layer for a gradient in its output.
+    /// Computes the loss of the decoder's output: pixels `(batch, side, side, 3)`, or a distribution over them
+    /// `(batch, side, side, 6)`. `last_norm` returns the norm of the gradient of the decoder's last weight, for a
+    /// gradient of its output.
     pub fn compute(
         &self,
         output: &Tensor,
         batch: &PixelBatch,
         last_norm: impl Fn(&Tensor) -> Result<f64>,
-    ) -> Result<Judged> {
+    ) -> Result<LossOutput> {
         let y = Var::from_tensor(output)?;
         let pixels = if self.distribution { dvae::pixels(&y)? } else { y.as_tensor().clone() };
         let error = (&pixels - &batch.pixels)?;
@@ -123,7 +124,8 @@ impl Loss {
         let mut own = Vec::new();
         if let (Some(gan_loss), Some(logit_ema)) = (&self.gan_loss, batch.logit_ema) {
             let adversarial = gan_loss.compute(&y, &pixels, batch, logit_ema, &mut terms)?;
-            // λ (eq. 7): the adversary pulls at the decoder's last layer as hard as the other terms do.
+            // λ (eq. 7): the adversarial gradient at the decoder's last layer gets the norm of the other terms'
+            // gradient.
             let norm = |gradient: &Tensor| -> Result<f64> { Ok(last_norm(gradient)? / batch.loss_scale) };
             let ratio = norm(&gradient)? / (norm(&adversarial.gradient)? + 1e-4);
             let lambda = ratio.clamp(0.0, MAX_ADAPTION) * gan_loss.weight;
@@ -131,7 +133,7 @@ impl Loss {
             gradient = (gradient + (adversarial.gradient * lambda)?)?;
             own = adversarial.own;
         }
-        Ok(Judged { terms, loss: number(&loss)?, gradient, own })
+        Ok(LossOutput { terms, loss: number(&loss)?, gradient, own })
     }
 }
 
@@ -139,17 +141,17 @@ impl GanLoss {
     fn compute(
         &self,
         y: &Var,
-        painted: &Tensor,
+        reconstructed: &Tensor,
         batch: &PixelBatch,
         logit_ema: LogitEma,
         terms: &mut Vec<(&'static str, f64)>,
     ) -> Result<Adversarial> {
-        let generator = self.discriminator.forward(painted, true)?.mean_all()?.neg()?;
+        let generator = self.discriminator.forward(reconstructed, true)?.mean_all()?.neg()?;
         let mut store = (&generator * batch.loss_scale)?.backward()?;
-        let gradient = store.remove(y).context("the gan_loss does not see the reconstruction")?;
+        let gradient = store.remove(y).context("the adversarial loss does not depend on the reconstruction")?;
 
         let real = self.discriminator.forward(&batch.pixels, false)?;
-        let fake = self.discriminator.forward(&painted.detach(), false)?;
+        let fake = self.discriminator.forward(&reconstructed.detach(), false)?;
         let mut loss = discriminator::loss(self.loss, &real, &fake)?;
         terms.extend([
             ("generator", number(&generator)?),

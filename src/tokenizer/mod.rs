@@ -1,4 +1,4 @@
-//! The image tokenizer (paper §2.1): pixels to a grid of codes and back.
+//! Image tokenizers (paper §2.1): pixels to a grid of codes and back.
 
 pub mod discriminator;
 mod dvae;
@@ -31,21 +31,21 @@ use segments::{Decode, Encode};
 use std::rc::Rc;
 use vqgan::{Decoder, Encoder};
 
-/// A VQGAN with taming-transformers' parameter names, or a dVAE with DALL-E's.
+/// An image tokenizer: a VQGAN with the parameter names of taming-transformers, or a dVAE with those of DALL-E.
 pub struct ImageTokenizer {
     encoder: Rc<EncoderHalf>,
     decoder: Rc<DecoderHalf>,
     segments: (Encode, Decode),
-    /// What moves the codebook in training, if its gradients do not.
+    /// The EMA codebook, if the codebook is not trained by gradients.
     average: Option<EmaCodebook>,
-    /// Whether the hand-written pass can run: a VQGAN's, f32 on a CPU.
+    /// Whether the manual gradients can be used: a VQGAN in f32 on a CPU.
     manual: bool,
     buffers: Buffers,
     grid: usize,
     image_size: usize,
 }
 
-/// Pixels to latents before quantisation.
+/// Encoder: pixels to latents before quantization.
 pub(crate) enum EncoderHalf {
     Vqgan { encoder: Box<Encoder>, quant_conv: Conv2d },
     Dvae(dvae::Encoder),
@@ -59,16 +59,16 @@ impl EncoderHalf {
         }
     }
 
-    /// The first convolution, which reads pixels, and all that follows it.
+    /// The first convolution, whose input are the pixels, and all layers after it.
     fn manual_layers(&self) -> Result<(&Conv2d, Vec<&dyn Layer>)> {
-        let Self::Vqgan { encoder, quant_conv } = self else { bail!("{NO_NATIVE_PASS}") };
+        let Self::Vqgan { encoder, quant_conv } = self else { bail!("{NO_MANUAL_PASS}") };
         let (first, mut rest) = encoder.layers();
         rest.push(quant_conv);
         Ok((first, rest))
     }
 }
 
-/// Quantisation, and code vectors to pixels.
+/// Quantizer and decoder: latents to pixels.
 pub(crate) struct DecoderHalf {
     quantize: Quantizer,
     body: Body,
@@ -79,7 +79,7 @@ enum Body {
     Dvae(dvae::Decoder),
 }
 
-const NO_NATIVE_PASS: &str = "a dVAE has no hand-written pass";
+const NO_MANUAL_PASS: &str = "a dVAE has no hand-written pass";
 
 impl DecoderHalf {
     /// Code vectors → pixels.
@@ -91,7 +91,7 @@ impl DecoderHalf {
         }
     }
 
-    /// What the last convolution reads, and what it makes of it: pixels, or a dVAE's distribution of them.
+    /// The input of the last convolution, and its output: pixels, or a dVAE's distribution over pixels.
     fn decode_to_last(&self, z_q: &Tensor) -> Result<(Tensor, Tensor)> {
         match &self.body {
             Body::Vqgan { post_quant_conv, decoder } => decoder.forward(&post_quant_conv.forward(z_q)?),
@@ -99,7 +99,7 @@ impl DecoderHalf {
         }
     }
 
-    /// Norm of the gradient in the last convolution's weight, from its input and the gradient of its output.
+    /// Norm of the gradient of the last convolution's weight, from its input and the gradient of its output.
     fn last_weight_norm(&self, input: &Tensor, dy: &Tensor) -> Result<f64> {
         match &self.body {
             Body::Vqgan { decoder, .. } => decoder.last_weight_norm(input, dy),
@@ -107,43 +107,45 @@ impl DecoderHalf {
         }
     }
 
-    /// All layers after the quantiser, and the last of them.
+    /// All layers after the quantizer, and the last of them.
     fn manual_layers(&self) -> Result<(Vec<&dyn Layer>, &vqgan::Head)> {
-        let Body::Vqgan { post_quant_conv, decoder } = &self.body else { bail!("{NO_NATIVE_PASS}") };
+        let Body::Vqgan { post_quant_conv, decoder } = &self.body else { bail!("{NO_MANUAL_PASS}") };
         let mut layers: Vec<&dyn Layer> = vec![post_quant_conv];
         layers.extend(decoder.layers());
         Ok((layers, decoder.head()))
     }
 }
 
-/// Whether a parameter is of training alone and no part of the model.
+/// Whether a parameter is only used in training and is not part of the published model.
 pub fn is_of_training(name: &str) -> bool {
     discriminator::is_ours(name) || ema_codebook::is_ours(name)
 }
 
-/// Whether a parameter has a say in which codes an image becomes, and not only in what becomes of codes.
+/// Whether a parameter has an influence on the codes of an image (encoder and quantizer, not the decoder).
 pub fn makes_codes(name: &str) -> bool {
     ["encoder.", "quant_conv.", "quantize."].iter().any(|part| name.starts_with(part))
 }
 
 impl ImageTokenizer {
-    /// # Errors
-    /// The architecture is impossible, or a checkpoint's tensor is missing or misshapen.
-    pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
-        Self::judged_by(scope, config, Loss::pixels(config))
-    }
-
-    /// One that is to be trained: with its perceptual network and its adversary.
+    /// A tokenizer for inference, with the parameters of `scope`.
     ///
     /// # Errors
-    /// As [`ImageTokenizer::new`], or there is no perceptual network where the configuration names one.
-    pub fn in_training(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
-        // Before the model, whose segments hold all that is in their scopes.
-        let average = EmaCodebook::new(&scope.at("quantize"), config)?;
-        Ok(Self { average, ..Self::judged_by(scope, config, Loss::new(scope, config)?)? })
+    /// The architecture is impossible, or a checkpoint's tensor is missing or has another shape.
+    pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        Self::with_loss(scope, config, Loss::pixels(config))
     }
 
-    fn judged_by(scope: &Scope, config: &config::ImageTokenizer, loss: Loss) -> Result<Self> {
+    /// A tokenizer for training, with perceptual network and discriminator.
+    ///
+    /// # Errors
+    /// As [`ImageTokenizer::new`], or the configured perceptual network does not exist.
+    pub fn in_training(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        // Created before the model, whose segments take all parameters in their scopes.
+        let average = EmaCodebook::new(&scope.at("quantize"), config)?;
+        Ok(Self { average, ..Self::with_loss(scope, config, Loss::new(scope, config)?)? })
+    }
+
+    fn with_loss(scope: &Scope, config: &config::ImageTokenizer, loss: Loss) -> Result<Self> {
         let factor = 1usize << config.channel_multipliers.len().saturating_sub(1);
         ensure!(
             config.image_size.is_multiple_of(factor) && config.image_size > 0,
@@ -197,7 +199,7 @@ impl ImageTokenizer {
         self.decoder.quantize.size()
     }
 
-    /// The chain that the training engine runs.
+    /// The chain of segments for training.
     pub fn segments(&self) -> Vec<Box<dyn Segment<PixelBatch> + '_>> {
         let (encode, decode) = &self.segments;
         if self.manual {
@@ -205,44 +207,50 @@ impl ImageTokenizer {
             let manual = Manual { segment: encode, buffers };
             vec![Box::new(manual), Box::new(Manual { segment: decode, buffers })]
         } else {
-            self.taped_segments()
+            self.autograd_segments()
         }
     }
 
-    /// The same by candle's tape.
-    fn taped_segments(&self) -> Vec<Box<dyn Segment<PixelBatch> + '_>> {
+    /// The chain with autograd.
+    fn autograd_segments(&self) -> Vec<Box<dyn Segment<PixelBatch> + '_>> {
         vec![Box::new(&self.segments.0), Box::new(&self.segments.1)]
     }
 
-    /// The codebook.
+    /// The quantizer with its codebook.
     pub fn quantizer(&self) -> &Quantizer {
         &self.decoder.quantize
     }
 
-    /// Where pixels and codes go before they are worked on.
+    /// The device of the parameters.
     fn device(&self) -> &Device {
         self.decoder.quantize.place().0
     }
 
-    /// What moves the codebook in training, if its gradients do not.
+    /// The EMA codebook, if the codebook is not trained by gradients.
     pub fn average(&self) -> Option<&EmaCodebook> {
         self.average.as_ref()
     }
 
-    /// Latents before quantisation: pixels `(batch, side, side, 3)` → `(batch, h, w, code_dim)`.
+    /// Latents before quantization: pixels `(batch, side, side, 3)` → `(batch, h, w, code_dim)`.
     pub fn latents(&self, pixels: &Tensor) -> Result<Tensor> {
         let pixels = &pixels.to_device(self.device())?;
         if self.manual { self.encoder.infer(pixels) } else { self.encoder.forward(pixels) }
     }
 
-    /// Pixels `(batch, side, side, 3)` in \[-1, 1\] → codes `(batch, h·w)` of `u32`.
+    /// Encodes pixels `(batch, side, side, 3)` in \[-1, 1\] → codes `(batch, h·w)` u32.
+    ///
+    /// # Errors
+    /// The pixels have another shape, or the encoder's output is not finite (damaged weights).
     pub fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
         let z = self.latents(pixels)?;
         check_finite(&z, "latents")?;
         Ok(self.decoder.quantize.encode(&z)?.reshape((pixels.dim(0)?, ()))?)
     }
 
-    /// Codes `(batch, h·w)` → pixels `(batch, side, side, 3)`, about in \[-1, 1\].
+    /// Decodes codes `(batch, h·w)` → pixels `(batch, side, side, 3)`, about in \[-1, 1\].
+    ///
+    /// # Errors
+    /// A code is not in the codebook, their number is not h·w, or the output is not finite (damaged weights).
     pub fn decode(&self, codes: &Tensor) -> Result<Tensor> {
         let (batch, count) = codes.dims2()?;
         ensure!(count == self.grid * self.grid, "{count} codes for a grid of {0} x {0}", self.grid);
@@ -254,9 +262,9 @@ impl ImageTokenizer {
     }
 }
 
-/// Checks what the image tokenizer made: finite weights of absurd size overflow, and would give codes and images of zeros.
+/// Checks that a result is finite: finite but huge weights overflow and would otherwise give codes and images of zeros.
 fn check_finite(values: &Tensor, what: &str) -> Result<()> {
-    // A sum of absolute values is finite only if each is (or, at a mean of 1e30, absurd as well).
+    // The sum of absolute values is only finite if every value is.
     let sum = values.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>()?;
     let hint = "its weights are damaged or diverged in training: use another checkpoint";
     ensure!(sum.is_finite(), failed(format_args!("the image tokenizer gives {what} that are not finite"), hint));

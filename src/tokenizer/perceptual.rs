@@ -1,5 +1,5 @@
-//! LPIPS (arXiv 1801.03924): how different two images look, as a distance of VGG-16's features. The perceptual loss of
-//! VQGAN's training (paper §2.1), with the parameter names of taming-transformers.
+//! LPIPS (arXiv 1801.03924): perceptual distance of two images from VGG-16 features. It is the perceptual loss of
+//! VQGAN's training (paper §2.1); parameter names are those of taming-transformers.
 
 use crate::{
     config::Precision,
@@ -13,11 +13,11 @@ use crate::{
 use candle_core::{D, DType, Device, Tensor};
 use std::path::Path;
 
-/// The file in the folder of an imported network.
+/// Name of the weights file in the folder of an imported network.
 pub const FILE: &str = "lpips.safetensors";
 
-/// VGG-16's convolutions, slice by slice: number in the reference, inputs, outputs. All slices but the first begin with a
-/// pooling.
+/// VGG-16's convolutions, slice by slice: number in the reference, inputs, outputs. All slices but the first start with
+/// max pooling.
 const SLICES: [&[(usize, usize, usize)]; 5] = [
     &[(0, 3, 64), (2, 64, 64)],
     &[(5, 64, 128), (7, 128, 128)],
@@ -25,23 +25,23 @@ const SLICES: [&[(usize, usize, usize)]; 5] = [
     &[(17, 256, 512), (19, 512, 512), (21, 512, 512)],
     &[(24, 512, 512), (26, 512, 512), (28, 512, 512)],
 ];
-/// Mean and spread of colours, of pixels in \[-1, 1\].
+/// Mean and standard deviation of the color channels, for pixels in \[-1, 1\].
 const SHIFT: [f32; 3] = [-0.030, -0.088, -0.188];
 const SCALE: [f32; 3] = [0.458, 0.448, 0.450];
 
-/// The network: nothing of it is trained.
+/// The perceptual network. It is never trained.
 pub struct Perceptual {
     precision: Precision,
     slices: Vec<Vec<(Tensor, Tensor)>>,
-    /// The weight of each channel, `(channels)` a slice.
+    /// Weight of each channel, one tensor `(channels)` per slice.
     heads: Vec<Tensor>,
 }
 
 impl Perceptual {
-    /// The network in a folder that `vilg import lpips` wrote, with its products in `precision`.
+    /// Opens the network in a folder written by `vilg import lpips`; its matrix products use `precision`.
     ///
     /// # Errors
-    /// There is none, or its file is damaged.
+    /// The folder has no network, or the file is damaged.
     pub fn open(folder: &Path, precision: Precision, device: &Device) -> Result<Self> {
         let file = folder.join(FILE);
         let hint = "`vilg import lpips SRC DIR` writes such a folder";
@@ -53,11 +53,13 @@ impl Perceptual {
         network.hint(format!("{} is not an LPIPS network", file.display()), hint)
     }
 
+    /// The network with the parameters of `scope`.
+    ///
     /// # Errors
-    /// A tensor is missing or misshapen.
+    /// A tensor is missing or has another shape.
     pub fn new(scope: &Scope) -> Result<Self> {
         let get = |scope: Scope, name: &str, shape: &[usize]| -> Result<Tensor> {
-            // Detached: a frozen weight costs no gradient.
+            // Detached, so that no gradients of the frozen weights are computed.
             Ok(scope.get(name, shape, Init::Zeros)?.detach())
         };
         let (mut slices, mut heads) = (Vec::new(), Vec::new());
@@ -76,7 +78,7 @@ impl Perceptual {
         Ok(Self { precision: scope.precision(), slices, heads })
     }
 
-    /// Pixels `(batch, height, width, 3)` in \[-1, 1\] → the output of each slice, `(batch, h / 2ⁱ, w / 2ⁱ, channels)`.
+    /// Pixels `(batch, height, width, 3)` in \[-1, 1\] → features of each slice, `(batch, h / 2ⁱ, w / 2ⁱ, channels)`.
     ///
     /// # Errors
     /// A side is shorter than 16 pixels.
@@ -96,12 +98,12 @@ impl Perceptual {
         Ok(features)
     }
 
-    /// The distance of each image of `a` from that of `b`, `(batch)`.
+    /// Distances `(batch)` between the images of `a` and `b`.
     pub fn distance(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         self.between(&self.features(a)?, &self.features(b)?)
     }
 
-    /// The same of [`Perceptual::features`].
+    /// The same from the [`Perceptual::features`] of two images.
     pub fn between(&self, a: &[Tensor], b: &[Tensor]) -> Result<Tensor> {
         let mut sum = Tensor::zeros(a[0].dim(0)?, a[0].dtype(), a[0].device())?;
         for ((a, b), head) in a.iter().zip(b).zip(&self.heads) {
@@ -114,8 +116,8 @@ impl Perceptual {
     }
 }
 
-/// Features of length 1 at each pixel. The reference adds 1e-10 to the length; under the root it keeps the gradient
-/// finite where all features are 0.
+/// Features normalized to unit length at each position. The reference adds 1e-10 to the length; adding it under the
+/// root keeps the gradient finite where all features are 0.
 fn direction(x: &Tensor) -> Result<Tensor> {
     let length = (x.sqr()?.sum_keepdim(D::Minus1)? + 1e-20)?.sqrt()?;
     Ok(x.broadcast_div(&length)?)
@@ -129,7 +131,7 @@ pub(super) mod tests {
     use candle_core::Var;
     use std::collections::{BTreeMap, HashMap};
 
-    /// VGG-16 with the weights that the golden files were made with.
+    /// VGG-16 with the weights that the golden files were computed with.
     pub fn hashed_weights() -> Result<HashMap<String, Tensor>> {
         let scope = Scope::empty_from_seed(0, &Device::Cpu);
         Perceptual::new(&scope)?;
@@ -145,16 +147,16 @@ pub(super) mod tests {
         scope.params().into_iter().map(weight).collect()
     }
 
-    /// Writes the same network to a folder.
+    /// Writes that network to a folder.
     pub fn write_hashed(folder: &Path) -> Result<()> {
         let values = hashed_weights()?.into_iter().map(|(name, tensor)| Ok((name, weights::of_tensor(&tensor)?)));
         let values = values.collect::<Result<BTreeMap<_, _>>>()?;
         weights::write(&mut std::fs::File::create(folder.join(FILE))?, &values)
     }
 
-    /// Against the `lpips` package (scripts/golden_lpips.py).
+    /// Compared with the `lpips` package (scripts/golden_lpips.py).
     #[test]
-    fn answers_as_lpips_does() -> Result<()> {
+    fn equals_lpips() -> Result<()> {
         let golden = weights::parse(include_bytes!("../../tests/golden/lpips.safetensors"), "lpips.safetensors")?;
         let nhwc = |name: &str| golden[name].permute((0, 2, 3, 1))?.contiguous();
         let network = Perceptual::new(&Scope::from_tensors(hashed_weights()?, DType::F32, &Device::Cpu))?;
@@ -178,7 +180,7 @@ pub(super) mod tests {
         Ok(())
     }
 
-    /// Where nothing is seen, a root of 0 must not make the gradient infinite.
+    /// Where all features are 0, the gradient of the root must stay finite.
     #[test]
     fn gradients_stay_finite_where_all_features_are_zero() -> Result<()> {
         let mut weights = hashed_weights()?;
@@ -195,7 +197,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn missing_damaged_and_foreign_networks_are_named() -> Result<()> {
+    fn missing_damaged_and_unknown_networks_are_refused() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let open = || format!("{:#}", Perceptual::open(folder.path(), Precision::F32, &Device::Cpu).err().unwrap());
         assert!(open().contains("no perceptual network in"), "{}", open());

@@ -1,4 +1,4 @@
-//! The tokenizer as a chain of segments for the training engine: encoder → quantiser, decoder and loss.
+//! The tokenizer as a chain of segments for training: encoder → quantizer, decoder and loss.
 
 use super::{
     DecoderHalf, EncoderHalf,
@@ -20,17 +20,17 @@ use std::{cell::RefCell, rc::Rc};
 pub struct PixelBatch {
     /// `(batch, side, side, 3)` in \[-1, 1\].
     pub pixels: Tensor,
-    /// Share of the step's loss that this batch makes up: its images / the step's images.
+    /// Share of this batch in the step's loss: its images / the step's images.
     pub share: f64,
-    /// What losses are multiplied by so that f16 keeps small gradients; a power of two, which costs no bit.
+    /// Loss scale, so that small gradients do not underflow in f16. A power of two, so that scaling is exact.
     pub loss_scale: f64,
     /// The training step, from 1.
     pub step: u64,
-    /// Where the adversary takes part: how it did before.
+    /// Running statistics of the discriminator, once it is trained.
     pub logit_ema: Option<LogitEma>,
-    /// How codes are drawn, where they are.
+    /// Settings of the Gumbel softmax, for quantizers that use it.
     pub relaxation: Relaxation,
-    /// Left here by the last segment.
+    /// Set by the last segment.
     pub statistics: RefCell<Option<Statistics>>,
 }
 
@@ -41,18 +41,18 @@ impl PixelBatch {
     }
 }
 
-/// What a forward pass tells the log and the codebook.
+/// Results of a forward pass for the log and for codebook updates.
 pub struct Statistics {
-    /// Means by name.
+    /// Mean values by name.
     pub terms: Vec<(&'static str, f64)>,
-    /// Codes chosen.
+    /// Code indices.
     pub codes: Vec<u32>,
-    /// Encoder outputs `(batch, h, w, code_dim)`, where the codebook follows them.
+    /// Encoder outputs `(batch, h, w, code_dim)`, if the codebook is updated from them.
     pub latents: Option<Tensor>,
 }
 
 impl Statistics {
-    /// The mean of this name; 0 where there is none.
+    /// The mean value of this name; 0 if there is none.
     pub fn term(&self, name: &str) -> f64 {
         self.terms.iter().find(|term| term.0 == name).map_or(0.0, |term| term.1)
     }
@@ -62,7 +62,7 @@ impl Statistics {
         10.0 * (4.0 / self.term("l2").max(1e-12)).log10()
     }
 
-    /// Effective number of codes in use: e to the entropy of their frequencies.
+    /// Perplexity: effective number of codes in use, e to the entropy of their frequencies.
     pub fn perplexity(&self) -> f64 {
         let mut codes = self.codes.clone();
         codes.sort_unstable();
@@ -106,7 +106,7 @@ impl Autograd<PixelBatch> for Decode {
         &self.params
     }
 
-    /// Scalar loss (eq. 1-2) whose gradient is that of all terms, the adversary's in its adaptive weight.
+    /// Scalar loss (eq. 1-2) whose gradient is that of all terms, with the adaptive weight of the adversarial term.
     fn autograd(&self, z: &Tensor, batch: &PixelBatch) -> Result<Tensor> {
         let quantized = self.half.quantize.forward(z, batch.relaxation)?;
         let (last, y) = self.half.decode_to_last(&quantized.z_q)?;
@@ -115,7 +115,7 @@ impl Autograd<PixelBatch> for Decode {
         quantized.losses.iter().try_for_each(|(name, loss)| number(loss).map(|loss| terms.push((*name, loss))))?;
         let (codes, latents) = (quantized.codes.to_vec1()?, self.half.quantize.follows_latents().then(|| z.detach()));
         *batch.statistics.borrow_mut() = Some(Statistics { terms, codes, latents });
-        // Terms linear in reconstruction and discriminator: their gradients are those that were found.
+        // Terms linear in reconstruction and discriminator parameters, so that their gradients are the computed ones.
         let mut linear = (&y * computed.gradient.detach())?.sum_all()?;
         for (name, gradient) in computed.own {
             if let Some(var) = self.params.get(&name) {

@@ -17,7 +17,7 @@ use std::collections::HashMap;
 
 const GOLDEN: &[u8] = include_bytes!("../../tests/golden/taming_vqgan.safetensors");
 
-/// The model that `scripts/golden_taming.py` made.
+/// The model of `scripts/golden_taming.py`.
 fn golden_config() -> config::ImageTokenizer {
     config::ImageTokenizer {
         image_size: 16,
@@ -33,7 +33,7 @@ fn golden_config() -> config::ImageTokenizer {
     }
 }
 
-/// taming-transformers' weights under its names, and its answers.
+/// taming-transformers' weights under its names, and its outputs.
 fn golden(file: &[u8]) -> Result<(HashMap<String, Tensor>, HashMap<String, Tensor>)> {
     let all = weights::parse(file, "golden file")?;
     let (answers, weights) = all.into_iter().partition::<HashMap<_, _>, _>(|(name, _)| name.starts_with("golden."));
@@ -52,7 +52,7 @@ fn assert_close(what: &str, ours: &Tensor, theirs: &Tensor, tolerance: f64) {
     }
 }
 
-/// The loss of both segments, its gradients and what was left for the log.
+/// The loss of both segments, its gradients and the statistics.
 fn train_step(tokenizer: &ImageTokenizer, batch: &PixelBatch) -> Result<(f64, GradStore, Statistics)> {
     let mut x = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
     x = tokenizer.segments.0.autograd(&x, batch)?;
@@ -61,14 +61,14 @@ fn train_step(tokenizer: &ImageTokenizer, batch: &PixelBatch) -> Result<(f64, Gr
     Ok((values(&x)[0], x.backward()?, statistics))
 }
 
-/// Each gradient by the two numbers that the golden files hold of it.
+/// Compares each gradient with the two numbers that the golden files contain for it.
 fn assert_gradients(params: &Params, gradients: &GradStore, golden: &HashMap<String, Tensor>) -> Result<()> {
     for (name, var) in params {
         let gradient = values(gradients.get(var.as_tensor()).with_context(|| name.clone())?);
         let theirs = values(&golden[&format!("gradient.{name}")]);
         let norm = gradient.iter().map(|g| g * g).sum::<f64>().sqrt();
         let waves: f64 = gradient.iter().enumerate().map(|(i, g)| g * ((i % 1000) as f64).cos()).sum();
-        // The bias of a key shifts all scores of a query alike: its true gradient is 0.
+        // The bias of a key shifts all scores of a query equally: its true gradient is 0.
         let tolerance = 2e-4 * theirs[0] + 1e-7;
         assert!((norm - theirs[0]).abs() < tolerance, "norm of {name}: {norm}, {theirs:?}");
         assert!((waves - theirs[1]).abs() < tolerance, "{name}: {waves}, {theirs:?}");
@@ -77,7 +77,7 @@ fn assert_gradients(params: &Params, gradients: &GradStore, golden: &HashMap<Str
 }
 
 #[test]
-fn answers_as_taming_transformers_does() -> Result<()> {
+fn equals_taming_transformers() -> Result<()> {
     let (weights, golden) = golden(GOLDEN)?;
     let scope = Scope::from_tensors(weights, DType::F32, &Device::Cpu);
     let tokenizer = ImageTokenizer::new(&scope, &golden_config())?;
@@ -91,7 +91,7 @@ fn answers_as_taming_transformers_does() -> Result<()> {
 }
 
 #[test]
-fn losses_and_gradients_are_pytorchs() -> Result<()> {
+fn losses_and_gradients_equal_pytorch() -> Result<()> {
     let (weights, golden) = golden(GOLDEN)?;
     let number = |name: &str| values(&golden[name])[0];
     let scope = Scope::from_tensors(weights.clone(), DType::F32, &Device::Cpu);
@@ -109,10 +109,10 @@ fn losses_and_gradients_are_pytorchs() -> Result<()> {
     Ok(())
 }
 
-/// One generator's and one discriminator's loss of VQGAN's training, all terms, λ and gradients, against
-/// taming-transformers (scripts/golden_adversary.py).
+/// One loss of the generator and one of the discriminator in VQGAN's training, with all terms, λ and gradients,
+/// compared with taming-transformers (scripts/golden_adversary.py).
 #[test]
-fn is_judged_as_taming_transformers_judges() -> Result<()> {
+fn adversarial_training_equals_taming_transformers() -> Result<()> {
     let (weights, golden) = golden(include_bytes!("../../tests/golden/taming_adversary.safetensors"))?;
     let number = |name: &str| values(&golden[name])[0];
     let folder = tempfile::tempdir()?;
@@ -153,9 +153,9 @@ fn is_judged_as_taming_transformers_judges() -> Result<()> {
     Ok(())
 }
 
-/// Against OpenAI's dVAE (scripts/golden_dalle.py): codes, distribution, pixels, likelihood and its gradients.
+/// Compared with OpenAI's dVAE (scripts/golden_dalle.py): codes, distribution, pixels, likelihood and its gradients.
 #[test]
-fn a_dvae_answers_as_dall_e_does() -> Result<()> {
+fn a_dvae_equals_dall_e() -> Result<()> {
     let (weights, golden) = golden(include_bytes!("../../tests/golden/dalle_dvae.safetensors"))?;
     let config = config::ImageTokenizer {
         architecture: config::Architecture::Dvae,
@@ -175,8 +175,8 @@ fn a_dvae_answers_as_dall_e_does() -> Result<()> {
     assert_close("logits", &tokenizer.latents(&pixels)?, &nhwc(&golden["logits"])?, 1e-4);
     let codes = tokenizer.encode(&pixels)?;
     assert_eq!(values(&codes.flatten_all()?), values(&golden["codes"].flatten_all()?));
-    let painted = ((tokenizer.decode(&codes)? + 1.0)? * 0.5)?;
-    assert_close("reconstruction", &painted, &nhwc(&golden["pixels"])?, 1e-4);
+    let reconstructed = ((tokenizer.decode(&codes)? + 1.0)? * 0.5)?;
+    assert_close("reconstruction", &reconstructed, &nhwc(&golden["pixels"])?, 1e-4);
 
     let z_q = tokenizer.decoder.quantize.lookup(&codes.flatten_all()?)?.reshape((2, 4, 4, 12))?;
     let output = tokenizer.decoder.decode_to_last(&z_q)?.1;
@@ -222,7 +222,7 @@ fn unusable_channels_are_named() {
 }
 
 #[test]
-fn normalised_codes_see_directions_only() -> Result<()> {
+fn normalized_codes_only_depend_on_direction() -> Result<()> {
     let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
     let config = config::ImageTokenizer { l2_normalize: true, ..golden_config() };
     let quantizer = VectorQuantizer::new(&scope, &config)?;
@@ -260,7 +260,7 @@ fn only_dead_codes_restart_from_latents() -> Result<()> {
 }
 
 #[test]
-fn a_step_along_the_gradient_helps() -> Result<()> {
+fn a_step_along_the_gradient_reduces_the_loss() -> Result<()> {
     let (tokenizer, scope) = fresh(&golden_config())?;
     let pixels = Tensor::rand(-1f32, 1.0, (2, 16, 16, 3), &Device::Cpu)?;
     let (before, gradients, _) = train_step(&tokenizer, &PixelBatch::new(pixels.clone(), 1.0))?;

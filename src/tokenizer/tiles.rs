@@ -1,20 +1,20 @@
-//! Images of any size through a tokenizer of one size: overlapping tiles, blended where they overlap so that no seam
-//! shows. Both images are in memory as bytes; of the floats, only the tiles of a batch and one row of tiles.
+//! Encodes and decodes images of any size with a tokenizer of a fixed size: overlapping tiles, blended so that no seams
+//! are visible.
 
 use super::ImageTokenizer;
 use crate::error::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
 use image::RgbImage;
 
-/// Tiles that go through the network at once.
+/// Batch size in tiles.
 const BATCH: usize = 8;
 
-/// Codes of an image of any size.
+/// The codes of an image of any size.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CodeGrid {
     pub height: usize,
     pub width: usize,
-    /// Row by row.
+    /// Codes in raster order.
     pub codes: Vec<u32>,
 }
 
@@ -86,7 +86,7 @@ impl ImageTokenizer {
         blend.finish()
     }
 
-    /// Side of the pixels that a code stands for.
+    /// Side length of a code in pixels.
     fn cell(&self) -> usize {
         self.image_size / self.grid
     }
@@ -97,13 +97,13 @@ impl ImageTokenizer {
         self.starts(rows).into_iter().flat_map(|top| columns.iter().map(move |left| [top, *left])).collect()
     }
 
-    /// Where tiles begin along a side: every half a tile, the last one at the end.
+    /// Start positions of tiles along a side: every half tile, and the last one at the end.
     fn starts(&self, cells: usize) -> Vec<usize> {
         let last = cells - self.grid;
         (0..last).step_by((self.grid / 2).max(1)).chain([last]).collect()
     }
 
-    /// For each cell along a side the beginning of the tile in whose middle it lies most.
+    /// For each cell along a side, the start of the tile in which it is closest to the center.
     fn owners(&self, cells: usize) -> Vec<usize> {
         let starts = self.starts(cells);
         let from_middle = |cell: usize, start: usize| (2 * cell + 1).abs_diff(2 * start + self.grid);
@@ -111,7 +111,7 @@ impl ImageTokenizer {
         (0..cells).map(owner).collect()
     }
 
-    /// How much a pixel counts along a side of its tile: falling evenly to both ends, never to 0.
+    /// Blending weight of each pixel along a side of a tile: decreases linearly to both ends, never to 0.
     fn ramp(&self) -> Vec<f32> {
         (0..self.image_size).map(|i| (i + 1).min(self.image_size - i) as f32).collect()
     }
@@ -256,8 +256,8 @@ mod tests {
         Ok(())
     }
 
-    /// Every size works, and every pixel is a mean of tiles whose weights change by little from pixel to pixel: next to
-    /// where a tile ends, it counts least.
+    /// Every size works. Every pixel is a mean of tiles whose weights change slowly from pixel to pixel, and a tile's
+    /// weight is smallest at its border.
     #[test]
     fn any_size_is_covered_and_blended() -> Result<()> {
         let tokenizer = tokenizer()?;
@@ -268,7 +268,7 @@ mod tests {
             let decoded = tokenizer.decode_whole(&grid, height as usize, width as usize)?;
             assert_eq!(decoded.dimensions(), (width, height));
         }
-        // Where a tile ends in the middle of an image, what it adds to the pixel is at most a sixteenth.
+        // At the border of a tile inside the image, its contribution to a pixel is at most a sixteenth.
         let ramp = tokenizer.ramp();
         assert_eq!(tokenizer.starts(20), [0, 4, 8, 12]);
         let covering = |pixel: usize| {

@@ -45,7 +45,7 @@ impl ResnetBlock {
     }
 }
 
-/// One head of self-attention over all positions.
+/// Single-head self-attention over all positions.
 pub(super) struct AttnBlock {
     pub(super) norm: GroupNorm,
     pub(super) q: Conv2d,
@@ -80,7 +80,7 @@ impl AttnBlock {
     }
 }
 
-/// `conv(swish(norm(x)))`, the end of encoder and decoder.
+/// `conv(swish(norm(x)))`, the last layer of encoder and decoder.
 pub(super) struct Head {
     pub(super) norm: GroupNorm,
     pub(super) conv: Conv2d,
@@ -92,7 +92,7 @@ impl Head {
         Ok(Self { norm, conv: Conv2d::same(&scope.at("conv_out"), inputs, outputs, 3)? })
     }
 
-    /// What the convolution reads, and what it makes of it.
+    /// The input of the convolution, and its output.
     fn forward(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let x = self.norm.silu(x)?;
         let y = self.conv.forward(&x)?;
@@ -100,7 +100,7 @@ impl Head {
     }
 }
 
-/// The residual blocks of one resolution, each followed by attention where the config asks for it.
+/// The residual blocks of one resolution, each followed by attention if the configuration asks for it.
 struct Level {
     blocks: Vec<(ResnetBlock, Option<AttnBlock>)>,
 }
@@ -164,7 +164,7 @@ impl Middle {
 /// Pixels `(batch, side, side, 3)` → latents `(batch, side / f, side / f, latent_channels)`.
 pub struct Encoder {
     conv_in: Conv2d,
-    /// Each level and the step down to the next one.
+    /// Each resolution, with the downsampling to the next one.
     down: Vec<(Level, Option<Conv2d>)>,
     mid: Middle,
     out: Head,
@@ -204,7 +204,7 @@ impl Encoder {
         Ok(self.out.forward(&self.mid.forward(&h)?)?.1)
     }
 
-    /// The first convolution, which reads pixels, and all that follows it.
+    /// The first convolution, whose input are the pixels, and all layers after it.
     pub(super) fn layers(&self) -> (&Conv2d, Vec<&dyn Layer>) {
         let down = self.down.iter().flat_map(|(level, downsample)| {
             level.layers().chain(downsample.as_ref().map(|downsample| downsample as &dyn Layer))
@@ -218,7 +218,7 @@ impl Encoder {
 pub struct Decoder {
     conv_in: Conv2d,
     mid: Middle,
-    /// Each level and the step up to the one before it. Indexed by level, as taming does: the last one runs first.
+    /// Each resolution, with the upsampling to the previous one. Indexed as in taming: the last one runs first.
     up: Vec<(Level, Option<Upsample>)>,
     out: Head,
 }
@@ -243,7 +243,7 @@ impl Decoder {
         Ok(Self { conv_in, mid, up, out: Head::new(scope, inputs, 3)? })
     }
 
-    /// What the last convolution reads, and pixels.
+    /// The input of the last convolution, and the pixels.
     pub fn forward(&self, latents: &Tensor) -> Result<(Tensor, Tensor)> {
         let mut h = self.mid.forward(&self.conv_in.forward(latents)?)?;
         for (level, upsample) in self.up.iter().rev() {
@@ -255,12 +255,12 @@ impl Decoder {
         self.out.forward(&h)
     }
 
-    /// The end.
+    /// The last layer.
     pub(super) fn head(&self) -> &Head {
         &self.out
     }
 
-    /// Norm of the gradient in the last convolution's weight, from its input and the gradient of the pixels.
+    /// Norm of the gradient of the last convolution's weight, from its input and the gradient of the pixels.
     pub fn last_weight_norm(&self, input: &Tensor, dy: &Tensor) -> Result<f64> {
         self.out.conv.weight_gradient_norm(input, dy)
     }

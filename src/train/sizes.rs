@@ -6,10 +6,10 @@ use super::{
     tasks::{self, Sequences, TaskSpec},
 };
 use crate::{
+    bounded_read,
     bundle::Bundle,
     config::{Config, ImageTokenizer},
     error::{Result, ensure, usage},
-    files,
     model::activations::Micro,
     nn::params::{Param, Params},
 };
@@ -61,7 +61,9 @@ impl Sizes {
         };
         let vocabulary = match named("text.vocab") {
             Some("demo") => Some(Bundle::open("demo")?.text()?.vocab_size()),
-            Some(path) => files::read_text(Path::new(path), files::VOCABULARY).ok().map(|text| text.lines().count()),
+            Some(path) => {
+                bounded_read::read_text(Path::new(path), bounded_read::VOCABULARY).ok().map(|text| text.lines().count())
+            }
             None => Some(CHINESE_VOCABULARY),
         };
         let sizes = Self {

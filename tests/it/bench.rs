@@ -1,4 +1,4 @@
-//! `vilg bench` from outside, at a size at which only the form of the result means anything.
+//! `vilg bench` through the command line, at a size at which only the form of the result is meaningful.
 
 use crate::commands::vilg;
 use serde_json::Value;
@@ -28,7 +28,7 @@ fn works_report_speed_and_memory() {
 }
 
 #[test]
-fn attention_is_compared_with_dense_and_drawn() {
+fn attention_is_compared_with_dense_and_plotted() {
     let folder = tempfile::tempdir().unwrap();
     let plot = folder.path().join("attention.svg");
     let args = ["bench", "attention", "--shape", "tiny", "--sides", "2,4", "--repeat", "1", "--json", "--plot"];

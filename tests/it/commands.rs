@@ -1,4 +1,4 @@
-//! The command line from outside.
+//! Help, errors and results of the command line.
 
 use std::process::{Command, Stdio};
 
@@ -14,7 +14,7 @@ fn snapshots() {
     trycmd::TestCases::new().env("NO_COLOR", "1").case("tests/cmd/*.trycmd");
 }
 
-/// `vilg … | head -0`
+/// As in `vilg … | head -0`.
 #[test]
 fn a_closed_pipe_is_quiet() {
     for args in [["config", "show"], ["completions", "bash"], ["config", "--help"]] {
@@ -36,7 +36,7 @@ fn a_result_that_cannot_be_written_is_a_failure() {
 }
 
 #[test]
-fn what_init_prints_is_a_configuration() {
+fn init_prints_valid_configurations() {
     for name in
         ["emoji", "emoji-tokenizer", "emoji-vqgan", "emoji-dvae", "vqgan-f8-8192", "dvae-f8-8192", "300m", "10b"]
     {
@@ -84,9 +84,9 @@ fn json_results_are_json() {
     }
 }
 
-/// Whether CUDA was built or not, and whatever the machine has.
+/// Holds with and without CUDA, on any machine.
 #[test]
-fn a_device_that_is_not_there_is_said_in_two_lines() {
+fn a_missing_device_gives_an_error_and_a_hint() {
     let folder = tempfile::tempdir().unwrap();
     let config = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/emoji.toml");
     for args in [["t2i", "红苹果", "--device", "cuda:9999"], ["train", "--config", config, "--device=cuda:9999"]] {

@@ -1,4 +1,4 @@
-//! Training on file systems that lack an operation; a preloaded library stands in for them.
+//! Training on file systems without locks or syncs of folders, which a preloaded library simulates.
 
 use crate::{ranks::told, train::prepare};
 use std::{
@@ -7,7 +7,7 @@ use std::{
     process::Command,
 };
 
-/// The library of `tests/cases/NAME.c`; `None`: there is no C compiler.
+/// Compiles `tests/cases/NAME.c` to a library; `None` if there is no C compiler.
 fn shim(name: &str, folder: &Path) -> Option<PathBuf> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases").join(name).with_extension("c");
     let library = folder.join(name).with_extension("so");

@@ -1,4 +1,4 @@
-//! Painting, describing and measuring from outside, with a small untrained model.
+//! Text to image, captioning and evaluation through the command line, with a small untrained model.
 
 use crate::commands::vilg;
 use image::{Rgb, RgbImage};
@@ -71,36 +71,36 @@ fn picture(shade: u8) -> RgbImage {
 fn generated() {
     let folder = folder();
     let at = folder.path();
-    let paint = |more: &[&str]| {
+    let generate = |more: &[&str]| {
         let (output, stdout, stderr) = run(at, &[&["t2i", "一弯月，红", "--json"], more].concat());
         assert!(output.status.success() && stderr.is_empty(), "{stderr}");
         lines(&stdout).remove(0)
     };
-    let one = paint(&["-o", "one.png", "--seed", "5"]);
+    let one = generate(&["-o", "one.png", "--seed", "5"]);
     assert_eq!(one["images"][0]["path"], "one.png");
     assert_eq!(one["images"][0]["seed"], 5);
     assert!(one["images"][0]["score"].as_f64().unwrap() < 0.0 && one["tokens_per_second"].as_f64().unwrap() > 0.0);
-    paint(&["-o", "again.png", "--seed", "5"]);
+    generate(&["-o", "again.png", "--seed", "5"]);
     assert_eq!(fs::read(at.join("one.png")).unwrap(), fs::read(at.join("again.png")).unwrap());
 
-    let nine = paint(&["-o", "new/nine.png", "--seed", "1", "-n", "9", "--guidance", "2", "--top-k", "5"]);
+    let nine = generate(&["-o", "new/nine.png", "--seed", "1", "-n", "9", "--guidance", "2", "--top-k", "5"]);
     assert_eq!(nine["images"].as_array().unwrap().len(), 9);
     assert_eq!(image::open(at.join("new/nine.png")).unwrap().width(), 3 * 16 + 2 * 4);
 
     for format in ["f32", "bf16", "int8"] {
-        let painted = paint(&["-o", "format.png", "--precision", format]);
-        assert!(painted["images"][0]["score"].as_f64().unwrap() < 0.0, "{format}");
+        let generated = generate(&["-o", "format.png", "--precision", format]);
+        assert!(generated["images"][0]["score"].as_f64().unwrap() < 0.0, "{format}");
     }
 
-    let two = paint(&["红月", "-n", "2", "-o", "two.png"]);
+    let two = generate(&["红月", "-n", "2", "-o", "two.png"]);
     let seeds: Vec<_> =
         two["images"].as_array().unwrap().iter().map(|i| (i["prompt"].as_str(), i["seed"].as_u64())).collect();
     let (first, second) = (Some("一弯月，红"), Some("红月"));
     assert_eq!(seeds, [(first, Some(0)), (first, Some(1)), (second, Some(0)), (second, Some(1))]);
 
-    let each = paint(&["-o", "each.png", "--seed", "3", "-n", "3", "--each", "--best-of", "2"]);
+    let each = generate(&["-o", "each.png", "--seed", "3", "-n", "3", "--each", "--best-of", "2"]);
     assert_eq!(each["images"][2]["path"], "each-3.png");
-    paint(&["-o", "fifth.png", "--seed", "5", "--best-of", "2"]);
+    generate(&["-o", "fifth.png", "--seed", "5", "--best-of", "2"]);
     assert_eq!(fs::read(at.join("each-3.png")).unwrap(), fs::read(at.join("fifth.png")).unwrap());
 }
 
@@ -125,7 +125,7 @@ fn prompts_from_stdin_and_files_and_images_to_stdout() {
     let (output, stdout, stderr) = run(at, &["t2i", "--prompts", "prompts.txt", "--each", "-o", "p.png"]);
     assert!(output.status.success() && stdout == "p-1.png\np-2.png\n", "{stdout} {stderr}");
     assert_eq!(fs::read(at.join("p-1.png")).unwrap(), expected);
-    // The folder of a run stands for its model.
+    // The folder of a training run can be given instead of its model folder.
     let output = vilg(&["t2i", "红月", "-o", "run.png", "--model", "."]).current_dir(at).output().unwrap();
     assert!(output.status.success() && fs::read(at.join("run.png")).unwrap() == expected);
 }
@@ -154,7 +154,7 @@ fn outputs_that_cannot_be_written_are_refused_before_the_work() {
 
 #[cfg(unix)]
 #[test]
-fn odd_file_names_are_printed_safely() {
+fn unusual_file_names_are_printed_safely() {
     use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
     let folder = folder();
     let at = folder.path();
@@ -178,14 +178,14 @@ fn odd_file_names_are_printed_safely() {
 }
 
 #[test]
-fn odd_prompts() {
+fn unusual_prompts() {
     let folder = folder();
-    let paint = |prompt: &str| {
+    let generate = |prompt: &str| {
         let (output, stdout, stderr) = run(folder.path(), &["t2i", prompt, "-o", "odd.png"]);
         (output.status.code().unwrap(), stdout, stderr)
     };
     for empty in ["", " \t　", "\u{200b}\u{1}"] {
-        let (code, _, stderr) = paint(empty);
+        let (code, _, stderr) = generate(empty);
         assert!(code == 2 && stderr.contains("empty") && stderr.contains("hint: "), "{empty:?} {stderr}");
     }
     let warnings = [
@@ -196,7 +196,7 @@ fn odd_prompts() {
         (&"一弯月".repeat(10_000), "longer than 6 tokens"),
     ];
     for (prompt, warning) in warnings {
-        let (code, stdout, stderr) = paint(prompt);
+        let (code, stdout, stderr) = generate(prompt);
         assert!((code, stdout.as_str()) == (0, "odd.png\n"), "{stderr}");
         assert!(if warning.is_empty() { stderr.is_empty() } else { stderr.contains(warning) }, "{prompt}: {stderr}");
     }
@@ -232,7 +232,7 @@ fn bad_options_are_usage_errors() {
 }
 
 #[test]
-fn describing_goes_on_past_bad_pictures() {
+fn captioning_continues_after_bad_images() {
     let folder = folder();
     let at = folder.path();
     let good = png(&picture(200)).unwrap();
@@ -264,7 +264,7 @@ fn describing_goes_on_past_bad_pictures() {
     assert!(sampled("1") == sampled("1") && sampled("1") != sampled("2"));
 }
 
-/// Pairs of two styles; `sixth.png` has broken JSON, `seventh.png` is no image.
+/// Pairs of two styles; `sixth.png` has damaged JSON, `seventh.png` is not an image.
 fn pairs(folder: &Path, count: u8) {
     fs::create_dir(folder).unwrap();
     for i in 0..count {
@@ -277,7 +277,7 @@ fn pairs(folder: &Path, count: u8) {
 }
 
 #[test]
-fn measuring() {
+fn evaluation() {
     let folder = folder();
     let at = folder.path();
     pairs(&at.join("pairs"), 20);

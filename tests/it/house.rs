@@ -1,4 +1,4 @@
-//! The rules of the house (see `src/lib.rs`): floors, file length, where `unsafe` and printing may be.
+//! Rules of the code base (see `src/lib.rs`): floors, file length, and where `unsafe` and printing are allowed.
 
 use crate::imports;
 use std::{collections::BTreeMap, fs, path::Path, path::PathBuf};
@@ -8,11 +8,11 @@ const MAX_LINES: usize = 400;
 /// Circles of imports that are still to be cut. The test fails when one of them is gone and still stands here.
 const KNOWN_CIRCLES: [&[&str]; 1] = [&["tokenizer/loss.rs", "tokenizer/segments.rs"]];
 
-/// Modules in which a file may not even use what its own parent (`mod.rs`) defines while the parent uses the file.
-/// Elsewhere a parent may hold the types that its children share.
+/// Modules in which a file may not use definitions of its own parent (`mod.rs`) if the parent uses the file. In other
+/// modules a parent may define types that its children share.
 const STRICT_MODULES: [&str; 1] = ["ops"];
 
-/// A source file without comments and without what stands after `#[cfg(test)] mod …`.
+/// A source file without comments and without its test module.
 struct Source {
     /// Path below `src`, with `/`.
     path: String,
@@ -75,7 +75,7 @@ fn floors() -> BTreeMap<String, usize> {
     floors
 }
 
-/// Top-level modules that a file names: `crate::a::…` and `crate::{a::…, b}`.
+/// Top-level modules used by a file: `crate::a::…` and `crate::{a::…, b}`.
 fn used_modules(code: &str) -> Vec<String> {
     let mut modules = Vec::new();
     for (at, _) in code.match_indices("crate::") {
@@ -138,7 +138,7 @@ fn files_use_their_own_floor_or_a_lower_one() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Two files that import each other cannot be read, tested or replaced one at a time.
+/// Two files that import each other cannot be read, tested or replaced separately.
 #[test]
 fn files_do_not_import_each_other_in_circles() {
     let files: Vec<(String, String)> = sources().into_iter().map(|source| (source.path, source.text)).collect();

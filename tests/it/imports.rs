@@ -1,11 +1,12 @@
-//! Which source file uses which other one: `use` trees and paths in code are resolved to the file that defines the item.
+//! Finds which source files use which others: `use` trees and paths in code are resolved to the file that defines the
+//! item.
 //!
-//! A small reader of Rust, enough for this tree: it follows `crate::`, `self::`, `super::`, groups, renamed imports,
-//! re-exports and inline modules. Items under `#[cfg(test)]` are left out; `#[path]` is not followed.
+//! A small parser of Rust, sufficient for this code base: it follows `crate::`, `self::`, `super::`, groups, renamed
+//! imports, re-exports and inline modules. Items under `#[cfg(test)]` are skipped; `#[path]` is not followed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Names of items that each file takes from each other one.
+/// For each file, the items that it uses from each other file.
 pub type Graph = BTreeMap<String, BTreeMap<String, BTreeSet<String>>>;
 
 /// A module: a file or an inline `mod`.
@@ -14,7 +15,7 @@ struct Module {
     file: String,
     /// Code without `use` statements, inline modules and comments.
     body: String,
-    /// What `use` brings into scope: name → path, absolute after [`absolute`]; whether it is a re-export (`pub use`).
+    /// Names in scope through `use`: name → path, absolute after [`absolute`]; whether it is a re-export (`pub use`).
     scope: BTreeMap<String, (Vec<String>, bool)>,
     globs: Vec<(Vec<String>, bool)>,
 }
@@ -42,7 +43,7 @@ pub fn graph(files: &[(String, String)]) -> Graph {
     graph
 }
 
-/// Groups of files that reach each other, each sorted.
+/// Groups of files that reach each other (strongly connected components), each sorted.
 pub fn circles(graph: &Graph) -> Vec<Vec<String>> {
     let reached: BTreeMap<&String, BTreeSet<&String>> = graph.keys().map(|file| (file, reach(graph, file))).collect();
     let mut circles: BTreeSet<Vec<String>> = BTreeSet::new();
@@ -118,7 +119,7 @@ fn string_length(text: &str) -> usize {
     text.len()
 }
 
-/// Drops the item or statement after each `#[cfg(test)]`.
+/// Removes the item or statement after each `#[cfg(test)]`.
 fn without_tests(code: &str) -> String {
     let (mut kept, mut rest) = (String::new(), code);
     while let Some(at) = ["#[cfg(test)]", "#[cfg(all(test,"].iter().filter_map(|mark| rest.find(mark)).min() {
@@ -129,7 +130,7 @@ fn without_tests(code: &str) -> String {
     kept + rest
 }
 
-/// Up to the end of an item's braces, its semicolon, or (fields and struct literals) its comma.
+/// Length of an item up to its closing brace, its semicolon, or (fields and struct literals) its comma.
 fn item_length(item: &str) -> usize {
     let mut depth = 0;
     for (i, c) in item.char_indices() {
@@ -144,7 +145,7 @@ fn item_length(item: &str) -> usize {
     item.len()
 }
 
-/// Takes a module apart; inline modules become modules of the same file.
+/// Parses a module; inline modules become modules of the same file.
 fn add_module(modules: &mut Modules, name: Vec<String>, file: &str, code: &str) {
     let mut module = Module { file: file.to_owned(), ..Module::default() };
     let mut rest = code;
@@ -178,7 +179,7 @@ fn next_keyword(code: &str, words: &[&str]) -> Option<usize> {
     found.filter(|at| code[..*at].chars().next_back().is_none_or(|c| c.is_whitespace() || "{};".contains(c))).min()
 }
 
-/// The paths of a `use` tree, each as its segments; a new name stands behind `as`.
+/// The paths of a `use` tree, each as its segments; a new name follows `as`.
 fn flat(tree: &str) -> Vec<Vec<String>> {
     let tree = tree.trim();
     let Some((prefix, group)) = tree.split_once('{') else {
@@ -221,7 +222,7 @@ fn import(module: &mut Module, mut path: Vec<String>, public: bool) {
     }
 }
 
-/// (file, file that it uses, name of the item).
+/// Edges of a module: (file, file that it uses, name of the item).
 fn edges(modules: &Modules, name: &[String], module: &Module) -> Vec<(String, String, String)> {
     let mut paths: Vec<Vec<String>> = qualified_paths(&module.body);
     paths.extend(module.globs.iter().filter(|(_, public)| !public).map(|(path, _)| path.clone()));
@@ -245,7 +246,7 @@ fn qualified_paths(code: &str) -> Vec<Vec<String>> {
     paths.map(|path| path.map(str::to_owned).collect::<Vec<_>>()).filter(|path| path.len() > 1).collect()
 }
 
-/// The file that defines what `path` means inside of `from`, and the item's name; `None` outside of the crate.
+/// The file that defines `path` as seen from `from`, and the item's name; `None` if it is outside of the crate.
 fn resolve(modules: &Modules, from: &[String], path: &[String], depth: usize) -> Option<(String, String)> {
     if depth > 12 {
         return None;
@@ -267,7 +268,7 @@ fn resolve(modules: &Modules, from: &[String], path: &[String], depth: usize) ->
         let module = modules.get(&at)?;
         let child = [at.as_slice(), std::slice::from_ref(first)].concat();
         if modules.contains_key(&child) && (rooted || !module.scope.contains_key(first)) {
-            // A function of the module's name, re-exported beside it, is found in the module.
+            // A re-exported function with the name of its module is found in the module.
             (at, rest, rooted) = (child, next, true);
             if next.is_empty() {
                 let (module, name) = (modules.get(&at)?, at.last()?);

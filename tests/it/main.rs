@@ -1,9 +1,9 @@
-//! The one integration binary (each further one would link candle again).
+//! The only integration test binary; each further one would link candle again.
 
 mod bench;
 mod commands;
-mod docs;
 mod counting;
+mod docs;
 mod faults;
 mod file_systems;
 mod fuzz;
@@ -19,3 +19,4 @@ mod ranks_tcp;
 mod tokenizer;
 mod train;
 mod transformer_parity;
+mod words;

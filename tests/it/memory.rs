@@ -1,6 +1,6 @@
-//! The formulas of `vilg plan --on cpu` against the bytes that real steps allocate.
+//! Compares the formulas of `vilg plan --on cpu` with the bytes that real steps allocate.
 //!
-//! Bytes are counted for a whole process, so the test runs itself again, alone, in a process of its own.
+//! Bytes are counted for the whole process, so the test runs itself again in a separate process.
 
 use crate::counting::{LIVE, PEAK};
 use std::{
@@ -51,7 +51,7 @@ fn batch(model: &Generator, samples: usize, to_image: bool) -> Result<Batch> {
     Ok(batch)
 }
 
-/// Two steps as the training loop takes them.
+/// Two steps as in the training loop.
 fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
     let device = candle_core::Device::Cpu;
     let scope = match sizes.spec.starts_empty(config, group.world_size()) {
@@ -80,7 +80,7 @@ fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
     let mut optimizer = Optimizer::new(&shards, &config.train)?;
     let mut average = ema::start(&shards)?;
     group.barrier()?;
-    PEAK.store(LIVE.load(Relaxed), Relaxed); // the start is no part of a step
+    PEAK.store(LIVE.load(Relaxed), Relaxed); // the start does not belong to a step
     group.barrier()?;
     for step in 1..=2 {
         shards.begin(step);
@@ -105,8 +105,7 @@ fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
     group.barrier()
 }
 
-/// Bytes a rank: by formula, and at the fullest moment of two steps. What ranks need to start must not be more than its
-/// formula says.
+/// Bytes per rank: by formula, and at the peak of two steps. The memory needed to start must not exceed its formula.
 fn compare(config: &Config, ranks: usize) -> (f64, f64) {
     let sizes = Sizes::of(config).unwrap().with_vocabulary(config, 40).unwrap();
     let formula = held(config, &sizes, &sizes.shares(config, ranks), config.train.zero_stage);
@@ -136,11 +135,13 @@ fn a_step_holds_what_the_formulas_say() {
         for (activation_checkpointing, accumulation, qk_norm) in
             [(0, 1, true), (1, 1, true), (2, 2, true), (1, 2, false)]
         {
-            // More ranks than cores are out of step: who is ahead waits with what the late ones have not taken yet.
+            // With more ranks than cores, ranks get out of step: those ahead wait with buffers that the others have not
+            // taken yet.
             let bound = if ranks > 2 { 0.15 } else { 0.1 };
             let config = config(stage, overlap, activation_checkpointing, accumulation, qk_norm);
             let within = |(formula, counted): &(f64, f64)| (counted / formula - 1.0).abs() <= bound;
-            // Two are, where other programs hold one of them up: what is out of its bound is counted twice more.
+            // Even two ranks can, if other programs delay one of them: a count out of bounds is repeated up to two
+            // times.
             let counts = (0..3).map(|_| compare(&config, ranks)).find(within);
             let (formula, counted) = counts.unwrap_or_else(|| compare(&config, ranks));
             let line = format!(

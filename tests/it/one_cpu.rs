@@ -1,4 +1,4 @@
-//! Several ranks on one CPU: nothing may wait for a pool whose only thread waits.
+//! Several ranks on one CPU: nothing may wait for a pool whose only thread is waiting.
 
 use crate::ranks::{folder, told, train};
 use std::{
@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What a command ends with; one that does not end is an error.
+/// The output of a command; a command that does not end is an error.
 fn output(mut command: Command, what: &str) -> Output {
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let begun = Instant::now();

@@ -1,4 +1,4 @@
-//! `vilg plan` and `vilg train --dry-run --world-size N` from outside: at 10 B, with nothing of it on the machine.
+//! `vilg plan` and `vilg train --dry-run --world-size N` for the 10 B model, without any of its files.
 
 use crate::commands::vilg;
 use serde_json::Value;
@@ -14,7 +14,7 @@ fn json(args: &[&str]) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// GB a GPU of 10 B parameters by ZeRO's formulas: (GPUs, stage, without offload, with offload).
+/// GB per GPU of 10 B parameters by ZeRO's formulas: (GPUs, stage, without offload, with offload).
 const BY_HAND: [(&str, u64, f64, f64); 9] = [
     ("8", 1, 75.0, 60.0),
     ("8", 2, 41.6, 26.6),
@@ -28,7 +28,7 @@ const BY_HAND: [(&str, u64, f64, f64); 9] = [
 ];
 
 #[test]
-fn plan_of_10_b_is_that_of_the_formulas() {
+fn plan_of_10_b_equals_the_formulas() {
     for memory in ["40", "80"] {
         for gpus in ["8", "16", "64"] {
             let value =
@@ -77,9 +77,9 @@ fn a_dry_run_of_64_ranks_needs_neither_data_nor_vocabulary_nor_tokenizer() {
     assert_eq!(ranks["samples_a_micro_step"][0]["most"], 1);
     assert!(value["plan"]["epochs"].is_null());
 
-    // One machine's run needs its data.
+    // A dry run of this machine's ranks needs its data.
     assert_eq!(dry_run(&[]).status.code(), Some(2));
-    // As `vilg train` does.
+    // The same refusal as in `vilg train`.
     let refused = dry_run(&["--world-size", "65"]);
     assert_eq!(refused.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&refused.stderr).contains("is less than 65 ranks x 16 micro-batches"));

@@ -1,5 +1,5 @@
-//! Several ranks from outside: processes under mpirun give the bits that threads give, and no fault of one of them
-//! costs more than the steps since the last checkpoint.
+//! Several ranks through the command line: processes under mpirun give the same bits as threads, and no fault of one of
+//! them loses more than the steps since the last checkpoint.
 
 use crate::{commands::vilg, tokenizer::write_random};
 use std::{
@@ -28,7 +28,7 @@ sample_every = 0
 rank_timeout = 60
 "#;
 
-/// A folder with all that a generator's training needs.
+/// A folder with everything that a generator's training needs.
 pub fn folder() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
@@ -84,7 +84,7 @@ fn a_launcher_without_mpi_is_refused_before_anything_is_written() {
     assert!(code == Some(2) && text.contains("PMI_RANK is set, but PMI_SIZE is not"), "{text}");
     command.env("PMI_SIZE", "2").args(["--nproc", "2"]);
     let (code, text) = told(&command.output().unwrap());
-    assert!(code == Some(2) && text.contains("leave --nproc away"), "{text}");
+    assert!(code == Some(2) && text.contains("leave out --nproc"), "{text}");
     assert!(!folder.path().join("runs").exists());
 }
 
@@ -103,7 +103,7 @@ fn a_time_limit_stops_with_a_checkpoint() {
     assert_eq!(run(&["--time-limit", "soon"]).0, Some(2));
 }
 
-/// Runs one of `tests/*.sh`, which must end with `said` or tell why it cannot run here.
+/// Runs one of `tests/*.sh`; it must print `said` or why it cannot run here.
 fn script(name: &str, said: &str) {
     let folder = folder();
     let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name));
@@ -121,7 +121,7 @@ fn kills_at_single_calls_cost_no_bit() {
 }
 
 #[test]
-fn a_disk_that_takes_nothing_more_ends_the_run_and_costs_nothing() {
+fn a_full_disk_ends_the_run_and_loses_nothing() {
     let folder = folder();
     let at = folder.path();
     for (name, background) in [("waiting", "false"), ("beside", "true")] {
@@ -130,7 +130,7 @@ fn a_disk_that_takes_nothing_more_ends_the_run_and_costs_nothing() {
             let steps = format!("train.steps={steps}");
             let args = train(name, &[&steps, &background, "train.zero_stage=3", "train.decay_start=1"]);
             let mut command = Command::new("bash");
-            // A limit on the length of files, in KiB: writing more fails, as on a full disk.
+            // A limit on the size of files, in KiB: further writes fail, as on a full disk.
             command.args([
                 "-c",
                 &format!("trap '' XFSZ; ulimit -f {limit}; exec \"$@\""),
@@ -161,7 +161,7 @@ mod processes {
         time::{Duration, Instant},
     };
 
-    /// The steps' numbers that do not depend on time, as text, so that each bit counts.
+    /// The metrics of the steps that do not depend on time, as text, so that every bit is compared.
     fn metrics(folder: &Path, name: &str) -> Vec<String> {
         let text = fs::read_to_string(folder.join("runs").join(name).join("metrics.jsonl")).unwrap();
         let keys = ["step", "image", "text", "gradient_norm", "learning_rate"];
@@ -172,13 +172,13 @@ mod processes {
         text.lines().map(line).collect()
     }
 
-    /// mpirun with `ranks` times these arguments of vilg.
+    /// mpirun with `ranks` processes of vilg.
     fn mpirun(folder: &Path, ranks: usize, args: &[String]) -> Command {
         let mut command = Command::new("mpirun");
         let bind = ["--bind-to", "none", "--oversubscribe", "--mca", "btl_vader_single_copy_mechanism", "none"];
         command.args(bind).args(["-n", &ranks.to_string()]);
         command.arg(env!("CARGO_BIN_EXE_vilg")).args(["--threads", "4"]).args(args).current_dir(folder);
-        // As root, and several of them on the two cores of a small machine.
+        // Allowed as root, and with more ranks than cores.
         command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
         command
     }
@@ -222,10 +222,10 @@ mod processes {
         assert!(!folder.path().join("runs").exists());
     }
 
-    /// A run that goes on until something happens to it.
-    struct Job(Child);
+    /// A run that continues until it is stopped.
+    struct Launched(Child);
 
-    impl Job {
+    impl Launched {
         fn start(folder: &Path, ranks: usize, args: &[String]) -> Self {
             Self(mpirun(folder, ranks, args).stderr(Stdio::piped()).spawn().unwrap())
         }
@@ -262,10 +262,10 @@ mod processes {
         let folder = folder();
         let at = folder.path();
         let sets = ["train.steps=100000", "train.decay_start=1", "train.zero_stage=2"];
-        let job = Job::start(at, 3, &train("signal", &sets));
-        job.wait_for_steps(at, "signal", 6);
-        job.signal(2, libc::SIGTERM);
-        let (code, text) = job.end();
+        let launched = Launched::start(at, 3, &train("signal", &sets));
+        launched.wait_for_steps(at, "signal", 6);
+        launched.signal(2, libc::SIGTERM);
+        let (code, text) = launched.end();
         assert_eq!(code, Some(75), "{text}");
         assert_eq!(text.matches("error: stopped by SIGTERM after step").count(), 1, "{text}");
         let again = [train("signal", &sets), vec!["--time-limit".into(), "1s".into()]].concat();
@@ -274,13 +274,13 @@ mod processes {
     }
 
     #[test]
-    fn a_process_that_stands_still_is_named_with_its_last_call() {
+    fn a_hanging_process_is_named_with_its_last_call() {
         let folder = folder();
         let sets = ["train.steps=100000", "train.zero_stage=3", "train.rank_timeout=5"];
-        let job = Job::start(folder.path(), 3, &train("still", &sets));
-        job.wait_for_steps(folder.path(), "still", 4);
-        job.signal(1, libc::SIGSTOP);
-        let (code, text) = job.end();
+        let launched = Launched::start(folder.path(), 3, &train("still", &sets));
+        launched.wait_for_steps(folder.path(), "still", 4);
+        launched.signal(1, libc::SIGSTOP);
+        let (code, text) = launched.end();
         assert!(code.is_some_and(|code| code != 0), "{text}");
         assert!(text.contains("for rank 1 (last seen at") && text.contains("waited 5 s at"), "{text}");
     }
@@ -290,7 +290,7 @@ mod processes {
         script("two_hosts.sh", "the bits of one");
     }
 
-    /// Kills a random rank at `kills` random times; the run must end with the bits of one that nobody killed.
+    /// Kills a random rank at `kills` random times; the result must be bit-equal to that of an undisturbed run.
     fn survives_kills(kills: usize) {
         let folder = folder();
         let at = folder.path();
@@ -299,18 +299,18 @@ mod processes {
         let mut random = vilg::random::Random::keyed(11, "kills", kills as u64, 0);
         let mut killed = 0;
         while killed < kills {
-            let job = Job::start(at, 3, &train("killed", &sets));
+            let launched = Launched::start(at, 3, &train("killed", &sets));
             // From before the first step to the end of the run.
             sleep(Duration::from_millis(250 + random.below(600)));
-            let Some(pid) = job.ranks().get(random.below(3) as usize).copied() else { continue };
-            // SAFETY: as above; a run that just ended makes it fail.
+            let Some(pid) = launched.ranks().get(random.below(3) as usize).copied() else { continue };
+            // SAFETY: as above; it fails if the run has just ended.
             if unsafe { libc::kill(pid, libc::SIGKILL) } == 0 {
                 killed += 1;
             }
-            let (code, text) = job.end();
+            let (code, text) = launched.end();
             assert!(!text.contains("panicked") && !text.contains("is not usable"), "{code:?} {text}");
             if code == Some(0) {
-                // Done before the kill: start over.
+                // The run ended before the kill: start over.
                 assert!(bits(at, "whole") == bits(at, "killed"));
                 fs::remove_dir_all(at.join("runs/killed")).unwrap();
             }

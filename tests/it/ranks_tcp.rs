@@ -1,4 +1,4 @@
-//! Ranks as processes that find each other over TCP, by the variables of torchrun.
+//! Ranks as processes that connect over TCP, with the environment variables of torchrun.
 
 use crate::ranks::{folder, told, train};
 use std::{
@@ -22,7 +22,7 @@ fn rank(folder: &Path, rank: usize, world_size: usize, port: u16, args: &[String
     command.args(args).current_dir(folder).stderr(Stdio::piped()).spawn().unwrap()
 }
 
-/// What each of the ranks ends with.
+/// Exit code and stderr of each rank.
 fn run(folder: &Path, world_size: usize, args: &[String]) -> Vec<(Option<i32>, String)> {
     let port = free_port();
     let ranks: Vec<Child> = (0..world_size).map(|i| rank(folder, i, world_size, port, args)).collect();
@@ -34,7 +34,7 @@ fn model(folder: &Path, name: &str) -> Vec<u8> {
 }
 
 #[test]
-fn give_the_bits_of_threads_and_go_on_after_a_kill() {
+fn processes_give_the_bits_of_threads_and_resume_after_a_kill() {
     let folder = folder();
     let at = folder.path();
     let sets = ["train.zero_stage=3", "train.checkpoint_every=2"];
@@ -71,7 +71,7 @@ fn give_the_bits_of_threads_and_go_on_after_a_kill() {
 }
 
 #[test]
-fn an_error_of_one_is_told_once_and_ends_all() {
+fn an_error_of_one_rank_is_printed_once_and_ends_all() {
     let folder = folder();
     let (one, other) = (train("other", &[]), train("other", &["train.clip_norm=3"]));
     let port = free_port();
@@ -83,12 +83,12 @@ fn an_error_of_one_is_told_once_and_ends_all() {
 }
 
 #[test]
-fn who_does_not_come_and_who_does_not_belong_is_known() {
+fn missing_ranks_are_named_and_other_connections_refused() {
     let folder = folder();
     let args = train("meet", &["train.rank_timeout=2"]);
     let port = free_port();
     let ranks = [0, 2].map(|i| rank(folder.path(), i, 3, port, &args));
-    // Somebody else's connection, and one that says nothing.
+    // A connection of another program, and one that sends nothing.
     thread::sleep(Duration::from_millis(300));
     let _silent = TcpStream::connect(("127.0.0.1", port)).unwrap();
     TcpStream::connect(("127.0.0.1", port)).unwrap().write_all(&[b'G'; 64]).unwrap();

@@ -51,7 +51,7 @@ fn json_lines(output: &Output) -> Vec<Value> {
 }
 
 #[test]
-fn pictures_become_codes_and_codes_pictures() {
+fn images_become_codes_and_codes_images() {
     let folder = tempfile::tempdir().unwrap();
     let model = model(folder.path());
     let picture = folder.path().join("wide.png");
@@ -74,7 +74,7 @@ fn pictures_become_codes_and_codes_pictures() {
 }
 
 #[test]
-fn a_file_that_is_no_picture_is_named() {
+fn a_file_that_is_not_an_image_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let model = model(folder.path());
     let text = folder.path().join("text.png");
@@ -87,7 +87,7 @@ fn a_file_that_is_no_picture_is_named() {
     }
 }
 
-/// A folder with two images and one that is none.
+/// A folder with two images and one file that is not an image.
 fn pictures(folder: &Path) -> PathBuf {
     let path = folder.join("pictures");
     std::fs::create_dir_all(path.join("below")).unwrap();
@@ -100,7 +100,7 @@ fn pictures(folder: &Path) -> PathBuf {
 }
 
 #[test]
-fn a_folder_is_reconstructed_and_whole_pictures_keep_their_size() {
+fn a_folder_is_reconstructed_and_whole_images_keep_their_size() {
     let folder = tempfile::tempdir().unwrap();
     let (model, pictures) = (model(folder.path()), pictures(folder.path()));
     let out = folder.path().join("out");
@@ -115,7 +115,7 @@ fn a_folder_is_reconstructed_and_whole_pictures_keep_their_size() {
 }
 
 #[test]
-fn images_of_one_name_are_both_reconstructed_and_never_overwritten() {
+fn images_with_the_same_name_are_both_reconstructed_and_never_overwritten() {
     let folder = tempfile::tempdir().unwrap();
     let (model, input) = (model(folder.path()), folder.path().join("in"));
     std::fs::create_dir(&input).unwrap();
@@ -140,7 +140,7 @@ fn images_of_one_name_are_both_reconstructed_and_never_overwritten() {
 }
 
 #[test]
-fn tokenizers_are_compared_on_the_same_pictures() {
+fn tokenizers_are_compared_on_the_same_images() {
     let folder = tempfile::tempdir().unwrap();
     let (model, pictures) = (model(folder.path()), pictures(folder.path()));
     std::fs::remove_file(pictures.join("bad.png")).unwrap();
@@ -159,7 +159,7 @@ fn tokenizers_are_compared_on_the_same_pictures() {
 }
 
 #[test]
-fn what_is_no_checkpoint_is_refused_and_nothing_is_run() {
+fn other_files_are_refused_as_checkpoints_and_no_code_is_run() {
     let folder = tempfile::tempdir().unwrap();
     let (source, trace, out) = (folder.path().join("a.ckpt"), folder.path().join("trace"), folder.path().join("out"));
     let import = |bytes: &[u8], kind: &str| {

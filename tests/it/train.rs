@@ -1,4 +1,5 @@
-//! `vilg train` from outside: killed, stopped and started again on two threads, it ends with the bits of one run on one.
+//! `vilg train` through the command line: killed, stopped and resumed on two threads, it gives the bits of an
+//! undisturbed run on one thread.
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGTERM, SIGUSR1};
 use std::{
@@ -53,16 +54,16 @@ fn steps(folder: &Path) -> usize {
     fs::read_to_string(folder.join("runs/tiny/metrics.jsonl")).map_or(0, |text| text.lines().count())
 }
 
-/// Sends these signals, one right after the other, once some more steps are done; gives the exit code.
+/// Sends these signals in quick succession after a few more steps; returns the exit code.
 fn interrupt(folder: &Path, signals: &[i32]) -> Option<i32> {
     let mut child = train(folder, "2");
     let (before, begun) = (steps(folder), Instant::now());
-    // A resumed run first takes back the steps after its checkpoint.
+    // A resumed run first repeats the steps after its checkpoint.
     while steps(folder) < before.max(5) + 4 && begun.elapsed() < Duration::from_secs(60) {
         sleep(Duration::from_millis(2));
     }
     for signal in signals {
-        // SAFETY: kill has no memory effects; the child is ours and not yet waited for.
+        // SAFETY: kill has no memory effects; the child process has not been waited for yet.
         assert_eq!(unsafe { libc::kill(child.id() as i32, *signal) }, 0);
         sleep(Duration::from_millis(1));
     }
@@ -75,13 +76,13 @@ fn survives_signals_bit_by_bit() {
     for folder in [&whole, &cut] {
         prepare(folder.path());
     }
-    // On one thread, which waits for nobody else.
+    // On one thread, so that no step waits for another thread.
     assert_eq!(train(whole.path(), "1").wait().unwrap().code(), Some(0));
     let ends: [(&[i32], Option<i32>); 6] = [
         (&[SIGTERM], Some(75)),
         (&[SIGKILL], None),
         (&[SIGINT], Some(130)),
-        // While the first one's checkpoint is written.
+        // The second signal arrives while the checkpoint of the first one is written.
         (&[SIGTERM, SIGUSR1], Some(75)),
         (&[SIGINT, SIGINT], Some(130)),
         (&[SIGUSR1], Some(75)),
@@ -98,7 +99,7 @@ fn survives_signals_bit_by_bit() {
     }
 }
 
-/// A run without end that gets these signals, one a few steps after the other; what it ends with. `prefix` is shell code.
+/// Sends these signals, a few steps apart, to a run without end; returns its output. `prefix` is shell code.
 fn hung_up(prefix: &str, signals: &[i32]) -> (Option<i32>, String) {
     let folder = tempfile::tempdir().unwrap();
     prepare(folder.path());
@@ -106,7 +107,7 @@ fn hung_up(prefix: &str, signals: &[i32]) -> (Option<i32>, String) {
     let args = "train --config tiny.toml --set train.steps=1000000 --set train.decay_start=1";
     command.args(["-c", &format!("{prefix} exec '{}' {args}", env!("CARGO_BIN_EXE_vilg"))]);
     let mut child = command.current_dir(folder.path()).stderr(Stdio::piped()).spawn().unwrap();
-    // Somebody must read what it says.
+    // Its output must be read, or it blocks on a full pipe.
     let said = child.stderr.take().unwrap();
     let said = std::thread::spawn(move || std::io::read_to_string(said).unwrap());
     for signal in signals {
@@ -114,7 +115,7 @@ fn hung_up(prefix: &str, signals: &[i32]) -> (Option<i32>, String) {
         while steps(folder.path()) < before + 4 && begun.elapsed() < Duration::from_secs(60) {
             sleep(Duration::from_millis(2));
         }
-        // SAFETY: kill has no memory effects; the child is ours and not yet waited for.
+        // SAFETY: kill has no memory effects; the child process has not been waited for yet.
         assert_eq!(unsafe { libc::kill(child.id() as i32, *signal) }, 0);
     }
     let code = child.wait().unwrap().code();

@@ -1,6 +1,7 @@
-//! The generator against PyTorch: logits of both directions, every gradient, ten training losses.
+//! The generator compared with PyTorch: logits of both directions, all gradients, ten training losses.
 //!
-//! `tests/golden/transformer.safetensors` is written by `scripts/golden_transformer.py`, which shares no code with us.
+//! `tests/golden/transformer.safetensors` is written by `scripts/golden_transformer.py`, which shares no code with this
+//! crate.
 
 use candle_core::{DType, Device, Tensor, safetensors};
 use std::collections::HashMap;
@@ -15,7 +16,7 @@ use vilg::{
     train::{engine, optimizer, shards::Shards},
 };
 
-/// What is predicted.
+/// Modality of the target.
 const TARGETS: [&str; 2] = ["image", "text"];
 
 struct Golden(HashMap<String, Tensor>);
@@ -73,8 +74,8 @@ fn variants() -> [(&'static str, Config); 2] {
     [("plain", plain), ("options", options)]
 }
 
-/// |a − b| against the largest |b|, or against 1e-3 where nothing is as large: the bias of the keys' norm has no
-/// effect, so its gradient is rounding error on both sides.
+/// |a − b| relative to the largest |b|, or to 1e-3 if all values are smaller: the bias of the k-norm has no effect, so
+/// its gradient is rounding error in both implementations.
 fn error(a: &Tensor, b: &Tensor) -> Result<f64> {
     let largest = |t: &Tensor| t.abs()?.flatten_all()?.max(0)?.to_dtype(DType::F64)?.to_scalar::<f64>();
     assert_eq!(a.dims(), b.dims());
@@ -102,7 +103,7 @@ fn losses(golden: &Golden, chain: &Chain<Batch>, config: &Config, steps: u64) ->
 }
 
 #[test]
-fn logits_and_every_gradient_are_pytorchs() -> Result<()> {
+fn logits_and_gradients_equal_pytorch() -> Result<()> {
     let golden = Golden::load()?;
     for (variant, config) in variants() {
         let (generator, params) = golden.generator(variant, &config)?;
@@ -125,7 +126,7 @@ fn logits_and_every_gradient_are_pytorchs() -> Result<()> {
 }
 
 #[test]
-fn ten_training_losses_are_pytorchs() -> Result<()> {
+fn ten_training_losses_equal_pytorch() -> Result<()> {
     let golden = Golden::load()?;
     for (variant, config) in variants() {
         let (generator, _) = golden.generator(variant, &config)?;
@@ -138,14 +139,14 @@ fn ten_training_losses_are_pytorchs() -> Result<()> {
     Ok(())
 }
 
-/// Training by hand-written and by autograd segments stays together for as long as a short run lasts.
+/// Training with manual and with autograd segments stays equal over a short run.
 #[test]
-fn two_hundred_losses_are_the_tapes() -> Result<()> {
+fn two_hundred_losses_equal_autograd() -> Result<()> {
     let golden = Golden::load()?;
     for (variant, config) in variants() {
         let manual = losses(&golden, &golden.generator(variant, &config)?.0.segments(), &config, 200)?;
         let autograd =
-            losses(&golden, &golden.generator(variant, &config)?.0.taped_segments(Precision::F32), &config, 200)?;
+            losses(&golden, &golden.generator(variant, &config)?.0.autograd_segments(Precision::F32), &config, 200)?;
         assert!(manual[199] < 0.5 * manual[0], "{variant}: nothing is learned: {manual:?}");
         for (step, (a, b)) in manual.iter().zip(&autograd).enumerate() {
             assert!((a - b).abs() < 1e-3 * b.abs().max(0.1), "{variant} step {step}: {a} and {b}");

@@ -3,10 +3,10 @@
 
 use super::{Candidate, take};
 use crate::{
+    bounded_read as files,
     bundle::{Parts, write::write_as},
     config::{Config, ImageTokenizer, QuantizerKind, Task},
     error::{Context, Hint, Result, ensure, failed, usage},
-    files,
     nn::{checkpoint_file::CheckpointFile, params::Scope, weights},
     tokenizer,
 };

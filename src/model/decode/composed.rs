@@ -1,4 +1,4 @@
-//! Decoding from stock candle ops, on any device.
+//! Decoding with stock candle ops, on any device.
 
 use super::{Source, input::Input};
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
 };
 use candle_core::{DType, Tensor};
 
-/// Sequences that are being decoded.
+/// A batch of sequences that are being decoded.
 pub struct Composed<'g> {
     generator: &'g Generator,
     target: Modality,
@@ -22,7 +22,7 @@ pub struct Composed<'g> {
 }
 
 impl<'g> Composed<'g> {
-    /// Runs the sources through all layers.
+    /// Prefill: runs the sources through all layers.
     pub fn new(generator: &'g Generator, layout: &Layout, source: &Source) -> Result<Self> {
         let device = generator.device();
         let mut parts = Vec::new();
@@ -31,7 +31,7 @@ impl<'g> Composed<'g> {
         }
         let mut x = Tensor::cat(&parts, 1)?;
         let (target, lengths) = (layout.target().modality, source.text_lengths());
-        // Positions that every later one attends to.
+        // Positions that every later position attends to.
         let dense = match target {
             Modality::Image => layout.source_positions() + 1,
             Modality::Text => layout.positions(),
@@ -52,7 +52,7 @@ impl<'g> Composed<'g> {
         Ok(Self { generator, target, caches, batch, logits: Vec::new() })
     }
 
-    /// One more position of each sequence; returns the logits (sequences, vocabulary).
+    /// Decodes one more position of each sequence; returns the logits (sequences, vocabulary).
     pub fn step(&mut self, input: Input) -> Result<&mut [f32]> {
         let embedding = &self.generator.embedding;
         let ids = |ids: &[u32]| Tensor::from_slice(ids, (self.batch, 1), self.generator.device());
@@ -69,7 +69,7 @@ impl<'g> Composed<'g> {
         Ok(&mut self.logits)
     }
 
-    /// Sequence `i` continues as a copy of the old sequence `index[i]`.
+    /// Replaces sequence `i` by a copy of the old sequence `index[i]`.
     pub fn reorder(&mut self, index: &[usize]) -> Result<()> {
         let rows: Vec<u32> = index.iter().map(|&i| i as u32).collect();
         let rows = Tensor::new(rows, self.generator.device())?;

@@ -1,8 +1,8 @@
-//! Decoding on the CPU: one pass over packed weights and plain slices a token, without tensors.
+//! Decoding on the CPU: one pass over packed weights for each token, on plain slices without tensors.
 //!
-//! A step is, layer by layer: LayerNorm, queries with keys and values, attention over the cache, projection onto the
-//! residual stream, LayerNorm, the MLP onto it; then the head. All buffers are kept. A sequence's bits depend neither on the
-//! sequences beside it nor on the number of threads.
+//! A step runs for each layer: LayerNorm, the projection to queries, keys and values, attention over the KV cache, the
+//! output projection added to the residual stream, LayerNorm, and the MLP added to it; then the head. All buffers are
+//! reused. The result of a sequence depends, bit for bit, neither on the other sequences nor on the number of threads.
 
 use super::{
     Source,
@@ -21,33 +21,34 @@ use crate::{
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Source positions that go through the layers together, if one source is no longer.
+/// Number of source positions that go through the layers together, unless a single source is longer.
 const PREFILL_ROWS: usize = 256;
 
-/// Parts that attention is cut into at most, and multiply-adds below which a part is not worth a thread.
+/// Maximum number of parts that attention is split into, and multiply-adds below which a part does not pay for a
+/// thread.
 const PARTS: usize = 16;
 const PART_WORK: usize = 1 << 16;
 
-/// The keys and values of a layer.
+/// The KV cache of one layer.
 struct Cache {
     sources: Blocks,
     own: Blocks,
     slots: Own,
 }
 
-/// Sequences that are being decoded. In the cache a source's codes come first, whatever the order of its spans, so that
-/// a code's slot is its place in the grid.
+/// A batch of sequences that are being decoded. In the cache the codes of a source come first, in any order of its
+/// spans, so that the slot of a code is its position in the grid.
 pub struct Fused<'g> {
     weights: &'g PackedGenerator,
     grid: Grid,
     target: Modality,
-    /// Codes of each source.
+    /// Number of codes of each source.
     codes: usize,
     caches: Vec<Cache>,
     lineage: Lineage,
-    /// Tokens of each source, codes and text together.
+    /// Number of tokens of each source, codes and text together.
     lengths: Vec<usize>,
-    /// 0, 1, 2 … as long as the longest source.
+    /// 0, 1, 2 … up to the length of the longest source.
     all: Vec<u32>,
     /// Slots that the newest position attends to in the current layer.
     seen: Vec<u32>,
@@ -55,7 +56,7 @@ pub struct Fused<'g> {
 }
 
 impl<'g> Fused<'g> {
-    /// Runs the sources through all layers; they fit `layout`.
+    /// Prefill: runs the sources through all layers. They must match `layout`.
     pub fn new(weights: &'g PackedGenerator, layout: &Layout, source: &Source) -> Result<Self> {
         let (grid, target, longest) = (layout.grid(), layout.target().modality, layout.source_positions());
         let codes = if source.of(Modality::Image).is_empty() { 0 } else { grid.len() };
@@ -88,7 +89,7 @@ impl<'g> Fused<'g> {
         Ok(state)
     }
 
-    /// Runs a few sources through all layers.
+    /// Runs the sources `rows` through all layers.
     fn read(&mut self, source: &Source, rows: Range<usize>) -> Result<()> {
         let hidden = self.weights.hidden();
         let positions: Vec<(usize, usize)> =
@@ -115,13 +116,13 @@ impl<'g> Fused<'g> {
                 cache.sources.write(source, position, &qkv[hidden..2 * hidden], &qkv[2 * hidden..]);
             }
             if i + 1 == weights.layers.len() {
-                break; // nothing reads the last layer's output at source positions
+                break; // the last layer's output at source positions is never used
             }
             let lists = if *codes > 0 { neighbours(layer.pattern, *grid) } else { Vec::new() };
             let sources = &cache.sources;
             for_each_head(workspace, all.len(), d, |unit, out, qkv, scores| {
                 let ((source, slot), head) = (positions[unit / heads], unit % heads);
-                // A code attends to codes through the pattern; everything else is dense.
+                // Codes attend to codes by the layer's pattern; all other attention is dense.
                 let (listed, dense) = match lists.get(slot) {
                     Some(list) => (list.as_slice(), &all[*codes..lengths[source]]),
                     None => (&all[..lengths[source]], &[][..]),
@@ -134,7 +135,7 @@ impl<'g> Fused<'g> {
         }
     }
 
-    /// One more position of each sequence, of which `fed` came before; returns the logits (sequences, vocabulary).
+    /// Decodes one more position of each sequence after `fed` positions; returns the logits (sequences, vocabulary).
     pub fn step(&mut self, input: Input, fed: usize) -> Result<&mut [f32]> {
         let weights = self.weights;
         self.workspace.fit(self.lineage.rows().len(), weights.hidden());
@@ -167,7 +168,7 @@ impl<'g> Fused<'g> {
         weights.logits(workspace, *target);
     }
 
-    /// Sequence `i` goes on as a copy of what was sequence `index[i]`, of which `fed` positions are there.
+    /// Replaces sequence `i` by a copy of the old sequence `index[i]`, of which `fed` positions are decoded.
     pub fn reorder(&mut self, index: &[usize], fed: usize) {
         let copies = self.lineage.reorder(index);
         for cache in &mut self.caches {
@@ -177,7 +178,8 @@ impl<'g> Fused<'g> {
     }
 }
 
-/// `workspace.attended`, one head of one row at a time: `one(unit, out, qkv, scores)` with room for the scores of `keys` keys.
+/// Computes `workspace.attended`, one head of one row at a time: `one(unit, out, qkv, scores)`, where `scores` is a
+/// buffer for the scores of `keys` keys.
 fn for_each_head(
     workspace: &mut Workspace,
     keys: usize,
@@ -196,7 +198,7 @@ fn for_each_head(
     });
 }
 
-/// Of each code, the codes that it sees within a whole image.
+/// For each code of a full image, the codes that it attends to.
 fn neighbours(pattern: Pattern, grid: Grid) -> Vec<Vec<u32>> {
     let list = |query| {
         let mut list = Vec::new();
@@ -208,7 +210,7 @@ fn neighbours(pattern: Pattern, grid: Grid) -> Vec<Vec<u32>> {
     (0..grid.len()).map(list).collect()
 }
 
-/// `x` (hidden) = the embedding of a token at its position.
+/// `x` (hidden) = the sum of token embedding and position embedding.
 fn embed(weights: &PackedGenerator, x: &mut [f32], grid: Grid, slot: Slot, token: u32) -> Result<()> {
     let token = token as usize;
     match slot {

@@ -1,4 +1,4 @@
-//! What decoding reads: the source of each sequence, and the inputs of one step.
+//! Inputs of decoding: the source of each sequence, and the tokens of one step.
 
 use crate::{
     error::{Context, Result, ensure},
@@ -6,18 +6,19 @@ use crate::{
     nn::{cache::Place, pattern::Grid},
 };
 
-/// What a batch of sequences starts from: the tokens of each source span, one row a sequence, and what is predicted.
+/// Where a batch of sequences starts: the tokens of each source span (one row per sequence), and the target's modality.
 #[derive(Debug, Clone)]
 pub struct Source<'a> {
-    /// In the order of their spans.
+    /// Tokens of each source span, in the order of the spans.
     sources: Vec<(Modality, &'a [Vec<u32>])>,
     /// The first input of a target text; `None` if the target is an image.
     cls: Option<u32>,
 }
 
 impl<'a> Source<'a> {
-    /// Any source spans in order, each with its rows: a text row is `[CLS]`, tokens, `[SEP]`, without padding; an image
-    /// row is the n codes of an image in raster order. A target text starts with `cls`; without it the target is an image.
+    /// Any source spans in order, each with its rows: a text row is `[CLS]`, tokens, `[SEP]` without padding; an image
+    /// row is the n codes of an image in raster order. A target text starts with `cls`; with `None` the target is an
+    /// image.
     pub fn new(sources: Vec<(Modality, &'a [Vec<u32>])>, cls: Option<u32>) -> Self {
         Self { sources, cls }
     }
@@ -42,7 +43,7 @@ impl<'a> Source<'a> {
         self.sources.first().map_or(0, |(_, rows)| rows.len())
     }
 
-    /// The rows of a modality; none if no source has it.
+    /// The rows of a modality; empty if no source has it.
     pub(super) fn of(&self, modality: Modality) -> &'a [Vec<u32>] {
         let found = self.sources.iter().find(|(found, _)| *found == modality);
         found.map_or(&[], |(_, rows)| rows)
@@ -53,19 +54,20 @@ impl<'a> Source<'a> {
         self.sources.iter().map(|(_, rows)| *rows)
     }
 
-    /// Tokens of each row of the source text; empty if no source is text.
+    /// Number of tokens of each row of the source text; empty if no source is text.
     pub(super) fn text_lengths(&self) -> Vec<usize> {
         self.of(Modality::Text).iter().map(Vec::len).collect()
     }
 
-    /// The layout of the sequences. A source text is as long as the longest row: the cache needs no more positions.
+    /// The layout of the sequences. The source text gets the length of the longest row: the cache needs no more
+    /// positions.
     ///
     /// # Errors
-    /// There are no rows, or a different number of rows for each span; a text is longer than `max_text`, or an image
+    /// There are no rows, or the spans differ in their number of rows; a text is longer than `max_text`, or an image
     /// does not fill the grid.
     pub(super) fn layout(&self, grid: Grid, max_text: usize) -> Result<Layout> {
         let (texts, codes) = (self.of(Modality::Text), self.of(Modality::Image));
-        ensure!(self.rows() > 0, "no sequence to decode");
+        ensure!(self.rows() > 0, "there is no sequence to decode");
         ensure!(self.spans().all(|rows| rows.len() == self.rows()), "sources differ in their number of sequences");
         let bad = texts.iter().map(Vec::len).find(|length| !(1..=max_text).contains(length));
         ensure!(bad.is_none(), "a source text of {} tokens, for 1 to {max_text} positions", bad.unwrap_or(0));
@@ -90,7 +92,7 @@ impl<'a> Source<'a> {
     }
 }
 
-/// The inputs of one step: what the position holds, and the token of each sequence (not read at [`Slot::Start`]).
+/// The inputs of one step: the slot of the position, and the token of each sequence (ignored at [`Slot::Start`]).
 #[derive(Clone, Copy)]
 pub(super) struct Input<'a> {
     pub slot: Slot,
@@ -98,7 +100,7 @@ pub(super) struct Input<'a> {
 }
 
 impl Input<'_> {
-    /// Where the cache keeps the position.
+    /// The slot of the cache that keeps the position.
     pub fn place(&self) -> Place {
         match self.slot {
             Slot::Start | Slot::Text(_) => Place::Dense,
@@ -109,7 +111,7 @@ impl Input<'_> {
     /// The token of sequence `row`.
     ///
     /// # Errors
-    /// There is none.
+    /// `row` is not below the number of tokens.
     pub fn token(&self, row: usize) -> Result<u32> {
         self.tokens.get(row).copied().with_context(|| format!("no token for sequence {row}"))
     }

@@ -1,7 +1,7 @@
-//! Decoding with a cache: the source once, then one position a step for a batch of sequences.
+//! Decoding with a KV cache: prefill of the source, then one position per step for a batch of sequences.
 //!
-//! One contract, two implementations: [`Fused`] on the CPU, and [`Composed`] from stock candle ops on any other device
-//! and in double precision. Tests hold both equal to the full forward pass.
+//! One contract, two implementations: [`Fused`] on the CPU, and [`Composed`] with stock candle ops on any other device
+//! and in double precision. Tests check both against the full forward pass.
 
 mod composed;
 mod fused;
@@ -22,10 +22,10 @@ use input::Input;
 use packed::PackedGenerator;
 use std::sync::{Arc, OnceLock};
 
-/// Decodes with a generator: on a CPU in f32 from a packed copy of its weights, made when it is first needed.
+/// Decodes with a generator. On a CPU in f32 it uses a packed copy of the weights, made when it is first needed.
 pub struct Decoder {
     generator: Arc<Generator>,
-    /// What the matrices of the packed copy are stored in.
+    /// Number format of the matrices in the packed copy.
     format: Format,
     packed: OnceLock<PackedGenerator>,
 }
@@ -35,41 +35,41 @@ enum Path<'g> {
     Composed(Composed<'g>),
 }
 
-/// A batch of sequences that are being decoded. Sequences are independent; those of one source share what is cached
-/// of it.
+/// A batch of sequences that are being decoded. Sequences are independent; sequences with the same source share its
+/// cached keys and values.
 pub struct DecodeState<'g> {
     path: Path<'g>,
     target: Span,
     vocabulary: usize,
     batch: usize,
-    /// Target positions that have been inputs so far.
+    /// Number of target positions decoded so far.
     fed: usize,
 }
 
 impl Decoder {
-    /// A decoder for `generator`, with matrices stored in `format` where it decodes from packed weights.
+    /// A decoder for `generator`. Where it decodes from packed weights, the matrices are stored in `format`.
     pub fn new(generator: Arc<Generator>, format: Format) -> Self {
         Self { generator, format, packed: OnceLock::new() }
     }
 
-    /// The generator that decodes.
+    /// The generator whose weights are used.
     pub fn generator(&self) -> &Generator {
         &self.generator
     }
 
-    /// Runs the source and the first target position of one sequence a row. Returns the logits (rows, vocabulary) of the
-    /// first token: a code, or the token after `[CLS]`. The first call packs the weights; later changes of them are not
-    /// seen.
+    /// Prefill: runs the source and the first target position of one sequence per row. Returns the logits (rows,
+    /// vocabulary) of the first token: a code, or the token after `[CLS]`. The first call packs the weights; later
+    /// changes of the weights have no effect.
     ///
     /// # Errors
-    /// There are no rows, one is too long, or an image does not fill the grid; a token is not in the vocabulary.
+    /// There are no rows, a row is too long, an image does not fill the grid, or a token is not in the vocabulary.
     pub fn start(&self, source: &Source) -> Result<(DecodeState<'_>, Vec<f32>)> {
         let generator = &self.generator;
         let single = generator.params().flat_map(|params| params.values()).all(|p| p.dtype() == DType::F32);
         self.start_on(source, single && generator.device().is_cpu())
     }
 
-    /// The same by one of the two implementations.
+    /// [`Self::start`] with a given implementation.
     pub(super) fn start_on(&self, source: &Source, fused: bool) -> Result<(DecodeState<'_>, Vec<f32>)> {
         let generator = &self.generator;
         let layout = source.layout(generator.grid(), generator.max_text())?;
@@ -86,7 +86,7 @@ impl Decoder {
 
     fn packed(&self) -> Result<&PackedGenerator> {
         if self.packed.get().is_none() {
-            // Another thread may have been faster; its copy is as good.
+            // Another thread may have packed them first; its copy is the same.
             let _ = self.packed.set(PackedGenerator::new(&self.generator, self.format)?);
         }
         self.packed.get().context("the weights were not packed")
@@ -99,15 +99,16 @@ impl DecodeState<'_> {
         self.batch
     }
 
-    /// Logits of each sequence.
+    /// Number of logits per sequence.
     pub fn vocabulary(&self) -> usize {
         self.vocabulary
     }
 
-    /// Appends one token to each sequence and returns the logits (sequences, vocabulary) of the next, row by row.
+    /// Appends one token to each sequence and returns the logits (sequences, vocabulary) of the next token.
     ///
     /// # Errors
-    /// The number of tokens is not that of the sequences, one is not in the vocabulary, or the sequences are full.
+    /// The number of tokens is not the number of sequences, a token is not in the vocabulary, or the sequences are
+    /// complete.
     pub fn logits_next(&mut self, tokens: &[u32]) -> Result<&mut [f32]> {
         ensure!(tokens.len() == self.batch, "{} tokens for {} sequences", tokens.len(), self.batch);
         let positions = self.target.positions();
@@ -126,13 +127,13 @@ impl DecodeState<'_> {
         Ok(logits)
     }
 
-    /// Sequence `i` continues as a copy of the old sequence `index[i]`; the number of sequences may change. The cached
+    /// Replaces sequence `i` by a copy of the old sequence `index[i]`; the number of sequences may change. The cached
     /// source is never copied, and a sequence's own cache only if several sequences continue from it.
     ///
     /// # Errors
-    /// An index is not below the number of sequences, or there is none.
+    /// `index` is empty, or an index is not below the number of sequences.
     pub fn reorder(&mut self, index: &[usize]) -> Result<()> {
-        ensure!(!index.is_empty() && index.iter().all(|&i| i < self.batch), "no such sequence in {index:?}");
+        ensure!(!index.is_empty() && index.iter().all(|&i| i < self.batch), "a sequence of {index:?} does not exist");
         match &mut self.path {
             Path::Fused(fused) => fused.reorder(index, self.fed),
             Path::Composed(composed) => composed.reorder(index)?,

@@ -1,4 +1,4 @@
-//! A generator's weights as decoding reads them: packed once, on plain slices.
+//! The generator's weights for decoding on the CPU: packed once, on plain slices.
 
 use crate::{
     error::{Context, Result},
@@ -12,7 +12,7 @@ use crate::{
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
-/// The weights of a generator.
+/// The packed weights of a generator.
 pub struct PackedGenerator {
     pub text: Table,
     pub text_position: Table,
@@ -27,19 +27,21 @@ pub struct PackedGenerator {
     pub heads: usize,
 }
 
-/// A layer of the transformer.
+/// The packed weights of a transformer block.
 pub struct PackedLayer {
     pub pattern: Pattern,
     block: BlockLayers<Norm, PackedLinear>,
 }
 
-/// An embedding (rows, hidden).
+/// An embedding table (rows, hidden).
 pub struct Table {
     values: Vec<f32>,
     hidden: usize,
 }
 
 impl Table {
+    /// Row `row` of the table, (hidden).
+    ///
     /// # Errors
     /// There is no such row.
     pub fn row(&self, row: usize) -> Result<&[f32]> {
@@ -54,7 +56,7 @@ struct Norm {
 }
 
 impl Norm {
-    /// Rows that one task works on.
+    /// Number of rows that one parallel task normalizes.
     const ROWS: usize = 16;
 
     fn new(norm: &LayerNorm) -> Result<Self> {
@@ -84,7 +86,7 @@ impl PackedLayer {
 }
 
 impl PackedGenerator {
-    /// A copy of the generator's weights, its matrices in `format`; embeddings, norms and biases stay f32.
+    /// Copies the generator's weights. Matrices are stored in `format`; embeddings, norms and biases stay f32.
     pub fn new(generator: &Generator, format: Format) -> Result<Self> {
         let Generator { embedding, layers, head, heads, .. } = generator;
         let image_start = values(&embedding.image_start)?;
@@ -109,7 +111,7 @@ impl PackedGenerator {
         self.image_start.len()
     }
 
-    /// `workspace.logits` (rows, vocabulary) of `workspace.x`, for targets of this modality.
+    /// Computes `workspace.logits` (rows, vocabulary) from `workspace.x`, for targets of this modality.
     pub fn logits(&self, workspace: &mut Workspace, target: Modality) {
         let head = match target {
             Modality::Text => &self.text_head,
@@ -121,14 +123,14 @@ impl PackedGenerator {
     }
 }
 
-/// The buffers of a pass through the layers, kept from step to step.
+/// The buffers of a pass through the layers, reused from step to step.
 #[derive(Default)]
 pub struct Workspace {
-    /// (rows, hidden), like `mixed`, `normed` and `branch`.
+    /// The residual stream (rows, hidden).
     pub x: Vec<f32>,
-    /// (rows, 3, heads, d)
+    /// Queries, keys and values (rows, 3, heads, d).
     pub qkv: Vec<f32>,
-    /// What attention makes of it.
+    /// Output of attention (rows, hidden).
     pub attended: Vec<f32>,
     pub scores: Vec<f32>,
     pub logits: Vec<f32>,
@@ -138,7 +140,7 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// Sizes the buffers for so many rows; allocates nothing if they have been as large before.
+    /// Resizes the buffers for `rows` rows; allocates nothing if they have been that large before.
     pub fn fit(&mut self, rows: usize, hidden: usize) {
         [&mut self.x, &mut self.attended, &mut self.normed, &mut self.branch]
             .into_iter()
@@ -148,7 +150,7 @@ impl Workspace {
 }
 
 impl PackedLayer {
-    /// `workspace.qkv` of `workspace.x`.
+    /// Computes `workspace.qkv` from `workspace.x`.
     pub fn qkv(&self, workspace: &mut Workspace) {
         self.block.norm1.apply(&mut workspace.normed, &workspace.x);
         self.block.qkv.apply(&mut workspace.qkv, &workspace.normed, Finish::Set);
@@ -164,7 +166,7 @@ impl PackedLayer {
         }
     }
 
-    /// The block from `workspace.attended` on: `workspace.x` becomes its output.
+    /// Runs the block after attention: from `workspace.attended` to the block's output in `workspace.x`.
     pub fn finish(&self, workspace: &mut Workspace) {
         let rows = workspace.x.len() / self.block.norm1.weight.len();
         workspace.inner.resize(rows * self.block.fc1.outputs(), 0.0);
@@ -177,7 +179,7 @@ impl PackedLayer {
     }
 }
 
-/// `x += post(linear(input))`
+/// `x += post(linear(input))`, where `post` is the norm of a sandwich block, if any.
 fn add(x: &mut [f32], linear: &PackedLinear, input: &[f32], post: Option<&Norm>, [branch, normed]: [&mut Vec<f32>; 2]) {
     let Some(post) = post else { return linear.apply(x, input, Finish::Add) };
     linear.apply(branch, input, Finish::Set);

@@ -1,10 +1,10 @@
-//! Where a tensor is in a file: shape, strides and the bytes of its storage.
+//! The location of a tensor in a file: shape, strides and the bytes of its storage.
 
 use crate::error::{Result, ensure};
 use safetensors::Dtype;
 use std::ops::Range;
 
-/// Dimensions of a tensor.
+/// Maximum number of dimensions of a tensor.
 pub(super) const MAX_DIMENSIONS: usize = 16;
 
 /// A tensor in a file: element (i, j, ..) is number `offset + i · strides[0] + j · strides[1] + ..` of `bytes`.
@@ -18,7 +18,7 @@ pub(super) struct Stored {
 }
 
 impl Stored {
-    /// The elements of `bytes` among which the tensor lies.
+    /// The range of elements of `bytes` that the tensor covers.
     pub(super) fn extent(&self) -> (usize, usize) {
         if self.shape.contains(&0) {
             return (0, 0);
@@ -27,8 +27,8 @@ impl Stored {
         (self.offset, self.offset + last + 1)
     }
 
-    /// Checks that the tensor is inside its bytes. Elements beyond the number that is stored, which a view repeats, are
-    /// taken from `repeated`.
+    /// Checks that the tensor is inside its bytes. Elements that a view repeats are subtracted from the budget
+    /// `repeated`.
     pub(super) fn check(self, repeated: &mut usize) -> Result<Self> {
         let held = self.bytes.len() / (self.dtype.bitsize() / 8).max(1);
         let mut steps =
@@ -43,14 +43,14 @@ impl Stored {
         Ok(self)
     }
 
-    /// The elements in row-major order, from those in [`Stored::extent`].
+    /// The elements in row-major order, from the bytes of [`Stored::extent`].
     pub(super) fn gather(&self, values: &[f32]) -> Vec<f32> {
         let count = self.shape.iter().product();
         let (mut index, mut place) = (vec![0; self.shape.len()], 0);
         let mut gathered = Vec::with_capacity(count);
         for _ in 0..count {
             gathered.push(values[place]);
-            // The last dimension runs fastest.
+            // The last dimension varies fastest.
             for (dimension, at) in index.iter_mut().enumerate().rev() {
                 *at += 1;
                 place += self.strides[dimension];
@@ -65,7 +65,7 @@ impl Stored {
     }
 }
 
-/// Strides of a tensor of this shape whose last dimension runs fastest.
+/// Row-major strides of a tensor of this shape.
 pub(super) fn row_major(shape: &[usize]) -> Vec<usize> {
     let mut strides: Vec<usize> = vec![1; shape.len()];
     for i in (1..shape.len()).rev() {

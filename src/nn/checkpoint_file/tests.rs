@@ -8,7 +8,7 @@ fn values(file: &CheckpointFile, name: &str) -> Vec<f32> {
     file.tensor(name).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// Files that `scripts/golden_torch_files.py` had PyTorch and numpy write.
+/// Files written with PyTorch and numpy by `scripts/golden_torch_files.py`.
 #[test]
 fn tensors_and_views_of_both_kinds_of_torch_files_are_read() {
     for name in ["torch_zip.pth", "torch_old.pth"] {
@@ -32,7 +32,7 @@ fn arrays_of_numpy_are_read_in_either_order() {
 }
 
 #[test]
-fn cut_flipped_and_foreign_files_are_errors_or_the_same_shapes() {
+fn truncated_flipped_and_unknown_files_are_errors_or_have_the_same_shapes() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.pth");
     for name in ["torch_zip.pth", "torch_old.pth", "numpy.pkl", "taming_vqgan.safetensors"] {
@@ -56,9 +56,9 @@ fn cut_flipped_and_foreign_files_are_errors_or_the_same_shapes() {
     assert!(CheckpointFile::open(&folder.path().join("nowhere.pth")).is_err());
 }
 
-/// What would run a command is refused, and the command has not run.
+/// A pickle that would run a command is refused, and the command has not run.
 #[test]
-fn a_hostile_file_is_refused_and_runs_nothing() {
+fn a_malicious_file_is_refused_and_runs_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let (path, trace) = (folder.path().join("a.pth"), folder.path().join("trace"));
     let command = format!("touch {}", trace.display());
@@ -72,7 +72,7 @@ fn a_hostile_file_is_refused_and_runs_nothing() {
     assert!(!trace.exists());
 }
 
-/// A view that repeats a few bytes many times over would need memory without end.
+/// A view that repeats a few bytes many times would need unbounded memory.
 #[test]
 fn a_tensor_larger_than_its_bytes_is_refused() {
     let stored = |shape: Vec<usize>, strides: Vec<usize>, offset| {
@@ -96,7 +96,7 @@ fn a_view_that_repeats_elements_is_read() {
         |shape: Vec<usize>, strides| Stored { file: 0, dtype: Dtype::F32, shape, strides, offset: 0, bytes: 0..16 };
     assert_eq!(stored(vec![2, 3], vec![0, 1]).gather(&[1., 2., 3.]), [1., 2., 3., 1., 2., 3.]);
     assert_eq!(stored(vec![2, 3], vec![1, 0]).gather(&[1., 2.]), [1., 1., 1., 2., 2., 2.]);
-    // What they repeat is bounded for a whole file.
+    // The number of repeated elements is bounded per file.
     let mut left = 10;
     assert!(stored(vec![3, 4], vec![0, 1]).check(&mut left).is_ok() && left == 2);
     assert!(stored(vec![3, 4], vec![0, 1]).check(&mut left).is_err());
@@ -111,7 +111,7 @@ fn complaint(path: &Path) -> (String, String) {
     (format!("{error:#}"), hint_of(&error).unwrap_or_default().to_owned())
 }
 
-/// A header of 128 or of 0x4b50 bytes begins like a pickle or a zip archive.
+/// A header of 128 or 0x4b50 bytes starts like a pickle or a zip archive.
 #[test]
 fn the_length_of_a_safetensors_header_may_begin_with_any_byte() {
     assert!(CheckpointFile::open(&case("safetensors_header_len_128.safetensors")).unwrap().names().next().is_some());
@@ -124,9 +124,9 @@ fn the_length_of_a_safetensors_header_may_begin_with_any_byte() {
     assert!(complaint(&case("duplicate_key_same_offsets.safetensors")).0.contains("twice"));
 }
 
-/// A dictionary that holds the one before twice, 2^k entries in all, and names that are copied over and over.
+/// Dictionaries that contain the previous one twice (2^k entries in all), and names that are copied many times.
 #[test]
-fn pickles_that_grow_without_end_are_refused() {
+fn pickles_that_grow_exponentially_are_refused() {
     assert!(complaint(&case("pickle_dag_4k_to_3.4GB.pkl")).0.contains("without end"));
     // A text of 10,000 characters as module and name, copied into 10,000 functions.
     let text = "x".repeat(10_000);
@@ -153,7 +153,7 @@ fn a_refused_call_is_explained_by_its_own_hint() {
 
 #[cfg(unix)]
 #[test]
-fn devices_and_fifos_are_no_checkpoints() {
+fn devices_and_fifos_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let fifo = folder.path().join("a.pt");
     assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
@@ -162,7 +162,7 @@ fn devices_and_fifos_are_no_checkpoints() {
     }
 }
 
-/// `{"model": {NAME: x}, "ema": {NAME: x + 1}, "args": Namespace(lr=1)}` as numpy arrays, where `ema` is optional.
+/// `{"model": {NAME: x}, "ema": {NAME: x + 1}, "args": Namespace(lr=1)}` as numpy arrays; `ema` is optional.
 fn training_checkpoint(name: &str, ema: bool) -> Vec<u8> {
     let text = |text: &str| [&b"X"[..], &(text.len() as u32).to_le_bytes(), text.as_bytes()].concat();
     let array = |value: f32| {
@@ -179,7 +179,7 @@ fn training_checkpoint(name: &str, ema: bool) -> Vec<u8> {
 }
 
 #[test]
-fn training_checkpoints_give_their_average_without_the_prefixes_of_wrappers() {
+fn training_checkpoints_give_their_ema_without_the_prefixes_of_wrappers() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.pt");
     let names = ["encoder.w", "module.encoder.w", "_orig_mod.module.encoder.w", "first_stage_model.encoder.w"];

@@ -1,4 +1,4 @@
-//! The stack machine whose program a pickle is.
+//! The stack machine that interprets a pickle.
 
 use super::object::{At, Object};
 use crate::error::{Context, Hint, Result, bail};
@@ -7,12 +7,12 @@ use std::collections::HashMap;
 const HINT: &str =
     "a checkpoint of tensors needs no such call: do not trust the file, or save its `state_dict()` alone";
 
-/// Bytes that the objects of one pickle may take, about: a checkpoint of 10,000 tensors takes 10 MB.
+/// Approximate maximum memory of the objects of one pickle, in bytes: a checkpoint with 10,000 tensors takes 10 MB.
 pub(super) const BUDGET: usize = 90 << 20;
-/// What each operation may add at most, beside texts: an object and the allocation of a short list, or a place in the memo.
+/// Maximum memory that one operation adds, besides texts: an object and a short list, or an entry in the memo.
 const OPERATION: usize = size_of::<Object>() + 32;
 
-/// The calls that checkpoints are put together by.
+/// The functions that checkpoints call.
 const CALLS: &[(&str, &str)] = &[
     ("collections", "OrderedDict"),
     ("torch._utils", "_rebuild_tensor"),
@@ -25,7 +25,7 @@ const CALLS: &[(&str, &str)] = &[
     ("numpy._core.multiarray", "scalar"),
     ("numpy", "dtype"),
     ("_codecs", "encode"),
-    // The options of a training program beside its weights; they are never looked at.
+    // The options of a training script next to its weights; they are ignored.
     ("argparse", "Namespace"),
     ("builtins", "set"),
     ("__builtin__", "set"),
@@ -36,14 +36,14 @@ struct Machine<'a> {
     at: usize,
     objects: Vec<Object>,
     stack: Vec<At>,
-    /// Heights of the stack at which there are marks.
+    /// Stack heights of the marks.
     marks: Vec<usize>,
     memo: HashMap<usize, At>,
-    /// What is left of [`BUDGET`].
+    /// Remaining part of [`BUDGET`].
     left: usize,
 }
 
-/// Runs the pickle at the beginning of `bytes`; returns its objects, the last of them on the stack, and its length.
+/// Interprets the pickle at the start of `bytes`; returns its objects, the result, and the length in bytes.
 ///
 /// # Errors
 /// As [`super::Pickle::read`].
@@ -80,7 +80,7 @@ impl Machine<'_> {
                 // LONG1
                 match usize::from(self.byte()?) {
                     length @ 0..=8 => self.integer(length, true)?,
-                    // No size of a tensor.
+                    // Too long for the size of a tensor.
                     length => {
                         self.take(length)?;
                         self.push(Object::None);
@@ -152,7 +152,7 @@ impl Machine<'_> {
                 self.charge(length)?;
                 let global = match (&self.objects[module.0], &self.objects[name.0]) {
                     (Object::Text(module), Object::Text(name)) => Object::Global(module.clone(), name.clone()),
-                    _ => bail!("a function without a name"),
+                    _ => bail!("the function has no name"),
                 };
                 self.push(global);
             }
@@ -162,12 +162,12 @@ impl Machine<'_> {
                 let id = self.pop()?;
                 self.push(Object::Persistent(id));
             }
-            other => bail!("an operation that checkpoints do not use (0x{other:02x})"),
+            other => bail!("checkpoints do not use the operation 0x{other:02x}"),
         }
         Ok(())
     }
 
-    /// REDUCE and NEWOBJ: a call, noted.
+    /// REDUCE and NEWOBJ: records a call.
     fn call(&mut self) -> Result<()> {
         let (arguments, function) = (self.pop()?, self.pop()?);
         let Object::Global(module, name) = &self.objects[function.0] else { bail!("a call of what is no function") };
@@ -178,22 +178,22 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// BUILD: the state of what a call made. Attributes of a dictionary (torch's `_metadata`) are of no use here.
+    /// BUILD: sets the state of an object made by a call. Attributes of a dictionary (torch's `_metadata`) are ignored.
     fn build(&mut self) -> Result<()> {
         let (new, object) = (self.pop()?, self.top()?);
         match &mut self.objects[object.0] {
             Object::Call { state, .. } => *state = Some(new),
             Object::Dict(_) => {}
-            _ => bail!("a state for what has none"),
+            _ => bail!("this object has no state to set"),
         }
         Ok(())
     }
 
-    /// Takes what is about to be built from the budget.
+    /// Subtracts the size of a new object from the budget.
     fn charge(&mut self, bytes: usize) -> Result<()> {
         let left = self.left.checked_sub(bytes);
         let hint = "it is damaged or made to exhaust memory: save the weights alone, as a safetensors file or a `state_dict()`";
-        self.left = left.hint(format!("the pickle builds objects of more than {} MB", BUDGET >> 20), hint)?;
+        self.left = left.hint(format!("the objects of the pickle need more than {} MB", BUDGET >> 20), hint)?;
         Ok(())
     }
 
@@ -221,7 +221,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// A line of text without its end.
+    /// A line of text without its newline.
     fn line(&mut self) -> Result<String> {
         let rest = &self.bytes[self.at..];
         let length = rest.iter().position(|&byte| byte == b'\n').context("the pickle is cut off")?;
@@ -239,7 +239,7 @@ impl Machine<'_> {
 
     fn text(&mut self, width: usize) -> Result<()> {
         let length = usize::try_from(self.number(width)?)?;
-        // Bytes that are not UTF-8 become up to three times as long.
+        // Bytes that are not UTF-8 may become three times as long.
         self.charge(length.min(self.bytes.len()) * 3)?;
         let text = String::from_utf8_lossy(self.take(length)?).into_owned();
         self.push(Object::Text(text));

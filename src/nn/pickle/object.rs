@@ -1,4 +1,4 @@
-//! What a pickle builds.
+//! The objects of a pickle.
 
 use std::ops::Range;
 
@@ -14,19 +14,19 @@ pub enum Object {
     Int(i64),
     Float(f64),
     Text(String),
-    /// The range of the bytes in the pickle.
+    /// Bytes, as a range of the pickle.
     Bytes(Range<usize>),
     /// A tuple, a list or a set.
     List(Vec<At>),
     Dict(Vec<(At, At)>),
     /// A class or function by module and name.
     Global(String, String),
-    /// What a call would make, and the state that it is given afterwards.
+    /// The result of a call, with the state set afterwards.
     Call {
         function: At,
         arguments: At,
         state: Option<At>,
     },
-    /// A reference to something outside of the pickle.
+    /// A reference to data outside of the pickle.
     Persistent(At),
 }

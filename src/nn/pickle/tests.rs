@@ -46,7 +46,7 @@ fn cut_and_damaged_pickles_are_errors() {
             drop(Pickle::read(&bytes));
         }
     }
-    // A million tuples in each other, and a list that holds itself.
+    // A million nested tuples, and a list that contains itself.
     let deep = [&b"N"[..], &[0x85; 1_000_000], b"."].concat();
     assert!(Pickle::read(&deep).is_ok());
     assert!(Pickle::read(b"]q\x00h\x00a.").is_ok());

@@ -1,8 +1,8 @@
-//! Attention of one query over keys in numbered slots: one head of one new position in decoding.
+//! Attention of one query over keys in numbered slots: one head of one new position during decoding.
 
 use crate::ops::simd::{Real, add_lanes, axpy, fma_lanes, fma_rest, max, multiversion, sum};
 
-/// Keys and values, row by row, and the rows that are attended to.
+/// Keys and values in slots, and the slots to attend to.
 #[derive(Clone, Copy)]
 pub struct Part<'a, T> {
     /// (slots, d)
@@ -12,7 +12,7 @@ pub struct Part<'a, T> {
     pub slots: &'a [u32],
 }
 
-/// Keys whose sums are kept side by side before they are added up.
+/// Number of keys whose dot products are computed side by side before their lanes are summed.
 const BESIDE: usize = 4;
 
 /// Width of those sums.
@@ -58,8 +58,8 @@ fn add_weighted<T: Real, const FMA: bool>(out: &mut [T], weights: &[T], rows: &[
 }
 
 multiversion! {
-    /// `out (d)` = softmax of `q (d)` · keys / √d over the slots of both parts, times their values. `scores` has room
-    /// for all slots, of which there is at least one.
+    /// `out (d)` = softmax of `q (d)` · keys / √d over the slots of both parts, times their values. `scores` is a
+    /// buffer for all slots, of which there must be at least one.
     pub fn attend<T: Real, const FMA: bool>(out: &mut [T], q: &[T], parts: [Part<'_, T>; 2], scores: &mut [T]) {
         let (first, all) = (parts[0].slots.len(), parts[0].slots.len() + parts[1].slots.len());
         let scores = &mut scores[..all];

@@ -1,5 +1,5 @@
-//! One head of one sample, forward and backward: blocks of queries against chunks of keys. The largest thing
-//! held is a row for each key; the scores exist for one chunk at a time.
+//! One head of one sample, forward and backward: blocks of queries against chunks of keys. The largest buffers have one
+//! row for each key; scores only exist for one chunk at a time.
 
 use super::{
     kernel::{Element, LANES, Part},
@@ -13,7 +13,7 @@ use crate::ops::{
 };
 use std::ops::Range;
 
-/// What all tasks of a call read.
+/// Inputs shared by all tasks of a call.
 #[derive(Clone, Copy)]
 pub(super) struct Inputs<'a, T> {
     pub qkv: &'a [T],
@@ -22,7 +22,7 @@ pub(super) struct Inputs<'a, T> {
     pub shape: Shape<T>,
 }
 
-/// The head of a task, and the places that its sample pads.
+/// The head of a task, and the padded places of its sample.
 pub(super) struct Head {
     pub sample: usize,
     pub head: usize,
@@ -30,7 +30,7 @@ pub(super) struct Head {
 }
 
 impl<T: Element> Inputs<'_, T> {
-    /// Rows of a part of qkv, times `factor`.
+    /// The rows of one part of qkv, times `factor`.
     #[inline(always)]
     fn gather(&self, to: &mut [T], positions: &[usize], part: usize, head: &Head, factor: T) {
         for (to, &position) in to.chunks_exact_mut(self.shape.row).zip(positions) {
@@ -48,7 +48,7 @@ impl<T: Element> Inputs<'_, T> {
     }
 }
 
-/// Workspace that tasks reuse. Columns beyond d are zeros and stay so.
+/// Buffers that tasks reuse. Columns beyond d are always zero.
 pub(super) struct Scratch<T> {
     /// Of all places.
     keys: Vec<T>,
@@ -110,7 +110,7 @@ fn transpose<T: Real>(out: &mut [Lanes<T>], rows: &[T], row: usize) {
     }
 }
 
-/// Sets the scores of the queries that do not see a key.
+/// Masks the scores of queries that do not attend to a key.
 #[inline(always)]
 fn hide<T: Real>(scores: &mut [Lanes<T>], pieces: &[Piece], hidden: T) {
     for piece in pieces.iter().filter(|piece| piece.lanes != u16::MAX) {
@@ -122,15 +122,15 @@ fn hide<T: Real>(scores: &mut [Lanes<T>], pieces: &[Piece], hidden: T) {
     }
 }
 
-/// The softmax so far of each query of a block.
+/// State of the online softmax for the queries of a block.
 struct Softmax<T> {
     largest: Lanes<T>,
     sums: Lanes<T>,
 }
 
 impl<T: Real> Softmax<T> {
-    /// Turns the scores of a chunk into weights relative to the largest score so far; gives the factors by which
-    /// what was summed before shrinks.
+    /// Turns the scores of a chunk into weights relative to the largest score so far; returns the factors that rescale
+    /// the earlier sums.
     #[inline(always)]
     fn add(&mut self, scores: &mut [Lanes<T>]) -> Lanes<T> {
         let old = self.largest;
@@ -143,7 +143,7 @@ impl<T: Real> Softmax<T> {
         self.largest = largest;
         let (mut base, mut factors) = (largest, [T::ZERO; LANES]);
         for i in 0..LANES {
-            // ∞ − ∞ is not a number: a query that has not seen a key yet gets weights of 0 from any other base.
+            // ∞ − ∞ is NaN: a query that has not attended to any key yet gets weights of 0 from any other base.
             base[i] = if base[i] == T::NEG_INFINITY { T::ZERO } else { base[i] };
             factors[i] = Real::exp(old[i] - base[i]);
         }

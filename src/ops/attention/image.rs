@@ -1,4 +1,4 @@
-//! Full self-attention over the positions of an image with one head, as in VQGAN at its lowest resolution: forward and
+//! Full single-head self-attention over the positions of an image, as in VQGAN at its lowest resolution: forward and
 //! backward on slices, one task per image.
 
 use crate::ops::{
@@ -67,7 +67,7 @@ pub fn backward<T: Real>(heads: Heads<T>, dy: &[T], [dq, dk, dv]: [&mut [T]; 3])
 }
 
 multiversion! {
-    /// Turns a row of scores into probabilities.
+    /// Softmax of a row of scores, in place.
     fn softmax<T: Real, const FMA: bool>(row: &mut [T]) {
         let largest = simd::max(row);
         row.iter_mut().for_each(|x| *x = Real::exp(*x - largest));
@@ -77,7 +77,7 @@ multiversion! {
 }
 
 multiversion! {
-    /// Turns a row of gradients of probabilities into gradients of scores.
+    /// Backward pass of the softmax of a row, in place: gradients of probabilities to gradients of scores.
     fn through_softmax<T: Real, const FMA: bool>(d: &mut [T], p: &[T]) {
         let mean = simd::dot::<T, FMA>(d, p);
         d.iter_mut().zip(p).for_each(|(d, &p)| *d = p * (*d - mean));

@@ -1,15 +1,15 @@
-//! The inner loop that all products of attention share: a tile of sums held in registers.
+//! The micro-kernel shared by all matrix products of attention: a tile of sums in registers.
 
 use crate::ops::simd::{
     Level, Real, level,
     vector::{Portable, Vector},
 };
 
-/// Queries of a block, which are the lanes of its scores; also the columns that a full kernel computes.
+/// Number of queries in a block, which are the lanes of its scores; also the number of columns of a full kernel.
 pub(super) const LANES: usize = 16;
 
-/// `C[m, n] = Σ over parts, Σₖ A[m, k] · B[k, n]`, plus the old C if `onto`. Strides are in elements; B and C
-/// have as many columns as the kernel.
+/// `C[m, n] = Σ over parts, Σₖ A[m, k] · B[k, n]`, plus the old C if `onto`. Strides are in elements. B and C have as
+/// many columns as the kernel.
 #[derive(Clone, Copy)]
 pub(super) struct Product<'a, T> {
     pub rows: usize,
@@ -24,7 +24,7 @@ pub(super) struct Product<'a, T> {
     pub parts: &'a [Part],
 }
 
-/// A stretch of the sum: where it begins in A and in B, and its number of steps.
+/// A part of the sum over k: its offsets in A and B, and its number of steps.
 #[derive(Clone, Copy)]
 pub(super) struct Part {
     pub a: usize,
@@ -42,7 +42,7 @@ pub struct Kernel<T> {
     pub(super) half: unsafe fn(Product<T>),
 }
 
-/// Numbers that attention runs on.
+/// Element types of attention.
 pub trait Element: Real {
     fn kernel() -> Kernel<Self>;
 }
@@ -76,12 +76,12 @@ macro_rules! specialise {
     };
 }
 specialise!(avx512_full, "avx512f", __m512, 8, 1);
-// Twelve sums hide the latency of a multiply-add; eight run at 60 % of their speed.
+// Twelve accumulators hide the latency of a multiply-add; eight reach 60 % of their speed.
 specialise!(avx2_full, "avx2,fma", __m256, 6, 2);
 specialise!(avx2_half, "avx2,fma", __m256, 8, 1);
 
-/// Walks over the rows of C, `M` ≤ 8 at a time; the last ones as two tiles of like height rather than a high
-/// one and one of a row or two.
+/// Iterates over the rows of C, `M` ≤ 8 at a time. The last rows are split into two tiles of similar height instead of
+/// a high one and one with a row or two.
 #[inline(always)]
 unsafe fn run<V: Vector<Element: Default>, const M: usize, const N: usize>(mut p: Product<V::Element>) {
     // SAFETY: the caller's promise; `advance` stays within the rows.
@@ -114,7 +114,7 @@ fn advance<T>(p: &mut Product<T>, rows: usize) {
     p.c = p.c.wrapping_add(rows * p.c_row);
 }
 
-/// `M` rows of C, held in registers over the whole sum.
+/// `M` rows of C, kept in registers over the whole sum.
 #[inline(always)]
 unsafe fn tile<V: Vector<Element: Default>, const M: usize, const N: usize>(p: &Product<V::Element>) {
     // SAFETY: the caller's promise.

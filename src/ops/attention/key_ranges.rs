@@ -1,9 +1,9 @@
-//! Which keys each query of a batch reads, as data: a few runs a query.
+//! The keys that each query of a batch attends to, as a few runs per query.
 
 use crate::error::{Result, ensure};
 use std::ops::Range;
 
-/// The key positions `start`, `start + stride`, …, `len` of them.
+/// The key positions `start`, `start + stride`, …; `len` positions in all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Run {
     pub start: usize,
@@ -11,15 +11,15 @@ pub struct Run {
     pub stride: usize,
 }
 
-/// Which keys each query reads. All samples share the lists; only the lengths of their source texts differ.
+/// The keys that each query attends to. All samples share the lists; only the lengths of their source texts differ.
 #[derive(Debug, Clone)]
 pub struct KeyRanges {
     /// The runs of query q are `runs[offsets[q]..offsets[q + 1]]`; no key may be listed twice.
     pub offsets: Vec<usize>,
     pub runs: Vec<Run>,
-    /// Positions that hold the source text with its padding.
+    /// Positions of the source text with its padding.
     pub text: Range<usize>,
-    /// Positions of `text` in use, for each sample; no query reads the rest. `None`: all are in use.
+    /// Number of used positions of `text` for each sample; no query attends to the rest. `None`: all are used.
     pub text_lengths: Option<Vec<usize>>,
 }
 
@@ -37,7 +37,7 @@ impl KeyRanges {
         }
     }
 
-    /// Replaces `keys` by the positions that a query of a sample reads.
+    /// Writes the positions that a query of a sample attends to to `keys`.
     #[inline(always)]
     pub(super) fn list(&self, padding: &Range<usize>, query: usize, keys: &mut Vec<usize>) {
         keys.clear();
@@ -63,14 +63,14 @@ impl KeyRanges {
                 && self.offsets.is_sorted()
                 && self.offsets[positions] <= self.runs.len()
                 && last.is_none_or(|last| last < positions),
-            "attention: the lists of keys are not for {positions} positions"
+            "attention: the key ranges are not for {positions} positions"
         );
         let lengths = self.text_lengths.as_ref().map_or(samples, Vec::len);
         ensure!(lengths == samples, "attention: {lengths} text lengths for {samples} samples");
         Ok(())
     }
 
-    /// 1 where a query sees a key: (samples, queries, keys) u8. For the oracle only.
+    /// Mask (samples, queries, keys) u8: 1 where a query attends to a key. Only for the reference implementation.
     pub(super) fn mask(&self, samples: usize, positions: usize) -> Vec<u8> {
         let mut mask = vec![0; samples * positions * positions];
         let mut keys = Vec::new();
@@ -86,7 +86,7 @@ impl KeyRanges {
 mod tests {
     use super::*;
 
-    /// By hand: fused and composed attention both read these lists, so neither can check the other here.
+    /// By hand, because fused and composed attention both read these lists and cannot check each other here.
     #[test]
     fn padding_ends_where_the_text_ends() {
         let runs = vec![Run { start: 0, len: 6, stride: 1 }, Run { start: 0, len: 3, stride: 2 }];

@@ -1,8 +1,8 @@
-//! Sparse attention: each query reads only the keys of its list, in the forward and in the backward pass. No n×n
-//! matrix is built; the backward pass recomputes the probabilities from the log-sum-exp of each query.
+//! Sparse attention: each query only reads the keys of its list, in forward and backward. No n×n matrix is built; the
+//! backward pass recomputes the probabilities from the log-sum-exp of each query.
 //!
-//! The trick: one task is one head of one sample. Its keys and values are gathered once, with columns of codes made
-//! contiguous (`plan`). Blocks of neighbouring queries are then multiplied with the union of their keys in
+//! The trick: one task is one head of one sample. Its keys and values are gathered once, so that columns of codes
+//! become contiguous (`plan`). Blocks of adjacent queries are then multiplied with the union of their keys in
 //! register-blocked products (`products`, `kernel`), with an online softmax (Dao et al., arXiv 2205.14135).
 
 pub mod cached;
@@ -46,7 +46,7 @@ pub(crate) fn composed(qkv: &Tensor, keys: &KeyRanges) -> Result<Tensor> {
     let (q, k, v) = (part(0)?, part(1)?, part(2)?);
     let scores = (q.matmul(&k.t()?)? * (d as f64).powf(-0.5))?;
     let mask = Tensor::from_vec(keys.mask(b, l), (b, 1, l, l), qkv.device())?.broadcast_as(scores.shape())?;
-    // Hidden scores are far below all others but finite: a row without keys must not become not-a-number.
+    // Masked scores are far below all others but finite: otherwise a row without keys would become NaN.
     let hidden = (scores.zeros_like()? - 1e30)?;
     let scores = mask.where_cond(&scores, &hidden)?;
     let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
@@ -56,7 +56,7 @@ pub(crate) fn composed(qkv: &Tensor, keys: &KeyRanges) -> Result<Tensor> {
     Ok(out.transpose(1, 2)?.reshape((b, l, heads * d))?)
 }
 
-/// Every head of every sample, in parallel, with room that tasks share.
+/// Runs `f` for every head of every sample in parallel, with buffers that tasks reuse.
 fn each_head<R>(
     sizes: Sizes,
     keys: &KeyRanges,
@@ -69,8 +69,8 @@ fn each_head<R>(
     });
 }
 
-/// Writes the output (samples, positions, heads, d), and the logarithm of the sum of e^score of each query
-/// (samples, heads, positions), which the backward pass needs; 0 of a query without keys.
+/// Writes the output (samples, positions, heads, d), and the log-sum-exp of the scores of each query (samples, heads,
+/// positions), which the backward pass needs; it is 0 for a query without keys.
 pub fn forward_into<T: Element>(out: &mut [T], lse: &mut [T], qkv: &[T], keys: &KeyRanges, sizes: Sizes) {
     let plan = Plan::new(keys);
     let inputs = Inputs { qkv, plan: &plan, sizes, shape: products::Shape::new(sizes.d) };
@@ -79,7 +79,7 @@ pub fn forward_into<T: Element>(out: &mut [T], lse: &mut [T], qkv: &[T], keys: &
     each_head(sizes, keys, workspace, |workspace, head| forward_head(&out, &lse, inputs, head, workspace));
 }
 
-/// Writes dqkv, from what the forward pass wrote and the gradient of its output.
+/// Writes dqkv, from the results of the forward pass and the gradient of its output.
 pub fn backward_into<T: Element>(
     dqkv: &mut [T],
     qkv: &[T],
@@ -108,13 +108,13 @@ pub fn forward<T: Element>(qkv: &[T], keys: &KeyRanges, sizes: Sizes) -> Vec<T> 
     forward_saved(qkv, keys, sizes).0
 }
 
-/// dqkv, from the gradient of the output; runs the forward pass again ([`backward_saved`] does not).
+/// dqkv, from the gradient of the output; runs the forward pass again, unlike [`backward_saved`].
 pub fn backward<T: Element>(qkv: &[T], dout: &[T], keys: &KeyRanges, sizes: Sizes) -> Vec<T> {
     let (out, lse) = forward_saved(qkv, keys, sizes);
     backward_saved(qkv, (&out, &lse), dout, keys, sizes)
 }
 
-/// dqkv, from what [`forward_saved`] gave and the gradient of the output.
+/// dqkv, from the result of [`forward_saved`] and the gradient of the output.
 pub fn backward_saved<T: Element>(
     qkv: &[T],
     saved: (&[T], &[T]),
@@ -158,7 +158,7 @@ mod tests {
     use crate::{ops::testing::*, random::Random};
     use candle_core::DType;
 
-    /// Random lists, with empty ones, strides, and padded text at the front.
+    /// Random lists, including empty ones, strides, and padded text at the start.
     fn random_keys(samples: usize, positions: usize, seed: u64) -> Arc<KeyRanges> {
         let mut random = Random::keyed(seed, "keys", 0, 0);
         let mut below = |n: usize| random.below(n as u64) as usize;
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn fused_is_composed() -> Result<()> {
+    fn fused_equals_composed() -> Result<()> {
         for (seed, shape) in
             [[1, 1, 1, 1], [2, 7, 3, 5], [1, 30, 2, 64], [3, 17, 1, 33], [2, 50, 4, 16], [1, 9, 2, 100]]
                 .iter()
@@ -204,10 +204,10 @@ mod tests {
         Ok(())
     }
 
-    /// Text, then a grid in columns, rows and neighbourhoods, causal or not: longer than a chunk, with the orders
-    /// and alignments that random lists do not bring up.
+    /// Text, then a grid in columns, rows and neighborhoods, causal or not: longer than a chunk, with orders and
+    /// alignments that random lists do not contain.
     #[test]
-    fn grids_are_composed() -> Result<()> {
+    fn fused_equals_composed_on_grids() -> Result<()> {
         let (text, width, height) = (5, 12, 13);
         let positions = text + width * height;
         for (pattern, causal) in (0..4).flat_map(|pattern| [(pattern, false), (pattern, true)]) {
@@ -236,13 +236,13 @@ mod tests {
     }
 
     #[test]
-    fn gradients_are_finite_differences() -> Result<()> {
+    fn gradients_equal_finite_differences() -> Result<()> {
         let keys = random_keys(2, 6, 1);
         assert_gradients(&qkv([2, 6, 2, 3], DType::F64), &|v| attention(&v[0], &keys))
     }
 
     #[test]
-    fn threads_do_not_matter() -> Result<()> {
+    fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
         let keys = random_keys(3, 40, 2);
         assert_thread_independent(&qkv([3, 40, 2, 32], DType::F32), &|v| attention(&v[0], &keys))
     }
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn foreign_lists_are_errors() {
+    fn lists_of_other_sizes_are_errors() {
         let [qkv] = qkv([2, 4, 1, 2], DType::F32);
         let good = KeyRanges { offsets: vec![0; 5], runs: vec![], text: 0..0, text_lengths: None };
         let run = Run { start: 3, len: 2, stride: 1 };

@@ -1,4 +1,4 @@
-//! The order in which the keys of a batch are read: blocks of neighbouring queries, each against spans of keys.
+//! The order in which the keys of a batch are read: blocks of adjacent queries, each against spans of keys.
 
 use super::{
     kernel::LANES,
@@ -6,30 +6,30 @@ use super::{
 };
 use std::ops::Range;
 
-/// Keys at the places `start..start + len`, all seen by the same queries of a block.
+/// Keys at the places `start..start + len` that the same queries of a block attend to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Span {
     pub start: usize,
     pub len: usize,
-    /// Bit i: whether query i of the block sees these keys.
+    /// Bit i is set if query i of the block attends to these keys.
     pub lanes: u16,
 }
 
-/// Up to [`LANES`] queries, by place, and where their keys stand among the plan's spans.
+/// Up to [`LANES`] queries by place, and the range of the plan's spans with their keys.
 pub(super) struct Block {
     pub queries: Range<usize>,
     pub spans: Range<usize>,
 }
 
-/// The walk, the same for all heads and samples.
+/// The reading order, the same for all heads and samples.
 pub(super) struct Plan {
-    /// The position that each place holds: columns of codes stand together.
+    /// The position at each place; the codes of a column are at adjacent places.
     pub order: Vec<usize>,
     pub blocks: Vec<Block>,
     pub spans: Vec<Span>,
 }
 
-/// The positions that strided runs cover, reordered so that these runs become contiguous.
+/// Positions covered by strided runs, reordered so that these runs become contiguous.
 struct Columns {
     range: Range<usize>,
     stride: usize,
@@ -44,7 +44,7 @@ impl Columns {
         let runs = keys.runs.iter().filter(strided).filter(|run| run.stride == stride);
         let ends = runs.map(|run| (run.start, run.start + (run.len - 1) * stride + 1));
         let mut range = ends.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1))).map_or(0..0, |(start, end)| start..end);
-        // Padding is cut away as a range of places: where it would be torn apart, nothing moves.
+        // Padding is skipped as a range of places; where reordering would split that range, nothing is reordered.
         if keys.text_lengths.is_some() && range.start < keys.text.end && keys.text.start < range.end {
             range = 0..0;
         }
@@ -58,7 +58,7 @@ impl Columns {
         if self.range.contains(&position) { self.places[position - self.range.start] } else { position }
     }
 
-    /// Calls `f` with ranges of places that together hold a run.
+    /// Calls `f` with the ranges of places that together contain a run.
     fn places(&self, run: &Run, mut f: impl FnMut(Range<usize>)) {
         let Run { start, len, stride } = *run;
         if len == 0 {
@@ -96,8 +96,8 @@ impl Plan {
         plan
     }
 
-    /// Where blocks begin (modulo [`LANES`]), so that most rows or columns of codes begin a block: where the last
-    /// runs of neighbouring queries are disjoint.
+    /// Offset (modulo [`LANES`]) of the blocks, so that most rows or columns of codes start a block: where the last
+    /// runs of adjacent queries are disjoint.
     fn alignment(&self, keys: &KeyRanges, columns: &Columns) -> usize {
         let (mut counts, mut previous) = ([0; LANES], 0..0);
         for (place, &position) in self.order.iter().enumerate() {
@@ -114,7 +114,7 @@ impl Plan {
         if counts[best] >= 4 { best } else { 0 }
     }
 
-    /// Sweeps over the places where runs begin and end; `events` is room for them.
+    /// Sweeps over the places where runs start and end; `events` is a reusable buffer.
     fn push_block(
         &mut self,
         keys: &KeyRanges,
@@ -138,7 +138,7 @@ impl Plan {
                 }
                 start = place;
             }
-            // No key is listed twice, so where two runs of a query meet, one ends as the other begins.
+            // No key is listed twice, so where two runs of a query meet, one ends where the other starts.
             lanes ^= lane;
         }
         self.blocks.push(Block { queries, spans: first..self.spans.len() });

@@ -1,6 +1,7 @@
-//! The products of one block of queries with a chunk of its keys. Scores are stored key by key, with one lane per query.
+//! The matrix products of one block of queries with a chunk of its keys. Scores are stored by key, with one lane per
+//! query.
 //!
-//! A key that only a part of the block sees costs a part of the work: see `width` and [`Shape::attend`].
+//! A key that only some queries of the block attend to costs only part of the work: see `width` and [`Shape::attend`].
 
 use super::{
     kernel::{Element, Kernel, LANES, Part, Product},
@@ -8,22 +9,22 @@ use super::{
 };
 use std::ops::Range;
 
-/// Keys that are scored at a time.
+/// Number of keys scored at a time.
 pub(super) const CHUNK: usize = 128;
 
-/// Queries that mix values at a time.
+/// Number of queries whose values are combined at a time.
 const GROUP: usize = 6;
 
-/// Of one key, a number for each query of the block.
+/// For one key, a number for each query of the block.
 pub(super) type Lanes<T> = [T; LANES];
 
-/// Keys that follow each other, and the row of the chunk where their scores begin.
+/// Adjacent keys, and the row of the chunk where their scores start.
 #[derive(Clone, Copy)]
 pub(super) struct Piece {
     pub key: usize,
     pub row: usize,
     pub len: usize,
-    /// Which queries see them.
+    /// Mask of the queries that attend to them.
     pub lanes: u16,
 }
 
@@ -31,12 +32,12 @@ pub(super) struct Piece {
 pub(super) struct Chunks<'a> {
     pub spans: &'a [Span],
     pub padding: Range<usize>,
-    /// Keys of the first span that are done.
+    /// Number of keys of the first span that are done.
     pub done: usize,
 }
 
 impl Chunks<'_> {
-    /// Replaces `pieces` by the next chunk and gives its number of keys, 0 at the end.
+    /// Writes the next chunk to `pieces` and returns its number of keys, 0 at the end.
     pub fn next(&mut self, pieces: &mut Vec<Piece>) -> usize {
         pieces.clear();
         let mut rows = 0;
@@ -64,7 +65,7 @@ impl Chunks<'_> {
     }
 }
 
-/// Calls `f(key, row, len, class)` with neighbouring pieces of one class joined; those without a class are left out.
+/// Calls `f(key, row, len, class)` with adjacent pieces of one class joined; pieces without a class are skipped.
 #[inline(always)]
 fn joined<C: PartialEq + Copy>(
     pieces: &[Piece],
@@ -90,7 +91,7 @@ fn joined<C: PartialEq + Copy>(
     }
 }
 
-/// The lanes to compute: all, or the half that sees a key.
+/// The lanes to compute: all, or the half that attends to a key.
 #[inline(always)]
 fn width(lanes: u16) -> Option<(usize, usize)> {
     const HALF: usize = LANES / 2;
@@ -101,13 +102,13 @@ fn width(lanes: u16) -> Option<(usize, usize)> {
     })
 }
 
-/// What the products of a head share. Rows of keys, values, queries… are padded with zeros to whole panels.
+/// Sizes shared by the products of a head. Rows are padded with zeros to whole panels.
 #[derive(Clone, Copy)]
 pub(super) struct Shape<T> {
     kernel: Kernel<T>,
-    /// Elements of a key.
+    /// Number of elements of a key.
     pub d: usize,
-    /// From one row to the next.
+    /// Distance between rows.
     pub row: usize,
 }
 
@@ -141,8 +142,8 @@ impl<T: Element> Shape<T> {
         });
     }
 
-    /// `out[lane] = Σ weights[key][lane] · values[key]`, plus the old one if `onto`. Each group of queries passes
-    /// over keys that none of them sees. `parts` is room.
+    /// `out[lane] = Σ weights[key][lane] · values[key]`, plus the old value if `onto`. Each group of queries skips keys
+    /// that none of them attends to. `parts` is a reusable buffer.
     #[inline(always)]
     pub fn attend(
         &self,

@@ -1,4 +1,4 @@
-//! The sizes and the layout of packed queries, keys and values.
+//! Sizes and memory layout of packed queries, keys and values.
 
 use candle_core::Shape;
 
@@ -22,12 +22,12 @@ impl Sizes {
         self.samples * self.positions * self.heads * self.d
     }
 
-    /// Where the row of a head starts in the output.
+    /// Offset of the row of a head in the output.
     pub(super) fn output_row(&self, sample: usize, position: usize, head: usize) -> usize {
         ((sample * self.positions + position) * self.heads + head) * self.d
     }
 
-    /// Where the query (`part` 0), key (1) or value (2) of a head starts in qkv.
+    /// Offset of the query (`part` 0), key (1) or value (2) of a head in qkv.
     pub(super) fn row(&self, sample: usize, position: usize, part: usize, head: usize) -> usize {
         (((sample * self.positions + position) * 3 + part) * self.heads + head) * self.d
     }

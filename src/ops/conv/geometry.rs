@@ -1,4 +1,4 @@
-//! The sizes of a convolution, its padding, and the tiles of rows that its images are split into.
+//! Sizes of a convolution, its padding, and the tiles of rows into which its images are split.
 
 use super::kernel::Element;
 use std::ops::Range;
@@ -32,16 +32,16 @@ pub struct Geometry {
     pub(super) kernel_height: usize,
     pub(super) kernel_width: usize,
     pub(super) stride: usize,
-    /// Padded rows above and columns left of the image; negative where the image is cut.
+    /// Rows of padding above and columns of padding left of the image; negative where the image is cropped.
     pub(super) top: isize,
     pub(super) left: isize,
 }
 
-/// Elements of the padded buffer that a tile aims at: a quarter of a megabyte, so that L2 holds it beside
-/// weights and output.
+/// Target size of a tile in elements of the padded buffer: 256 K, so that it fits in L2 together with weights and
+/// output.
 const TILE: usize = 1 << 16;
 
-/// Rows of the output of one image.
+/// Some rows of the output of one image.
 #[derive(Clone)]
 pub(super) struct Tile {
     pub(super) image: usize,
@@ -51,7 +51,7 @@ pub(super) struct Tile {
 impl Geometry {
     /// `x (b, h, w, in)`, `w (out, in, kh, kw)`; the padded image is at least as large as the kernel.
     ///
-    /// # Panics
+    /// The channels of `x` and `w` differ (a bug in the caller).
     /// The channels of `x` and `w` differ (a defect of the caller).
     pub fn new(
         [images, height, width, inputs]: [usize; 4],
@@ -86,8 +86,8 @@ impl Geometry {
         [self.images, self.height, self.width, self.inputs]
     }
 
-    /// The convolution (of the output's gradient, with flipped weights) that gives the input's gradient where the
-    /// stride is 1.
+    /// The convolution (of the output's gradient, with flipped weights) that gives the input's gradient if the stride
+    /// is 1.
     pub(super) fn transposed(self) -> Self {
         Self {
             height: self.out_height,
@@ -102,7 +102,7 @@ impl Geometry {
         }
     }
 
-    /// Elements of a row of the padded buffer.
+    /// Number of elements of a row of the padded buffer.
     pub(super) fn padded_row(&self) -> usize {
         ((self.out_width - 1) * self.stride + self.kernel_width) * self.inputs
     }
@@ -111,7 +111,7 @@ impl Geometry {
         self.out_width * self.outputs
     }
 
-    /// Weights of one output channel in one kernel row: neighbours in the padded buffer.
+    /// Weights of one output channel in one kernel row; they are adjacent in the padded buffer.
     pub(super) fn taps(&self) -> usize {
         self.kernel_width * self.inputs
     }
@@ -130,7 +130,7 @@ impl Geometry {
         (0..self.images * per_image).map(|i| self.tile(i / per_image, i % per_image)).collect()
     }
 
-    /// The part of the padded image that a tile reads: the image itself where nothing is padded.
+    /// The part of the padded image that a tile reads; a view of the image itself if there is no padding.
     pub(super) fn padded<'a, T: Element>(&self, x: &'a [T], tile: &Tile, buffer: &'a mut Vec<T>) -> &'a [T] {
         let image = &x[tile.image * self.height * self.width * self.inputs..][..self.height * self.width * self.inputs];
         if self.kernel_height * self.kernel_width * self.stride == 1 && (self.top, self.left) == (0, 0) {

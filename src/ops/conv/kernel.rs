@@ -1,7 +1,7 @@
-//! The micro-kernel of a convolution, without im2col: the kernel reads the padded image in place.
+//! The micro-kernel of convolution, without im2col: it reads the padded image in place.
 //!
-//! `C[m, n] += Σ_outer Σ_inner A[m, outer, inner] · B[outer, inner, n]`, where A is read element by element with
-//! strides of its own and rows of B are contiguous. In NHWC this one shape serves all three products:
+//! `C[m, n] += Σ_outer Σ_inner A[m, outer, inner] · B[outer, inner, n]`. A is read element by element with its own
+//! strides, and rows of B are contiguous. In NHWC this form covers all three products:
 //!
 //! | | m | n | outer | inner |
 //! | --- | --- | --- | --- | --- |
@@ -13,8 +13,8 @@ use crate::ops::simd::{
     vector::{Portable, Vector},
 };
 
-/// One product. Strides are in elements; C has `m` rows and the width of one panel ([`Kernel::width`]).
-/// `fresh`: C's old content is not added to, and may be anything.
+/// One product. Strides are in elements. C has `m` rows and the width of one panel ([`Kernel::width`]). `fresh`: the
+/// old content of C is ignored.
 #[derive(Clone, Copy)]
 pub struct Product<T> {
     pub m: usize,
@@ -32,16 +32,16 @@ pub struct Product<T> {
     pub fresh: bool,
 }
 
-/// Numbers that convolutions run on.
+/// Element types of convolution.
 pub trait Element: Real {
     /// The kernel for products with `n` columns.
     fn kernel(n: usize) -> Kernel<Self>;
 }
 
-/// A micro-kernel and the number of columns it computes at once.
+/// A micro-kernel and its number of columns.
 #[derive(Clone, Copy)]
 pub struct Kernel<T> {
-    /// Columns of B and C that one call touches.
+    /// Number of columns of B and C per call.
     pub width: usize,
     /// # Safety
     /// Every element that the product's strides reach must be in bounds.
@@ -86,12 +86,12 @@ specialise!(avx512_narrow, "avx512f", __m512, 8, 1);
 specialise!(avx2_wide, "avx2,fma", __m256, 6, 2);
 specialise!(avx2_narrow, "avx2,fma", __m256, 8, 1);
 
-/// Walks over the rows of C, `M` at a time.
+/// Iterates over the rows of C, `M` at a time.
 #[inline(always)]
 unsafe fn run<V: Vector, const M: usize, const N: usize>(mut product: Product<V::Element>) {
     // SAFETY: the caller's promise; `advance` stays within `m`.
     unsafe {
-        // Two rows alone would wait for their own sums: 4 + 4 beats 6 + 2.
+        // A tile of two rows would wait for its own sums: 4 + 4 rows are faster than 6 + 2.
         while product.m >= M && product.m != M + 2 {
             tile::<V, M, N>(&product);
             advance(&mut product, M);
@@ -120,7 +120,7 @@ unsafe fn advance<T>(product: &mut Product<T>, rows: usize) {
     }
 }
 
-/// `M` rows of C, held in registers over the whole sum.
+/// `M` rows of C, kept in registers over the whole sum.
 #[inline(always)]
 unsafe fn tile<V: Vector, const M: usize, const N: usize>(p: &Product<V::Element>) {
     // SAFETY: the caller's promise.

@@ -6,15 +6,15 @@ use super::{
 };
 use rayon::prelude::*;
 
-/// Output pixels whose gradients stay in L1 while all rows of the weights' gradient pass over them.
+/// Number of output pixels whose gradients stay in L1 while all rows of the weights' gradient are updated.
 const WEIGHT_PIXELS: usize = 128;
 
-/// Tasks that add up the weights' gradient, each over its share of the tiles: fixed, so that the result does
-/// not depend on the number of threads.
+/// Number of tasks that sum the weights' gradient, each over its share of the tiles. It is fixed, so that the result
+/// does not depend on the number of threads.
 const WEIGHT_TASKS: usize = 8;
 
-/// An ordinary convolution whose outputs are every `step`-th pixel of an image, from (`row`, `column`) on.
-/// A convolution is one of step 1; the gradient of its input is `stride²` of them, one for each remainder.
+/// An ordinary convolution whose outputs are every `step`-th pixel of an image, starting at (`row`, `column`). A
+/// convolution is one phase of step 1; the gradient of its input is `stride²` phases, one for each remainder.
 struct Phase<T> {
     g: Geometry,
     row: usize,
@@ -22,7 +22,7 @@ struct Phase<T> {
     weights: Vec<T>,
 }
 
-/// Weights in panels of the kernel's width: (panel, kernel row, kernel column, input, lane), zeros beyond the
+/// Packs weights in panels of the kernel's width: (panel, kernel row, kernel column, input, lane), zeros beyond the
 /// last output.
 fn pack<T: Element>(g: Geometry, width: usize, at: impl Fn(usize, usize, usize, usize) -> T + Sync) -> Vec<T> {
     let (kh, kw, panels) = (g.kernel_height, g.kernel_width, g.outputs.div_ceil(width));
@@ -58,8 +58,8 @@ pub(super) fn convolve_transposed<T: Element>(dy: &[T], w: &[T], b: Option<&[T]>
     run(dy, &phases, g.stride, b, None, (dx, g.height, g.width));
 }
 
-/// The pixels of `dx` whose row and column leave these remainders: pixel r is reached from `(r + top - k) / stride`
-/// by the kernel rows k that make this a whole number.
+/// The pixels of `dx` with these remainders of row and column: pixel r gets contributions from `(r + top - k) / stride`
+/// for the kernel rows k that make this an integer.
 fn phase<T: Element>(w: &[T], g: Geometry, row: usize, column: usize) -> Option<Phase<T>> {
     let line = |first: usize, padding: isize, kernel: usize, length: usize| {
         let at = first as isize + padding;
@@ -124,7 +124,7 @@ fn run<T: Element>(
     });
 }
 
-/// What a convolution is added to.
+/// Initializes the sums of a convolution with bias and residual.
 fn start<T: Element>(y: &mut [T], b: Option<&[T]>, residual: Option<&[T]>, outputs: usize) {
     match residual {
         Some(residual) => y.copy_from_slice(&residual[..y.len()]),
@@ -135,7 +135,7 @@ fn start<T: Element>(y: &mut [T], b: Option<&[T]>, residual: Option<&[T]>, outpu
     }
 }
 
-/// Distances of the output's rows and pixels.
+/// Strides of the output's rows and pixels.
 #[derive(Clone, Copy)]
 struct Place {
     row: usize,
@@ -212,10 +212,10 @@ pub(super) fn weight_gradient<T: Element>(x: &[T], dy: &[T], dw: &mut [T], g: Ge
     });
 }
 
-/// Outputs whose gradients one task puts in their place: neighbours in the sums.
+/// Number of adjacent outputs whose gradients one task writes.
 pub(super) const BLOCK: usize = 16;
 
-/// Adds up what the tasks found, always in the same order.
+/// Sums the tasks' results, always in the same order.
 pub(super) fn sum_partials<T: Element>(mut partials: Vec<Vec<T>>) -> Vec<T> {
     const CHUNK: usize = 1 << 14;
     let Some(mut total) = partials.pop() else { return Vec::new() };
@@ -227,8 +227,8 @@ pub(super) fn sum_partials<T: Element>(mut partials: Vec<Vec<T>>) -> Vec<T> {
     total
 }
 
-/// Rows of `outputs` elements as panels of `width` columns, (panel, row, lane), filled up with zeros: neighbours in
-/// the order in which the kernel reads them.
+/// Rows of `outputs` elements as panels of `width` columns, (panel, row, lane), padded with zeros, in the order in
+/// which the kernel reads them.
 fn into_panels<T: Element>(rows: &[T], outputs: usize, width: usize, panels: &mut Vec<T>) {
     let count = rows.len() / outputs;
     panels.resize(count * outputs.next_multiple_of(width), T::ZERO);

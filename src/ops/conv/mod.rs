@@ -1,9 +1,9 @@
-//! Two-dimensional convolution in NHWC, forward and backward, with any stride and a padding for each side.
+//! Two-dimensional convolution in NHWC, forward and backward, with any stride and separate padding on each side.
 //!
 //! The trick: no im2col. Images are split into tiles of rows that fit the cache ([`geometry`]); a tile is copied once
 //! into a padded buffer, which the micro-kernel of [`kernel`] reads in place. The gradient of the input is the same
 //! convolution over the gradient of the output with flipped weights; with stride 2 it is four of them, one for each
-//! remainder of row and column. 3×3 convolutions of stride 1 run in [`winograd`], optionally with products in bf16.
+//! remainder of row and column. 3×3 convolutions with stride 1 run in [`winograd`], optionally with products in bf16.
 
 mod geometry;
 mod kernel;
@@ -38,7 +38,7 @@ pub fn conv2d(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stride: usize, padding
     conv2d_in(Precision::F32, x, w, b, stride, padding)
 }
 
-/// [`conv2d`] with products in `precision`, in the backward pass too: on a CPU as in [`forward`], on other devices
+/// [`conv2d`] with products in `precision`, also in the backward pass: on a CPU as in [`forward`], on other devices for
 /// every product.
 ///
 /// # Errors
@@ -69,7 +69,7 @@ pub fn conv2d_in(
     })
 }
 
-/// [`conv2d`] from stock candle ops: for other devices, and the reference in tests.
+/// [`conv2d`] composed of stock candle ops: for other devices, and as the reference in tests.
 pub fn composed(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stride: usize, padding: Padding) -> Result<Tensor> {
     let x = x.permute((0, 3, 1, 2))?;
     let x = x.pad_with_zeros(2, padding.top, padding.bottom)?.pad_with_zeros(3, padding.left, padding.right)?;
@@ -82,8 +82,9 @@ pub fn composed(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stride: usize, paddi
 
 /// `y (b, h', w', out)` = convolution of `x (b, h, w, in)` with `w (out, in, kh, kw)`, + bias, + residual.
 ///
-/// In bf16, where the processor multiplies it faster, the factors of 3×3 convolutions of stride 1 with 32, 64, ... channels
-/// are rounded after their transforms; all others run in f32. f16 rounds images and weights, as a GPU would.
+/// bf16 is used where the processor has fast bf16 instructions, for 3×3 convolutions with stride 1 and 32, 64, ...
+/// channels: their factors are rounded after the transforms. All others run in f32. f16 rounds images and weights, as a
+/// GPU would.
 pub fn forward<T: WinogradElement>(
     precision: Precision,
     x: &[T],
@@ -121,7 +122,7 @@ pub fn weight_gradient<T: WinogradElement>(precision: Precision, x: &[T], dy: &[
     }
 }
 
-/// How a convolution is computed.
+/// The algorithm of a convolution.
 enum Way<T: WinogradElement> {
     Rounded(T::Rounded),
     Winograd(Kernel<T>),
@@ -137,7 +138,7 @@ fn way<T: WinogradElement>(precision: Precision, g: &Geometry) -> Way<T> {
     }
 }
 
-/// The factors as a product in this precision sees them: f16 rounds them first.
+/// The factors of a product in this precision: f16 rounds them first.
 pub(super) fn factors<T: Real>(precision: Precision, factors: [&[T]; 2]) -> [Cow<'_, [T]>; 2] {
     factors.map(|x| match precision {
         Precision::F16 => Cow::Owned(rounded_to_f16(x)),
@@ -156,7 +157,7 @@ impl Conv {
     fn geometry(&self, x: &Shape, w: &Shape) -> candle_core::Result<Geometry> {
         let ((b, height, width, inputs), (outputs, w_inputs, kh, kw)) = (x.dims4()?, w.dims4()?);
         if inputs != w_inputs {
-            candle_core::bail!("conv2d: input {x:?} does not fit the weight {w:?}");
+            candle_core::bail!("conv2d: input {x:?} does not match the weight {w:?}");
         }
         Ok(Geometry::new([b, height, width, inputs], [outputs, inputs, kh, kw], self.stride, self.padding))
     }
@@ -171,7 +172,7 @@ impl Conv {
         if let Some((_, lb)) = b
             && lb.dims() != [g.outputs]
         {
-            candle_core::bail!("conv2d: bias {:?} does not fit the weight {:?}", lb.dims(), lw.dims());
+            candle_core::bail!("conv2d: bias {:?} does not match the weight {:?}", lb.dims(), lw.dims());
         }
         by_dtype!(x.dtype(), "conv2d", T => {
             let b = b.map(|(b, lb)| slice::<T>(b, lb)).transpose()?;
@@ -287,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn gradients_are_finite_differences() -> Result<()> {
+    fn gradients_equal_finite_differences() -> Result<()> {
         for (x, outputs, kernel, stride, padding) in CASES {
             let vars = vars(x, outputs, kernel, DType::F64);
             assert_gradients(&vars, &|v| conv2d(&v[0], &v[1], Some(&v[2]), stride, padding))?;
@@ -296,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn fused_is_composed() -> Result<()> {
+    fn fused_equals_composed() -> Result<()> {
         let larger = [
             ([2, 16, 16, 32], 40, [3, 3], 1, Padding::same(1)),
             ([1, 70, 70, 16], 64, [3, 3], 1, Padding::same(1)),
@@ -305,7 +306,8 @@ mod tests {
         ];
         for (x, outputs, kernel, stride, padding) in CASES.into_iter().chain(larger) {
             let vars = vars(x, outputs, kernel, DType::F32);
-            // candle's gradient of a strided convolution wants sizes that divide: compare where it has one.
+            // candle's gradient of a strided convolution requires sizes that are multiples of the stride: compare only
+            // those.
             let whole = x[1].is_multiple_of(2) && stride < 3;
             let ours = |v: &[Tensor]| conv2d(&v[0], &v[1], Some(&v[2]), stride, padding);
             let stock = |v: &[Tensor]| composed(&v[0], &v[1], Some(&v[2]), stride, padding);
@@ -321,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn in_f16_every_product_is_of_rounded_factors() -> Result<()> {
+    fn in_f16_every_product_has_rounded_factors() -> Result<()> {
         let cases = [([2, 5, 7, 3], 4, [3, 3], 1, Padding::same(1)), ([1, 6, 6, 32], 32, [3, 3], 1, Padding::same(1))];
         for (x, outputs, kernel, stride, padding) in cases {
             let [x, w, b] = vars(x, outputs, kernel, DType::F32);
@@ -342,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_do_not_matter() -> Result<()> {
+    fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
         for (x, stride) in [([5, 20, 20, 24], 1), ([2, 64, 64, 32], 2)] {
             let vars = vars(x, 32, [3, 3], DType::F32);
             assert_thread_independent(&vars, &|v| conv2d(&v[0], &v[1], Some(&v[2]), stride, DOWN))?;

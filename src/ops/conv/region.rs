@@ -1,8 +1,8 @@
-//! Rectangles of a zero-padded image, copied only where they reach beyond its edge.
+//! Rectangles of a zero-padded image, which are copied only if they extend beyond its border.
 
 use super::kernel::Element;
 
-/// Pixels of an image that patches read, and the distances of their rows and of pixels in a row.
+/// Pixels of an image that patches read, with the strides of rows and pixels.
 pub(super) struct Region<'a, T> {
     pub(super) pixels: &'a [T],
     pub(super) row: usize,
@@ -10,7 +10,7 @@ pub(super) struct Region<'a, T> {
 }
 
 impl<T> Region<'_, T> {
-    /// The same pixels without their first channels.
+    /// The same pixels without their first `channels` channels.
     pub(super) fn without_channels(self, first: usize) -> Self {
         Self { pixels: &self.pixels[first..], ..self }
     }
@@ -32,7 +32,7 @@ impl<'a, T: Element> Picture<'a, T> {
         Self { pixels: &x[image * size..(image + 1) * size], height, width, channels }
     }
 
-    /// The rectangle at (`top`, `left`); zeros outside of the image. Copies only if a part is outside.
+    /// The rectangle at (`top`, `left`), with zeros outside of the image. Copies only if a part is outside.
     pub(super) fn region(
         &self,
         (top, left): (isize, isize),

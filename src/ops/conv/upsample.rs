@@ -1,9 +1,9 @@
-//! Nearest-neighbour upsampling by 2 and the 3×3 convolution after it (padding 1) as one operation, never building
-//! the larger input.
+//! Nearest-neighbor upsampling by 2 followed by a 3×3 convolution (padding 1) as one operation, without building the
+//! larger input.
 //!
-//! Along one axis, output 2i sees inputs i-1 (through w₀) and i (through w₁ + w₂), output 2i + 1 sees i (w₀ + w₁)
-//! and i + 1 (w₂): the transpose of a convolution with stride 2, padding 1 and the kernel
-//! `[w₂, w₁ + w₂, w₀ + w₁, w₀]`. That is 4 products an output in the place of 9.
+//! Along one axis, output 2i depends on inputs i-1 (weight w₀) and i (w₁ + w₂), output 2i + 1 on i (w₀ + w₁) and i + 1
+//! (w₂): the transpose of a convolution with stride 2, padding 1 and the kernel `[w₂, w₁ + w₂, w₀ + w₁, w₀]`. That is 4
+//! products per output instead of 9.
 
 use super::{
     factors,
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn f16_rounds_what_is_multiplied() {
+    fn f16_rounds_the_factors() {
         let (shape, outputs) = ([1, 3, 4, 6], 5);
         let numbers = |name: &str, count: usize| values(&normal(name, &[count], DType::F64));
         let (x, w, b, dy) = (numbers("x", 72), numbers("w", 270), numbers("b", 5), numbers("dy", 240));

@@ -1,4 +1,4 @@
-//! Bias, residual and GELU, added to a tile of a matrix product while it is still in the cache.
+//! Bias, residual and GELU, applied to a tile of a matrix product while it is in cache.
 
 use crate::ops::{
     pointwise::gelu::gate,
@@ -6,13 +6,13 @@ use crate::ops::{
 };
 use std::marker::PhantomData;
 
-/// C = A·B + bias + residual, and beside it gelu(C).
+/// C = A·B + bias + residual, and gelu(C) in a second matrix.
 pub struct Epilogue<'a, T> {
-    /// One number per column of C.
+    /// One number for each column of C.
     pub bias: Option<&'a [T]>,
-    /// Of C's shape.
+    /// A matrix of C's shape.
     pub residual: Option<&'a [T]>,
-    /// Of C's shape; receives GELU of the finished C, which itself is kept (its gradient needs both).
+    /// A matrix of C's shape that receives gelu(C). C itself is kept too, because the gradient needs both.
     pub gelu: Option<&'a mut [T]>,
 }
 
@@ -20,8 +20,10 @@ impl<T> Epilogue<'_, T> {
     /// No epilogue.
     pub const NONE: Self = Self { bias: None, residual: None, gelu: None };
 
+    /// Checks the lengths.
+    ///
     /// # Panics
-    /// A part does not fit C (a defect of the caller).
+    /// A part does not match C (a bug in the caller).
     pub(super) fn check(&self, len: usize, columns: usize) {
         let fits = |part: Option<usize>, expected: usize| part.is_none_or(|part| part == expected);
         assert!(fits(self.bias.map(<[T]>::len), columns), "one bias a column");
@@ -30,7 +32,7 @@ impl<T> Epilogue<'_, T> {
     }
 }
 
-/// A block of a row-major matrix that its holder alone writes.
+/// A block of a row-major matrix with exclusive access.
 pub(super) struct Part<'a, T> {
     start: *mut T,
     pub rows: usize,
@@ -41,7 +43,7 @@ pub(super) struct Part<'a, T> {
 
 impl<T> Part<'_, T> {
     /// # Safety
-    /// `rows` runs of `columns` elements, `stride` apart from `start` on, are valid, and nobody else touches them.
+    /// `rows` runs of `columns` elements, `stride` apart starting at `start`, are valid, and nobody else accesses them.
     pub unsafe fn new(start: *mut T, rows: usize, columns: usize, stride: usize) -> Self {
         Self { start, rows, columns, stride, matrix: PhantomData }
     }
@@ -65,7 +67,7 @@ pub(super) struct Rows<'a, T> {
 }
 
 multiversion! {
-    /// Finishes a part of C: `bias` begins at the part's first column, `residual` and `gelu` at its corner.
+    /// Finishes a part of C: `bias` starts at the part's first column, `residual` and `gelu` at its corner.
     pub(super) fn finish_part<T: Real, const FMA: bool>(
         c: &mut Part<T>,
         bias: Option<&[T]>,

@@ -1,4 +1,4 @@
-//! General matrix product on slices, through the `gemm` crate (packed, AVX-512 where there is one).
+//! General matrix product on slices, through the `gemm` crate (packed, AVX-512 if available).
 
 pub use super::matrix::{Beta, Matrix};
 use super::{
@@ -14,7 +14,7 @@ use gemm::Parallelism;
 use half::{f16, slice::HalfFloatSliceExt, vec::HalfFloatVecExt};
 use rayon::prelude::*;
 
-/// C = alpha·A·B (+ C), on all threads when there is enough work. `c` is row-major `a.rows × b.columns`.
+/// C = alpha·A·B (+ C), on all threads if there is enough work. `c` is row-major `a.rows × b.columns`.
 pub fn gemm<T: Real>(c: &mut [T], beta: Beta, alpha: f64, a: Matrix<T>, b: Matrix<T>) {
     let work = a.rows * a.columns * b.columns;
     let serial = work < SERIAL_WORK || rayon::current_num_threads() == 1;
@@ -22,8 +22,8 @@ pub fn gemm<T: Real>(c: &mut [T], beta: Beta, alpha: f64, a: Matrix<T>, b: Matri
     product(c, columns, beta, alpha, a, b, if serial { Parallelism::None } else { Parallelism::Rayon(0) });
 }
 
-/// [`gemm()`] of f32 matrices, computed in `precision`: bf16 only where there is a [`Bf16Unit`]; f16 rounds the factors
-/// as a GPU would, beyond 65504 to infinity, and is no faster.
+/// [`gemm()`] of f32 matrices, computed in `precision`: bf16 only if there is a [`Bf16Unit`]. f16 rounds the factors as
+/// a GPU would (to infinity beyond 65504) and is no faster.
 pub fn gemm_in(precision: Precision, c: &mut [f32], beta: Beta, alpha: f32, a: Matrix<f32>, b: Matrix<f32>) {
     match Bf16Unit::for_precision(precision) {
         Some(unit) => gemm_bf16(unit, c, beta, alpha, a, b, Epilogue::NONE),
@@ -35,7 +35,7 @@ pub fn gemm_in(precision: Precision, c: &mut [f32], beta: Beta, alpha: f32, a: M
     }
 }
 
-/// Factors rounded to f16: beyond 65504 they become infinite.
+/// Factors rounded to f16; beyond 65504 they become infinite.
 pub(in crate::ops) fn rounded_to_f16<T: Real>(x: &[T]) -> Vec<T> {
     let round = |x: &[T]| {
         let x: Vec<f32> = x.iter().map(|x| x.to_f64() as f32).collect();
@@ -44,7 +44,7 @@ pub(in crate::ops) fn rounded_to_f16<T: Real>(x: &[T]) -> Vec<T> {
     x.par_chunks(CHUNK).flat_map_iter(round).collect()
 }
 
-/// [`gemm()`] on the calling thread only, for loops that are parallel outside; rows of C are `stride` elements apart.
+/// [`gemm()`] on the calling thread, for loops that are already parallel. Rows of C are `stride` elements apart.
 pub fn gemm_serial<T: Real>(c: &mut [T], stride: usize, beta: Beta, alpha: f64, a: Matrix<T>, b: Matrix<T>) {
     product(c, stride, beta, alpha, a, b, Parallelism::None);
 }
@@ -96,7 +96,7 @@ mod tests {
     use crate::random::Random;
 
     #[test]
-    fn f16_products_are_those_of_rounded_factors() {
+    fn f16_products_have_rounded_factors() {
         let (m, k, n) = (70, 130, 50);
         let mut random = Random::keyed(5, "f16", 0, 0);
         let [mut a, b] = [m * k, n * k].map(|len| (0..len).map(|_| random.normal() as f32).collect::<Vec<f32>>());

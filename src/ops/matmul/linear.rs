@@ -1,5 +1,6 @@
-//! `y = x·Wᵀ + b`. Also the example of how an op is made: kernels on slices, a candle `CustomOp` around them
-//! with its `bwd`, `composed` from stock ops for other devices and as the oracle, and a function that chooses.
+//! `y = x·Wᵀ + b`. Also the example of how an op is written: kernels on slices, a candle `CustomOp` around them with
+//! its `bwd`,
+//! `composed` from stock ops for other devices and as the reference, and a function that chooses.
 
 use super::{
     bf16::{gemm::gemm_bf16, unit::Bf16Unit},
@@ -31,8 +32,8 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     })
 }
 
-/// [`linear()`] with factors and product rounded to `precision` by stock candle ops, in the backward pass too. On a CPU
-/// candle has no bf16 product and computes in f32.
+/// [`linear()`] with factors and product rounded to `precision` by stock candle ops, also in the backward pass. On a
+/// CPU candle has no bf16 product and computes in f32.
 pub fn linear_in(precision: Precision, x: &Tensor, w: &Tensor, b: &Tensor) -> Result<Tensor> {
     let dtype = match matmul_weight_dtype(precision) {
         Some(dtype) if dtype == DType::F16 || !x.device().is_cpu() => dtype,
@@ -51,7 +52,8 @@ pub fn matmul_weight_dtype(precision: Precision) -> Option<DType> {
     }
 }
 
-/// Whether linear layers in training round their weights to bf16 on this device, so that sending them in bf16 loses nothing.
+/// Whether linear layers in training round their weights to bf16 on this device, so that sending them in bf16 loses
+/// nothing.
 pub fn rounds_to_bf16(precision: Precision, device: &Device) -> bool {
     precision == Precision::Bf16 && (!device.is_cpu() || Bf16Unit::get().is_some())
 }
@@ -95,7 +97,7 @@ pub fn backward_weight<T: Real>(dy: &[T], x: &[T], rows: usize, inputs: usize, o
     unsafe { fresh(outputs * inputs, |dw| gemm(dw, Beta::Zero, 1.0, dy, x)) }
 }
 
-/// `y (rows, out) = x (rows, in) · w (out, in)ᵀ + bias + residual`, computed in `precision`, and gelu(y) beside it.
+/// `y (rows, out) = x (rows, in) · w (out, in)ᵀ + bias + residual` in `precision`, and gelu(y) in a second matrix.
 pub fn forward_in(
     precision: Precision,
     x: &[f32],
@@ -135,7 +137,7 @@ pub fn forward_gelu(
     (y, gelu)
 }
 
-/// Writes the matrix that the product is added to, if there is one.
+/// Initializes the matrix to which the product is added, if there is a bias or residual.
 fn start<T: Real>(y: &mut [T], outputs: usize, bias: Option<&[T]>, residual: Option<&[T]>) -> Beta {
     let chunk = outputs.max(1) * 64;
     match (bias, residual) {
@@ -176,10 +178,10 @@ pub fn weight_gradient(
     gemm_in(precision, dw, beta, 1.0, Matrix::new(dy, rows, outputs).t(), Matrix::new(x, rows, inputs));
 }
 
-/// Rows that one task adds up; fixed, so that the result does not depend on the number of threads.
+/// Number of rows that one task sums; fixed, so that the result does not depend on the number of threads.
 const SUM_ROWS: usize = 256;
 
-/// Sums of the columns of `x (rows, columns)`.
+/// Column sums of `x (rows, columns)`.
 pub fn column_sums<T: Real>(x: &[T], columns: usize) -> Vec<T> {
     let mut total = vec![T::ZERO; columns];
     let partial = |x: &[T]| {
@@ -214,12 +216,12 @@ impl Linear {
         let mut shape = lx.dims().to_vec();
         match shape.last_mut() {
             Some(last) if *last == inputs => *last = outputs,
-            _ => candle_core::bail!("linear: input {:?} does not fit the weight {:?}", lx.dims(), lw.dims()),
+            _ => candle_core::bail!("linear: input {:?} does not match the weight {:?}", lx.dims(), lw.dims()),
         }
         if let Some((_, lb)) = b
             && lb.dims() != [outputs]
         {
-            candle_core::bail!("linear: bias {:?} does not fit the weight {:?}", lb.dims(), lw.dims());
+            candle_core::bail!("linear: bias {:?} does not match the weight {:?}", lb.dims(), lw.dims());
         }
         let rows = lx.shape().elem_count() / inputs.max(1);
         by_dtype!(x.dtype(), "linear", T => {
@@ -314,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn fused_is_composed() -> Result<()> {
+    fn fused_equals_composed() -> Result<()> {
         for (x, outputs) in SHAPES {
             let vars = vars(x, outputs, DType::F32);
             assert_same(&vars, 1e-5, &|v| linear(&v[0], &v[1], Some(&v[2])), &|v| composed(&v[0], &v[1], Some(&v[2])))?;
@@ -324,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn a_transposed_gradient_is_understood() -> Result<()> {
+    fn a_transposed_gradient_is_supported() -> Result<()> {
         let vars = vars(&[6, 5], 4, DType::F32);
         let squared = |y: Tensor| -> Result<Tensor> { Ok(y.t()?.sqr()?) };
         assert_same(&vars, 1e-5, &|v| squared(linear(&v[0], &v[1], Some(&v[2]))?), &|v| {
@@ -333,12 +335,12 @@ mod tests {
     }
 
     #[test]
-    fn gradients_are_finite_differences() -> Result<()> {
+    fn gradients_equal_finite_differences() -> Result<()> {
         assert_gradients(&vars(&[3, 2, 5], 4, DType::F64), &|v| linear(&v[0], &v[1], Some(&v[2])))
     }
 
     #[test]
-    fn threads_do_not_matter() -> Result<()> {
+    fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
         for (rows, inputs, outputs) in [(1, 96, 200), (7, 96, 200), (700, 96, 200), (3000, 33, 1), (37, 3000, 65)] {
             let vars = vars(&[rows, inputs], outputs, DType::F32);
             assert_thread_independent(&vars, &|v| linear(&v[0], &v[1], Some(&v[2])))?;
@@ -346,7 +348,7 @@ mod tests {
         Ok(())
     }
 
-    /// bf16 keeps 8 bits of each factor; all of the epilogue is f32.
+    /// bf16 keeps 8 bits of each factor; the epilogue is computed in f32.
     #[test]
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     fn precisions_agree_with_every_epilogue() {
@@ -369,7 +371,7 @@ mod tests {
             let (exact, exact_gelu) = run(Precision::F32);
             let (y, gelu) = crate::ops::amx_emulator::with_amx(|| run(Precision::Bf16));
             assert!(y != exact, "bf16 does not round");
-            // Of 50 products of standard normal numbers, each factor off by up to 2⁻⁹.
+            // The sum of 50 products of standard normal numbers, each factor with an error of up to 2⁻⁹.
             let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 0.15);
             assert!(close(&y, &exact) && close(&gelu, &exact_gelu), "case {case}");
         }

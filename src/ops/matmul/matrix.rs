@@ -1,4 +1,4 @@
-//! Matrices in slices, and what a product does with the old content of its destination.
+//! Matrices in slices, and how a product treats the old content of its destination.
 
 /// A matrix in a slice: element (i, j) is at `i * row_stride + j * column_stride`.
 #[derive(Clone, Copy)]
@@ -18,14 +18,14 @@ impl<'a, T> Matrix<'a, T> {
 
     /// A matrix whose rows start `row_stride` elements apart.
     ///
-    /// # Panics
+    /// The slice is too short (a bug in the caller, never of user input).
     /// The slice is too short (a defect of the caller, never of user input).
     pub fn strided(data: &'a [T], rows: usize, columns: usize, row_stride: usize) -> Self {
         assert!(rows == 0 || columns == 0 || data.len() >= (rows - 1) * row_stride + columns, "matrix out of bounds");
         Self { data, rows, columns, row_stride, column_stride: 1 }
     }
 
-    /// The transpose, without moving anything.
+    /// The transpose, as a view.
     pub fn t(self) -> Self {
         Self {
             rows: self.columns,
@@ -37,14 +37,14 @@ impl<'a, T> Matrix<'a, T> {
     }
 }
 
-/// What a product does with the old content of its destination.
+/// How a product treats the old content of its destination, as BLAS's beta.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Beta {
-    /// C = alpha·A·B; C may be uninitialised.
+    /// C = alpha·A·B; C may be uninitialized.
     Zero,
     /// C += alpha·A·B.
     One,
 }
 
-/// Below this many multiplications a product stays on the calling thread.
+/// Products with fewer multiplications run on the calling thread.
 pub(super) const SERIAL_WORK: usize = 1 << 18;

@@ -1,4 +1,4 @@
-//! Products of matrices: f32, f64 and bf16, the linear layer on them, and weights packed for decoding.
+//! Matrix products in f32, f64 and bf16, the linear layer, and packed weights for decoding.
 
 pub mod bf16;
 pub mod epilogue;

@@ -1,7 +1,7 @@
-//! `y = x Wᵀ + b` for a few rows of x and weights that are packed once: the products of decoding.
+//! `y = x Wᵀ + b` for a few rows of x and weights that are packed once: the matrix products of decoding.
 //!
-//! With one row the product is bound by memory: bf16 weights halve its time, int8 weights quarter it. With many rows it
-//! is bound by the multiply-adds. Sums are in f32 for every storage format.
+//! With one row the product is memory-bound: bf16 weights halve its time, int8 weights quarter it. With many rows it is
+//! compute-bound. Sums are in f32 for every format.
 
 use super::packed_kernel::{Bf16Line, F32Line, Int8Line, Line, PANEL, PANELS, ROWS, panels_beside, sums};
 use crate::ops::{
@@ -12,19 +12,19 @@ use crate::ops::{
 use half::bf16;
 use rayon::prelude::*;
 
-/// Storage format of packed weights.
+/// Number format of packed weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
     /// f32, unchanged.
     F32,
-    /// Eight bits of mantissa.
+    /// bf16, with 8 bits of mantissa.
     Bf16,
-    /// Eight bits and a scale for each output.
+    /// int8 with a scale for each output.
     Int8,
 }
 
 impl Format {
-    /// Its name in command-line options.
+    /// The name in command-line options.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -40,7 +40,7 @@ enum Lines {
     Int8(Vec<Int8Line>),
 }
 
-/// What is done with the product.
+/// How the product is finished.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
     /// `y = x Wᵀ + b`
@@ -54,22 +54,22 @@ pub enum Finish {
 /// A linear layer with packed weights.
 pub struct PackedLinear {
     lines: Lines,
-    /// By panel, like `bias`.
+    /// Scales of int8 weights, by panel like `bias`.
     scales: Vec<[f32; PANEL]>,
     bias: Vec<[f32; PANEL]>,
     inputs: usize,
     outputs: usize,
 }
 
-/// Parts that a product is cut into at most, and multiply-adds below which a part is not worth a thread.
+/// Maximum number of parts of a product, and multiply-adds below which a part does not pay for a thread.
 const PARTS: usize = 16;
 const PART_WORK: usize = 1 << 16;
 
 impl PackedLinear {
-    /// `weight` (outputs, inputs), `bias` (outputs).
+    /// Packs `weight` (outputs, inputs) and `bias` (outputs).
     ///
     /// # Panics
-    /// The lengths do not match, or there are no inputs (a defect of the caller, never of user input).
+    /// The lengths do not match, or there are no inputs (a bug in the caller, never of user input).
     pub fn new(weight: &[f32], bias: &[f32], format: Format) -> Self {
         let outputs = bias.len();
         let inputs = weight.len() / outputs.max(1);
@@ -108,7 +108,7 @@ impl PackedLinear {
         self.outputs
     }
 
-    /// x (rows, inputs) → y (rows, outputs). The bits of a row do not depend on the other rows.
+    /// `x` (rows, inputs) → `y` (rows, outputs). The bits of a row do not depend on the other rows.
     pub fn apply(&self, y: &mut [f32], x: &[f32], finish: Finish) {
         match &self.lines {
             Lines::F32(lines) => self.product(lines, y, x, finish),
@@ -132,7 +132,7 @@ impl PackedLinear {
         });
     }
 
-    /// The outputs of the panels `lines`, of which the first is panel `first`.
+    /// The outputs of the panels `lines`, starting with panel `first`.
     fn part<W: Line>(&self, lines: &[W], first: usize, y: &Scatter<f32>, x: &[f32], finish: Finish) {
         let rows = x.len() / self.inputs;
         let blocks = rows.div_ceil(ROWS);
@@ -166,7 +166,7 @@ impl PackedLinear {
 }
 
 multiversion! {
-    /// sums (rows, panels) · scales + bias, and GELU of it.
+    /// sums (rows, panels) · scales + bias, followed by GELU if asked for.
     fn dress<T: Real, const FMA: bool>(
         sums: &mut [[T; PANEL]],
         scales: &[[T; PANEL]],
@@ -198,7 +198,7 @@ mod tests {
         (0..len).map(|_| random.normal() as f32).collect()
     }
 
-    /// The weights as the format stores them, by definition.
+    /// The weights as the format stores them, by its definition.
     fn stored(weight: &[f32], inputs: usize, format: Format) -> Vec<f64> {
         let row = |row: &[f32]| -> Vec<f64> {
             let scale = row.iter().fold(0f32, |m, w| m.max(w.abs())) / 127.0;
@@ -253,9 +253,9 @@ mod tests {
         })
     }
 
-    /// What the formats lose: bf16 2⁻⁹ of a weight, int8 half a unit of 1/127 of the row's largest.
+    /// Errors of the formats: bf16 2⁻⁹ of a weight, int8 half a unit of 1/127 of the row's largest weight.
     #[test]
-    fn formats_are_as_exact_as_they_say() {
+    fn formats_have_their_documented_error() {
         let (inputs, outputs) = (512, 40);
         let (weight, x) = (normal("w", inputs * outputs), normal("x", inputs));
         let run = |format| {
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_and_threads_do_not_matter() -> Result<()> {
+    fn results_depend_neither_on_other_rows_nor_on_threads() -> Result<()> {
         at_each_level(|| {
             let (inputs, outputs, rows) = (300, 1000, 23);
             let (weight, bias, x) = (normal("w", inputs * outputs), normal("b", outputs), normal("x", rows * inputs));

@@ -1,19 +1,19 @@
 //! The inner loops of a product with packed weights: a few rows of x against panels of [`PANEL`] outputs.
 //!
-//! A panel lists its weights input by input: one step of the sum reads a short line of weights, widens it to f32 in
+//! A panel stores its weights input by input: one step of the sum reads a short line of weights, converts it to f32 in
 //! registers, and multiplies it by one number of each row of x. Weights are read once for up to six rows, and a single
-//! row takes four panels side by side to hide the latency of the multiply-adds. An output is one chain of multiply-adds
-//! over the inputs in order: its bits depend neither on the rows beside it nor on the threads.
+//! row uses four panels side by side to hide the latency of the multiply-adds. An output is one chain of multiply-adds
+//! over the inputs in order: its bits depend neither on other rows nor on the number of threads.
 
 use crate::ops::simd::{Level, level};
 
-/// Outputs of a panel.
+/// Number of outputs of a panel.
 pub(super) const PANEL: usize = 16;
 
-/// Rows of x that one call takes at most.
+/// Maximum number of rows of x per call.
 pub(super) const ROWS: usize = 6;
 
-/// Panels that one call takes at most.
+/// Maximum number of panels per call.
 pub(super) const PANELS: usize = 4;
 
 /// 16 weights in f32.
@@ -22,7 +22,7 @@ pub(super) const PANELS: usize = 4;
 pub(super) struct F32Line(pub [f32; PANEL]);
 
 /// 16 weights in bf16. Output i is the low half of lane i and output i + 8 its high half, so that a shift and a mask
-/// widen them.
+/// convert them.
 #[derive(Clone, Copy)]
 #[repr(C, align(32))]
 pub(super) struct Bf16Line(pub [u32; PANEL / 2]);
@@ -32,14 +32,14 @@ pub(super) struct Bf16Line(pub [u32; PANEL / 2]);
 #[repr(C, align(16))]
 pub(super) struct Int8Line(pub [i8; PANEL]);
 
-/// 16 sums, and how weights become factors of theirs.
+/// 16 sums, and the conversion of weights to factors.
 ///
 /// # Safety
-/// A type's functions need its instruction set.
+/// The functions of a type need its instruction set.
 pub(super) trait Lanes: Copy {
     /// One number in every lane.
     type Splat: Copy;
-    /// Panels side by side where there are [`ROWS`] rows: what the registers have room for.
+    /// Number of panels side by side with [`ROWS`] rows, limited by the registers.
     const WIDE: usize;
     unsafe fn zero() -> Self;
     unsafe fn splat(x: f32) -> Self::Splat;
@@ -51,10 +51,10 @@ pub(super) trait Lanes: Copy {
     unsafe fn from_int8(line: &Int8Line) -> Self;
 }
 
-/// A line of weights of some format.
+/// A line of weights in some format.
 pub(super) trait Line: Copy + Send + Sync {
     /// # Safety
-    /// The instruction set of `L`.
+    /// Needs the instruction set of `L`.
     unsafe fn widen<L: Lanes>(&self) -> L;
 }
 
@@ -78,7 +78,7 @@ pub(super) fn sums<W: Line>(sums: &mut [[f32; PANEL]], x: &[f32], lines: &[W], i
     let (rows, panels) = (x.len() / inputs, lines.len() / inputs);
     assert!(x.len() == rows * inputs && lines.len() == panels * inputs && sums.len() == rows * panels);
     match level() {
-        // SAFETY: `level` answers only what the processor has.
+        // SAFETY: `level` only returns what the processor supports.
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => unsafe { x86::avx512(sums, x, lines, inputs, (rows, panels)) },
         // SAFETY: as above.
@@ -89,7 +89,7 @@ pub(super) fn sums<W: Line>(sums: &mut [[f32; PANEL]], x: &[f32], lines: &[W], i
     }
 }
 
-/// How many panels go side by side for a number of rows.
+/// The number of panels side by side for a number of rows.
 pub(super) fn panels_beside(rows: usize) -> usize {
     let wide = match level() {
         #[cfg(target_arch = "x86_64")]
@@ -133,7 +133,7 @@ unsafe fn any_tile<L: Lanes, W: Line>(
     }
 }
 
-/// `R` rows and `P` panels, all sums in registers.
+/// `R` rows and `P` panels, with all sums in registers.
 #[inline(always)]
 unsafe fn tile<L: Lanes, W: Line, const R: usize, const P: usize>(
     out: &mut [[f32; PANEL]],
@@ -141,7 +141,7 @@ unsafe fn tile<L: Lanes, W: Line, const R: usize, const P: usize>(
     lines: &[W],
     inputs: usize,
 ) {
-    // SAFETY: the instruction set is the caller's promise. Slices of one length let the compiler drop the checks.
+    // SAFETY: the caller guarantees the instruction set. Slices of equal length let the compiler drop bounds checks.
     unsafe {
         let x: [&[f32]; R] = std::array::from_fn(|r| &x[r * inputs..][..inputs]);
         let lines: [&[W]; P] = std::array::from_fn(|p| &lines[p * inputs..][..inputs]);
@@ -164,7 +164,7 @@ unsafe fn tile<L: Lanes, W: Line, const R: usize, const P: usize>(
     }
 }
 
-/// Lanes without a particular instruction set.
+/// Lanes for any instruction set.
 #[derive(Clone, Copy)]
 struct Portable([f32; PANEL]);
 
@@ -244,7 +244,8 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub struct Avx2(__m256, __m256);
 
-    // SAFETY of the blocks below: the features are the caller's promise; lines are as long and as aligned as the loads ask.
+    // SAFETY of the blocks below: the features are the caller's promise; lines are as long and as aligned as the loads
+    // ask.
     impl Lanes for Avx2 {
         type Splat = __m256;
         const WIDE: usize = 1;

@@ -1,4 +1,4 @@
-//! Group normalisation in NHWC, optionally followed by SiLU, in one pass forward and one backward over an image in the cache.
+//! Group normalization in NHWC, optionally followed by SiLU: one pass forward and one backward over an image in cache.
 //!
 //! With `x̂ = (x - mean) / sqrt(var + eps)` over the pixels and channels of a group: `y = f(x̂ · w + b)`, where `f` is
 //! the identity or `u · sigmoid(u)`.
@@ -13,8 +13,8 @@ use crate::{
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
-/// Group normalisation of `x (b, .., c)` with `weight (c)` and `bias (c)`, followed by SiLU if `silu`; the output has the
-/// shape of x.
+/// Group normalization of `x (b, .., c)` with `weight (c)` and `bias (c)`, followed by SiLU if `silu`; the output has
+/// the shape of x.
 ///
 /// # Errors
 /// The channels are not a multiple of `groups`, or shapes do not match.
@@ -22,7 +22,7 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
     let channels = x.dim(D::Minus1)?;
     ensure!(
         groups > 0 && channels.is_multiple_of(groups),
-        "{channels} channels cannot be normalised in {groups} equal groups"
+        "{channels} channels cannot be split into {groups} equal groups"
     );
     if !x.device().is_cpu() {
         return composed(x, weight, bias, groups, eps, silu);
@@ -43,16 +43,16 @@ pub fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps: 
     Ok(if silu { u.silu()? } else { u })
 }
 
-/// Rows (pixels) that one task handles; fixed, so that sums do not depend on the number of threads.
+/// Number of rows (pixels) per task; fixed, so that sums do not depend on the number of threads.
 const ROWS: usize = 1024;
 
-/// Channels whose sums stay in registers.
+/// Number of channels whose sums stay in registers.
 const BLOCK: usize = 16;
 
-/// The two sums of each channel over some rows, first all of the one, then all of the other.
+/// Two sums for each channel over some rows: first the first sum of all channels, then the second.
 type Sums = Vec<f64>;
 
-/// Adds up fixed chunks of rows: in parallel, but always in the same order.
+/// Sums fixed chunks of rows in parallel, but always in the same order.
 fn sum_chunks(channels: usize, chunks: impl IndexedParallelIterator<Item = Sums>) -> Sums {
     let partials: Vec<Sums> = chunks.collect();
     let mut total = vec![0.0; 2 * channels];
@@ -62,7 +62,7 @@ fn sum_chunks(channels: usize, chunks: impl IndexedParallelIterator<Item = Sums>
     total
 }
 
-/// Mean and 1/sqrt(var + eps) of each channel's group, of one image.
+/// Mean and 1/sqrt(var + eps) of the group of each channel, for one image.
 fn moments_of_image<T: Real>(x: &[T], channels: usize, groups: usize, eps: f64) -> [Vec<T>; 2] {
     let chunk = ROWS * channels;
     let count = (x.len() / groups) as f64;
@@ -70,7 +70,7 @@ fn moments_of_image<T: Real>(x: &[T], channels: usize, groups: usize, eps: f64) 
         let of_group = |g: &[f64]| g.iter().sum::<f64>() / count;
         sums.chunks_exact(channels / groups).flat_map(|g| vec![of_group(g); g.len()]).collect()
     };
-    // Two passes over an image in cache: the difference of large sums would lose the variance.
+    // Two passes over an image in cache: a difference of large sums would lose the precision of the variance.
     let zeros = vec![T::ZERO; channels];
     let sums = sum_chunks(channels, x.par_chunks(chunk).map(|x| products(x, &zeros, x, &zeros)));
     let mean: Vec<T> = spread(&sums[..channels]).into_iter().map(T::from_f64).collect();
@@ -136,7 +136,7 @@ multiversion! {
     }
 }
 
-/// Mean and 1/sqrt(var + eps) of each channel's group, image by image: all that the backward pass needs besides x.
+/// Mean and 1/sqrt(var + eps) of the group of each channel, for each image: the backward pass needs only these and x.
 pub struct Statistics<T>(Vec<[Vec<T>; 2]>);
 
 impl GroupNorm {
@@ -145,7 +145,7 @@ impl GroupNorm {
         Statistics(x.par_chunks(image).map(|x| moments_of_image(x, channels, self.groups, self.eps)).collect())
     }
 
-    /// Writes the normalised `x`, from its statistics.
+    /// Writes the normalized `x`, given its statistics.
     pub fn forward<T: Real>(&self, x: &[T], weight: &[T], bias: &[T], statistics: &Statistics<T>, y: &mut [T]) {
         let image = x.len() / statistics.0.len();
         let images = x.par_chunks(image).zip(y.par_chunks_mut(image)).zip(&statistics.0);
@@ -156,7 +156,7 @@ impl GroupNorm {
         });
     }
 
-    /// Replaces the gradient of the output in `dx` by that of the input, plus `plus` (the gradient that reaches `x` by
+    /// Replaces the gradient of the output in `dx` by that of the input plus `plus` (the gradient that reaches `x` on
     /// another path). Returns the gradients of weight and bias.
     pub fn backward<T: Real>(
         &self,
@@ -192,7 +192,7 @@ fn affine<T: Real>(mean: &[T], deviation: &[T], weight: &[T], bias: &[T]) -> (Ve
 }
 
 multiversion! {
-    /// Turns dy in `du` into the gradient in u.
+    /// Turns dy in `du` into the gradient of u, the argument of SiLU.
     fn through_silu<T: Real, const FMA: bool>(x: &[T], du: &mut [T], scale: &[T], shift: &[T]) {
         let channels = scale.len();
         for (x, du) in x.chunks_exact(channels).zip(du.chunks_exact_mut(channels)) {
@@ -222,7 +222,7 @@ multiversion! {
     }
 }
 
-/// Turns one image's dy into its dx; its share of the gradients of bias (first) and weight.
+/// Turns one image's dy into its dx; returns its share of the gradients of bias (first) and weight.
 fn backward_image<T: Real>(
     x: &[T],
     weight: &[T],
@@ -272,11 +272,11 @@ pub struct GroupNorm {
     pub silu: bool,
 }
 
-/// Elements of one image, after checking the shapes.
+/// Number of elements of one image; checks the shapes.
 fn image_size(x: &Shape, weight: &Shape, bias: &Shape) -> candle_core::Result<usize> {
     let channels = x.dims().last().copied().unwrap_or(0);
     if x.rank() < 2 || x.elem_count() == 0 || weight.dims() != [channels] || bias.dims() != [channels] {
-        candle_core::bail!("group norm: input {x:?} does not fit weight {weight:?} and bias {bias:?}");
+        candle_core::bail!("group norm: input {x:?} does not match weight {weight:?} and bias {bias:?}");
     }
     Ok(x.elem_count() / x.dims()[0])
 }
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn gradients_are_finite_differences() -> Result<()> {
+    fn gradients_equal_finite_differences() -> Result<()> {
         for (x, groups) in SHAPES {
             for silu in [false, true] {
                 let vars = vars(x, DType::F64);
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn fused_is_composed() -> Result<()> {
+    fn fused_equals_composed() -> Result<()> {
         for (x, groups) in SHAPES.into_iter().chain([([2, 40, 40, 64], 32)]) {
             for silu in [false, true] {
                 assert_same(
@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_do_not_matter() -> Result<()> {
+    fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
         let vars = vars([3, 50, 50, 64], DType::F32);
         assert_thread_independent(&vars, &|v| group_norm(&v[0], &v[1], &v[2], 32, 1e-6, true))
     }

@@ -1,6 +1,6 @@
 //! `y = (x − mean) / sqrt(variance + eps) · weight + bias` over the last dimension.
 //!
-//! The backward pass recomputes mean and variance while the row is in the cache, so the forward pass saves nothing.
+//! The backward pass recomputes mean and variance while the row is in cache, so the forward pass saves nothing.
 
 use crate::{
     error::Result,
@@ -13,7 +13,8 @@ use crate::{
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
-/// Layer normalisation of `x (.., channels)` with `weight (channels)` and `bias (channels)`; the output has the shape of x.
+/// Layer normalization of `x (.., channels)` with `weight (channels)` and `bias (channels)`; the output has the shape
+/// of x.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     if !x.device().is_cpu() {
         return composed(x, weight, bias, eps);
@@ -28,7 +29,7 @@ pub(crate) fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> 
     Ok(centred.broadcast_div(&deviation)?.broadcast_mul(weight)?.broadcast_add(bias)?)
 }
 
-/// Rows that one task works on; fixed, so that the result does not depend on the number of threads.
+/// Number of rows per task; fixed, so that the result does not depend on the number of threads.
 const ROWS: usize = 64;
 
 /// y (rows, channels) of x (rows, channels).
@@ -85,7 +86,7 @@ multiversion! {
 }
 
 multiversion! {
-    /// Writes dx and adds to dweight and dbias. With x̂ the normalised row and g = dy·weight:
+    /// Writes dx and adds to dweight and dbias. With x̂ the normalized row and g = dy·weight:
     /// dx = (g − mean(g) − x̂·mean(g·x̂)) / standard deviation.
     fn backward_rows<T: Real, const FMA: bool>(
         dx: &mut [T],
@@ -138,7 +139,12 @@ impl CustomOp3 for LayerNorm {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let channels = lx.dims().last().copied().unwrap_or(0);
         if channels == 0 || lw.dims() != [channels] || lb.dims() != [channels] {
-            candle_core::bail!("layer norm: {:?}, {:?} and {:?} do not fit", lx.dims(), lw.dims(), lb.dims());
+            candle_core::bail!(
+                "layer norm: the shapes {:?}, {:?} and {:?} do not match",
+                lx.dims(),
+                lw.dims(),
+                lb.dims()
+            );
         }
         by_dtype!(x.dtype(), "layer norm", T => {
             let y = forward::<T>(slice(x, lx)?, slice(weight, lw)?, slice(bias, lb)?, self.eps);
@@ -179,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn fused_is_composed() -> Result<()> {
+    fn fused_equals_composed() -> Result<()> {
         for shape in [&[1, 3][..], &[5, 33], &[2, 3, 64], &[200, 47], &[3, 1000]] {
             let vars = vars(shape, DType::F32);
             at_each_level(|| assert_same(&vars, 2e-5, &fused, &|v| composed(&v[0], &v[1], &v[2], 1e-5)))?;
@@ -188,12 +194,12 @@ mod tests {
     }
 
     #[test]
-    fn gradients_are_finite_differences() -> Result<()> {
+    fn gradients_equal_finite_differences() -> Result<()> {
         assert_gradients(&vars(&[2, 3, 5], DType::F64), &fused)
     }
 
     #[test]
-    fn threads_do_not_matter() -> Result<()> {
+    fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
         assert_thread_independent(&vars(&[700, 96], DType::F32), &fused)
     }
 }

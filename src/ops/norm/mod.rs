@@ -1,4 +1,4 @@
-//! Normalisation over channels and over groups of channels.
+//! Layer normalization and group normalization.
 
 pub mod group_norm;
 pub mod layer_norm;

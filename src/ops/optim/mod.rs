@@ -1,4 +1,4 @@
-//! Steps of the optimizers: AdamW, and Muon with its Newton–Schulz iteration.
+//! Optimizer steps: AdamW, and Muon with its Newton–Schulz iteration.
 
 pub mod adamw;
 pub mod muon;

@@ -1,4 +1,4 @@
-//! Muon (K. Jordan et al. 2024): orthogonalised momentum, for the hidden weight matrices of a network.
+//! Muon (K. Jordan et al. 2024): orthogonalized momentum, for the hidden weight matrices of a network.
 
 use super::newton_schulz::newton_schulz;
 use crate::{
@@ -8,7 +8,7 @@ use crate::{
 };
 use rayon::prelude::*;
 
-/// Decay of the momentum, which looks ahead as Nesterov's does.
+/// Decay of the Nesterov momentum.
 const MOMENTUM: f32 = 0.95;
 
 /// Hyperparameters of one step.
@@ -17,14 +17,14 @@ pub struct Muon {
     pub learning_rate: f64,
     /// Decoupled: the parameter shrinks by `learning_rate · weight_decay`.
     pub weight_decay: f64,
-    /// Matrices of equal size that are stacked in the parameter, along its rows.
+    /// Number of equal matrices stacked along the rows of the parameter.
     pub parts: usize,
-    /// Precision of the products in the orthogonalisation.
+    /// Precision of the matrix products in the orthogonalization.
     pub precision: Precision,
 }
 
-/// Updates the weights `w (rows, columns)` and their momentum with the gradient `scale · g`: the update of each part is
-/// its orthogonalised momentum times `sqrt(max(1, rows / columns))`.
+/// Updates the weights `w (rows, columns)` and their momentum with the gradient `scale · g`. The update of each part is
+/// its orthogonalized momentum times `sqrt(max(1, rows / columns))`.
 ///
 /// # Errors
 /// The sizes differ, or the rows cannot be split into `parts` matrices.
@@ -72,7 +72,7 @@ mod tests {
 
     const HYPER: Muon = Muon { learning_rate: 0.1, weight_decay: 0.0, parts: 1, precision: Precision::F32 };
 
-    /// What a step takes from weights of zeros, divided by the learning rate.
+    /// The update of weights of zero, divided by the learning rate.
     fn update(grad: &[f32], momentum: &mut [f32], size: (usize, usize), hyper: &Muon, scale: f64) -> Result<Vec<f32>> {
         let mut weights = vec![0.0; grad.len()];
         muon_step(&mut weights, grad, momentum, size, hyper, scale)?;
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn packed_matrices_are_treated_one_by_one() -> Result<()> {
+    fn stacked_matrices_are_updated_separately() -> Result<()> {
         let (rows, columns) = (24, 6);
         let mut random = Random::keyed(3, "packed", 0, 0);
         let packed: Vec<f32> = (0..3 * rows * columns).map(|_| random.normal() as f32).collect();
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn momentum_looks_ahead_and_gradients_are_clipped() -> Result<()> {
+    fn nesterov_momentum_and_gradient_clipping() -> Result<()> {
         let mut momentum = [0.0; 4];
         update(&[1.0, 0.0, 0.0, 2.0], &mut momentum, (2, 2), &HYPER, 1.0)?;
         let moved = update(&[0.0, 4.0, -8.0, 0.0], &mut momentum, (2, 2), &HYPER, 0.5)?;
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_decay_beside_the_step() -> Result<()> {
+    fn weight_decay_is_decoupled() -> Result<()> {
         let mut weights = [1.0; 4];
         let hyper = Muon { weight_decay: 0.5, ..HYPER };
         muon_step(&mut weights, &[0.0; 4], &mut [0.0; 4], (2, 2), &hyper, 1.0)?;

@@ -1,5 +1,5 @@
-//! Muon's orthogonalisation: Newton-Schulz iterations that push a matrix's singular values towards 1
-//! (K. Jordan, "Muon", 2024; quintic coefficients from there).
+//! Muon's orthogonalization: Newton-Schulz iterations that move a matrix's singular values towards 1 (K. Jordan,
+//! "Muon", 2024, also for the quintic coefficients).
 
 use crate::{
     config::Precision,
@@ -17,15 +17,15 @@ use rayon::prelude::*;
 const STEPS: usize = 5;
 const COEFFICIENTS: (f32, f32, f32) = (3.4445, -4.7750, 2.0315);
 
-/// Replaces X (rows, columns) by an approximately orthogonal matrix (all singular values within about 0.7..1.2) with
-/// the same singular vectors. Products are in `precision`: the iteration corrects its own rounding.
+/// Replaces X (rows, columns) by an approximately orthogonal matrix with the same singular vectors; singular values are
+/// within about 0.7..1.2. Products are in `precision`: the iteration corrects its own rounding errors.
 pub(super) fn newton_schulz(precision: Precision, x: &mut [f32], rows: usize, columns: usize) {
     let (a, b, c) = COEFFICIENTS;
     let squares: Vec<f64> = x.par_chunks(CHUNK).map(|x| f64::from(sum_of_squares(x))).collect();
     let scale = 1.0 / (squares.iter().sum::<f64>().sqrt() as f32 + 1e-7);
     x.par_chunks_mut(CHUNK).for_each(|x| x.iter_mut().for_each(|x| *x *= scale));
 
-    // `a X + (b A + c A²) X` with `A = X Xᵀ`, or the same from the right for a tall X: A is as small as it can be.
+    // `a X + (b A + c A²) X` with `A = X Xᵀ`; for a tall X the mirrored form, so that A is as small as possible.
     let tall = rows > columns;
     let side = rows.min(columns);
     let (mut gram, mut polynomial) = (vec![0f32; side * side], vec![0f32; side * side]);
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn fused_is_composed() -> Result<()> {
+    fn fused_equals_composed() -> Result<()> {
         for shape in [[1, 1], [5, 24], [40, 17], [16, 16]] {
             let x = normal("x", &shape, DType::F32);
             for (a, b) in orthogonal(Precision::F32, &x)?.iter().zip(values(&composed(&x)?)) {
@@ -101,7 +101,7 @@ mod tests {
         for (precision, shape) in [Precision::F32, Precision::Bf16].into_iter().flat_map(|p| shapes.map(|s| (p, s))) {
             let x = normal("x", &shape, DType::F32);
             let y = Tensor::from_vec(orthogonal(precision, &x)?, &shape[..], x.device())?;
-            // For a flat Y with singular values near 1, Y Yᵀ is near the identity in every direction.
+            // For a flat Y with singular values close to 1, Y Yᵀ is close to the identity matrix.
             let flat = if shape[0] > shape[1] { y.t()?.contiguous()? } else { y };
             let gram = flat.matmul(&flat.t()?)?.to_vec2::<f32>()?;
             let trace: f32 = (0..gram.len()).map(|i| gram[i][i]).sum::<f32>() / gram.len() as f32;

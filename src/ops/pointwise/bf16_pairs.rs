@@ -1,10 +1,10 @@
-//! Two bf16 numbers in the memory of one f32, so that collectives over f32 can send weights in bf16.
+//! Two bf16 numbers in the memory of one f32, so that collectives of f32 can send weights in bf16.
 
 use crate::ops::slices::CHUNK;
 use half::{bf16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
-/// Appends `values`, rounded to nearest, ties to even, in ⌈len / 2⌉ words.
+/// Appends `values` to the words, rounded to nearest, ties to even: ⌈len / 2⌉ words.
 pub fn pack(values: &[f32], words: &mut Vec<f32>) {
     let start = words.len();
     words.resize(start + values.len().div_ceil(2), 0.0);
@@ -13,7 +13,7 @@ pub fn pack(values: &[f32], words: &mut Vec<f32>) {
     pairs.for_each(|(halves, values)| halves.convert_from_f32_slice(values));
 }
 
-/// The values that [`pack`] put into `words`.
+/// The values that [`pack`] stored in `words`.
 pub fn unpack(words: &[f32], values: &mut [f32]) {
     let halves: &[bf16] = bytemuck::cast_slice(words);
     let pairs = values.par_chunks_mut(CHUNK).zip(halves.par_chunks(CHUNK));
@@ -25,7 +25,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_unpacked_is_what_bf16_keeps() {
+    fn unpacking_gives_the_values_rounded_to_bf16() {
         for len in [0, 1, 2, 7, CHUNK, 2 * CHUNK + 3] {
             let mut random = crate::random::Random::keyed(3, "pairs", 0, 0);
             let values: Vec<f32> = (0..len).map(|_| random.normal() as f32).collect();

@@ -11,7 +11,7 @@ use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Shape, Tensor, WithDT
 use rayon::prelude::*;
 use std::sync::OnceLock;
 
-/// `logits (rows, vocabulary)`, `targets (rows)` u32, `weights (rows)` → scalar, differentiable in the
+/// `logits (rows, vocabulary)`, `targets (rows)` u32, `weights (rows)` → scalar, differentiable with respect to the
 /// logits. A row of weight 0 is skipped and has no gradient.
 ///
 /// # Errors
@@ -77,7 +77,7 @@ pub fn backward<T: Real>(
 /// The loss of rows of logits; overwrites the logits with their gradient.
 ///
 /// # Panics
-/// A target is outside the vocabulary (a defect of the caller, who checks them).
+/// A target is outside the vocabulary (the caller must check this).
 pub fn loss_and_gradient(logits: &mut [f32], vocabulary: usize, targets: &[u32], weights: &[f32]) -> f64 {
     let row = |((row, &target), &weight): ((&mut [f32], &u32), &f32)| {
         let logit = f64::from(row[target as usize]);
@@ -103,7 +103,7 @@ multiversion! {
 }
 
 multiversion! {
-    /// log Σ e^xᵢ, in blocks that stay in cache so that nothing as long as the row is stored.
+    /// log Σ e^xᵢ, in blocks that stay in cache, so that no buffer of the row's length is needed.
     fn log_sum_exp<T: Real, const FMA: bool>(x: &[T]) -> f64 {
         const BLOCK: usize = 256;
         let max = simd::max(x);
@@ -119,7 +119,8 @@ multiversion! {
 }
 
 multiversion! {
-    /// d = scale · softmax(x). Shifted by the largest logit, not by the sum, whose rounding would show in large logits.
+    /// d = scale · softmax(x), shifted by the largest logit and not by the log-sum, whose rounding error matters for
+    /// large logits.
     fn scaled_softmax<T: Real, const FMA: bool>(d: &mut [T], x: &[T], log_sum: f64, scale: f64) {
         let max = simd::max(x);
         let scale = T::from_f64(scale * (max.to_f64() - log_sum).exp());
@@ -130,7 +131,7 @@ multiversion! {
 struct CrossEntropy {
     targets: Vec<u32>,
     weights: Vec<f64>,
-    /// Of the forward pass, kept for the backward pass.
+    /// Log-sum-exps of the forward pass, saved for the backward pass.
     log_sums: OnceLock<Vec<f64>>,
 }
 
@@ -178,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn fused_is_composed() -> Result<()> {
+    fn fused_equals_composed() -> Result<()> {
         for (rows, vocabulary) in [(1, 1), (1, 9), (7, 5), (40, 257), (9, 1000)] {
             let (logits, targets, weights) = case(rows, vocabulary, DType::F32)?;
             let (logits, fused) = ([logits], |v: &[Tensor]| cross_entropy(&v[0], &targets, &weights));
@@ -188,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn in_place_is_fused() -> Result<()> {
+    fn in_place_equals_fused() -> Result<()> {
         for (rows, vocabulary) in [(1, 1), (7, 5), (40, 257), (9, 1000)] {
             let (logits, targets, weights) = case(rows, vocabulary, DType::F32)?;
             at_each_level(|| {
@@ -208,13 +209,13 @@ mod tests {
     }
 
     #[test]
-    fn gradients_are_finite_differences() -> Result<()> {
+    fn gradients_equal_finite_differences() -> Result<()> {
         let (logits, targets, weights) = case(4, 6, DType::F64)?;
         assert_gradients(&[logits], &|v| Ok((cross_entropy(&v[0], &targets, &weights)? * 3.0)?))
     }
 
     #[test]
-    fn threads_do_not_matter() -> Result<()> {
+    fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
         let (logits, targets, weights) = case(100, 300, DType::F32)?;
         assert_thread_independent(&[logits], &|v| cross_entropy(&v[0], &targets, &weights))
     }
@@ -229,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_foreign_target_is_an_error() -> Result<()> {
+    fn a_target_outside_the_vocabulary_is_an_error() -> Result<()> {
         let (logits, _, weights) = case(2, 3, DType::F32)?;
         let error = cross_entropy(&logits, &Tensor::new(&[0u32, 3], &Device::Cpu)?, &weights).unwrap_err();
         assert!(error.to_string().contains("target 3"), "{error}");

@@ -1,4 +1,5 @@
-//! GELU in its tanh approximation: `x · ½ (1 + tanh(√(2/π) (x + 0.044715 x³)))` = `x · σ(2u)` with u the tanh's argument.
+//! GELU in its tanh approximation: `x · ½ (1 + tanh(√(2/π) (x + 0.044715 x³)))` = `x · σ(2u)`, where u is the argument
+//! of tanh.
 
 use crate::{
     error::Result,
@@ -98,7 +99,7 @@ mod tests {
     use candle_core::{DType, Device};
 
     #[test]
-    fn fused_is_composed() -> Result<()> {
+    fn fused_equals_composed() -> Result<()> {
         for shape in [&[1][..], &[7, 5], &[3, 5, 17], &[20_001]] {
             let x = [normal("x", shape, DType::F32)];
             at_each_level(|| assert_same(&x, 1e-6, &|v| gelu(&v[0]), &|v| composed(&v[0])))?;
@@ -106,7 +107,7 @@ mod tests {
         Ok(())
     }
 
-    /// From the formula in double precision (Python's `math.tanh`).
+    /// Values of the formula in double precision (Python's `math.tanh`).
     #[test]
     fn known_values() -> Result<()> {
         let x = Tensor::new(&[-3f32, -1.0, -0.1, 0.0, 0.5, 2.0], &Device::Cpu)?;
@@ -118,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn far_out_it_is_the_identity_or_zero() -> Result<()> {
+    fn large_inputs_give_themselves_or_zero() -> Result<()> {
         let x = candle_core::Var::new(&[-1e4f32, -30.0, 30.0, 1e4, f32::NAN], &Device::Cpu)?;
         let y = gelu(&x)?;
         let dx = values(y.sum_all()?.backward()?.get(&x).expect("a gradient"));
@@ -129,12 +130,12 @@ mod tests {
     }
 
     #[test]
-    fn gradients_are_finite_differences() -> Result<()> {
+    fn gradients_equal_finite_differences() -> Result<()> {
         assert_gradients(&[normal("x", &[5, 4], DType::F64)], &|v| gelu(&v[0]))
     }
 
     #[test]
-    fn threads_do_not_matter() -> Result<()> {
+    fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
         assert_thread_independent(&[normal("x", &[40_000], DType::F32)], &|v| gelu(&v[0]))
     }
 }

@@ -1,4 +1,4 @@
-//! Functions of each element, or of each row.
+//! Elementwise functions, and functions of rows.
 
 pub mod bf16_pairs;
 pub mod cross_entropy;

@@ -1,23 +1,23 @@
-//! Sums of exponentials over a row of logits, block by block, for sampling a token and for its log-probability.
+//! Sums of exponentials over a row of logits, block by block, for sampling a token and for its log probability.
 
 use crate::ops::simd::{self, Real, multiversion, sum};
 
-/// Elements of a block.
+/// Number of elements of a block.
 pub const BLOCK: usize = 64;
 
-/// The largest element, or -∞ of none.
+/// The largest element; -∞ for an empty slice.
 pub fn greatest(x: &[f32]) -> f32 {
     simd::max(x)
 }
 
-/// Σ exp(scale · (xᵢ − top)) of each [`BLOCK`] elements; the last block may be shorter. Not-a-number stays it.
+/// Σ exp(scale · (xᵢ − top)) for each block of [`BLOCK`] elements; the last block may be shorter. NaN stays NaN.
 pub fn exp_sums(x: &[f32], top: f32, scale: f32) -> Vec<f32> {
     let mut sums = vec![0.0; x.len().div_ceil(BLOCK)];
     fill(&mut sums, x, top, scale);
     sums
 }
 
-/// exp(scale · (x − top)), a term of those sums.
+/// exp(scale · (x − top)), one term of these sums.
 #[inline(always)]
 pub fn term<T: Real>(x: T, top: T, scale: T) -> T {
     Real::exp((x - top) * scale)

@@ -1,4 +1,4 @@
-//! The largest of 2 × 2 pixels, channel by channel, over `(batch, height, width, channels)`.
+//! 2 × 2 max pooling over `(batch, height, width, channels)`.
 
 use crate::{
     error::{Result, ensure},
@@ -22,7 +22,7 @@ pub fn max_pool2x(x: &Tensor) -> Result<Tensor> {
     Ok(x.contiguous()?.apply_op1(MaxPool)?)
 }
 
-/// [`max_pool2x()`] from stock candle ops, of even sides.
+/// [`max_pool2x()`] composed of stock candle ops, for even sides.
 pub fn composed(x: &Tensor) -> Result<Tensor> {
     let (b, h, w, c) = x.dims4()?;
     let x = x.contiguous()?.reshape((b, h / 2, 2, w / 2, 2, c))?.permute((0, 1, 3, 5, 2, 4))?;
@@ -31,7 +31,7 @@ pub fn composed(x: &Tensor) -> Result<Tensor> {
 
 struct MaxPool;
 
-/// Calls `f` with the place in the output and that of the first of the largest, for two rows of pixels.
+/// Calls `f` with the index in the output and that of the first largest pixel, for two rows of pixels.
 fn largest<T: Real>(x: &[T], channels: usize, mut f: impl FnMut(usize, usize)) {
     let row = x.len() / 2;
     for out in 0..row / 2 {
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn a_picture_too_small_is_an_error() -> Result<()> {
+    fn an_image_that_is_too_small_is_an_error() -> Result<()> {
         assert!(max_pool2x(&Tensor::zeros((1, 1, 4, 3), DType::F32, &Device::Cpu)?).is_err());
         Ok(())
     }

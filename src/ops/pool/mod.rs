@@ -1,4 +1,4 @@
-//! Half and double the height and width of an image.
+//! 2 × 2 max pooling, and upsampling by 2.
 
 pub mod max_pool;
 pub mod upsample;

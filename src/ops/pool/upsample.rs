@@ -1,6 +1,6 @@
-//! Nearest-neighbour upsampling by 2 over `(batch, height, width, channels)`.
+//! Nearest-neighbor upsampling by 2 over `(batch, height, width, channels)`.
 //!
-//! Not candle's: the gradient of its `upsample_nearest2d` overwrites one that has already accumulated.
+//! candle's `upsample_nearest2d` is not used: its gradient overwrites one that has already accumulated.
 
 use crate::{
     error::Result,
@@ -12,7 +12,7 @@ use crate::{
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
-/// Each pixel four times: `(batch, height, width, c)` → `(batch, 2 height, 2 width, c)`.
+/// Repeats each pixel four times: `(batch, height, width, c)` → `(batch, 2 height, 2 width, c)`.
 pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
     if !x.device().is_cpu() {
         return composed(x);
@@ -29,7 +29,7 @@ pub fn composed(x: &Tensor) -> Result<Tensor> {
 
 struct Upsample;
 
-/// One row of pixels into two rows of twice the width.
+/// Repeats one row of pixels into two rows of twice the width.
 fn repeat<T: Real>(x: &[T], channels: usize, y: &mut [T]) {
     let (first, second) = y.split_at_mut(2 * x.len());
     for (pixel, y) in x.chunks_exact(channels).zip(first.chunks_exact_mut(2 * channels)) {

@@ -1,10 +1,10 @@
-//! The scalar type of our kernels, and kernels compiled for several instruction sets.
+//! The scalar type of the kernels, and kernels compiled for several instruction sets.
 //!
-//! A function written with [`multiversion!`] is compiled for AVX-512, for AVX2 + FMA and for the target's
-//! baseline; the best one that the processor has is chosen at run time. The compiler vectorises plain loops;
-//! sums need the explicit lanes of [`dot`] and [`sum`], because it may not reorder float additions.
+//! A function written with [`multiversion!`] is compiled for AVX-512, for AVX2 + FMA and for the target's baseline; the
+//! best version for the processor is chosen at run time. The compiler vectorizes plain loops; sums need the explicit
+//! lanes of [`dot`] and [`sum`], because it may not reorder float additions.
 //!
-//! Threads go outside, these functions inside: a closure that rayon calls does not inherit the instruction set.
+//! Parallel loops must be outside of these functions: a closure called by rayon does not inherit the instruction set.
 
 pub(super) mod vector;
 
@@ -17,11 +17,11 @@ pub trait Real: WithDType + Neg<Output = Self> {
     const ONE: Self;
     const NEG_INFINITY: Self;
 
-    /// `self * b + c`, in one rounding where `FMA` says that the processor does it in one instruction.
+    /// `self * b + c`, rounded once if `FMA` says that the processor has fused multiply-add.
     fn fma<const FMA: bool>(self, b: Self, c: Self) -> Self;
 
-    /// e to this power. For `f32` a vectorisable approximation (2 ulp) that gives 0 below -87.3 and
-    /// stays finite above 88.3.
+    /// e to this power. For `f32` a vectorizable approximation (2 ulp) that gives 0 below -87.3 and stays finite above
+    /// 88.3.
     fn exp(self) -> Self;
 
     fn sqrt(self) -> Self;
@@ -40,7 +40,7 @@ impl Real for f32 {
         if FMA { self.mul_add(b, c) } else { self * b + c }
     }
 
-    /// 2^n · e^r with |r| ≤ ln 2 / 2 (Cephes `expf`). The rounding constant leaves n in the low mantissa bits.
+    /// 2^n · e^r with |r| ≤ ln 2 / 2 (Cephes `expf`). The rounding constant leaves n in the low bits of the mantissa.
     #[inline(always)]
     fn exp(self) -> Self {
         const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
@@ -123,9 +123,10 @@ pub fn level() -> Level {
     Level::Baseline
 }
 
-/// Compiles a function for every [`Level`] and calls the best. Write it as
-/// `multiversion! { pub fn name<T: Real, const FMA: bool>(x: &mut [T]) -> T { .. } }`; callers name only `T`. The
-/// body hands `FMA` on to [`Real::fma`] and to `#[inline(always)]` helpers such as [`dot`].
+/// Compiles a function for every [`Level`] and calls the best one. Write it as
+/// `multiversion! { pub fn name<T: Real, const FMA: bool>(x: &mut [T]) -> T { .. } }`; callers only give `T`. The body
+/// passes
+/// `FMA` on to [`Real::fma`] and to `#[inline(always)]` helpers such as [`dot`].
 macro_rules! multiversion {
     ($(#[$meta:meta])* $vis:vis fn $name:ident<$T:ident: $bound:path, const FMA: bool>(
         $($arg:ident: $ty:ty),* $(,)?
@@ -159,10 +160,10 @@ macro_rules! multiversion {
 }
 pub(crate) use multiversion;
 
-/// Independent sums that a reduction keeps, so that it fills vector registers.
+/// Number of independent sums of a reduction, so that it fills vector registers.
 const LANES: usize = 32;
 
-/// Adds up lanes pairwise.
+/// Sums lanes pairwise.
 #[inline(always)]
 pub fn add_lanes<T: Real, const N: usize>(mut lanes: [T; N]) -> T {
     let mut width = N / 2;
@@ -196,7 +197,7 @@ pub fn fma_lanes<T: Real, const FMA: bool, const N: usize>(lanes: &mut [T; N], a
     }
 }
 
-/// total + a·b, for what is left after whole lanes.
+/// total + a·b, for the remainder after whole lanes.
 #[inline(always)]
 pub fn fma_rest<T: Real, const FMA: bool>(mut total: T, a: &[T], b: &[T]) -> T {
     for (&a, &b) in a.iter().zip(b) {
@@ -234,7 +235,7 @@ pub fn sum<T: Real>(x: &[T]) -> T {
     total
 }
 
-/// The largest element, or -∞ of none; not-a-number is passed over.
+/// The largest element; -∞ for an empty slice. NaN is ignored.
 #[inline(always)]
 pub fn max<T: Real>(x: &[T]) -> T {
     let (x, rest) = x.as_chunks::<LANES>();
@@ -265,7 +266,7 @@ pub mod tests {
     use std::cell::Cell;
 
     thread_local! {
-        /// The level that kernels called on this thread use, for tests of the others.
+        /// Overrides the level for kernels called on this thread, in tests.
         pub static FORCED: Cell<Option<Level>> = const { Cell::new(None) };
     }
 

@@ -1,4 +1,4 @@
-//! A vector register, for the micro-kernels of convolution and attention: AVX-512, AVX2 with FMA, or portable lanes,
+//! A vector register for the micro-kernels of convolution and attention: AVX-512, AVX2 with FMA, or portable lanes,
 //! chosen at run time.
 
 use super::Real;
@@ -6,7 +6,7 @@ use super::Real;
 /// A register of `LANES` numbers.
 ///
 /// # Safety
-/// `load` and `store` touch `LANES` elements from `p`; a type's functions need its instruction set.
+/// `load` and `store` access `LANES` elements starting at `p`; the functions of a type need its instruction set.
 pub(in crate::ops) trait Vector: Copy {
     type Element: Copy;
     const LANES: usize;
@@ -20,7 +20,7 @@ pub(in crate::ops) trait Vector: Copy {
     unsafe fn sub(self, other: Self) -> Self;
 }
 
-/// Lanes without a particular instruction set: what `f64` (used by gradient checks only) and other processors get.
+/// Portable lanes, for `f64` (only used in gradient checks) and for other processors.
 #[derive(Clone, Copy)]
 pub(in crate::ops) struct Portable<T>([T; 4]);
 

@@ -1,4 +1,4 @@
-//! The layers of the chain: convolution, up-sampling, residual block, attention and the norm before the end.
+//! The layers of the chain with manual gradients: convolution, upsampling, residual block, attention and final norm.
 
 use super::{Kept, Layer};
 use crate::{
@@ -19,7 +19,7 @@ impl Kept {
     }
 
     pub(super) fn take(&mut self) -> Result<Features> {
-        self.features.pop().context("a layer kept too little")
+        self.features.pop().context("a layer saved too few activations")
     }
 }
 
@@ -57,9 +57,9 @@ impl Layer for Upsample {
 }
 
 impl Head {
-    /// What its convolution read, from what the pass kept.
+    /// The input of its convolution, recomputed from the saved activations.
     pub(super) fn input(&self, kept: &Kept, buffers: &Buffers) -> Result<Tensor> {
-        let x = kept.features.last().context("a layer kept too little")?;
+        let x = kept.features.last().context("a layer saved too few activations")?;
         let mut a = buffers.take(x.shape);
         self.norm.run(x, &kept.statistics[0], true, &mut a)?;
         Ok(Tensor::from_vec(a.data, a.shape.to_vec(), &Device::Cpu)?)
@@ -118,7 +118,7 @@ impl Layer for ResnetBlock {
 
     fn backward(&self, mut kept: Kept, dy: Features, buffers: &Buffers, gradients: &mut Gradients) -> Result<Features> {
         let (h, x) = (kept.take()?, kept.take()?);
-        let [first, second] = &kept.statistics[..] else { bail!("a residual block kept too little") };
+        let [first, second] = &kept.statistics[..] else { bail!("a residual block saved too few activations") };
         let mut dh = buffers.take(h.shape);
         self.norm2.run(&h, second, true, &mut dh)?;
         self.conv2.gradients(&dh, &dy, gradients)?;
@@ -148,7 +148,7 @@ impl Layer for ResnetBlock {
     }
 }
 
-/// The normalised input of an attention block, its queries, keys and values, and what they give.
+/// Attention block: the normalized input, queries, keys and values, and the output of attention.
 struct Attended {
     normal: Features,
     qkv: [Features; 3],

@@ -1,6 +1,7 @@
-//! The manual pass through encoder and decoder: forward and backward written by hand over reused buffers.
+//! Encoder and decoder with manual gradients: hand-written forward and backward passes over reused buffers.
 //!
-//! A layer keeps its input and what is dear to compute; norms with SiLU are cheap and made again backwards.
+//! A layer saves its input and results that are expensive to compute; norms with SiLU are cheap and are recomputed
+//! backward.
 
 mod layers;
 pub(super) mod segments;
@@ -16,23 +17,23 @@ use crate::{
     ops::group_norm::Statistics,
 };
 
-/// What a layer's backward pass needs of its forward pass.
+/// Activations that a layer saves for its backward pass.
 #[derive(Default)]
 pub(super) struct Kept {
     features: Vec<Features>,
     statistics: Vec<Statistics<f32>>,
 }
 
-/// A link of the chain of layers.
+/// A layer of the chain.
 pub(super) trait Layer {
-    /// The output; keeps `x` or gives it back.
+    /// Computes the output; saves `x` or returns its buffer.
     fn forward(&self, x: Features, buffers: &Buffers) -> Result<(Features, Kept)>;
 
-    /// Adds the parameters' gradients and returns the input's.
+    /// Accumulates the parameters' gradients and returns the gradient of the input.
     fn backward(&self, kept: Kept, dy: Features, buffers: &Buffers, gradients: &mut Gradients) -> Result<Features>;
 }
 
-/// Runs the layers one after the other.
+/// Runs the layers in order.
 fn forward(layers: &[&dyn Layer], mut x: Features, buffers: &Buffers) -> Result<(Features, Vec<Kept>)> {
     let mut all = Vec::with_capacity(layers.len());
     for layer in layers {
@@ -43,7 +44,7 @@ fn forward(layers: &[&dyn Layer], mut x: Features, buffers: &Buffers) -> Result<
     Ok((x, all))
 }
 
-/// The same where no backward pass follows: keeps nothing.
+/// Runs the layers in order without saving activations (inference).
 fn infer(layers: &[&dyn Layer], mut x: Features, buffers: &Buffers) -> Result<Features> {
     for layer in layers {
         let (y, kept) = layer.forward(x, buffers)?;
@@ -53,7 +54,7 @@ fn infer(layers: &[&dyn Layer], mut x: Features, buffers: &Buffers) -> Result<Fe
     Ok(x)
 }
 
-/// Runs them backwards.
+/// Runs the backward passes in reverse order.
 fn backward(
     layers: &[&dyn Layer],
     mut kept: Vec<Kept>,
@@ -62,7 +63,7 @@ fn backward(
     gradients: &mut Gradients,
 ) -> Result<Features> {
     for layer in layers.iter().rev() {
-        let kept = kept.pop().context("a layer kept nothing")?;
+        let kept = kept.pop().context("a layer saved nothing")?;
         dy = layer.backward(kept, dy, buffers, gradients)?;
     }
     Ok(dy)

@@ -1,4 +1,4 @@
-//! The tokenizer's two segments as manual passes.
+//! The tokenizer's two segments with manual gradients.
 
 use super::{Kept, backward, forward, infer};
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
 };
 use candle_core::{Device, Tensor, Var};
 
-/// A autograd segment run natively.
+/// An autograd segment run with manual gradients.
 pub(in crate::tokenizer) struct Manual<'a, S> {
     pub(in crate::tokenizer) segment: &'a S,
     pub(in crate::tokenizer) buffers: &'a Buffers,
@@ -35,7 +35,7 @@ fn tensor(features: Features) -> Result<Tensor> {
 }
 
 impl EncoderHalf {
-    /// Pixels → latents.
+    /// Pixels → latents, with saved activations.
     fn manual(&self, pixels: Features, buffers: &Buffers) -> Result<(Tensor, Vec<Kept>)> {
         let (first, rest) = self.manual_layers()?;
         let mut x = buffers.take(first.output(pixels.shape)?);
@@ -45,7 +45,7 @@ impl EncoderHalf {
         Ok((tensor(z)?, kept))
     }
 
-    /// Pixels → latents, without a way back.
+    /// Pixels → latents, for inference.
     pub(in crate::tokenizer) fn infer(&self, pixels: &Tensor) -> Result<Tensor> {
         let buffers = Buffers::default();
         let (first, mut layers) = self.manual_layers()?;
@@ -55,7 +55,7 @@ impl EncoderHalf {
 }
 
 impl DecoderHalf {
-    /// Code vectors → pixels, without a way back.
+    /// Code vectors → pixels, for inference.
     pub(in crate::tokenizer) fn infer(&self, z_q: &Tensor) -> Result<Tensor> {
         let buffers = Buffers::default();
         tensor(infer(&self.manual_layers()?.0, features(z_q, &buffers)?, &buffers)?)
@@ -84,27 +84,27 @@ impl Segment<PixelBatch> for Manual<'_, Encode> {
         dy: Option<Tensor>,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let mut kept = *saved.downcast::<Vec<Kept>>().ok().context("what another segment saved")?;
+        let mut kept = *saved.downcast::<Vec<Kept>>().ok().context("the saved state belongs to another segment")?;
         let (first, rest) = self.segment.half.manual_layers()?;
         let dy = features(&dy.context("the encoder is not the last segment")?, self.buffers)?;
         let pixels = kept.remove(0).take()?;
         let dx = backward(&rest, kept, dy, self.buffers, gradients)?;
-        // Nothing trains below the pixels.
+        // No parameter comes before the pixels, so the first convolution's input gradient is not needed.
         first.gradients(&pixels, &dx, gradients)?;
         [pixels, dx].into_iter().for_each(|features| self.buffers.give(features));
         Ok(None)
     }
 }
 
-/// What [`Decode`] keeps.
+/// State saved by [`Decode`].
 struct Decoded {
     layers: Vec<Kept>,
-    /// The quantiser's tape, which is short: from the latents to their codes' vectors and its losses.
+    /// Input of the quantizer's autograd graph, which only covers the step from latents to code vectors and its losses.
     z: Var,
     quantized: Quantized,
-    /// Gradient of the loss in the pixels.
+    /// Gradient of the loss with respect to the pixels.
     dy: Features,
-    /// Gradients of the discriminator's loss in its parameters.
+    /// Gradients of the discriminator's loss with respect to its parameters.
     own: Vec<(String, Tensor)>,
 }
 
@@ -147,7 +147,8 @@ impl Segment<PixelBatch> for Manual<'_, Decode> {
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let half = &self.segment.half;
-        let Decoded { layers, z, quantized, dy, own } = *saved.downcast().ok().context("what another segment saved")?;
+        let Decoded { layers, z, quantized, dy, own } =
+            *saved.downcast().ok().context("the saved state belongs to another segment")?;
         for (name, gradient) in own {
             gradients.add(&name, (gradient * batch.share)?)?;
         }

@@ -1,4 +1,4 @@
-//! Manual ≡ autograd, for small tokenizers of every kind.
+//! Manual gradients equal autograd, for small tokenizers of every kind.
 
 use crate::{
     config::{self, Precision},
@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 
 type Chain<'a> = Vec<Box<dyn Segment<PixelBatch> + 'a>>;
 
-/// Adds a batch's gradients; loss, codes and errors.
+/// Runs forward and backward; returns losses and codes.
 fn accumulate(chain: &Chain, batch: &PixelBatch, gradients: &mut Gradients) -> Result<(Vec<f64>, Vec<u32>)> {
     let x = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
     let (z, encoded) = chain[0].forward(&x, batch)?;
@@ -53,8 +53,8 @@ fn norm(x: &[f64]) -> f64 {
     x.iter().map(|x| x * x).sum::<f64>().sqrt()
 }
 
-/// Each parameter's to 1e-5 of its norm. Some are 0 but for rounding (a bias that a norm or a softmax takes away
-/// again): they may differ by what f32 rounds of the whole gradient.
+/// Checks each gradient to 1e-5 of its norm. Gradients that are 0 except for rounding (a bias before a norm or softmax)
+/// may differ by the f32 rounding error of the whole gradient.
 fn assert_same_gradients<'a>(manual: &Gradients, autograd: &Gradients, names: impl Iterator<Item = &'a String>) {
     let whole = norm(&autograd.iter().map(|(_, gradient)| norm(&values(gradient))).collect::<Vec<_>>());
     let check = |name: &String| {
@@ -69,7 +69,7 @@ fn assert_same_gradients<'a>(manual: &Gradients, autograd: &Gradients, names: im
 }
 
 #[test]
-fn equals_the_tape() -> Result<()> {
+fn equals_autograd() -> Result<()> {
     let with_attention = config::ImageTokenizer { attention_sides: vec![8, 16], l2_normalize: true, ..small() };
     let deep = config::ImageTokenizer { image_size: 20, channel_multipliers: vec![1, 1, 2], ..small() };
     let one_level = config::ImageTokenizer { image_size: 5, channel_multipliers: vec![2], ..small() };
@@ -86,12 +86,12 @@ fn equals_the_tape() -> Result<()> {
     for config in [small(), with_attention, deep, one_level, blocks, legacy, gan_loss] {
         let (tokenizer, scope) = tokenizer(&config, Precision::F32)?;
         let [mut manual, mut autograd] = [Gradients::default(), Gradients::default()];
-        // Two parts of a step: gradients add up, and the second one runs in used buffers.
+        // Two micro-batches: gradients accumulate, and the second one reuses the buffers.
         for (name, share) in [("first", 0.25), ("second", 0.75)] {
             let mut batch = PixelBatch::new(pixels(config.image_size, name)?, share);
             batch.logit_ema = Some(LogitEma { real: 0.3, fake: -0.2, accuracy: 0.5 });
             let (ours, codes) = accumulate(&tokenizer.segments(), &batch, &mut manual)?;
-            let (theirs, expected) = accumulate(&tokenizer.taped_segments(), &batch, &mut autograd)?;
+            let (theirs, expected) = accumulate(&tokenizer.autograd_segments(), &batch, &mut autograd)?;
             assert_eq!(codes, expected);
             assert!(ours.iter().zip(&theirs).all(|(a, b)| (a - b).abs() < 1e-5 * b.abs()), "{ours:?} {theirs:?}");
         }
@@ -100,11 +100,11 @@ fn equals_the_tape() -> Result<()> {
     Ok(())
 }
 
-/// How far a step's gradients are from those in f32, as a share of their norm: by hand, and by the tape.
+/// Distances of a step's gradients from those in f32, relative to their norm: manual and autograd.
 fn distances_from_f32(config: &config::ImageTokenizer, precision: Precision) -> Result<[f64; 2]> {
     let step = |precision: Precision, manual: bool| -> Result<Gradients> {
         let ((tokenizer, _), mut gradients) = (tokenizer(config, precision)?, Gradients::default());
-        let chain = if manual { tokenizer.segments() } else { tokenizer.taped_segments() };
+        let chain = if manual { tokenizer.segments() } else { tokenizer.autograd_segments() };
         accumulate(&chain, &PixelBatch::new(pixels(config.image_size, "x")?, 0.5), &mut gradients)?;
         Ok(gradients)
     };
@@ -129,7 +129,7 @@ fn f16_rounds_all_convolutions() -> Result<()> {
     Ok(())
 }
 
-/// On AMX, if only in software.
+/// With AMX, if necessary in the emulator.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 #[test]
 fn bf16_rounds_wide_convolutions() {
@@ -140,7 +140,7 @@ fn bf16_rounds_wide_convolutions() {
 }
 
 #[test]
-fn threads_do_not_matter() -> Result<()> {
+fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
     let config = config::ImageTokenizer { image_size: 40, ..small() };
     let on = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;

@@ -1,5 +1,5 @@
-//! A codebook that is learned without gradients (arXiv 1711.00937, appendix A.1): each code is the mean of the
-//! latents that chose it lately. Names are taming-transformers'.
+//! EMA codebook (arXiv 1711.00937, appendix A.1): each code is the moving average of the latents assigned to it,
+//! without gradients. Names are those of taming-transformers.
 
 use super::vector_quantizer::VectorQuantizer;
 use crate::{
@@ -10,13 +10,13 @@ use crate::{
 };
 use candle_core::{D, Tensor};
 
-/// Added to each count, so that a code which is hardly chosen any more stays finite (Laplace smoothing).
+/// Added to each count, so that a code that is rarely used stays finite (Laplace smoothing).
 const EPS: f32 = 1e-5;
 
 const COUNTS: &str = "embedding.cluster_size";
 const SUMS: &str = "embedding.embed_avg";
 
-/// How often each code was chosen lately, and by what.
+/// Moving averages of the number of latents assigned to each code, and of their sum.
 pub struct EmaCodebook {
     /// `(codes)`.
     counts: Tensor,
@@ -25,13 +25,13 @@ pub struct EmaCodebook {
     decay: f32,
 }
 
-/// Whether a parameter of a tokenizer is of a moving average, which is no part of the model.
+/// Whether a parameter of a tokenizer belongs to the EMA codebook, which is not part of the published model.
 pub fn is_ours(name: &str) -> bool {
     name.ends_with(COUNTS) || name.ends_with(SUMS)
 }
 
 impl EmaCodebook {
-    /// Of the quantiser in `scope`; `None`: its codebook has gradients.
+    /// The EMA codebook of the quantizer in `scope`; `None` if the codebook is trained by gradients.
     pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Option<Self>> {
         if !config.codebook_is_averaged() {
             return Ok(None);
@@ -44,8 +44,8 @@ impl EmaCodebook {
         }))
     }
 
-    /// Takes in the latents `(.., dim)` of a step, which chose `codes: (rows)`, and moves the codebook. A code that nobody has
-    /// chosen yet stays.
+    /// Updates the codebook with the latents `(.., dim)` of a step, assigned to `codes: (rows)`. A code that has never
+    /// been used keeps its vector.
     pub fn update(&self, nearest: &VectorQuantizer, z: &Tensor, codes: &[u32]) -> Result<()> {
         let dim = z.dim(D::Minus1)?;
         let z = nearest.normalized(&z.detach())?.flatten_all()?.to_vec1::<f32>()?;
@@ -74,14 +74,14 @@ impl EmaCodebook {
         })?)
     }
 
-    /// As if each code of a trained codebook had been chosen once a step.
+    /// Initializes the averages from a trained codebook, as if each code had been assigned once per step.
     pub fn start_at(&self, nearest: &VectorQuantizer) -> Result<()> {
         let vectors = nearest.normalized(nearest.codebook())?.flatten_all()?.to_vec1::<f32>()?;
         ops::with_slice_mut(&self.counts, |counts: &mut [f32]| counts.fill(1.0))?;
         Ok(ops::with_slice_mut(&self.sums, |sums: &mut [f32]| sums.copy_from_slice(&vectors))?)
     }
 
-    /// Codes that began anew as other vectors have been chosen by nobody yet.
+    /// Resets the averages of codes that were restarted with other vectors.
     pub fn forget(&self, codes: &[usize]) -> Result<()> {
         let dim = self.sums.dim(1)?;
         ops::with_slice_mut(&self.counts, |counts: &mut [f32]| codes.iter().for_each(|code| counts[*code] = 0.0))?;
@@ -111,9 +111,9 @@ mod tests {
         }
     }
 
-    /// Against two training steps of lucidrains' VectorQuantize (scripts/golden_ema_codebook.py).
+    /// Compared with two training steps of lucidrains' VectorQuantize (scripts/golden_ema_codebook.py).
     #[test]
-    fn codes_move_as_the_reference_s() -> Result<()> {
+    fn updates_equal_the_reference() -> Result<()> {
         let golden = weights::parse(include_bytes!("../../../tests/golden/ema_codebook.safetensors"), "golden")?;
         let stored = golden.iter().filter(|(name, _)| name.starts_with("embedding."));
         let stored = stored.map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn codes_are_means_from_the_first_step_and_anew() -> Result<()> {
+    fn codes_are_means_from_the_first_step_and_after_a_restart() -> Result<()> {
         let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
         let (nearest, average) =
             (VectorQuantizer::new(&scope, &config())?, EmaCodebook::new(&scope, &config())?.unwrap());
@@ -154,9 +154,9 @@ mod tests {
 
         average.forget(&[4])?;
         average.update(&nearest, &z.narrow(0, 2, 1)?, &[9])?;
-        assert_eq!(rows()?[4], after[4], "nobody chose it");
+        assert_eq!(rows()?[4], after[4], "it was never used");
         average.update(&nearest, &z.narrow(0, 2, 1)?, &[4])?;
-        assert!(near(&rows()?[4], 7.0), "what it was is forgotten: {:?}", rows()?[4]);
+        assert!(near(&rows()?[4], 7.0), "the old vector is forgotten: {:?}", rows()?[4]);
 
         average.start_at(&nearest)?;
         average.update(&nearest, &z.narrow(0, 0, 1)?, &[4])?;

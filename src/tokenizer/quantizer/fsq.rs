@@ -1,5 +1,5 @@
-//! Finite scalar quantisation (arXiv 2309.15505): each dimension of a latent is bounded and rounded to one of a few
-//! levels. Nothing is learned, so no code can die.
+//! Finite scalar quantization (arXiv 2309.15505): each dimension of a latent is bounded and rounded to one of a few
+//! levels. No codebook is learned, so no code can become unused by a bad initialization.
 
 use super::Quantized;
 use crate::{
@@ -8,25 +8,27 @@ use crate::{
 };
 use candle_core::{D, DType, Device, Tensor};
 
-/// The levels of each dimension.
+/// The number of levels of each dimension.
 pub struct Fsq {
     /// `(dim)`
     levels: Tensor,
     sizes: Vec<u32>,
 }
 
-/// Keeps the outermost levels in reach of a bounded latent.
+/// Shrinks the range slightly, so that a bounded latent can reach the outermost levels.
 const MARGIN: f64 = 1e-3;
 
 impl Fsq {
+    /// The quantizer of a configuration.
+    ///
     /// # Errors
-    /// The levels do not make up the codebook.
+    /// The product of the levels is not the codebook size.
     pub fn new(config: &config::ImageTokenizer, device: &Device) -> Result<Self> {
         let sizes = config.fsq_levels.clone();
         let product = sizes.iter().try_fold(1u32, |product, size| product.checked_mul(*size));
         ensure!(
             product == u32::try_from(config.codebook_size).ok(),
-            "image_tokenizer.fsq_levels multiply to another number than codebook_size"
+            "the product of image_tokenizer.fsq_levels is not codebook_size"
         );
         ensure!(
             sizes.len() == config.code_dim,
@@ -47,14 +49,14 @@ impl Fsq {
         self.sizes.iter().product::<u32>() as usize
     }
 
-    /// Latents in the range of their levels: whole numbers are levels, the middle one is 0.
+    /// Bounds latents to the range of their levels: integers are levels, the middle level is 0.
     fn bound(&self, z: &Tensor) -> Result<Tensor> {
         let half = ((&self.levels - 1.0)? * ((1.0 + MARGIN) / 2.0))?;
-        // An even number of levels lies half a step aside.
+        // With an even number of levels, the levels are shifted by half a step.
         let even: Vec<f32> = self.sizes.iter().map(|size| if size % 2 == 0 { 0.5 } else { 0.0 }).collect();
         let offset = Tensor::new(even, z.device())?;
         let ratio = offset.div(&half)?;
-        // tanh(artanh(offset / half)) keeps 0 at 0.
+        // The shift tanh(artanh(offset / half)) maps 0 to 0.
         let shift = (((&ratio + 1.0)? / (1.0 - &ratio)?)?.log()? * 0.5)?;
         Ok(z.broadcast_add(&shift)?.tanh()?.broadcast_mul(&half)?.broadcast_sub(&offset)?)
     }
@@ -71,7 +73,7 @@ impl Fsq {
         self.index(&self.bound(&rows)?.round()?)
     }
 
-    /// The first dimension counts fastest.
+    /// Codes from levels; the first dimension varies fastest.
     fn index(&self, rounded: &Tensor) -> Result<Tensor> {
         let mut basis = 1u32;
         let mut weights = Vec::new();
@@ -98,7 +100,7 @@ impl Fsq {
         self.scale(&Tensor::from_vec(places, (codes.len(), self.sizes.len()), self.levels.device())?)
     }
 
-    /// Quantises latents `(.., dim)`; gradients pass the rounding.
+    /// Quantizes latents `(.., dim)` with a straight-through gradient.
     pub fn forward(&self, z: &Tensor) -> Result<Quantized> {
         let bounded = self.bound(z)?;
         let rounded = bounded.round()?.detach();
@@ -124,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn every_code_has_a_vector_that_leads_back_to_it() -> Result<()> {
+    fn lookup_and_encode_are_inverse() -> Result<()> {
         let fsq = fsq();
         let codes = Tensor::arange(0u32, 160, &Device::Cpu)?;
         let vectors = fsq.lookup(&codes)?;
@@ -138,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn training_sees_the_vectors_that_decoding_sees_and_gradients_pass() -> Result<()> {
+    fn training_uses_the_vectors_of_decoding_and_gradients_pass() -> Result<()> {
         let fsq = fsq();
         let z = normal("z", &[4, 5, 3], DType::F32);
         let quantized = fsq.forward(&z)?;
@@ -147,7 +149,7 @@ mod tests {
         assert!(values(&quantized.z_q).iter().zip(&looked_up).all(|(a, b)| (a - b).abs() < 1e-6));
         let store = quantized.z_q.sum_all()?.backward()?;
         assert!(values(store.get(&z).unwrap()).iter().all(|d| *d > 0.0));
-        // Far out lie the outermost levels, and 0 is one of the inner ones.
+        // Far values give the outermost levels, and 0 gives an inner level.
         let far = Tensor::new(&[[-50f32, -50.0, -50.0], [50.0, 50.0, 50.0], [0.0, 0.0, 0.0]], &Device::Cpu)?;
         assert_eq!(values(&fsq.encode(&far)?), [0.0, 159.0, 4.0 + 8.0 * 2.0 + 40.0 * 2.0]);
         Ok(())

@@ -1,5 +1,5 @@
-//! Gumbel-softmax quantisation (arXiv 1611.01144; DALL-E, 2102.12092): a code is drawn from logits, and the softmax of
-//! noisy logits over a temperature stands for it in the gradient. Names are taming-transformers'.
+//! Gumbel-softmax quantization (arXiv 1611.01144; DALL-E, arXiv 2102.12092): a code is sampled from logits, and the
+//! gradient is that of the softmax of noisy logits over a temperature. Names are those of taming-transformers.
 
 use super::{Quantized, softmax};
 use crate::{
@@ -10,31 +10,32 @@ use crate::{
 };
 use candle_core::{D, Tensor};
 
-/// How codes are drawn in training.
+/// Settings of the Gumbel softmax in a training step.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Relaxation {
-    /// Near 0 the softmax is a choice.
+    /// Temperature; close to 0 the softmax is nearly one-hot.
     pub temperature: f64,
-    /// Weight of the divergence from codes that are all as likely.
+    /// Weight of the KL divergence from the uniform distribution over codes.
     pub kl_weight: f64,
-    /// The noise is keyed by seed, step, and the position of the batch's first image in the step.
+    /// The noise is keyed by seed, step, and the index of the batch's first image in the step.
     pub seed: u64,
     pub step: u64,
     pub first: u64,
 }
 
-/// Logits and the codebook.
+/// A quantizer with logits and a codebook.
 pub struct Gumbel {
-    /// `(codes, dim, 1, 1)` and `(codes)`, which make logits of latents; `None`: latents are logits.
+    /// Weight `(codes, dim, 1, 1)` and bias `(codes)` of the projection from latents to logits; `None`: latents are
+    /// logits.
     projection: Option<(Tensor, Tensor)>,
-    /// `(codes, dim)`; of a dVAE the decoder's first convolution, `(dim, codes, 1, 1)`.
+    /// `(codes, dim)`; for a dVAE the decoder's first convolution, `(dim, codes, 1, 1)`.
     codebook: Tensor,
-    /// Added to every code's vector: a dVAE's.
+    /// Bias added to every code vector; only for a dVAE.
     offset: Option<Tensor>,
 }
 
 impl Gumbel {
-    /// taming-transformers' quantiser.
+    /// The quantizer of taming-transformers.
     pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
         let (codes, dim) = (config.codebook_size, config.code_dim);
         let init = Init::Uniform((dim as f64).powf(-0.5));
@@ -46,7 +47,8 @@ impl Gumbel {
         })
     }
 
-    /// DALL-E's, where encoder and decoder do the rest; `input` is the scope of the decoder's first convolution.
+    /// The quantizer of DALL-E's dVAE, whose latents are logits; `input` is the scope of the decoder's first
+    /// convolution.
     pub fn of_logits(input: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
         let (codes, dim) = (config.codebook_size, config.code_dim);
         let codebook = input.table("w", (dim, codes, 1, 1), Init::Normal((codes as f64).powf(-0.5)))?;
@@ -62,7 +64,7 @@ impl Gumbel {
         &self.codebook
     }
 
-    /// The codes' vectors before the offset, `(codes, dim)`.
+    /// The code vectors before the offset, `(codes, dim)`.
     fn vectors(&self) -> Result<Tensor> {
         match self.offset {
             Some(_) => Ok(self.codebook.flatten_from(1)?.t()?.contiguous()?),
@@ -77,7 +79,7 @@ impl Gumbel {
         }
     }
 
-    /// `(rows, codes)` of latents `(.., dim)`.
+    /// Logits `(rows, codes)` of latents `(.., dim)`.
     fn logits(&self, z: &Tensor) -> Result<Tensor> {
         let rows = z.reshape(((), z.dim(D::Minus1)?))?;
         match &self.projection {
@@ -86,7 +88,7 @@ impl Gumbel {
         }
     }
 
-    /// The likeliest codes `(rows)`.
+    /// The most likely codes `(rows)`.
     pub fn encode(&self, z: &Tensor) -> Result<Tensor> {
         Ok(self.logits(&z.detach())?.argmax(D::Minus1)?)
     }
@@ -96,7 +98,7 @@ impl Gumbel {
         self.with_offset(self.vectors()?.index_select(codes, 0)?)
     }
 
-    /// Draws codes for latents `(.., dim)`. Gradients go through the softmax.
+    /// Samples codes for latents `(.., dim)`. The gradient is that of the softmax.
     pub fn forward(&self, z: &Tensor, relaxation: Relaxation) -> Result<Quantized> {
         let logits = self.logits(z)?;
         let images = if z.rank() == 4 { z.dim(0)? } else { 1 };
@@ -106,7 +108,7 @@ impl Gumbel {
     fn relaxed(&self, z: &Tensor, logits: &Tensor, noise: &Tensor, relaxation: Relaxation) -> Result<Quantized> {
         let soft = softmax(&((logits + noise)? / relaxation.temperature)?)?;
         let codes = soft.argmax(D::Minus1)?;
-        // DALL-E decodes the mixture itself, taming a choice whose gradient is the mixture's.
+        // DALL-E decodes the soft mixture of codes; taming decodes the hard sample with the gradient of the mixture.
         let drawn = match self.projection {
             Some(_) => (&soft + (self.one_hot(&codes)? - soft.detach())?)?,
             None => soft,
@@ -132,13 +134,13 @@ impl Gumbel {
     }
 }
 
-/// Gumbel noise for logits of so many images.
+/// Gumbel noise for the logits of a number of images.
 fn noise(logits: &Tensor, images: usize, relaxation: Relaxation) -> Result<Tensor> {
     let each = logits.elem_count() / images.max(1);
     let mut values = Vec::with_capacity(logits.elem_count());
     for image in 0..images as u64 {
         let mut random = Random::keyed(relaxation.seed, "gumbel noise", relaxation.step, relaxation.first + image);
-        // Never ln 0.
+        // Clamped so that ln 0 cannot occur.
         values.extend((0..each).map(|_| -(-(random.unit().max(1e-20)).ln()).max(1e-20).ln() as f32));
     }
     Ok(Tensor::from_vec(values, logits.shape(), logits.device())?.to_dtype(logits.dtype())?)
@@ -157,9 +159,9 @@ mod tests {
         assert_eq!(ours.elem_count(), theirs.elem_count(), "{what}");
     }
 
-    /// Against taming-transformers' GumbelQuantize (scripts/golden_gumbel.py).
+    /// Compared with taming-transformers' GumbelQuantize (scripts/golden_gumbel.py).
     #[test]
-    fn draws_and_differentiates_as_taming_does() -> Result<()> {
+    fn samples_and_gradients_equal_taming() -> Result<()> {
         let golden = weights::parse(include_bytes!("../../../tests/golden/taming_gumbel.safetensors"), "golden")?;
         let nhwc = |name: &str| golden[name].permute((0, 2, 3, 1))?.contiguous();
         let config = config::ImageTokenizer { codebook_size: 32, code_dim: 6, ..config::ImageTokenizer::default() };
@@ -188,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn noise_is_keyed_by_the_picture_and_has_gumbel_s_mean() -> Result<()> {
+    fn noise_is_keyed_by_the_image_and_has_the_mean_of_gumbel() -> Result<()> {
         let logits = Tensor::zeros((40, 500), DType::F32, &Device::Cpu)?;
         let at = |first| Relaxation { temperature: 1.0, first, seed: 3, step: 5, ..Relaxation::default() };
         let all = noise(&logits, 4, at(0))?;

@@ -1,4 +1,5 @@
-//! The quantiser between encoder and decoder (paper §2.1): latents to codes, codes to vectors. [`vector_quantizer`] is the paper's.
+//! The quantizer between encoder and decoder (paper §2.1): latents to codes, codes to vectors. The paper uses
+//! [`vector_quantizer`].
 
 pub mod ema_codebook;
 pub mod fsq;
@@ -15,24 +16,28 @@ use fsq::Fsq;
 use gumbel::{Gumbel, Relaxation};
 use vector_quantizer::VectorQuantizer;
 
-/// A quantiser of any kind.
+/// A quantizer of any kind.
 pub enum Quantizer {
     Vector(VectorQuantizer),
     Gumbel(Gumbel),
     Fsq(Fsq),
 }
 
-/// What quantising a batch gives.
+/// Result of quantizing a batch.
 pub struct Quantized {
-    /// The codes' vectors, `(.., dim)`; gradients go to the input.
+    /// The code vectors, `(.., dim)`; gradients flow to the input.
     pub z_q: Tensor,
-    /// Indices `(rows)`.
+    /// Code indices `(rows)`.
     pub codes: Tensor,
-    /// Weighted means by name; they join the loss.
+    /// Weighted mean losses by name; they are added to the loss.
     pub losses: Vec<(&'static str, Tensor)>,
 }
 
 impl Quantizer {
+    /// The quantizer of a configuration.
+    ///
+    /// # Errors
+    /// The configuration is impossible, or a checkpoint's tensor is missing or has another shape.
     pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
         Ok(match config.quantizer {
             QuantizerKind::Nearest => Self::Vector(VectorQuantizer::new(scope, config)?),
@@ -41,7 +46,7 @@ impl Quantizer {
         })
     }
 
-    /// A dVAE's, whose latents are logits; `input` is the scope of the decoder's first convolution.
+    /// The quantizer of a dVAE, whose latents are logits; `input` is the scope of the decoder's first convolution.
     pub fn of_logits(input: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
         Ok(Self::Gumbel(Gumbel::of_logits(input, config)?))
     }
@@ -55,12 +60,12 @@ impl Quantizer {
         }
     }
 
-    /// Whether a step's latents move the codebook beside its gradients: as means, or where a code begins anew.
+    /// Whether the latents of a step update the codebook besides its gradients: by EMA, or by restarting dead codes.
     pub fn follows_latents(&self) -> bool {
         matches!(self, Self::Vector(_))
     }
 
-    /// Where it computes, and in what.
+    /// Device and dtype of the quantizer.
     pub fn place(&self) -> (&Device, DType) {
         let tensor = match self {
             Self::Vector(nearest) => nearest.codebook(),
@@ -82,7 +87,7 @@ impl Quantizer {
     /// Vectors `(rows, dim)` of codes `(rows)`.
     ///
     /// # Errors
-    /// A code lies outside the codebook.
+    /// A code is not in the codebook.
     pub fn lookup(&self, codes: &Tensor) -> Result<Tensor> {
         let size = self.size()?;
         let outside = codes.to_vec1::<u32>()?.into_iter().find(|c| *c as usize >= size);
@@ -94,7 +99,7 @@ impl Quantizer {
         }
     }
 
-    /// Quantises latents `(.., dim)` with gradients and losses.
+    /// Quantizes latents `(.., dim)` with gradients and losses.
     pub fn forward(&self, z: &Tensor, relaxation: Relaxation) -> Result<Quantized> {
         match self {
             Self::Vector(nearest) => nearest.forward(z),
@@ -104,7 +109,7 @@ impl Quantizer {
     }
 }
 
-/// Over the last dimension.
+/// Softmax over the last dimension.
 fn softmax(x: &Tensor) -> Result<Tensor> {
     let exp = x.broadcast_sub(&x.max_keepdim(D::Minus1)?.detach())?.exp()?;
     Ok(exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?)

@@ -1,5 +1,5 @@
-//! Vector quantisation (paper §2.1, eq. 1-2; arXiv 1711.00937): each latent becomes its nearest code, and
-//! gradients pass straight through.
+//! Vector quantization (paper §2.1, eq. 1-2; arXiv 1711.00937): each latent becomes its nearest code, with a
+//! straight-through gradient.
 
 use super::{Quantized, softmax};
 use crate::{
@@ -11,12 +11,12 @@ use crate::{
 };
 use candle_core::{D, Tensor};
 
-/// Added to a squared length before its root.
+/// Added to a squared length before the square root.
 const NORM_EPS: f64 = 1e-12;
 
-/// Squared distance by which a code's likelihood falls by e, for the entropy.
+/// Temperature of the entropy loss: the squared distance that lowers a code's likelihood by a factor of e.
 const TEMPERATURE: f64 = 0.01;
-/// Added to a likelihood before its logarithm.
+/// Added to a likelihood before the logarithm.
 const LOG_EPS: f64 = 1e-8;
 
 const CODEBOOK: &str = "embedding.weight";
@@ -27,7 +27,7 @@ pub struct VectorQuantizer {
     l2_normalize: bool,
     commitment: f64,
     legacy_beta: bool,
-    /// Whether means of latents move the codebook, and not its gradients.
+    /// Whether the codebook is updated by EMA instead of gradients.
     averaged: bool,
     entropy_weight: f64,
 }
@@ -65,7 +65,7 @@ impl VectorQuantizer {
         if self.legacy_beta { (self.commitment, 1.0) } else { (1.0, self.commitment) }
     }
 
-    /// Vectors as they are compared.
+    /// Vectors in the form in which they are compared: L2-normalized if configured.
     pub(super) fn normalized(&self, x: &Tensor) -> Result<Tensor> {
         if !self.l2_normalize {
             return Ok(x.clone());
@@ -85,7 +85,7 @@ impl VectorQuantizer {
         self.normalized(&self.codebook.index_select(codes, 0)?)
     }
 
-    /// Quantises latents `(.., dim)` with gradients and losses.
+    /// Quantizes latents `(.., dim)` with gradients and losses.
     pub fn forward(&self, z: &Tensor) -> Result<Quantized> {
         let z = self.normalized(z)?;
         let codes = self.encode(&z)?;
@@ -103,7 +103,7 @@ impl VectorQuantizer {
         Ok(Quantized { z_q: (&z + (&z_q - &z)?.detach())?, codes, losses })
     }
 
-    /// Puts encoder outputs in the place of `dead` codes; `z: (.., dim)` are this step's. The choice is keyed by (`seed`, `step`).
+    /// Replaces `dead` codes by encoder outputs of this step, `z: (.., dim)`. The choice is keyed by (`seed`, `step`).
     pub fn restart(&self, dead: &[usize], z: &Tensor, seed: u64, step: u64) -> Result<()> {
         let dim = z.dim(D::Minus1)?;
         let z = self.normalized(&z.detach())?.flatten_all()?.to_vec1::<f32>()?;
@@ -117,8 +117,8 @@ impl VectorQuantizer {
     }
 }
 
-/// Codes that nobody has chosen for `after` steps (0: none), from the last step at which each was chosen and this step's
-/// choices. They count as chosen from now on.
+/// Codes that were not used for `after` steps (0: none), given the step of each code's last use and the codes used in
+/// this step. They count as used from now on.
 pub fn dead_codes(last_used: &mut [u64], chosen: &[u32], after: u64, step: u64) -> Vec<usize> {
     for code in chosen {
         if let Some(last) = last_used.get_mut(*code as usize) {
@@ -131,12 +131,12 @@ pub fn dead_codes(last_used: &mut [u64], chosen: &[u32], after: u64, step: u64) 
     dead
 }
 
-/// How unsure latents `(.., dim)` are of their code, less how evenly they take codes `(codes, dim)`, in nats: the mean entropy
-/// of each latent's likelihoods less the entropy of their mean (arXiv 2310.05737, eq. 4, where likelihoods fall with the
-/// squared distance).
+/// Entropy loss of latents `(.., dim)` over codes `(codes, dim)`, in nats: the mean entropy of each latent's code
+/// distribution minus the entropy of the mean distribution (arXiv 2310.05737, eq. 4). Likelihoods fall with the squared
+/// distance.
 fn entropy_loss(z: &Tensor, codes: &Tensor) -> Result<Tensor> {
     let z = z.reshape(((), z.dim(D::Minus1)?))?;
-    // |z|² is the same for all codes.
+    // |z|² is the same for all codes and cancels in the softmax.
     let near = ((z.matmul(&codes.t()?)? * 2.0)?.broadcast_sub(&codes.sqr()?.sum(D::Minus1)?)? / TEMPERATURE)?;
     let likely = softmax(&near)?;
     let negative = |p: &Tensor| -> Result<Tensor> { Ok((p * (p + LOG_EPS)?.log()?)?.sum(D::Minus1)?) };
@@ -150,7 +150,7 @@ mod tests {
     use candle_core::DType;
 
     #[test]
-    fn entropy_is_the_formula_s_and_so_are_its_gradients() -> Result<()> {
+    fn entropy_and_its_gradients_equal_the_formula() -> Result<()> {
         let (z, codes) = (normal("z", &[2, 3, 4], DType::F64), normal("codes", &[5, 4], DType::F64));
         let small = |x: &Tensor| x * 0.05;
         let loss = values(&entropy_loss(&small(&z)?, &small(&codes)?)?)[0];

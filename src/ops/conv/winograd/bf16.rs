@@ -1,4 +1,5 @@
-//! Winograd's products with factors rounded to bf16 and sums in f32. The transforms stay f32: rounded are what they gave.
+//! Winograd's products with factors rounded to bf16 and sums in f32. The transforms run in f32, and their results are
+//! rounded.
 
 use super::{
     products::{GROUP, Multiplier, point_stride},
@@ -17,12 +18,12 @@ use crate::ops::{
 };
 use rayon::prelude::*;
 
-// A tile's lines are a group of channels.
+// The lines of a tile are a group of channels.
 const _: () = assert!(GROUP == LINES);
 
 const ZERO: Tile = Tile([[0; LINES]; LINES]);
 
-/// Workspace for the packed factors of one point.
+/// Buffers for the packed factors of one point.
 #[derive(Default)]
 pub struct Buffer {
     left: Vec<[Tile; 1]>,

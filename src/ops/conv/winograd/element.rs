@@ -1,4 +1,4 @@
-//! What Winograd's algorithm needs of a type of numbers.
+//! Element types of Winograd's algorithm.
 
 use super::{products::Multiplier, transforms::Transforms};
 use crate::{
@@ -10,15 +10,15 @@ use crate::{
     },
 };
 
-/// Numbers that convolutions run on, directly or by [`super`].
+/// Element types of convolution that [`super`] supports.
 pub trait WinogradElement: Element {
     /// The transforms around the products.
     fn transforms() -> Transforms<Self>;
 
-    /// The multiplier of factors rounded to bf16.
+    /// The multiplier for factors rounded to bf16.
     type Rounded: Multiplier<Self>;
 
-    /// That multiplier, where `precision` asks for it and there is one.
+    /// That multiplier, if `precision` asks for it and it exists.
     fn rounded(precision: Precision) -> Option<Self::Rounded>;
 }
 

@@ -1,9 +1,9 @@
-//! 3×3 convolutions of stride 1 by Winograd's F(2×2, 3×3) (arXiv 1509.09308): 16 multiplications
-//! instead of 36 for each 2×2 pixels of the output, done as 16 matrix products. The transforms only add and halve, so
-//! rounding errors stay those of f32 sums.
+//! 3×3 convolutions with stride 1 by Winograd's F(2×2, 3×3) (arXiv 1509.09308): 16 multiplications instead of 36 for
+//! each 2×2 pixels of the output, computed as 16 matrix products. The transforms only add and halve, so that rounding
+//! errors are those of f32 sums.
 //!
-//! A task takes a strip of the output, transforms its patches into the cache, multiplies point by point, and
-//! transforms back; no buffer has the size of the image.
+//! A task takes a strip of the output, transforms its patches in cache, multiplies at each of the 16 points, and
+//! transforms back. No buffer has the size of the image.
 
 use super::{
     geometry::Geometry,
@@ -21,13 +21,15 @@ use products::{GROUP, Multiplier, point_stride};
 use rayon::prelude::*;
 use transforms::{Output, POINTS, Patch, Transforms};
 
-/// Patches that are transformed at once: as many as fit into L2 beside the filters.
+/// Number of patches transformed at once: as many as fit in L2 together with the filters.
 const FORWARD_PATCHES: usize = 32;
-/// More of them where each point's sums pass through the cache once a strip.
+/// The same where the sums of each point pass through the cache once per strip.
 const GRADIENT_PATCHES: usize = 64;
-/// Tasks that add up the filters' gradient, at least: fixed, so that the result does not depend on the number of threads.
+/// Minimum number of tasks that sum the filters' gradient; fixed, so that the result does not depend on the number of
+/// threads.
 const TASKS: usize = 8;
-/// Sums of one task: as many as stay in the caches while all strips are processed. Larger filters are split by inputs.
+/// Number of sums of one task: as many as stay in cache while all strips are processed. Larger filters are split by
+/// inputs.
 const SUMS: usize = 1 << 19;
 
 /// Whether Winograd applies: a 3×3 kernel, stride 1, and channels in multiples of [`GROUP`] and of `width`, the outputs
@@ -38,7 +40,7 @@ pub(super) fn fits(g: &Geometry, width: usize) -> bool {
     square && whole(g.inputs) && whole(g.outputs) && g.outputs.is_multiple_of(width)
 }
 
-/// Cuts columns of patches into strips: (rows, columns) of patches in one.
+/// Splits patches into strips; returns (rows, columns) of patches per strip.
 fn strip(g: &Geometry, patches: usize) -> (usize, usize) {
     let (rows, columns) = (g.out_height.div_ceil(2), g.out_width.div_ceil(2).max(1));
     let columns = columns.min(patches);
@@ -89,8 +91,8 @@ impl<T, B: Default> Scratch<T, B> {
     }
 }
 
-/// Filters of a convolution: its weights `(out, in, 3, 3)` as they are, or, for the input's gradient, those of the
-/// transposed one, `(in, out, 3, 3)`, each turned around.
+/// Filters of a convolution: its weights `(out, in, 3, 3)`, or, for the input's gradient, the flipped weights of the
+/// transposed convolution, `(in, out, 3, 3)`.
 #[derive(Clone, Copy)]
 pub(super) enum Filters<'a, T> {
     Plain(&'a [T]),
@@ -160,7 +162,7 @@ fn transform_filters<T: WinogradElement>(filters: Filters<T>, g: Geometry, width
     transformed
 }
 
-/// The products of a strip and what is added to them.
+/// The products of a strip, and the values added to them.
 struct Strip<'a, T> {
     products: &'a [T],
     rows: usize,
@@ -170,7 +172,7 @@ struct Strip<'a, T> {
     residual: Option<&'a [T]>,
 }
 
-/// Transforms products back into the pixels of the strip; those beyond the image's edge are dropped.
+/// Transforms products back to the pixels of the strip; pixels beyond the image's border are dropped.
 fn put<T: WinogradElement>(strip: Strip<T>, y: &mut [T], g: Geometry, transforms: Transforms<T>) {
     let point = point_stride(strip.rows * strip.columns, g.outputs);
     let height = y.len() / g.out_row();
@@ -242,7 +244,7 @@ pub(super) fn weight_gradient<T: WinogradElement, M: Multiplier<T>>(
     let sums: Vec<Vec<T>> = (0..cuts).map(|_| sum_partials(partials.by_ref().take(tasks).collect())).collect();
     dw.par_chunks_mut(BLOCK * 9 * g.inputs).enumerate().for_each(|(block, dw)| {
         let outputs = dw.len() / (9 * g.inputs);
-        // Neighbouring outputs share lines of the sums.
+        // Adjacent outputs share cache lines of the sums.
         for (input, output) in (0..g.inputs).flat_map(|input| (0..outputs).map(move |output| (input, output))) {
             let (sums, input_of_cut) = (&sums[input / inputs], input % inputs);
             let rows = sums.len() / (POINTS * g.outputs);
@@ -295,7 +297,7 @@ mod tests {
         ([3, 140, 3, 32], 32, UNEVEN),
         ([1, 6, 5, 96], 32, Padding::same(0)),
     ];
-    /// Filters whose gradient is cut, into parts of two sizes.
+    /// Filters whose gradient is split into parts of two sizes.
     const WIDE: ([usize; 4], usize, Padding) = ([2, 5, 3, 416], 320, Padding::same(1));
 
     /// A case's geometry, image, weights, bias, output's gradient and residual.
@@ -340,7 +342,7 @@ mod tests {
         })
     }
 
-    /// Numbers that the transforms leave whole and small: bf16 has them all.
+    /// Small integers that the transforms keep exact in bf16.
     fn whole(name: &str, count: usize) -> Vec<f32> {
         let step = if name == "w" { 4.0 } else { 1.0 };
         numbers(name, count).into_iter().map(|x| step * (2.0 * x).round().clamp(-4.0, 4.0)).collect()
@@ -348,7 +350,7 @@ mod tests {
 
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     #[test]
-    fn in_bf16_whole_numbers_stay_exact_and_others_are_near() {
+    fn in_bf16_integers_are_exact_and_other_numbers_are_close() {
         testing::with_each_unit(|unit| {
             for sizes in CASES.into_iter().chain([WIDE]) {
                 let exact = case(sizes, whole);
@@ -366,7 +368,7 @@ mod tests {
 
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     #[test]
-    fn in_bf16_threads_do_not_matter() {
+    fn in_bf16_results_do_not_depend_on_the_number_of_threads() {
         testing::with_each_unit(|unit| {
             let case = case(([5, 20, 20, 64], 32, Padding::same(1)), numbers);
             let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();

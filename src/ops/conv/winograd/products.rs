@@ -1,4 +1,4 @@
-//! The products in the middle of [`super`], one at each point of the transforms.
+//! The matrix products of [`super`], one at each of the 16 points of the transforms.
 
 use super::transforms::POINTS;
 use crate::ops::conv::{
@@ -6,26 +6,26 @@ use crate::ops::conv::{
     kernel::{Element, Kernel, Product},
 };
 
-/// Channels come in multiples of this.
+/// The number of channels is a multiple of this.
 pub(super) const GROUP: usize = 16;
 
-/// Where the transforms of a strip lie: 16 points of `patches · channels`, a little apart so that they do not
-/// fall on the same lines of the cache.
+/// Layout of the transforms of a strip: 16 points of `patches · channels`, with gaps between them so that they do not
+/// map to the same cache lines.
 pub(super) fn point_stride(patches: usize, channels: usize) -> usize {
     patches * channels + GROUP
 }
 
 /// Multiplies the transforms at the 16 points.
 pub trait Multiplier<T>: Copy + Sync {
-    /// Transformed filters as it reads them.
+    /// Transformed filters in the layout of the multiplier.
     type Filters: Sync;
-    /// What one task needs besides the factors.
+    /// Buffers of one task besides the factors.
     type Buffer: Default;
 
-    /// Outputs of one panel of filters.
+    /// Number of outputs per panel of filters.
     fn width(self) -> usize;
 
-    /// From (panel of outputs, point, input, output of the panel).
+    /// Converts filters from (panel of outputs, point, input, output of the panel).
     fn filters(self, transformed: Vec<T>, inputs: usize) -> Self::Filters;
 
     /// At each point, (patches, inputs) · (inputs, outputs). Layout of input and products: (point, patch, channel).
@@ -39,8 +39,9 @@ pub trait Multiplier<T>: Copy + Sync {
         buffer: &mut Self::Buffer,
     );
 
-    /// At each point, (inputs, patches) · (patches, outputs) onto the sums (point, input, output). The factors lie as
-    /// (point, group, patch, channel of the group), in groups of [`GROUP`] inputs and of `width` outputs.
+    /// At each point, (inputs, patches) · (patches, outputs) added to the sums (point, input, output). The layout of
+    /// the factors is (point, group, patch, channel of the group), with groups of [`GROUP`] inputs and of `width`
+    /// outputs.
     fn add_products(
         self,
         input: &[T],
@@ -52,7 +53,7 @@ pub trait Multiplier<T>: Copy + Sync {
     );
 }
 
-/// Exactly, as far as sums of `T` are.
+/// Exact, as far as sums of `T` are.
 impl<T: Element> Multiplier<T> for Kernel<T> {
     type Filters = Vec<T>;
     type Buffer = ();

@@ -1,4 +1,4 @@
-//! The transforms of Winograd's minimal filtering F(2×2, 3×3) (arXiv 1509.09308), over neighbouring channels.
+//! The transforms of Winograd's minimal filtering F(2×2, 3×3) (arXiv 1509.09308), over adjacent channels.
 //!
 //! With `B`, `G` and `A` of the paper, a 4×4 patch `d` of the image, a 3×3 filter `g`, the 2×2 outputs `y`:
 //! `y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A`, and the filter's gradient is `Gᵀ [(Bᵀ d B) ⊙ (A dy Aᵀ)] G`.
@@ -11,25 +11,25 @@ use crate::ops::simd::{
 /// Elements of a transformed patch.
 pub(super) const POINTS: usize = 16;
 
-/// A patch of pixels and the place of its transform. All lengths are in elements.
+/// A patch of pixels and the location of its transform. All lengths are in elements.
 #[derive(Clone, Copy)]
 pub struct Patch<T> {
     pub pixels: *const T,
-    /// Between the patch's rows, and between pixels of a row.
+    /// Distances between the patch's rows, and between pixels of a row.
     pub row: usize,
     pub pixel: usize,
-    /// How many are transformed.
+    /// Number of channels to transform.
     pub channels: usize,
-    /// Where channel 0 of point 0 goes.
+    /// Location of channel 0 of point 0.
     pub to: *mut T,
-    /// Between the 16 points.
+    /// Distance between the 16 points.
     pub point: usize,
-    /// Channels that are contiguous, and the distance between two such groups.
+    /// Number of contiguous channels, and the distance between two such groups.
     pub group: usize,
     pub group_stride: usize,
 }
 
-/// Products of a patch and the pixels that they become.
+/// Products of a patch, and the pixels that they become.
 #[derive(Clone, Copy)]
 pub struct Output<T> {
     pub products: *const T,

@@ -7,7 +7,7 @@ use super::tile::{LINES, Panel, Tile};
 use crate::ops::matmul::matrix::Beta;
 use std::marker::PhantomData;
 
-/// Proof that AMX with bf16 may be used. Without the processor there is none, on other architectures never.
+/// Proof that AMX with bf16 may be used; a value only exists where it may.
 #[derive(Clone, Copy)]
 pub struct Amx(#[cfg(target_arch = "x86_64")] (), #[cfg(not(target_arch = "x86_64"))] std::convert::Infallible);
 
@@ -21,7 +21,7 @@ impl Amx {
         None
     }
 
-    /// Sets up the tiles of this thread for products with `rows ≤ 16` rows in each tile of the left factor.
+    /// Configures the tiles of this thread for products with `rows ≤ 16` rows in each tile of the left factor.
     pub(super) fn tiles(self, rows: usize) -> Tiles {
         assert!(rows <= LINES, "a tile has 16 rows");
         #[cfg(target_arch = "x86_64")]
@@ -50,7 +50,7 @@ fn usable() -> bool {
     crate::runtime::amx_bf16()
 }
 
-/// What `ldtilecfg` reads: bytes in a row and rows of each tile.
+/// The argument of `ldtilecfg`: bytes per row and rows of each tile.
 #[cfg(target_arch = "x86_64")]
 #[repr(C, align(64))]
 struct Shape {
@@ -61,7 +61,7 @@ struct Shape {
     rows: [u8; 16],
 }
 
-/// The tiles of this thread, set up: 0–3 for C, 4 and 5 for A, 6 and 7 for B. Released when dropped.
+/// The configured tiles of this thread: 0–3 for C, 4 and 5 for A, 6 and 7 for B. Dropping this releases them.
 pub(in crate::ops) struct Tiles {
     this_thread: PhantomData<*const ()>,
 }
@@ -69,7 +69,7 @@ pub(in crate::ops) struct Tiles {
 #[cfg(target_arch = "x86_64")]
 impl Drop for Tiles {
     fn drop(&mut self) {
-        // SAFETY: `Tiles` exists only where AMX does.
+        // SAFETY: a value of `Tiles` only exists where AMX does.
         unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) }
     }
 }
@@ -78,10 +78,10 @@ impl Drop for Tiles {
 impl Tiles {
     /// C (32 × 32) = A·B or C += A·B, with rows of C `stride` floats apart.
     ///
-    /// Each pair of tiles loaded from A and from B is used twice, which halves the loads of a product tile by tile.
+    /// Each pair of tiles loaded from A and B is used twice, which halves the loads of a product tile by tile.
     ///
     /// # Safety
-    /// The tiles were set up for 16 rows; C may be read (onto the old) and written.
+    /// The tiles are configured for 16 rows; C can be read (if beta is one) and written.
     pub unsafe fn square(&self, a: &Panel, b: &Panel, c: *mut f32, stride: usize, beta: Beta) {
         assert!(a.len() == b.len() && !a.is_empty(), "the inner sizes differ");
         // SAFETY: the loop reads the `a.len()` blocks of 2 KiB of both panels; the rest is the caller's promise.
@@ -130,10 +130,11 @@ impl Tiles {
         }
     }
 
-    /// C (rows × 32) = A·B or C += A·B for the few rows that the tiles were set up for. It reads B once, ahead of use.
+    /// C (rows × 32) = A·B or C += A·B for the few rows for which the tiles are configured. B is read once, with
+    /// prefetching.
     ///
     /// # Safety
-    /// C may be read (onto the old) and written; its rows are `stride` floats apart.
+    /// C can be read (if beta is one) and written; its rows are `stride` floats apart.
     pub unsafe fn flat(&self, a: &[[Tile; 1]], b: &Panel, c: *mut f32, stride: usize, beta: Beta) {
         assert!(a.len() == b.len() && !a.is_empty(), "the inner sizes differ");
         // SAFETY: the loop reads the `a.len()` blocks of both panels (1 and 2 KiB); the rest is the caller's promise.

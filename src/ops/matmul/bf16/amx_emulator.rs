@@ -1,9 +1,9 @@
 //! AMX in software, so that tests run the real machine code of [`super::amx`] on processors without it.
 //!
-//! Such a processor stops at an AMX instruction with SIGILL. The handler reads the instruction, does its work on tiles
-//! of this thread, and lets the program go on behind it. What a processor would refuse stays refused: the handler then
-//! restores the default action, and the test run dies. Encodings and semantics: Intel's Software Developer's Manual,
-//! volume 2 (`LDTILECFG`, `TDPBF16PS`, ...). The handler neither allocates nor locks.
+//! Such a processor raises SIGILL at an AMX instruction. The handler decodes the instruction, executes it on emulated
+//! tiles of this thread, and continues after it. Instructions that a processor would refuse stay refused: the handler
+//! then restores the default action, and the test run ends. Encodings and semantics: Intel's Software Developer's
+//! Manual, volume 2 (`LDTILECFG`, `TDPBF16PS`, ...). The handler neither allocates nor locks.
 
 use std::{
     cell::{Cell, UnsafeCell},
@@ -16,12 +16,12 @@ thread_local! {
     static UNIT: UnsafeCell<Unit> = const { UnsafeCell::new(Unit::RELEASED) };
 }
 
-/// Whether this thread pretends to have AMX.
+/// Whether this thread emulates AMX.
 pub fn active() -> bool {
     ACTIVE.get()
 }
 
-/// Runs `test` as on a machine with AMX: natively where there is one.
+/// Runs `test` as on a machine with AMX; natively if the machine has it.
 pub fn with_amx<R>(test: impl FnOnce() -> R) -> R {
     if !crate::runtime::amx_bf16() {
         install();
@@ -44,7 +44,7 @@ fn install() {
 }
 
 extern "C" fn handle(_: c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel hands over the registers of the thread that was stopped, and waits for us to change them.
+    // SAFETY: the kernel passes the registers of the stopped thread, and waits until they are changed.
     let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
     let rip = libc::REG_RIP as usize;
     let mut code = Code { at: registers[rip] as *const u8, registers };
@@ -70,7 +70,7 @@ enum Instruction {
     Multiply { c: usize, a: usize, b: usize },
 }
 
-/// Reads the machine code where a thread stands.
+/// The machine code at the instruction pointer of a thread.
 struct Code<'a> {
     at: *const u8,
     registers: &'a [i64; 23],
@@ -171,7 +171,7 @@ impl Code<'_> {
 #[derive(Clone, Copy)]
 struct Tile {
     rows: usize,
-    /// Bytes in a row.
+    /// Bytes per row.
     width: usize,
     words: [[u32; 16]; 16],
 }
@@ -185,7 +185,7 @@ struct Unit {
 impl Unit {
     const RELEASED: Self = Self { configured: false, tiles: [Tile { rows: 0, width: 0, words: [[0; 16]; 16] }; 8] };
 
-    /// `None` where a processor would raise an exception.
+    /// Executes an instruction; `None` where a processor would raise an exception.
     ///
     /// # Safety
     /// The instruction's memory is valid, as for the processor.
@@ -237,7 +237,7 @@ impl Unit {
         Some(())
     }
 
-    /// C += A·B: each row of C sums the even and the odd steps apart, and adds both to the old content at the end.
+    /// C += A·B: each row of C sums the even and the odd steps separately, and adds both to the old content at the end.
     fn multiply(&mut self, c: usize, a: usize, b: usize) -> Option<()> {
         let (a, b) = match (a == b, a == c, b == c) {
             (false, false, false) => (*self.tile(a)?, *self.tile(b)?),
@@ -265,7 +265,7 @@ impl Unit {
     }
 }
 
-/// The number of these bits; denormals are zero.
+/// The number with these bits; denormals become zero.
 fn number(bits: u32) -> f32 {
     flush(f32::from_bits(bits))
 }
@@ -279,7 +279,7 @@ mod tests {
     use super::*;
     use std::arch::asm;
 
-    /// Rows of 64 bytes, 16 of them.
+    /// 16 rows of 64 bytes.
     #[repr(align(64))]
     struct Memory<T>(T);
 
@@ -293,9 +293,9 @@ mod tests {
         memory
     }
 
-    /// Every form of address that an assembler writes, low and high registers; nothing but 5 rows of 24 bytes moves.
+    /// All forms of addresses that an assembler writes, low and high registers; only 5 rows of 24 bytes are moved.
     #[test]
-    fn tiles_move_what_they_should() {
+    fn tiles_load_and_store_the_configured_rows() {
         let shape = shape([5, 0, 0], [24, 0, 0]);
         let from: [u8; 512] = std::array::from_fn(|i| i as u8 ^ 0x5a);
         let mut to = [[0xeeu8; 1024]; 4];

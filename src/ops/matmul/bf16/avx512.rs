@@ -6,16 +6,16 @@ use crate::ops::{
     simd::{Level, level},
 };
 
-/// Rows of C that one pass keeps in registers, with [`super::tile::SIDE`] columns each: enough sums to hide the
-/// latency of an instruction, few enough loads of A for two columns of B.
+/// Number of rows of C kept in registers, with [`super::tile::SIDE`] columns each: enough sums to hide the latency of
+/// an instruction, and few enough loads of A for two columns of B.
 const ROWS: usize = 8;
 
-/// Proof that the instructions may be used. Without the processor there is none, on other architectures never.
+/// Proof that the instructions may be used; a value only exists where they may.
 #[derive(Clone, Copy)]
 pub struct Avx512Bf16(#[cfg(target_arch = "x86_64")] (), #[cfg(not(target_arch = "x86_64"))] std::convert::Infallible);
 
 impl Avx512Bf16 {
-    /// `None` where the processor or the system lacks them.
+    /// `None` if the processor or the system lacks the instructions.
     pub fn get() -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
         if level() == Level::Avx512 && is_x86_feature_detected!("avx512bf16") {
@@ -24,8 +24,8 @@ impl Avx512Bf16 {
         None
     }
 
-    /// Whether they do more multiplications a second than f32 instructions: 1.8 times as many on AMD's Zen 5, fewer on
-    /// Intel's Sapphire Rapids (both measured).
+    /// Whether these instructions are faster than f32 instructions: 1.8 times the multiplications per second on AMD's
+    /// Zen 5, fewer on Intel's Sapphire Rapids (both measured).
     pub(super) fn beats_f32(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         return crate::runtime::amd();
@@ -36,7 +36,7 @@ impl Avx512Bf16 {
     /// C (32 × 32) = A·B or C += A·B.
     ///
     /// # Safety
-    /// C may be read (onto the old) and written; its rows are `stride` floats apart.
+    /// C can be read (if beta is one) and written; its rows are `stride` floats apart.
     pub(super) unsafe fn square(self, a: &Panel, b: &Panel, c: *mut f32, stride: usize, beta: Beta) {
         // SAFETY: passed on.
         unsafe { self.lines(a, 2 * LINES, b, c, stride, beta) }
@@ -64,7 +64,8 @@ impl Avx512Bf16 {
         for first in (0..rows).step_by(ROWS) {
             let c = Lines { start: c.wrapping_add(first * stride), stride, rows: ROWS.min(rows - first), beta };
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `self` proves that the instructions exist, and the rows are the caller's. Tiles have a multiple of
+            // SAFETY: `self` proves that the instructions exist, and the rows are the caller's. Tiles have a multiple
+            // of
             // `ROWS` rows.
             unsafe {
                 pass(a, first, b, &c);
@@ -83,7 +84,7 @@ struct Lines {
     beta: Beta,
 }
 
-/// Rows `first..first + ROWS` of A, which has them all, times B: as many of them as C wants.
+/// Rows `first..first + ROWS` of A times B, for as many of them as C has.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn pass<const N: usize>(a: &[[Tile; N]], first: usize, b: &Panel, c: &Lines) {

@@ -1,8 +1,8 @@
-//! Matrix product in bf16: f32 in and out, factors rounded to bf16, sums in f32.
+//! Matrix product in bf16: inputs and output in f32, factors rounded to bf16, sums in f32.
 //!
 //! The trick: B is packed once. C is split into blocks of rows, one task each; a task packs as many steps of its rows
-//! of A as fit into the L2 cache of a core. A panel of 32 columns of B stays in the L1 cache while the rows of the
-//! block are multiplied with it, 32 at a time. Each element of C is summed in the order of the steps, however C is
+//! of A as fit in the L2 cache of a core. A panel of 32 columns of B stays in the L1 cache while the rows of the block
+//! are multiplied with it, 32 at a time. Each element of C is summed in the order of the steps, independent of how C is
 //! split, so the result does not depend on the number of threads.
 
 use super::{
@@ -17,18 +17,18 @@ use crate::ops::matmul::{
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Packed blocks of 32 steps for which a panel of B fits the first-level cache (32 KiB of it).
+/// Number of packed blocks of 32 steps for which a panel of B fits in the L1 cache (32 KiB).
 const NEAR: usize = 16;
-/// Blocks of 32 steps for which rows of A are packed at once.
+/// Number of blocks of 32 steps for which rows of A are packed at once.
 const DEPTH: usize = 64;
 
 /// A right factor, rounded and packed once for many products.
 pub struct PackedB {
     rows: usize,
     columns: usize,
-    /// Blocks of 32 rows, at least one.
+    /// Number of blocks of 32 steps, at least one.
     blocks: usize,
-    /// Of 32 columns after another `blocks` blocks.
+    /// `blocks` blocks for each panel of 32 columns.
     tiles: Vec<[Tile; 2]>,
 }
 
@@ -43,7 +43,7 @@ impl PackedB {
         Self { rows: b.rows, columns: b.columns, blocks, tiles }
     }
 
-    /// Bytes that it takes.
+    /// Size in bytes.
     pub fn bytes(&self) -> usize {
         size_of_val(&self.tiles[..])
     }
@@ -57,7 +57,7 @@ impl PackedB {
     }
 }
 
-/// A new vector of tiles that `fill` writes.
+/// A new vector of tiles written by `fill`.
 fn packed<const N: usize>(len: usize, fill: impl FnOnce(&mut [[Tile; N]])) -> Vec<[Tile; N]> {
     let mut tiles = Vec::with_capacity(len);
     // SAFETY: allocated for `len`, any bits are a tile, and `pack`, the only filler, writes each tile as a whole.
@@ -67,7 +67,8 @@ fn packed<const N: usize>(len: usize, fill: impl FnOnce(&mut [[Tile; N]])) -> Ve
     tiles
 }
 
-/// C = alpha·A·B (+ C), then the epilogue. `c` is row-major `a.rows × b.columns`; alpha multiplies A before it is rounded.
+/// C = alpha·A·B (+ C), then the epilogue. `c` is row-major `a.rows × b.columns`; alpha multiplies A before it is
+/// rounded.
 pub fn gemm_bf16(
     unit: Bf16Unit,
     c: &mut [f32],
@@ -80,7 +81,7 @@ pub fn gemm_bf16(
     gemm_packed(unit, c, beta, alpha, a, &PackedB::new(unit, b), epilogue);
 }
 
-/// The same with a right factor that is packed already.
+/// The same with a right factor that is already packed.
 pub fn gemm_packed(
     unit: Bf16Unit,
     c: &mut [f32],
@@ -108,8 +109,8 @@ pub fn gemm_packed(
         bias: epilogue.bias,
         residual: epilogue.residual,
     };
-    // Rows are cut so that every thread has some tasks, and columns only where that is not enough: each cut of the
-    // columns packs the same rows of A again.
+    // Rows are split so that every thread gets some tasks; columns only if that is not enough, because each split of
+    // the columns packs the same rows of A again.
     let tasks = 4 * rayon::current_num_threads();
     let height = if m <= LINES {
         LINES
@@ -132,7 +133,7 @@ pub fn gemm_packed(
     }
 }
 
-/// A product at work.
+/// A product that is being computed.
 struct Product<'a> {
     unit: Bf16Unit,
     beta: Beta,
@@ -149,10 +150,10 @@ struct Product<'a> {
 unsafe impl Sync for Product<'_> {}
 
 impl Product<'_> {
-    /// Computes some rows of some panels of C.
+    /// Computes a block: some rows of some panels of C.
     ///
     /// # Safety
-    /// They lie inside of C, and no other task has any of them.
+    /// The block is inside of C, and no other task writes it.
     unsafe fn block(&self, rows: Range<usize>, panels: Range<usize>) {
         if self.a.rows <= LINES {
             // SAFETY: passed on.
@@ -163,7 +164,7 @@ impl Product<'_> {
         }
     }
 
-    /// For a left factor of at most 16 rows (decoding): all steps at once, so that B passes by once.
+    /// For a left factor of at most 16 rows (decoding): all steps at once, so that B is read once.
     unsafe fn flat_block(&self, panels: Range<usize>) {
         let (m, a) = (self.a.rows, self.pack_left::<1>(0, LINES, 0..self.b.blocks));
         let unit = self.unit.ready(m);
@@ -209,7 +210,8 @@ impl Product<'_> {
         })
     }
 
-    /// Runs a kernel on the up to 32 × 32 elements of C from `row` and `panel` on; `last` says that this finishes them.
+    /// Runs a kernel on the up to 32 × 32 elements of C starting at `row` and `panel`; `last`: the sums are then
+    /// complete.
     unsafe fn tile(&self, row: usize, panel: usize, beta: Beta, last: bool, multiply: impl Fn(*mut f32, usize)) {
         let (column, n) = (panel * SIDE, self.b.columns);
         let (rows, columns) = (SIDE.min(self.a.rows - row), SIDE.min(n - column));
@@ -230,7 +232,7 @@ impl Product<'_> {
     }
 }
 
-/// Runs a kernel on a whole square beside C, of which C gets the part that it has.
+/// Runs a kernel on a whole square outside of C, and copies the part that belongs to C.
 fn at_the_edge(c: &mut Part<f32>, beta: Beta, multiply: impl Fn(*mut f32, usize)) {
     let (rows, columns) = (c.rows, c.columns);
     let mut square = [[0f32; SIDE]; SIDE];

@@ -30,7 +30,7 @@ struct Case {
     epilogue: [bool; 3],
 }
 
-/// A matrix in a slice whose lines have a gap between them.
+/// A matrix in a slice with gaps between its rows.
 const GAP: usize = 3;
 
 fn stored(seed: u32, rows: usize, columns: usize, transposed: bool) -> (Vec<f32>, usize) {
@@ -54,7 +54,8 @@ fn gelu(x: f64) -> f64 {
 }
 
 impl Case {
-    /// C and gelu(C) by the kernel, checked against plain loops in f64, and for what it must not touch.
+    /// Computes C and gelu(C) with the kernel; checks them against plain loops in f64 and that no other memory was
+    /// changed.
     fn check(self, unit: Bf16Unit) -> (Vec<f32>, Vec<f32>) {
         const UNTOUCHED: f32 = 1234.5;
         const MARGIN: usize = 40;
@@ -118,7 +119,7 @@ proptest! {
     }
 }
 
-/// More rows, columns and steps than one block takes, and sizes with and without tails.
+/// More rows, columns and steps than one block, and sizes with and without remainders.
 const LARGE: [[usize; 3]; 6] =
     [[320, 64, 64], [300, 33, 40], [40, 40, 2100], [16, 64, 1100], [140, 32, 1057], [64, 96, 96]];
 
@@ -134,7 +135,7 @@ fn blocks_meet_without_seams() {
 }
 
 #[test]
-fn threads_do_not_matter() {
+fn results_do_not_depend_on_the_number_of_threads() {
     for sizes in LARGE {
         let case = Case { sizes, transposed: [true, false], beta: false, alpha: 1.0, epilogue: [false, true, true] };
         let on = |threads| {
@@ -148,7 +149,7 @@ fn threads_do_not_matter() {
 }
 
 #[test]
-fn sizes_of_zero_are_a_sum_of_nothing() {
+fn sizes_of_zero_give_zeros() {
     with_each_unit(|unit| {
         for sizes in [[0, 3, 4], [3, 0, 4]] {
             Case { sizes, transposed: [false; 2], beta: false, alpha: 1.0, epilogue: [true; 3] }.check(unit);
@@ -162,7 +163,7 @@ fn sizes_of_zero_are_a_sum_of_nothing() {
 }
 
 #[test]
-fn not_a_number_and_infinity_go_where_they_belong() {
+fn nan_and_infinity_propagate() {
     let mut a = numbers(1, 40 * 40);
     let b = vec![1.0; 40 * 40];
     (a[3 * 40 + 7], a[5 * 40], a[39 * 40 + 39]) = (f32::NAN, f32::INFINITY, f32::from_bits(0x7f80_0001));
@@ -190,7 +191,7 @@ fn at_each_level(test: impl Fn(Level)) {
     }
 }
 
-/// Numbers whose rounding is special, and many others.
+/// Numbers with special cases of rounding, and many others.
 fn hard_numbers(len: usize) -> Vec<f32> {
     let special = [0.0, -0.0, 1.0, f32::MAX, f32::MIN_POSITIVE, f32::INFINITY, f32::NEG_INFINITY, f32::NAN];
     let bits = [0x3f80_8000, 0x3f81_8000, 0x3f80_8001, 0x3f80_7fff, 0xff80_0001, 0x7fff_ffff, 1, 0x807f_ffff];

@@ -1,4 +1,4 @@
-//! Products of matrices that are rounded to bf16, with sums in f32, on the processor's unit for pairs of bf16.
+//! Matrix products with factors rounded to bf16 and sums in f32, on the processor's bf16 instructions.
 
 pub mod amx;
 #[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]

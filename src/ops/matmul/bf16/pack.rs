@@ -9,14 +9,15 @@ use crate::ops::{
 /// Which factor of a product a tile belongs to: see [`Tile`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::ops) enum Factor {
-    /// A row of the tile for each line.
+    /// One row of the tile for each line.
     Left,
-    /// A row of the tile for each pair of steps.
+    /// One row of the tile for each pair of steps.
     Right,
 }
 
-/// Packs `16·N` lines from `line` on, and from step `step` on as many steps as `panel` has room for. The lines of a
-/// left factor A are the rows of `lines = A`, those of a right factor B the rows of `lines = Bᵀ`. Multiplies by `scale` before it rounds.
+/// Packs `16·N` lines starting at `line`, and as many steps starting at `step` as fit in `panel`. The lines of a left
+/// factor A are the rows of `lines = A`, those of a right factor B the rows of `lines = Bᵀ`. Multiplies by `scale`
+/// before rounding.
 pub(in crate::ops) fn pack<const N: usize>(
     panel: &mut [[Tile; N]],
     factor: Factor,
@@ -27,7 +28,7 @@ pub(in crate::ops) fn pack<const N: usize>(
     let source = Source { lines, factor, scale };
     match level() {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: `level` answers only what the processor has.
+        // SAFETY: `level` only returns what the processor supports.
         Level::Avx512 => unsafe { avx512(panel, source, line, step) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
@@ -65,7 +66,7 @@ impl Source<'_> {
         }
     }
 
-    /// Reads along the dimension that is contiguous in memory, and turns the tile where the factor wants the other.
+    /// Reads along the contiguous dimension and transposes the tile if the factor needs the other one.
     #[inline(always)]
     fn tile<const AVX2: bool>(self, tile: &mut Tile, line: usize, step: usize) {
         let read = if self.lines.column_stride == 1 {
@@ -80,7 +81,7 @@ impl Source<'_> {
         }
     }
 
-    /// A row of the tile for each line.
+    /// One row of the tile for each line.
     #[inline(always)]
     fn along_lines(self, tile: &mut Tile, line: usize, step: usize) {
         for (i, row) in tile.0.iter_mut().enumerate() {
@@ -95,7 +96,7 @@ impl Source<'_> {
         }
     }
 
-    /// A row of the tile for each pair of steps.
+    /// One row of the tile for each pair of steps.
     #[inline(always)]
     fn along_steps(self, tile: &mut Tile, line: usize, step: usize) {
         for (pair, row) in tile.0.iter_mut().enumerate() {
@@ -107,7 +108,7 @@ impl Source<'_> {
         }
     }
 
-    /// `W` elements from (line, step) on along the contiguous dimension; zeros outside of the matrix.
+    /// `W` elements starting at (line, step) along the contiguous dimension; zeros outside of the matrix.
     #[inline(always)]
     fn run<const W: usize>(self, line: usize, step: usize) -> [f32; W] {
         let Matrix { data, rows, columns, row_stride, column_stride } = self.lines;
@@ -116,7 +117,7 @@ impl Source<'_> {
         }
         let length = if column_stride == 1 { columns - step } else { rows - line };
         let start = &data[line * row_stride + step * column_stride..];
-        // Tiles of the next steps: long strides defeat the processor's own foresight.
+        // Prefetches tiles of the next steps: the hardware prefetcher does not handle long strides.
         prefetch(start.as_ptr().wrapping_add(AHEAD * column_stride), W);
         match start.first_chunk::<W>() {
             Some(run) if length >= W => *run,
@@ -130,10 +131,10 @@ impl Source<'_> {
     }
 }
 
-/// Steps that memory is asked for ahead of their use.
+/// Number of steps to prefetch ahead.
 const AHEAD: usize = STEPS;
 
-/// Asks for the cache lines of `count` numbers, wherever that is.
+/// Prefetches the cache lines of `count` numbers; any address is allowed.
 #[inline(always)]
 fn prefetch(start: *const f32, count: usize) {
     #[cfg(target_arch = "x86_64")]
@@ -144,7 +145,7 @@ fn prefetch(start: *const f32, count: usize) {
     }
 }
 
-/// Bits of an f32 whose upper half is `x` in bf16, rounded to nearest, ties to even. Not-a-number stays it.
+/// The bits of an f32 whose upper half is `x` in bf16, rounded to nearest, ties to even. NaN stays NaN.
 #[inline(always)]
 fn round(x: f32) -> u32 {
     let bits = x.to_bits();
@@ -168,7 +169,7 @@ fn transpose<const AVX2: bool>(tile: &mut Tile) {
     }
 }
 
-/// By four blocks of 8 × 8, of which two change places.
+/// Transposes four blocks of 8 × 8 and swaps two of them.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn transpose_avx2(tile: &mut Tile) {
@@ -188,7 +189,7 @@ fn transposed_8x8(tile: &Tile, i: usize, j: usize) -> [std::arch::x86_64::__m256
     // SAFETY: eight elements of row `i + k < 16` from column `j ≤ 8` on.
     let row = |k: usize| unsafe { _mm256_loadu_si256(tile.0[i + k][j..].as_ptr().cast()) };
     let r: [__m256i; 8] = [row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)];
-    // Each step doubles the run of elements that come from one column: 1 → 2 (of 32 bits), → 4, → 8.
+    // Each step doubles the runs of elements from one column: 1 → 2 (of 32 bits), → 4, → 8.
     let low = |k: usize| _mm256_unpacklo_epi32(r[k], r[k + 1]);
     let high = |k: usize| _mm256_unpackhi_epi32(r[k], r[k + 1]);
     let (l0, l2, l4, l6) = (low(0), low(2), low(4), low(6));

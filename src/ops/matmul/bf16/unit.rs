@@ -1,4 +1,4 @@
-//! The unit of the processor that multiplies pairs of bf16 and adds up in f32: AVX-512 BF16, or AMX with `--amx`.
+//! The processor's unit that multiplies pairs of bf16 and sums in f32: AVX-512 BF16, or AMX with `--amx`.
 
 use super::{
     amx::{Amx, Tiles},
@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{config::Precision, ops::matmul::matrix::Beta};
 
-/// A unit that this processor has. Their sums differ in the last bits.
+/// A unit that this processor has. The sums of different units differ in the last bits.
 #[derive(Clone, Copy)]
 pub enum Bf16Unit {
     Amx(Amx),
@@ -15,13 +15,13 @@ pub enum Bf16Unit {
 }
 
 impl Bf16Unit {
-    /// The fastest one; `None` where f32 is the faster way.
+    /// The fastest unit; `None` if f32 is faster.
     pub fn get() -> Option<Self> {
         let avx512 = || Avx512Bf16::get().filter(|unit| unit.beats_f32()).map(Self::Avx512);
         Amx::get().map(Self::Amx).or_else(avx512)
     }
 
-    /// The unit for products in `precision`; `None` where `precision` is not bf16 or the processor has no unit.
+    /// The unit for products in `precision`; `None` if `precision` is not bf16 or the processor has no unit.
     pub fn for_precision(precision: Precision) -> Option<Self> {
         match precision {
             Precision::F32 | Precision::F16 => None,
@@ -38,7 +38,7 @@ impl Bf16Unit {
     }
 }
 
-/// A unit that this thread may use until this is dropped.
+/// A unit prepared for this thread until this is dropped.
 pub(in crate::ops) enum Ready {
     Amx(Tiles),
     Avx512(Avx512Bf16, usize),
@@ -48,7 +48,7 @@ impl Ready {
     /// C (32 × 32) = A·B or C += A·B, with rows of C `stride` floats apart.
     ///
     /// # Safety
-    /// The unit is ready for 16 rows; C may be read (onto the old) and written.
+    /// The unit is ready for 16 rows; C can be read (if beta is one) and written.
     pub unsafe fn square(&self, a: &Panel, b: &Panel, c: *mut f32, stride: usize, beta: Beta) {
         // SAFETY: passed on.
         match self {
@@ -57,10 +57,10 @@ impl Ready {
         }
     }
 
-    /// C (rows × 32) = A·B or C += A·B for the few rows that the unit is ready for. It reads B once or twice, in order.
+    /// C (rows × 32) = A·B or C += A·B for the few rows for which the unit is ready. B is read once or twice, in order.
     ///
     /// # Safety
-    /// C may be read (onto the old) and written; its rows are `stride` floats apart.
+    /// C can be read (if beta is one) and written; its rows are `stride` floats apart.
     pub unsafe fn flat(&self, a: &[[Tile; 1]], b: &Panel, c: *mut f32, stride: usize, beta: Beta) {
         // SAFETY: passed on.
         match self {

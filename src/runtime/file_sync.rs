@@ -1,4 +1,4 @@
-//! What the program needs of the file system beside reading and writing.
+//! Locks of files and durable renames, on file systems that may support neither.
 
 use crate::{
     error::{Context, Result},
@@ -11,23 +11,23 @@ use std::{
     sync::Once,
 };
 
-/// What came of [`lock`].
+/// Result of [`lock`].
 pub enum Lock {
-    /// Held until the file is closed.
+    /// The lock is held until the file is closed.
     Held,
-    /// Another process holds it.
+    /// Another process holds the lock.
     Busy,
-    /// The file system has no locks, for this reason.
+    /// The file system does not support locks; the error says why.
     Unsupported(std::io::Error),
 }
 
-/// Locks an open file against other processes, without waiting.
+/// Locks an open file exclusively against other processes, without waiting.
 ///
 /// NFS without a lock service, Lustre without `-o flock` and some FUSE file systems have no `flock`: they answer
 /// `ENOSYS`, `EOPNOTSUPP` or `ENOLCK`.
 ///
 /// # Errors
-/// The file system has locks, and this one fails.
+/// The file system supports locks, but locking fails.
 pub fn lock(file: &File) -> Result<Lock> {
     match file.try_lock() {
         Ok(()) => Ok(Lock::Held),
@@ -37,10 +37,10 @@ pub fn lock(file: &File) -> Result<Lock> {
     }
 }
 
-/// Waits until the entries of a folder (names, renames) are on the disk.
+/// Flushes the entries of a folder (new names and renames) to the disk.
 ///
-/// File systems that cannot do this for a folder (they answer `EINVAL`, `ENOSYS` or `EOPNOTSUPP`) get one warning a
-/// process: a crash of the machine may then lose the newest files, but no file is ever half renamed.
+/// File systems that cannot do this for a folder (`EINVAL`, `ENOSYS` or `EOPNOTSUPP`) cause one warning per process: a
+/// crash of the machine may then lose the newest files, but a file never has partial content under its final name.
 ///
 /// # Errors
 /// The folder cannot be opened, or its disk fails.
@@ -62,7 +62,7 @@ pub fn sync_folder(folder: &Path) -> Result<()> {
     }
 }
 
-/// Whether the file system lacks the operation, in contrast to failing at it.
+/// Whether the file system does not support the operation, as opposed to a failure of it.
 fn is_unsupported(error: &std::io::Error) -> bool {
     matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::InvalidInput)
         || error.raw_os_error().is_some_and(|code| [libc::ENOSYS, libc::ENOTSUP, libc::ENOLCK].contains(&code))

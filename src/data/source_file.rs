@@ -1,5 +1,5 @@
-//! Opening files that others name: no pipe or device can block a reader, and a file that is no tar archive is named
-//! by its format.
+//! Opens source files of a data set without blocking on pipes and devices, and recognizes the format of files that are not
+//! tar archives.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -14,16 +14,16 @@ use std::{
 /// The path is a folder, a pipe or a device, or it cannot be opened.
 pub fn open_regular(path: &Path) -> io::Result<File> {
     let not_regular = || io::Error::new(io::ErrorKind::InvalidInput, "not a regular file");
-    // Opening a device can have effects of its own.
+    // Checked first: opening a device can have side effects.
     if !fs::metadata(path)?.is_file() {
         return Err(not_regular());
     }
-    // Should the file have become a pipe meanwhile: opening a pipe that nobody writes to would wait.
+    // The file may have become a pipe in the meantime, and opening a pipe without a writer blocks.
     let file = open_without_waiting(path)?;
     if file.metadata()?.is_file() { Ok(file) } else { Err(not_regular()) }
 }
 
-/// Opens a file for reading; a pipe opens at once even if nobody writes to it.
+/// Opens a file for reading. A pipe without a writer does not block.
 ///
 /// # Errors
 /// The file cannot be opened.
@@ -31,7 +31,7 @@ pub fn open_without_waiting(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)
 }
 
-/// First bytes of formats that are taken for tar archives, and what to do with them.
+/// Magic bytes of formats that are mistaken for tar archives, and how to convert them.
 const FORMATS: [(&[u8], &str); 11] = [
     (b"\x1f\x8b", "compressed with gzip; unpack it with `gunzip` (rename it to .tar.gz first)"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it with `zstd -d`"),
@@ -48,14 +48,14 @@ const FORMATS: [(&[u8], &str); 11] = [
 
 const JSON: &str = "JSON text; make shards of it with img2dataset, for example";
 
-/// The format of a file that is no tar archive, by its first bytes; `None` if it is unknown.
+/// The format of a file that is not a tar archive, by its first bytes; `None` if it is unknown.
 pub fn foreign_format(head: &[u8]) -> Option<&'static str> {
     if let Some((_, format)) = FORMATS.iter().find(|(magic, _)| head.starts_with(magic)) {
         return Some(format);
     }
     let valid = match std::str::from_utf8(head) {
         Ok(text) => text,
-        // The head may end within a character.
+        // The head may end in the middle of a character.
         Err(e) if e.error_len().is_none() => std::str::from_utf8(&head[..e.valid_up_to()]).unwrap_or_default(),
         Err(_) => return None,
     };
@@ -63,7 +63,7 @@ pub fn foreign_format(head: &[u8]) -> Option<&'static str> {
     if text.is_empty() || text.chars().any(|c| c.is_control() && !c.is_whitespace()) {
         return None;
     }
-    // `[section]` begins a TOML file.
+    // `[section]` starts a TOML file, not JSON.
     let begins_list = |rest: &str| rest.trim_start().starts_with(['{', '[', '"', ']']);
     let text = text.trim_start();
     Some(match text.chars().next() {

@@ -1,6 +1,6 @@
-//! Reading small files that a user or a stranger supplies: only regular files, and never more than a limit.
+//! Bounded reads of small files from users or downloads: only regular files, and never more bytes than a limit.
 //!
-//! A link to `/dev/zero` has no end, and opening a FIFO waits for a writer that may never come.
+//! A link to `/dev/zero` never ends, and opening a FIFO waits for a writer that may never come.
 
 use crate::error::{Context, Result, ensure};
 use std::{
@@ -9,22 +9,22 @@ use std::{
     path::Path,
 };
 
-/// Bytes of a text that a person wrote: a configuration, a licence.
+/// Maximum size of a text that a person wrote, such as a configuration or a licence, in bytes.
 pub const TEXT: u64 = 4 << 20;
-/// Bytes of a vocabulary; the largest published ones have about 10 MB.
+/// Maximum size of a vocabulary in bytes; the largest published vocabularies have about 10 MB.
 pub const VOCABULARY: u64 = 64 << 20;
 
-/// Opens a regular file for reading; links are followed.
+/// Opens a regular file for reading. Symbolic links are followed.
 ///
 /// # Errors
-/// The file is missing, or a folder, device, socket or FIFO.
+/// The file is missing, or it is a folder, device, socket or FIFO.
 pub fn open(path: &Path) -> Result<File> {
     let mut options = OpenOptions::new();
     options.read(true);
     #[cfg(unix)]
     {
         use std::os::unix::fs::OpenOptionsExt;
-        // Otherwise opening a FIFO waits for a writer. Regular files ignore the flag.
+        // Without this flag, opening a FIFO waits for a writer. Regular files ignore the flag.
         options.custom_flags(libc::O_NONBLOCK);
     }
     let file = options.open(path).with_context(|| format!("cannot open {}", path.display()))?;
@@ -33,20 +33,20 @@ pub fn open(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// The bytes of a regular file.
+/// Reads a regular file of at most `limit` bytes.
 ///
 /// # Errors
 /// As [`open`]; the file is longer than `limit` bytes or cannot be read.
 pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    // The length is not asked for first: the file may grow, and files of /proc have none.
+    // The file may grow after its length is read, and files of /proc have no length.
     let count = open(path)?.take(limit.saturating_add(1)).read_to_end(&mut bytes);
     let count = count.with_context(|| format!("cannot read {}", path.display()))?;
     ensure!(count as u64 <= limit, "{} is longer than {limit} bytes", path.display());
     Ok(bytes)
 }
 
-/// The text of a regular file in UTF-8.
+/// Reads a regular UTF-8 file of at most `limit` bytes.
 ///
 /// # Errors
 /// As [`read`], or the file is not UTF-8.

@@ -1,0 +1,200 @@
+//! Former names and phrases that the code, its help and its documentation no longer use.
+
+use std::{collections::BTreeSet, fs, path::Path};
+
+/// Names that were replaced by the terms of the field; whole words, with regard to case.
+const NAMES: [&str; 34] = [
+    "Taped",
+    "TapedLayer",
+    "taped",
+    "Room",
+    "of_factor",
+    "Criterion",
+    "Judged",
+    "judge",
+    "judged",
+    "Adversary",
+    "adversary",
+    "Anchors",
+    "MovingAverage",
+    "struct Nearest",
+    "Feed",
+    "shard_stage",
+    "shard_ranks",
+    "recompute =",
+    "Measured",
+    "identity",
+    "Job",
+    "Painting",
+    "painting",
+    "paint",
+    "paints",
+    "painted",
+    "paint_codes",
+    "describing",
+    "idle",
+    "Onto",
+    "onto: bool",
+    "Native",
+    "native segments",
+    "native pass",
+];
+
+/// Phrases of literal translation and private metaphor.
+const PHRASES: [&str; 22] = [
+    "whatever",
+    "lies",
+    "is told",
+    "are told",
+    "of such",
+    "so many",
+    "at home",
+    "too sure",
+    "rightly",
+    "half as large again",
+    "so-manieth",
+    "what moves",
+    "cost no time",
+    "fell onto",
+    "after another split",
+    "words told",
+    "only touches",
+    "of theirs",
+    "no part of",
+    "is no number",
+    "for who reads",
+    "workspace for [CLS]",
+];
+
+/// Legitimate or pending uses: file, word or phrase, reason.
+const ALLOWED: &[(&str, &str, &str)] = &[
+    ("src/bundle/import/vqgan.rs", "so many", "issue A1"),
+    ("src/bundle/manifest.rs", "judge", "issue A1"),
+    ("src/bundle/manifest.rs", "no part of", "issue A1"),
+    ("src/bundle/mod.rs", "judge", "issue A1"),
+    ("src/bundle/mod.rs", "paints", "issue A1"),
+    ("src/bundle/publish.rs", "no part of", "issue A1"),
+    ("src/config/renamed.rs", "shard_stage", "alias of a renamed key"),
+    ("src/config/renamed.rs", "shard_ranks", "alias of a renamed key"),
+    ("src/config/train.rs", "shard_stage", "alias of a renamed key"),
+    ("src/config/train.rs", "shard_ranks", "alias of a renamed key"),
+    ("src/demo/config.toml", "recompute =", "written by an earlier version; loading it tests the aliases"),
+    (
+        "src/demo/image-tokenizer/config.toml",
+        "shard_stage",
+        "written by an earlier version; loading it tests the aliases",
+    ),
+    (
+        "src/demo/image-tokenizer/config.toml",
+        "shard_ranks",
+        "written by an earlier version; loading it tests the aliases",
+    ),
+    (
+        "src/demo/image-tokenizer/config.toml",
+        "recompute =",
+        "written by an earlier version; loading it tests the aliases",
+    ),
+    ("src/generate/text_to_image.rs", "paint", "key of the random numbers: another key would give other images"),
+    ("src/model/size.rs", "judged", "issue A1"),
+    ("src/ops/norm/group_norm.rs", "identity", "the mathematical identity"),
+    ("src/ops/optim/newton_schulz.rs", "identity", "the mathematical identity"),
+    ("src/train/checkpoint.rs", "identity", "alias that reads earlier checkpoints"),
+    ("src/train/checkpoint.rs", "whatever", "issue A1"),
+    ("src/train/checkpoint.rs", "lies", "issue A1"),
+    ("src/train/engine.rs", "whatever", "issue A1"),
+    ("src/train/f16_tests.rs", "so many", "issue A1"),
+    ("src/train/generator.rs", "idle", "issue A1"),
+    ("src/train/generator.rs", "so many", "issue A1"),
+    ("src/train/image_tokenizer.rs", "adversary", "issue A1"),
+    ("src/train/image_tokenizer.rs", "idle", "issue A1"),
+    ("src/train/init.rs", "judged", "issue A1"),
+    ("src/train/init.rs", "no part of", "issue A1"),
+    ("src/train/memory.rs", "so many", "issue A1"),
+    ("src/train/mod.rs", "idle", "issue A1"),
+    ("src/train/optimizer.rs", "whatever", "issue A1"),
+    ("src/train/plan.rs", "painted", "issue A1"),
+    ("src/train/ranks_tests.rs", "adversary", "issue A1"),
+    ("src/train/ranks_tests.rs", "whatever", "issue A1"),
+    ("src/train/ranks_tests.rs", "so many", "issue A1"),
+    ("src/train/run_folder.rs", "lies", "issue A1"),
+    ("src/train/signals.rs", "whatever", "issue A1"),
+    ("src/train/sizes.rs", "so many", "issue A1"),
+    ("src/train/spikes.rs", "lies", "issue A1"),
+    ("src/train/task_tests.rs", "idle", "issue A1"),
+    ("src/train/tests.rs", "so many", "issue A1"),
+    ("src/train/trainer.rs", "idle", "issue A1"),
+    ("scripts/golden_taming.py", "identity", "the mathematical identity"),
+    ("README.md", "taped", "issue B2"),
+    ("README.md", "adversary", "issue B2"),
+    ("README.md", "Painting", "issue B2"),
+    ("README.md", "painting", "issue B2"),
+    ("README.md", "paints", "issue B2"),
+    ("README.md", "painted", "issue B2"),
+    ("README.md", "describing", "issue B2"),
+    ("README.md", "whatever", "issue B2"),
+    ("README.md", "lies", "issue B2"),
+    ("README.md", "too sure", "issue B2"),
+    ("README.md", "half as large again", "issue B2"),
+    ("README.md", "what moves", "issue B2"),
+    ("README.md", "cost no time", "issue B2"),
+    ("README.md", "fell onto", "issue B2"),
+    ("README.md", "no part of", "issue B2"),
+];
+
+#[test]
+fn former_names_and_riddles_are_not_used() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = Vec::new();
+    for start in ["src", "tests", "configs", "scripts", "docs", "README.md", "CONTRIBUTING.md"] {
+        collect(&root.join(start), &mut files);
+    }
+    assert!(files.len() > 300, "{} files found", files.len());
+    let (mut wrong, mut used) = (Vec::new(), BTreeSet::new());
+    for file in files {
+        let name = file.strip_prefix(root).unwrap().to_str().unwrap().replace('\\', "/");
+        let Ok(text) = fs::read_to_string(&file) else { continue };
+        for word in NAMES.iter().chain(&PHRASES).copied() {
+            let Some(line) = text.lines().position(|line| contains(line, word)) else { continue };
+            match ALLOWED.iter().position(|(allowed, allowed_word, _)| *allowed == name && *allowed_word == word) {
+                Some(entry) => drop(used.insert(entry)),
+                None => wrong.push(format!("{name}:{}: `{word}`", line + 1)),
+            }
+        }
+    }
+    for (entry, (file, word, _)) in ALLOWED.iter().enumerate().filter(|(entry, _)| !used.contains(entry)) {
+        wrong.push(format!("ALLOWED[{entry}] is no longer needed, remove it: {file}, `{word}`"));
+    }
+    assert!(
+        wrong.is_empty(),
+        "rename these as CONTRIBUTING.md asks, or allow them with a reason:\n{}",
+        wrong.join("\n")
+    );
+}
+
+/// All files below `path`, without golden files, inputs of other tools and this list.
+fn collect(path: &Path, files: &mut Vec<std::path::PathBuf>) {
+    if path.is_dir() {
+        if path.ends_with("tests/golden") || path.ends_with("tests/cases") {
+            return;
+        }
+        fs::read_dir(path).unwrap().for_each(|entry| collect(&entry.unwrap().path(), files));
+    } else if path.exists() && !path.ends_with("tests/it/words.rs") {
+        files.push(path.to_owned());
+    }
+}
+
+/// Whether `line` contains `word` with no letter, digit or underscore directly before or after it.
+fn contains(line: &str, word: &str) -> bool {
+    let inside = |c: char| c.is_alphanumeric() || c == '_';
+    line.match_indices(word).any(|(at, _)| {
+        !line[..at].chars().next_back().is_some_and(inside)
+            && !line[at + word.len()..].chars().next().is_some_and(inside)
+    })
+}
+
+#[test]
+fn only_whole_words_count() {
+    assert!(contains("let idle = 1;", "idle") && contains("idle", "idle"));
+    assert!(!contains("idled", "idle") && !contains("is_idle", "idle"));
+    assert!(contains("train.recompute = 3", "recompute =") && !contains("recompute the activations", "recompute ="));
+}
