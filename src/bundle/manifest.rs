@@ -87,7 +87,7 @@ impl Manifest {
         // Nothing outside the folder, and nothing else in it, is ever opened on a manifest's word.
         let known = |name: &String| [CONFIG, WEIGHTS, VOCAB].contains(&name.as_str());
         let unknown = manifest.files.keys().find(|name| !known(name)).map_or("", String::as_str);
-        ensure!(unknown.is_empty(), failed(format_args!("{name} lists `{unknown}`, no part of a model folder"), HINT));
+        ensure!(unknown.is_empty(), failed(format_args!("{name} lists `{unknown}`, which does not belong to a model folder"), HINT));
         Ok(manifest)
     }
 
@@ -117,7 +117,7 @@ pub fn mismatch(what: impl std::fmt::Display) -> Error {
 }
 
 /// Whether the folder's parts fit: `Err` unless mismatches were allowed, then a warning.
-pub fn judge(checked: Result<()>) -> Result<bool> {
+pub fn accept(checked: Result<()>) -> Result<bool> {
     match checked {
         Ok(()) => Ok(true),
         Err(error) if ALLOWED.load(Ordering::Relaxed) => {

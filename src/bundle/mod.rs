@@ -101,7 +101,7 @@ impl Bundle {
         config.validate().with_context(|| name)?;
         let mut bundle = Self { config, place, manifest: None };
         if let Some(manifest) = bundle.place.manifest()? {
-            bundle.manifest = manifest::judge(bundle.check(&manifest))?.then_some(manifest);
+            bundle.manifest = manifest::accept(bundle.check(&manifest))?.then_some(manifest);
         }
         Ok(bundle)
     }
@@ -161,7 +161,7 @@ impl Bundle {
 
     /// The transformer.
     pub fn generator(&self) -> Result<Generator> {
-        let hint = "a run with task = \"generator\" writes one that paints and captions";
+        let hint = "a run with task = \"generator\" writes one";
         let what = format!("{} is an image tokenizer, not a generator", self.place.name());
         match self.config.task {
             Task::Generator => {}

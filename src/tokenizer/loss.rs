@@ -2,7 +2,7 @@
 //! terms.
 
 use super::{
-    PixelBatch,
+    batch::PixelBatch,
     discriminator::{self, Discriminator, LogitEma},
     dvae,
     perceptual::Perceptual,

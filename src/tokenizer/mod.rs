@@ -1,5 +1,6 @@
 //! Image tokenizers (paper §2.1): pixels to a grid of codes and back.
 
+mod batch;
 pub mod discriminator;
 mod dvae;
 mod loss;
@@ -12,7 +13,7 @@ mod tests;
 mod tiles;
 pub mod vqgan;
 
-pub use segments::{PixelBatch, Statistics};
+pub use batch::{PixelBatch, Statistics};
 pub use tiles::CodeGrid;
 
 use crate::{

@@ -1,7 +1,7 @@
 //! Checkpoints: a folder `step-N` is either complete or not there.
 //!
 //! Written as `step-N.tmp/` (files, fsync, then `manifest.json` with their digests, fsync), renamed,
-//! and the parent folder synced: whatever moment a crash picks, the newest folder that loads is a
+//! and the parent folder synced: at any moment of a crash, the newest folder that loads is a
 //! whole old one or the whole new one.
 //!
 //! Every rank writes what it owns into a file of its own; see [`saving`](super::saving) for how and when, and
@@ -60,7 +60,7 @@ pub struct State {
     pub task: serde_json::Value,
 }
 
-/// What lies in a checkpoint's folder.
+/// The files of a checkpoint.
 #[derive(Serialize, Deserialize)]
 pub struct Manifest {
     pub format: u32,

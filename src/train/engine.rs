@@ -62,7 +62,7 @@ impl<B> Pass<'_, B> {
     /// needs for it.
     fn run(&self, backward_next: bool, shards: &mut Shards) -> Result<(Tensor, Activations)> {
         let mut links = Vec::with_capacity(self.chain.len());
-        // On the CPU whatever the device: nobody reads it, and a CUDA driver has no memory of length zero.
+        // Always on the CPU: it is never read, and CUDA cannot allocate zero bytes.
         let mut x = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
         for (i, segment) in self.chain.iter().enumerate() {
             let unit = self.first_unit + i;

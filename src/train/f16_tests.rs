@@ -38,7 +38,7 @@ fn in_f16_runs_resume_bit_by_bit_and_stay_near_f32() {
     f16_is_near_f32(tokenizer_config(folder.path()), &folder.path().join("tokenizer"), ["l1", "l2"], 2e-3);
 }
 
-/// Trains on so many ranks with weights kept in `kept`; metrics and the last checkpoint.
+/// Trains on `ranks` ranks with weights kept in `kept`; metrics and the last checkpoint.
 fn live(parent: &Path, config: &Config, kept: Precision, ranks: usize) -> (Vec<Line>, BTreeMap<String, Vec<u32>>) {
     Ranks::Threads(ranks)
         .run(Duration::from_secs(60), |group| {

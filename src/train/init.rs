@@ -28,7 +28,7 @@ pub fn take_weights(spec: &dyn TaskSpec, config: &Config, task: &dyn Task) -> Re
     let hint = format!("give the run the sizes in the config.toml of `{model}`, or leave train.init_from empty");
     let mismatch =
         |what: String| usage(format!("the weights of `{model}` (train.init_from) do not fit: {what}"), &hint);
-    // A discriminator is no part of a model: it always begins anew, as does a codebook's moving average.
+    // A model folder holds neither the discriminator nor the statistics of an EMA codebook: both start anew.
     let wanted = || task.params().iter().filter(|(name, _)| !tokenizer::is_of_training(name));
     for (name, var) in wanted() {
         let Some(tensor) = weights.get(name) else { return Err(mismatch(format!("they lack `{name}`"))) };
@@ -123,7 +123,7 @@ mod tests {
     fn an_image_tokenizer_starts_from_the_one_inside_a_generator_s_folder() {
         let folder = tempfile::tempdir().unwrap();
         let mut config = Bundle::open("demo").unwrap().image_tokenizer_folder().unwrap().config;
-        // Pixels alone: what the demo was judged by is not here.
+        // Pixel losses only: the perceptual network is not available here.
         let settings = &mut config.image_tokenizer;
         (settings.image_size, settings.perceptual_weight, settings.adversarial_weight) = (8, 0.0, 0.0);
         config.data = generator_config(folder.path()).data;

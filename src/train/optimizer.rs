@@ -1,6 +1,6 @@
 //! AdamW, and Muon for the transformer's matrices. The [`Attributes`] of a parameter say which, and whether it decays.
 //!
-//! Moments are f32 on the host, in order of name, whatever the weights' dtype and device; `train.offload` says where.
+//! Moments are f32 on the host, in order of name, for weights of any dtype and device; `train.offload` says where.
 
 use super::{
     owned::Owned,
@@ -297,7 +297,7 @@ mod tests {
                 let moved: Vec<f32> = rows(var, 0, 4).iter().zip(before).map(|(a, b)| (a - b).abs()).collect();
                 let (least, most) = moved.iter().fold((1f32, 0f32), |(l, m), x| (l.min(*x), m.max(*x)));
                 match kind {
-                    // AdamW's first step is the learning rate, whatever the gradient.
+                    // AdamW's first step is the learning rate for any gradient.
                     MatrixOptimizer::Adamw => assert!(least > 0.049 && most < 0.051, "{least} {most}"),
                     // Muon's is a near-rotation of size 0.02 * 0.5.
                     MatrixOptimizer::Muon => assert!(most > 1e-3 && most < 0.0125, "{least} {most}"),

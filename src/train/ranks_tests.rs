@@ -19,7 +19,7 @@ use std::{collections::BTreeMap, fs};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Trains on so many ranks and returns the metrics that do not depend on time.
+/// Trains on `ranks` ranks and returns the metrics that do not depend on time.
 fn live(parent: &Path, config: &Config, ranks: usize) -> Result<Vec<Line>> {
     run_below(parent, config, &Resume::Auto, &Ranks::Threads(ranks), &Stop::default())?;
     metrics(&parent.join("runs").join(&config.name))
@@ -40,7 +40,7 @@ pub(super) fn metrics(run: &Path) -> Result<Vec<Line>> {
     Ok(metrics.lines().map(numbers).collect())
 }
 
-/// Every tensor of a checkpoint, whole, whatever the number of files.
+/// Every tensor of a checkpoint, from any number of files.
 pub(super) fn whole(checkpoint: &Path) -> BTreeMap<String, Vec<u32>> {
     let mut tensors: BTreeMap<String, BTreeMap<usize, Vec<u32>>> = BTreeMap::new();
     for entry in fs::read_dir(checkpoint).unwrap() {
@@ -129,7 +129,7 @@ fn every_stage_trains_the_image_tokenizer_as_one_rank_does() {
     stages_equal_one_rank(&config, &[0, 2, 3], 4e-6, &folder.path().join("averaged"));
 }
 
-/// Norms and the adversary's weight are each rank's own, so that two ranks are not one; but what is split changes nothing.
+/// Each rank has its own norms and GAN loss weight, so two ranks differ from one; but sharding changes nothing.
 #[test]
 fn an_adversary_is_the_same_at_every_stage() {
     let folder = tempfile::tempdir().unwrap();
@@ -143,7 +143,7 @@ fn an_adversary_is_the_same_at_every_stage() {
     }
 }
 
-/// The toy task on so many ranks; `event` gives what happens on which rank.
+/// The toy task on `ranks` ranks; `event` gives what happens on which rank.
 fn toys(
     parent: &Path,
     config: &Config,

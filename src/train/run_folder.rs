@@ -46,7 +46,7 @@ fn root(parent: &Path, config: &Config) -> PathBuf {
     parent.join("runs").join(&config.name)
 }
 
-/// Where the checkpoints of the run lie, or would lie.
+/// The folder of the checkpoints of a run.
 pub fn checkpoints(parent: &Path, config: &Config) -> PathBuf {
     root(parent, config).join("checkpoints")
 }
@@ -116,17 +116,17 @@ impl RunFolder {
         held.metrics.write_all(format!("{line}\n").as_bytes()).context("cannot write metrics.jsonl")
     }
 
-    /// Where checkpoints lie.
+    /// The folder of the checkpoints.
     pub fn checkpoints(&self) -> PathBuf {
         self.root.join("checkpoints")
     }
 
-    /// Where a rank's state lies that does not fit into memory.
+    /// The folder of a rank's state that is offloaded to the disk.
     pub fn offload(&self, rank: usize) -> PathBuf {
         self.root.join("offload").join(rank.to_string())
     }
 
-    /// Where the model folder lies.
+    /// The model folder.
     pub fn model(&self) -> PathBuf {
         self.root.join("model")
     }

@@ -71,8 +71,8 @@ impl Stop {
     }
 
     /// Starts the watchdog: where the ranks do not agree to stop within `patience` of a signal (or four times the longest
-    /// step, if that is longer), it ends the process. It is a thread of its own, so that it works whatever the compute
-    /// threads hang in. It ends when the result is dropped.
+    /// step, if that is longer), it ends the process. It is a thread of its own, so that it works even if all compute
+    /// threads hang. It ends when the result is dropped.
     ///
     /// # Errors
     /// The system gives no thread.

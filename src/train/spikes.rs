@@ -1,6 +1,6 @@
 //! Detects spikes of the loss or the gradient norm for `train.spike`.
 //!
-//! Usual is what lies within [`SIGMA`] standard deviations above the mean of the last steps, as in OLMo 2
+//! A spike is more than [`SIGMA`] standard deviations above the mean of the last steps, as in OLMo 2
 //! (arXiv 2501.00656, whose trainer skips such steps). Skipping a batch and going on from an older checkpoint is
 //! PaLM's way (arXiv 2204.02311, §5.1).
 

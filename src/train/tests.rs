@@ -245,7 +245,7 @@ fn a_crash_between_any_two_writes_leaves_a_whole_checkpoint() {
     let (path, tmp) = (checkpoints.join("step-9"), checkpoints.join("step-9.tmp"));
     let files = ["state.safetensors", "state.json", "config.json", "manifest.json"];
     let bytes = files.map(|name| std::fs::read(path.join(name)).unwrap());
-    // Before the rename: so many files whole, and so much of the next one.
+    // Before the rename: the number of complete files, and the bytes of the next one.
     for whole in 0..files.len() {
         for share in [0, 1, 2] {
             std::fs::remove_dir_all(&path).unwrap();

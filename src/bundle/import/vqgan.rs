@@ -37,7 +37,7 @@ pub enum Family {
 }
 
 impl Family {
-    /// The name there of a tensor of ours, in a tokenizer of so many levels.
+    /// The name in the family's files of one of our tensors, in a tokenizer with this number of levels.
     pub(in crate::bundle) fn name(self, ours: &str, levels: usize) -> String {
         if self != Self::LlamaGen {
             return ours.to_owned();

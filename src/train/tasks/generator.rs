@@ -139,7 +139,7 @@ struct Objective {
     weight: fn(&Train) -> f64,
     /// Whether captions are dropped with `condition_dropout`.
     drops_text: bool,
-    /// The text's tokens, of at most so many positions: the end of a cut caption is no target.
+    /// The tokens of a text, cut to a number of positions; the end of a cut caption is not a target.
     encode: fn(&WordPiece, &str, usize) -> Result<Vec<u32>>,
     batch: fn(Tokens, Tensor) -> Result<Batch>,
 }

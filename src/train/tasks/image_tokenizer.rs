@@ -40,8 +40,7 @@ use std::{
 /// Images of a sample sheet, and how many stand side by side.
 const SHEET: (usize, usize) = (16, 8);
 
-/// The terms that the tokenizer itself is to lower; a fight with an adversary says nothing about a step, and the entropy
-/// is below 0.
+/// The terms that count as the loss of a step. GAN losses do not show progress, and the entropy is negative.
 const LOSSES: [&str; 7] = ["l1", "l2", "nll", "lpips", "codebook", "commitment", "kl"];
 
 /// The vectors of nearest codes.
