@@ -25,7 +25,7 @@ pub struct Shape {
 
 impl Shape {
     /// - `perf`: 8 layers, hidden size 512, 32 + 256 positions, 12,288 codes (38.0 M parameters), batch 16; a tokenizer
-    /// with   4.0 M parameters for 64 × 64 pixels.
+    ///   with 4.0 M parameters for 64 × 64 pixels.
     /// - `emoji`: the sizes of the demo.
     /// - `10b-layer`: layers of the paper's 10 B model, 64 + 1024 positions, small vocabularies.
     /// - `tiny`: for tests.

@@ -131,7 +131,7 @@ pub struct ImageTokenizer {
     /// Residual blocks per resolution in the encoder; the decoder has one more. Default 2.
     pub residual_blocks: usize,
     /// Side lengths of the feature maps (in positions) at which self-attention follows each residual block. Default
-    /// [32].
+    /// `[32]`.
     pub attention_sides: Vec<usize>,
     /// Channels between encoder and quantizer. Default 256.
     pub latent_channels: usize,

@@ -90,7 +90,10 @@ fn shard_groups_scatter_within_and_sum_over_replicas() -> Result<()> {
         Ok(())
     })?;
     let odd = failure(3, PATIENCE, |group| group.shard_over(2));
-    assert!(odd.contains("no whole number of replicas of 2 ranks") && odd.contains("train.hsdp_shard_size"), "{odd}");
+    assert!(
+        odd.contains("cannot be split into shard groups of 2 ranks") && odd.contains("train.hsdp_shard_size"),
+        "{odd}"
+    );
     Ok(())
 }
 
@@ -227,5 +230,5 @@ fn a_hanging_collective_thread_is_an_error_for_its_waiter() {
         let pending = group.start(move |_| sleep(2));
         if group.rank() == 0 { pending.wait() } else { sleep(1) }
     });
-    assert!(hung.contains("rank 0: the thread of collectives has not moved for 0.6 s"), "{hung}");
+    assert!(hung.contains("rank 0: the collective thread has made no progress for 0.6 s"), "{hung}");
 }

@@ -2,22 +2,22 @@
 //! The following was found by reading candle-core 0.11.1 and cudarc 0.19.10.
 //!
 //! - *Device*: one per rank. candle's `cuda_is_available` only reports how it was built, so the driver is asked and a
-//! device   is opened. Every failure is an error; `--device auto` then uses the CPU.
+//!   device is opened. Every failure is an error; `--device auto` then uses the CPU.
 //! - *Streams*: all kernels, copies and cuBLAS calls use one stream of the device, so they run in call order. The
-//! per-thread   default stream is not used, because it differs between compute threads. NCCL has a second stream, on
-//! which collectives   overlap computation (`train.overlap`); the two events that cudarc keeps for each buffer order
-//! the two streams.
+//!   per-thread default stream is not used, because it differs between compute threads. NCCL has a second stream, on
+//!   which collectives overlap computation (`train.overlap`); the two events that cudarc keeps for each buffer order
+//!   the two streams.
 //! - *Memory*: `cuMemAllocAsync` from the driver's pool. Its release threshold is 0 by default, which frees memory at
-//! every   synchronization, and each read of a loss is one. The threshold is raised, as `keep_memory` does on the CPU.
-//! No buffer of   length zero is allocated, because the driver may refuse it.
+//!   every synchronization, and each read of a loss is one. The threshold is raised, as `keep_memory` does on the CPU.
+//!   No buffer of length zero is allocated, because the driver may refuse it.
 //! - *Numbers*: f32, except for the products of linear layers and convolutions: their factors are cast to
-//! `train.precision`, in   which the generator's linear layers are stored. Packed weights exist only on the CPU; candle
-//! leaves TF32 off. candle's   kernels use 32-bit indices in places, so one tensor must have fewer than 2³² elements.
+//!   `train.precision`, in which the generator's linear layers are stored. Packed weights exist only on the CPU; candle
+//!   leaves TF32 off. candle's kernels use 32-bit indices in places, so one tensor must have fewer than 2³² elements.
 //! - *Segments*: the autograd segments, from stock ops only. Attention builds the full n×n scores; there are no custom
-//! kernels.
+//!   kernels.
 //! - *Optimizer*: optimizer state and master weights are in host memory. Variables are copies: gradients accumulate on
-//! the   device and are copied to the host once per step; weights are copied to the device before each use (stage 3) or
-//! once per   step (`train::shards::device`).
+//!   the device and are copied to the host once per step; weights are copied to the device before each use (stage 3) or
+//!   once per step (`train::shards::device`).
 //! - *Threads*: all threads of a rank share the handles; cudarc binds the context to the thread at every call.
 
 use crate::error::{Result, failed, usage};
