@@ -87,7 +87,10 @@ impl Manifest {
         // Nothing outside the folder, and nothing else in it, is ever opened on a manifest's word.
         let known = |name: &String| [CONFIG, WEIGHTS, VOCAB].contains(&name.as_str());
         let unknown = manifest.files.keys().find(|name| !known(name)).map_or("", String::as_str);
-        ensure!(unknown.is_empty(), failed(format_args!("{name} lists `{unknown}`, which does not belong to a model folder"), HINT));
+        ensure!(
+            unknown.is_empty(),
+            failed(format_args!("{name} lists `{unknown}`, which does not belong to a model folder"), HINT)
+        );
         Ok(manifest)
     }
 

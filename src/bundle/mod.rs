@@ -2,7 +2,7 @@
 //! the folder of its image tokenizer. The demo model is such a folder inside the program.
 
 use crate::{
-    bounded_read as files,
+    bounded_read,
     config::{Config, Task},
     error::{Context, Hint, Result, ensure, usage},
     model::Generator,
@@ -220,7 +220,9 @@ impl Place {
 
     fn read(&self, file: &str) -> Result<Cow<'static, [u8]>> {
         Ok(match self {
-            Place::Folder(folder) => Cow::Owned(files::read(&self.existing(folder, file)?, files::VOCABULARY)?),
+            Place::Folder(folder) => {
+                Cow::Owned(bounded_read::read(&self.existing(folder, file)?, bounded_read::VOCABULARY)?)
+            }
             Place::Demo(prefix) => Cow::Borrowed(self.embedded(prefix, file)?),
         })
     }

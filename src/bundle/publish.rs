@@ -132,7 +132,8 @@ fn check_folder(folder: &Path, force: bool) -> Result<()> {
         return Ok(());
     }
     if let Some(foreign) = foreign_entry(folder)? {
-        let what = format!("{} holds `{}`, which does not belong to a model folder", folder.display(), foreign.display());
+        let what =
+            format!("{} holds `{}`, which does not belong to a model folder", folder.display(), foreign.display());
         return Err(usage(what, "name a new folder; --force deletes the folder and all that is in it"));
     }
     Ok(())

@@ -4,7 +4,7 @@ use super::{
     ATTRIBUTION, Bundle, CONFIG, IMAGE_TOKENIZER, MANIFEST, VOCAB, WEIGHTS, codes, manifest::Manifest, publish,
 };
 use crate::{
-    bounded_read as files,
+    bounded_read,
     config::{Config, Source, Task},
     error::{Context, Result},
     nn::weights::{self, Values},
@@ -93,7 +93,8 @@ pub fn attribution_of(sources: &[Source]) -> String {
     let mut texts = Vec::new();
     for source in sources {
         let mut folders = Path::new(&source.path).ancestors().filter(|folder| folder.is_dir()).take(3);
-        let text = folders.find_map(|folder| files::read_text(&folder.join(ATTRIBUTION), files::TEXT).ok());
+        let text =
+            folders.find_map(|folder| bounded_read::read_text(&folder.join(ATTRIBUTION), bounded_read::TEXT).ok());
         texts.extend(text.filter(|text| !texts.contains(text)));
     }
     texts.join("\n")

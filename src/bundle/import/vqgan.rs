@@ -3,7 +3,7 @@
 
 use super::{Candidate, take};
 use crate::{
-    bounded_read as files,
+    bounded_read,
     bundle::{Parts, write::write_as},
     config::{Config, ImageTokenizer, QuantizerKind, Task},
     error::{Context, Hint, Result, ensure, failed, usage},
@@ -172,7 +172,7 @@ fn settings(file: &CheckpointFile, family: Family, image_size: usize) -> Result<
 
 fn read_yaml(path: &Path) -> Result<Yaml> {
     let name = path.display();
-    let text = files::read_text(path, MAX_YAML)
+    let text = bounded_read::read_text(path, MAX_YAML)
         .map_err(|e| usage(format_args!("{e:#}"), "name the model.yaml of the checkpoint"))?;
     serde_yaml_ng::from_str(&text).hint(
         format!("{name} is not a configuration of taming-transformers"),
