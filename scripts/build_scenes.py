@@ -48,7 +48,7 @@ SPRITES = {}
 
 def recolour(picture, colour):
     """The sprite with its main colour changed; None where that colours less than a third of it."""
-    pixels = list(picture.getdata())
+    pixels = list(zip(*[iter(picture.tobytes())] * 4))
     solid = [p for p in pixels if p[3] > 128]
     weights = collections.Counter()
     for r, g, b, _ in solid:
@@ -131,12 +131,10 @@ def background(rng, record):
             d.line([(156, y), (230, y)], fill=blend(high, low, (y - 20) / 59))
         d.line([(193, 14), (193, 84)], fill=(250, 250, 250), width=4)
         wood = rng.choice([(172, 118, 70), (196, 148, 96), (140, 96, 66)])
-        for y in range(150, 256):
-            d.line([(0, y), (256, y)], fill=tuple(round(c * (0.86 + (y - 150) / 700)) for c in wood))
+        image.paste(bands([tuple(round(c * (0.86 + (y - 150) / 700)) for c in wood) for y in range(150, 256)]), (0, 150))
         return image.reduce(2)
     if place == "海底":
-        for y in range(256):
-            d.line([(0, y), (256, y)], fill=blend((92, 190, 226), (16, 72, 132), y / 256))
+        image.paste(bands([blend((92, 190, 226), (16, 72, 132), y / 256) for y in range(256)]))
         d.polygon([(0, 256), (0, 206), (70, 196), (150, 208), (256, 194), (256, 256)], fill=(206, 190, 140))
         for _ in range(8):
             x, y, r = rng.randint(0, 250), rng.randint(10, 190), rng.randint(2, 5)
@@ -148,8 +146,8 @@ def background(rng, record):
     if record["weather"] == "下雪":
         ground = blend(ground, tuple(round(c * light) for c in (238, 243, 250)), 0.5)
     line = HORIZON * 2
-    for y in range(256):
-        d.line([(0, y), (256, y)], fill=blend(high, low, y / line) if y < line else tuple(min(255, round(c * (1.06 - 0.2 * (y - line) / line))) for c in ground))
+    sky = [blend(high, low, y / line) for y in range(line)]
+    image.paste(bands(sky + [tuple(min(255, round(c * (1.06 - 0.2 * y / line))) for c in ground) for y in range(line)]))
     far = blend(low, ground, 0.5)
     if place == "山间":
         for _ in range(4):
@@ -188,6 +186,13 @@ def background(rng, record):
             fill = tuple(round(c * light) for c in rng.choice(dots))
             d.ellipse([x, y, x + 3, y + 3], fill=fill) if place == "花园" else d.line([(x, y), (x + 1, y + 6)], fill=fill, width=2)
     return image.reduce(2)
+
+
+def bands(colours):
+    """A picture 256 pixels wide with a row of each colour."""
+    column = Image.new("RGB", (1, len(colours)))
+    column.putdata(colours)
+    return column.resize((256, len(colours)), Image.NEAREST)
 
 
 def blend(a, b, t):
@@ -267,7 +272,7 @@ def is_named(text):
 def poem_lines(cache, pool):
     """{line or couplet: whether it is held out}. A couplet and its lines are on one side."""
     folder = emoji.fetch("chinese-poetry", cache) / "dist"
-    files = sorted([*(folder / "quantangshi").glob("poet*.json"), *(folder / "rank/poet").glob("nothing")])
+    files = sorted((folder / "quantangshi").glob("poet*.json"))
     lines, side = {}, {}
     for found in pool.map(couplets, files, chunksize=4):
         for a, b in found:

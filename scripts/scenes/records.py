@@ -79,7 +79,7 @@ def lay_out(rng, record, aspect):
             height *= 0.8
         height = max(10, round(min(height, room / columns / ratio * 0.95)))
         width = max(6, round(height * ratio))
-        centre = 64 if record["kind"] == "closeup" or (alone and count > 2) else SIDES[one["side"]]
+        centre = SIDES[one["side"]]
         rows = -(-count // columns)
         one["size"], one["boxes"] = height, []
         for k in range(count):
@@ -146,7 +146,8 @@ def finish(rng, record, aspect):
     if any((o["style"], o["name"], o["colour"]) not in aspect for o in objects):
         return None
     for one, side in zip(objects, rng.sample(list(SIDES), len(objects))):
-        one["side"] = "中间" if record["kind"] == "closeup" else side
+        # A group that is alone takes the whole width.
+        one["side"] = "中间" if record["kind"] == "closeup" or (len(objects) == 1 and one["count"] > 1) else side
         one["depth"] = rng.choice(list(DEPTHS))
     lay_out(rng, record, aspect)
     order = list(SIDES)
