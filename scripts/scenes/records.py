@@ -217,6 +217,8 @@ def poem_scenery(found):
     places = [p for p in PLACES if p not in ("海底", "桌上") and all(fits(THINGS[n], p) for n in named(found, "thing"))]
     if asked := named(found, "place"):
         places = [p for p in places if p in asked]
+    elif "weather:下雪" not in found and places != ["雪地"]:
+        places = [p for p in places if p != "雪地"]
     times = [t for t in TIMES if all(t in SKY[s][2] for s in named(found, "sky"))]
     if asked := named(found, "time"):
         times = [t for t in times if t in asked]
