@@ -20,6 +20,7 @@ if ! command -v cargo-deny >/dev/null && [ ! -x $tools/bin/cargo-deny ]; then
 fi
 PATH=$PATH:$PWD/$tools/bin
 
+step python3 scripts/test_scenes.py
 step cargo fmt --check
 step cargo fetch --locked
 if command -v cargo-deny >/dev/null; then
