@@ -80,7 +80,7 @@ fn on_gpus(config: &Config, sizes: &Sizes, cluster: Cluster, json: bool) {
     let refusal = check_ranks(sizes.spec, config, cluster.gpus).err();
     if json {
         let refusal = refusal.as_ref().map(ToString::to_string);
-        return report::json(&json!({ "plan": fit, "vocabulary": sizes.vocabulary, "refused": refusal }));
+        return report::json(&json!({ "plan": fit, "vocabulary": sizes.inputs.vocabulary, "refused": refusal }));
     }
     let gpus = if cluster.gpus == 1 { "GPU" } else { "GPUs" };
     report::result(format_args!(

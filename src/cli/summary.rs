@@ -68,10 +68,10 @@ impl Sequence {
 
 impl Summary {
     pub fn new(config: &Config, sizes: &Sizes) -> Self {
-        let (tokenizer, grid) = (&sizes.tokenizer, sizes.tokenizer.grid());
-        let (vocabulary, parameters) = (sizes.vocabulary, sizes.parts());
-        let vocabulary_from = if sizes.vocabulary_found { "counted" } else { "assumed: the file is not there" };
-        let sequences: Vec<Sequence> = sizes.spec.sequences(config, sizes).iter().map(Sequence::new).collect();
+        let (tokenizer, grid) = (&sizes.inputs.tokenizer, sizes.inputs.tokenizer.grid());
+        let (vocabulary, parameters) = (sizes.inputs.vocabulary, sizes.parts());
+        let vocabulary_from = if sizes.inputs.vocabulary_found { "counted" } else { "assumed: the file is not there" };
+        let sequences: Vec<Sequence> = sizes.spec.sequences(config, &sizes.inputs).iter().map(Sequence::new).collect();
         let layers = if sequences.is_empty() { 0 } else { config.model.layers };
         Self {
             vocabulary,

@@ -5,6 +5,7 @@
 mod flat;
 mod load;
 mod renamed;
+mod resume;
 mod train;
 mod validate;
 
@@ -40,21 +41,6 @@ pub struct Config {
     pub sample: Sample,
 }
 
-impl Config {
-    /// Whether a resumed run may change the key `section.key` (or `key`, or all of a `section`): no result of a finished
-    /// step depends on it. Of vocabulary and image tokenizer, digests are compared instead of paths.
-    pub fn is_free_at_resume(name: &str) -> bool {
-        match name.split_once('.') {
-            None => ["name", "sample"].contains(&name),
-            Some(("data", key)) => Data::FREE_AT_RESUME.contains(&key),
-            Some(("text", key)) => key == "vocab",
-            Some(("image_tokenizer", key)) => key == "path",
-            Some(("train", key)) => Train::FREE_AT_RESUME.contains(&key),
-            Some(_) => false,
-        }
-    }
-}
-
 /// What `vilg train` trains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -82,7 +68,7 @@ pub struct Data {
 
 impl Data {
     /// Keys that a resumed run may change: the order of the samples does not depend on them.
-    const FREE_AT_RESUME: &[&str] = &["prefetch", "workers", "max_bad_ratio"];
+    pub(super) const FREE_AT_RESUME: &[&str] = &["prefetch", "workers", "max_bad_ratio"];
 }
 
 /// One source of samples.
@@ -397,25 +383,5 @@ impl Default for Model {
 impl Default for Sample {
     fn default() -> Self {
         Self { prompts: Vec::new(), temperature: 1.0, top_k: 0, top_p: 1.0, guidance: 1.0 }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn keys_that_are_free_at_resume_exist() {
-        let known: Vec<String> = values(&Config::default()).unwrap().into_iter().map(|(name, _)| name).collect();
-        let keys = Train::FREE_AT_RESUME.iter().map(|key| format!("train.{key}"));
-        for name in keys.chain(Data::FREE_AT_RESUME.iter().map(|key| format!("data.{key}"))) {
-            assert!(known.contains(&name) && Config::is_free_at_resume(&name), "{name}");
-        }
-        for name in ["name", "text.vocab", "image_tokenizer.path"] {
-            assert!(known.contains(&name.to_owned()) && Config::is_free_at_resume(name), "{name}");
-        }
-        for name in ["seed", "train.learning_rate", "data.sources", "model.layers", "text.max_tokens"] {
-            assert!(!Config::is_free_at_resume(name), "{name}");
-        }
     }
 }

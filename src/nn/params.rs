@@ -8,7 +8,7 @@ use crate::{
     error::{Result, bail, ensure},
     ops,
 };
-use candle_core::{DType, Device, Shape, Tensor, Var};
+use candle_core::{CpuStorage, DType, Device, Shape, Storage, Tensor, Var, op::BackpropOp};
 use std::{
     cell::RefCell,
     collections::{BTreeMap, HashMap},
@@ -225,7 +225,11 @@ impl Scope {
         let var = match &mut store.origin {
             Origin::Seed { fresh, empty } => {
                 fresh.fillings.insert(name.clone(), (shape.elem_count(), init));
-                if *empty {
+                if *empty && device.is_cpu() && dtype == DType::F32 {
+                    // Never allocated: the size may be that of a model that fits nowhere.
+                    let storage = Storage::Cpu(CpuStorage::F32(Vec::new()));
+                    Var::from_tensor(&Tensor::from_storage(storage, shape, BackpropOp::none(), true))?
+                } else if *empty {
                     let var = Var::zeros(shape, dtype, &device)?;
                     ops::replace(&var, Vec::new())?;
                     var

@@ -178,8 +178,9 @@ mod tests {
     /// Elements of weights and moments in a real rank.
     fn really(config: &Config, sizes: &Sizes, group: &Group) -> Result<[usize; 3]> {
         let scope = Scope::from_seed(0, DType::F32, &Device::Cpu);
-        let grid = sizes.tokenizer.grid();
-        let model = Generator::new(&scope, config, sizes.vocabulary, sizes.tokenizer.codebook_size, grid)?;
+        let grid = sizes.inputs.tokenizer.grid();
+        let model =
+            Generator::new(&scope, config, sizes.inputs.vocabulary, sizes.inputs.tokenizer.codebook_size, grid)?;
         let handling = |name: &str, attributes| optimizer::handling(&config.train, false, name, attributes);
         let shards = Shards::new(
             group,

@@ -225,7 +225,7 @@ impl<'a> Memory<'a> {
 
     /// FLOPs per step without recomputation.
     pub fn flops(&self) -> f64 {
-        self.sizes.spec.flops(self.config, self.sizes)
+        self.sizes.spec.flops(self.config, &self.sizes.inputs)
     }
 
     /// Seconds per step, communication not counted.

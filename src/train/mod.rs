@@ -14,6 +14,7 @@ pub mod engine;
 pub mod fit;
 pub mod held;
 mod init;
+pub mod inputs;
 mod layout;
 mod log;
 mod loss_scale;

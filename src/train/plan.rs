@@ -59,9 +59,9 @@ pub fn plan_without(config: &Config, sizes: &Sizes) -> Result<(Plan, Vec<String>
 /// The plan of a run of which the sources in `here` are opened; `all`: these are all sources.
 fn planned(config: &Config, sizes: &Sizes, here: &config::Data, all: bool) -> Result<Plan> {
     let (settings, spec) = (&config.train, sizes.spec);
-    let kind = spec.sample_kind(sizes);
+    let kind = spec.sample_kind(&sizes.inputs);
     let samples = spec.batch_sizes(settings).iter().map(|(_, size)| size).sum();
-    let tokens = spec.predicted_tokens(config, sizes);
+    let tokens = spec.predicted_tokens(config, &sizes.inputs);
     // `Dataset::open` reports an error if the configuration has no source at all.
     let sources = if all || !here.sources.is_empty() { sources(here, kind)? } else { Vec::new() };
     let epoch: f64 = sources.iter().map(|s| s.samples as f64 * s.weight).sum();

@@ -391,7 +391,7 @@ fn ranks_without_samples_or_a_replica_are_refused() {
     let mut config = generator_config(folder.path());
     (config.train.batch_size, config.train.caption_batch_size, config.train.accumulation) = (8, 3, 1);
     let error = live(folder.path(), &config, 4).unwrap_err();
-    assert!(error.to_string().contains("train.caption_batch_size = 3 gives 4 ranks"), "{error:#}");
+    assert!(error.to_string().contains("train.caption_batch_size = 3 is less than 4 ranks"), "{error:#}");
     assert_eq!(exit_of(&error), Exit::Usage);
     config.train.hsdp_shard_size = 2;
     let error = live(folder.path(), &config, 3).unwrap_err();

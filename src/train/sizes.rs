@@ -1,22 +1,17 @@
 //! The size of a run without its weights in memory: vocabulary, tokenizer, segments, shards, micro-batches.
 
 use super::{
+    inputs::Inputs,
     layout::{Entry, layout},
     optimizer,
     tasks::{self, Sequences, TaskSpec},
 };
 use crate::{
-    bounded_read,
-    bundle::Bundle,
-    config::{Config, ImageTokenizer},
+    config::Config,
     error::{Result, ensure, usage},
     model::activations::Micro,
     nn::params::{Param, Params},
 };
-use std::path::Path;
-
-/// Entries of the Chinese BERT vocabulary, assumed where the vocabulary file is not there yet.
-const CHINESE_VOCABULARY: usize = 21_128;
 
 /// A part of a model and its number of parameters.
 pub type Part = (&'static str, u64);
@@ -25,14 +20,7 @@ pub type Part = (&'static str, u64);
 #[derive(Debug, Clone)]
 pub struct Sizes {
     pub spec: &'static dyn TaskSpec,
-    /// Read from the tokenizer's model folder if that exists, otherwise from this configuration.
-    pub tokenizer: ImageTokenizer,
-    /// Whether it was read from that folder, if the task reads one.
-    pub tokenizer_found: bool,
-    /// Entries of the text vocabulary.
-    pub vocabulary: usize,
-    /// Whether they were counted in the file, if the task reads one; otherwise they are assumed.
-    pub vocabulary_found: bool,
+    pub inputs: Inputs,
     /// The parameters of each segment, empty.
     groups: Vec<Params>,
 }
@@ -49,32 +37,12 @@ impl Sizes {
     /// # Errors
     /// As [`Sizes::of`].
     pub fn of_task(spec: &'static dyn TaskSpec, config: &Config) -> Result<Self> {
-        let files = spec.files(config);
-        let named = |key| files.iter().find(|file| file.key == key).map(|file| file.path);
-        let tokenizer = match named("image_tokenizer.path") {
-            Some("demo") => Some(Bundle::open("demo")?.image_tokenizer_folder()?.config.image_tokenizer),
-            Some(path) if Path::new(path).join("config.toml").is_file() => {
-                Some(Bundle::open(path)?.image_tokenizer_folder()?.config.image_tokenizer)
-            }
-            Some(_) => None,
-            None => Some(config.image_tokenizer.clone()),
-        };
-        let vocabulary = match named("text.vocab") {
-            Some("demo") => Some(Bundle::open("demo")?.text()?.vocab_size()),
-            Some(path) => {
-                bounded_read::read_text(Path::new(path), bounded_read::VOCABULARY).ok().map(|text| text.lines().count())
-            }
-            None => Some(CHINESE_VOCABULARY),
-        };
-        let sizes = Self {
-            spec,
-            tokenizer_found: tokenizer.is_some(),
-            tokenizer: tokenizer.unwrap_or_else(|| config.image_tokenizer.clone()),
-            vocabulary_found: vocabulary.is_some(),
-            vocabulary: vocabulary.unwrap_or(CHINESE_VOCABULARY),
-            groups: Vec::new(),
-        };
-        sizes.with_vocabulary(config, sizes.vocabulary)
+        Self::with_inputs(spec, config, Inputs::of(config, &spec.files(config))?)
+    }
+
+    fn with_inputs(spec: &'static dyn TaskSpec, config: &Config, inputs: Inputs) -> Result<Self> {
+        let groups = spec.parameter_groups(config, &inputs)?;
+        Ok(Self { spec, inputs, groups })
     }
 
     /// The same with a vocabulary of this size.
@@ -82,9 +50,7 @@ impl Sizes {
     /// # Errors
     /// The sizes are impossible.
     pub fn with_vocabulary(&self, config: &Config, vocabulary: usize) -> Result<Self> {
-        let mut sizes = Self { vocabulary, ..self.clone() };
-        sizes.groups = sizes.spec.parameter_groups(config, &sizes)?;
-        Ok(sizes)
+        Self::with_inputs(self.spec, config, Inputs { vocabulary, ..self.inputs.clone() })
     }
 
     /// Parameters by part of what the configuration trains; parts without any are left out.
@@ -151,7 +117,7 @@ impl Sizes {
     /// The largest micro-batch of a rank for each of [`TaskSpec::sequences`] that has a loss.
     pub fn micro_batches(&self, config: &Config, ranks: usize) -> Vec<Micro> {
         let accumulation = config.train.accumulation;
-        let trained = self.spec.sequences(config, self).into_iter().filter(|all| all.weight > 0.0);
+        let trained = self.spec.sequences(config, &self.inputs).into_iter().filter(|all| all.weight > 0.0);
         let micro = |Sequences { layout, outputs, batch_size, .. }: Sequences| {
             let samples = samples(batch_size, ranks, accumulation).1;
             Micro { layout, samples, outputs, bytes: 4, copied: 0, again: accumulation > 1 }

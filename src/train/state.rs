@@ -150,7 +150,7 @@ impl RunState {
         let bad = parts.iter().find(|(_, part)| !is_finite(&part.values)).map_or("", |(name, _)| name.as_str());
         let all = shards.group().gather(bad.as_bytes().to_vec())?;
         let Some(bad) = all.iter().find(|name| !name.is_empty()) else { return Ok(()) };
-        let what = format!("step {}: `{}` is no longer finite", self.step, String::from_utf8_lossy(bad));
+        let what = format!("step {}: `{}` is not finite", self.step, String::from_utf8_lossy(bad));
         Err(failed(what, "lower train.learning_rate; the older checkpoints and the model folder are kept as they were"))
     }
 

@@ -2,6 +2,7 @@
 
 use super::{
     engine::tests as toy,
+    inputs::Inputs,
     shards::Shards,
     sizes::Sizes,
     tasks::{Fingerprint, TaskSpec},
@@ -119,7 +120,7 @@ impl TaskSpec for ToySpec {
         Ok(Box::new(ToyTask::new(config)))
     }
 
-    fn sample_kind(&self, _sizes: &Sizes) -> data::Kind {
+    fn sample_kind(&self, _inputs: &Inputs) -> data::Kind {
         data::Kind::Images(4)
     }
 
@@ -127,7 +128,7 @@ impl TaskSpec for ToySpec {
         vec![("train.batch_size", train.batch_size)]
     }
 
-    fn parameter_groups(&self, config: &Config, _sizes: &Sizes) -> Result<Vec<Params>> {
+    fn parameter_groups(&self, config: &Config, _inputs: &Inputs) -> Result<Vec<Params>> {
         Ok(toy::segments(&toy::chain(config.seed, 3).1).iter().map(|segment| segment.params().clone()).collect())
     }
 }

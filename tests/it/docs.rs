@@ -191,8 +191,8 @@ fn commands_and_options_exist() {
     assert!(wrong.is_empty(), "{wrong:#?}");
     assert!(seen > 80, "{seen} commands");
     for (line, what) in [
-        ("vilg paint x", "no command `paint`"),
-        ("vilg data paint", "no command `data paint`"),
+        ("vilg draw x", "no command `draw`"),
+        ("vilg data draw", "no command `data draw`"),
         ("vilg t2i x --colour", "`vilg t2i` has no option `--colour`"),
         ("vilg data vocab x -z 1", "`vilg data vocab` has no option `-z`"),
     ] {

@@ -58,8 +58,8 @@ fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
         true => Scope::empty_from_seed(1, &device),
         false => Scope::from_seed(1, candle_core::DType::F32, &device),
     };
-    let (grid, codes) = (sizes.tokenizer.grid(), sizes.tokenizer.codebook_size);
-    let model = Generator::new(&scope, config, sizes.vocabulary, codes, grid)?;
+    let (grid, codes) = (sizes.inputs.tokenizer.grid(), sizes.inputs.tokenizer.codebook_size);
+    let model = Generator::new(&scope, config, sizes.inputs.vocabulary, codes, grid)?;
     let segments = model.segments();
     let fresh = |name: &str| scope.fresh().map(|fresh| fresh.values(name)).transpose();
     if config.train.overlap {

@@ -22,8 +22,8 @@ use crate::{
         StepMetrics,
         data_loader::DataLoader,
         engine,
+        inputs::Inputs,
         shards::{Shards, names},
-        sizes::Sizes,
     },
 };
 use candle_core::{DType, Device, Tensor};
@@ -48,7 +48,7 @@ impl TaskSpec for Spec {
         sharded && train.init_from.is_empty()
     }
 
-    fn sample_kind(&self, _sizes: &Sizes) -> Kind {
+    fn sample_kind(&self, _inputs: &Inputs) -> Kind {
         Kind::Codes
     }
 
@@ -56,10 +56,10 @@ impl TaskSpec for Spec {
         vec![("train.batch_size", train.batch_size), ("train.caption_batch_size", train.caption_batch_size)]
     }
 
-    fn parameter_groups(&self, config: &Config, sizes: &Sizes) -> Result<Vec<Params>> {
-        let (codes, grid) = (sizes.tokenizer.codebook_size, sizes.tokenizer.grid());
+    fn parameter_groups(&self, config: &Config, inputs: &Inputs) -> Result<Vec<Params>> {
+        let (codes, grid) = (inputs.tokenizer.codebook_size, inputs.tokenizer.grid());
         let scope = Scope::empty_from_seed(config.seed, &Device::Cpu);
-        let model = Generator::new(&scope, config, sizes.vocabulary, codes, grid)?;
+        let model = Generator::new(&scope, config, inputs.vocabulary, codes, grid)?;
         Ok(model.segments().iter().map(|segment| segment.params().clone()).collect())
     }
 
@@ -76,21 +76,21 @@ impl TaskSpec for Spec {
         ]
     }
 
-    fn sequences(&self, config: &Config, sizes: &Sizes) -> Vec<Sequences> {
-        let (height, width) = sizes.tokenizer.grid();
+    fn sequences(&self, config: &Config, inputs: &Inputs) -> Vec<Sequences> {
+        let (height, width) = inputs.tokenizer.grid();
         let (train, grid, text) = (&config.train, Grid { height, width }, config.text.max_tokens);
         vec![
             Sequences {
                 name: "text to image",
                 layout: Layout::text_to_image(text, grid),
-                outputs: sizes.tokenizer.codebook_size,
+                outputs: inputs.tokenizer.codebook_size,
                 batch_size: train.batch_size,
                 weight: train.image_loss_weight,
             },
             Sequences {
                 name: "image to text",
                 layout: Layout::image_to_text(grid, text),
-                outputs: sizes.vocabulary,
+                outputs: inputs.vocabulary,
                 batch_size: train.caption_batch_size,
                 weight: train.text_loss_weight,
             },
@@ -187,7 +187,7 @@ impl GeneratorTask {
     }
 
     /// The same with weights of linear layers in `kept`, f32 or the precision of their products.
-    pub(in crate::train) fn kept_in(kept: Precision, config: &Config, group: &Group) -> Result<Self> {
+    pub fn kept_in(kept: Precision, config: &Config, group: &Group) -> Result<Self> {
         let mut config = config.clone();
         let text = match config.text.vocab.as_str() {
             "demo" => Bundle::open("demo")?.text()?,

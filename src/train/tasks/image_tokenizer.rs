@@ -26,8 +26,8 @@ use crate::{
         StepMetrics,
         data_loader::DataLoader,
         engine,
+        inputs::Inputs,
         shards::{Shards, names},
-        sizes::Sizes,
     },
 };
 use candle_core::{DType, Device, Tensor};
@@ -58,17 +58,17 @@ impl TaskSpec for Spec {
         Ok(Box::new(ImageTokenizerTask::new(config, group)?))
     }
 
-    fn sample_kind(&self, sizes: &Sizes) -> Kind {
-        Kind::Images(u32::try_from(sizes.tokenizer.image_size).unwrap_or(u32::MAX))
+    fn sample_kind(&self, inputs: &Inputs) -> Kind {
+        Kind::Images(u32::try_from(inputs.tokenizer.image_size).unwrap_or(u32::MAX))
     }
 
     fn batch_sizes(&self, train: &Train) -> Vec<(&'static str, usize)> {
         vec![("train.batch_size", train.batch_size)]
     }
 
-    fn parameter_groups(&self, config: &Config, sizes: &Sizes) -> Result<Vec<Params>> {
+    fn parameter_groups(&self, config: &Config, inputs: &Inputs) -> Result<Vec<Params>> {
         // The perceptual network is not trained, and its folder may be on another machine.
-        let settings = config::ImageTokenizer { perceptual_weight: 0.0, ..sizes.tokenizer.clone() };
+        let settings = config::ImageTokenizer { perceptual_weight: 0.0, ..inputs.tokenizer.clone() };
         let scope = Scope::empty_from_seed(config.seed, &Device::Cpu);
         let model = ImageTokenizer::in_training(&scope, &settings)?;
         Ok(model.segments().iter().map(|segment| segment.params().clone()).collect())
@@ -84,13 +84,13 @@ impl TaskSpec for Spec {
         ]
     }
 
-    fn predicted_tokens(&self, config: &Config, sizes: &Sizes) -> usize {
-        let (height, width) = sizes.tokenizer.grid();
+    fn predicted_tokens(&self, config: &Config, inputs: &Inputs) -> usize {
+        let (height, width) = inputs.tokenizer.grid();
         config.train.batch_size * height * width
     }
 
-    fn flops(&self, config: &Config, sizes: &Sizes) -> f64 {
-        flops::tokenizer(&sizes.tokenizer, config.train.batch_size)
+    fn flops(&self, config: &Config, inputs: &Inputs) -> f64 {
+        flops::tokenizer(&inputs.tokenizer, config.train.batch_size)
     }
 
     fn files<'a>(&self, config: &'a Config) -> Vec<InputFile<'a>> {

@@ -6,7 +6,8 @@
 mod generator;
 mod image_tokenizer;
 
-use super::{StepMetrics, shards::Shards, sizes::Sizes};
+pub use super::inputs::{FileKind, InputFile};
+use super::{StepMetrics, inputs::Inputs, shards::Shards};
 use crate::{
     bundle::Bundle,
     config::{self, Config, Train},
@@ -52,7 +53,7 @@ pub trait TaskSpec: Debug + Sync {
     }
 
     /// What the samples of its data are.
-    fn sample_kind(&self, sizes: &Sizes) -> data::Kind;
+    fn sample_kind(&self, inputs: &Inputs) -> data::Kind;
 
     /// The samples of a step, by the configuration key that says how many.
     fn batch_sizes(&self, train: &Train) -> Vec<(&'static str, usize)>;
@@ -61,7 +62,7 @@ pub trait TaskSpec: Debug + Sync {
     ///
     /// # Errors
     /// The sizes are impossible.
-    fn parameter_groups(&self, config: &Config, sizes: &Sizes) -> Result<Vec<Params>>;
+    fn parameter_groups(&self, config: &Config, inputs: &Inputs) -> Result<Vec<Params>>;
 
     /// The parts of the model in tables, with prefixes of their parameters' names. The longest prefix counts.
     fn parts(&self) -> &'static [(&'static str, &'static [&'static str])] {
@@ -69,18 +70,18 @@ pub trait TaskSpec: Debug + Sync {
     }
 
     /// The sequences of a step, for a model that is a transformer over them.
-    fn sequences(&self, _config: &Config, _sizes: &Sizes) -> Vec<Sequences> {
+    fn sequences(&self, _config: &Config, _inputs: &Inputs) -> Vec<Sequences> {
         Vec::new()
     }
 
     /// Tokens that a step predicts, at most.
-    fn predicted_tokens(&self, config: &Config, sizes: &Sizes) -> usize {
-        self.sequences(config, sizes).iter().map(|all| all.batch_size * all.layout.target_positions()).sum()
+    fn predicted_tokens(&self, config: &Config, inputs: &Inputs) -> usize {
+        self.sequences(config, inputs).iter().map(|all| all.batch_size * all.layout.target_positions()).sum()
     }
 
     /// FLOPs of a step, forward and backward; recomputation does not count.
-    fn flops(&self, config: &Config, sizes: &Sizes) -> f64 {
-        let trained = self.sequences(config, sizes).into_iter().filter(|all| all.weight > 0.0);
+    fn flops(&self, config: &Config, inputs: &Inputs) -> f64 {
+        let trained = self.sequences(config, inputs).into_iter().filter(|all| all.weight > 0.0);
         trained.map(|all| 3.0 * all.batch_size as f64 * flops::sequence(&config.model, &all.layout, all.outputs)).sum()
     }
 
@@ -122,24 +123,6 @@ pub struct Sequences {
     pub batch_size: usize,
     /// Weight of their loss; 0: they are left out.
     pub weight: f64,
-}
-
-/// A file or folder that a configuration names.
-#[derive(Debug, Clone, Copy)]
-pub struct InputFile<'a> {
-    pub key: &'static str,
-    pub path: &'a str,
-    pub kind: FileKind,
-    /// Whether the task cannot do without it.
-    pub required: bool,
-}
-
-/// What a path must be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FileKind {
-    File,
-    Folder,
-    Model,
 }
 
 /// A task that runs: the part of the training loop that differs between tasks.

@@ -76,7 +76,7 @@ impl Target {
     fn run(&self) {
         let folder = self.folder();
         if let Some(input) = env::var_os(INPUT) {
-            return self.judge(&fs::read(input).unwrap(), &folder.join("replay"));
+            return self.check_input(&fs::read(input).unwrap(), &folder.join("replay"));
         }
         if env::var_os(CHILD).is_some() {
             return self.run_cases();
@@ -117,7 +117,7 @@ impl Target {
     fn run_cases(&self) {
         let (seeds, folder) = ((self.seeds)(), self.folder());
         // Seeds are cases as well.
-        seeds.iter().for_each(|seed| self.judge(seed, &folder));
+        seeds.iter().for_each(|seed| self.check_input(seed, &folder));
         let first = env::var(SEED).map_or(0, |seed| seed.parse().expect("a number"));
         let begun = Instant::now();
         for round in first.. {
@@ -154,7 +154,7 @@ impl Target {
         // Each panic of the search for the smallest input would be printed.
         panic::set_hook(Box::new(|_| {}));
         let result = runner.run(&strategy, |case| {
-            self.judge(&input(&case), folder);
+            self.check_input(&input(&case), folder);
             Ok(())
         });
         drop(panic::take_hook());
@@ -173,7 +173,7 @@ impl Target {
     }
 
     /// Checks one input and what it took.
-    fn judge(&self, input: &[u8], folder: &Path) {
+    fn check_input(&self, input: &[u8], folder: &Path) {
         fs::create_dir_all(folder).unwrap();
         // Should the process end here, the input is known.
         write(folder.join("input"), input);

@@ -146,7 +146,7 @@ pub fn npy() -> Vec<u8> {
     vilg::data::npy([2, 3], &[0, 1, 2, 3, 4, 5])
 }
 
-/// What is beside shards of such codes.
+/// The description beside shards of these codes.
 pub const CODES_JSON: &str = r#"{"tokenizer":"0123456789abcdef","grid":[2,3],"codebook_size":6}"#;
 
 /// Shards of pairs and of codes, with long names, folders, links and two archives behind each other.
