@@ -25,8 +25,15 @@ unsafe impl Send for Comm {}
 /// Maximum size of a message in bytes, far below MPI's limit of 2³¹ elements.
 const CHUNK: usize = 1 << 30;
 
-/// MPI's environment: MPI ends when this is dropped.
-pub struct Universe(#[expect(dead_code, reason = "held only to be dropped")] ::mpi::environment::Universe);
+/// MPI's environment in this process.
+pub struct Universe(::mpi::environment::Universe);
+
+impl Universe {
+    /// Ends MPI in this process.
+    pub fn end(self) {
+        drop(self.0);
+    }
+}
 
 impl Comm {
     /// Starts MPI in this process; also returns this rank, the number of ranks, and how many are on this host.

@@ -40,7 +40,7 @@ pub fn run_mpi(place: &Place, patience: Duration, f: impl Fn(&Group) -> Result<(
     let (comm, universe, [rank, world_size, neighbours]) = mpi::Comm::start(place)?;
     let threads = (rayon::current_num_threads() / neighbours).max(1);
     runtime::set_local_rank(place.local_rank.unwrap_or(rank));
-    run((rank, world_size), Carrier::Mpi(comm), threads, patience, || drop(universe), f)
+    run((rank, world_size), Carrier::Mpi(comm), threads, patience, || universe.end(), f)
 }
 
 /// Runs `f` as rank `rank` on `threads` compute threads; `end` is called before this process leaves because of a failure.
