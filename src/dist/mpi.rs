@@ -36,11 +36,11 @@ impl Universe {
 }
 
 impl Comm {
-    /// Starts MPI in this process; also returns this rank, the number of ranks, and how many are on this host.
+    /// Starts MPI in this process; also returns the number of ranks on this host.
     ///
     /// # Errors
     /// MPI cannot be started, or is not what the launcher said.
-    pub fn start(place: &Place) -> Result<(Self, Universe, [usize; 3])> {
+    pub fn start(place: &Place) -> Result<(Self, Universe, usize)> {
         let Some((universe, threading)) = ::mpi::initialize_with_threading(Threading::Serialized) else {
             return Err(anyhow!("MPI was started before"));
         };
@@ -52,7 +52,7 @@ impl Comm {
         let hint = "start with the mpirun of the MPI that vilg was built with (or srun --mpi=pmix)";
         ensure!((rank, world_size) == said, usage(what, hint));
         let neighbours = usize::try_from(comm.split_shared(comm.rank()).size())?.max(1);
-        Ok((Self(comm), Universe(universe), [rank, world_size, neighbours]))
+        Ok((Self(comm), Universe(universe), neighbours))
     }
 
     /// Sends `parts[r]` to rank r and fills `buffers[r]` with what comes from there; `own` is this rank. Out of

@@ -25,7 +25,7 @@ impl Universe {
 impl Comm {
     /// # Errors
     /// Always: each of the processes would train on its own, in the same folder.
-    pub fn start(place: &Place) -> Result<(Self, Universe, [usize; 3])> {
+    pub fn start(place: &Place) -> Result<(Self, Universe, usize)> {
         let Place { launcher, rank, world_size, .. } = place;
         let what = format!("{launcher} started this as rank {rank} of {world_size}, but it was built without `mpi`");
         Err(usage(

@@ -25,11 +25,8 @@ pub fn run_tcp(
     patience: Duration,
     f: impl Fn(&Group) -> Result<()> + Sync,
 ) -> Result<()> {
-    let (rank, world_size) = (place.rank, place.world_size);
-    let (mesh, neighbours) = tcp::Mesh::connect(rank, world_size, master, patience)?;
-    let threads = (rayon::current_num_threads() / neighbours).max(1);
-    runtime::set_local_rank(place.local_rank.unwrap_or(rank));
-    run((rank, world_size), Carrier::Tcp(mesh), threads, patience, || {}, f)
+    let (mesh, neighbours) = tcp::Mesh::connect(place.rank, place.world_size, master, patience)?;
+    run(place, neighbours, Carrier::Tcp(mesh), patience, || {}, f)
 }
 
 /// Runs `f` as this process's rank; messages go over MPI.
@@ -37,24 +34,26 @@ pub fn run_tcp(
 /// # Errors
 /// MPI cannot be started, or is not what the launcher said. When a rank fails, as [`run_tcp`].
 pub fn run_mpi(place: &Place, patience: Duration, f: impl Fn(&Group) -> Result<()> + Sync) -> Result<()> {
-    let (comm, universe, [rank, world_size, neighbours]) = mpi::Comm::start(place)?;
-    let threads = (rayon::current_num_threads() / neighbours).max(1);
-    runtime::set_local_rank(place.local_rank.unwrap_or(rank));
-    run((rank, world_size), Carrier::Mpi(comm), threads, patience, || universe.end(), f)
+    let (comm, universe, neighbours) = mpi::Comm::start(place)?;
+    run(place, neighbours, Carrier::Mpi(comm), patience, || universe.end(), f)
 }
 
-/// Runs `f` as rank `rank` on `threads` compute threads; `end` is called before this process leaves because of a failure.
+/// Runs `f` as this process's rank, one of `neighbours` on this host that share its compute threads; `end` is called
+/// before this process exits because of a failure.
 ///
 /// # Errors
 /// When a rank fails, no process returns from here: each leaves with that rank's exit code.
 fn run(
-    (rank, world_size): (usize, usize),
+    place: &Place,
+    neighbours: usize,
     carrier: Carrier,
-    threads: usize,
     patience: Duration,
     end: impl FnOnce(),
     f: impl Fn(&Group) -> Result<()> + Sync,
 ) -> Result<()> {
+    let (rank, world_size) = (place.rank, place.world_size);
+    let threads = (rayon::current_num_threads() / neighbours).max(1);
+    runtime::set_local_rank(place.local_rank.unwrap_or(rank));
     let world = World::new((rank, world_size), carrier, patience);
     let group = Group::new(rank, world_size, Link::Processes(world));
     let work = || runtime::with_threads(threads, || f(&group)).and_then(|result| result);

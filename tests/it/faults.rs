@@ -1,8 +1,10 @@
 //! Wrong use and hostile files from outside: the program's exit code, and what it leaves alone.
 
-use crate::train;
+use crate::{
+    tokenizer::{tiny, write_model},
+    train,
+};
 use candle_core::{DType, Device, Tensor};
-use safetensors::Dtype;
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
@@ -13,8 +15,6 @@ use std::{
     time::{Duration, Instant},
 };
 use vilg::{
-    bundle::{self, Parts},
-    config::{self, Config, Task},
     nn::{params::Scope, weights},
     tokenizer::ImageTokenizer,
 };
@@ -58,17 +58,7 @@ fn export_into_the_working_folder_and_with_a_trailing_slash() {
 
 /// The model folder of a small tokenizer all of whose weights are `weight`.
 fn constant_model(path: &Path, weight: f32) {
-    let image_tokenizer = config::ImageTokenizer {
-        image_size: 16,
-        channels: 32,
-        channel_multipliers: vec![1, 1],
-        residual_blocks: 1,
-        attention_sides: vec![],
-        latent_channels: 8,
-        codebook_size: 50,
-        code_dim: 4,
-        ..config::ImageTokenizer::default()
-    };
+    let image_tokenizer = tiny();
     let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
     ImageTokenizer::new(&scope, &image_tokenizer).unwrap();
     let constant = |shape: &candle_core::Shape| Tensor::full(weight, shape, &Device::Cpu).unwrap();
@@ -78,9 +68,7 @@ fn constant_model(path: &Path, weight: f32) {
         (name.clone(), weights::of_tensor(&(constant(var.shape()) * sign).unwrap()).unwrap())
     });
     let weights: BTreeMap<_, _> = weights.collect();
-    let config = Config { task: Task::ImageTokenizer, image_tokenizer, ..Config::default() };
-    let parts = Parts { config: &config, weights, vocab: None, attribution: String::new(), image_tokenizer: None };
-    bundle::write(path, &parts, Dtype::F32).unwrap();
+    write_model(path, image_tokenizer, weights);
 }
 
 #[test]

@@ -4,18 +4,23 @@ use candle_core::{DType, Device};
 use safetensors::Dtype;
 use serde_json::Value;
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     process::{Command, Output},
 };
 use vilg::{
     bundle::{self, Parts},
     config::{self, Config, Task},
-    nn::{params::Scope, weights},
+    nn::{
+        params::Scope,
+        weights::{self, Values},
+    },
     tokenizer::ImageTokenizer,
 };
 
-fn model(folder: &Path) -> PathBuf {
-    let image_tokenizer = config::ImageTokenizer {
+/// A tokenizer of images of 16 x 16 pixels.
+pub fn tiny() -> config::ImageTokenizer {
+    config::ImageTokenizer {
         image_size: 16,
         channels: 32,
         channel_multipliers: vec![1, 1],
@@ -25,9 +30,12 @@ fn model(folder: &Path) -> PathBuf {
         codebook_size: 50,
         code_dim: 4,
         ..config::ImageTokenizer::default()
-    };
+    }
+}
+
+fn model(folder: &Path) -> PathBuf {
     let path = folder.join("model");
-    write_random(&path, image_tokenizer);
+    write_random(&path, tiny());
     path
 }
 
@@ -35,7 +43,11 @@ fn model(folder: &Path) -> PathBuf {
 pub fn write_random(path: &Path, image_tokenizer: config::ImageTokenizer) {
     let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
     ImageTokenizer::new(&scope, &image_tokenizer).unwrap();
-    let weights = weights::of_params(&scope.params()).unwrap();
+    write_model(path, image_tokenizer, weights::of_params(&scope.params()).unwrap());
+}
+
+/// Writes the model folder of a tokenizer with these weights.
+pub fn write_model(path: &Path, image_tokenizer: config::ImageTokenizer, weights: BTreeMap<String, Values>) {
     let config = Config { task: Task::ImageTokenizer, image_tokenizer, ..Config::default() };
     let parts = Parts { config: &config, weights, vocab: None, attribution: String::new(), image_tokenizer: None };
     bundle::write(path, &parts, Dtype::F32).unwrap();

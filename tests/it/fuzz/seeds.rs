@@ -97,7 +97,7 @@ pub fn images() -> Vec<Vec<u8>> {
         read("golden/cmyk.jpg"),
         read("cases/jpeg_scan_cut_with_eoi.jpg"),
     ];
-    // A JPEG that says in its EXIF segment that it is to be turned.
+    // A JPEG with an orientation in its EXIF segment.
     let jpeg = encoded(&rgb(12, 9), ImageFormat::Jpeg);
     let exif = b"\xff\xe1\x00\x22Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0";
     all.push([&jpeg[..2], exif, &jpeg[2..]].concat());
@@ -173,7 +173,7 @@ pub fn shards() -> Vec<Vec<u8>> {
     vec![pairs, codes, odd, both]
 }
 
-/// Gives what the sizes of headers lead to the right checksums.
+/// Corrects the checksums of the headers that the sizes lead to.
 #[expect(clippy::ptr_arg, reason = "all repair functions have one type")]
 pub fn repair_tar(bytes: &mut Vec<u8>) {
     let mut at = 0;

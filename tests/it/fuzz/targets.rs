@@ -334,7 +334,7 @@ fn side_json() {
         }
         write(folder.join("a.json"), json);
         let source = Source::open(folder.to_str().unwrap(), 1.0).unwrap();
-        // Whatever the JSON is: the image is good, and so is the text.
+        // Image and text are good, so any JSON beside them is accepted.
         let record = source.shards[0].read(0, Kind::Pairs(8), None).unwrap();
         let info: CodesInfo = serde_json::from_str(seeds::CODES_JSON).unwrap();
         check_record(&record, Kind::Pairs(8), &info);
@@ -478,6 +478,9 @@ fn check_config(loaded: &Loaded) {
     }
 }
 
+/// Those of reading and planning a configuration.
+const CONFIG: Bounds = Bounds { bytes: 64 * MB, per_byte: 2000 };
+
 const TOML_WORDS: &[&[u8]] = &[
     b"[model]\n",
     b"[train]\n",
@@ -526,8 +529,7 @@ fn config_file() {
         }
     };
     let (cases, seeds, repair) = (300, seeds::configurations as _, seeds::no_repair as _);
-    let bounds = Bounds { bytes: 64 * MB, per_byte: 2000 };
-    Target { name: "config_file", cases, seeds, words: TOML_WORDS, repair, bounds, check }.run();
+    Target { name: "config_file", cases, seeds, words: TOML_WORDS, repair, bounds: CONFIG, check }.run();
 }
 
 #[test]
@@ -544,8 +546,7 @@ fn config_set() {
         }
     };
     let (cases, seeds, repair) = (300, seeds::assignments as _, seeds::no_repair as _);
-    let bounds = Bounds { bytes: 64 * MB, per_byte: 2000 };
-    Target { name: "config_set", cases, seeds, words: TOML_WORDS, repair, bounds, check }.run();
+    Target { name: "config_set", cases, seeds, words: TOML_WORDS, repair, bounds: CONFIG, check }.run();
 }
 
 #[test]
