@@ -197,6 +197,14 @@ pub fn bar(length: u64, label: &str) -> ProgressBar {
     bar
 }
 
+/// A count of finished rows and their speed on one line of stderr, where the total is unknown. Hidden like [`bar`].
+pub fn counter(label: &str) -> ProgressBar {
+    let bar = bar(0, label);
+    let style = ProgressStyle::with_template("{pos} {msg}, {per_sec}, {elapsed} elapsed");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,11 +1,11 @@
 //! Bad samples: cause, count and example locations.
 
 use crate::error::{Result, failed};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt};
 
 /// Why a sample (or a part of a shard) cannot be used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Cause {
     /// The file cannot be opened or read.
@@ -44,6 +44,8 @@ pub enum Cause {
     NotUtf8,
     /// The JSON cannot be parsed.
     BadJson,
+    /// A row of a table has another number of fields than its header, or a cell does not hold text.
+    BadRow,
 }
 
 impl fmt::Display for Cause {
@@ -74,10 +76,10 @@ pub fn printable(text: &str) -> String {
 }
 
 /// Counts of bad samples by cause, with the first few locations of each cause.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct BadCounts(BTreeMap<Cause, Found>);
 
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 struct Found {
     count: u64,
     examples: Vec<String>,

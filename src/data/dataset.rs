@@ -17,7 +17,7 @@ use crate::{
 use rayon::prelude::*;
 use std::{
     fs,
-    io::{self, Read},
+    io::{self, Read, Write},
     path::{Path, PathBuf},
     time::UNIX_EPOCH,
 };
@@ -221,7 +221,8 @@ impl Source {
 }
 
 impl Shard {
-    fn tar(path: PathBuf, name: PathBuf) -> Self {
+    /// Indexes a tar shard. Damage is counted in `bad`.
+    pub(super) fn tar(path: PathBuf, name: PathBuf) -> Self {
         let tar::Index { places, bad } = tar::index(&path);
         Self { path, name, samples: Samples::Tar(places), bad }
     }
@@ -292,6 +293,20 @@ impl Shard {
                 tar::read(&self.path, *places.get(index).ok_or_else(missing)?, |extension| wants(kind, extension))
             }
             Samples::Files(images) => read_files(images.get(index).ok_or_else(missing)?, kind),
+        }
+    }
+
+    /// Copies all members of sample `index` byte by byte; false, without writing, if the shard is not a tar.
+    ///
+    /// # Errors
+    /// The shard cannot be read, or the output cannot be written.
+    pub fn copy(&self, index: usize, output: &mut impl Write) -> Result<bool> {
+        match &self.samples {
+            Samples::Tar(places) => {
+                let place = places.get(index).with_context(|| format!("no sample {index}"))?;
+                tar::copy(&self.path, *place, output).map(|()| true)
+            }
+            Samples::Files(_) => Ok(false),
         }
     }
 

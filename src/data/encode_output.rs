@@ -114,13 +114,13 @@ impl Lock {
                 runtime::Lock::Held if is_at(&file, &path) => return Ok(Self { path, file: Some(file) }),
                 runtime::Lock::Held => {}
                 runtime::Lock::Busy => {
-                    let message = format!("another process is encoding into {}", folder.display());
+                    let message = format!("another process is writing to {}", folder.display());
                     return Err(failed(message, "wait until it is done, or choose another folder with -o"));
                 }
                 runtime::Lock::Unsupported(error) => {
                     let folder = folder.display();
                     report::warn(format_args!(
-                        "cannot lock {folder} ({error}): make sure that no other process encodes into it"
+                        "cannot lock {folder} ({error}): make sure that no other process writes to it"
                     ));
                     return Ok(Self { path, file: None });
                 }

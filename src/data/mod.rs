@@ -15,6 +15,7 @@ mod encode_output;
 mod encode_tests;
 #[cfg(test)]
 mod fault_tests;
+pub mod filter;
 pub mod image;
 pub mod image_file;
 #[cfg(test)]
@@ -27,6 +28,7 @@ pub mod paths;
 mod record;
 mod sampler;
 mod source_file;
+pub mod table;
 mod tar;
 #[cfg(test)]
 mod tests;

@@ -53,20 +53,27 @@ pub fn find(source: &str) -> Result<Found> {
     Ok(found)
 }
 
+/// The paths that a source stands for: braces and patterns are expanded, folders are not opened.
+///
+/// # Errors
+/// A brace list stands for too many names, or a parent folder cannot be listed.
+pub fn expand(source: &str) -> Result<Vec<PathBuf>> {
+    if Path::new(source).exists() {
+        return Ok(vec![PathBuf::from(source)]);
+    }
+    let mut paths = Vec::new();
+    for pattern in braces(source)? {
+        paths.extend(glob(&pattern)?);
+    }
+    Ok(paths)
+}
+
 /// Whether a source exists at all, so that what [`find`] misses is damage and not a missing source.
 ///
 /// # Errors
 /// A brace list stands for too many names, or a parent folder cannot be listed.
 pub fn is_there(source: &str) -> Result<bool> {
-    if Path::new(source).exists() {
-        return Ok(true);
-    }
-    for pattern in braces(source)? {
-        if !glob(&pattern)?.is_empty() {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+    Ok(!expand(source)?.is_empty())
 }
 
 fn failed_to_find(path: &str, bad: &BadCounts) -> crate::error::Error {
@@ -138,6 +145,22 @@ fn is_image(path: &Path) -> bool {
     IMAGE_EXTENSIONS.contains(&extension(path).as_str())
 }
 
+/// The files of a folder and its subfolders, in order.
+///
+/// # Errors
+/// A folder cannot be listed.
+pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for path in entries(folder)? {
+        if path.is_dir() && !path.is_symlink() {
+            files.extend(self::files(&path)?);
+        } else {
+            files.push(path);
+        }
+    }
+    Ok(files)
+}
+
 /// The entries of a folder, sorted by name, without names that start with a dot.
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     let cannot = || format!("cannot list {}", folder.display());
@@ -164,7 +187,7 @@ fn braces(pattern: &str) -> Result<Vec<String>> {
             done.push(pattern);
             continue;
         };
-        let expanded = expand(alternatives);
+        let expanded = alternatives_of(alternatives);
         let count = expanded.as_ref().map_or(usize::MAX, Vec::len);
         ensure!(
             count.saturating_add(open.len() + done.len()) <= MAX_ALTERNATIVES,
@@ -183,7 +206,7 @@ fn first_brace(pattern: &str) -> Option<(&str, &str, &str)> {
 }
 
 /// The alternatives of one brace list; `None` if there are too many.
-fn expand(inner: &str) -> Option<Vec<String>> {
+fn alternatives_of(inner: &str) -> Option<Vec<String>> {
     let range = inner.split_once("..").and_then(|(a, b)| Some((a, a.parse::<u64>().ok()?, b.parse::<u64>().ok()?)));
     let Some((from, first, last)) = range else {
         return Some(inner.split(',').map(str::to_owned).collect());

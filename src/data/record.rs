@@ -134,7 +134,7 @@ fn captions(members: &Members, meta: &Value) -> Result<Vec<String>, Bad> {
 }
 
 /// Cleans a caption: control characters and runs of spaces become one space, and it is truncated to 4096 characters.
-fn clean(text: &str) -> String {
+pub(super) fn clean(text: &str) -> String {
     let text = text.trim_start_matches('\u{feff}');
     let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
     let line = words.collect::<Vec<_>>().join(" ");

@@ -8,11 +8,12 @@ use super::{
     members::Members,
     source_file::{foreign_format, open_regular},
 };
+use crate::error::{Result, ensure};
 use std::{
     collections::HashSet,
     fs::File,
     hash::{DefaultHasher, Hash, Hasher},
-    io::{BufReader, Read, Seek, SeekFrom},
+    io::{self, BufReader, Read, Seek, SeekFrom, Write},
     ops::Range,
     path::Path,
 };
@@ -67,7 +68,7 @@ fn open_and_list(path: &Path, index: &mut Index) -> Result<(), Bad> {
         return Err(Bad::new(Cause::BrokenTar, "the file is empty"));
     }
     let mut head = Vec::new();
-    file.by_ref().take(BLOCK).read_to_end(&mut head).map_err(unreadable)?;
+    Read::by_ref(&mut file).take(BLOCK).read_to_end(&mut head).map_err(unreadable)?;
     if !is_header(&head)
         && let Some(format) = foreign_format(&head)
     {
@@ -148,6 +149,20 @@ pub fn read(path: &Path, place: Place, wants: impl Fn(&str) -> bool) -> Result<(
     let buffer = place.length.clamp(BLOCK, READ_AHEAD) as usize;
     let mut walker = Walker::new(BufReader::with_capacity(buffer, file), place.length);
     read_members(&mut walker, wants).map_err(in_shard)
+}
+
+/// Copies the members of a sample, headers included.
+///
+/// # Errors
+/// The shard cannot be read, or the output cannot be written.
+pub fn copy(path: &Path, place: Place, output: &mut impl Write) -> Result<()> {
+    let mut file = open_regular(path)?;
+    file.seek(SeekFrom::Start(place.start))?;
+    let copied = io::copy(&mut file.take(place.length), output)?;
+    ensure!(copied == place.length, "{} is shorter than before", path.display());
+    // Only the last member of an archive can lack its padding.
+    let padding = copied.next_multiple_of(BLOCK) - copied;
+    Ok(output.write_all(&vec![0; padding as usize])?)
 }
 
 fn read_members(walker: &mut Walker<BufReader<File>>, wants: impl Fn(&str) -> bool) -> Result<(String, Members), Bad> {

@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""Makes tests/golden/filter/jieba.tsv (number of words without punctuation, and whether one is a noun, of each caption in
+captions.tsv by Python's jieba) and tests/golden/filter/phash.tsv (pHash by Python's ImageHash of images by a formula).
+
+    python3 -m venv venv && venv/bin/pip install jieba==0.42.1 ImageHash==4.3.2 pillow
+    venv/bin/python scripts/golden_filter.py tests/golden/filter
+"""
+import pathlib
+import sys
+from importlib.metadata import version
+
+import imagehash
+import jieba.posseg
+from PIL import Image
+
+
+def image(number):
+    """An image of 128 x 96 pixels with slow waves; src/data/filter/tests.rs has the same formula."""
+    def pixel(x, y):
+        wave = (x * (3 + number) + y * (5 - number % 3) + x * y * number // 64) % 512
+        level = wave if wave < 256 else 511 - wave
+        return level, (level + 40 * number) % 256, 255 - level
+    picture = Image.new("RGB", (128, 96))
+    picture.putdata([pixel(x, y) for y in range(96) for x in range(128)])
+    return picture
+
+
+def main(folder):
+    captions = [line.split("\t")[1] for line in (folder / "captions.tsv").read_text("utf-8").splitlines()]
+    with open(folder / "jieba.tsv", "w", encoding="utf-8") as file:
+        file.write(f"# jieba {version('jieba')}\n")
+        for caption in captions:
+            words = [(word, flag) for word, flag in jieba.posseg.cut(caption)]
+            spoken = sum(any(c.isalnum() for c in word) for word, _ in words)
+            file.write(f"{spoken}\t{int(any(flag.startswith('n') for _, flag in words))}\t{caption}\n")
+    with open(folder / "phash.tsv", "w", encoding="utf-8") as file:
+        file.write(f"# ImageHash {version('ImageHash')}\n")
+        for number in range(8):
+            file.write(f"{number}\t{imagehash.phash(image(number))}\n")
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))

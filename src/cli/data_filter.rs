@@ -1,0 +1,225 @@
+//! `vilg data filter`
+
+use crate::{
+    data::{
+        filter::{BlockedWords, DuplicateRules, Filter, Outcome, Settings, TextRules, Unit, input, measure, page},
+        table,
+    },
+    dist,
+    error::{Hint, Result, ensure, usage},
+    report,
+};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Seconds that `--plan` scans.
+const PLAN_SECONDS: f64 = 10.0;
+/// Web pairs that the paper filtered.
+const PAPER_ROWS: f64 = 800e6;
+/// Pairs that the paper trained on.
+const PAPER_PAIRS: f64 = 145e6;
+
+/// Filter image-text pairs by the rules of the paper (§3.2.1), and remove duplicates
+#[derive(clap::Args)]
+#[command(
+    after_help = "Rules in order; a row counts under the first that it breaks: bad, too-long, no-noun, special-characters, \
+    blocked-word, small-image, aspect-ratio, low-similarity, frequent-caption, duplicate-caption, duplicate-image. \
+    Run the same command again to resume. Under torchrun, mpirun or srun, the ranks share the inputs."
+)]
+pub struct Args {
+    /// Tar shards or folders as for `vilg data inspect`, or tables (.jsonl, .csv, .tsv, .parquet) and folders of them
+    #[arg(required = true, value_name = "SOURCE")]
+    sources: Vec<String>,
+    /// Folder to write to; for one table, also a file with the table's extension
+    #[arg(short, long, value_name = "PATH", required_unless_present = "plan")]
+    output: Option<PathBuf>,
+    /// Do not read images: only the rules about text
+    #[arg(long)]
+    text_only: bool,
+    /// Maximum length of a caption; the paper keeps fewer than 15 words (0: off)
+    #[arg(long, default_value_t = 14, value_name = "N")]
+    max_length: usize,
+    /// What the length is counted in
+    #[arg(long, default_value = "words", value_name = "UNIT")]
+    unit: Unit,
+    /// Keep captions without a noun
+    #[arg(long)]
+    keep_without_noun: bool,
+    /// Keep captions with special characters (docs/data.md lists them)
+    #[arg(long)]
+    keep_special_characters: bool,
+    /// File with words that no caption may contain, one on each line
+    #[arg(long, value_name = "FILE")]
+    blocked_words: Option<PathBuf>,
+    /// Minimum length of the shorter side of an image in pixels (0: off)
+    #[arg(long, default_value_t = 64, value_name = "PIXELS")]
+    min_side: u32,
+    /// Maximum ratio of the longer to the shorter side of an image (0: off)
+    #[arg(long, default_value_t = 3.0, value_name = "RATIO")]
+    max_aspect_ratio: f64,
+    /// Column or JSON field with the similarity of image and caption; without it, that rule is off
+    #[arg(long, value_name = "NAME")]
+    similarity_column: Option<String>,
+    /// Keep pairs whose similarity is above this
+    #[arg(long, default_value_t = 0.5, value_name = "X", requires = "similarity_column")]
+    min_similarity: f64,
+    /// Leave out captions that occur more often than this, such as 点击查看大图 (0: off)
+    #[arg(long, default_value_t = 10, value_name = "N")]
+    max_caption_repeats: usize,
+    /// Keep only the first of equal captions (without case, spaces and punctuation)
+    #[arg(long)]
+    unique_captions: bool,
+    /// Keep duplicates of images
+    #[arg(long)]
+    keep_duplicate_images: bool,
+    /// Bits of the 64-bit perceptual hash in which near images may differ (0: equal hashes)
+    #[arg(long, default_value_t = 4, value_name = "BITS", value_parser = clap::value_parser!(u32).range(0..=8))]
+    image_distance: u32,
+    /// Mirrored images are duplicates too
+    #[arg(long)]
+    mirrored: bool,
+    /// Column of a table that holds the caption
+    #[arg(long, default_value = "caption", value_name = "NAME")]
+    caption_column: String,
+    /// Column of a table that holds the width of the image in pixels
+    #[arg(long, default_value = "width", value_name = "NAME")]
+    width_column: String,
+    /// Column of a table that holds the height of the image in pixels
+    #[arg(long, default_value = "height", value_name = "NAME")]
+    height_column: String,
+    /// Measure the speed on the first inputs and print time and memory for the paper's data; write nothing
+    #[arg(long)]
+    plan: bool,
+}
+
+pub fn run(args: Args, json: bool) -> Result<()> {
+    let settings = settings(&args)?;
+    let inputs = input::find(&args.sources)?;
+    if args.plan {
+        return plan(&inputs, &settings, json);
+    }
+    let output = args.output.unwrap_or_default();
+    let is_file = is_table(&output) && !output.is_dir();
+    if let [only] = inputs.as_slice() {
+        let same = only.kind == input::InputKind::Table && only.path.extension() == output.extension();
+        let message = format!("{} cannot become {}", only.path.display(), output.display());
+        ensure!(!is_file || same, usage(message, "-o needs a folder, or a file with the extension of the only table"));
+    } else {
+        let message = format!("{} inputs cannot become the file {}", inputs.len(), output.display());
+        ensure!(!is_file, usage(message, "-o needs a folder"));
+    }
+    let place = dist::place()?;
+    let (rank, world_size) = place.map_or((0, 1), |place| (place.rank, place.world_size));
+    let bar = report::counter("rows, counted twice");
+    let filter = Filter { settings, inputs, output, is_file, rank, world_size };
+    let outcome = filter.run(&|rows| bar.inc(rows))?;
+    bar.finish_and_clear();
+    if rank == 0 {
+        write_report(&filter.output, is_file, &outcome)?;
+    }
+    if json {
+        report::json(&outcome)
+    } else {
+        print(&outcome)
+    }
+    Ok(())
+}
+
+fn is_table(path: &Path) -> bool {
+    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+    table::EXTENSIONS.contains(&extension.to_ascii_lowercase().as_str())
+}
+
+fn settings(args: &Args) -> Result<Settings> {
+    for (name, number) in [("max-aspect-ratio", args.max_aspect_ratio), ("min-similarity", args.min_similarity)] {
+        ensure!(
+            number.is_finite(),
+            usage(format_args!("--{name} {number} is not a number"), "write a number such as 0.5")
+        );
+    }
+    let text = TextRules {
+        max_length: (args.max_length > 0).then_some(args.max_length),
+        unit: args.unit,
+        noun: !args.keep_without_noun,
+        no_special_characters: !args.keep_special_characters,
+        blocked: args.blocked_words.as_deref().map(BlockedWords::read).transpose()?,
+    };
+    let duplicates = DuplicateRules {
+        max_caption_repeats: (args.max_caption_repeats > 0).then_some(args.max_caption_repeats),
+        unique_captions: args.unique_captions,
+        image_distance: (!args.keep_duplicate_images && !args.text_only).then_some(args.image_distance),
+        mirrored: args.mirrored,
+    };
+    Ok(Settings {
+        text,
+        text_only: args.text_only,
+        min_side: args.min_side,
+        max_aspect_ratio: (args.max_aspect_ratio > 0.0).then_some(args.max_aspect_ratio),
+        similarity_column: args.similarity_column.clone(),
+        min_similarity: args.min_similarity,
+        duplicates,
+        caption_column: args.caption_column.clone(),
+        width_column: args.width_column.clone(),
+        height_column: args.height_column.clone(),
+    })
+}
+
+/// `filter.json` and `filter.html` in the output folder, or `NAME.filter.json` beside an output file.
+fn write_report(output: &Path, is_file: bool, outcome: &Outcome) -> Result<()> {
+    let contents = [("json", serde_json::to_string_pretty(outcome)?), ("html", page(&outcome.report)?)];
+    for (extension, content) in contents {
+        let extension = format!("filter.{extension}");
+        let path = if is_file { output.with_extension(extension) } else { output.join(extension) };
+        fs::write(&path, content)
+            .hint(format_args!("cannot write {}", path.display()), "choose another output with -o")?;
+    }
+    Ok(())
+}
+
+fn print(outcome: &Outcome) {
+    let report = &outcome.report;
+    let rows: Vec<Vec<String>> = report
+        .rules
+        .iter()
+        .map(|count| vec![count.rule.to_string(), count.left_out.to_string(), count.remaining.to_string()])
+        .collect();
+    report::table(&["rule", "left out", "remaining"], &rows);
+    if report.bad.total() > 0 {
+        report::result(format_args!("bad: {}", report.bad));
+    }
+    report::result(format_args!("kept {} of {} rows in {} inputs", report.kept, report.rows, report.inputs));
+    if outcome.finished_before > 0 {
+        report::result(format_args!("{} outputs were finished before", outcome.finished_before));
+    }
+}
+
+/// Prints the cost of filtering the paper's data on machines like this one.
+fn plan(inputs: &[input::Input], settings: &Settings, json: bool) -> Result<()> {
+    let (per_second, rows) = measure(inputs, settings, PLAN_SECONDS)?;
+    let hours = |rows: f64| rows / per_second / 3600.0;
+    // 16 bytes for a caption or image in comparison, 1 byte for the verdict of a row, 32 for its stored features.
+    let (memory, disk) = (PAPER_PAIRS * 17.0 / 1e9, PAPER_ROWS * 32.0 / 1e9);
+    if json {
+        report::json(&serde_json::json!({
+            "rows_scanned": rows,
+            "rows_per_second": per_second,
+            "hours_800m_rows": hours(PAPER_ROWS),
+            "hours_145m_pairs": hours(PAPER_PAIRS),
+            "memory_bytes_145m_pairs": PAPER_PAIRS * 17.0,
+            "disk_bytes_800m_rows": PAPER_ROWS * 32.0,
+        }));
+        return Ok(());
+    }
+    let lines = [
+        ["rows scanned", &rows.to_string()],
+        ["rows/s in this process", &format!("{per_second:.0}")],
+        ["800 million rows, first pass", &format!("{:.1} h / number of ranks", hours(PAPER_ROWS))],
+        ["145 million pairs, first pass", &format!("{:.1} h / number of ranks", hours(PAPER_PAIRS))],
+        ["memory of each rank to compare 145 million pairs", &format!("{memory:.1} GB")],
+        ["features of 800 million rows on disk", &format!("{disk:.1} GB")],
+    ];
+    report::table(&[], &lines.map(|line| line.map(str::to_owned).to_vec()));
+    Ok(())
+}

@@ -1,0 +1,119 @@
+//! What is filtered: tar shards, folders of images, and tables.
+
+use crate::{
+    data::{
+        dataset::{Shard, Source},
+        paths, table,
+    },
+    error::{Context, Result, ensure, failed, usage},
+};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    time::UNIX_EPOCH,
+};
+
+/// One unit of work; it becomes one file of the output.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Input {
+    pub path: PathBuf,
+    /// Path of its output below the output folder.
+    pub name: PathBuf,
+    pub kind: InputKind,
+}
+
+/// What an [`Input`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InputKind {
+    Tar,
+    /// A folder of images with captions; the output is one tar shard.
+    Folder,
+    Table,
+}
+
+impl Input {
+    /// The size and modification time of a file; for a folder, of all its images and captions.
+    ///
+    /// # Errors
+    /// The input cannot be read.
+    pub fn stamp(&self) -> Result<String> {
+        if self.kind == InputKind::Folder {
+            return Ok(self.shard()?.digest(true)?.to_hex().to_string());
+        }
+        let meta = fs::metadata(&self.path).with_context(|| format!("cannot read {}", self.path.display()))?;
+        let modified = meta.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        Ok(format!("{} bytes, {} ns", meta.len(), modified.unwrap_or_default().as_nanos()))
+    }
+
+    /// The samples of a tar or a folder.
+    ///
+    /// # Errors
+    /// The folder cannot be read. A damaged tar is no error: see [`Shard::bad`].
+    pub fn shard(&self) -> Result<Shard> {
+        match self.kind {
+            InputKind::Tar => Ok(Shard::tar(self.path.clone(), self.name.clone())),
+            _ => {
+                let source = Source::open(&self.path.to_string_lossy(), 1.0)?;
+                let images = source.shards.into_iter().next_back();
+                images.with_context(|| format!("no images in {}", self.path.display()))
+            }
+        }
+    }
+}
+
+/// Finds the inputs of all sources, in order: tables by name or pattern, and what other commands take as a source. Of a
+/// folder without shards and images, its tables are taken.
+///
+/// # Errors
+/// A source has no input, or two inputs would be written under one name.
+pub fn find(sources: &[String]) -> Result<Vec<Input>> {
+    let mut inputs = Vec::new();
+    for source in sources {
+        let expanded = paths::expand(source)?;
+        let tables: Vec<PathBuf> = match expanded.iter().all(|path| is_table(path)) {
+            true => expanded,
+            false => Vec::new(),
+        };
+        if !tables.is_empty() {
+            inputs.extend(tables.into_iter().map(|path| of_table(path, None)));
+            continue;
+        }
+        match paths::find(source) {
+            Ok(found) => {
+                let tars = found.tars.into_iter().map(|(path, name)| Input { path, name, kind: InputKind::Tar });
+                inputs.extend(tars);
+                if !found.images.is_empty() {
+                    let (path, name) = (PathBuf::from(source), PathBuf::from("00000.tar"));
+                    inputs.push(Input { path, name, kind: InputKind::Folder });
+                }
+            }
+            Err(error) => {
+                let before = inputs.len();
+                let root = Path::new(source);
+                let files = if root.is_dir() { paths::files(root)? } else { Vec::new() };
+                let tables = files.into_iter().filter(|path| is_table(path));
+                inputs.extend(tables.map(|path| of_table(path, Some(root))));
+                ensure!(inputs.len() > before, error);
+            }
+        }
+    }
+    ensure!(!inputs.is_empty(), usage("there is no input", "name shards, a folder or tables"));
+    let mut names = BTreeSet::new();
+    for Input { name, .. } in &inputs {
+        let twice = || failed(format_args!("two outputs would be named {}", name.display()), "filter them separately");
+        ensure!(names.insert(name), twice());
+    }
+    Ok(inputs)
+}
+
+fn is_table(path: &Path) -> bool {
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+    table::EXTENSIONS.contains(&extension.as_str()) && path.is_file()
+}
+
+fn of_table(path: PathBuf, root: Option<&Path>) -> Input {
+    let below = root.and_then(|root| path.strip_prefix(root).ok()).map(Path::to_path_buf);
+    let name = below.unwrap_or_else(|| path.file_name().map(PathBuf::from).unwrap_or_default());
+    Input { path, name, kind: InputKind::Table }
+}

@@ -1,0 +1,264 @@
+//! A filtering run: both passes over the inputs of this rank, and the comparison of all rows in between.
+
+use super::{
+    Settings, duplicates,
+    feature::Features,
+    input::{Input, InputKind},
+    report::Report,
+    rule::Rule,
+    scan::scan,
+    write::{write_shard, write_table},
+};
+use crate::{
+    bounded_read,
+    data::encode_output::{Lock, remove_leftovers, write_whole},
+    error::{Context, Hint, Result, ensure, failed},
+    report::note,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// Time between two looks for the features of other ranks.
+const POLL: Duration = Duration::from_secs(2);
+
+/// A run of `vilg data filter`.
+pub struct Filter {
+    pub settings: Settings,
+    pub inputs: Vec<Input>,
+    /// Folder of the outputs, or the output itself if `is_file`.
+    pub output: PathBuf,
+    /// Whether the only input becomes the file `output`.
+    pub is_file: bool,
+    pub rank: usize,
+    pub world_size: usize,
+}
+
+/// What a run did.
+#[derive(Debug, Serialize)]
+pub struct Outcome {
+    /// Counts over all inputs of all ranks.
+    #[serde(flatten)]
+    pub report: Report,
+    /// Outputs that this rank wrote.
+    pub written: u64,
+    /// Outputs of this rank that an earlier run finished.
+    pub finished_before: u64,
+}
+
+/// The record of a finished output.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Done {
+    /// Absolute path of the input.
+    input: PathBuf,
+    made_from: String,
+    /// Digest of which rows are kept.
+    kept: String,
+}
+
+impl Filter {
+    /// Filters all inputs of this rank; `progress` is called with numbers of rows, twice for each row.
+    ///
+    /// # Errors
+    /// An input cannot be read, an output is not one of ours or cannot be written, or another process writes to it.
+    pub fn run(&self, progress: &(impl Fn(u64) + Sync)) -> Result<Outcome> {
+        let state = self.state();
+        let cannot = || format!("cannot create {}", state.display());
+        let of_rank = state.join(format!("rank{}", self.rank));
+        fs::create_dir_all(&of_rank).hint(cannot(), "choose another output with -o")?;
+        let _lock = Lock::take(&of_rank)?;
+        self.own().try_for_each(|input| self.check_output(input))?;
+        for input in self.own() {
+            let (path, made_from) = (self.state_file(input, "features"), self.made_from(input)?);
+            if let Some((rows, _)) = Features::stored(&path, &made_from) {
+                progress(rows);
+                continue;
+            }
+            remove_leftovers(&path);
+            create_parent(&path)?;
+            scan(input, &self.settings, progress)?.write(&path, &made_from)?;
+        }
+        self.wait_for_other_ranks()?;
+        let (broken, ends) = self.judge()?;
+        let report = self.count(&broken, &ends)?;
+        let mut outcome = Outcome { report, written: 0, finished_before: 0 };
+        for (index, input) in self.inputs.iter().enumerate().filter(|(index, _)| self.is_own(*index)) {
+            let start = if index == 0 { 0 } else { ends.get(index - 1).copied().unwrap_or(0) };
+            let broken = ends.get(index).and_then(|end| broken.get(start..*end)).unwrap_or_default();
+            let written = self.write(input, broken)?;
+            *(if written { &mut outcome.written } else { &mut outcome.finished_before }) += 1;
+            progress(broken.len() as u64);
+        }
+        Ok(outcome)
+    }
+
+    /// Where features and records are stored: beside the output, under a name that no source reads.
+    fn state(&self) -> PathBuf {
+        if !self.is_file {
+            return self.output.join(".filter");
+        }
+        let name = self.output.file_name().unwrap_or_default().to_string_lossy();
+        self.output.with_file_name(format!(".{name}.filter"))
+    }
+
+    fn state_file(&self, input: &Input, extension: &str) -> PathBuf {
+        let mut path = self.state().join(&input.name).into_os_string();
+        path.push(format!(".{extension}"));
+        path.into()
+    }
+
+    /// The output of an input.
+    fn output_of(&self, input: &Input) -> PathBuf {
+        if self.is_file { self.output.clone() } else { self.output.join(&input.name) }
+    }
+
+    fn is_own(&self, index: usize) -> bool {
+        index % self.world_size == self.rank
+    }
+
+    fn own(&self) -> impl Iterator<Item = &Input> {
+        self.inputs.iter().enumerate().filter(|(index, _)| self.is_own(*index)).map(|(_, input)| input)
+    }
+
+    fn made_from(&self, input: &Input) -> Result<String> {
+        Ok(format!("{}; settings {}", input.stamp()?, self.settings.digest()))
+    }
+
+    /// Refuses to replace a file that an earlier run did not make from the same input.
+    fn check_output(&self, input: &Input) -> Result<()> {
+        let path = self.output_of(input);
+        if !path.exists() {
+            return Ok(());
+        }
+        let record = read_done(&self.state_file(input, "done"));
+        let same = record.is_some_and(|done| Some(done.input) == fs::canonicalize(&input.path).ok());
+        let message = format!("{} exists and was not made from {}", path.display(), input.path.display());
+        ensure!(same, failed(message, "choose another output with -o"));
+        Ok(())
+    }
+
+    /// Waits until the features of all inputs are stored.
+    fn wait_for_other_ranks(&self) -> Result<()> {
+        let mut said = false;
+        for (index, input) in self.inputs.iter().enumerate().filter(|(index, _)| !self.is_own(*index)) {
+            let (path, made_from) = (self.state_file(input, "features"), self.made_from(input)?);
+            while Features::stored(&path, &made_from).is_none() {
+                if !std::mem::replace(&mut said, true) {
+                    let rank = index % self.world_size;
+                    note(format_args!("waiting for rank {rank} to scan {}", input.path.display()));
+                }
+                thread::sleep(POLL);
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls `each` with the feature of each row of all inputs.
+    fn each_row(&self, each: &mut dyn FnMut(u32, &super::feature::Feature)) -> Result<()> {
+        let mut row = 0_u32;
+        for input in &self.inputs {
+            Features::for_each(&self.state_file(input, "features"), &self.made_from(input)?, |feature| {
+                each(row, feature);
+                row = row.saturating_add(1);
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The broken rule of each row of all inputs, and the number of rows up to the end of each input.
+    fn judge(&self) -> Result<(Vec<Option<Rule>>, Vec<usize>)> {
+        let mut ends = Vec::new();
+        let mut end = 0;
+        for input in &self.inputs {
+            let stored = Features::stored(&self.state_file(input, "features"), &self.made_from(input)?);
+            let changed = || failed(format_args!("{} changed", input.path.display()), "run the command again");
+            end += stored.ok_or_else(changed)?.0 as usize;
+            ends.push(end);
+        }
+        let many = || failed(format_args!("{end} rows are too many for one run"), "filter parts of at most 4 billion");
+        ensure!(u32::try_from(end).is_ok(), many());
+        let mut broken = Vec::with_capacity(end);
+        self.each_row(&mut |_, feature| broken.push(feature.broken))?;
+        duplicates::mark(&mut broken, &self.settings.duplicates, &|each| self.each_row(each))?;
+        Ok((broken, ends))
+    }
+
+    fn count(&self, broken: &[Option<Rule>], ends: &[usize]) -> Result<Report> {
+        let mut report = Report::new(ends.len(), broken);
+        self.each_row(&mut |row, feature| {
+            report.add_length(feature.length, broken.get(row as usize).is_some_and(Option::is_none));
+        })?;
+        for input in &self.inputs {
+            if let Some((_, bad)) = Features::stored(&self.state_file(input, "features"), &self.made_from(input)?) {
+                report.bad.merge(bad);
+            }
+        }
+        Ok(report)
+    }
+
+    /// Writes the rows of an input that are kept; false if an earlier run did.
+    fn write(&self, input: &Input, broken: &[Option<Rule>]) -> Result<bool> {
+        let path = self.output_of(input);
+        let cannot = || format!("cannot write {}", path.display());
+        let keep: Vec<bool> = broken.iter().map(Option::is_none).collect();
+        let bytes: Vec<u8> = keep.iter().map(|keep| u8::from(*keep)).collect();
+        let done = Done {
+            input: fs::canonicalize(&input.path).with_context(|| format!("cannot find {}", input.path.display()))?,
+            made_from: self.made_from(input)?,
+            kept: blake3::hash(&bytes).to_hex().to_string(),
+        };
+        let record = self.state_file(input, "done");
+        let none = input.kind != InputKind::Table && !keep.contains(&true);
+        if read_done(&record).is_some_and(|earlier| earlier == done) && path.exists() != none {
+            return Ok(false);
+        }
+        create_parent(&path)?;
+        remove_leftovers(&path);
+        // The record first: after an interruption it still says that the output is ours.
+        let text =
+            serde_json::to_vec(&Done { kept: String::new(), ..serde_json::from_value(serde_json::to_value(&done)?)? })?;
+        write_whole(&record, |file| Ok(file.write_all(&text).map(|()| true)?)).with_context(cannot)?;
+        if none {
+            if path.exists() {
+                fs::remove_file(&path).with_context(cannot)?;
+            }
+        } else if input.kind == InputKind::Table {
+            write_table(input, &keep, &path).with_context(cannot)?;
+        } else {
+            write_shard(&input.shard()?, &keep, &self.settings.text, &path).with_context(cannot)?;
+        }
+        let text = serde_json::to_vec(&done)?;
+        write_whole(&record, |file| Ok(file.write_all(&text).map(|()| true)?)).with_context(cannot)?;
+        Ok(true)
+    }
+}
+
+fn read_done(path: &Path) -> Option<Done> {
+    serde_json::from_slice(&bounded_read::read(path, bounded_read::TEXT).ok()?).ok()
+}
+
+fn create_parent(path: &Path) -> Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))
+}
+
+/// Rows per second of the first pass over the first inputs, for about `seconds` seconds, and the number of rows scanned.
+///
+/// # Errors
+/// An input cannot be read.
+pub fn measure(inputs: &[Input], settings: &Settings, seconds: f64) -> Result<(f64, usize)> {
+    let (start, mut rows) = (Instant::now(), 0);
+    for input in inputs {
+        rows += scan(input, settings, &|_| {})?.rows.len();
+        if start.elapsed().as_secs_f64() > seconds {
+            break;
+        }
+    }
+    ensure!(rows > 0, failed("the inputs have no rows", "`vilg data inspect PATH` shows what a source contains"));
+    Ok((rows as f64 / start.elapsed().as_secs_f64(), rows))
+}

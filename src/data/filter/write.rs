@@ -1,0 +1,107 @@
+//! The second pass: copies the rows that are kept.
+
+use super::{input::Input, text::TextRules};
+use crate::{
+    data::{
+        dataset::Shard,
+        encode_output::write_whole,
+        members::Members,
+        record::{IMAGE_EXTENSIONS, Kind, Record, clean},
+        table::Table,
+    },
+    error::{Result, anyhow, ensure, failed},
+};
+use serde_json::Value;
+use std::{fs::File, io::BufWriter, path::Path};
+use tar::{Builder, Header};
+
+/// Writes the kept rows of a table unchanged.
+///
+/// # Errors
+/// The table changed since the first pass, or a file cannot be read or written.
+pub fn write_table(input: &Input, keep: &[bool], path: &Path) -> Result<()> {
+    write_whole(path, |file| {
+        let mut table = Table::open(&input.path)?;
+        let mut writer = table.writer(file)?;
+        let mut rest = keep;
+        let changed = || failed(format_args!("{} changed", input.path.display()), "run the command again");
+        while let Some(rows) = table.next_batch()? {
+            let (of_rows, after) = rest.split_at_checked(rows.len()).ok_or_else(changed)?;
+            writer.write(&rows, of_rows)?;
+            rest = after;
+        }
+        ensure!(rest.is_empty(), changed());
+        writer.finish()?;
+        Ok(true)
+    })
+}
+
+/// Writes the kept samples of a shard. A sample all of whose captions are good is copied byte by byte; from others the
+/// captions that break a rule are removed.
+///
+/// # Errors
+/// The shard changed since the first pass, or a file cannot be read or written.
+pub fn write_shard(shard: &Shard, keep: &[bool], rules: &TextRules, path: &Path) -> Result<()> {
+    let changed = || failed(format_args!("{} changed", shard.path.display()), "run the command again");
+    ensure!(shard.len() == keep.len() as u64, changed());
+    write_whole(path, |file| {
+        let mut tar = Builder::new(file);
+        for (index, _) in keep.iter().enumerate().filter(|(_, keep)| **keep) {
+            write_sample(shard, index, rules, &mut tar).map_err(|e| e.context(shard.path.display().to_string()))?;
+        }
+        tar.finish()?;
+        Ok(true)
+    })
+}
+
+fn write_sample(shard: &Shard, index: usize, rules: &TextRules, tar: &mut Builder<&mut BufWriter<File>>) -> Result<()> {
+    let bad = |bad: crate::data::Bad| anyhow!("{}: {}", bad.cause, bad.place);
+    let (key, mut members) = shard.members(index, Some(Kind::Captions)).map_err(bad)?;
+    let captions = Record::parse(&key, &members, Kind::Captions, None).map_err(bad)?.captions;
+    let all_good = captions.len() == 1 || captions.iter().all(|caption| rules.check(caption).0.is_none());
+    if all_good && shard.copy(index, tar.get_mut())? {
+        return Ok(());
+    }
+    (_, members) = shard.members(index, None).map_err(bad)?;
+    for extension in IMAGE_EXTENSIONS.into_iter().chain(["npy", "txt", "json"]) {
+        let Some(content) = members.get(extension) else { continue };
+        match extension {
+            "json" if !all_good => append(tar, &key, extension, &good_json(content, rules)?)?,
+            "txt" if !all_good => append(tar, &key, extension, good_lines(&members, rules).as_bytes())?,
+            _ => append(tar, &key, extension, content)?,
+        }
+    }
+    Ok(())
+}
+
+/// JSON with those captions that break no rule.
+fn good_json(content: &[u8], rules: &TextRules) -> Result<Vec<u8>> {
+    let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(content);
+    // Damaged JSON beside a good text is ignored; it stays as it is.
+    let Ok(mut json) = serde_json::from_slice::<Value>(content) else { return Ok(content.to_vec()) };
+    let is_good = |value: &Value| value.as_str().is_some_and(|text| rules.check(&clean(text)).0.is_none());
+    if let Some(Value::Array(captions)) = json.get_mut("captions") {
+        captions.retain(is_good);
+        let first = captions.first().cloned();
+        if let (Some(first), Some(caption)) = (first, json.get_mut("caption"))
+            && !is_good(caption)
+        {
+            *caption = first;
+        }
+    }
+    Ok(serde_json::to_vec(&json)?)
+}
+
+/// The lines that break no rule, each a caption.
+fn good_lines(members: &Members, rules: &TextRules) -> String {
+    let text = String::from_utf8_lossy(members.get("txt").unwrap_or_default());
+    let lines = text.split(['\n', '\r']).map(clean).filter(|line| !line.is_empty());
+    lines.filter(|line| rules.check(line).0.is_none()).collect::<Vec<_>>().join("\n")
+}
+
+fn append(tar: &mut Builder<&mut BufWriter<File>>, key: &str, extension: &str, content: &[u8]) -> Result<()> {
+    let mut header = Header::new_gnu();
+    header.set_size(content.len() as u64);
+    header.set_mode(0o644);
+    Ok(tar.append_data(&mut header, format!("{key}.{extension}"), content)?)
+}
