@@ -38,68 +38,69 @@ def stable_hash(text):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-# ---------------------------------------------------------------- held-out combinations
-
-
-def held_out(record):
-    """The kinds of held-out combination in a record: none for training."""
-    found = set()
-    objects = record["objects"]
-    for i, one in enumerate(objects):
-        name = one["name"]
-        if stable_hash(f"style {name} {one['style']}") % 25 == 0:
-            found.add("heldout_style")
-        if one["count"] > 1 and stable_hash(f"count {name} {one['count']}") % 16 == 0:
-            found.add("heldout_count")
-        if one["colour"] and stable_hash(f"colour {name} {one['colour']}") % 8 == 0:
-            found.add("heldout_colour")
-        for other in objects[i + 1 :]:
-            if stable_hash("pair " + " ".join(sorted([name, other["name"]]))) % 16 == 0:
-                found.add("heldout_pairs")
-    return found
-
-
 # ---------------------------------------------------------------- records
 
 
+def place_sky(record):
+    """Boxes of the sky, in the upper corners; stars have three small ones beside the large one."""
+    for one in record["sky"]:
+        left = one["side"] == "左边"
+        x = 6 if left else SIZE - 30
+        one["boxes"] = [[x, 16 if one["name"] == "夕阳" else 5, 24, 24]]
+        for k in range(3 if one["name"] == "星星" else 0):
+            one["boxes"].append([x + (26 + 9 * k if left else -12 - 9 * k), 6 + 12 * (k % 2), 10, 10])
+
+
 def lay_out(rng, record, aspect):
-    """Boxes [x, y, width, height]: a group stands in its third of the picture (alone: in all of it), nearer is lower and larger."""
-    alone = len(record["objects"]) == 1
+    """Boxes [x, y, width, height]: a group stands in its third of the picture (alone: in all of it), nearer is lower and larger,
+    and below the sun, moon, stars and clouds above it."""
+    place_sky(record)
+    alone, closeup = len(record["objects"]) == 1, record["kind"] == "closeup"
     for one in record["objects"]:
         thing = THINGS[one["name"]]
         scale, foot = DEPTHS[one["depth"]]
         count, ratio = one["count"], aspect.get((one["style"], one["name"], one["colour"]), 1.0)
-        if record["kind"] == "closeup":
-            height = round(min(96, 110 / ratio) / (1 if count == 1 else 2.1))
+        if closeup:
+            height = min(96, 110 / ratio) / (1 if count == 1 else 2.1)
         else:
-            height = thing.height * scale * rng.uniform(0.94, 1.06)
-        room = 118 if alone else 44
+            height = thing.height * scale * rng.uniform(0.94, 1.06) * (0.8 if count > 1 else 1)
         columns = count if count < 4 and (alone or count < 3) else 2
-        if count > 1 and record["kind"] != "closeup":
-            height *= 0.8
-        height = max(10, round(min(height, room / columns / ratio * 0.95)))
-        width = max(6, round(height * ratio))
-        centre = SIDES[one["side"]]
         rows = -(-count // columns)
+        height = min(height, (118 if alone else 44) / columns / ratio * 0.95)
+        centre, half = SIDES[one["side"]], columns * max(height * ratio * 1.06, 6) / 2
+        above = [y + h for s in record["sky"] for x, y, w, h in s["boxes"] if centre - half - 2 < x + w and x < centre + half + 2]
+        top = max(above, default=0) + 2
+        if closeup:
+            middle, lowest = 64, SIZE - 1
+        elif thing.stand == "air":
+            middle, lowest = 34, 86
+        elif thing.stand == "swim":
+            middle, lowest = 104 if record["place"] == "湖面" else {"近处": 96, "中间": 70, "远处": 44}[one["depth"]], SIZE - 1
+        else:
+            middle, lowest = None, foot
+        gap = max(2, height * 0.08) if closeup else 2
+        height = max(8, int(min(height, (lowest - top - (rows - 1) * gap) / rows)))
+        width, block = max(6, round(height * ratio)), rows * height + (rows - 1) * gap
+        first = lowest - block if middle is None else max(top, min(middle - block / 2, lowest - block))
         one["size"], one["boxes"] = height, []
         for k in range(count):
             row, column = divmod(k, columns)
             in_row = min(columns, count - row * columns)
             x = centre + (column - (in_row - 1) / 2) * max(width * 1.06, width + 2) - width / 2
-            if record["kind"] == "closeup":
-                y = 64 + (row - rows / 2) * height * 1.08
-            elif thing.stand == "air":
-                y = 34 + (row - (rows - 1) / 2) * (height + 2) - height / 2
-            elif thing.stand == "swim":
-                middle = 104 if record["place"] == "湖面" else {"近处": 96, "中间": 70, "远处": 44}[one["depth"]]
-                y = middle + (row - (rows - 1) / 2) * (height + 2) - height / 2
-            else:
-                y = foot - (rows - 1 - row) * (height + 2) - height
-            x, y = min(max(1, round(x)), SIZE - 1 - width), min(max(1, round(y)), SIZE - 1 - height)
-            one["boxes"].append([x, y, width, height])
-    for one in record["sky"]:
-        x = 6 if one["side"] == "左边" else SIZE - 30
-        one["boxes"] = [[x, 20 if one["name"] == "夕阳" else 5, 24, 24]]
+            one["boxes"].append([min(max(1, round(x)), SIZE - 1 - width), round(first + row * (height + gap)), width, height])
+
+
+def covered(a, b):
+    """The area that boxes a and b share, as a fraction of the smaller one."""
+    (ax, ay, aw, ah), (bx, by, bw, bh) = a, b
+    shared = max(0, min(ax + aw, bx + bw) - max(ax, bx)) * max(0, min(ay + ah, by + bh) - max(ay, by))
+    return shared / min(aw * ah, bw * bh)
+
+
+def hides(record):
+    """The largest `covered` of any two boxes in a record."""
+    boxes = [box for one in record["sky"] + record["objects"] for box in one["boxes"]]
+    return max((covered(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :]), default=0)
 
 
 def new_object(rng, name, style, count=1, colour=None):
@@ -164,83 +165,6 @@ def finish(rng, record, aspect):
         if len(flying) == 1 and len(grounded) == 1 and flying[0]["boxes"][0][1] + flying[0]["boxes"][0][3] < grounded[0]["boxes"][0][1]:
             record["relations"].append([flying[0]["name"], "上面", grounded[0]["name"]])
     return record
-
-
-# ---------------------------------------------------------------- poetry
-
-
-def read_lexicon():
-    lexicon = {}
-    for line in (HERE / "poetry.tsv").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            word, meaning = line.split("\t")
-            lexicon[word] = meaning
-    return lexicon
-
-
-LEXICON = read_lexicon()
-LONGEST = max(map(len, LEXICON))
-
-
-def meanings(line):
-    """What a line names, in order: the longest word wins, and a word that means nothing hides the shorter words in it."""
-    found, at = [], 0
-    while at < len(line):
-        for length in range(min(LONGEST, len(line) - at), 0, -1):
-            meaning = LEXICON.get(line[at : at + length])
-            if meaning:
-                if meaning != "-" and meaning not in found:
-                    found.append(meaning)
-                at += length
-                break
-        else:
-            at += 1
-    return found
-
-
-def named(found, kind):
-    return [m.split(":")[1] for m in found if m.startswith(kind + ":")]
-
-
-def is_drawable(found):
-    """At least two things, one of them more than scenery, that can be in one picture."""
-    things, sky = named(found, "thing"), named(found, "sky")
-    if len(things) + len(sky) < 2 or not things or len(things) > 3 or len(sky) > 2:
-        return False
-    if len(sky) == 2 and not any(set(SKY[sky[0]][2]) & set(SKY[sky[1]][2]) & {t} for t in TIMES) or {"圆月", "弯月"} <= set(sky):
-        return False
-    return bool(poem_scenery(found))
-
-
-def poem_scenery(found):
-    """(time, place) pairs that fit all that a line names."""
-    places = [p for p in PLACES if p not in ("海底", "桌上") and all(fits(THINGS[n], p) for n in named(found, "thing"))]
-    if asked := named(found, "place"):
-        places = [p for p in places if p in asked]
-    elif "weather:下雪" not in found and places != ["雪地"]:
-        places = [p for p in places if p != "雪地"]
-    times = [t for t in TIMES if all(t in SKY[s][2] for s in named(found, "sky"))]
-    if asked := named(found, "time"):
-        times = [t for t in times if t in asked]
-    return [(t, p) for t in times for p in places]
-
-
-def fits(thing, place):
-    if thing.kind in ("table", "book", "food", "lantern"):  # indoor things of poetry stand outdoors
-        return place in ("草地", "花园", "街道", "山间", "雪地", "田野")
-    return place in thing.places or thing.stand == "ground" and thing.kind != "bug" and place == "雪地"
-
-
-def poem_record(rng, line, aspect):
-    found = meanings(line)
-    style = rng.choice(list(STYLES))
-    record = {"kind": "poem", "sky": [], "objects": [], "relations": [], "style": style, "line": line}
-    weather = (named(found, "weather") or [None])[0]
-    time, place = rng.choice(poem_scenery(found))
-    set_scenery(rng, record, time, place, weather)
-    fill_sky(rng, record, named(found, "sky"))
-    record["objects"] = [new_object(rng, n, style) for n in named(found, "thing")]
-    return finish(rng, record, aspect)
 
 
 # ---------------------------------------------------------------- captions
