@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Makes tests/golden/filter/jieba.tsv (number of words without punctuation, and whether one is a noun, of each caption in
-captions.tsv by Python's jieba) and tests/golden/filter/phash.tsv (pHash by Python's ImageHash of images by a formula).
+"""Makes tests/golden/filter/jieba.tsv (for each caption in captions.tsv: number of words by Python's jieba.cut without
+punctuation, and whether jieba.posseg finds a noun) and tests/golden/filter/phash.tsv (pHash by Python's ImageHash of images by a formula).
 
     python3 -m venv venv && venv/bin/pip install jieba==0.42.1 ImageHash==4.3.2 pillow
     venv/bin/python scripts/golden_filter.py tests/golden/filter
@@ -30,9 +30,9 @@ def main(folder):
     with open(folder / "jieba.tsv", "w", encoding="utf-8") as file:
         file.write(f"# jieba {version('jieba')}\n")
         for caption in captions:
-            words = [(word, flag) for word, flag in jieba.posseg.cut(caption)]
-            spoken = sum(any(c.isalnum() for c in word) for word, _ in words)
-            file.write(f"{spoken}\t{int(any(flag.startswith('n') for _, flag in words))}\t{caption}\n")
+            words = sum(any(c.isalnum() for c in word) for word in jieba.cut(caption))
+            noun = int(any(flag.startswith("n") for _, flag in jieba.posseg.cut(caption)))
+            file.write(f"{words}\t{noun}\t{caption}\n")
     with open(folder / "phash.tsv", "w", encoding="utf-8") as file:
         file.write(f"# ImageHash {version('ImageHash')}\n")
         for number in range(8):

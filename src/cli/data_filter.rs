@@ -1,10 +1,7 @@
 //! `vilg data filter`
 
 use crate::{
-    data::{
-        filter::{BlockedWords, DuplicateRules, Filter, Outcome, Settings, TextRules, Unit, input, measure, page},
-        table,
-    },
+    data::filter::{BlockedWords, DuplicateRules, Filter, Outcome, Settings, TextRules, Unit, input, measure, page},
     dist,
     error::{Hint, Result, ensure, usage},
     report,
@@ -101,7 +98,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         return plan(&inputs, &settings, json);
     }
     let output = args.output.unwrap_or_default();
-    let is_file = is_table(&output) && !output.is_dir();
+    let is_file = input::has_table_extension(&output) && !output.is_dir();
     if let [only] = inputs.as_slice() {
         let same = only.kind == input::InputKind::Table && only.path.extension() == output.extension();
         let message = format!("{} cannot become {}", only.path.display(), output.display());
@@ -125,11 +122,6 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         print(&outcome)
     }
     Ok(())
-}
-
-fn is_table(path: &Path) -> bool {
-    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
-    table::EXTENSIONS.contains(&extension.to_ascii_lowercase().as_str())
 }
 
 fn settings(args: &Args) -> Result<Settings> {

@@ -97,7 +97,7 @@ fn a_second_writer_is_refused_and_leftovers_are_removed() {
     fs::create_dir(&output).unwrap();
     let lock = Lock::take(&output).unwrap();
     let error = encode(&input, &output).unwrap_err().to_string();
-    assert!(error.contains("another process is encoding"), "{error}");
+    assert!(error.contains("another process is writing to"), "{error}");
     drop(lock);
     fs::write(output.join("00000.tar.0123456789abcdef.tmp"), "").unwrap();
     fs::write(output.join("00000.tar.mine.tmp"), "").unwrap();

@@ -6,6 +6,7 @@ mod counting;
 mod docs;
 mod faults;
 mod file_systems;
+mod filter;
 mod fuzz;
 mod generate;
 mod house;

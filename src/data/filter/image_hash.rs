@@ -45,25 +45,33 @@ pub fn similar_colors(a: u32, b: u32) -> bool {
 
 type Cells = [[[f32; 3]; SIDE]; SIDE];
 
-/// Mean color of each cell; an image that is smaller than the grid repeats its pixels.
+/// Mean color of each cell; a pixel on the border of cells counts to each by its share.
 fn average(image: &RgbImage) -> Cells {
     let (width, height) = (image.width() as usize, image.height() as usize);
-    let bounds = |cell: usize, length: usize| {
-        let start = cell * length / SIDE;
-        start..((cell + 1) * length / SIDE).max(start + 1)
-    };
-    let columns: [_; SIDE] = array::from_fn(|cell| bounds(cell, width));
-    array::from_fn(|row| {
-        let mut sums = [[0_u64; 3]; SIDE];
-        let lines = bounds(row, height);
-        for line in image.as_raw().chunks_exact(3 * width).skip(lines.start).take(lines.len()) {
-            for (sum, column) in sums.iter_mut().zip(&columns) {
-                for pixel in line[3 * column.start..3 * column.end].chunks_exact(3) {
-                    sum.iter_mut().zip(pixel).for_each(|(sum, value)| *sum += u64::from(*value));
-                }
-            }
-        }
-        array::from_fn(|cell| sums[cell].map(|sum| sum as f32 / (lines.len() * columns[cell].len()) as f32))
+    let (columns, rows) = (spans(width), spans(height));
+    let lines: Vec<[[f32; 3]; SIDE]> = image
+        .as_raw()
+        .chunks_exact(3 * width)
+        .map(|line| array::from_fn(|cell| mean(&columns[cell], |x| array::from_fn(|c| f32::from(line[3 * x + c])))))
+        .collect();
+    array::from_fn(|row| array::from_fn(|cell| mean(&rows[row], |y| lines[y][cell])))
+}
+
+/// For each cell, the pixels of a line of `length` that it covers, with their shares (sum 1).
+fn spans(length: usize) -> [Vec<(usize, f32)>; SIDE] {
+    let size = length as f32 / SIDE as f32;
+    array::from_fn(|cell| {
+        let (start, end) = (cell as f32 * size, (cell + 1) as f32 * size);
+        let pixels = start as usize..(end.ceil() as usize).min(length);
+        let share = |pixel: usize| (end.min((pixel + 1) as f32) - start.max(pixel as f32)).max(0.0) / size;
+        pixels.map(|pixel| (pixel, share(pixel))).collect()
+    })
+}
+
+fn mean(span: &[(usize, f32)], at: impl Fn(usize) -> [f32; 3]) -> [f32; 3] {
+    span.iter().fold([0.0; 3], |sum, (pixel, share)| {
+        let color = at(*pixel);
+        array::from_fn(|c| sum[c] + share * color[c])
     })
 }
 

@@ -94,7 +94,9 @@ pub fn find(sources: &[String]) -> Result<Vec<Input>> {
                 let files = if root.is_dir() { paths::files(root)? } else { Vec::new() };
                 let tables = files.into_iter().filter(|path| is_table(path));
                 inputs.extend(tables.map(|path| of_table(path, Some(root))));
-                ensure!(inputs.len() > before, error);
+                let missing =
+                    || usage(format_args!("there is no table `{source}`"), "name .jsonl, .csv, .tsv or .parquet");
+                ensure!(inputs.len() > before, if has_table_extension(root) { missing() } else { error });
             }
         }
     }
@@ -108,8 +110,13 @@ pub fn find(sources: &[String]) -> Result<Vec<Input>> {
 }
 
 fn is_table(path: &Path) -> bool {
+    has_table_extension(path) && path.is_file()
+}
+
+/// Whether a path ends in one of [`table::EXTENSIONS`], in lower or upper case.
+pub fn has_table_extension(path: &Path) -> bool {
     let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
-    table::EXTENSIONS.contains(&extension.as_str()) && path.is_file()
+    table::EXTENSIONS.contains(&extension.as_str())
 }
 
 fn of_table(path: PathBuf, root: Option<&Path>) -> Input {

@@ -1,7 +1,7 @@
 //! Filters pairs from the web (ERNIE-ViLG, §3.2.1: 800 million pairs become 70 million), as tar shards or as tables before
 //! anything is downloaded.
 //!
-//! Reading order: [`Rule`] lists the rules, `text` and `characters` judge captions, `scan` finds the features of all rows
+//! Reading order: [`Rule`] lists the rules, `text` and `characters` check captions, `scan` finds the features of all rows
 //! (first pass), `duplicates` compares them, `write` copies the rows that are kept (second pass), [`Report`] counts.
 //! Ranks share the inputs; each of them compares all features.
 
@@ -27,7 +27,7 @@ pub use rule::Rule;
 pub use run::{Filter, Outcome, measure};
 pub use text::{BlockedWords, TextRules, Unit};
 
-/// The rules and where to find what they judge.
+/// The rules and where to find what they check.
 #[derive(Debug, Clone)]
 pub struct Settings {
     pub text: TextRules,
@@ -49,7 +49,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// A text that differs if any row could be judged differently.
+    /// A text that differs if any row could get another result.
     fn digest(&self) -> String {
         let blocked = self.text.blocked.as_ref().map(|words| words.digest.to_hex().to_string());
         let text = (self.text.max_length, self.text.unit, self.text.noun, self.text.no_special_characters, blocked);

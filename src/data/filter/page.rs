@@ -48,7 +48,7 @@ fn draw_rules(report: &Report, svg: &mut String) -> Drawn {
         .margin(12)
         .y_label_area_size(160)
         .x_label_area_size(40)
-        .build_cartesian_2d(0.0..most * 1.05, (0..bars).into_segmented())?;
+        .build_cartesian_2d(0.0..most * 1.05, (0..bars - 1).into_segmented())?;
     let name = |at: &SegmentValue<usize>| match at {
         SegmentValue::CenterOf(bar) => bars.checked_sub(bar + 1).and_then(|at| report.rules.get(at)),
         _ => None,

@@ -52,7 +52,7 @@ pub struct Outcome {
 }
 
 /// The record of a finished output.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Done {
     /// Absolute path of the input.
     input: PathBuf,
@@ -84,7 +84,7 @@ impl Filter {
             scan(input, &self.settings, progress)?.write(&path, &made_from)?;
         }
         self.wait_for_other_ranks()?;
-        let (broken, ends) = self.judge()?;
+        let (broken, ends) = self.apply_rules()?;
         let report = self.count(&broken, &ends)?;
         let mut outcome = Outcome { report, written: 0, finished_before: 0 };
         for (index, input) in self.inputs.iter().enumerate().filter(|(index, _)| self.is_own(*index)) {
@@ -171,7 +171,7 @@ impl Filter {
     }
 
     /// The broken rule of each row of all inputs, and the number of rows up to the end of each input.
-    fn judge(&self) -> Result<(Vec<Option<Rule>>, Vec<usize>)> {
+    fn apply_rules(&self) -> Result<(Vec<Option<Rule>>, Vec<usize>)> {
         let mut ends = Vec::new();
         let mut end = 0;
         for input in &self.inputs {
@@ -220,9 +220,7 @@ impl Filter {
         create_parent(&path)?;
         remove_leftovers(&path);
         // The record first: after an interruption it still says that the output is ours.
-        let text =
-            serde_json::to_vec(&Done { kept: String::new(), ..serde_json::from_value(serde_json::to_value(&done)?)? })?;
-        write_whole(&record, |file| Ok(file.write_all(&text).map(|()| true)?)).with_context(cannot)?;
+        write_done(&record, &Done { kept: String::new(), ..done.clone() })?;
         if none {
             if path.exists() {
                 fs::remove_file(&path).with_context(cannot)?;
@@ -232,14 +230,18 @@ impl Filter {
         } else {
             write_shard(&input.shard()?, &keep, &self.settings.text, &path).with_context(cannot)?;
         }
-        let text = serde_json::to_vec(&done)?;
-        write_whole(&record, |file| Ok(file.write_all(&text).map(|()| true)?)).with_context(cannot)?;
-        Ok(true)
+        write_done(&record, &done).map(|()| true)
     }
 }
 
 fn read_done(path: &Path) -> Option<Done> {
     serde_json::from_slice(&bounded_read::read(path, bounded_read::TEXT).ok()?).ok()
+}
+
+fn write_done(path: &Path, done: &Done) -> Result<()> {
+    let text = serde_json::to_vec(done)?;
+    write_whole(path, |file| Ok(file.write_all(&text).map(|()| true)?))
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn create_parent(path: &Path) -> Result<()> {

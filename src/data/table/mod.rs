@@ -111,7 +111,7 @@ impl Table {
     pub fn writer<'a>(&self, file: &'a mut BufWriter<File>) -> Result<Writer<'a>> {
         Ok(match &self.reader {
             Reader::JsonLines(_) => Writer::JsonLines(file),
-            Reader::Delimited(reader) => Writer::Delimited(reader.writer(file)?),
+            Reader::Delimited(reader) => Writer::Delimited(Box::new(reader.writer(file)?)),
             Reader::Parquet(reader) => Writer::Parquet(Box::new(reader.writer(file)?)),
         })
     }
@@ -196,7 +196,7 @@ impl Rows {
 /// Writes rows of a [`Table`] unchanged.
 pub enum Writer<'a> {
     JsonLines(&'a mut BufWriter<File>),
-    Delimited(csv::Writer<&'a mut BufWriter<File>>),
+    Delimited(Box<csv::Writer<&'a mut BufWriter<File>>>),
     Parquet(Box<parquet::FileWriter<'a>>),
 }
 
