@@ -1,9 +1,11 @@
 //! `vilg data filter`
 
 use crate::{
-    data::filter::{BlockedWords, DuplicateRules, Filter, Outcome, Settings, TextRules, Unit, input, measure, page},
+    data::filter::{
+        BlockedWords, DuplicateRules, Filter, Outcome, Rule, Settings, TextRules, Unit, input, measure, page,
+    },
     dist,
-    error::{Hint, Result, ensure, usage},
+    error::{Hint, Result, ensure, failed, usage},
     report,
 };
 use std::{
@@ -23,7 +25,8 @@ const PAPER_PAIRS: f64 = 145e6;
 #[command(
     after_help = "Rules in order; a row counts under the first that it breaks: bad, too-long, no-noun, special-characters, \
     blocked-word, small-image, aspect-ratio, low-similarity, frequent-caption, duplicate-caption, duplicate-image. \
-    Run the same command again to resume. Under torchrun, mpirun or srun, the ranks share the inputs."
+    Run the same command again to resume. Under torchrun, mpirun or srun, the ranks share the inputs. \
+    The exit code is 1 if no row has a usable caption."
 )]
 pub struct Args {
     /// Tar shards or folders as for `vilg data inspect`, or tables (.jsonl, .csv, .tsv, .parquet) and folders of them
@@ -121,6 +124,9 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     } else {
         print(&outcome)
     }
+    let usable = outcome.report.rules.iter().any(|count| count.rule == Rule::Bad && count.remaining > 0);
+    let hint = "for a table, name the column of the captions with --caption-column";
+    ensure!(usable, failed("no row has a usable caption", hint));
     Ok(())
 }
 

@@ -79,3 +79,13 @@ fn processes_of_a_launcher_share_the_tables() {
     assert_eq!(files(&shared), files(&alone));
     assert!(shared.join("filter.html").exists());
 }
+
+#[test]
+fn inputs_without_a_usable_caption_fail() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("a.jsonl");
+    fs::write(&input, "{\"caption\":\"小猫\"}\n").unwrap();
+    let output = filter(&input, &folder.path().join("out")).stderr(Stdio::piped()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("--caption-column"));
+}
