@@ -4,7 +4,7 @@ use super::{
     bad::{Bad, BadCounts},
     codes::{CODES_FILE, CodesInfo, npy},
     dataset::{Shard, Source},
-    encode_output::{Lock, MADE_FROM, MadeFrom, Standing, remove_leftovers, write_whole},
+    encode_output::{Lock, MADE_FROM, MadeFrom, Standing, append, remove_leftovers, write_whole},
     image::to_pixels,
     members::Members,
     record::{Kind, Record},
@@ -23,7 +23,7 @@ use std::{
     sync::mpsc::{Receiver, sync_channel},
     thread,
 };
-use tar::{Builder, Header};
+use tar::Builder;
 
 /// The result of an encoding run.
 #[derive(Debug, Default, Serialize)]
@@ -223,12 +223,4 @@ fn read(shard: &Shard, index: usize, kind: Kind) -> Result<Ready, Bad> {
     let (key, members) = shard.members(index, Some(kind))?;
     let record = shard.parse(&key, &members, kind, None)?;
     Ok(Ready { record, members })
-}
-
-fn append(tar: &mut Builder<&mut BufWriter<File>>, name: &str, content: &[u8]) -> Result<()> {
-    let mut header = Header::new_gnu();
-    header.set_size(content.len() as u64);
-    header.set_mode(0o644);
-    tar.append_data(&mut header, name, content)?;
-    Ok(())
 }

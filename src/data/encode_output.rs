@@ -14,6 +14,7 @@ use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
+use tar::{Builder, Header};
 
 /// Name of the first member of a shard, the record of its source. It has no extension, so it belongs to no sample.
 pub const MADE_FROM: &str = "encoded-from";
@@ -185,4 +186,16 @@ pub fn remove_leftovers(path: &Path) {
             let _ = fs::remove_file(entry.path());
         }
     }
+}
+
+/// Appends a member to a tar.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn append(tar: &mut Builder<&mut BufWriter<File>>, name: &str, content: &[u8]) -> Result<()> {
+    let mut header = Header::new_gnu();
+    header.set_size(content.len() as u64);
+    header.set_mode(0o644);
+    tar.append_data(&mut header, name, content)?;
+    Ok(())
 }

@@ -4,7 +4,7 @@ use super::{input::Input, text::TextRules};
 use crate::{
     data::{
         dataset::Shard,
-        encode_output::write_whole,
+        encode_output::{append, write_whole},
         members::Members,
         record::{IMAGE_EXTENSIONS, Kind, Record, clean},
         table::Table,
@@ -13,7 +13,7 @@ use crate::{
 };
 use serde_json::Value;
 use std::{fs::File, io::BufWriter, path::Path};
-use tar::{Builder, Header};
+use tar::Builder;
 
 /// Writes the kept rows of a table unchanged.
 ///
@@ -63,12 +63,13 @@ fn write_sample(shard: &Shard, index: usize, rules: &TextRules, tar: &mut Builde
         return Ok(());
     }
     (_, members) = shard.members(index, None).map_err(bad)?;
+    let name = |extension| format!("{key}.{extension}");
     for extension in IMAGE_EXTENSIONS.into_iter().chain(["npy", "txt", "json"]) {
         let Some(content) = members.get(extension) else { continue };
         match extension {
-            "json" if !all_good => append(tar, &key, extension, &good_json(content, rules)?)?,
-            "txt" if !all_good => append(tar, &key, extension, good_lines(&members, rules).as_bytes())?,
-            _ => append(tar, &key, extension, content)?,
+            "json" if !all_good => append(tar, &name(extension), &good_json(content, rules)?)?,
+            "txt" if !all_good => append(tar, &name(extension), good_lines(&members, rules).as_bytes())?,
+            _ => append(tar, &name(extension), content)?,
         }
     }
     Ok(())
@@ -97,11 +98,4 @@ fn good_lines(members: &Members, rules: &TextRules) -> String {
     let text = String::from_utf8_lossy(members.get("txt").unwrap_or_default());
     let lines = text.split(['\n', '\r']).map(clean).filter(|line| !line.is_empty());
     lines.filter(|line| rules.check(line).0.is_none()).collect::<Vec<_>>().join("\n")
-}
-
-fn append(tar: &mut Builder<&mut BufWriter<File>>, key: &str, extension: &str, content: &[u8]) -> Result<()> {
-    let mut header = Header::new_gnu();
-    header.set_size(content.len() as u64);
-    header.set_mode(0o644);
-    Ok(tar.append_data(&mut header, format!("{key}.{extension}"), content)?)
 }
