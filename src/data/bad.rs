@@ -1,11 +1,11 @@
 //! Bad samples: cause, count and example locations.
 
 use crate::error::{Result, failed};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt};
 
 /// Why a sample (or a part of a shard) cannot be used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Cause {
     /// The file cannot be opened or read.
@@ -26,7 +26,7 @@ pub enum Cause {
     DanglingLink,
     /// A file in a folder that is neither an image, a caption nor a shard.
     UnknownKind,
-    /// The sample has no image.
+    /// The sample has no image, or its image file is missing.
     NoImage,
     /// The image format is not supported (AVIF, SVG, …).
     UnsupportedImage,
@@ -44,6 +44,10 @@ pub enum Cause {
     NotUtf8,
     /// The JSON cannot be parsed.
     BadJson,
+    /// A row of a table has another number of fields than its header, or a cell does not hold text.
+    BadRow,
+    /// The text that should be an image in base64 is not base64.
+    BadBase64,
 }
 
 impl fmt::Display for Cause {
@@ -74,10 +78,10 @@ pub fn printable(text: &str) -> String {
 }
 
 /// Counts of bad samples by cause, with the first few locations of each cause.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct BadCounts(BTreeMap<Cause, Found>);
 
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Found {
     count: u64,
     examples: Vec<String>,
@@ -107,6 +111,11 @@ impl BadCounts {
             let workspace = EXAMPLES.saturating_sub(found.examples.len());
             found.examples.extend(from.examples.into_iter().take(workspace));
         }
+    }
+
+    /// Whether any sample is bad for this cause.
+    pub fn has(&self, cause: Cause) -> bool {
+        self.0.contains_key(&cause)
     }
 
     /// Number of bad samples of all causes.

@@ -1,6 +1,6 @@
 //! `data encode` with equal names, changed sources, outputs of other tokenizers, and concurrent writers.
 
-use super::{encode_output::Lock, encode_tests::*, tests::*, *};
+use super::{encode_tests::*, output::Lock, tests::*, *};
 use crate::error::Result;
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -95,7 +95,7 @@ fn a_second_writer_is_refused_and_leftovers_are_removed() {
     let (input, output) = (dir.path().join("in"), dir.path().join("out"));
     pair(&input, "a.png", 1);
     fs::create_dir(&output).unwrap();
-    let lock = Lock::take(&output).unwrap();
+    let lock = Lock::take(&output, "encoding").unwrap();
     let error = encode(&input, &output).unwrap_err().to_string();
     assert!(error.contains("another process is encoding"), "{error}");
     drop(lock);

@@ -10,7 +10,6 @@ mod dataset;
 mod encode;
 #[cfg(test)]
 mod encode_fault_tests;
-mod encode_output;
 #[cfg(test)]
 mod encode_tests;
 #[cfg(test)]
@@ -23,6 +22,7 @@ pub mod inspect;
 mod keys;
 mod loader;
 mod members;
+mod output;
 pub mod paths;
 mod record;
 mod sampler;
