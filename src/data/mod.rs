@@ -5,6 +5,7 @@
 //! [`BadCounts`].
 
 mod bad;
+pub mod build;
 mod codes;
 mod dataset;
 mod encode;
