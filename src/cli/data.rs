@@ -1,10 +1,10 @@
 //! `vilg data`
 
-use super::{data_encode, data_filter, data_inspect, data_vocab};
+use super::{data_build, data_encode, data_filter, data_inspect, data_vocab};
 use crate::error::Result;
 use clap::Subcommand;
 
-/// Inspect and filter data, encode images as image codes, make a vocabulary
+/// Build, inspect and filter data, encode images as image codes, make a vocabulary
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -13,6 +13,7 @@ pub struct Args {
 
 #[derive(Subcommand)]
 enum Command {
+    Build(data_build::Args),
     Inspect(data_inspect::Args),
     Filter(data_filter::Args),
     Encode(data_encode::Args),
@@ -21,6 +22,7 @@ enum Command {
 
 pub fn run(args: Args, json: bool) -> Result<()> {
     match args.command {
+        Command::Build(args) => data_build::run(args, json),
         Command::Inspect(args) => data_inspect::run(args, json),
         Command::Filter(args) => data_filter::run(args, json),
         Command::Encode(args) => data_encode::run(args, json),

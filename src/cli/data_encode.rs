@@ -1,13 +1,14 @@
 //! `vilg data encode`
 
+use super::output;
 use crate::{
-    bundle::{self, Bundle},
+    bundle::Bundle,
     config,
     data::{CodesInfo, Encoder, Source},
-    error::{Hint, Result, ensure, failed},
+    error::{Result, ensure, failed},
     report,
 };
-use std::{fs, path::PathBuf};
+use std::path::PathBuf;
 
 /// Encode shards of images as shards of image codes. Run the same command again to resume
 #[derive(clap::Args)]
@@ -52,7 +53,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let bar = report::bar(sources.iter().map(Source::len).sum(), "encoding");
     let done = encoder.run(&sources, |n| bar.inc(n))?;
     bar.finish_and_clear();
-    copy_attribution(&args)?;
+    output::add_attribution(&args.sources, &args.output)?;
     if done.bad.total() > 0 {
         report::warn(format_args!("left out: {}", done.bad));
     }
@@ -77,16 +78,4 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         failed(format_args!("no samples: {}", done.bad), "`vilg data inspect PATH` shows what a source contains")
     );
     Ok(())
-}
-
-/// The licences of the images apply to their codes as well.
-fn copy_attribution(args: &Args) -> Result<()> {
-    let sources: Vec<config::Source> =
-        args.sources.iter().map(|path| config::Source { path: path.clone(), weight: 1.0 }).collect();
-    let text = bundle::attribution_of(&sources);
-    if text.is_empty() {
-        return Ok(());
-    }
-    let path = args.output.join("ATTRIBUTION.md");
-    fs::write(&path, text).hint(format_args!("cannot write {}", path.display()), "choose another folder with -o")
 }

@@ -6,6 +6,7 @@ mod completions;
 mod config;
 mod config_files;
 mod data;
+mod data_build;
 mod data_encode;
 mod data_filter;
 mod data_inspect;

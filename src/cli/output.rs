@@ -1,6 +1,9 @@
 //! Checks that output files can be written before the work starts, not hours later.
 
-use crate::error::{Hint, Result, ensure, usage};
+use crate::{
+    bundle, config,
+    error::{Hint, Result, ensure, usage},
+};
 use std::{fs, path::Path};
 
 /// Checks that the file `path` of the option `option` can be written, and creates its parent folders. The content of an
@@ -26,9 +29,42 @@ pub fn check(path: &Path, option: &str) -> Result<()> {
     Ok(())
 }
 
+/// Adds the attribution of `sources` to `ATTRIBUTION.md` in the output folder: the licences of images apply to what is
+/// made of them.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn add_attribution(sources: &[String], output: &Path) -> Result<()> {
+    let sources: Vec<_> = sources.iter().map(|path| config::Source { path: path.clone(), weight: 1.0 }).collect();
+    let text = bundle::attribution_of(&sources);
+    let path = output.join("ATTRIBUTION.md");
+    let present = fs::read_to_string(&path).unwrap_or_default();
+    if text.is_empty() || present.contains(&text) {
+        return Ok(());
+    }
+    let all = if present.is_empty() { text } else { format!("{present}\n{text}") };
+    fs::write(&path, all).hint(format_args!("cannot write {}", path.display()), "choose another folder with -o")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn attributions_are_added_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let (one, two, out) = (folder.path().join("1"), folder.path().join("2"), folder.path().join("out"));
+        for (source, text) in [(&one, "by A"), (&two, "by B")] {
+            fs::create_dir(source).unwrap();
+            fs::write(source.join("ATTRIBUTION.md"), text).unwrap();
+        }
+        fs::create_dir(&out).unwrap();
+        let name = |path: &Path| path.to_str().unwrap().to_owned();
+        add_attribution(&[name(&one)], &out).unwrap();
+        add_attribution(&[name(&two)], &out).unwrap();
+        add_attribution(&[name(&one)], &out).unwrap();
+        assert_eq!(fs::read_to_string(out.join("ATTRIBUTION.md")).unwrap(), "by A\nby B");
+    }
 
     #[test]
     fn a_file_that_cannot_be_written_is_refused_and_nothing_is_left() {

@@ -26,7 +26,7 @@ pub enum Cause {
     DanglingLink,
     /// A file in a folder that is neither an image, a caption nor a shard.
     UnknownKind,
-    /// The sample has no image.
+    /// The sample has no image, or its image file is missing.
     NoImage,
     /// The image format is not supported (AVIF, SVG, …).
     UnsupportedImage,
@@ -46,6 +46,8 @@ pub enum Cause {
     BadJson,
     /// A row of a table has another number of fields than its header, or a cell does not hold text.
     BadRow,
+    /// The text that should be an image in base64 is not base64.
+    BadBase64,
 }
 
 impl fmt::Display for Cause {
@@ -109,6 +111,11 @@ impl BadCounts {
             let workspace = EXAMPLES.saturating_sub(found.examples.len());
             found.examples.extend(from.examples.into_iter().take(workspace));
         }
+    }
+
+    /// Whether any sample is bad for this cause.
+    pub fn has(&self, cause: Cause) -> bool {
+        self.0.contains_key(&cause)
     }
 
     /// Number of bad samples of all causes.

@@ -7,7 +7,7 @@ use super::{
     members::Members,
     paths,
     record::{Kind, Record, wants},
-    source_file::open_regular,
+    source_file,
     tar::{self, Place},
 };
 use crate::{
@@ -17,13 +17,10 @@ use crate::{
 use rayon::prelude::*;
 use std::{
     fs,
-    io::{self, Read, Write},
+    io::{self, Write},
     path::{Path, PathBuf},
     time::UNIX_EPOCH,
 };
-
-/// Maximum size of an image, caption or JSON file in a folder, in bytes.
-const MAX_FILE: u64 = 64 << 20;
 
 /// All sources of a configuration.
 #[derive(Debug)]
@@ -282,6 +279,16 @@ impl Shard {
         Ok(hasher.finalize())
     }
 
+    /// Size of sample `index` in bytes; 0 if it is unknown.
+    pub(super) fn sample_bytes(&self, index: usize) -> u64 {
+        match &self.samples {
+            Samples::Tar(places) => places.get(index).map_or(0, |place| place.length),
+            Samples::Files(images) => {
+                images.get(index).and_then(|image| fs::metadata(&image.path).ok()).map_or(0, |meta| meta.len())
+            }
+        }
+    }
+
     /// The key of sample `index`, and those of its members that are read for `kind` (`None`: for any kind).
     ///
     /// # Errors
@@ -344,12 +351,7 @@ fn read_files(image: &ImageFile, kind: Option<Kind>) -> Result<(String, Members)
     let itself = wants(kind, &extension).then(|| (extension.as_str(), image.path.clone()));
     let others = ["txt", "json"].into_iter().filter_map(|e| Some((e, beside(&image.path, e)?)));
     for (extension, path) in itself.into_iter().chain(others) {
-        match read_limited(&path) {
-            Ok(content) => members.push(extension, &content),
-            Err(e) if e.kind() == io::ErrorKind::FileTooLarge => return Err(Bad::new(Cause::TooLarge, path.display())),
-            Err(e) if e.kind() == io::ErrorKind::InvalidInput => return Err(Bad::new(Cause::NotAFile, path.display())),
-            Err(e) => return Err(Bad::new(Cause::Unreadable, format_args!("{}: {e}", path.display()))),
-        }
+        members.push(extension, &source_file::read(&path)?);
     }
     Ok((image.key.clone(), members))
 }
@@ -358,10 +360,4 @@ fn read_files(image: &ImageFile, kind: Option<Kind>) -> Result<(String, Members)
 fn beside(image: &Path, extension: &str) -> Option<PathBuf> {
     let spellings = [extension.to_owned(), extension.to_ascii_uppercase()];
     spellings.iter().map(|extension| image.with_extension(extension)).find(|path| path.exists())
-}
-
-fn read_limited(path: &Path) -> io::Result<Vec<u8>> {
-    let mut content = Vec::new();
-    open_regular(path)?.take(MAX_FILE + 1).read_to_end(&mut content)?;
-    if content.len() as u64 > MAX_FILE { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(content) }
 }

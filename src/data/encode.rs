@@ -4,9 +4,9 @@ use super::{
     bad::{Bad, BadCounts},
     codes::{CODES_FILE, CodesInfo, npy},
     dataset::{Shard, Source},
-    encode_output::{Lock, MADE_FROM, MadeFrom, Standing, append, remove_leftovers, write_whole},
     image::to_pixels,
     members::Members,
+    output::{Lock, MadeFrom, Recipe, Standing, append, remove_leftovers, write_whole},
     record::{Kind, Record},
 };
 use crate::{
@@ -14,7 +14,7 @@ use crate::{
     tokenizer::ImageTokenizer,
 };
 use rayon::prelude::*;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeSet,
     fs::{self, File},
@@ -54,6 +54,17 @@ pub struct Encoder<'a> {
     pub max_bad_ratio: f64,
 }
 
+/// How a shard of codes is made: by the image tokenizer and its grid of codes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Encoding {
+    codes: CodesInfo,
+}
+
+impl Recipe for Encoding {
+    const MEMBER: &'static str = "encoded-from";
+    const VERB: &'static str = "encoded";
+}
+
 /// A decoded image, with the members that are stored next to its codes.
 struct Ready {
     record: Record,
@@ -83,7 +94,7 @@ impl Encoder<'_> {
         // All shards are compared before the first one is encoded, so that a refusal comes at once.
         let mut work = Vec::new();
         for shard in &shards {
-            let made_from = MadeFrom::of(shard, &self.info)?;
+            let made_from = self.made_from(shard)?;
             work.push((*shard, Standing::of(&self.output.join(&shard.name), &made_from)?, made_from));
         }
         let mut report = Report::default();
@@ -108,6 +119,12 @@ impl Encoder<'_> {
         }
         report.bad.check(skipped + report.samples + report.bad.total(), self.max_bad_ratio)?;
         Ok(report)
+    }
+
+    fn made_from(&self, shard: &Shard) -> Result<MadeFrom<Encoding>> {
+        let path = fs::canonicalize(&shard.path).with_context(|| format!("cannot find {}", shard.path.display()))?;
+        let digest = shard.digest(true)?.to_hex().to_string();
+        Ok(MadeFrom { path, digest, recipe: Encoding { codes: self.info.clone() } })
     }
 
     /// Writes `codes.json` to every folder of the output.
@@ -139,7 +156,7 @@ impl Encoder<'_> {
     fn encode_shard(
         &self,
         shard: &Shard,
-        made_from: &MadeFrom,
+        made_from: &MadeFrom<Encoding>,
         report: &mut Report,
         progress: &impl Fn(u64),
     ) -> Result<()> {
@@ -173,14 +190,14 @@ impl Encoder<'_> {
 
     fn write_batches(
         &self,
-        made_from: &MadeFrom,
+        made_from: &MadeFrom<Encoding>,
         batches: Receiver<Batch>,
         file: &mut BufWriter<File>,
         report: &mut Report,
         progress: &impl Fn(u64),
     ) -> Result<()> {
         let mut tar = Builder::new(file);
-        append(&mut tar, MADE_FROM, &serde_json::to_vec(made_from)?)?;
+        made_from.write(&mut tar)?;
         for batch in batches {
             progress(batch.len() as u64);
             let mut good = Vec::new();

@@ -1,6 +1,6 @@
 //! `data encode` with equal names, changed sources, outputs of other tokenizers, and concurrent writers.
 
-use super::{encode_output::Lock, encode_tests::*, tests::*, *};
+use super::{encode_tests::*, output::Lock, tests::*, *};
 use crate::error::Result;
 use std::{collections::BTreeSet, fs, path::Path};
 

@@ -5,12 +5,12 @@
 //! [`BadCounts`].
 
 mod bad;
+pub mod build;
 mod codes;
 mod dataset;
 mod encode;
 #[cfg(test)]
 mod encode_fault_tests;
-mod encode_output;
 #[cfg(test)]
 mod encode_tests;
 #[cfg(test)]
@@ -24,6 +24,7 @@ pub mod inspect;
 mod keys;
 mod loader;
 mod members;
+mod output;
 pub mod paths;
 mod record;
 mod sampler;

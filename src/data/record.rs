@@ -13,7 +13,7 @@ use serde_json::Value;
 pub const IMAGE_EXTENSIONS: [&str; 9] = ["png", "jpg", "jpeg", "webp", "gif", "bmp", "tiff", "tif", "jfif"];
 
 /// Maximum size of a text or JSON member in bytes.
-const MAX_TEXT: usize = 1 << 20;
+pub(super) const MAX_TEXT: usize = 1 << 20;
 /// Maximum length of a caption in characters; longer captions are truncated.
 const MAX_CAPTION: usize = 4096;
 
@@ -66,11 +66,7 @@ pub struct Record {
 impl Record {
     /// Parses what `kind` needs from the members of a sample.
     pub(super) fn parse(key: &str, members: &Members, kind: Kind, codes: Option<&CodesInfo>) -> Result<Self, Bad> {
-        let (meta, ignored) = match json(members) {
-            Ok(meta) => (meta, None),
-            Err(bad) => (Value::Null, Some(bad)),
-        };
-        let captions = captions(members, &meta)?;
+        let Texts { meta, captions, ignored } = texts(members)?;
         if captions.is_empty() && !matches!(kind, Kind::Images(_)) {
             return Err(ignored.unwrap_or_else(|| Bad::new(Cause::NoCaption, "")));
         }
@@ -89,6 +85,22 @@ impl Record {
         record.captions = captions;
         Ok(record)
     }
+}
+
+/// The JSON of a sample (`Null` if there is none or it was ignored), its captions, and why its JSON was ignored.
+pub(super) struct Texts {
+    pub meta: Value,
+    pub captions: Vec<String>,
+    pub ignored: Option<Bad>,
+}
+
+/// Reads the text members of a sample.
+pub(super) fn texts(members: &Members) -> Result<Texts, Bad> {
+    let (meta, ignored) = match json(members) {
+        Ok(meta) => (meta, None),
+        Err(bad) => (Value::Null, Some(bad)),
+    };
+    Ok(Texts { captions: captions(members, &meta)?, meta, ignored })
 }
 
 /// The content of a sample's image.

@@ -1,12 +1,32 @@
 //! Opens source files of a data set without blocking on pipes and devices, and recognizes the format of files that are not
 //! tar archives.
 
+use super::bad::{Bad, Cause};
 use std::{
     fs::{self, File, OpenOptions},
-    io,
+    io::{self, Read},
     os::unix::fs::OpenOptionsExt,
     path::Path,
 };
+
+/// Maximum size of an image, caption or JSON file in bytes.
+pub const MAX_FILE: u64 = 64 << 20;
+
+/// Reads a regular file of at most [`MAX_FILE`] bytes.
+///
+/// # Errors
+/// The file is missing, too large, not a regular file, or cannot be read.
+pub fn read(path: &Path) -> Result<Vec<u8>, Bad> {
+    let bad = |cause: Cause| Bad::new(cause, path.display());
+    let mut content = Vec::new();
+    let read = open_regular(path).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut content));
+    match read {
+        Ok(_) if content.len() as u64 > MAX_FILE => Err(bad(Cause::TooLarge)),
+        Ok(_) => Ok(content),
+        Err(e) if e.kind() == io::ErrorKind::InvalidInput => Err(bad(Cause::NotAFile)),
+        Err(e) => Err(Bad::new(Cause::Unreadable, format_args!("{}: {e}", path.display()))),
+    }
+}
 
 /// Opens a regular file for reading.
 ///

@@ -4,7 +4,7 @@
 use super::{image_hash::ImageHash, rule::Rule};
 use crate::{
     bounded_read,
-    data::{bad::BadCounts, encode_output::write_whole},
+    data::{bad::BadCounts, output::write_whole},
     error::{Context, Result, ensure},
 };
 use serde::{Deserialize, Serialize};

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     bounded_read,
-    data::encode_output::{Lock, remove_leftovers, write_whole},
+    data::output::{Lock, remove_leftovers, write_whole},
     error::{Context, Hint, Result, ensure, failed},
     report::note,
 };

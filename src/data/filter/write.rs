@@ -4,8 +4,8 @@ use super::{input::Input, text::TextRules};
 use crate::{
     data::{
         dataset::Shard,
-        encode_output::{append, write_whole},
         members::Members,
+        output::{append, write_whole},
         record::{IMAGE_EXTENSIONS, Kind, Record, clean},
         table::Table,
     },

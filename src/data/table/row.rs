@@ -60,26 +60,53 @@ impl Row<'_> {
         Ok(self.text(column)?.into_iter().collect())
     }
 
-    /// The bytes of a binary cell of a parquet file; the bytes of a text elsewhere. `None` if there is no cell.
+    /// The bytes of a binary cell of a parquet file. `None` if there is no cell or it holds something else.
     pub fn bytes(&self, column: &str) -> Option<&[u8]> {
+        let Self::Parquet { batch, index } = self else { return None };
+        let (array, index) = cell(batch, column, *index)?;
+        match array.data_type() {
+            DataType::Binary => Some(array.as_binary::<i32>().value(index)),
+            DataType::LargeBinary => Some(array.as_binary::<i64>().value(index)),
+            DataType::BinaryView => Some(array.as_binary_view().value(index)),
+            // datasets of Hugging Face store an image as a struct of `bytes` and `path`.
+            DataType::Struct(_) => {
+                let bytes = array.as_struct().column_by_name("bytes")?.as_binary_opt::<i32>()?;
+                bytes.is_valid(index).then(|| bytes.value(index))
+            }
+            _ => None,
+        }
+    }
+
+    /// The cells that JSON can hold, by column name; numbers stay numbers in JSON lines and parquet files.
+    pub fn fields(&self) -> Map<String, Value> {
         match self {
-            Self::Json(object) => object.get(column)?.as_str().map(str::as_bytes),
-            Self::Delimited { header, record } => field(header, record, column),
+            Self::Json(object) => object.clone(),
+            Self::Delimited { header, record } => {
+                let name = |bytes: &[u8]| std::str::from_utf8(bytes).map(str::to_owned).ok();
+                header
+                    .iter()
+                    .zip(record.iter())
+                    .filter_map(|(key, cell)| Some((name(key)?, name(cell)?.into())))
+                    .collect()
+            }
             Self::Parquet { batch, index } => {
-                let (array, index) = cell(batch, column, *index)?;
-                match array.data_type() {
-                    DataType::Binary => Some(array.as_binary::<i32>().value(index)),
-                    DataType::LargeBinary => Some(array.as_binary::<i64>().value(index)),
-                    DataType::BinaryView => Some(array.as_binary_view().value(index)),
-                    DataType::Utf8 => Some(array.as_string::<i32>().value(index).as_bytes()),
-                    DataType::LargeUtf8 => Some(array.as_string::<i64>().value(index).as_bytes()),
-                    // datasets of Hugging Face store an image as a struct of `bytes` and `path`.
-                    DataType::Struct(_) => {
-                        let bytes = array.as_struct().column_by_name("bytes")?.as_binary_opt::<i32>()?;
-                        bytes.is_valid(index).then(|| bytes.value(index))
-                    }
-                    _ => None,
-                }
+                let schema = batch.schema();
+                let field = |name: &String| {
+                    let (array, index) = cell(batch, name, *index)?;
+                    let value = match array.data_type() {
+                        DataType::List(_) | DataType::LargeList(_) => {
+                            self.texts(name).ok()?.into_iter().map(Cow::into_owned).collect()
+                        }
+                        kind => {
+                            let text = arrow_text(name, array, index).ok()??;
+                            let scalar = kind.is_numeric() || *kind == DataType::Boolean;
+                            let value = scalar.then(|| serde_json::from_str(&text).ok()).flatten();
+                            value.unwrap_or_else(|| text.into_owned().into())
+                        }
+                    };
+                    Some((name.clone(), value))
+                };
+                schema.fields().iter().filter_map(|column| field(column.name())).collect()
             }
         }
     }

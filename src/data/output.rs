@@ -1,67 +1,83 @@
-//! The output folder of `vilg data encode`: only one process writes to it, shards are written atomically, and each shard
-//! records its source.
+//! The output folder of `vilg data encode` and `vilg data build`: only one process writes to it, shards are written
+//! atomically, and each shard records its source.
 
-use super::{codes::CodesInfo, dataset::Shard, source_file::open_regular};
+use super::source_file::open_regular;
 use crate::{
     error::{Context, Hint, Result, failed},
     report, runtime,
 };
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{
     fs::{self, File, OpenOptions},
     hash::{BuildHasher, RandomState},
-    io::{BufWriter, Read},
+    io::{BufWriter, Read, Write},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
-use tar::{Builder, Header};
 
-/// Name of the first member of a shard, the record of its source. It has no extension, so it belongs to no sample.
-pub const MADE_FROM: &str = "encoded-from";
 /// Maximum size of a record in bytes.
 const MAX_RECORD: u64 = 64 << 10;
 const LOCK: &str = ".encode.lock";
 
-/// The source of a shard of codes.
+/// How shards are made from their source; it is a part of their record.
+pub trait Recipe: PartialEq + Serialize + DeserializeOwned {
+    /// Name of the first member of a shard, its record. It has no extension, so it belongs to no sample.
+    const MEMBER: &'static str;
+    /// What happened to the source, for error messages.
+    const VERB: &'static str;
+}
+
+/// The source of a shard.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MadeFrom {
-    /// Absolute path of the source shard or folder.
+pub struct MadeFrom<R> {
+    /// Absolute path of the source.
     pub path: PathBuf,
     /// Digest of the source's samples, sizes and modification times.
     pub digest: String,
-    /// The image tokenizer and its grid of codes.
-    pub codes: CodesInfo,
+    #[serde(flatten)]
+    pub recipe: R,
 }
 
-impl MadeFrom {
-    /// The record for a source shard.
-    ///
-    /// # Errors
-    /// The shard cannot be examined.
-    pub fn of(shard: &Shard, codes: &CodesInfo) -> Result<Self> {
-        let path = fs::canonicalize(&shard.path).with_context(|| format!("cannot find {}", shard.path.display()))?;
-        Ok(Self { path, digest: shard.digest(true)?.to_hex().to_string(), codes: codes.clone() })
-    }
-
-    /// Reads the record of a shard of codes; `None` if the shard is damaged or has none (older versions wrote none).
+impl<R: Recipe> MadeFrom<R> {
+    /// Reads the record of a shard; `None` if the shard is damaged or has none (older versions wrote none).
     pub fn read(path: &Path) -> Option<Self> {
         let mut archive = tar::Archive::new(open_regular(path).ok()?);
         let member = archive.entries().ok()?.next()?.ok()?;
-        if *member.path_bytes() != *MADE_FROM.as_bytes() {
+        if *member.path_bytes() != *R::MEMBER.as_bytes() {
             return None;
         }
         let mut text = Vec::new();
         member.take(MAX_RECORD).read_to_end(&mut text).ok()?;
         serde_json::from_slice(&text).ok()
     }
+
+    /// Writes the record as the first member of a shard.
+    ///
+    /// # Errors
+    /// The shard cannot be written.
+    pub fn write(&self, shard: &mut tar::Builder<impl Write>) -> Result<()> {
+        append(shard, R::MEMBER, &serde_json::to_vec(self)?)
+    }
 }
 
-/// Whether a source shard still has to be encoded, given the output file of the same name.
+/// Appends a member to a shard.
+///
+/// # Errors
+/// The shard cannot be written.
+pub fn append(shard: &mut tar::Builder<impl Write>, name: &str, content: &[u8]) -> Result<()> {
+    let mut header = tar::Header::new_gnu();
+    header.set_size(content.len() as u64);
+    header.set_mode(0o644);
+    shard.append_data(&mut header, name, content)?;
+    Ok(())
+}
+
+/// Whether a shard still has to be written, given the output file of the same name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
     Missing,
     Finished,
-    /// The source has changed since it was encoded.
+    /// The source has changed since the shard was written.
     Outdated,
 }
 
@@ -69,15 +85,15 @@ impl Standing {
     /// Compares the record of the file `output` with the record `wanted` of the source.
     ///
     /// # Errors
-    /// The file has no record or was encoded from another source; it must not be replaced.
-    pub fn of(output: &Path, wanted: &MadeFrom) -> Result<Self> {
+    /// The file has no record or was made from another source; it must not be replaced.
+    pub fn of<R: Recipe>(output: &Path, wanted: &MadeFrom<R>) -> Result<Self> {
         if output.symlink_metadata().is_err() {
             return Ok(Self::Missing);
         }
         let shown = output.display();
-        let hint = "choose another folder with -o, or delete this file to encode it again";
+        let hint = "choose another folder with -o, or delete this file to write it again";
         let none = || format!("{shown} has no record of its source: an older version of vilg or another tool wrote it");
-        let found = MadeFrom::read(output).hint(none(), hint)?;
+        let found = MadeFrom::<R>::read(output).hint(none(), hint)?;
         if found == *wanted {
             return Ok(Self::Finished);
         }
@@ -85,11 +101,11 @@ impl Standing {
             return Ok(Self::Outdated);
         }
         // The same samples under another path.
-        if found.digest == wanted.digest && found.codes == wanted.codes {
+        if found.digest == wanted.digest && found.recipe == wanted.recipe {
             return Ok(Self::Finished);
         }
         let (recorded, requested) = (found.path.display(), wanted.path.display());
-        Err(failed(format_args!("{shown} was encoded from {recorded}, not from {requested}"), hint))
+        Err(failed(format_args!("{shown} was {} from {recorded}, not from {requested}", R::VERB), hint))
     }
 }
 
@@ -186,16 +202,4 @@ pub fn remove_leftovers(path: &Path) {
             let _ = fs::remove_file(entry.path());
         }
     }
-}
-
-/// Appends a member to a tar.
-///
-/// # Errors
-/// The file cannot be written.
-pub fn append(tar: &mut Builder<&mut BufWriter<File>>, name: &str, content: &[u8]) -> Result<()> {
-    let mut header = Header::new_gnu();
-    header.set_size(content.len() as u64);
-    header.set_mode(0o644);
-    tar.append_data(&mut header, name, content)?;
-    Ok(())
 }
