@@ -4,6 +4,7 @@
 //! The share of the peak refers to [`ops::peak_flops`], measured in the same run.
 
 pub mod attention;
+pub mod data;
 mod flops;
 mod plot;
 mod shapes;

@@ -2,7 +2,7 @@
 
 use crate::{
     bench::{self, Report, SHAPES, Shape, attention::Cost},
-    config::{AttentionKind, Precision},
+    config::{self, AttentionKind, Precision},
     error::Result,
     ops::packed::Format,
     report, runtime,
@@ -27,6 +27,37 @@ enum Command {
     /// Time greedy generation with the KV cache: all codes of one image for each sequence of the batch
     Decode(WorkArgs<Format>),
     Attention(AttentionArgs),
+    Data(DataArgs),
+}
+
+/// Time reading samples from shards, at random and sequentially
+#[derive(clap::Args)]
+#[command(
+    after_help = "Shards of image codes are recognized by their codes.json; other samples are decoded as in training. The \
+    operating system keeps files in memory: for cold storage, read more data than fits."
+)]
+struct DataArgs {
+    /// Shards or folders, as for `vilg data inspect`
+    #[arg(required = true, value_name = "SOURCE")]
+    sources: Vec<String>,
+    /// Batch size, in samples
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=8192))]
+    batch: u16,
+    /// Number of reader threads (data.workers)
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
+    workers: u16,
+    /// Samples that each stream of the sequential order shuffles (data.shuffle_buffer)
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    shuffle_buffer: u32,
+    /// Side of the images, in pixels
+    #[arg(long, value_name = "PIXELS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(8..=4096))]
+    image_size: u32,
+    /// Number of samples that each repetition reads
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..))]
+    samples: u64,
+    /// Number of timed repetitions; the median is reported
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..), allow_negative_numbers = true)]
+    repeat: u16,
 }
 
 #[derive(clap::Args)]
@@ -99,7 +130,35 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         Command::Tokenizer(args) => show(&bench::tokenizer(&args.training()?, args.repeat())?, json),
         Command::Decode(args) => show(&bench::decode(&args.shape()?, args.precision, args.repeat())?, json),
         Command::Attention(args) => run_attention(&args, json),
+        Command::Data(args) => run_data(args, json),
     }
+}
+
+fn run_data(args: DataArgs, json: bool) -> Result<()> {
+    let sources = args.sources.into_iter().map(|path| config::Source { path, weight: 1.0 }).collect();
+    let (workers, shuffle_buffer) = (args.workers.into(), args.shuffle_buffer as usize);
+    let speeds = bench::data::data(&bench::data::Reading {
+        data: config::Data { sources, workers, shuffle_buffer, ..config::Data::default() },
+        image_size: args.image_size,
+        batch: args.batch.into(),
+        samples: args.samples,
+        repeat: args.repeat.into(),
+    })?;
+    if json {
+        report::json(
+            &json!({ "batch": args.batch, "workers": workers, "shuffle_buffer": shuffle_buffer, "orders": speeds }),
+        );
+        return Ok(());
+    }
+    let rows: Vec<Vec<String>> = speeds
+        .iter()
+        .map(|speed| {
+            let all: Vec<String> = speed.all.iter().map(|n| format!("{n:.0}")).collect();
+            vec![speed.order.to_owned(), format!("{:.0}", speed.samples_per_second), all.join(" ")]
+        })
+        .collect();
+    report::table(&["order", "samples/s", "repetitions"], &rows);
+    Ok(())
 }
 
 impl<P: ValueEnum + Clone + Send + Sync + 'static> WorkArgs<P> {

@@ -4,7 +4,8 @@ use super::output;
 use crate::{
     bundle::Bundle,
     config,
-    data::{CodesInfo, Encoder, Source},
+    data::{CodesInfo, Encoder, Shard, Source},
+    dist,
     error::{Result, ensure, failed},
     report,
 };
@@ -16,7 +17,7 @@ use std::path::PathBuf;
     after_help = "Each output shard records its source (samples, sizes, modification times) and the tokenizer. An output \
     shard is kept while its source is unchanged, encoded again when the source has changed, and never replaced by a \
     different source. Images from folders are stored under their path with dots replaced. A source shard without a usable sample is \
-    reported, and the exit code is then 1."
+    reported, and the exit code is then 1. Under torchrun, mpirun or srun, the ranks share the shards."
 )]
 pub struct Args {
     /// Shards or folders, as for `vilg data inspect`
@@ -43,14 +44,20 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let info =
         CodesInfo { tokenizer: model.digest()?, grid: [height, width], codebook_size: tokenizer.codebook_size()? };
     let sources = args.sources.iter().map(|path| Source::open(path, 1.0)).collect::<Result<Vec<_>>>()?;
+    let place = dist::place()?;
+    let (rank, world_size) = place.map_or((0, 1), |place| (place.rank, place.world_size));
     let encoder = Encoder {
         tokenizer: &tokenizer,
         info,
         output: args.output.clone(),
         batch_size: args.batch.into(),
         max_bad_ratio: args.max_bad_ratio,
+        rank,
+        world_size,
     };
-    let bar = report::bar(sources.iter().map(Source::len).sum(), "encoding");
+    let shards: Vec<&Shard> = sources.iter().flat_map(|source| &source.shards).collect();
+    let (own, samples) = encoder.own(&shards).fold((0, 0), |(own, samples), shard| (own + 1, samples + shard.len()));
+    let bar = report::bar(samples, "encoding");
     let done = encoder.run(&sources, |n| bar.inc(n))?;
     bar.finish_and_clear();
     output::add_attribution(&args.sources, &args.output)?;
@@ -74,7 +81,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let hint = "repair or remove them and run this again; the other shards are complete";
     ensure!(done.unusable_shards == 0, failed(message, hint));
     ensure!(
-        done.shards + done.skipped_shards > 0,
+        done.shards + done.skipped_shards > 0 || own == 0,
         failed(format_args!("no samples: {}", done.bad), "`vilg data inspect PATH` shows what a source contains")
     );
     Ok(())

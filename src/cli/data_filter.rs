@@ -1,8 +1,10 @@
 //! `vilg data filter`
 
 use crate::{
+    bounded_read,
     data::filter::{
-        BlockedWords, DuplicateRules, Filter, Outcome, Rule, Settings, TextRules, Unit, input, measure, page,
+        BlockedWords, DuplicateRules, Filter, Outcome, PAGE_START, Rule, Settings, TextRules, Unit, input, measure,
+        page,
     },
     dist,
     error::{Hint, Result, ensure, failed, usage},
@@ -13,6 +15,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+/// How `filter.json` begins.
+const REPORT_START: &str = "{\n  \"inputs\":";
 /// Seconds that `--plan` scans.
 const PLAN_SECONDS: f64 = 10.0;
 /// Web pairs that the paper filtered.
@@ -110,6 +114,8 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         let message = format!("{} inputs cannot become the file {}", inputs.len(), output.display());
         ensure!(!is_file, usage(message, "-o needs a folder"));
     }
+    let files = report_files(&output, is_file);
+    check_report_files(&files)?;
     let place = dist::place()?;
     let (rank, world_size) = place.map_or((0, 1), |place| (place.rank, place.world_size));
     let bar = report::counter("rows, counted twice");
@@ -117,7 +123,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let outcome = filter.run(&|rows| bar.inc(rows))?;
     bar.finish_and_clear();
     if rank == 0 {
-        write_report(&filter.output, is_file, &outcome)?;
+        write_report(&files, &outcome)?;
     }
     if json {
         report::json(&outcome)
@@ -165,12 +171,26 @@ fn settings(args: &Args) -> Result<Settings> {
 }
 
 /// `filter.json` and `filter.html` in the output folder, or `NAME.filter.json` beside an output file.
-fn write_report(output: &Path, is_file: bool, outcome: &Outcome) -> Result<()> {
-    let contents = [("json", serde_json::to_string_pretty(outcome)?), ("html", page(&outcome.report)?)];
-    for (extension, content) in contents {
-        let extension = format!("filter.{extension}");
-        let path = if is_file { output.with_extension(extension) } else { output.join(extension) };
-        fs::write(&path, content)
+fn report_files(output: &Path, is_file: bool) -> [PathBuf; 2] {
+    ["filter.json", "filter.html"].map(|name| if is_file { output.with_extension(name) } else { output.join(name) })
+}
+
+/// Refuses to replace files that no run of this command wrote.
+fn check_report_files(files: &[PathBuf; 2]) -> Result<()> {
+    let begins = |path: &PathBuf, start: &str| {
+        bounded_read::read(path, bounded_read::TEXT).is_ok_and(|content| content.starts_with(start.as_bytes()))
+    };
+    for (path, start) in files.iter().zip([REPORT_START, PAGE_START]) {
+        let message = format!("{} exists and is not a report of this command", path.display());
+        ensure!(!path.exists() || begins(path, start), failed(message, "rename it, or choose another output with -o"));
+    }
+    Ok(())
+}
+
+fn write_report(files: &[PathBuf; 2], outcome: &Outcome) -> Result<()> {
+    let contents = [serde_json::to_string_pretty(outcome)?, page(&outcome.report)?];
+    for (path, content) in files.iter().zip(contents) {
+        fs::write(path, content)
             .hint(format_args!("cannot write {}", path.display()), "choose another output with -o")?;
     }
     Ok(())

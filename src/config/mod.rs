@@ -61,6 +61,13 @@ pub struct Data {
     pub prefetch: usize,
     /// Number of reader threads. Default 1.
     pub workers: usize,
+    /// How samples are ordered. 0 (default): at random over all shards, each read by itself. N: shards are read from their
+    /// start to their end, in `train.batch_size` streams, and N consecutive samples of a stream are shuffled in memory; for
+    /// data on network storage or hard disks.
+    pub shuffle_buffer: usize,
+    /// JSON fields whose texts are the captions of a sample, each a text or a list of texts; `txt` stands for the text file.
+    /// Default: `captions` of the JSON, or else `caption`, or else the lines of the text file.
+    pub caption_keys: Vec<String>,
     /// Maximum share of bad samples among the samples read so far, from 0 to 1; above it the run ends with an error.
     /// Default 0.05.
     pub max_bad_ratio: f64,
@@ -312,7 +319,14 @@ impl Default for Config {
 
 impl Default for Data {
     fn default() -> Self {
-        Self { sources: Vec::new(), prefetch: 4, workers: 1, max_bad_ratio: 0.05 }
+        Self {
+            sources: Vec::new(),
+            prefetch: 4,
+            workers: 1,
+            shuffle_buffer: 0,
+            caption_keys: Vec::new(),
+            max_bad_ratio: 0.05,
+        }
     }
 }
 

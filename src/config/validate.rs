@@ -92,6 +92,18 @@ fn data(check: &mut Check, data: &Data) {
         "be from 1 to 256",
         "1 is enough for shards of codes",
     );
+    check.that(
+        data.shuffle_buffer <= 1_000_000,
+        "data.shuffle_buffer",
+        "be at most 1,000,000",
+        "1000 samples of each stream are usual; 0 reads samples at random",
+    );
+    check.that(
+        data.caption_keys.iter().all(|key| !key.is_empty()),
+        "data.caption_keys",
+        "have no empty name",
+        "name JSON fields of the samples, or leave the list empty",
+    );
     check.within("data", &[("max_bad_ratio", data.max_bad_ratio)], 0.0, 1.0, "0.05 stops at more than 5 % bad samples");
 }
 

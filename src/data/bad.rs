@@ -118,6 +118,11 @@ impl BadCounts {
         self.0.contains_key(&cause)
     }
 
+    /// Whether there is no bad sample.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Number of bad samples of all causes.
     pub fn total(&self) -> u64 {
         self.0.values().map(|found| found.count).sum()

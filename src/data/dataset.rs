@@ -2,25 +2,27 @@
 
 use super::{
     bad::{Bad, BadCounts, Cause},
+    blocks::{BLOCK_BYTES, BlockCache},
     codes::CodesInfo,
-    keys::keys,
-    members::Members,
+    index::{self, Index, Stamp},
     paths,
-    record::{Kind, Record, wants},
-    source_file,
-    tar::{self, Place},
+    record::{Kind, Record},
+    shard::Shard,
 };
 use crate::{
     config,
-    error::{Context, Hint, Result, ensure, failed, usage},
+    error::{Hint, Result, ensure, failed, usage},
+    report,
 };
 use rayon::prelude::*;
 use std::{
-    fs,
-    io::{self, Write},
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
-    time::UNIX_EPOCH,
+    sync::Arc,
 };
+
+/// Number of shards without a stored index from which a folder gets one.
+const INDEX_FROM: usize = 100;
 
 /// All sources of a configuration.
 #[derive(Debug)]
@@ -30,6 +32,7 @@ pub struct Dataset {
     pub bad: BadCounts,
     kind: Kind,
     codes: Option<CodesInfo>,
+    caption_keys: Vec<String>,
 }
 
 /// One source: a sequence of shards.
@@ -46,31 +49,6 @@ pub struct Source {
     pub ignored: BadCounts,
     /// Number of samples up to and including each shard.
     ends: Vec<u64>,
-}
-
-/// A tar shard, or the images of a folder.
-#[derive(Debug)]
-pub struct Shard {
-    pub path: PathBuf,
-    /// Path below the source's folder. Derived shards are written under this name.
-    pub name: PathBuf,
-    samples: Samples,
-    /// Damage of the shard itself.
-    pub bad: BadCounts,
-}
-
-#[derive(Debug)]
-enum Samples {
-    Tar(Vec<Place>),
-    Files(Vec<ImageFile>),
-}
-
-/// An image file in a folder.
-#[derive(Debug)]
-struct ImageFile {
-    path: PathBuf,
-    /// Unique among the images of its source; contains no dots.
-    key: String,
 }
 
 impl Dataset {
@@ -91,12 +69,26 @@ impl Dataset {
             return Err(failed(message, "`vilg data inspect PATH` shows what it contains"));
         }
         let codes = if kind == Kind::Codes { Some(common_codes(&sources)?) } else { None };
-        Ok(Self { sources, bad, kind, codes })
+        Ok(Self { sources, bad, kind, codes, caption_keys: config.caption_keys.clone() })
     }
 
     /// The `codes.json` of the code shards ([`Kind::Codes`] only).
     pub fn codes(&self) -> Option<&CodesInfo> {
         self.codes.as_ref()
+    }
+
+    /// Number of samples of the shards of each source.
+    pub fn shard_lengths(&self) -> Vec<Vec<u64>> {
+        self.sources.iter().map(|source| source.shards.iter().map(Shard::len).collect()).collect()
+    }
+
+    /// Number of bytes of a cache that holds the blocks of `streams` streams with a shuffle buffer of `buffer` samples.
+    pub(super) fn cache_bytes(&self, streams: usize, buffer: usize) -> usize {
+        let shards = self.sources.iter().flat_map(|source| &source.shards);
+        let fewest = shards.filter_map(|shard| shard.samples_per_block(BLOCK_BYTES)).min().unwrap_or(usize::MAX);
+        // The blocks of a buffer, the next one, and one that other threads still read from.
+        let blocks = buffer.div_ceil(fewest) + 2;
+        streams.saturating_mul(blocks).saturating_mul(BLOCK_BYTES as usize)
     }
 
     /// Number of samples and weight of each source.
@@ -135,10 +127,22 @@ impl Dataset {
     /// # Errors
     /// The sample is bad; the error names its shard, key and cause.
     pub fn read(&self, source: usize, sample: u64) -> Result<Record, Bad> {
+        self.read_with(None, source, sample)
+    }
+
+    /// Reads one sample, together with its neighbours if there is a cache for blocks.
+    ///
+    /// # Errors
+    /// The sample is bad; the error names its shard, key and cause.
+    pub(super) fn read_with(&self, cache: Option<&BlockCache>, source: usize, sample: u64) -> Result<Record, Bad> {
         let missing = || Bad::new(Cause::Unreadable, format_args!("sample {sample} of source {source}"));
         let found = self.sources.get(source).and_then(|s| s.place(sample));
-        let (shard, index) = found.ok_or_else(missing)?;
-        let record = shard.read(index, self.kind, self.codes.as_ref())?;
+        let (number, shard, index) = found.ok_or_else(missing)?;
+        let (key, members) = match cache {
+            Some(cache) => cache.members((source, number), shard, index, self.kind)?,
+            None => shard.members(index, Some(self.kind))?,
+        };
+        let record = shard.parse(&key, &members, self.kind, self.codes.as_ref(), &self.caption_keys)?;
         Ok(Record { source, ..record })
     }
 
@@ -147,6 +151,35 @@ impl Dataset {
         let places = self.sources.iter().enumerate().flat_map(|(i, source)| (0..source.len()).map(move |n| (i, n)));
         places.step_by(step.max(1) as usize).map(|(source, sample)| self.read(source, sample))
     }
+}
+
+/// Opens tar shards with the stored indexes of their folders. A folder with many shards that have no entry gets an index.
+fn open_tars(tars: Vec<(PathBuf, PathBuf)>) -> Vec<Shard> {
+    let stamped: Vec<_> = tars.into_par_iter().map(|(path, name)| (Stamp::of(&path).ok(), path, name)).collect();
+    let folders: BTreeSet<&Path> = stamped.iter().filter_map(|(_, path, _)| path.parent()).collect();
+    let mut indexes = BTreeMap::new();
+    for folder in folders {
+        let index = Index::open(folder);
+        let here = stamped.iter().filter(|(_, path, _)| path.parent() == Some(folder));
+        let lacks = |stamp: &Stamp, path: &Path| index.as_ref().is_none_or(|index| index.entry(path, *stamp).is_none());
+        let missing = here.filter(|(stamp, path, _)| stamp.as_ref().is_some_and(|stamp| lacks(stamp, path)));
+        let missing: Vec<PathBuf> = missing.map(|(_, path, _)| path.clone()).collect();
+        let index = if missing.len() < INDEX_FROM { index } else { make_index(folder, &missing) };
+        indexes.extend(index.map(|index| (folder.to_owned(), Arc::new(index))));
+    }
+    let open = |(stamp, path, name): (Option<Stamp>, PathBuf, PathBuf)| {
+        let index = path.parent().and_then(|folder| indexes.get(folder));
+        Shard::indexed(path, name, stamp, index)
+    };
+    stamped.into_par_iter().map(open).collect()
+}
+
+fn make_index(folder: &Path, shards: &[PathBuf]) -> Option<Index> {
+    if let Err(error) = index::update(folder, shards) {
+        let folder = folder.display();
+        report::warn(format_args!("{error:#}: the headers of all shards in {folder} are read at each start"));
+    }
+    Index::open(folder)
 }
 
 /// The `codes.json` shared by all code shards.
@@ -175,13 +208,9 @@ impl Source {
     /// Finds and indexes the samples of one source.
     pub fn open(path: &str, weight: f64) -> Result<Self> {
         let found = paths::find(path)?;
-        let mut shards: Vec<Shard> = found.tars.into_par_iter().map(|(path, name)| Shard::tar(path, name)).collect();
+        let mut shards = open_tars(found.tars);
         if !found.images.is_empty() {
-            let (folder, name) = (PathBuf::from(path), PathBuf::from("00000.tar"));
-            let keys = keys(found.images.iter().map(|(_, below)| below.as_path()));
-            let images = found.images.into_iter().zip(keys).map(|((path, _), key)| ImageFile { path, key });
-            let samples = Samples::Files(images.collect());
-            shards.push(Shard { path: folder, name, samples, bad: BadCounts::default() });
+            shards.push(Shard::folder(path, found.images));
         }
         let mut end = 0;
         let ends = shards.iter().map(|shard| {
@@ -210,154 +239,10 @@ impl Source {
         self.len() == 0
     }
 
-    fn place(&self, sample: u64) -> Option<(&Shard, usize)> {
+    /// The shard of a sample, with its number, and the index of the sample in it.
+    fn place(&self, sample: u64) -> Option<(usize, &Shard, usize)> {
         let shard = self.ends.partition_point(|end| *end <= sample);
         let start = if shard == 0 { 0 } else { *self.ends.get(shard - 1)? };
-        Some((self.shards.get(shard)?, usize::try_from(sample - start).ok()?))
+        Some((shard, self.shards.get(shard)?, usize::try_from(sample - start).ok()?))
     }
-}
-
-impl Shard {
-    /// Indexes a tar shard. Damage is counted in `bad`.
-    pub(super) fn tar(path: PathBuf, name: PathBuf) -> Self {
-        let tar::Index { places, bad } = tar::index(&path);
-        Self { path, name, samples: Samples::Tar(places), bad }
-    }
-
-    /// Number of samples.
-    pub fn len(&self) -> u64 {
-        match &self.samples {
-            Samples::Tar(places) => places.len() as u64,
-            Samples::Files(images) => images.len() as u64,
-        }
-    }
-
-    /// Whether there are no samples.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Digest of the shard's name, its samples and file sizes; with `times` also of the modification times.
-    ///
-    /// # Errors
-    /// A file can no longer be read.
-    pub fn digest(&self, times: bool) -> Result<blake3::Hash> {
-        let mut hasher = blake3::Hasher::new();
-        let file = |hasher: &mut blake3::Hasher, path: &Path| -> io::Result<()> {
-            let meta = fs::metadata(path)?;
-            let modified = meta.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-            hasher.update(&meta.len().to_le_bytes());
-            if times {
-                hasher.update(&modified.unwrap_or_default().as_nanos().to_le_bytes());
-            }
-            Ok(())
-        };
-        hasher.update(self.name.as_os_str().as_encoded_bytes()).update(&[0]).update(&self.len().to_le_bytes());
-        match &self.samples {
-            Samples::Tar(places) => {
-                file(&mut hasher, &self.path)
-                    .with_context(|| format!("cannot read the metadata of {}", self.path.display()))?;
-                for Place { start, length } in places {
-                    hasher.update(&start.to_le_bytes()).update(&length.to_le_bytes());
-                }
-            }
-            Samples::Files(images) => {
-                for ImageFile { path, key } in images {
-                    hasher.update(key.as_bytes()).update(&[0]);
-                    file(&mut hasher, path)
-                        .with_context(|| format!("cannot read the metadata of {}", path.display()))?;
-                    for extension in ["txt", "json"] {
-                        if let Some(beside) = beside(path, extension) {
-                            hasher.update(extension.as_bytes());
-                            file(&mut hasher, &beside)
-                                .with_context(|| format!("cannot read the metadata of {}", beside.display()))?;
-                        }
-                    }
-                }
-            }
-        }
-        Ok(hasher.finalize())
-    }
-
-    /// Size of sample `index` in bytes; 0 if it is unknown.
-    pub(super) fn sample_bytes(&self, index: usize) -> u64 {
-        match &self.samples {
-            Samples::Tar(places) => places.get(index).map_or(0, |place| place.length),
-            Samples::Files(images) => {
-                images.get(index).and_then(|image| fs::metadata(&image.path).ok()).map_or(0, |meta| meta.len())
-            }
-        }
-    }
-
-    /// The key of sample `index`, and those of its members that are read for `kind` (`None`: for any kind).
-    ///
-    /// # Errors
-    /// The sample is bad.
-    pub fn members(&self, index: usize, kind: Option<Kind>) -> Result<(String, Members), Bad> {
-        let missing = || Bad::new(Cause::Unreadable, format_args!("{}: sample {index}", self.path.display()));
-        match &self.samples {
-            Samples::Tar(places) => {
-                tar::read(&self.path, *places.get(index).ok_or_else(missing)?, |extension| wants(kind, extension))
-            }
-            Samples::Files(images) => read_files(images.get(index).ok_or_else(missing)?, kind),
-        }
-    }
-
-    /// Copies all members of sample `index` byte by byte; false, without writing, if the shard is not a tar.
-    ///
-    /// # Errors
-    /// The shard cannot be read, or the output cannot be written.
-    pub fn copy(&self, index: usize, output: &mut impl Write) -> Result<bool> {
-        match &self.samples {
-            Samples::Tar(places) => {
-                let place = places.get(index).with_context(|| format!("no sample {index}"))?;
-                tar::copy(&self.path, *place, output).map(|()| true)
-            }
-            Samples::Files(_) => Ok(false),
-        }
-    }
-
-    /// Reads sample `index`.
-    pub fn read(&self, index: usize, kind: Kind, codes: Option<&CodesInfo>) -> Result<Record, Bad> {
-        let (key, members) = self.members(index, Some(kind))?;
-        self.parse(&key, &members, kind, codes)
-    }
-
-    /// Parses the members of a sample of this shard; errors and warnings name shard and key.
-    pub(super) fn parse(
-        &self,
-        key: &str,
-        members: &Members,
-        kind: Kind,
-        codes: Option<&CodesInfo>,
-    ) -> Result<Record, Bad> {
-        let record = Record::parse(key, members, kind, codes).map_err(|bad| self.locate(key, bad))?;
-        let ignored = record.ignored.clone().map(|bad| self.locate(key, bad));
-        Ok(Record { ignored, ..record })
-    }
-
-    /// Adds shard and key to the location of a bad sample.
-    pub fn locate(&self, key: &str, bad: Bad) -> Bad {
-        let separator = if bad.place.is_empty() { "" } else { ": " };
-        Bad::new(bad.cause, format_args!("{}: {key}{separator}{}", self.path.display(), bad.place))
-    }
-}
-
-/// The members of an image file: the image, and the `.txt` and `.json` of the same name (extension in lower or upper
-/// case).
-fn read_files(image: &ImageFile, kind: Option<Kind>) -> Result<(String, Members), Bad> {
-    let mut members = Members::default();
-    let extension = image.path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
-    let itself = wants(kind, &extension).then(|| (extension.as_str(), image.path.clone()));
-    let others = ["txt", "json"].into_iter().filter_map(|e| Some((e, beside(&image.path, e)?)));
-    for (extension, path) in itself.into_iter().chain(others) {
-        members.push(extension, &source_file::read(&path)?);
-    }
-    Ok((image.key.clone(), members))
-}
-
-/// The file with the image's name and another extension, in lower or upper case.
-fn beside(image: &Path, extension: &str) -> Option<PathBuf> {
-    let spellings = [extension.to_owned(), extension.to_ascii_uppercase()];
-    spellings.iter().map(|extension| image.with_extension(extension)).find(|path| path.exists())
 }

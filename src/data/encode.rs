@@ -3,11 +3,13 @@
 use super::{
     bad::{Bad, BadCounts},
     codes::{CODES_FILE, CodesInfo, npy},
-    dataset::{Shard, Source},
+    dataset::Source,
     image::to_pixels,
+    index,
     members::Members,
     output::{Lock, MadeFrom, Recipe, Standing, append, remove_leftovers, write_whole},
     record::{Kind, Record},
+    shard::Shard,
 };
 use crate::{
     error::{Context, Hint, Result, anyhow, ensure, failed},
@@ -16,7 +18,7 @@ use crate::{
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{BufWriter, Write},
     path::PathBuf,
@@ -52,6 +54,9 @@ pub struct Encoder<'a> {
     pub batch_size: usize,
     /// Maximum share of bad samples; above it the run ends with an error.
     pub max_bad_ratio: f64,
+    /// Rank of this process: it encodes every `world_size`-th shard.
+    pub rank: usize,
+    pub world_size: usize,
 }
 
 /// How a shard of codes is made: by the image tokenizer and its grid of codes.
@@ -74,7 +79,7 @@ struct Ready {
 type Batch = Vec<Result<Ready, Bad>>;
 
 impl Encoder<'_> {
-    /// Encodes all shards of all sources; `progress` is called with the number of samples of each finished batch.
+    /// Encodes this rank's shards of all sources; `progress` is called with the number of samples of each finished batch.
     ///
     /// # Errors
     /// The output folder is locked by another process, belongs to another tokenizer or holds shards of another source;
@@ -89,13 +94,13 @@ impl Encoder<'_> {
         }
         let cannot = || format!("cannot create {}", self.output.display());
         fs::create_dir_all(&self.output).hint(cannot(), "choose another folder with -o")?;
-        let lock = Lock::take(&self.output)?;
+        let lock = self.lock()?;
         self.report_sources(&shards)?;
         // All shards are compared before the first one is encoded, so that a refusal comes at once.
         let mut work = Vec::new();
-        for shard in &shards {
+        for shard in self.own(&shards) {
             let made_from = self.made_from(shard)?;
-            work.push((*shard, Standing::of(&self.output.join(&shard.name), &made_from)?, made_from));
+            work.push((shard, Standing::of(&self.output.join(&shard.name), &made_from)?, made_from));
         }
         let mut report = Report::default();
         let mut skipped = 0;
@@ -118,7 +123,30 @@ impl Encoder<'_> {
             report.ignored.merge(source.ignored.clone());
         }
         report.bad.check(skipped + report.samples + report.bad.total(), self.max_bad_ratio)?;
+        self.index(&shards)?;
         Ok(report)
+    }
+
+    /// The shards that this rank encodes.
+    pub fn own<'s>(&self, shards: &[&'s Shard]) -> impl Iterator<Item = &'s Shard> {
+        shards.iter().skip(self.rank).step_by(self.world_size).copied()
+    }
+
+    /// Locks the output folder against other runs; ranks of one run have a lock each.
+    fn lock(&self) -> Result<Lock> {
+        match self.world_size {
+            1 => Lock::take(&self.output),
+            _ => Lock::take_for_rank(&self.output, self.rank),
+        }
+    }
+
+    /// Stores the index of the shards that are written.
+    fn index(&self, shards: &[&Shard]) -> Result<()> {
+        let mut folders: BTreeMap<PathBuf, Vec<PathBuf>> = BTreeMap::new();
+        for path in shards.iter().map(|shard| self.output.join(&shard.name)) {
+            folders.entry(path.parent().map(Into::into).unwrap_or_default()).or_default().push(path);
+        }
+        folders.iter().try_for_each(|(folder, shards)| index::update(folder, shards).map(drop))
     }
 
     fn made_from(&self, shard: &Shard) -> Result<MadeFrom<Encoding>> {
@@ -238,6 +266,6 @@ impl Encoder<'_> {
 
 fn read(shard: &Shard, index: usize, kind: Kind) -> Result<Ready, Bad> {
     let (key, members) = shard.members(index, Some(kind))?;
-    let record = shard.parse(&key, &members, kind, None)?;
+    let record = shard.parse(&key, &members, kind, None, &[])?;
     Ok(Ready { record, members })
 }

@@ -7,7 +7,15 @@ use std::{collections::BTreeSet, fs, path::Path};
 fn encode(input: &Path, output: &Path) -> Result<Report> {
     let tokenizer = tokenizer();
     let info = CodesInfo { tokenizer: "x".into(), grid: [4, 4], codebook_size: 16 };
-    let encoder = Encoder { tokenizer: &tokenizer, info, output: output.to_owned(), batch_size: 4, max_bad_ratio: 0.5 };
+    let encoder = Encoder {
+        tokenizer: &tokenizer,
+        info,
+        output: output.to_owned(),
+        batch_size: 4,
+        max_bad_ratio: 0.5,
+        rank: 0,
+        world_size: 1,
+    };
     encoder.run(&[Source::open(input.to_str().unwrap(), 1.0)?], |_| ())
 }
 
@@ -106,6 +114,6 @@ fn a_second_writer_is_refused_and_leftovers_are_removed() {
         fs::read_dir(&output).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     assert_eq!(
         names.iter().map(String::as_str).collect::<BTreeSet<_>>(),
-        ["00000.tar", "00000.tar.mine.tmp", "codes.json"].into()
+        [".shards.index", "00000.tar", "00000.tar.mine.tmp", "codes.json"].into()
     );
 }

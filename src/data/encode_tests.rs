@@ -45,7 +45,7 @@ pub(super) fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
         let path = entry.unwrap().path();
         if path.is_dir() {
             files.extend(self::files(&path));
-        } else {
+        } else if path.file_name().unwrap() != index::INDEX_FILE {
             files.insert(path.display().to_string(), fs::read(&path).unwrap());
         }
     }
@@ -65,6 +65,8 @@ fn encoding_keeps_order_and_text_and_resumes() {
         output: output.clone(),
         batch_size: 4,
         max_bad_ratio: 0.5,
+        rank: 0,
+        world_size: 1,
     };
     let sources = [Source::open(input.to_str().unwrap(), 1.0).unwrap()];
     let report = encoder(&info).run(&sources, |_| ()).unwrap();
@@ -109,7 +111,15 @@ fn too_many_bad_images_stop_encoding_and_leave_no_shard() {
     (0..150).for_each(|i| fs::write(input.join(format!("{i}.png")), "bad").unwrap());
     let info = CodesInfo { tokenizer: "x".into(), grid: [4, 4], codebook_size: 16 };
     let tokenizer = tokenizer();
-    let encoder = Encoder { tokenizer: &tokenizer, info, output: output.clone(), batch_size: 4, max_bad_ratio: 0.05 };
+    let encoder = Encoder {
+        tokenizer: &tokenizer,
+        info,
+        output: output.clone(),
+        batch_size: 4,
+        max_bad_ratio: 0.05,
+        rank: 0,
+        world_size: 1,
+    };
     let sources = [Source::open(input.to_str().unwrap(), 1.0).unwrap()];
     let error = format!("{:#}", encoder.run(&sources, |_| ()).unwrap_err());
     assert!(error.contains("bad-image"), "{error}");
@@ -127,4 +137,33 @@ fn inspection_counts_and_measures() {
     assert_eq!(value["caption_lengths"]["max"], 3);
     assert_eq!(value["bad"]["bad-image"]["count"], 2);
     assert_eq!(value["example"], serde_json::json!(["0", "第0张"]));
+}
+
+#[test]
+fn ranks_encode_what_one_process_encodes() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = dir.path().join("in");
+    pictures(&input);
+    let tokenizer = tokenizer();
+    let sources = [Source::open(input.to_str().unwrap(), 1.0).unwrap()];
+    let encode = |name: &str, rank, world_size| {
+        let info = CodesInfo { tokenizer: "x".into(), grid: [4, 4], codebook_size: 16 };
+        let output = dir.path().join(name);
+        let encoder =
+            Encoder { tokenizer: &tokenizer, info, output, batch_size: 4, max_bad_ratio: 0.5, rank, world_size };
+        encoder.run(&sources, |_| ()).unwrap().samples
+    };
+    assert_eq!(encode("one", 0, 1), 12);
+    // Rank 1 is the first to finish, and rank 2 has no shard.
+    assert_eq!([1, 0, 2].map(|rank| encode("three", rank, 3)), [6, 6, 0]);
+    let shards = |name: &str| {
+        let folder = dir.path().join(name);
+        let found = crate::data::paths::files(&folder).unwrap().into_iter();
+        found
+            .map(|path| (path.strip_prefix(&folder).unwrap().to_owned(), fs::read(&path).unwrap()))
+            .collect::<BTreeMap<_, _>>()
+    };
+    assert_eq!(shards("one"), shards("three"));
+    let indexed = |name: &str| index::Index::open(&dir.path().join("three").join(name)).is_some();
+    assert!(indexed("") && indexed("deep"));
 }

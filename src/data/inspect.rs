@@ -3,9 +3,10 @@
 use super::{
     bad::{Bad, BadCounts, Cause, printable},
     codes::CodesInfo,
-    dataset::{Shard, Source},
+    dataset::Source,
     image,
     record::{Kind, image_member},
+    shard::Shard,
 };
 use rayon::prelude::*;
 use serde::Serialize;
@@ -169,7 +170,7 @@ fn look_at(shard: &Shard, index: usize, info: Option<&CodesInfo>, found: &mut Fi
         found.widths.add(picture.width().into());
         found.heights.add(picture.height().into());
     }
-    let record = shard.parse(&key, &members, Kind::Captions, None)?;
+    let record = shard.parse(&key, &members, Kind::Captions, None, &[])?;
     record.ignored.into_iter().for_each(|bad| found.ignored.add(bad));
     found.captions.add(record.captions.len() as u64);
     record.captions.iter().for_each(|caption| found.caption_lengths.add(caption.chars().count() as u64));

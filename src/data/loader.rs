@@ -2,6 +2,7 @@
 
 use super::{
     bad::{Bad, BadCounts, Cause},
+    blocks::BlockCache,
     dataset::Dataset,
     record::Record,
     sampler::Sampler,
@@ -66,17 +67,19 @@ impl Loader {
         ensure!(batch_size <= MAX_BATCH, usage(format_args!("{batch_size} samples in a batch: too many"), hint));
         let samples: usize = mine.iter().map(ExactSizeIterator::len).sum();
         let mine: Arc<[Range<usize>]> = mine.into();
+        let cache = (config.shuffle_buffer > 0)
+            .then(|| Arc::new(BlockCache::new(dataset.cache_bytes(samples, config.shuffle_buffer))));
         let count = config.workers.clamp(1, MAX_WORKERS);
         let depth = depth(config.prefetch, count, samples.saturating_mul(dataset.sample_bytes()));
         let (mut queues, mut workers) = (Vec::new(), Vec::new());
         for worker in 0..count {
             let (sender, receiver) = sync_channel(depth);
-            let (dataset, sampler, mine) = (dataset.clone(), sampler.clone(), mine.clone());
+            let (dataset, sampler, mine, cache) = (dataset.clone(), sampler.clone(), mine.clone(), cache.clone());
             let work = move || {
                 for batch in (worker as u64..).step_by(count) {
                     let start = position.wrapping_add(batch.wrapping_mul(batch_size as u64));
                     // The loader was dropped.
-                    if sender.send(read_batch(&dataset, &sampler, start, &mine)).is_err() {
+                    if sender.send(read_batch(&dataset, cache.as_deref(), &sampler, start, &mine)).is_err() {
                         return;
                     }
                 }
@@ -132,22 +135,34 @@ impl Drop for Loader {
     }
 }
 
-fn read_batch(dataset: &Dataset, sampler: &Sampler, start: u64, mine: &[Range<usize>]) -> Batch {
+fn read_batch(
+    dataset: &Dataset,
+    cache: Option<&BlockCache>,
+    sampler: &Sampler,
+    start: u64,
+    mine: &[Range<usize>],
+) -> Batch {
     let mut bad = Vec::new();
     let positions = mine.iter().cloned().flatten().map(|offset| start + offset as u64);
-    let records = positions.map(|position| read_one(dataset, sampler, position, &mut bad)).collect();
+    let records = positions.map(|position| read_one(dataset, cache, sampler, position, &mut bad)).collect();
     Batch { records, bad }
 }
 
 /// The sample at `position`, or the deterministic replacement of a bad one.
-fn read_one(dataset: &Dataset, sampler: &Sampler, position: u64, bad: &mut Vec<Bad>) -> Option<Record> {
+fn read_one(
+    dataset: &Dataset,
+    cache: Option<&BlockCache>,
+    sampler: &Sampler,
+    position: u64,
+    bad: &mut Vec<Bad>,
+) -> Option<Record> {
     let Some(first) = sampler.at(position) else {
         bad.push(Bad::new(Cause::Unreadable, "no samples"));
         return None;
     };
     let mut draw = first;
     for attempt in 0..MAX_ATTEMPTS {
-        match dataset.read(draw.source, draw.sample) {
+        match dataset.read_with(cache, draw.source, draw.sample) {
             Ok(mut record) => {
                 let choice = sampler.caption(draw, record.captions.len());
                 if let Some(caption) = record.captions.get(choice) {

@@ -5,6 +5,7 @@
 //! [`BadCounts`].
 
 mod bad;
+mod blocks;
 pub mod build;
 mod codes;
 mod dataset;
@@ -20,6 +21,9 @@ pub mod image;
 pub mod image_file;
 #[cfg(test)]
 mod image_tests;
+pub mod index;
+#[cfg(test)]
+mod index_tests;
 pub mod inspect;
 mod keys;
 mod loader;
@@ -28,7 +32,9 @@ mod output;
 pub mod paths;
 mod record;
 mod sampler;
+mod shard;
 mod source_file;
+mod streams;
 pub mod table;
 mod tar;
 #[cfg(test)]
@@ -36,7 +42,7 @@ mod tests;
 
 pub use bad::{Bad, BadCounts, Cause, printable};
 pub use codes::{CODES_FILE, CodesInfo, npy};
-pub use dataset::{Dataset, Shard, Source};
+pub use dataset::{Dataset, Source};
 pub use encode::{Encoder, Report};
 pub use keys::keys;
 pub use loader::Loader;
@@ -44,3 +50,4 @@ pub use members::Members;
 pub use paths::is_there;
 pub use record::{IMAGE_EXTENSIONS, Kind, Record};
 pub use sampler::{Draw, Sampler};
+pub use shard::Shard;

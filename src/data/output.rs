@@ -117,29 +117,46 @@ pub struct Lock {
 }
 
 impl Lock {
-    /// Locks a folder. On file systems without locks it prints a warning and returns without a lock.
+    /// Locks a folder for writing shards. On file systems without locks it prints a warning and returns without a lock.
     ///
     /// # Errors
     /// Another process holds the lock, or the lock file cannot be created or locked.
     pub fn take(folder: &Path) -> Result<Self> {
-        let path = folder.join(LOCK);
+        let busy = || format!("another process is writing to {}", folder.display());
+        Self::try_take(folder, LOCK)?.hint(busy(), "wait until it is done, or choose another folder with -o")
+    }
+
+    /// As [`Lock::take`], for one of several ranks that write different shards.
+    ///
+    /// # Errors
+    /// As [`Lock::take`].
+    pub fn take_for_rank(folder: &Path, rank: usize) -> Result<Self> {
+        let busy = || format!("another process writes to {} as rank {rank}", folder.display());
+        Self::try_take(folder, &format!("{LOCK}.{rank}"))?
+            .hint(busy(), "wait until it is done, or choose another folder")
+    }
+
+    /// Locks the file `name` in a folder; `None` if another process holds the lock. On file systems without locks it prints
+    /// a warning and returns without a lock.
+    ///
+    /// # Errors
+    /// The lock file cannot be created or locked.
+    pub fn try_take(folder: &Path, name: &str) -> Result<Option<Self>> {
+        let path = folder.join(name);
         loop {
             let opened = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
             let file = opened.hint(format_args!("cannot write {}", path.display()), "choose another folder with -o")?;
             match runtime::lock(&file).with_context(|| format!("cannot lock {}", folder.display()))? {
                 // The previous holder may have removed the file between our opening and locking it.
-                runtime::Lock::Held if is_at(&file, &path) => return Ok(Self { path, file: Some(file) }),
+                runtime::Lock::Held if is_at(&file, &path) => return Ok(Some(Self { path, file: Some(file) })),
                 runtime::Lock::Held => {}
-                runtime::Lock::Busy => {
-                    let message = format!("another process is writing to {}", folder.display());
-                    return Err(failed(message, "wait until it is done, or choose another folder with -o"));
-                }
+                runtime::Lock::Busy => return Ok(None),
                 runtime::Lock::Unsupported(error) => {
                     let folder = folder.display();
                     report::warn(format_args!(
                         "cannot lock {folder} ({error}): make sure that no other process writes to it"
                     ));
-                    return Ok(Self { path, file: None });
+                    return Ok(Some(Self { path, file: None }));
                 }
             }
         }

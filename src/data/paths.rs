@@ -8,7 +8,7 @@ use super::{
 };
 use crate::error::{Context, Hint, Result, ensure, failed, usage};
 use std::{
-    fs,
+    fs::{self, FileType},
     path::{Path, PathBuf},
 };
 
@@ -99,13 +99,13 @@ fn add(path: &Path, found: &mut Found) -> Result<()> {
 }
 
 fn add_folder(root: &Path, folder: &Path, found: &mut Found) -> Result<()> {
-    for path in entries(folder)? {
+    for (path, kind) in entries(folder)? {
         // Links to folders are not followed: they can form cycles.
-        if path.is_dir() && !path.is_symlink() {
+        if kind.is_dir() {
             add_folder(root, &path, found)?;
         } else {
             let below = path.strip_prefix(root).unwrap_or(&path).to_path_buf();
-            match unusable(&path) {
+            match unusable(&path, kind) {
                 Some((true, cause)) => found.bad.add(Bad::new(cause, path.display())),
                 Some((false, cause)) => found.ignored.add(Bad::new(cause, path.display())),
                 None if extension(&path) == "tar" => found.tars.push((path, below)),
@@ -119,16 +119,16 @@ fn add_folder(root: &Path, folder: &Path, found: &mut Found) -> Result<()> {
 }
 
 /// Why a file in a folder cannot be used, and whether it means a lost sample.
-fn unusable(path: &Path) -> Option<(bool, Cause)> {
+fn unusable(path: &Path, kind: FileType) -> Option<(bool, Cause)> {
     let extension = extension(path);
     let extension = extension.as_str();
     let unsupported = UNSUPPORTED_EXTENSIONS.contains(&extension);
     let sample = unsupported || extension == "tar" || IMAGE_EXTENSIONS.contains(&extension);
     let described =
         matches!(extension, "" | "txt" | "json" | "md") || path.file_name().is_some_and(|n| n == CODES_FILE);
-    if path.is_symlink() && !path.exists() {
+    if kind.is_symlink() && !path.exists() {
         Some((sample, Cause::DanglingLink))
-    } else if !path.is_file() {
+    } else if !(kind.is_file() || kind.is_symlink() && path.is_file()) {
         Some((sample, Cause::NotAFile))
     } else if unsupported {
         Some((true, Cause::UnsupportedImage))
@@ -151,8 +151,8 @@ fn is_image(path: &Path) -> bool {
 /// A folder cannot be listed.
 pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
-    for path in entries(folder)? {
-        if path.is_dir() && !path.is_symlink() {
+    for (path, kind) in entries(folder)? {
+        if kind.is_dir() {
             files.extend(self::files(&path)?);
         } else {
             files.push(path);
@@ -162,19 +162,20 @@ pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// The entries of a folder, sorted by name, without names that start with a dot.
-fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+fn entries(folder: &Path) -> Result<Vec<(PathBuf, FileType)>> {
     let cannot = || format!("cannot list {}", folder.display());
     let mut paths = Vec::new();
     for entry in
         fs::read_dir(folder).hint(cannot(), "check that it is a folder and that you have permission to read it")?
     {
-        let path = entry.with_context(cannot)?.path();
+        let entry = entry.with_context(cannot)?;
+        let (path, kind) = (entry.path(), entry.file_type().with_context(cannot)?);
         let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
         if !hidden {
-            paths.push(path);
+            paths.push((path, kind));
         }
     }
-    paths.sort();
+    paths.sort_by(|(one, _), (other, _)| one.cmp(other));
     Ok(paths)
 }
 
@@ -232,7 +233,7 @@ fn glob(pattern: &str) -> Result<Vec<PathBuf>> {
         for folder in &paths {
             let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
             if folder.is_dir() {
-                next.extend(entries(folder)?.into_iter().filter(|path| {
+                next.extend(entries(folder)?.into_iter().map(|(path, _)| path).filter(|path| {
                     path.file_name().is_some_and(|name| matches(part.as_bytes(), name.as_encoded_bytes()))
                 }));
             }

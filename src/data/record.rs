@@ -14,6 +14,8 @@ pub const IMAGE_EXTENSIONS: [&str; 9] = ["png", "jpg", "jpeg", "webp", "gif", "b
 
 /// Maximum size of a text or JSON member in bytes.
 pub(super) const MAX_TEXT: usize = 1 << 20;
+/// Extension of the text member.
+const TEXT_FILE: &str = "txt";
 /// Maximum length of a caption in characters; longer captions are truncated.
 const MAX_CAPTION: usize = 4096;
 
@@ -65,8 +67,14 @@ pub struct Record {
 
 impl Record {
     /// Parses what `kind` needs from the members of a sample.
-    pub(super) fn parse(key: &str, members: &Members, kind: Kind, codes: Option<&CodesInfo>) -> Result<Self, Bad> {
-        let Texts { meta, captions, ignored } = texts(members)?;
+    pub(super) fn parse(
+        key: &str,
+        members: &Members,
+        kind: Kind,
+        codes: Option<&CodesInfo>,
+        caption_keys: &[String],
+    ) -> Result<Self, Bad> {
+        let Texts { meta, captions, ignored } = texts(members, caption_keys)?;
         if captions.is_empty() && !matches!(kind, Kind::Images(_)) {
             return Err(ignored.unwrap_or_else(|| Bad::new(Cause::NoCaption, "")));
         }
@@ -94,13 +102,13 @@ pub(super) struct Texts {
     pub ignored: Option<Bad>,
 }
 
-/// Reads the text members of a sample.
-pub(super) fn texts(members: &Members) -> Result<Texts, Bad> {
+/// Reads the text members of a sample. `caption_keys` are the fields of its captions; if there are none, the usual ones.
+pub(super) fn texts(members: &Members, caption_keys: &[String]) -> Result<Texts, Bad> {
     let (meta, ignored) = match json(members) {
         Ok(meta) => (meta, None),
         Err(bad) => (Value::Null, Some(bad)),
     };
-    Ok(Texts { captions: captions(members, &meta)?, meta, ignored })
+    Ok(Texts { captions: captions(members, &meta, caption_keys)?, meta, ignored })
 }
 
 /// The content of a sample's image.
@@ -127,22 +135,33 @@ fn text_member<'a>(members: &'a Members, extension: &str) -> Result<Option<&'a [
     }
 }
 
-/// The captions of a sample: `captions` of its JSON, else `caption`, else the lines of its text file, one caption per
-/// line (as in DALLE-pytorch).
-fn captions(members: &Members, meta: &Value) -> Result<Vec<String>, Bad> {
-    let variants = meta.get("captions").and_then(Value::as_array);
-    let variants = variants.into_iter().flatten().filter_map(Value::as_str);
-    let cleaned: Vec<String> = variants.map(clean).filter(|caption| !caption.is_empty()).collect();
-    if !cleaned.is_empty() {
-        return Ok(cleaned);
+/// The captions of a sample: those of all `keys`. Without keys, `captions` of its JSON, else `caption`, else the lines of its
+/// text file, one caption per line (as in DALLE-pytorch).
+fn captions(members: &Members, meta: &Value, keys: &[String]) -> Result<Vec<String>, Bad> {
+    let usual = ["captions", "caption", TEXT_FILE].into_iter().map(|key| captions_of(members, meta, key));
+    if keys.is_empty() {
+        return usual
+            .into_iter()
+            .find(|found| found.as_ref().map_or(true, |found| !found.is_empty()))
+            .unwrap_or(Ok(Vec::new()));
     }
-    let caption = meta.get("caption").and_then(Value::as_str).map(clean).unwrap_or_default();
-    if !caption.is_empty() {
-        return Ok(vec![caption]);
-    }
-    let Some(bytes) = text_member(members, "txt")? else { return Ok(Vec::new()) };
-    let text = std::str::from_utf8(bytes).map_err(|e| Bad::new(Cause::NotUtf8, e))?;
-    Ok(text.split(['\n', '\r']).map(clean).filter(|caption| !caption.is_empty()).collect())
+    let all: Result<Vec<_>, Bad> = keys.iter().map(|key| captions_of(members, meta, key)).collect();
+    Ok(all?.into_iter().flatten().collect())
+}
+
+/// The captions in a field of the JSON, a text or a list of texts; or the lines of the text file.
+fn captions_of(members: &Members, meta: &Value, key: &str) -> Result<Vec<String>, Bad> {
+    let texts: Vec<&str> = match meta.get(key) {
+        _ if key == TEXT_FILE => {
+            let bytes = text_member(members, TEXT_FILE)?.unwrap_or_default();
+            let text = std::str::from_utf8(bytes).map_err(|e| Bad::new(Cause::NotUtf8, e))?;
+            text.split(['\n', '\r']).collect()
+        }
+        Some(Value::String(text)) => vec![text],
+        Some(Value::Array(list)) => list.iter().filter_map(Value::as_str).collect(),
+        _ => Vec::new(),
+    };
+    Ok(texts.into_iter().map(clean).filter(|caption| !caption.is_empty()).collect())
 }
 
 /// Cleans a caption: control characters and runs of spaces become one space, and it is truncated to 4096 characters.

@@ -1,6 +1,7 @@
 //! The order of samples as a pure function of (seed, purpose, position). Only the position is stored, so any point of a
 //! run can be reached again directly.
 
+use super::streams::Streams;
 use crate::random::Random;
 
 /// Rounds of the Feistel network.
@@ -9,21 +10,21 @@ const ROUNDS: u64 = 6;
 /// A keyed permutation of `0..n` that is computed, not stored: a balanced Feistel network over the smallest even number
 /// of bits that holds `n`, applied repeatedly until the result is below `n` (cycle walking).
 #[derive(Debug, Clone)]
-struct Permutation {
+pub(super) struct Permutation {
     n: u64,
     half_bits: u32,
     keys: [u64; ROUNDS as usize],
 }
 
 impl Permutation {
-    fn new(n: u64, seed: u64, purpose: &str, step: u64) -> Self {
+    pub(super) fn new(n: u64, seed: u64, purpose: &str, step: u64) -> Self {
         let bits = u64::BITS - n.saturating_sub(1).leading_zeros();
         let keys = std::array::from_fn(|round| Random::keyed(seed, purpose, step, round as u64).bits());
         Self { n, half_bits: bits.div_ceil(2).max(1), keys }
     }
 
     /// Maps `index` (below `n`) to its place in the permutation.
-    fn at(&self, index: u64) -> u64 {
+    pub(super) fn at(&self, index: u64) -> u64 {
         let mut value = index;
         loop {
             value = self.feistel(value);
@@ -67,12 +68,16 @@ pub struct Sampler {
     purpose: String,
     sources: Vec<Share>,
     epoch_length: u64,
+    streams: Option<Streams>,
 }
 
+/// What an epoch shows of one source.
 #[derive(Debug, Clone, Copy)]
-struct Share {
-    samples: u64,
-    shown: u64,
+pub(super) struct Share {
+    /// Number of samples of the source.
+    pub samples: u64,
+    /// Number of samples that an epoch shows.
+    pub shown: u64,
 }
 
 impl Sampler {
@@ -85,7 +90,15 @@ impl Sampler {
         };
         let sources: Vec<Share> = sources.iter().map(share).collect();
         let epoch_length = sources.iter().map(|share| share.shown).sum();
-        Self { seed, purpose: purpose.to_owned(), sources, epoch_length }
+        Self { seed, purpose: purpose.to_owned(), sources, epoch_length, streams: None }
+    }
+
+    /// The order for reading shards from their start to their end ([`Streams`]): position p belongs to stream `p % streams`,
+    /// and `buffer` consecutive samples of a stream are shuffled. `shards` are the numbers of samples of the shards of
+    /// each source.
+    pub fn streamed(mut self, streams: u64, buffer: u64, shards: Vec<Vec<u64>>) -> Self {
+        self.streams = Some(Streams::new(self.seed, &self.purpose, streams, buffer, shards));
+        self
     }
 
     /// Number of samples in an epoch.
@@ -96,6 +109,9 @@ impl Sampler {
     /// The sample at `position`; `None` if there are no samples.
     pub fn at(&self, position: u64) -> Option<Draw> {
         let epoch = position.checked_div(self.epoch_length)?;
+        if let Some(streams) = &self.streams {
+            return streams.at(epoch, position % self.epoch_length, self.epoch_length, &self.sources);
+        }
         let mix = Permutation::new(self.epoch_length, self.seed, &format!("{} mix", self.purpose), epoch);
         let mut slot = mix.at(position % self.epoch_length);
         for (source, share) in self.sources.iter().enumerate() {

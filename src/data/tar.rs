@@ -11,9 +11,8 @@ use super::{
 use crate::error::{Result, ensure};
 use std::{
     collections::HashSet,
-    fs::File,
     hash::{DefaultHasher, Hash, Hasher},
-    io::{self, BufReader, Read, Seek, SeekFrom, Write},
+    io::{self, BufReader, Cursor, Read, Seek, SeekFrom, Write},
     ops::Range,
     path::Path,
 };
@@ -165,7 +164,20 @@ pub fn copy(path: &Path, place: Place, output: &mut impl Write) -> Result<()> {
     Ok(output.write_all(&vec![0; padding as usize])?)
 }
 
-fn read_members(walker: &mut Walker<BufReader<File>>, wants: impl Fn(&str) -> bool) -> Result<(String, Members), Bad> {
+/// Reads a sample, as [`read`], from its bytes.
+///
+/// # Errors
+/// As [`read`].
+pub fn parse(path: &Path, sample: &[u8], wants: impl Fn(&str) -> bool) -> Result<(String, Members), Bad> {
+    let mut walker = Walker::new(Cursor::new(sample), sample.len() as u64);
+    read_members(&mut walker, wants)
+        .map_err(|bad| Bad::new(bad.cause, format_args!("{}: {}", path.display(), bad.place)))
+}
+
+fn read_members<R: Read + Seek>(
+    walker: &mut Walker<R>,
+    wants: impl Fn(&str) -> bool,
+) -> Result<(String, Members), Bad> {
     let (mut sample_key, mut members) = (String::new(), Members::default());
     while let Some(member) = walker.next()? {
         // Refused members were already counted when the shard was indexed.

@@ -31,8 +31,13 @@ impl DataLoader {
     /// A loader of batches of these sizes from the sources of the configuration.
     pub fn new(config: &Config, kind: Kind, batches: &[usize], group: &Group) -> Result<Self> {
         let dataset = Arc::new(Dataset::open(&config.data, kind)?);
+        let samples = batches.iter().sum::<usize>();
         let sampler = Sampler::new(config.seed, "train", &dataset.shares());
-        let (length, samples) = (sampler.epoch_length(), batches.iter().sum::<usize>());
+        let sampler = match config.data.shuffle_buffer {
+            0 => sampler,
+            buffer => sampler.streamed(samples as u64, buffer as u64, dataset.shard_lengths()),
+        };
+        let length = sampler.epoch_length();
         if group.leads() {
             report::note(format_args!(
                 "data: {} samples in {} sources; an epoch shows {length} in {} steps",

@@ -89,3 +89,22 @@ fn inputs_without_a_usable_caption_fail() {
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8(output.stderr).unwrap().contains("--caption-column"));
 }
+
+#[test]
+fn reports_of_others_are_not_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let (input, output) = (folder.path().join("in"), folder.path().join("out"));
+    tables(&input, 1, 30);
+    fs::create_dir(&output).unwrap();
+    let notes = output.join("filter.json");
+    fs::write(&notes, "{\"mine\": 1}").unwrap();
+    let refused = filter(&input, &output).stderr(Stdio::piped()).output().unwrap();
+    assert!(
+        refused.status.code() == Some(1) && String::from_utf8_lossy(&refused.stderr).contains("filter.json exists")
+    );
+    assert_eq!(fs::read_to_string(&notes).unwrap(), "{\"mine\": 1}");
+    assert!(!output.join("00.jsonl").exists());
+    fs::remove_file(&notes).unwrap();
+    assert!(filter(&input, &output).status().unwrap().success());
+    assert!(filter(&input, &output).status().unwrap().success(), "its own report is replaced");
+}

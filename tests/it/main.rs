@@ -11,6 +11,7 @@ mod fuzz;
 mod generate;
 mod house;
 mod imports;
+mod large_data;
 mod markdown;
 mod memory;
 mod one_cpu;

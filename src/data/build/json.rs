@@ -36,6 +36,9 @@ pub fn outline(path: &Path) -> Result<Outline> {
         }
         Ok(())
     })?;
+    // The parser does not look at the text of elements that it skips.
+    let mut file = open_regular(path).with_context(|| format!("cannot open {}", path.display()))?;
+    ensure!(is_utf8(&mut file).unwrap_or(true), not_utf8(path));
     Ok(outline)
 }
 
@@ -73,10 +76,14 @@ fn parse(path: &Path, wanted: Option<&str>, each: &mut dyn FnMut(&str, Option<Va
 fn explain(path: &Path, file: &mut File, error: &serde_json::Error) -> Error {
     let shown = path.display();
     if !is_utf8(file).unwrap_or(true) {
-        return failed(format_args!("{shown} is not UTF-8 text (GBK?)"), ICONV);
+        return not_utf8(path);
     }
     let hint = if error.is_eof() { "the file is truncated: download or unpack it again" } else { "repair the file" };
     failed(format_args!("{shown} is not complete JSON: {error}"), hint)
+}
+
+fn not_utf8(path: &Path) -> Error {
+    failed(format_args!("{} is not UTF-8 text (GBK?)", path.display()), ICONV)
 }
 
 /// Whether a file is UTF-8.

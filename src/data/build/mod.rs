@@ -20,6 +20,8 @@ mod settings;
 mod shard;
 mod stored;
 mod tables;
+#[cfg(test)]
+mod tests;
 
 pub use json::ICONV;
 pub use open::{Request, guess, open};
@@ -27,7 +29,9 @@ pub use settings::{Columns, Format, Keys, Settings};
 
 use super::{
     bad::BadCounts,
+    index,
     output::{Lock, MadeFrom, remove_leftovers},
+    paths,
 };
 use crate::error::{Hint, Result, ensure, failed};
 use emit::{Emit, Message};
@@ -105,6 +109,9 @@ impl Builder {
             report.bad.merge(incoming.damage);
             Ok(())
         })?;
+        let shards: Vec<PathBuf> =
+            paths::files(&self.output)?.into_iter().filter(|path| is_named(path, ".tar")).collect();
+        index::update(&self.output, &shards)?;
         Ok(report)
     }
 
@@ -121,16 +128,19 @@ impl Builder {
             paths.push(entry?.path());
         }
         paths.sort();
-        let named = |path: &Path, end: &str| path.file_name().is_some_and(|n| n.to_string_lossy().ends_with(end));
-        for path in paths.iter().filter(|path| named(path, ".tar")) {
+        for path in paths.iter().filter(|path| is_named(path, ".tar")) {
             check_shard(path, wanted)?;
         }
-        for path in paths.iter().filter(|path| named(path, "_stats.json")) {
+        for path in paths.iter().filter(|path| is_named(path, "_stats.json")) {
             let message = format!("{} was not written by `vilg data build`", path.display());
             ensure!(Stats::read(path).is_some(), failed(message, "choose another folder with -o"));
         }
         Ok(())
     }
+}
+
+fn is_named(path: &Path, end: &str) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(end))
 }
 
 fn check_shard(path: &Path, wanted: &MadeFrom<Settings>) -> Result<()> {

@@ -112,7 +112,7 @@ fn read_stored(source: &Source, shard: usize, index: usize, sample: &mut Sample)
     let shard = source.shards.get(shard).ok_or_else(missing)?;
     let (key, members) = shard.members(index, Some(Kind::Pairs(1)))?;
     let locate = |bad| shard.locate(&key, bad);
-    let stored = texts(&members).map_err(locate)?;
+    let stored = texts(&members, &[]).map_err(locate)?;
     sample.image = image_member(&members).map_err(locate)?.to_vec();
     if !stored.captions.is_empty() {
         sample.captions = stored.captions;

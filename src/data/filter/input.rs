@@ -1,10 +1,7 @@
 //! What is filtered: tar shards, folders of images, and tables.
 
 use crate::{
-    data::{
-        dataset::{Shard, Source},
-        paths, table,
-    },
+    data::{dataset::Source, paths, shard::Shard, table},
     error::{Context, Result, ensure, failed, usage},
 };
 use std::{

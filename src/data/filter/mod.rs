@@ -21,7 +21,7 @@ mod text;
 mod write;
 
 pub use duplicates::DuplicateRules;
-pub use page::page;
+pub use page::{PAGE_START, page};
 pub use report::Report;
 pub use rule::Rule;
 pub use run::{Filter, Outcome, measure};

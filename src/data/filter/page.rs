@@ -4,6 +4,9 @@ use super::report::{LONGEST, Report};
 use crate::error::{Result, anyhow};
 use plotters::prelude::*;
 
+/// How the page begins.
+pub const PAGE_START: &str = "<!doctype html><meta charset=\"utf-8\"><title>vilg data filter</title>";
+
 /// One self-contained HTML page.
 ///
 /// # Errors
@@ -23,7 +26,7 @@ pub fn page(report: &Report) -> Result<String> {
         })
         .collect();
     Ok(format!(
-        "<!doctype html><meta charset=\"utf-8\"><title>vilg data filter</title>\n\
+        "{PAGE_START}\n\
          <style>body{{font:16px sans-serif;margin:2em auto;max-width:720px}}td,th{{padding:.2em 1em;text-align:right}}\
          td:first-child{{text-align:left}}</style>\n<h1>{} of {} rows kept</h1>\n\
          <p>A row counts under the first rule that it breaks.\n\

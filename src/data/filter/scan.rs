@@ -11,9 +11,9 @@ use super::{
 use crate::{
     data::{
         bad::Bad,
-        dataset::Shard,
         image,
         record::{Kind, image_member},
+        shard::Shard,
         table::{Row, Table},
     },
     error::Result,
@@ -89,7 +89,7 @@ fn scan_shard(shard: &Shard, settings: &Settings, progress: &(impl Fn(u64) + Syn
 fn scan_sample(shard: &Shard, index: usize, settings: &Settings) -> Result<Feature, Bad> {
     let reads = if settings.reads_images() { None } else { Some(Kind::Captions) };
     let (key, members) = shard.members(index, reads)?;
-    let record = shard.parse(&key, &members, Kind::Captions, None)?;
+    let record = shard.parse(&key, &members, Kind::Captions, None, &[])?;
     let mut feature = of_captions(record.captions.iter().map(String::as_str), &settings.text)?;
     if feature.broken.is_none() && settings.reads_images() {
         let image = image_member(&members).and_then(image::decode).map_err(|bad| shard.locate(&key, bad))?;

@@ -3,10 +3,10 @@
 use super::{input::Input, text::TextRules};
 use crate::{
     data::{
-        dataset::Shard,
         members::Members,
         output::{append, write_whole},
         record::{IMAGE_EXTENSIONS, Kind, Record, clean},
+        shard::Shard,
         table::Table,
     },
     error::{Result, anyhow, ensure, failed},
@@ -57,7 +57,7 @@ pub fn write_shard(shard: &Shard, keep: &[bool], rules: &TextRules, path: &Path)
 fn write_sample(shard: &Shard, index: usize, rules: &TextRules, tar: &mut Builder<&mut BufWriter<File>>) -> Result<()> {
     let bad = |bad: crate::data::Bad| anyhow!("{}: {}", bad.cause, bad.place);
     let (key, mut members) = shard.members(index, Some(Kind::Captions)).map_err(bad)?;
-    let captions = Record::parse(&key, &members, Kind::Captions, None).map_err(bad)?.captions;
+    let captions = Record::parse(&key, &members, Kind::Captions, None, &[]).map_err(bad)?.captions;
     let all_good = captions.len() == 1 || captions.iter().all(|caption| rules.check(caption).0.is_none());
     if all_good && shard.copy(index, tar.get_mut())? {
         return Ok(());
