@@ -62,9 +62,9 @@ fn read(dataset: &Arc<Dataset>, data: &config::Data, reading: &Reading) -> Resul
         0 => sampler,
         buffer => sampler.streamed(reading.batch as u64, buffer as u64, dataset.shard_lengths()),
     };
-    let mine = vec![0..reading.batch];
     let start = Instant::now();
-    let mut loader = Loader::new(dataset, data, sampler, reading.batch, mine, 0)?;
+    let mut loader =
+        Loader::new(dataset, data, sampler, reading.batch, std::iter::once(0..reading.batch).collect(), 0)?;
     let mut samples = 0;
     while samples < reading.samples {
         samples += loader.next_batch()?.len() as u64;

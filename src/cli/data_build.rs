@@ -85,7 +85,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let bar = report::counter("building");
     let done = builder.run(|rows| bar.inc(rows))?;
     bar.finish_and_clear();
-    output::add_attribution(&[args.source.clone()], &args.output)?;
+    output::add_attribution(std::slice::from_ref(&args.source), &args.output)?;
     if done.bad.total() > 0 {
         report::warn(format_args!("left out: {}", done.bad));
     }

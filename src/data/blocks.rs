@@ -22,6 +22,8 @@ const MAX_BLOCK: u64 = 16 << 20;
 
 /// Source, shard and number of a block.
 type Key = (usize, usize, usize);
+/// A block, once it has been read.
+type Slot = OnceLock<Result<Block, Bad>>;
 
 /// The blocks that were read last, up to a number of bytes. Threads share it; each block is read once.
 #[derive(Debug)]
@@ -32,7 +34,8 @@ pub struct BlockCache {
 
 #[derive(Debug, Default)]
 struct State {
-    blocks: HashMap<Key, (u64, Arc<OnceLock<Result<Block, Bad>>>)>,
+    /// Each with the read that used it last.
+    blocks: HashMap<Key, (u64, Arc<Slot>)>,
     bytes: usize,
     /// Number of reads so far.
     reads: u64,
@@ -74,7 +77,7 @@ impl BlockCache {
     }
 
     /// The place of a block, which may not have been read yet. Blocks that were not used for the longest time are dropped.
-    fn slot(&self, key: Key) -> Arc<OnceLock<Result<Block, Bad>>> {
+    fn slot(&self, key: Key) -> Arc<Slot> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.reads += 1;
         let now = state.reads;

@@ -108,7 +108,8 @@ fn epoch(
     let mut loaders: Vec<Loader> = (0..ranks)
         .map(|rank| {
             let part = crate::dist::part(batch, rank, ranks);
-            Loader::new(dataset, &data, sampler.clone(), batch, vec![part.start..part.end], 0).unwrap()
+            Loader::new(dataset, &data, sampler.clone(), batch, std::iter::once(part.start..part.end).collect(), 0)
+                .unwrap()
         })
         .collect();
     let mut read = Vec::new();

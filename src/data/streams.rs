@@ -6,7 +6,7 @@
 //! a batch come from one part each. A rank therefore reads few shards at a time, each from its start to its end, while a
 //! batch has samples of many shards.
 
-use super::sampler::{Draw, Permutation, Share};
+use super::order::{Draw, Permutation, Share};
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
@@ -23,8 +23,11 @@ pub struct Streams {
     streams: u64,
     buffer: u64,
     shards: Arc<[Vec<u64>]>,
-    orders: Arc<Mutex<HashMap<(usize, u64), Arc<ShardOrder>>>>,
+    orders: Arc<Mutex<Orders>>,
 }
+
+/// Shard orders by source and pass.
+type Orders = HashMap<(usize, u64), Arc<ShardOrder>>;
 
 /// The shards of a source in the order of one pass.
 #[derive(Debug)]
