@@ -41,7 +41,7 @@ const LENGTH_BITS: u32 = 24;
 const POLL: Duration = Duration::from_millis(200);
 
 /// Size in bytes and modification time in nanoseconds of a file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
     pub size: u64,
     modified: u64,
@@ -61,8 +61,9 @@ impl Stamp {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Entry {
     name: PathBuf,
-    #[serde(flatten)]
-    stamp: Stamp,
+    /// Size in bytes and modification time in nanoseconds.
+    size: u64,
+    modified: u64,
     /// Number of samples.
     pub samples: u64,
     /// Number of samples of all shards before this one.
@@ -70,6 +71,12 @@ pub struct Entry {
     /// Damage of the shard.
     #[serde(default, skip_serializing_if = "BadCounts::is_empty")]
     pub bad: BadCounts,
+}
+
+impl Entry {
+    fn stamp(&self) -> Stamp {
+        Stamp { size: self.size, modified: self.modified }
+    }
 }
 
 /// An index that is open for reading. Places are read from the file when they are needed.
@@ -106,7 +113,7 @@ impl Index {
 
     /// The entry of a shard, if the shard still has this stamp.
     pub fn entry(&self, shard: &Path, stamp: Stamp) -> Option<&Entry> {
-        self.entries.get(Path::new(shard.file_name()?)).filter(|entry| entry.stamp == stamp)
+        self.entries.get(Path::new(shard.file_name()?)).filter(|entry| entry.stamp() == stamp)
     }
 
     /// The places of `count` samples, from number `first` of the index on, in a shard of `size` bytes.
@@ -189,7 +196,7 @@ fn write(folder: &Path, old: Option<&Index>, shards: &[PathBuf], file: &mut BufW
     file.write_all(MAGIC)?;
     let (mut entries, mut first) = (Vec::new(), 0);
     for (index, entry) in old.iter().flat_map(|index| index.entries.values().map(move |entry| (index, entry))) {
-        if !Stamp::of(&folder.join(&entry.name)).is_ok_and(|stamp| stamp == entry.stamp) {
+        if !Stamp::of(&folder.join(&entry.name)).is_ok_and(|stamp| stamp == entry.stamp()) {
             continue;
         }
         copy(&index.file, entry, file)?;
@@ -230,6 +237,7 @@ fn read_headers(path: &Path) -> Option<(Entry, Vec<u64>)> {
     let tar::Index { places, bad } = tar::index(path);
     let packed = places.iter().map(|place| pack(*place, stamp.size)).collect::<Option<Vec<u64>>>()?;
     let same = Stamp::of(path).is_ok_and(|after| after == stamp);
-    let entry = Entry { name: path.file_name()?.into(), stamp, samples: packed.len() as u64, first: 0, bad };
+    let Stamp { size, modified } = stamp;
+    let entry = Entry { name: path.file_name()?.into(), size, modified, samples: packed.len() as u64, first: 0, bad };
     same.then_some((entry, packed))
 }
