@@ -188,7 +188,9 @@ impl Bundle {
     /// The text side.
     pub fn text(&self) -> Result<WordPiece> {
         let hint = "a vocabulary has one token a line; copy the whole folder again";
-        WordPiece::parse(&self.vocab()?).hint(format_args!("cannot use {}", self.place.file(VOCAB)), hint)
+        let text =
+            WordPiece::parse(&self.vocab()?).hint(format_args!("cannot use {}", self.place.file(VOCAB)), hint)?;
+        Ok(text.with_normalization(self.config.text.normalize))
     }
 
     fn vocab(&self) -> Result<String> {

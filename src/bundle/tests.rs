@@ -66,6 +66,32 @@ fn written_exported_and_opened() {
     assert!(message(&open(&tokenizer).unwrap().generator().err().unwrap()).contains("not a generator"));
 }
 
+/// The ids of a text in both scripts.
+fn ids(path: &Path) -> [Vec<u32>; 2] {
+    let text = open(path).unwrap().text().unwrap();
+    ["红苹果", "紅蘋果"].map(|prompt| text.encode(prompt, 8).unwrap())
+}
+
+#[test]
+fn texts_are_normalized_as_the_configuration_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = model(folder.path());
+    let [simplified, traditional] = ids(&path);
+    assert_ne!(simplified, traditional);
+    // As earlier versions wrote it.
+    let config = fs::read_to_string(path.join(CONFIG)).unwrap();
+    let earlier = config.replace("normalize = \"none\"\n", "");
+    assert_ne!(config, earlier);
+    fs::remove_file(path.join(MANIFEST)).unwrap();
+    fs::write(path.join(CONFIG), earlier).unwrap();
+    assert_eq!(ids(&path), [simplified.clone(), traditional]);
+    fs::write(path.join(CONFIG), config.replace("normalize = \"none\"", "normalize = \"simplified\"")).unwrap();
+    assert_eq!(ids(&path), [simplified.clone(), simplified.clone()]);
+    let small = folder.path().join("small");
+    open(&path).unwrap().export(&small, Dtype::BF16, None, false).unwrap();
+    assert_eq!(ids(&small), [simplified.clone(), simplified]);
+}
+
 #[test]
 fn missing_truncated_and_foreign_files_are_named() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,7 +1,7 @@
 //! `vilg data vocab`
 
 use crate::{
-    config,
+    config::{self, Normalization},
     data::{BadCounts, Dataset, Kind},
     error::{Hint, Result, failed},
     report, text,
@@ -23,6 +23,9 @@ pub struct Args {
     /// Maximum number of samples to read, spread evenly over the sources
     #[arg(long, default_value_t = 1_000_000, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     samples: u64,
+    /// Conversion of the captions before words are counted; train with the same `text.normalize`
+    #[arg(long, value_enum, default_value_t = Normalization::None, value_name = "SCRIPT")]
+    normalize: Normalization,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
@@ -38,7 +41,9 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         bar.set_position(read * total.div_ceil(args.samples));
         match record {
             Ok(record) => {
-                captions.extend(record.captions);
+                for caption in &record.captions {
+                    captions.push(text::normalize(caption, args.normalize)?.into_owned());
+                }
                 record.ignored.into_iter().for_each(|one| ignored.add(one));
             }
             Err(one) => bad.add(one),

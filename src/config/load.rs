@@ -301,6 +301,9 @@ mod tests {
         assert_eq!((message.as_str(), hint.as_str()), ("a.toml:5: unknown key `heds`", "did you mean `heads`?"));
         let (message, hint) = parse("[model]\nattention = \"spars\"\n");
         assert_eq!((message.as_str(), hint.as_str()), ("a.toml:2: unknown value `spars`", "did you mean `sparse`?"));
+        let (message, hint) = parse("[text]\nnormalize = \"simplifed\"\n");
+        assert_eq!(message, "a.toml:2: unknown value `simplifed`");
+        assert_eq!(hint, "did you mean `simplified`?");
         assert_eq!(parse("[train]\nheads = 4\n").1, "`heads` is a key of [model]");
         let message = parse("[model]\nlayers = -1\n").0;
         assert_eq!(message, "a.toml:2: `layers`: invalid value: integer `-1`, expected a whole number >= 0");

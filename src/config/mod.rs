@@ -96,6 +96,19 @@ pub struct Text {
     pub vocab: String,
     /// Number of text positions: `[CLS]`, tokens, `[SEP]`. Longer captions are truncated. Default 64.
     pub max_tokens: usize,
+    /// Script that captions and prompts are converted to before they are split into tokens: `none` (default) or
+    /// `simplified`.
+    pub normalize: Normalization,
+}
+
+/// Conversion of a text before it is split into tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Normalization {
+    /// Both scripts stay as they are
+    None,
+    /// Traditional characters become simplified ones
+    Simplified,
 }
 
 /// Section `[image_tokenizer]`: a VQGAN with the tensor names and shapes of taming-transformers, or DALL-E's dVAE.
@@ -318,7 +331,7 @@ impl Default for Data {
 
 impl Default for Text {
     fn default() -> Self {
-        Self { vocab: String::new(), max_tokens: 64 }
+        Self { vocab: String::new(), max_tokens: 64, normalize: Normalization::None }
     }
 }
 

@@ -32,7 +32,8 @@ mod tests {
         for name in ["name", "text.vocab", "image_tokenizer.path"] {
             assert!(known.contains(&name.to_owned()) && Config::is_free_at_resume(name), "{name}");
         }
-        for name in ["seed", "train.learning_rate", "data.sources", "model.layers", "text.max_tokens"] {
+        for name in ["seed", "train.learning_rate", "data.sources", "model.layers", "text.max_tokens", "text.normalize"]
+        {
             assert!(!Config::is_free_at_resume(name), "{name}");
         }
     }

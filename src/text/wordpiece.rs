@@ -1,7 +1,9 @@
 //! WordPiece over a BERT vocabulary: cleaned, lower-cased, each Chinese character a separate word.
 
+use super::normalize::normalize;
 use crate::{
     bounded_read,
+    config::Normalization,
     error::{Context, Hint, Result, anyhow, ensure},
 };
 use std::{collections::HashSet, path::Path};
@@ -29,6 +31,7 @@ pub struct WordPiece {
     sep: u32,
     pad: u32,
     unk: u32,
+    normalization: Normalization,
 }
 
 impl WordPiece {
@@ -66,7 +69,12 @@ impl WordPiece {
         let (pad, unk, cls, sep) = (id(PAD)?, id(UNK)?, id(CLS)?, id(SEP)?);
         let vocab = Pieces::read_bytes(vocab.as_bytes()).map_err(|e| anyhow!(e))?;
         let pieces = Pieces::builder().vocab(vocab).build().map_err(|e| anyhow!(e))?;
-        Ok(Self { pieces, tokens, cls, sep, pad, unk })
+        Ok(Self { pieces, tokens, cls, sep, pad, unk, normalization: Normalization::None })
+    }
+
+    /// The same tokenizer, which converts every text first (`text.normalize`).
+    pub fn with_normalization(self, normalization: Normalization) -> Self {
+        Self { normalization, ..self }
     }
 
     /// `[CLS]`, tokens, `[SEP]`, truncated to `max_tokens` (at least 2) in all. An empty text is `[CLS] [SEP]`.
@@ -94,7 +102,7 @@ impl WordPiece {
         let end =
             text.char_indices().nth(max_tokens.saturating_mul(CHARACTERS_A_TOKEN)).map_or(text.len(), |(end, _)| end);
         let mut ids = vec![self.cls];
-        for word in words(&text[..end])? {
+        for word in words(&normalize(&text[..end], self.normalization)?)? {
             if ids.len() >= max_tokens {
                 return Ok((ids, false));
             }
@@ -208,6 +216,38 @@ mod tests {
         assert_eq!(wordpiece.encode("月", 2).unwrap(), [2, 3]);
         assert!(wordpiece.encode("月", 1).is_err());
         assert_eq!(wordpiece.decode(&[7, 4_000_000_000, 7]), "月月");
+    }
+
+    /// The tokens of the Chinese BERT vocabulary by transformers 5.24 (`BertTokenizer`), and by Google's tokenizer as
+    /// cn-clip 1.6 ships it: full-width forms are lower-cased, but stay full-width (no NFKC).
+    #[test]
+    fn full_width_forms_are_split_as_by_bert() {
+        let tokens = [
+            "[PAD]", "[UNK]", "[CLS]", "[SEP]", "ａ", "##ｂ", "##b", "##ｃ", "１２", "##１", "##＋", "##＝", "##２",
+            "3",
+        ];
+        let more =
+            ["##ｄ", "你", "红", "苹", "全", "角", "，", "！", "（", "）", "［", "～", "ｔ", "恤", "①", "１", "头"];
+        let vocab: Vec<&str> = tokens.into_iter().chain(more).collect();
+        let wordpiece = WordPiece::parse(&vocab.join("\n")).unwrap();
+        for (text, expected) in [
+            ("ＡＢＣ", "ａ ##ｂ ##ｃ"),
+            ("ＡBｃ", "ａ ##b ##ｃ"),
+            ("你，ＡＢＣ！１２", "你 ， ａ ##ｂ ##ｃ ！ １２"),
+            ("Ｔ恤", "ｔ 恤"),
+            ("3Ｄ红", "3 ##ｄ 红"),
+            ("红\u{3000}\u{3000}苹！", "红 苹 ！"),
+            ("“全角”（）［～", "[UNK] 全 角 [UNK] （ ） ［ ～"),
+            ("１＋１＝２", "１ ##＋ ##１ ##＝ ##２"),
+            ("\u{a0}全\u{2003}角\u{feff}头\u{200b}", "全 角 头"),
+            ("㎏ ① ㈱", "[UNK] ① [UNK]"),
+        ] {
+            for normalization in [Normalization::None, Normalization::Simplified] {
+                let ids = wordpiece.clone().with_normalization(normalization).encode(text, 32).unwrap();
+                let inner: Vec<&str> = ids[1..ids.len() - 1].iter().map(|&id| vocab[id as usize]).collect();
+                assert_eq!(inner.join(" "), expected, "{text}");
+            }
+        }
     }
 
     #[test]

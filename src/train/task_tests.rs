@@ -106,7 +106,7 @@ pub(crate) fn generator_config(folder: &Path) -> Config {
         task: config::Task::Generator,
         seed: 4,
         data: config::Data { sources: vec![codes(&folder.join("codes"), &model)], ..Default::default() },
-        text: Text { vocab: vocab.display().to_string(), max_tokens: 8 },
+        text: Text { vocab: vocab.display().to_string(), max_tokens: 8, ..Default::default() },
         image_tokenizer: config::ImageTokenizer { path: model.display().to_string(), ..tokenizer.image_tokenizer },
         model: Model { layers: 3, hidden: 16, heads: 2, conv_size: 3, ..Default::default() },
         train: config::Train {

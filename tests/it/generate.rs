@@ -203,6 +203,38 @@ fn unusual_prompts() {
 }
 
 #[test]
+fn the_demo_understands_both_scripts() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = |prompt: &str| {
+        let output = vilg(&["t2i", prompt, "-o", "-"]).current_dir(&folder).output().unwrap();
+        assert!(output.status.success() && !String::from_utf8_lossy(&output.stderr).contains("warning"), "{output:?}");
+        output.stdout
+    };
+    let simplified = image("红苹果，立体风格");
+    assert!(image("紅蘋果，立體風格") == simplified);
+    assert!(image("黃蘋果，立體風格") != simplified);
+}
+
+#[test]
+fn a_vocabulary_of_both_scripts_is_that_of_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let vocabulary = |name: &str, caption: &str, normalize: &str| {
+        let source = folder.path().join(name);
+        fs::create_dir_all(&source).unwrap();
+        write_png(&source.join("0.png"), &picture(9)).unwrap();
+        fs::write(source.join("0.txt"), caption).unwrap();
+        let output = folder.path().join("vocab.txt");
+        let made =
+            vilg(&["data", "vocab", name, "--normalize", normalize, "-o"]).arg(&output).current_dir(&folder).output();
+        assert!(made.unwrap().status.success());
+        fs::read_to_string(output).unwrap()
+    };
+    let simplified = vocabulary("simplified", "红苹果在后面", "none");
+    assert_eq!(vocabulary("traditional", "紅蘋果在後面", "simplified"), simplified);
+    assert_ne!(vocabulary("traditional", "紅蘋果在後面", "none"), simplified);
+}
+
+#[test]
 fn bad_options_are_usage_errors() {
     let folder = folder();
     let bad: [&[&str]; 12] = [

@@ -193,6 +193,7 @@ impl GeneratorTask {
             "demo" => Bundle::open("demo")?.text()?,
             path => WordPiece::load(path)?,
         };
+        let text = text.with_normalization(config.text.normalize);
         let image_tokenizer = match config.image_tokenizer.path.as_str() {
             "demo" => Bundle::open("demo")?.image_tokenizer_folder()?,
             path => Bundle::open(path).context("image_tokenizer.path")?,
@@ -368,8 +369,7 @@ impl Task for GeneratorTask {
         let settings = &self.config.sample;
         let scope = Scope::from_tensors(weights, DType::F32, &runtime::device()?);
         let generator = build(&scope, &self.config, &self.text)?;
-        let text = WordPiece::parse(&self.text.vocab_text())?;
-        let models = Models::new(generator, Format::F32, self.image_tokenizer.image_tokenizer()?, text);
+        let models = Models::new(generator, Format::F32, self.image_tokenizer.image_tokenizer()?, self.text.clone());
         let requests: Vec<Request> =
             settings.prompts.iter().map(|prompt| Request { prompt: prompt.clone(), seed: self.config.seed }).collect();
         if requests.is_empty() {
