@@ -1,10 +1,10 @@
 //! `vilg data`
 
-use super::{data_encode, data_filter, data_inspect, data_vocab};
+use super::{data_encode, data_filter, data_inspect, data_translate, data_vocab};
 use crate::error::Result;
 use clap::Subcommand;
 
-/// Inspect and filter data, encode images as image codes, make a vocabulary
+/// Inspect and filter data, translate captions, encode images as image codes, make a vocabulary
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -15,6 +15,7 @@ pub struct Args {
 enum Command {
     Inspect(data_inspect::Args),
     Filter(data_filter::Args),
+    Translate(data_translate::Args),
     Encode(data_encode::Args),
     Vocab(data_vocab::Args),
 }
@@ -23,6 +24,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     match args.command {
         Command::Inspect(args) => data_inspect::run(args, json),
         Command::Filter(args) => data_filter::run(args, json),
+        Command::Translate(args) => data_translate::run(args, json),
         Command::Encode(args) => data_encode::run(args, json),
         Command::Vocab(args) => data_vocab::run(args, json),
     }

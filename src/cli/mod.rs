@@ -9,6 +9,7 @@ mod data;
 mod data_encode;
 mod data_filter;
 mod data_inspect;
+mod data_translate;
 mod data_vocab;
 mod doctor;
 mod eval;
