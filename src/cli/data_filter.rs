@@ -105,15 +105,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         return plan(&inputs, &settings, json);
     }
     let output = args.output.unwrap_or_default();
-    let is_file = input::has_table_extension(&output) && !output.is_dir();
-    if let [only] = inputs.as_slice() {
-        let same = only.kind == input::InputKind::Table && only.path.extension() == output.extension();
-        let message = format!("{} cannot become {}", only.path.display(), output.display());
-        ensure!(!is_file || same, usage(message, "-o needs a folder, or a file with the extension of the only table"));
-    } else {
-        let message = format!("{} inputs cannot become the file {}", inputs.len(), output.display());
-        ensure!(!is_file, usage(message, "-o needs a folder"));
-    }
+    let is_file = input::is_file_output(&inputs, &output)?;
     let files = report_files(&output, is_file);
     check_report_files(&files)?;
     let place = dist::place()?;

@@ -10,6 +10,7 @@ mod data_build;
 mod data_encode;
 mod data_filter;
 mod data_inspect;
+mod data_translate;
 mod data_vocab;
 mod doctor;
 mod eval;

@@ -40,6 +40,7 @@ pub mod table;
 mod tar;
 #[cfg(test)]
 mod tests;
+pub mod translate;
 
 pub use bad::{Bad, BadCounts, Cause, printable};
 pub use codes::{CODES_FILE, CodesInfo, npy};

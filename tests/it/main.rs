@@ -21,4 +21,5 @@ mod ranks_tcp;
 mod tokenizer;
 mod train;
 mod transformer_parity;
+mod translate;
 mod words;

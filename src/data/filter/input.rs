@@ -106,12 +106,29 @@ pub fn find(sources: &[String]) -> Result<Vec<Input>> {
     Ok(inputs)
 }
 
+/// Whether `output` is a file: then the only input must be a table with its extension. Otherwise it is a folder.
+///
+/// # Errors
+/// The inputs cannot become this file.
+pub fn is_file_output(inputs: &[Input], output: &Path) -> Result<bool> {
+    let is_file = has_table_extension(output) && !output.is_dir();
+    if let [only] = inputs {
+        let same = only.kind == InputKind::Table && only.path.extension() == output.extension();
+        let message = format!("{} cannot become {}", only.path.display(), output.display());
+        ensure!(!is_file || same, usage(message, "-o needs a folder, or a file with the extension of the only table"));
+    } else {
+        let message = format!("{} inputs cannot become the file {}", inputs.len(), output.display());
+        ensure!(!is_file, usage(message, "-o needs a folder"));
+    }
+    Ok(is_file)
+}
+
 fn is_table(path: &Path) -> bool {
     has_table_extension(path) && path.is_file()
 }
 
 /// Whether a path ends in one of [`table::EXTENSIONS`], in lower or upper case.
-pub fn has_table_extension(path: &Path) -> bool {
+fn has_table_extension(path: &Path) -> bool {
     let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
     table::EXTENSIONS.contains(&extension.as_str())
 }

@@ -87,6 +87,19 @@ impl Reader {
         writer.write_byte_record(&self.header).context("cannot write the header of the table")?;
         Ok(writer)
     }
+
+    /// The same with one more column.
+    pub fn writer_with<'a>(
+        &self,
+        file: &'a mut BufWriter<File>,
+        column: &str,
+    ) -> Result<csv::Writer<&'a mut BufWriter<File>>> {
+        let mut builder = csv::WriterBuilder::new();
+        let mut writer = builder.delimiter(self.delimiter).flexible(true).from_writer(file);
+        let header = self.header.iter().chain([column.as_bytes()]);
+        writer.write_record(header).context("cannot write the header of the table")?;
+        Ok(writer)
+    }
 }
 
 const HINT: &str = "the first line must name the columns; a quote in a field must be doubled";
@@ -109,6 +122,24 @@ impl Records {
     pub fn write(&self, writer: &mut csv::Writer<&mut BufWriter<File>>, keep: &[bool]) -> Result<()> {
         for (record, _) in self.records.iter().zip(keep).filter(|(_, keep)| **keep) {
             writer.write_byte_record(record).context("cannot write the table")?;
+        }
+        Ok(())
+    }
+
+    /// Writes the records that have a text, which replaces the field `column`; the field moves to the end.
+    pub fn replace(
+        &self,
+        writer: &mut csv::Writer<&mut BufWriter<File>>,
+        column: &str,
+        texts: &[Option<String>],
+    ) -> Result<()> {
+        let at = self.header.iter().position(|name| name == column.as_bytes());
+        for (record, text) in self.records.iter().zip(texts).filter_map(|(record, text)| Some((record, text.as_ref()?)))
+        {
+            let replaced = |(index, field)| if Some(index) == at { text.as_bytes() } else { field };
+            let before = at.and_then(|at| record.get(at)).unwrap_or_default();
+            let fields = record.iter().enumerate().map(replaced).chain([before]);
+            writer.write_record(fields).context("cannot write the table")?;
         }
         Ok(())
     }

@@ -4,10 +4,12 @@
 mod delimited;
 mod json_lines;
 mod parquet;
+mod replace;
 mod row;
 #[cfg(test)]
 mod tests;
 
+pub use replace::ReplacingWriter;
 pub use row::Row;
 
 use super::{

@@ -138,6 +138,47 @@ fn kept_rows_are_written_unchanged() {
     assert_eq!(column(&mut kept, "caption"), [some("一"), some("三")]);
 }
 
+/// Replaces the captions of the rows at even places by `译`.
+fn replaced(path: &Path) -> Result<PathBuf> {
+    let output = path.with_file_name(format!("replaced-{}", path.file_name().unwrap().to_str().unwrap()));
+    let mut table = Table::open(path).unwrap();
+    let mut file = BufWriter::new(fs::File::create(&output).unwrap());
+    let mut writer = table.replacing_writer(path, "caption", "before", &mut file)?;
+    while let Some(rows) = table.next_batch().unwrap() {
+        let texts: Vec<_> = (0..rows.len()).map(|index| (index % 2 == 0).then(|| "译".to_owned())).collect();
+        writer.write(&rows, &texts)?;
+    }
+    writer.finish().unwrap();
+    file.flush().unwrap();
+    Ok(output)
+}
+
+#[test]
+fn a_replaced_column_moves_to_the_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let of_text = |name: &str, content: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, content).unwrap();
+        replaced(&path).map(|output| fs::read_to_string(output).unwrap())
+    };
+    let json = of_text("a.jsonl", "{\"id\":1.50,\"caption\":\"a\\nb\"}\n{}\n{\"caption\":2}\n").unwrap();
+    assert_eq!(json, "{\"before\":\"a\\nb\",\"caption\":\"译\",\"id\":1.5}\n{\"before\":2,\"caption\":\"译\"}\n");
+    assert_eq!(of_text("a.csv", "caption,id\n\"a,b\",1\nc,2\n").unwrap(), "caption,id,before\n译,1,\"a,b\"\n");
+    assert!(of_text("b.jsonl", "{\"before\":1}\n").is_err() && of_text("b.csv", "caption,before\n").is_err());
+
+    let path = folder.path().join("a.parquet");
+    let columns: Vec<(&str, ArrayRef)> = vec![
+        ("caption", Arc::new(LargeStringArray::from(vec![Some("a"), None, Some("c")]))),
+        ("width", Arc::new(Int64Array::from(vec![1, 2, 3]))),
+    ];
+    write_parquet(&path, &RecordBatch::try_from_iter(columns).unwrap());
+    let output = replaced(&path).unwrap();
+    for (name, expected) in [("caption", ["译", "译"]), ("width", ["1", "3"]), ("before", ["a", "c"])] {
+        assert_eq!(column(&mut Table::open(&output).unwrap(), name), expected.map(some), "{name}");
+    }
+    assert_eq!(Table::open(&output).unwrap().columns().unwrap(), ["caption", "width", "before"]);
+}
+
 #[test]
 fn other_formats_are_named() {
     let folder = tempfile::tempdir().unwrap();
