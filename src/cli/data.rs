@@ -1,10 +1,10 @@
 //! `vilg data`
 
-use super::{data_encode, data_filter, data_inspect, data_vocab};
+use super::{data_encode, data_fetch, data_filter, data_inspect, data_vocab};
 use crate::error::Result;
 use clap::Subcommand;
 
-/// Inspect and filter data, encode images as image codes, make a vocabulary
+/// Inspect, fetch and filter data, encode images as image codes, make a vocabulary
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -14,6 +14,7 @@ pub struct Args {
 #[derive(Subcommand)]
 enum Command {
     Inspect(data_inspect::Args),
+    Fetch(data_fetch::Args),
     Filter(data_filter::Args),
     Encode(data_encode::Args),
     Vocab(data_vocab::Args),
@@ -22,6 +23,7 @@ enum Command {
 pub fn run(args: Args, json: bool) -> Result<()> {
     match args.command {
         Command::Inspect(args) => data_inspect::run(args, json),
+        Command::Fetch(args) => data_fetch::run(args, json),
         Command::Filter(args) => data_filter::run(args, json),
         Command::Encode(args) => data_encode::run(args, json),
         Command::Vocab(args) => data_vocab::run(args, json),

@@ -26,6 +26,7 @@ mod loader;
 mod members;
 pub mod paths;
 mod record;
+pub mod remote;
 mod sampler;
 mod source_file;
 pub mod table;
