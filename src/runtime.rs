@@ -13,7 +13,7 @@ mod threads;
 
 pub use device::{Wanted, choose_device, cpu_only, device, set_local_rank};
 pub use facts::{Facts, facts};
-pub use file_sync::{Lock, lock, sync_folder};
+pub use file_sync::{Lock, lock, lock_shared, sync_folder};
 pub use mapped::Mapped;
 pub use memory::{keep_memory, peak_bytes, resident_bytes, restart_peak};
 #[cfg(target_arch = "x86_64")]

@@ -1,10 +1,10 @@
 //! `vilg data`
 
-use super::{data_build, data_encode, data_filter, data_inspect, data_translate, data_vocab};
+use super::{data_build, data_encode, data_fetch, data_filter, data_inspect, data_translate, data_vocab};
 use crate::error::Result;
 use clap::Subcommand;
 
-/// Build, inspect and filter data, translate captions, encode images as image codes, make a vocabulary
+/// Build, fetch, inspect and filter data, translate captions, encode images as image codes, make a vocabulary
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -15,6 +15,7 @@ pub struct Args {
 enum Command {
     Build(data_build::Args),
     Inspect(data_inspect::Args),
+    Fetch(data_fetch::Args),
     Filter(data_filter::Args),
     Translate(data_translate::Args),
     Encode(data_encode::Args),
@@ -25,6 +26,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     match args.command {
         Command::Build(args) => data_build::run(args, json),
         Command::Inspect(args) => data_inspect::run(args, json),
+        Command::Fetch(args) => data_fetch::run(args, json),
         Command::Filter(args) => data_filter::run(args, json),
         Command::Translate(args) => data_translate::run(args, json),
         Command::Encode(args) => data_encode::run(args, json),

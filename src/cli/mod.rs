@@ -8,6 +8,7 @@ mod config_files;
 mod data;
 mod data_build;
 mod data_encode;
+mod data_fetch;
 mod data_filter;
 mod data_inspect;
 mod data_translate;

@@ -32,6 +32,7 @@ mod order;
 mod output;
 pub mod paths;
 mod record;
+pub mod remote;
 mod sampler;
 mod shard;
 mod source_file;

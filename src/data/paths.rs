@@ -180,7 +180,10 @@ fn entries(folder: &Path) -> Result<Vec<(PathBuf, FileType)>> {
 }
 
 /// Expands `{a,b}` and `{00000..00012}`.
-fn braces(pattern: &str) -> Result<Vec<String>> {
+///
+/// # Errors
+/// A brace list stands for too many names.
+pub fn braces(pattern: &str) -> Result<Vec<String>> {
     let mut done = Vec::new();
     let mut open = vec![pattern.to_owned()];
     while let Some(pattern) = open.pop() {
@@ -244,7 +247,7 @@ fn glob(pattern: &str) -> Result<Vec<PathBuf>> {
 }
 
 /// Whether `name` matches `pattern`; `*` matches any run of characters, `?` any single one.
-fn matches(pattern: &[u8], name: &[u8]) -> bool {
+pub fn matches(pattern: &[u8], name: &[u8]) -> bool {
     let (mut p, mut n) = (0, 0);
     let mut star = None;
     while n < name.len() {

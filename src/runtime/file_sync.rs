@@ -29,7 +29,19 @@ pub enum Lock {
 /// # Errors
 /// The file system supports locks, but locking fails.
 pub fn lock(file: &File) -> Result<Lock> {
-    match file.try_lock() {
+    outcome(file.try_lock())
+}
+
+/// Locks an open file against exclusive locks, without waiting; other processes may hold shared locks too.
+///
+/// # Errors
+/// As [`lock`].
+pub fn lock_shared(file: &File) -> Result<Lock> {
+    outcome(file.try_lock_shared())
+}
+
+fn outcome(locked: std::result::Result<(), TryLockError>) -> Result<Lock> {
+    match locked {
         Ok(()) => Ok(Lock::Held),
         Err(TryLockError::WouldBlock) => Ok(Lock::Busy),
         Err(TryLockError::Error(error)) if is_unsupported(&error) => Ok(Lock::Unsupported(error)),

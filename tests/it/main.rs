@@ -18,6 +18,8 @@ mod one_cpu;
 mod plan;
 mod ranks;
 mod ranks_tcp;
+#[cfg(feature = "remote")]
+mod remote;
 mod tokenizer;
 mod train;
 mod transformer_parity;
