@@ -1,6 +1,6 @@
 //! Builds tar shards from data sets in the formats that others write.
 //!
-//! A [`Reader`](reader::Reader) sends rows, one file a format. [`Builder`] cuts them into shards of equal numbers of rows,
+//! A [`Reader`] sends rows, one file a format. [`Builder`] cuts them into shards of equal numbers of rows,
 //! reads and checks their images in parallel, and writes each shard atomically. A row keeps its number even if it is bad, so
 //! the shards do not depend on the number of threads, and a finished shard can be kept.
 

@@ -74,10 +74,10 @@ impl Folder {
         Ok(Self { path: path.to_owned(), max_bytes, limits, checked: Mutex::default() })
     }
 
-    /// As [`Cache::get`]; `stop` ends a download early.
+    /// As [`Cache::get`](super::Cache::get); `stop` ends a download early.
     ///
     /// # Errors
-    /// As [`Cache::get`].
+    /// As [`Cache::get`](super::Cache::get).
     pub fn get(&self, shard: &RemoteShard, stop: &AtomicBool) -> Result<Cached> {
         let key = shard.key();
         let slot = slot(&self.path, &key);

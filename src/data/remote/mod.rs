@@ -1,6 +1,6 @@
 //! Remote shards: `s3://`, `oss://`, `https://`, `hf://` and `pipe:COMMAND`.
 //!
-//! Reading order: `location` parses URLs, [`list`] expands a source to [`RemoteShard`]s, `client` makes requests, `download`
+//! Reading order: `location` parses URLs, [`list()`] expands a source to [`RemoteShard`]s, `client` makes requests, `download`
 //! repeats and resumes them, `slot` places a file and its record on the disk, [`Cache`] keeps a bounded number of shards,
 //! [`fetch`] copies all shards to a folder.
 //!
