@@ -1,7 +1,7 @@
 //! `vilg data filter`
 
+use super::output;
 use crate::{
-    bounded_read,
     data::filter::{
         BlockedWords, DuplicateRules, Filter, Outcome, PAGE_START, Rule, Settings, TextRules, Unit, input, measure,
         page,
@@ -107,7 +107,9 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let output = args.output.unwrap_or_default();
     let is_file = input::is_file_output(&inputs, &output)?;
     let files = report_files(&output, is_file);
-    check_report_files(&files)?;
+    for (path, start) in files.iter().zip([REPORT_START, PAGE_START]) {
+        output::check_report(path, start)?;
+    }
     let place = dist::place()?;
     let (rank, world_size) = place.map_or((0, 1), |place| (place.rank, place.world_size));
     let bar = report::counter("rows, counted twice");
@@ -165,18 +167,6 @@ fn settings(args: &Args) -> Result<Settings> {
 /// `filter.json` and `filter.html` in the output folder, or `NAME.filter.json` beside an output file.
 fn report_files(output: &Path, is_file: bool) -> [PathBuf; 2] {
     ["filter.json", "filter.html"].map(|name| if is_file { output.with_extension(name) } else { output.join(name) })
-}
-
-/// Refuses to replace files that no run of this command wrote.
-fn check_report_files(files: &[PathBuf; 2]) -> Result<()> {
-    let begins = |path: &PathBuf, start: &str| {
-        bounded_read::read(path, bounded_read::TEXT).is_ok_and(|content| content.starts_with(start.as_bytes()))
-    };
-    for (path, start) in files.iter().zip([REPORT_START, PAGE_START]) {
-        let message = format!("{} exists and is not a report of this command", path.display());
-        ensure!(!path.exists() || begins(path, start), failed(message, "rename it, or choose another output with -o"));
-    }
-    Ok(())
 }
 
 fn write_report(files: &[PathBuf; 2], outcome: &Outcome) -> Result<()> {

@@ -1,5 +1,6 @@
 //! `vilg data translate`
 
+use super::output;
 use crate::{
     data::{
         filter::input,
@@ -14,6 +15,9 @@ use std::{
     path::{Path, PathBuf},
     time::Duration,
 };
+
+/// How `translate.json` begins.
+const REPORT_START: &str = "{\n  \"rows\":";
 
 /// Translate captions by a command or an HTTP service of your choice
 #[derive(clap::Args)]
@@ -80,10 +84,13 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     };
     let translation =
         Translation { settings, inputs, output: args.output, is_file, cache: args.cache, rank, world_size };
+    let path = report_file(&translation);
+    output::check_report(&path, REPORT_START)?;
     let bar = report::counter("rows");
     let outcome = translation.run(&mut translators, &|rows| bar.inc(rows))?;
     bar.finish_and_clear();
-    write_report(&translation, &outcome)?;
+    fs::write(&path, serde_json::to_string_pretty(&outcome)?)
+        .hint(format_args!("cannot write {}", path.display()), "choose another output with -o")?;
     if json {
         report::json(&outcome);
     } else {
@@ -96,15 +103,13 @@ pub fn run(args: Args, json: bool) -> Result<()> {
 }
 
 /// `translate.json` in the output folder, or `NAME.translate.json` beside an output file; other ranks add their number.
-fn write_report(translation: &Translation, outcome: &Outcome) -> Result<()> {
+fn report_file(translation: &Translation) -> PathBuf {
     let name = match translation.rank {
         0 => "translate.json".to_owned(),
         rank => format!("translate.rank{rank}.json"),
     };
     let output: &Path = &translation.output;
-    let path = if translation.is_file { output.with_extension(name) } else { output.join(name) };
-    fs::write(&path, serde_json::to_string_pretty(outcome)?)
-        .hint(format_args!("cannot write {}", path.display()), "choose another output with -o")
+    if translation.is_file { output.with_extension(name) } else { output.join(name) }
 }
 
 fn print(outcome: &Outcome) {

@@ -1,8 +1,8 @@
 //! Checks that output files can be written before the work starts, not hours later.
 
 use crate::{
-    bundle, config,
-    error::{Hint, Result, ensure, usage},
+    bounded_read, bundle, config,
+    error::{Hint, Result, ensure, failed, usage},
 };
 use std::{fs, path::Path};
 
@@ -26,6 +26,18 @@ pub fn check(path: &Path, option: &str) -> Result<()> {
     if !exists {
         fs::remove_file(path).hint(format_args!("cannot write {name}"), hint)?;
     }
+    Ok(())
+}
+
+/// Refuses to replace a file that is not an earlier report of the same command, which begins with `start`.
+///
+/// # Errors
+/// The file exists and begins with something else.
+pub fn check_report(path: &Path, start: &str) -> Result<()> {
+    let is_report =
+        || bounded_read::read(path, bounded_read::TEXT).is_ok_and(|content| content.starts_with(start.as_bytes()));
+    let message = format!("{} exists and is not a report of this command", path.display());
+    ensure!(!path.exists() || is_report(), failed(message, "rename it, or choose another output with -o"));
     Ok(())
 }
 

@@ -7,6 +7,7 @@ use super::{
     report::Report,
     rule::Rule,
     scan::scan,
+    text::load_dictionary,
     write::{write_shard, write_table},
 };
 use crate::{
@@ -254,6 +255,7 @@ fn create_parent(path: &Path) -> Result<()> {
 /// # Errors
 /// An input cannot be read.
 pub fn measure(inputs: &[Input], settings: &Settings, seconds: f64) -> Result<(f64, usize)> {
+    load_dictionary();
     let (start, mut rows) = (Instant::now(), 0);
     for input in inputs {
         rows += scan(input, settings, &|_| {})?.rows.len();

@@ -14,6 +14,11 @@ use std::{path::Path, sync::LazyLock};
 /// Loading the dictionary takes about half a second and 100 MB, once.
 static JIEBA: LazyLock<Jieba> = LazyLock::new(Jieba::new);
 
+/// Loads jieba's dictionary, which the first caption otherwise waits for.
+pub fn load_dictionary() {
+    LazyLock::force(&JIEBA);
+}
+
 /// What the length of a caption is counted in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
