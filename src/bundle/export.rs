@@ -7,7 +7,7 @@ use super::{
     write::{write_as, write_weights_to},
 };
 use crate::{
-    config::{Architecture, QuantizerKind},
+    config::{Architecture, QuantizerKind, Task},
     error::{Result, ensure, usage},
     nn::weights,
     tokenizer,
@@ -22,23 +22,32 @@ impl Bundle {
     /// # Errors
     /// `tokenizer` makes other codes, so that it would misread the generator's; `folder` cannot be written or replaced.
     pub fn export(&self, folder: &Path, dtype: Dtype, tokenizer: Option<&Self>, force: bool) -> Result<()> {
-        let generator = self.has_image_tokenizer();
+        let task = self.config.task;
         let hint = "name a generator's folder, or leave it out";
-        ensure!(generator || tokenizer.is_none(), usage("an image tokenizer has no image tokenizer in it", hint));
-        let own = self.image_tokenizer_folder()?;
-        let tokenizer = tokenizer.map(Self::image_tokenizer_folder).transpose()?;
-        if let Some(tokenizer) = &tokenizer {
-            check_codes(&own, tokenizer)?;
-        }
+        let what = format_args!("{} has no image tokenizer in it", task.model());
+        ensure!(task == Task::Generator || tokenizer.is_none(), usage(what, hint));
+        let tokenizer = match (task, tokenizer) {
+            (Task::Generator, Some(tokenizer)) => {
+                let tokenizer = tokenizer.image_tokenizer_folder()?;
+                check_codes(&self.image_tokenizer_folder()?, &tokenizer)?;
+                Some(tokenizer)
+            }
+            (Task::Generator, None) => Some(self.image_tokenizer_folder()?),
+            (Task::ImageTokenizer | Task::Matcher, _) => None,
+        };
+        let codes = match task {
+            Task::Generator | Task::ImageTokenizer => Some(self.digest()?),
+            Task::Matcher => None,
+        };
         let bytes = self.place.weights()?;
         let parts = Parts {
             config: &self.config,
             weights: weights::stored(&bytes, &self.place.file(WEIGHTS), dtype)?,
-            vocab: if generator { Some(self.vocab()?) } else { None },
+            vocab: if task == Task::ImageTokenizer { None } else { Some(self.vocab()?) },
             attribution: self.attribution(),
-            image_tokenizer: generator.then(|| tokenizer.unwrap_or(own)),
+            image_tokenizer: tokenizer,
         };
-        write_as(folder, &parts, dtype, Some(self.digest()?), force)
+        write_as(folder, &parts, dtype, codes, force)
     }
 
     /// Writes the image tokenizer's weights into a safetensors file with LlamaGen's names, which `vilg import llamagen-vq`

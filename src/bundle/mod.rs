@@ -3,9 +3,9 @@
 
 use crate::{
     bounded_read,
-    config::{Config, Task},
+    config::{Config, Precision, Task},
     error::{Context, Hint, Result, ensure, usage},
-    model::Generator,
+    model::{Generator, Matcher},
     nn::{params::Scope, weights},
     runtime::{self, Mapped},
     text::WordPiece,
@@ -120,7 +120,7 @@ impl Bundle {
             };
             manifest.check(file, bytes, &self.place.file(file))?;
         }
-        if self.has_image_tokenizer() && !manifest.codes.is_empty() {
+        if self.config.task == Task::Generator && !manifest.codes.is_empty() {
             let tokenizer = self.image_tokenizer_folder()?;
             let what = format!("{} makes other codes than the generator was trained with", tokenizer.place.name());
             ensure!(tokenizer.makes_codes_of(&manifest.codes)?, manifest::mismatch(what));
@@ -133,23 +133,19 @@ impl Bundle {
         self.place.name()
     }
 
-    /// Whether the folder holds a text vocabulary and, in a folder of its own, an image tokenizer.
-    fn has_image_tokenizer(&self) -> bool {
-        match self.config.task {
-            Task::Generator => true,
-            Task::ImageTokenizer => false,
-        }
-    }
-
     /// The image tokenizer's folder: this one, or the one inside a generator's.
+    ///
+    /// # Errors
+    /// It is missing, or this is another kind of model.
     pub fn image_tokenizer_folder(&self) -> Result<Self> {
-        if !self.has_image_tokenizer() {
-            return Ok(self.clone());
+        match (self.config.task, &self.place) {
+            (Task::Generator, Place::Folder(folder)) => Self::at(Place::Folder(folder.join(IMAGE_TOKENIZER))),
+            (Task::Generator, Place::Demo(_)) => Self::at(Place::Demo("image-tokenizer/")),
+            (Task::ImageTokenizer | Task::Matcher, _) => {
+                self.expect(Task::ImageTokenizer)?;
+                Ok(self.clone())
+            }
         }
-        Self::at(match &self.place {
-            Place::Folder(folder) => Place::Folder(folder.join(IMAGE_TOKENIZER)),
-            Place::Demo(_) => Place::Demo("image-tokenizer/"),
-        })
     }
 
     /// The image tokenizer.
@@ -159,17 +155,29 @@ impl Bundle {
         folder.build(|scope| tokenizer::ImageTokenizer::new(scope, settings))
     }
 
+    /// Checks what kind of model this is.
+    ///
+    /// # Errors
+    /// It is of another task.
+    pub fn expect(&self, task: Task) -> Result<()> {
+        let what = format!("{} is {}, not {}", self.place.name(), self.config.task.model(), task.model());
+        ensure!(self.config.task == task, usage(what, task.hint()));
+        Ok(())
+    }
+
     /// The transformer.
     pub fn generator(&self) -> Result<Generator> {
-        let hint = "a run with task = \"generator\" writes one";
-        let what = format!("{} is an image tokenizer, not a generator", self.place.name());
-        match self.config.task {
-            Task::Generator => {}
-            Task::ImageTokenizer => return Err(usage(what, hint)),
-        }
+        self.expect(Task::Generator)?;
         let (codebook, grid) = (self.config.image_tokenizer.codebook_size, self.config.image_tokenizer.grid());
         let vocab_size = self.text()?.vocab_size();
         self.build(|scope| Generator::new(scope, &self.config, vocab_size, codebook, grid))
+    }
+
+    /// The image–text matcher.
+    pub fn matcher(&self) -> Result<Matcher> {
+        self.expect(Task::Matcher)?;
+        let text = (self.text()?.vocab_size(), self.config.text.max_tokens);
+        self.build(|scope| Matcher::new(scope, &self.config.matcher, text, Precision::F32))
     }
 
     fn build<T>(&self, make: impl FnOnce(&Scope) -> Result<T>) -> Result<T> {

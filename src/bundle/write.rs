@@ -79,7 +79,7 @@ fn write_parts(folder: &Path, parts: &Parts, dtype: Dtype, codes: Option<String>
         (None, Some(tokenizer)) => tokenizer.digest()?,
         (None, None) => match config.task {
             Task::ImageTokenizer => codes::fingerprint(&config.image_tokenizer, &written, WEIGHTS)?,
-            Task::Generator => String::new(),
+            Task::Generator | Task::Matcher => String::new(),
         },
     };
     let mut files = vec![(CONFIG, toml.as_bytes()), (WEIGHTS, &written[..])];

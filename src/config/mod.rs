@@ -5,6 +5,7 @@
 mod data;
 mod flat;
 mod load;
+mod matcher;
 mod renamed;
 mod resume;
 mod train;
@@ -13,6 +14,7 @@ mod validate;
 pub use data::{Data, Source};
 pub use flat::values;
 pub use load::{Loaded, Origin};
+pub use matcher::{Activation, ContrastiveLoss, ImageEncoder, Matcher};
 pub use renamed::rename_stored_keys;
 pub use train::{Decay, LossReduction, MatrixOptimizer, Offload, Precision, Spike, Train, begins_with};
 pub use validate::Problem;
@@ -25,7 +27,7 @@ use serde::{Deserialize, Serialize};
 pub struct Config {
     /// Name of the run; its folder is `runs/NAME`. Default `run`.
     pub name: String,
-    /// What to train: `generator` (default) or `image-tokenizer`.
+    /// What to train: `generator` (default), `image-tokenizer` or `matcher`.
     pub task: Task,
     /// Seed of every random number of the run. Default 0.
     pub seed: u64,
@@ -37,6 +39,8 @@ pub struct Config {
     pub image_tokenizer: ImageTokenizer,
     /// Section `[model]`: the transformer (paper §2.2).
     pub model: Model,
+    /// Section `[matcher]`: the image–text matcher (paper §2.4).
+    pub matcher: Matcher,
     /// Section `[train]`: optimizer, schedule, parallelism and checkpoints.
     pub train: Train,
     /// Section `[sample]`: defaults of `vilg t2i` and of the sample images drawn during training.
@@ -51,6 +55,28 @@ pub enum Task {
     ImageTokenizer,
     /// The bidirectional transformer over text tokens and image codes, trained on text→image and image→text.
     Generator,
+    /// The image–text matcher: two encoders, whose embeddings of a matching image and text are close.
+    Matcher,
+}
+
+impl Task {
+    /// What it trains, in messages.
+    pub fn model(self) -> &'static str {
+        match self {
+            Self::ImageTokenizer => "an image tokenizer",
+            Self::Generator => "a generator",
+            Self::Matcher => "a matcher",
+        }
+    }
+
+    /// Which folder holds such a model, in messages.
+    pub fn hint(self) -> &'static str {
+        match self {
+            Self::ImageTokenizer => "name the model folder of a run with task = \"image-tokenizer\"",
+            Self::Generator => "name the model folder of a run with task = \"generator\"",
+            Self::Matcher => "name the model folder of a run with task = \"matcher\"",
+        }
+    }
 }
 
 /// Section `[text]`: the text tokenizer.
@@ -282,6 +308,7 @@ impl Default for Config {
             text: Text::default(),
             image_tokenizer: ImageTokenizer::default(),
             model: Model::default(),
+            matcher: Matcher::default(),
             train: Train::default(),
             sample: Sample::default(),
         }

@@ -1,5 +1,7 @@
 //! Checks the values of a configuration, alone and together.
 
+mod matcher;
+
 use super::{Architecture, Config, Data, ImageTokenizer, Model, QuantizerKind, Sample, Text, Train, flat::values};
 use crate::error::{Result, usage};
 use std::fmt::Display;
@@ -67,6 +69,7 @@ impl Config {
         text(&mut check, &self.text);
         image_tokenizer(&mut check, &self.image_tokenizer);
         model(&mut check, &self.model);
+        matcher::matcher(&mut check, &self.matcher, &self.text);
         train(&mut check, &self.train);
         sample(&mut check, &self.sample);
         Ok(check.problems)

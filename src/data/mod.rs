@@ -5,6 +5,7 @@
 //! [`BadCounts`].
 
 mod bad;
+mod bicubic;
 mod blocks;
 pub mod build;
 mod codes;
@@ -44,6 +45,7 @@ mod tests;
 pub mod translate;
 
 pub use bad::{Bad, BadCounts, Cause, printable};
+pub use bicubic::resize_bicubic;
 pub use codes::{CODES_FILE, CodesInfo, npy};
 pub use dataset::{Dataset, Source};
 pub use encode::{Encoder, Report};

@@ -2,8 +2,9 @@
 
 use super::{
     bad::{Bad, Cause},
+    bicubic::resize_bicubic,
     codes::CodesInfo,
-    image::decode_square,
+    image::{decode, decode_square},
     members::Members,
 };
 use image::RgbImage;
@@ -26,6 +27,8 @@ pub enum Kind {
     Images(u32),
     /// An image, cropped and resized to this side, and a caption.
     Pairs(u32),
+    /// An image, resized to this side without cropping as CLIP does, and a caption.
+    Resized(u32),
     /// Image codes and a caption.
     Codes,
     /// A caption.
@@ -37,7 +40,7 @@ pub(super) fn wants(kind: Option<Kind>, extension: &str) -> bool {
     let image = || IMAGE_EXTENSIONS.contains(&extension);
     matches!(extension, "txt" | "json")
         || match kind {
-            Some(Kind::Images(_) | Kind::Pairs(_)) => image(),
+            Some(Kind::Images(_) | Kind::Pairs(_) | Kind::Resized(_)) => image(),
             Some(Kind::Codes) => extension == "npy",
             Some(Kind::Captions) => false,
             None => image() || extension == "npy",
@@ -51,7 +54,7 @@ pub struct Record {
     pub key: String,
     /// Index of its source in the configuration.
     pub source: usize,
-    /// Square image ([`Kind::Images`], [`Kind::Pairs`]).
+    /// Square image ([`Kind::Images`], [`Kind::Pairs`], [`Kind::Resized`]).
     pub image: Option<RgbImage>,
     /// Codes in raster order ([`Kind::Codes`]).
     pub codes: Option<Vec<u16>>,
@@ -82,6 +85,9 @@ impl Record {
         match kind {
             Kind::Images(size) | Kind::Pairs(size) => {
                 record.image = Some(decode_square(image_member(members)?, size)?);
+            }
+            Kind::Resized(size) => {
+                record.image = Some(resize_bicubic(&decode(image_member(members)?)?, size, size));
             }
             Kind::Codes => {
                 let npy = members.get("npy").ok_or_else(|| Bad::new(Cause::NoCodes, ""))?;

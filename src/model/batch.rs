@@ -2,8 +2,9 @@
 
 use super::sequence::{Layout, Modality, Span, split};
 use crate::{
-    error::{Result, bail, ensure},
+    error::{Context, Result, bail, ensure},
     nn::pattern::Grid,
+    text::WordPiece,
 };
 use candle_core::{DType, Device, Tensor};
 
@@ -31,6 +32,21 @@ impl Tokens {
         }
         let ids = Tensor::from_vec(ids, (rows.len(), width), device)?.to_dtype(DType::U32)?;
         Ok(Self { ids, lengths: rows.iter().map(Vec::len).collect() })
+    }
+
+    /// Texts `[CLS] .. [SEP]` of at most `max_tokens`, padded to the longest.
+    ///
+    /// # Errors
+    /// There is no text, or `max_tokens` leaves no room.
+    pub fn of_texts<'a>(
+        text: &WordPiece,
+        texts: impl IntoIterator<Item = &'a str>,
+        max_tokens: usize,
+        device: &Device,
+    ) -> Result<Self> {
+        let rows = texts.into_iter().map(|one| text.encode(one, max_tokens)).collect::<Result<Vec<_>>>()?;
+        let width = rows.iter().map(Vec::len).max().context("no texts")?;
+        Self::pad(&rows, width, text.pad(), device)
     }
 
     /// Rows without padding: `ids` (b, length) u32.

@@ -3,7 +3,7 @@
 
 use super::Layout;
 use crate::{
-    config::{Architecture, ImageTokenizer, Model},
+    config::{self, Architecture, ImageEncoder, ImageTokenizer, Model},
     nn::{block::BlockLayers, pattern::Pattern},
     ops::attention::KeyRanges,
 };
@@ -38,6 +38,25 @@ pub fn keys(layout: &Layout, pattern: Pattern) -> Arc<KeyRanges> {
 pub fn attention(hidden: usize, keys: &KeyRanges) -> f64 {
     let pairs: usize = keys.runs.iter().map(|run| run.len).sum();
     4.0 * hidden as f64 * pairs as f64
+}
+
+/// One image and one text of `tokens` tokens through the encoders of a matcher, forward. A ResNet is left out: it is not
+/// trained.
+pub fn matcher(config: &config::Matcher, tokens: usize) -> f64 {
+    let encoder = |model: &Model, positions: usize| {
+        let weights: usize = BlockLayers::of(model).linears().iter().map(|linear| linear.weight()).sum();
+        let attention = 4 * model.hidden * positions * positions;
+        model.layers as f64 * (2 * weights * positions + attention) as f64
+            + 2.0 * (model.hidden * config.embedding) as f64
+    };
+    let image = match config.image_encoder {
+        ImageEncoder::Vit => {
+            let patch = 2 * config.patches() * config.patch_size.pow(2) * 3 * config.image_hidden;
+            patch as f64 + encoder(&config.image_model(), config.patches() + 1)
+        }
+        ImageEncoder::Resnet => 0.0,
+    };
+    image + encoder(&config.text_model(), tokens)
 }
 
 /// Forward and backward of the image tokenizer over `batch` images.

@@ -8,12 +8,14 @@ pub mod flops;
 mod head;
 mod layer;
 mod manual;
+pub mod matcher;
 mod segments;
 mod sequence;
 mod transformer;
 
 pub use batch::{Batch, Tokens};
 pub use decode::{DecodeState, Decoder, Source};
+pub use matcher::Matcher;
 pub use sequence::{Layout, Modality, Role, Slot, Span};
 pub use transformer::Generator;
 

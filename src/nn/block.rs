@@ -7,7 +7,7 @@ use super::{
     params::Scope,
 };
 use crate::{
-    config::{self, Precision},
+    config::{self, Activation, Precision},
     error::{Result, ensure},
     ops::{self, attention::KeyRanges},
 };
@@ -102,6 +102,7 @@ impl<N, L> BlockLayers<N, L> {
 pub struct Block {
     pub layers: BlockLayers<LayerNorm, Linear>,
     heads: usize,
+    pub(super) activation: Activation,
 }
 
 impl Block {
@@ -119,7 +120,12 @@ impl Block {
                 Linear::in_block(&scope.at(name), [size.inputs, size.outputs], std, size.stacked)
             },
         )?;
-        Ok(Self { layers, heads })
+        Ok(Self { layers, heads, activation: Activation::Gelu })
+    }
+
+    /// The same with another activation than GELU.
+    pub fn with_activation(self, activation: Activation) -> Self {
+        Self { activation, ..self }
     }
 
     /// Attention heads.
@@ -161,7 +167,7 @@ impl Block {
         }
         let x = (x + branch)?;
         let mut branch = self.layers.fc1.forward_in(precision, &self.layers.norm2.forward(&x)?)?;
-        branch = self.layers.fc2.forward_in(precision, &ops::gelu(&branch)?)?;
+        branch = self.layers.fc2.forward_in(precision, &ops::activation(self.activation, &branch)?)?;
         if let Some((_, post)) = &self.layers.post {
             branch = post.forward(&branch)?;
         }

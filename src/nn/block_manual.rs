@@ -1,16 +1,17 @@
 //! The transformer block with hand-written forward and backward passes over slices, for the CPU.
 //!
-//! Values that are cheap to recompute are not saved: the backward pass runs norms and GELU again, and attention
+//! Values that are cheap to recompute are not saved: the backward pass runs norms and activations again, and attention
 //! recomputes its probabilities. Saved are qkv, the output of attention, the residual stream between the branches and
-//! the MLP's hidden layer before GELU. A test compares the pass with [`Block::forward`] under candle's autograd.
+//! the MLP's hidden layer before the activation. A test compares the pass with [`Block::forward`] under candle's autograd.
 
 use super::{block::Block, gradients::Gradients, norm::LayerNorm};
 use crate::{
     config::Precision,
     error::Result,
     ops::{
+        activation,
         attention::{self, KeyRanges, Sizes},
-        gelu, slices,
+        slices,
     },
 };
 
@@ -26,7 +27,7 @@ pub struct Activations {
     branch1: Option<Vec<f32>>,
     /// The residual stream between the two branches.
     middle: Vec<f32>,
-    /// (l, mlp_ratio · hidden), before GELU.
+    /// (l, mlp_ratio · hidden), before the activation.
     inner: Vec<f32>,
     /// The second branch before its last norm, if it has one.
     branch2: Option<Vec<f32>>,
@@ -50,7 +51,8 @@ impl Block {
         let (norm1_post, norm2_post) = self.layers.post.as_ref().map(|(a, b)| (a, b)).unzip();
         let residual = norm1_post.is_none().then_some(x);
         let (middle, branch1) = close(self.layers.proj.manual(precision, &attended, residual)?, norm1_post, x)?;
-        let (inner, activated) = self.layers.fc1.manual_gelu(precision, &self.layers.norm2.manual(&middle)?)?;
+        let (inner, activated) =
+            self.layers.fc1.manual_activated(precision, self.activation, &self.layers.norm2.manual(&middle)?)?;
         let residual = norm2_post.is_none().then_some(middle.as_slice());
         let (y, branch2) = close(self.layers.fc2.manual(precision, &activated, residual)?, norm2_post, &middle)?;
         Ok((y, Activations { qkv, attended, log_sums, branch1, middle, inner, branch2 }))
@@ -71,10 +73,10 @@ impl Block {
 
         let dbranch = open(norm2_post, branch2, dy, gradients)?;
         let dbranch = dbranch.as_deref().unwrap_or(dy);
-        let activated = gelu::forward(&inner);
+        let activated = activation::forward(self.activation, &inner);
         let dactivated = self.layers.fc2.manual_backward(precision, &activated, dbranch, gradients)?;
         drop(activated);
-        let dinner = gelu::backward(&inner, &dactivated);
+        let dinner = activation::backward(self.activation, &inner, &dactivated);
         drop((inner, dactivated));
         let dnormed =
             self.layers.fc1.manual_backward(precision, &self.layers.norm2.manual(&middle)?, &dinner, gradients)?;

@@ -5,9 +5,9 @@ use super::{
     params::{Init, Scope},
 };
 use crate::{
-    config::Precision,
+    config::{Activation, Precision},
     error::Result,
-    ops::{self, epilogue::Epilogue, linear, slices::view},
+    ops::{self, activation, epilogue::Epilogue, linear, slices::view},
 };
 use candle_core::Tensor;
 
@@ -69,8 +69,13 @@ impl Linear {
         Ok(linear::forward_in(precision, x, &weight, self.sizes(x.len())?, epilogue))
     }
 
-    /// y of `x` (rows, inputs), and gelu(y).
-    pub fn manual_gelu(&self, precision: Precision, x: &[f32]) -> Result<(Vec<f32>, Vec<f32>)> {
+    /// y of `x` (rows, inputs), and the activation of y. GELU is fused with the product.
+    pub fn manual_activated(&self, precision: Precision, kind: Activation, x: &[f32]) -> Result<(Vec<f32>, Vec<f32>)> {
+        if kind != Activation::Gelu {
+            let y = self.manual(precision, x, None)?;
+            let activated = activation::forward(kind, &y);
+            return Ok((y, activated));
+        }
         let (weight, bias) = (view(&self.weight)?, view(&self.bias)?);
         Ok(linear::forward_gelu(precision, x, &weight, &bias, self.sizes(x.len())?))
     }

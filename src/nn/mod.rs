@@ -14,6 +14,7 @@ pub mod norm;
 pub mod params;
 pub mod pattern;
 mod pickle;
+pub mod post_norm_block;
 pub mod segment;
 pub mod slot_cache;
 pub mod weights;

@@ -16,6 +16,7 @@ pub struct LayerNorm {
     name: String,
     weight: Tensor,
     bias: Tensor,
+    eps: f64,
 }
 
 impl LayerNorm {
@@ -25,7 +26,12 @@ impl LayerNorm {
     /// `weight` (size), initialized to one; `bias` (size), initialized to zero.
     pub fn new(scope: &Scope, size: usize) -> Result<Self> {
         let (weight, bias) = (scope.get("weight", size, Init::Ones)?, scope.get("bias", size, Init::Zeros)?);
-        Ok(Self { name: scope.name().to_owned(), weight, bias })
+        Ok(Self { name: scope.name().to_owned(), weight, bias, eps: Self::EPS })
+    }
+
+    /// The same with another number added to the variance.
+    pub fn with_eps(self, eps: f64) -> Self {
+        Self { eps, ..self }
     }
 
     /// The scale, (size).
@@ -40,17 +46,17 @@ impl LayerNorm {
 
     /// (.., size) → (.., size).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::layer_norm(x, &self.weight, &self.bias, Self::EPS)
+        ops::layer_norm(x, &self.weight, &self.bias, self.eps)
     }
 
     /// x (rows, size) → (rows, size).
     pub fn manual(&self, x: &[f32]) -> Result<Vec<f32>> {
-        Ok(layer_norm::forward(x, &view(&self.weight)?, &view(&self.bias)?, Self::EPS))
+        Ok(layer_norm::forward(x, &view(&self.weight)?, &view(&self.bias)?, self.eps))
     }
 
     /// Adds the gradients of weight and bias for x and dy (rows, size); returns dx.
     pub fn manual_backward(&self, x: &[f32], dy: &[f32], gradients: &mut Gradients) -> Result<Vec<f32>> {
-        let (dx, dweight, dbias) = layer_norm::backward(x, &view(&self.weight)?, dy, Self::EPS);
+        let (dx, dweight, dbias) = layer_norm::backward(x, &view(&self.weight)?, dy, self.eps);
         gradients.accumulate_vector(&format!("{}.weight", self.name), dweight)?;
         gradients.accumulate_vector(&format!("{}.bias", self.name), dbias)?;
         Ok(dx)

@@ -54,6 +54,7 @@ pub struct Attributes {
 pub enum Init {
     Zeros,
     Ones,
+    Constant(f64),
     /// Normal with mean 0 and this standard deviation.
     Normal(f64),
     /// Uniform in `-bound..bound`.
@@ -273,6 +274,7 @@ fn fill(seed: u64, name: &str, count: usize, init: Init) -> Vec<f32> {
     match init {
         Init::Zeros => vec![0.0; count],
         Init::Ones => vec![1.0; count],
+        Init::Constant(value) => vec![value as f32; count],
         Init::Normal(std) => (0..count).map(|_| (random.normal() * std) as f32).collect(),
         Init::Uniform(bound) => (0..count).map(|_| ((random.unit() * 2.0 - 1.0) * bound) as f32).collect(),
     }

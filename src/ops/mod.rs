@@ -32,7 +32,7 @@ pub use nearest_code::nearest_code;
 pub use norm::{group_norm, layer_norm};
 pub use optim::{AdamW, Muon, adamw_step, muon_step};
 pub use peak::peak_flops;
-pub use pointwise::{bf16_pairs, cross_entropy, gelu, softmax};
+pub use pointwise::{activation, bf16_pairs, cross_entropy, gelu, softmax};
 pub use pool::{max_pool2x, upsample_nearest2x};
 pub use slices::{assign, replace, with_slice, with_slice_mut};
 pub use store::{Floats, Store};

@@ -117,6 +117,11 @@ impl<B> Pass<'_, B> {
         Ok(())
     }
 
+    /// Whether no parameter of the chain learns.
+    pub fn is_frozen(&self, shards: &Shards) -> bool {
+        (0..self.chain.len()).all(|i| shards.is_frozen(self.first_unit + i))
+    }
+
     /// The unit of the segment before the `i`-th.
     fn before(&self, i: usize) -> Option<usize> {
         i.checked_sub(1).map(|i| self.first_unit + i)

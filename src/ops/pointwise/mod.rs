@@ -1,9 +1,11 @@
 //! Elementwise functions, and functions of rows.
 
+pub mod activation;
 pub mod bf16_pairs;
 pub mod cross_entropy;
 pub mod gelu;
 pub mod softmax;
 
+pub use activation::activation;
 pub use cross_entropy::cross_entropy;
 pub use gelu::gelu;

@@ -6,7 +6,7 @@ use crate::{
     config::{self, AttentionKind, Config, LossReduction, Precision, Train},
     data::{self, Kind, image_file},
     dist::{self, Group},
-    error::{Context, Result, ensure, failed, usage},
+    error::{Context, Result, ensure, failed},
     generate::{Models, Request},
     model::{Batch, Generator, Layout, Tokens},
     nn::{
@@ -106,16 +106,8 @@ impl TaskSpec for Spec {
     }
 
     fn initial_model(&self, model: Bundle) -> Result<Bundle> {
-        match model.config.task {
-            config::Task::Generator => Ok(model),
-            config::Task::ImageTokenizer => {
-                let hint = "name the model folder of a run with task = \"generator\"";
-                Err(usage(
-                    format_args!("train.init_from: {} is an image tokenizer, not a generator", model.name()),
-                    hint,
-                ))
-            }
-        }
+        model.expect(config::Task::Generator)?;
+        Ok(model)
     }
 
     fn fingerprint_of(&self, model: &Bundle) -> Result<Fingerprint> {
@@ -198,13 +190,7 @@ impl GeneratorTask {
             "demo" => Bundle::open("demo")?.image_tokenizer_folder()?,
             path => Bundle::open(path).context("image_tokenizer.path")?,
         };
-        match image_tokenizer.config.task {
-            config::Task::ImageTokenizer => {}
-            config::Task::Generator => {
-                let hint = "name the model folder of a run with task = \"image-tokenizer\"";
-                return Err(usage("image_tokenizer.path is not an image tokenizer", hint));
-            }
-        }
+        image_tokenizer.expect(config::Task::ImageTokenizer).context("image_tokenizer.path")?;
         config.image_tokenizer = image_tokenizer.config.image_tokenizer.clone();
         let batches = [config.train.batch_size, config.train.caption_batch_size];
         let data_loader = DataLoader::new(&config, Kind::Codes, &batches, group)?;

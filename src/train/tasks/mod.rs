@@ -5,6 +5,7 @@
 
 mod generator;
 mod image_tokenizer;
+mod matcher;
 
 pub use super::inputs::{FileKind, InputFile};
 use super::{StepMetrics, inputs::Inputs, shards::Shards};
@@ -33,6 +34,7 @@ pub fn spec(task: config::Task) -> &'static dyn TaskSpec {
     match task {
         config::Task::Generator => &generator::Spec,
         config::Task::ImageTokenizer => &image_tokenizer::Spec,
+        config::Task::Matcher => &matcher::Spec,
     }
 }
 
