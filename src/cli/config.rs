@@ -77,6 +77,10 @@ enum Example {
     /// The paper's second image tokenizer: DALL-E's dVAE, f = 8, 8192 codes
     #[value(name = "dvae-f8-8192")]
     DvaeF8,
+    /// A small image–text matcher for emoji and scenes
+    ScenesMatcher,
+    /// The full-size image–text matcher: ViT-B/16 at 224 pixels
+    Matcher,
     /// The paper's analysis model: 24 layers, hidden size 1024
     #[value(name = "300m")]
     M300,
@@ -94,6 +98,8 @@ impl Example {
             Self::VqganF8 => include_str!("../../configs/vqgan-f8-8192.toml"),
             Self::EmojiDvae => include_str!("../../configs/emoji-dvae.toml"),
             Self::DvaeF8 => include_str!("../../configs/dvae-f8-8192.toml"),
+            Self::ScenesMatcher => include_str!("../../configs/scenes-matcher.toml"),
+            Self::Matcher => include_str!("../../configs/matcher.toml"),
             Self::M300 => include_str!("../../configs/300m.toml"),
             Self::B10 => include_str!("../../configs/10b.toml"),
         }

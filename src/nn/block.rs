@@ -109,10 +109,18 @@ impl Block {
     /// # Errors
     /// The hidden size is not a multiple of the heads, or a checkpoint lacks a parameter.
     pub fn new(scope: &Scope, model: &config::Model) -> Result<Self> {
+        Self::with_std(scope, model, 0.02)
+    }
+
+    /// The same with fresh weights of this standard deviation.
+    ///
+    /// # Errors
+    /// As [`Block::new`].
+    pub fn with_std(scope: &Scope, model: &config::Model, std: f64) -> Result<Self> {
         let config::Model { hidden, heads, layers, .. } = *model;
         ensure!(heads > 0 && hidden % heads == 0, "hidden size {hidden} is not a multiple of {heads} heads");
         // Branches that write into the residual stream start smaller, so that its variance does not grow with depth.
-        let (std, residual_std) = (0.02, 0.02 / (2.0 * layers as f64).sqrt());
+        let residual_std = std / (2.0 * layers as f64).sqrt();
         let layers = BlockLayers::of(model).try_map(
             |name, size| LayerNorm::new(&scope.at(name), *size),
             |name, size| {

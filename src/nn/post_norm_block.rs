@@ -39,14 +39,16 @@ pub struct Activations {
 }
 
 impl PostNormBlock {
+    /// Fresh weights have the standard deviation `std`.
+    ///
     /// # Errors
     /// The hidden size is not a multiple of the heads, or a checkpoint lacks a parameter.
-    pub fn new(scope: &Scope, model: &config::Model, activation: Activation) -> Result<Self> {
+    pub fn new(scope: &Scope, model: &config::Model, activation: Activation, std: f64) -> Result<Self> {
         let config::Model { hidden, heads, .. } = *model;
         ensure!(heads > 0 && hidden % heads == 0, "hidden size {hidden} is not a multiple of {heads} heads");
         let layers = BlockLayers::of(model).try_map(
             |name, size| Ok(LayerNorm::new(&scope.at(name), *size)?.with_eps(EPS)),
-            |name, size| Linear::in_block(&scope.at(name), [size.inputs, size.outputs], 0.02, size.stacked),
+            |name, size| Linear::in_block(&scope.at(name), [size.inputs, size.outputs], std, size.stacked),
         )?;
         Ok(Self { layers, heads, activation })
     }

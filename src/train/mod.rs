@@ -152,6 +152,8 @@ mod f16_tests;
 #[cfg(test)]
 mod hang_tests;
 #[cfg(test)]
+mod matcher_tests;
+#[cfg(test)]
 mod normalize_tests;
 #[cfg(test)]
 mod ranks_tests;

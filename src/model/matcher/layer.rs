@@ -36,13 +36,16 @@ pub struct Layer {
 impl Layer {
     /// The ViT's layers.
     pub fn pre_norm(scope: &Scope, model: &config::Model, activation: Activation) -> Result<Vec<Self>> {
-        let block = |scope: &Scope| Ok(EncoderBlock::PreNorm(Block::new(scope, model)?.with_activation(activation)));
+        let block = |scope: &Scope| {
+            Ok(EncoderBlock::PreNorm(Block::with_std(scope, model, std(model))?.with_activation(activation)))
+        };
         Self::stack(scope, model.layers, block)
     }
 
     /// BERT's layers.
     pub fn post_norm(scope: &Scope, model: &config::Model, activation: Activation) -> Result<Vec<Self>> {
-        let block = |scope: &Scope| Ok(EncoderBlock::PostNorm(PostNormBlock::new(scope, model, activation)?));
+        let block =
+            |scope: &Scope| Ok(EncoderBlock::PostNorm(PostNormBlock::new(scope, model, activation, std(model))?));
         Self::stack(scope, model.layers, block)
     }
 
@@ -62,6 +65,11 @@ impl Layer {
         };
         Ok(Sizes { samples, positions, heads, d: hidden / heads })
     }
+}
+
+/// Of fresh weights, as CLIP's: small encoders would hardly see their input with BERT's constant of 0.02.
+fn std(model: &config::Model) -> f64 {
+    (model.hidden as f64).powf(-0.5)
 }
 
 fn keys(positions: usize, batch: &Input) -> Arc<KeyRanges> {

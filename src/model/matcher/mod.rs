@@ -210,3 +210,6 @@ impl Autograd<()> for LogitScale {
         Ok(Tensor::cat(&[&self.scale, &bias], 0)?)
     }
 }
+
+#[cfg(test)]
+mod tests;
