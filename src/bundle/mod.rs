@@ -19,6 +19,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+mod calibrate;
 mod codes;
 mod export;
 pub mod import;

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     error::Result,
-    eval::{self, Rate, retrieval},
+    eval::{self, retrieval},
     generate::{Decoding, Sampling},
     report,
 };
@@ -25,6 +25,7 @@ enum Command {
     Retrieval(RetrievalArgs),
     Caption(CaptionArgs),
     Recon(super::eval_recon::Args),
+    Matcher(super::eval_matcher::Args),
 }
 
 /// Measure text-to-image: generate images from captions and look up each caption's real image among others of its style
@@ -85,6 +86,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         Command::Retrieval(args) => run_retrieval(&args, json),
         Command::Caption(args) => run_caption(&args, json),
         Command::Recon(args) => super::eval_recon::run(&args, json),
+        Command::Matcher(args) => super::eval_matcher::run(&args, json),
     }
 }
 
@@ -110,9 +112,9 @@ fn run_retrieval(args: &RetrievalArgs, json: bool) -> Result<()> {
         return Ok(());
     }
     report::result(format_args!("nearest of {} by {}", result.candidates, result.distance));
-    report::result(format_args!("top-1  {}  chance {:.1} %", line(&result.top1), 100.0 * result.chance_top1));
-    report::result(format_args!("top-5  {}  chance {:.1} %", line(&result.top5), 100.0 * result.chance_top5));
-    let (one, five) = (line(&result.reconstructed_top1), line(&result.reconstructed_top5));
+    report::result(format_args!("top-1  {}  chance {:.1} %", result.top1, 100.0 * result.chance_top1));
+    report::result(format_args!("top-5  {}  chance {:.1} %", result.top5, 100.0 * result.chance_top5));
+    let (one, five) = (result.reconstructed_top1, result.reconstructed_top5);
     report::result(format_args!("upper bound (real images after a tokenizer round trip): top-1  {one}, top-5  {five}"));
     Ok(())
 }
@@ -129,14 +131,7 @@ fn run_caption(args: &CaptionArgs, json: bool) -> Result<()> {
         report::json(&json!({ "data": common.data, "accuracy": accuracy, "beam": args.beam,
             "length_penalty": args.beam.map(|_| args.length_penalty), "seed": common.seed }));
     } else {
-        report::result(format_args!("the caption contains the name  {}", line(&accuracy)));
+        report::result(format_args!("the caption contains the name  {accuracy}"));
     }
     Ok(())
-}
-
-/// Formats a rate: `23.0 % (92 of 400, 95 % interval 19.1 to 27.4 %)`.
-fn line(rate: &Rate) -> String {
-    let Rate { hits, of, rate, interval: [low, high] } = rate;
-    let percent = |share: f64| share * 100.0;
-    format!("{:.1} % ({hits} of {of}, 95 % interval {:.1} to {:.1} %)", percent(*rate), percent(*low), percent(*high))
 }

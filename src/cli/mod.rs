@@ -15,6 +15,7 @@ mod data_translate;
 mod data_vocab;
 mod doctor;
 mod eval;
+mod eval_matcher;
 mod eval_recon;
 mod export;
 mod import;
@@ -25,6 +26,7 @@ mod plan;
 mod prompts;
 mod reconstruct;
 mod sampling;
+mod score;
 mod summary;
 mod t2i;
 mod tokenize;
@@ -76,7 +78,7 @@ struct Cli {
 
 /// The commands in the order of the overview, grouped by what a user wants to do.
 const GROUPS: [(&str, &[&str]); 5] = [
-    ("Use a model", &["t2i", "caption", "tokenize", "reconstruct"]),
+    ("Use a model", &["t2i", "caption", "score", "tokenize", "reconstruct"]),
     ("Prepare data", &["data"]),
     ("Train", &["config", "plan", "train"]),
     ("Measure", &["eval", "bench"]),
@@ -88,6 +90,7 @@ enum Command {
     #[command(name = "t2i")]
     T2i(t2i::Args),
     Caption(caption::Args),
+    Score(score::Args),
     Eval(eval::Args),
     Train(train::Args),
     Plan(plan::Args),
@@ -144,6 +147,7 @@ fn dispatch(command: Command, json: bool) -> Result<()> {
     match command {
         Command::T2i(args) => t2i::run(args, json),
         Command::Caption(args) => caption::run(args, json),
+        Command::Score(args) => score::run(&args, json),
         Command::Eval(args) => eval::run(args, json),
         Command::Train(args) => train::run(args, json),
         Command::Plan(args) => plan::run(args, json),

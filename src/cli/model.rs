@@ -1,9 +1,9 @@
-//! The options of commands that run a generator.
+//! The options of commands that run a generator or a matcher.
 
 use crate::{
     bundle::{Bundle, DEMO_NAME},
     error::Result,
-    generate::Models,
+    generate::{Matching, Models},
     ops::packed::Format,
     report,
 };
@@ -32,5 +32,38 @@ impl ModelOptions {
         let models = Models::load(&bundle, self.precision)?;
         report::detail(format_args!("model {} loaded in {:.1} s", self.model, begun.elapsed().as_secs_f64()));
         Ok((bundle, models))
+    }
+}
+
+/// The option that chooses a matcher.
+#[derive(clap::Args)]
+pub struct MatcherOption {
+    /// Model folder of a matcher, or folder of its training run
+    #[arg(short, long, value_name = "DIR")]
+    model: String,
+}
+
+impl MatcherOption {
+    /// Opens the model folder and loads its matcher.
+    ///
+    /// # Errors
+    /// The folder is missing, incomplete or damaged, or holds another kind of model.
+    pub fn load(&self) -> Result<(Bundle, Matching)> {
+        let bundle = Bundle::open(&self.model)?;
+        let begun = Instant::now();
+        let matching = Matching::open(&bundle)?;
+        report::detail(format_args!("matcher {} loaded in {:.1} s", self.model, begun.elapsed().as_secs_f64()));
+        Ok((bundle, matching))
+    }
+
+    /// How the model is named on the command line.
+    pub fn name(&self) -> &str {
+        &self.model
+    }
+
+    /// Says that the model is not calibrated, and what to do.
+    pub fn calibrate_hint(&self) -> String {
+        let name = &self.model;
+        format!("{name} is not calibrated (run `vilg eval matcher --data SRC --model {name} --calibrate`)")
     }
 }

@@ -115,7 +115,9 @@ impl Dataset {
     /// Estimated size of one sample in memory, in bytes; captions count as 4 KiB.
     pub(super) fn sample_bytes(&self) -> usize {
         let content = match self.kind {
-            Kind::Images(size) | Kind::Pairs(size) | Kind::Resized(size) => 3 * (size as usize).pow(2),
+            Kind::Images(size) | Kind::Pairs(size) | Kind::Resized(size) | Kind::ResizedImages(size) => {
+                3 * (size as usize).pow(2)
+            }
             Kind::Codes => self.codes.as_ref().map_or(0, |info| 2 * info.grid[0] * info.grid[1]),
             Kind::Captions => 0,
         };

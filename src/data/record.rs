@@ -29,6 +29,8 @@ pub enum Kind {
     Pairs(u32),
     /// An image, resized to this side without cropping as CLIP does, and a caption.
     Resized(u32),
+    /// The same; a caption is optional.
+    ResizedImages(u32),
     /// Image codes and a caption.
     Codes,
     /// A caption.
@@ -40,7 +42,7 @@ pub(super) fn wants(kind: Option<Kind>, extension: &str) -> bool {
     let image = || IMAGE_EXTENSIONS.contains(&extension);
     matches!(extension, "txt" | "json")
         || match kind {
-            Some(Kind::Images(_) | Kind::Pairs(_) | Kind::Resized(_)) => image(),
+            Some(Kind::Images(_) | Kind::Pairs(_) | Kind::Resized(_) | Kind::ResizedImages(_)) => image(),
             Some(Kind::Codes) => extension == "npy",
             Some(Kind::Captions) => false,
             None => image() || extension == "npy",
@@ -54,7 +56,7 @@ pub struct Record {
     pub key: String,
     /// Index of its source in the configuration.
     pub source: usize,
-    /// Square image ([`Kind::Images`], [`Kind::Pairs`], [`Kind::Resized`]).
+    /// Square image, for the kinds with an image.
     pub image: Option<RgbImage>,
     /// Codes in raster order ([`Kind::Codes`]).
     pub codes: Option<Vec<u16>>,
@@ -78,7 +80,7 @@ impl Record {
         caption_keys: &[String],
     ) -> Result<Self, Bad> {
         let Texts { meta, captions, ignored } = texts(members, caption_keys)?;
-        if captions.is_empty() && !matches!(kind, Kind::Images(_)) {
+        if captions.is_empty() && !matches!(kind, Kind::Images(_) | Kind::ResizedImages(_)) {
             return Err(ignored.unwrap_or_else(|| Bad::new(Cause::NoCaption, "")));
         }
         let mut record = Self { key: key.to_owned(), meta, ignored, ..Self::default() };
@@ -86,7 +88,7 @@ impl Record {
             Kind::Images(size) | Kind::Pairs(size) => {
                 record.image = Some(decode_square(image_member(members)?, size)?);
             }
-            Kind::Resized(size) => {
+            Kind::Resized(size) | Kind::ResizedImages(size) => {
                 record.image = Some(resize_bicubic(&decode(image_member(members)?)?, size, size));
             }
             Kind::Codes => {

@@ -4,6 +4,7 @@
 pub mod caption;
 mod frechet;
 pub mod inception;
+pub mod matcher;
 pub mod reconstruction;
 pub mod retrieval;
 pub mod similarity;
@@ -16,6 +17,7 @@ use crate::{
     report,
 };
 use serde::Serialize;
+use std::fmt;
 
 /// A rate of successes with its confidence interval.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -36,6 +38,15 @@ impl Rate {
         let half = z * (rate * (1.0 - rate) / n + z * z / (4.0 * n * n)).sqrt();
         let bound = |x: f64| (x / (1.0 + z * z / n)).clamp(0.0, 1.0);
         Self { hits, of, rate, interval: [bound(centre - half), bound(centre + half)] }
+    }
+}
+
+impl fmt::Display for Rate {
+    /// `23.0 % (92 of 400, 95 % interval 19.1 to 27.4 %)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { hits, of, rate, interval: [low, high] } = self;
+        let [rate, low, high] = [rate, low, high].map(|share| share * 100.0);
+        write!(f, "{rate:.1} % ({hits} of {of}, 95 % interval {low:.1} to {high:.1} %)")
     }
 }
 

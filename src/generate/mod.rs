@@ -2,9 +2,11 @@
 //!
 //! Reading order: [`sampling`] turns logits into tokens; `text_to_image` and `caption` (image to text) decode with it;
 //! `beam` is beam search for captions; `score` computes the log likelihood of a caption. All are methods of [`Models`].
+//! [`Matching`] compares images with texts by a model of its own.
 
 mod beam;
 mod caption;
+mod matching;
 pub mod sampling;
 mod score;
 #[cfg(test)]
@@ -12,6 +14,7 @@ mod tests;
 mod text_to_image;
 
 pub use caption::{Caption, Decoding};
+pub use matching::Matching;
 pub use sampling::Sampling;
 pub use text_to_image::{GeneratedImage, Request};
 

@@ -1,0 +1,116 @@
+//! How well images match texts, by a matcher (paper §2.4 filters its data and ranks generated images with one).
+
+use crate::{
+    bundle::Bundle,
+    data::{image::to_pixels, resize_bicubic},
+    error::{Context, Result, ensure, failed},
+    model::{Matcher, Tokens, matcher::Input},
+    ops, runtime,
+    text::WordPiece,
+};
+use candle_core::{Device, Tensor};
+use image::RgbImage;
+use rayon::prelude::*;
+
+/// Images in one forward pass.
+const IMAGES: usize = 32;
+/// Texts in one forward pass.
+const TEXTS: usize = 64;
+
+/// A loaded matcher with its text tokenizer.
+pub struct Matching {
+    matcher: Matcher,
+    text: WordPiece,
+    max_tokens: usize,
+    image_size: u32,
+    embedding: usize,
+    calibration: Option<[f64; 2]>,
+}
+
+impl Matching {
+    /// Loads the matcher of a model folder.
+    ///
+    /// # Errors
+    /// The folder holds another kind of model, or a part is missing, damaged or does not match the others.
+    pub fn open(bundle: &Bundle) -> Result<Self> {
+        let matcher = bundle.matcher()?;
+        let config = &bundle.config;
+        Ok(Self {
+            matcher,
+            text: bundle.text()?,
+            max_tokens: config.text.max_tokens,
+            image_size: u32::try_from(config.matcher.image_size)?,
+            embedding: config.matcher.embedding,
+            calibration: config.matcher.slope_and_offset(),
+        })
+    }
+
+    /// Side length of the images that the matcher reads, in pixels.
+    pub fn image_size(&self) -> u32 {
+        self.image_size
+    }
+
+    /// Numbers of an embedding.
+    pub fn embedding(&self) -> usize {
+        self.embedding
+    }
+
+    /// Embeds images of any sizes: → f32 `(images, embedding)` of length 1, on the CPU. An image is resized to the
+    /// matcher's square without cropping.
+    ///
+    /// # Errors
+    /// The embedding of an image is not finite.
+    pub fn embed_images(&self, images: &[RgbImage]) -> Result<Tensor> {
+        let side = self.image_size;
+        let embed = |batch: &[RgbImage]| {
+            let batch: Vec<RgbImage> = batch.par_iter().map(|image| resize_bicubic(image, side, side)).collect();
+            Ok(Input::Images(to_pixels(&batch)?.to_device(&runtime::device()?)?))
+        };
+        let name = |index: usize| format!("image {} of {}", index + 1, images.len());
+        self.embed(images.chunks(IMAGES).map(embed), images.len(), name)
+    }
+
+    /// Embeds texts: → f32 `(texts, embedding)` of length 1, on the CPU.
+    ///
+    /// # Errors
+    /// The embedding of a text is not finite.
+    pub fn embed_texts<T: AsRef<str>>(&self, texts: &[T]) -> Result<Tensor> {
+        let embed = |batch: &[T]| {
+            let batch = batch.iter().map(AsRef::as_ref);
+            Ok(Input::Texts(Tokens::of_texts(&self.text, batch, self.max_tokens, &runtime::device()?)?))
+        };
+        let name = |index: usize| format!("the text `{}`", texts.get(index).map_or("", AsRef::as_ref));
+        self.embed(texts.chunks(TEXTS).map(embed), texts.len(), name)
+    }
+
+    fn embed(
+        &self,
+        batches: impl Iterator<Item = Result<Input>>,
+        count: usize,
+        name: impl Fn(usize) -> String,
+    ) -> Result<Tensor> {
+        let mut values = Vec::with_capacity(count * self.embedding);
+        for batch in batches {
+            values.extend(self.matcher.embed(&batch?)?.flatten_all()?.to_vec1::<f32>()?);
+        }
+        let wrong = values.iter().position(|value| !value.is_finite());
+        let what = wrong.map_or(String::new(), |at| name(at / self.embedding.max(1)));
+        let hint = "the model's weights are damaged, or its training diverged: use another model";
+        ensure!(wrong.is_none(), failed(format_args!("the embedding of {what} is not finite"), hint));
+        Tensor::from_vec(values, (count, self.embedding), &Device::Cpu).context("an embedding has another size")
+    }
+
+    /// The cosines of embeddings `(images, embedding)` and `(texts, embedding)`: → `(images, texts)`.
+    ///
+    /// # Errors
+    /// The sizes do not fit together.
+    pub fn cosines(images: &Tensor, texts: &Tensor) -> Result<Tensor> {
+        ops::linear(images, texts, None)
+    }
+
+    /// The probability that an image and a text with this cosine are a pair, where pairs and others are equally
+    /// frequent: σ(a · cosine + b). `None`: the matcher is not calibrated.
+    pub fn score(&self, cosine: f64) -> Option<f64> {
+        self.calibration.map(|[slope, offset]| 1.0 / (1.0 + (-slope * cosine - offset).exp()))
+    }
+}
