@@ -22,6 +22,8 @@ DALLE = [[*p, "--attention", a] for p in PRECISIONS for a in ("full", "axial")]
 WORKS = {
     "train": (["train"], ["train"], PRECISIONS),
     "tokenizer": (["tokenizer"], ["tokenizer"], PRECISIONS),
+    "matcher": (["matcher", "--batch", "64"], ["matcher", "--batch", "64"], PRECISIONS),
+    "embed": (["embed", "--batch", "64"], ["embed", "--batch", "64"], PRECISIONS),
     "decode-1": (["decode", "--batch", "1"], ["decode", "--batch", "1"], PRECISIONS + INT8),
     "decode-16": (["decode", "--batch", "16"], ["decode", "--batch", "16"], PRECISIONS + INT8),
     "dalle-train": (["train"], ["dalle-train"], DALLE),

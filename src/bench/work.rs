@@ -29,8 +29,8 @@ pub fn train(shape: &Shape) -> Result<Work<'static>> {
     let batch = batch(shape)?;
     let (amount, flops) = (batch.targets(), flops::train(shape));
     let parameters = count(&params);
-    let mut step = Step::new(shape, &generator.segments())?;
-    let run = Box::new(move || step.take(&generator.segments(), &batch));
+    let mut step = Step::new(shape, Shards::alone(&generator.segments())?)?;
+    let run = Box::new(move || step.take(|shards| forward_backward(&generator.segments(), &batch, shards)));
     Ok(Work {
         name: "train",
         precision: shape.config.train.precision.name(),
@@ -53,8 +53,11 @@ pub fn tokenizer(shape: &Shape) -> Result<Work<'static>> {
     let pixels = (0..shape.batch * side * side * 3).map(|_| random.unit() as f32 * 2.0 - 1.0).collect();
     let pixels = Tensor::from_vec(pixels, (shape.batch, side, side, 3), &Device::Cpu)?;
     let parameters = count(&params);
-    let mut step = Step::new(shape, &model.segments())?;
-    let run = Box::new(move || step.take(&model.segments(), &PixelBatch::new(pixels.clone(), 1.0)));
+    let mut step = Step::new(shape, Shards::alone(&model.segments())?)?;
+    let run = Box::new(move || {
+        let batch = PixelBatch::new(pixels.clone(), 1.0);
+        step.take(|shards| forward_backward(&model.segments(), &batch, shards))
+    });
     let flops = crate::model::flops::tokenizer(config, shape.batch);
     Ok(Work {
         name: "tokenizer",
@@ -69,7 +72,7 @@ pub fn tokenizer(shape: &Shape) -> Result<Work<'static>> {
 }
 
 /// One step of `vilg train`, without reading and logging.
-struct Step {
+pub(super) struct Step {
     shards: Shards<'static>,
     optimizer: Optimizer,
     settings: config::Train,
@@ -77,17 +80,17 @@ struct Step {
 }
 
 impl Step {
-    fn new<B>(shape: &Shape, chain: &Chain<B>) -> Result<Self> {
+    pub(super) fn new(shape: &Shape, shards: Shards<'static>) -> Result<Self> {
         let settings = shape.config.train.clone();
-        let shards = Shards::alone(chain)?;
         let optimizer = Optimizer::new(&shards, &settings)?;
         Ok(Self { shards, optimizer, settings, number: 0 })
     }
 
-    fn take<B>(&mut self, chain: &Chain<B>, batch: &B) -> Result<()> {
+    /// `gradients`: forward and backward passes.
+    pub(super) fn take(&mut self, gradients: impl FnOnce(&mut Shards) -> Result<()>) -> Result<()> {
         let Self { shards, optimizer, settings, number } = self;
         *number += 1;
-        forward_backward(chain, batch, shards)?;
+        gradients(shards)?;
         let norm = optimizer::squares(shards.reduced(), shards.params())?.sqrt();
         let scale = GradientScale::new(norm, settings.clip_norm, 1.0);
         optimizer.step(shards, settings, *number, 1.0, scale)
@@ -158,11 +161,11 @@ fn texts(shape: &Shape) -> Vec<Vec<u32>> {
     tokens("texts", shape.vocabulary, shape.batch * length).chunks(length).map(<[u32]>::to_vec).collect()
 }
 
-fn tokens(purpose: &str, vocabulary: usize, count: usize) -> Vec<u32> {
+pub(super) fn tokens(purpose: &str, vocabulary: usize, count: usize) -> Vec<u32> {
     let mut random = Random::keyed(1, purpose, 0, 0);
     (0..count).map(|_| random.below(vocabulary as u64) as u32).collect()
 }
 
-fn count(params: &Params) -> usize {
+pub(super) fn count(params: &Params) -> usize {
     params.values().map(|var| var.elem_count()).sum()
 }

@@ -24,6 +24,10 @@ enum Command {
     Train(WorkArgs<Numbers>),
     /// Time complete training steps of the image tokenizer
     Tokenizer(WorkArgs<Numbers>),
+    /// Time complete training steps of the image–text matcher
+    Matcher(WorkArgs<Numbers>),
+    /// Time the image–text matcher's embeddings of images
+    Embed(WorkArgs<Numbers>),
     /// Time greedy generation with the KV cache: all codes of one image for each sequence of the batch
     Decode(WorkArgs<Format>),
     Attention(AttentionArgs),
@@ -128,6 +132,8 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     match args.command {
         Command::Train(args) => show(&bench::train(&args.training()?, args.repeat())?, json),
         Command::Tokenizer(args) => show(&bench::tokenizer(&args.training()?, args.repeat())?, json),
+        Command::Matcher(args) => show(&bench::matcher(&args.training()?, args.repeat())?, json),
+        Command::Embed(args) => show(&bench::embed(&args.training()?, args.repeat())?, json),
         Command::Decode(args) => show(&bench::decode(&args.shape()?, args.precision, args.repeat())?, json),
         Command::Attention(args) => run_attention(&args, json),
         Command::Data(args) => run_data(args, json),

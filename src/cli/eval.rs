@@ -2,6 +2,7 @@
 
 use super::{
     model::ModelOptions,
+    ranking::RankingOptions,
     sampling::{Options, length_penalty},
 };
 use crate::{
@@ -44,9 +45,8 @@ struct RetrievalArgs {
     /// Number of images to search among, the real image included
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(2..=1_000_000))]
     candidates: u32,
-    /// Generate K candidates for each caption and keep the best match; takes K times as long
-    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    best_of: u32,
+    #[command(flatten)]
+    ranking: RankingOptions,
     #[command(flatten)]
     sampling: Options,
 }
@@ -93,6 +93,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
 fn run_retrieval(args: &RetrievalArgs, json: bool) -> Result<()> {
     let common = &args.common;
     let (bundle, models) = common.model.load()?;
+    let ranker = args.ranking.load()?;
     let sampling = args.sampling.over(&bundle.config.sample);
     let settings = retrieval::Settings {
         data: &common.data,
@@ -100,14 +101,14 @@ fn run_retrieval(args: &RetrievalArgs, json: bool) -> Result<()> {
         samples: common.samples,
         candidates: args.candidates as usize,
         sampling,
-        best_of: args.best_of as usize,
+        best_of: ranker.best_of(),
         seed: common.seed,
     };
     let result = retrieval::run(&models, &settings)?;
     if json {
         let Sampling { temperature, top_k, top_p, guidance } = sampling;
         let drawn = json!({ "temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance,
-            "best_of": args.best_of, "seed": common.seed });
+            "best_of": args.ranking.best_of, "seed": common.seed });
         report::json(&json!({ "data": common.data, "result": result, "sampling": drawn }));
         return Ok(());
     }

@@ -24,6 +24,7 @@ mod model;
 mod output;
 mod plan;
 mod prompts;
+mod ranking;
 mod reconstruct;
 mod sampling;
 mod score;

@@ -1,6 +1,6 @@
 //! `vilg t2i`
 
-use super::{model::ModelOptions, output, prompts, sampling::Options};
+use super::{model::ModelOptions, output, prompts, ranking::RankingOptions, sampling::Options};
 use crate::{
     data::image_file::{grid, png, write_png},
     error::{Result, ensure, usage},
@@ -21,8 +21,9 @@ const CHUNK: usize = 64;
 
 /// Generate images from Chinese text
 #[derive(clap::Args)]
-#[command(after_help = "The same prompt, seed, options and model give the same image. The model ranks the \
-    candidates of --best-of by `score` (also in the JSON): the mean log probability of a prompt token, given the image.\n\n\
+#[command(after_help = "The same prompt, seed, options and model give the same image. The candidates of --best-of \
+    are ranked by `score` (also in the JSON, with those of all candidates): by the mean log probability of a prompt token \
+    given the image, or by a matcher (--matcher).\n\n\
     Examples:\n  \
     vilg t2i 一轮弯月，扁平风格 -o moon.png\n  \
     vilg t2i --prompts prompts.txt --each -o images/moon.png\n  \
@@ -44,10 +45,8 @@ pub struct Args {
     /// Write each image to its own file: FILE-1.png, FILE-2.png, …
     #[arg(long)]
     each: bool,
-    /// Generate K candidates for each image and keep the one that matches the prompt best; takes K times as long
-    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024),
-        allow_negative_numbers = true)]
-    best_of: u32,
+    #[command(flatten)]
+    ranking: RankingOptions,
     #[command(flatten)]
     sampling: Options,
     /// Random seed of each prompt's first image; the next images use the next seeds
@@ -62,14 +61,15 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let count = texts.len() * args.number as usize;
     check_output(&args, count, json)?;
     let (bundle, models) = args.model.load()?;
+    let ranker = args.ranking.load()?;
     texts.iter().try_for_each(|text| check_prompt(&models, text))?;
 
     let seeds = || (0..u64::from(args.number)).map(|i| args.seed.wrapping_add(i));
     let request = |prompt: &String, seed| Request { prompt: prompt.clone(), seed };
     let requests: Vec<Request> = texts.iter().flat_map(|text| seeds().map(move |seed| request(text, seed))).collect();
     let sampling = args.sampling.over(&bundle.config.sample);
-    report::detail(format_args!("{} images, best of {}, {sampling:?}", requests.len(), args.best_of));
-    let codes = models.generator.grid().len() as u64 * requests.len() as u64 * u64::from(args.best_of);
+    report::detail(format_args!("{} images, best of {}, {sampling:?}", requests.len(), args.ranking.best_of));
+    let codes = models.generator.grid().len() as u64 * requests.len() as u64 * u64::from(args.ranking.best_of);
     let bar = report::bar(codes, "generating");
     let begun = Instant::now();
     // Separate files are written in chunks, so that memory does not grow with the number of images.
@@ -78,7 +78,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let (mut images, mut seconds) = (Vec::new(), 0.0);
     for (i, requests) in requests.chunks(chunk).enumerate() {
         let begun = Instant::now();
-        let generated = models.generate_images(requests, &sampling, args.best_of as usize, |codes| bar.inc(codes))?;
+        let generated = models.generate_images(requests, &sampling, &ranker.best_of(), |codes| bar.inc(codes))?;
         seconds += begun.elapsed().as_secs_f64();
         let paths = match each {
             true => write_each(&args.output, &generated, i * chunk)?,
@@ -134,7 +134,9 @@ fn check_output(args: &Args, count: usize, json: bool) -> Result<()> {
 
 /// The JSON object of one image.
 fn image_json(path: &Path, request: &Request, generated: &GeneratedImage) -> Value {
-    json!({ "path": report::path(path), "prompt": request.prompt, "seed": request.seed, "score": generated.score })
+    let GeneratedImage { candidate, scores, .. } = generated;
+    json!({ "path": report::path(path), "prompt": request.prompt, "seed": request.seed, "score": generated.score(),
+        "candidate": candidate, "candidates": scores })
 }
 
 /// Writes each image to its own file and returns the files. `before` images have already been written.

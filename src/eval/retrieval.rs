@@ -8,7 +8,7 @@ use crate::{
         image::{from_pixels, to_pixels},
     },
     error::{Context, Result, ensure, failed},
-    generate::{Models, Request, Sampling},
+    generate::{BestOf, Models, Request, Sampling},
     report,
 };
 use image::RgbImage;
@@ -26,7 +26,6 @@ const SIDE: usize = 16;
 pub const DISTANCE: &str = "mean squared RGB difference after box-filtering both images to 16×16";
 
 /// The images to generate, and the images to search among.
-#[derive(Debug)]
 pub struct Settings<'a> {
     pub data: &'a str,
     /// Further images to search among, for styles with too few images in `data`.
@@ -36,7 +35,7 @@ pub struct Settings<'a> {
     /// Number of images to search among, the real image included.
     pub candidates: usize,
     pub sampling: Sampling,
-    pub best_of: usize,
+    pub best_of: BestOf<'a>,
     pub seed: u64,
 }
 
@@ -91,7 +90,7 @@ pub fn run(models: &Models, settings: &Settings) -> Result<Retrieval> {
         let request =
             |&i: &usize| Request { prompt: pictures[i].caption.clone(), seed: settings.seed.wrapping_add(i as u64) };
         let requests: Vec<Request> = chosen.iter().map(request).collect();
-        let generated = models.generate_images(&requests, &settings.sampling, settings.best_of, |_| {})?;
+        let generated = models.generate_images(&requests, &settings.sampling, &settings.best_of, |_| {})?;
         let rank_of = |picture: &RgbImage, own: usize, others: &[usize]| {
             let others = others.iter().map(|&other| pictures[other].features.as_slice());
             rank(&features(picture), &pictures[own].features, others)

@@ -51,27 +51,31 @@ const SAMPLING: Sampling = Sampling { temperature: 0.8, top_k: 9, top_p: 0.95, g
 fn an_image_depends_only_on_its_own_prompt_and_seed() {
     let models = tiny();
     let prompts = ["一弯月", "月", "星，一弯月星月", "", "月"];
-    let generate =
-        |requests: &[Request], best_of| models.generate_images(requests, &SAMPLING, best_of, |_| {}).unwrap();
+    let generate = |requests: &[Request], best_of| {
+        models.generate_images(requests, &SAMPLING, &BestOf::own(best_of), |_| {}).unwrap()
+    };
     for best_of in [1, 3] {
         let together = generate(&requests(&prompts, 3), best_of);
         for (i, request) in requests(&prompts, 3).into_iter().enumerate() {
             let alone = generate(&[request], best_of).remove(0);
             assert_eq!((&alone.codes, &alone.image), (&together[i].codes, &together[i].image), "{i} {best_of}");
-            assert!((alone.score - together[i].score).abs() < 1e-4);
+            assert!((alone.score() - together[i].score()).abs() < 1e-4);
         }
         assert!(together[1].codes != together[4].codes, "another seed is another image");
     }
-    assert!(models.generate_images(&[], &SAMPLING, 1, |_| {}).unwrap().is_empty());
+    assert!(models.generate_images(&[], &SAMPLING, &BestOf::ONE, |_| {}).unwrap().is_empty());
 }
 
 #[test]
 fn more_images_than_fit_in_a_batch() {
     let (models, mut codes) = (tiny(), 0);
     let many = requests(&["月"; 70], 0);
-    let generated = models.generate_images(&many, &SAMPLING, 2, |n| codes += n).unwrap();
+    let generated = models.generate_images(&many, &SAMPLING, &BestOf::own(2), |n| codes += n).unwrap();
     assert_eq!((generated.len(), codes), (70, 70 * 2 * 9));
-    assert_eq!(generated[69].codes, models.generate_images(&many[69..], &SAMPLING, 2, |_| {}).unwrap()[0].codes);
+    assert_eq!(
+        generated[69].codes,
+        models.generate_images(&many[69..], &SAMPLING, &BestOf::own(2), |_| {}).unwrap()[0].codes
+    );
 }
 
 /// Cached, guided, greedy decoding against full forward passes.
@@ -79,7 +83,7 @@ fn more_images_than_fit_in_a_batch() {
 fn greedy_guided_generation_follows_the_logits() {
     let models = tiny();
     let sampling = Sampling { guidance: 2.0, ..Sampling::GREEDY };
-    let generated = models.generate_images(&requests(&["弯月"], 0), &sampling, 1, |_| {}).unwrap().remove(0);
+    let generated = models.generate_images(&requests(&["弯月"], 0), &sampling, &BestOf::ONE, |_| {}).unwrap().remove(0);
     let logits = |prompt: &str| -> Vec<Vec<f32>> {
         let text = models.text.encode(prompt, 6).unwrap();
         let device = &runtime::device().unwrap();
@@ -100,10 +104,10 @@ fn best_of_keeps_the_highest_score() {
     let requests = requests(&["一弯月", "星", "月，一"], 9);
     let scores = |best_of| -> Vec<f64> {
         models
-            .generate_images(&requests, &SAMPLING, best_of, |_| {})
+            .generate_images(&requests, &SAMPLING, &BestOf::own(best_of), |_| {})
             .unwrap()
             .iter()
-            .map(|generated| generated.score)
+            .map(|generated| generated.score())
             .collect()
     };
     let (one, two, twenty) = (scores(1), scores(2), scores(20));
@@ -113,7 +117,7 @@ fn best_of_keeps_the_highest_score() {
 
 fn images(models: &Models) -> Vec<Vec<u32>> {
     models
-        .generate_images(&requests(&["一", "月星", "弯"], 1), &SAMPLING, 1, |_| {})
+        .generate_images(&requests(&["一", "月星", "弯"], 1), &SAMPLING, &BestOf::ONE, |_| {})
         .unwrap()
         .into_iter()
         .map(|p| p.codes)
@@ -240,7 +244,7 @@ fn a_damaged_model_is_an_error() {
     for param in models.generator.segments().last().unwrap().params().values() {
         param.set(&(param.as_tensor() * f64::NAN).unwrap()).unwrap();
     }
-    let error = models.generate_images(&requests(&["月"], 0), &SAMPLING, 1, |_| {}).unwrap_err();
+    let error = models.generate_images(&requests(&["月"], 0), &SAMPLING, &BestOf::ONE, |_| {}).unwrap_err();
     assert!(error.to_string().contains("damaged"), "{error}");
     for decoding in [Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 }, beam(2)] {
         assert!(models.caption(&codes, &decoding, 1).unwrap_err().to_string().contains("damaged"));

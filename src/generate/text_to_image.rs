@@ -2,6 +2,7 @@
 
 use super::{
     Models,
+    ranking::{BestOf, Scores},
     sampling::{Sampling, guide},
 };
 use crate::{
@@ -31,8 +32,17 @@ pub struct GeneratedImage {
     pub image: RgbImage,
     /// The image's codes in raster order.
     pub codes: Vec<u32>,
-    /// Mean log probability per token of the prompt given the image, by the same model.
-    pub score: f64,
+    /// Which of the candidates it is, counted from 0.
+    pub candidate: usize,
+    /// The scores of all candidates.
+    pub scores: Vec<Scores>,
+}
+
+impl GeneratedImage {
+    /// What its candidate was ranked by.
+    pub fn score(&self) -> f64 {
+        self.scores.get(self.candidate).map_or(f64::NAN, |scores| scores.rank)
+    }
 }
 
 /// One candidate of one request.
@@ -43,10 +53,27 @@ struct Draw {
     candidate: u64,
 }
 
+/// The best candidate of a request so far.
+#[derive(Clone, Default)]
+struct Best {
+    candidate: usize,
+    codes: Vec<u32>,
+    /// Of all candidates so far.
+    scores: Vec<Scores>,
+}
+
+impl Best {
+    fn add(&mut self, codes: Vec<u32>, scores: Scores) {
+        if self.scores.get(self.candidate).is_none_or(|best| scores.rank > best.rank) {
+            (self.candidate, self.codes) = (self.scores.len(), codes);
+        }
+        self.scores.push(scores);
+    }
+}
+
 impl Models {
-    /// Generates the image of every request. Of the `best_of` candidates of a request, the one with the highest
-    /// ln p(prompt | image) by the same model is kept. `advance` is called with the number of codes generated since its
-    /// last call.
+    /// Generates the image of every request: the best of its candidates. `advance` is called with the
+    /// number of codes generated since its last call.
     ///
     /// # Errors
     /// A logit is not finite: the weights are damaged.
@@ -54,27 +81,26 @@ impl Models {
         &self,
         requests: &[Request],
         sampling: &Sampling,
-        best_of: usize,
+        best_of: &BestOf,
         mut advance: impl FnMut(u64),
     ) -> Result<Vec<GeneratedImage>> {
         let prompts = requests.iter().map(|request| self.text.encode(&request.prompt, self.generator.max_text()));
         let prompts = prompts.collect::<Result<Vec<_>>>()?;
         let draw = |request, candidate| Draw { request, seed: requests[request].seed, candidate: candidate as u64 };
-        let draws: Vec<Draw> = (0..requests.len()).flat_map(|j| (0..best_of.max(1)).map(move |c| draw(j, c))).collect();
-        let mut best: Vec<Option<(f64, Vec<u32>)>> = vec![None; requests.len()];
+        let draws: Vec<Draw> =
+            (0..requests.len()).flat_map(|j| (0..best_of.count.max(1)).map(move |c| draw(j, c))).collect();
+        let mut best: Vec<Best> = vec![Best::default(); requests.len()];
         for chunk in draws.chunks(BATCH) {
             let codes = self.generate_codes(&prompts, chunk, sampling, &mut advance)?;
-            let texts: Vec<&[u32]> = chunk.iter().map(|draw| prompts[draw.request].as_slice()).collect();
-            let scores = self.score(&codes, &texts)?;
-            for ((draw, codes), score) in chunk.iter().zip(codes).zip(scores) {
-                if best[draw.request].as_ref().is_none_or(|(other, _)| score > *other) {
-                    best[draw.request] = Some((score, codes));
-                }
+            let tokens: Vec<&[u32]> = chunk.iter().map(|draw| prompts[draw.request].as_slice()).collect();
+            let texts: Vec<&str> = chunk.iter().map(|draw| requests[draw.request].prompt.as_str()).collect();
+            let scores = self.rank(&best_of.ranking, &codes, (&texts, &tokens))?;
+            for ((draw, codes), scores) in chunk.iter().zip(codes).zip(scores) {
+                best[draw.request].add(codes, scores);
             }
         }
-        let finish = |best: Option<(f64, Vec<u32>)>| {
-            let (score, codes) = best.context("a request without candidates")?;
-            Ok(GeneratedImage { image: self.image(&codes)?, codes, score })
+        let finish = |Best { candidate, codes, scores }: Best| {
+            Ok(GeneratedImage { image: self.image(&codes)?, codes, candidate, scores })
         };
         best.into_iter().map(finish).collect()
     }

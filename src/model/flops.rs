@@ -40,9 +40,9 @@ pub fn attention(hidden: usize, keys: &KeyRanges) -> f64 {
     4.0 * hidden as f64 * pairs as f64
 }
 
-/// One image and one text of `tokens` tokens through the encoders of a matcher, forward. A ResNet is left out: it is not
+/// One image, and one text of `tokens` tokens, through the encoders of a matcher, forward. A ResNet is left out: it is not
 /// trained.
-pub fn matcher(config: &config::Matcher, tokens: usize) -> f64 {
+pub fn matcher(config: &config::Matcher, tokens: usize) -> [f64; 2] {
     let encoder = |model: &Model, positions: usize| {
         let weights: usize = BlockLayers::of(model).linears().iter().map(|linear| linear.weight()).sum();
         let attention = 4 * model.hidden * positions * positions;
@@ -56,7 +56,7 @@ pub fn matcher(config: &config::Matcher, tokens: usize) -> f64 {
         }
         ImageEncoder::Resnet => 0.0,
     };
-    image + encoder(&config.text_model(), tokens)
+    [image, encoder(&config.text_model(), tokens)]
 }
 
 /// Forward and backward of the image tokenizer over `batch` images.

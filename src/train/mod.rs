@@ -1,6 +1,6 @@
 //! Training: one loop for every task, over the [`engine`].
 //!
-//! Read [`trainer`] first: a step from top to bottom. Then [`engine`] (gradients), [`shards`] (what each rank holds),
+//! Read [`trainer`] first: a step from top to bottom. Then [`engine`] (gradients; [`contrast`] for a matcher), [`shards`] (what each rank holds),
 //! [`optimizer`], [`schedule`], [`ema`], [`checkpoint`]. [`tasks`] has a file for each task: what a batch is, and which
 //! segments it runs through.
 //!
@@ -8,6 +8,7 @@
 
 pub mod checkpoint;
 mod clock;
+pub mod contrast;
 mod data_loader;
 pub mod ema;
 pub mod engine;

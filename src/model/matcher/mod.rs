@@ -182,6 +182,11 @@ impl LogitScale {
         Ok(Self { params, scale, bias })
     }
 
+    /// Its parameters by full name.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
     /// Keeps the scale below [`Self::MAX`].
     ///
     /// # Errors

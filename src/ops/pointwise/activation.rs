@@ -65,7 +65,8 @@ pub fn backward<T: Real>(kind: Activation, x: &[T], dy: &[T]) -> Vec<T> {
     }
 }
 
-/// The standard normal distribution function Φ(x) and its density, by Abramowitz and Stegun 7.1.26: Φ is exact to 1e-7.
+/// The standard normal distribution function Φ(x) and its density, by Abramowitz and Stegun 7.1.26: the error of Φ is
+/// below 7.5e-8.
 #[inline(always)]
 fn distribution<T: Real>(x: T) -> (T, T) {
     const POLYNOMIAL: [f64; 5] = [1.061_405_429, -1.453_152_027, 1.421_413_741, -0.284_496_736, 0.254_829_592];
@@ -142,7 +143,7 @@ mod tests {
     #[test]
     fn fused_equals_composed() -> Result<()> {
         for kind in KINDS {
-            for shape in [&[1][..], &[7, 5], &[20_001]] {
+            for shape in [&[7, 5][..], &[3, 5, 17], &[20_001]] {
                 let x = [normal("x", shape, DType::F32)];
                 let same = || assert_same(&x, 2e-6, &|v| activation(kind, &v[0]), &|v| composed(kind, &v[0]));
                 at_each_level(same)?;

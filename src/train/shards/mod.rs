@@ -105,9 +105,13 @@ struct ParameterGroup {
 impl Shards<'static> {
     /// A chain's weights and gradients on one rank.
     pub fn alone<B>(chain: &Chain<B>) -> Result<Self> {
+        Self::on_one_rank(&chain.iter().flat_map(|segment| segment.params().clone()).collect(), &names(chain))
+    }
+
+    /// The same of several chains: `parameter_groups` lists the names by segment.
+    pub fn on_one_rank(params: &Params, parameter_groups: &[Vec<String>]) -> Result<Self> {
         static ALONE: LazyLock<Group> = LazyLock::new(Group::alone);
-        let params = chain.iter().flat_map(|segment| segment.params().clone()).collect();
-        Self::new(&ALONE, 0, Store::Memory, &params, &names(chain), |_, _| Handling::default(), |_| Ok(None))
+        Self::new(&ALONE, 0, Store::Memory, params, parameter_groups, |_, _| Handling::default(), |_| Ok(None))
     }
 }
 

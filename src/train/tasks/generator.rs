@@ -7,7 +7,7 @@ use crate::{
     data::{self, Kind, image_file},
     dist::{self, Group},
     error::{Context, Result, ensure, failed},
-    generate::{Models, Request},
+    generate::{BestOf, Models, Request},
     model::{Batch, Generator, Layout, Tokens},
     nn::{
         params::{Fresh, Params, Scope},
@@ -361,7 +361,7 @@ impl Task for GeneratorTask {
         if requests.is_empty() {
             return Ok(());
         }
-        let generated = models.generate_images(&requests, &settings.into(), 1, |_| {})?;
+        let generated = models.generate_images(&requests, &settings.into(), &BestOf::ONE, |_| {})?;
         let images: Vec<_> = generated.into_iter().map(|generated| generated.image).collect();
         image_file::write_png(path, &image_file::grid(&images, 0))
     }

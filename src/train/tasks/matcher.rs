@@ -11,16 +11,9 @@ use crate::{
     },
     dist::{self, Group},
     error::{Context, Result},
-    model::{
-        Matcher, Tokens, flops,
-        matcher::{
-            Input,
-            contrastive::{Pairs, contrastive},
-        },
-    },
+    model::{Matcher, Tokens, flops, matcher::Input},
     nn::{
         params::{Params, Scope},
-        segment::Segment,
         weights::Values,
     },
     random::Random,
@@ -28,17 +21,16 @@ use crate::{
     text::WordPiece,
     train::{
         StepMetrics,
+        contrast::{self, Settings},
         data_loader::DataLoader,
-        engine::{Activations, Pass},
         inputs::Inputs,
-        shards::{Shards, names},
+        shards::Shards,
     },
 };
 use candle_core::{DType, Device, Tensor};
 use image::{Rgb, RgbImage, imageops};
 use std::{
     collections::{BTreeMap, HashMap},
-    ops::Range,
     path::Path,
 };
 
@@ -73,7 +65,8 @@ impl TaskSpec for Spec {
     }
 
     fn flops(&self, config: &Config, _inputs: &Inputs) -> f64 {
-        3.0 * config.train.batch_size as f64 * flops::matcher(&config.matcher, config.text.max_tokens)
+        let [image, text] = flops::matcher(&config.matcher, config.text.max_tokens);
+        3.0 * config.train.batch_size as f64 * (image + text)
     }
 
     fn files<'a>(&self, config: &'a Config) -> Vec<InputFile<'a>> {
@@ -174,33 +167,6 @@ fn augment(image: &RgbImage, matcher: &config::Matcher, mut random: Random) -> R
     if matcher.flip && random.unit() < 0.5 { imageops::flip_horizontal(&resized) } else { resized }
 }
 
-/// A micro-batch of one encoder.
-struct Branch<'a> {
-    pass: Pass<'a, Input>,
-    /// What its backward pass needs; `None`: run forward again (gradient caching, arXiv 2101.06983).
-    activations: Option<Activations>,
-    /// Its rows of the embeddings.
-    rows: Range<usize>,
-}
-
-impl Branch<'_> {
-    /// Adds the parameters' gradients, from the `gradient` of all embeddings of the encoder.
-    fn backward(self, gradient: &[f32], loss_scale: f64, samples: usize, shards: &mut Shards) -> Result<()> {
-        if self.pass.is_frozen(shards) {
-            return Ok(());
-        }
-        let activations = match self.activations {
-            Some(activations) => activations,
-            None => self.pass.forward(shards)?.1,
-        };
-        let width = gradient.len() / samples;
-        let gradient = &gradient[self.rows.start * width..self.rows.end * width];
-        let gradient: Vec<f32> = gradient.iter().map(|value| value * loss_scale as f32).collect();
-        let gradient = Tensor::from_vec(gradient, (self.rows.len(), width), &runtime::device()?)?;
-        self.pass.backward(activations, Some(gradient), shards)
-    }
-}
-
 /// Equal for equal captions.
 fn digest(caption: &str) -> u64 {
     let hash = blake3::hash(caption.as_bytes());
@@ -217,69 +183,30 @@ impl Task for MatcherTask {
     }
 
     fn parameter_groups(&self) -> Vec<Vec<String>> {
-        let mut groups = names(&self.model.image_segments());
-        groups.extend(names(&self.model.text_segments()));
-        groups.push(self.model.scale().params().keys().cloned().collect());
-        groups
+        contrast::parameter_groups(&self.model)
     }
 
     fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<StepMetrics> {
         let (first, records) = self.data_loader.next(step)?.swap_remove(0);
-        let settings = &self.config.train;
-        let chains = [self.model.image_segments(), self.model.text_segments()];
-        let scale: [Box<dyn Segment<()>>; 1] = [Box::new(self.model.scale())];
-        let first_units = [0, chains[0].len()];
-        let parts = (0..settings.accumulation).map(|i| dist::part(records.len(), i, settings.accumulation));
-        let inputs = parts.clone().map(|part| self.inputs(&records[part.clone()], step, first + part.start as u64));
+        let config::Train { accumulation, activation_checkpointing, batch_size, .. } = self.config.train;
+        let parts = (0..accumulation).map(|i| dist::part(records.len(), i, accumulation));
+        let inputs = parts.map(|part| self.inputs(&records[part.clone()], step, first + part.start as u64));
         let inputs = inputs.collect::<Result<Vec<_>>>()?;
-
-        // All embeddings first: the loss compares each image with all texts of the step.
-        let (mut embeddings, mut branches) = ([Vec::<f32>::new(), Vec::new()], Vec::new());
-        for (rows, inputs) in parts.zip(&inputs) {
-            for (encoder, batch) in inputs.iter().enumerate() {
-                let (chain, first_unit) = (&chains[encoder], first_units[encoder]);
-                let activation_checkpointing = settings.activation_checkpointing;
-                let pass = Pass { chain, batch, first_unit, activation_checkpointing };
-                let (embedding, activations) = pass.forward(shards)?;
-                embeddings[encoder].extend(embedding.flatten_all()?.to_vec1::<f32>()?);
-                let activations = (settings.accumulation == 1).then_some(activations);
-                branches.push((encoder, Branch { pass, activations, rows: rows.clone() }));
-            }
-        }
-        let first_unit = chains[0].len() + chains[1].len();
-        let scale_pass = Pass { chain: &scale, batch: &(), first_unit, activation_checkpointing: 0 };
-        let (scale, scale_activations) = scale_pass.forward(shards)?;
-        let scale = <[f32; 2]>::try_from(scale.to_vec1::<f32>()?.as_slice())?.map(f64::from);
-
         let captions: Vec<u64> = records.iter().map(|record| digest(&record.caption)).collect();
-        let pairs = Pairs { images: &embeddings[0], texts: &embeddings[1], captions: &captions };
-        let found = contrastive(self.config.matcher.loss, &pairs, scale, shards.group())?;
-
-        let gradients = [&found.images, &found.texts];
-        let last = branches.len() - chains.len();
-        for (i, (encoder, branch)) in branches.into_iter().enumerate() {
-            if i == last {
-                shards.last_micro_batch();
-            }
-            branch.backward(gradients[encoder], loss_scale, records.len(), shards)?;
-        }
-        let dscale = found.scale.map(|gradient| (gradient * loss_scale) as f32);
-        scale_pass.backward(scale_activations, Some(Tensor::new(&dscale, &runtime::device()?)?), shards)?;
-
-        let seen = shards.group().sum(&[found.loss, found.correct as f64])?;
-        let amount = settings.batch_size;
-        let figures = vec![("accuracy", seen[1] / (2 * amount) as f64), ("scale", scale[0].exp())];
-        Ok(StepMetrics { losses: vec![("loss", seen[0])], figures, amount, unit: "pairs" })
+        let settings = Settings { loss: self.config.matcher.loss, activation_checkpointing, loss_scale };
+        let seen = contrast::accumulate(&self.model, &inputs, &captions, settings, shards)?;
+        let sums = shards.group().sum(&[seen.loss, seen.correct as f64])?;
+        let figures = vec![("accuracy", sums[1] / (2 * batch_size) as f64), ("scale", seen.scale)];
+        Ok(StepMetrics { losses: vec![("loss", sums[0])], figures, amount: batch_size, unit: "pairs" })
     }
 
     /// Keeps the scale in bounds, as CLIP does.
     fn after_step(&mut self, _step: u64, shards: &mut Shards) -> Result<()> {
-        let scale = self.model.scale();
-        let unit = self.model.image_segments().len() + self.model.text_segments().len();
+        let unit = self.parameter_groups().len() - 1;
         if shards.is_frozen(unit) {
             return Ok(());
         }
-        shards.edit(unit, || scale.clamp())
+        shards.edit(unit, || self.model.scale().clamp())
     }
 
     fn sources(&self) -> Vec<u64> {

@@ -1,0 +1,71 @@
+//! The options that choose the best of several candidates.
+
+use crate::{
+    bundle::Bundle,
+    error::{Result, usage},
+    generate::{BestOf, Matching, Ranking},
+};
+use clap::ValueEnum;
+
+/// How many candidates are generated for each image, and what ranks them.
+#[derive(clap::Args)]
+pub struct RankingOptions {
+    /// Generate K candidates for each image and keep the one that matches the prompt best; takes K times as long
+    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024),
+        allow_negative_numbers = true)]
+    pub best_of: u32,
+    /// What ranks the candidates [default: matcher with --matcher, else own]
+    #[arg(long, value_enum, value_name = "BY")]
+    rank: Option<Rank>,
+    /// Model folder of the image–text matcher, or folder of its training run
+    #[arg(long, value_name = "DIR")]
+    matcher: Option<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Rank {
+    /// The generator: mean log probability of a prompt token, given the image
+    Own,
+    /// The matcher: cosine of image and prompt
+    Matcher,
+    /// The generator's score plus the matcher's cosine, weighted
+    Both,
+}
+
+/// The matcher of the options, loaded.
+pub struct Ranker {
+    count: usize,
+    rank: Rank,
+    matching: Option<Matching>,
+}
+
+impl RankingOptions {
+    /// Loads the matcher, if one ranks.
+    ///
+    /// # Errors
+    /// The matcher is missing or cannot be loaded.
+    pub fn load(&self) -> Result<Ranker> {
+        let rank = self.rank.unwrap_or(if self.matcher.is_some() { Rank::Matcher } else { Rank::Own });
+        let matching = match (rank, &self.matcher) {
+            (Rank::Own, _) => None,
+            (_, Some(folder)) => Some(Matching::open(&Bundle::open(folder)?)?),
+            (_, None) => {
+                let hint = "name the model folder of a run with task = \"matcher\" with --matcher";
+                return Err(usage("--rank needs a matcher", hint));
+            }
+        };
+        Ok(Ranker { count: self.best_of as usize, rank, matching })
+    }
+}
+
+impl Ranker {
+    /// How the candidates are ranked.
+    pub fn best_of(&self) -> BestOf<'_> {
+        let ranking = match (&self.matching, self.rank) {
+            (Some(matching), Rank::Matcher) => Ranking::Matcher(matching),
+            (Some(matching), Rank::Both) => Ranking::Both(matching),
+            _ => Ranking::Own,
+        };
+        BestOf { count: self.count, ranking }
+    }
+}

@@ -1,0 +1,128 @@
+//! Re-ranking: which of several candidates matches the prompt best (paper §2.4: the best of 60 images, or of 10 after
+//! fine-tuning, by an image–text matcher).
+
+use super::{Matching, Models};
+use crate::{
+    data::image::from_pixels,
+    error::{Result, ensure},
+    runtime,
+};
+use candle_core::Tensor;
+use image::RgbImage;
+use serde::Serialize;
+
+/// Candidates that are decoded at once.
+const DECODED: usize = 8;
+
+/// Weight of the matcher's cosine against the generator's own score in [`Ranking::Both`]. Fitted on prompts that no
+/// training saw (docs/matcher.md, "Re-ranking").
+pub const MATCHER_WEIGHT: f64 = 10.0;
+
+/// How many candidates are generated for an image, and what ranks them.
+pub struct BestOf<'a> {
+    pub count: usize,
+    pub ranking: Ranking<'a>,
+}
+
+impl BestOf<'_> {
+    /// One candidate.
+    pub const ONE: Self = Self::own(1);
+
+    /// The best of `count` candidates by the generator's own score.
+    pub const fn own(count: usize) -> Self {
+        Self { count, ranking: Ranking::Own }
+    }
+}
+
+/// What ranks the candidates of a prompt.
+#[derive(Clone, Copy)]
+pub enum Ranking<'a> {
+    /// Mean log probability of a prompt token given the image, by the generator itself.
+    Own,
+    /// Cosine of image and prompt by a matcher.
+    Matcher(&'a Matching),
+    /// The own score plus [`MATCHER_WEIGHT`] · cosine.
+    Both(&'a Matching),
+}
+
+/// The scores of a candidate, as far as its ranking needs them.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Scores {
+    /// Mean log probability per token of the prompt given the image, by the generator itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub own: Option<f64>,
+    /// Cosine of image and prompt by the matcher.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cosine: Option<f64>,
+    /// Probability that image and prompt are a pair, by a calibrated matcher.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub matcher: Option<f64>,
+    /// What the candidates are ranked by.
+    pub rank: f64,
+}
+
+impl Ranking<'_> {
+    fn matching(&self) -> Option<&Matching> {
+        match self {
+            Self::Own => None,
+            Self::Matcher(matching) | Self::Both(matching) => Some(matching),
+        }
+    }
+
+    fn scores(&self, own: Option<f64>, cosine: Option<f64>) -> Scores {
+        let rank = match self {
+            Self::Own => own.unwrap_or_default(),
+            Self::Matcher(_) => cosine.unwrap_or_default(),
+            Self::Both(_) => own.unwrap_or_default() + MATCHER_WEIGHT * cosine.unwrap_or_default(),
+        };
+        let matcher = self.matching().zip(cosine).and_then(|(matching, cosine)| matching.score(cosine));
+        Scores { own, cosine, matcher, rank }
+    }
+}
+
+impl Models {
+    /// The scores of each pair of image codes (raster order) and prompt; `prompts` as texts and as tokens.
+    ///
+    /// # Errors
+    /// A score is not finite, or the numbers of images and texts differ.
+    pub(super) fn rank(
+        &self,
+        ranking: &Ranking,
+        codes: &[Vec<u32>],
+        (prompts, tokens): (&[&str], &[&[u32]]),
+    ) -> Result<Vec<Scores>> {
+        let own = match ranking {
+            Ranking::Own | Ranking::Both(_) => Some(self.score(codes, tokens)?),
+            Ranking::Matcher(_) => None,
+        };
+        let cosines = ranking.matching().map(|matching| self.cosines(matching, codes, prompts)).transpose()?;
+        let of = |scores: &Option<Vec<f64>>, i: usize| scores.as_ref().and_then(|scores| scores.get(i).copied());
+        Ok((0..codes.len()).map(|i| ranking.scores(of(&own, i), of(&cosines, i))).collect())
+    }
+
+    /// The cosine of each image with its prompt.
+    fn cosines(&self, matching: &Matching, codes: &[Vec<u32>], prompts: &[&str]) -> Result<Vec<f64>> {
+        ensure!(codes.len() == prompts.len(), "{} images and {} prompts", codes.len(), prompts.len());
+        // The candidates of a prompt follow each other.
+        let mut distinct = prompts.to_vec();
+        distinct.dedup();
+        let texts = matching.embed_texts(&distinct)?.to_vec2::<f32>()?;
+        let mut images = Vec::with_capacity(codes.len());
+        for codes in codes.chunks(DECODED) {
+            images.extend(matching.embed_images(&self.images(codes)?)?.to_vec2::<f32>()?);
+        }
+        let (mut cosines, mut text) = (Vec::with_capacity(codes.len()), 0);
+        for (i, image) in images.iter().enumerate() {
+            text += usize::from(i > 0 && prompts[i] != prompts[i - 1]);
+            cosines.push(image.iter().zip(&texts[text]).map(|(a, b)| f64::from(a * b)).sum());
+        }
+        Ok(cosines)
+    }
+
+    /// Decodes the codes of several images at once.
+    fn images(&self, codes: &[Vec<u32>]) -> Result<Vec<RgbImage>> {
+        let each = codes.first().map_or(0, Vec::len);
+        let all = Tensor::from_vec(codes.concat(), (codes.len(), each), &runtime::device()?)?;
+        from_pixels(&self.image_tokenizer.decode(&all)?)
+    }
+}
