@@ -83,6 +83,23 @@ impl Matching {
         self.embed(texts.chunks(TEXTS).map(embed), texts.len(), name)
     }
 
+    /// Embeds images and texts: the numbers of [`Self::embed_images`] and of [`Self::embed_texts`].
+    ///
+    /// # Errors
+    /// As these.
+    pub fn embed_pairs(&self, images: &[RgbImage], texts: &[String]) -> Result<[Vec<f32>; 2]> {
+        let numbers = |embeddings: Tensor| -> Result<Vec<f32>> { Ok(embeddings.flatten_all()?.to_vec1()?) };
+        Ok([numbers(self.embed_images(images)?)?, numbers(self.embed_texts(texts)?)?])
+    }
+
+    /// The cosine above which the score is above `score`; `None`: the matcher is not calibrated, or higher cosines have
+    /// lower scores.
+    pub fn cosine_of(&self, score: f64) -> Option<f64> {
+        let score = score.clamp(0.0, 1.0);
+        let [slope, offset] = self.calibration.filter(|[slope, _]| *slope > 0.0)?;
+        Some(((score / (1.0 - score)).ln() - offset) / slope)
+    }
+
     fn embed(
         &self,
         batches: impl Iterator<Item = Result<Input>>,
