@@ -102,10 +102,8 @@ pub(crate) mod tests {
         let scope = Scope::from_seed(1, DType::F32, &runtime::device().unwrap());
         let size = WordPiece::parse(&vocab).unwrap().vocab_size();
         Matcher::new(&scope, &config.matcher, (size, 8), config::Precision::F32).unwrap();
-        let larger = |(name, tensor): (&String, &Tensor)| {
-            (name.clone(), weights::of_tensor(&tensor.affine(scale, 0.0).unwrap()).unwrap())
-        };
-        let weights = scope.params().iter().map(larger).collect();
+        let larger = |tensor: &Tensor| weights::of_tensor(&tensor.affine(scale, 0.0).unwrap()).unwrap();
+        let weights = scope.params().iter().map(|(name, param)| (name.clone(), larger(param))).collect();
         let attribution = "Ours.".into();
         let parts = Parts { config: &config, weights, vocab: Some(vocab), attribution, image_tokenizer: None };
         let full = folder.join("full");

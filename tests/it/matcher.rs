@@ -14,6 +14,7 @@ use vilg::{
     config::{Config, Matcher, Precision, Task},
     generate::Matching,
     nn::{params::Scope, weights},
+    random::Random,
     text::WordPiece,
 };
 
@@ -41,12 +42,15 @@ fn model(folder: &Path) -> PathBuf {
     let scope = Scope::from_seed(3, candle_core::DType::F32, &candle_core::Device::Cpu);
     let size = WordPiece::parse(&vocab).unwrap().vocab_size();
     vilg::model::Matcher::new(&scope, &config.matcher, (size, 12), Precision::F32).unwrap();
-    // The usual weights make all inputs look alike.
-    let larger = |(name, tensor): (&String, &candle_core::Tensor)| {
-        let scale = if name.contains("norm") || name == "logit_scale" { 1.0 } else { 8.0 };
-        (name.clone(), weights::of_tensor(&tensor.affine(scale, 0.0).unwrap()).unwrap())
+    // Large weights, so that inputs do not look alike.
+    let larger = |name: &String, tensor: &candle_core::Tensor| {
+        let count = if name.contains("norm") || name == "logit_scale" { 0 } else { tensor.elem_count() as u64 };
+        let values: Vec<f32> = (0..count).map(|i| 0.2 * Random::keyed(3, name, 0, i).normal() as f32).collect();
+        let random = || candle_core::Tensor::from_vec(values, tensor.shape(), tensor.device()).unwrap();
+        let tensor = if count > 0 { random() } else { tensor.clone() };
+        weights::of_tensor(&tensor).unwrap()
     };
-    let weights = scope.params().iter().map(larger).collect();
+    let weights = scope.params().iter().map(|(name, param)| (name.clone(), larger(name, param))).collect();
     let attribution = "Ours.".to_owned();
     let parts = Parts { config: &config, weights, vocab: Some(vocab), attribution, image_tokenizer: None };
     let path = folder.join("model");

@@ -184,9 +184,9 @@ fn check_record(record: &Record, kind: Kind, info: &CodesInfo) {
         let long = caption.chars().count() > 4096;
         assert!(!caption.is_empty() && !long && !caption.contains(char::is_control), "{caption:?}");
     }
-    assert!(matches!(kind, Kind::Images(_)) || record.captions.contains(&record.caption));
+    assert!(matches!(kind, Kind::Images(_) | Kind::ResizedImages(_)) || record.captions.contains(&record.caption));
     match kind {
-        Kind::Images(size) | Kind::Pairs(size) => {
+        Kind::Images(size) | Kind::Pairs(size) | Kind::Resized(size) | Kind::ResizedImages(size) => {
             assert_eq!(record.image.as_ref().unwrap().dimensions(), (size, size));
         }
         Kind::Codes => {
