@@ -70,7 +70,7 @@ impl Bundle {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::{
         bundle::{MANIFEST, write},
@@ -79,10 +79,11 @@ mod tests {
         runtime,
         text::WordPiece,
     };
-    use candle_core::DType;
+    use candle_core::{DType, Tensor};
     use std::path::Path;
 
-    fn model(folder: &Path, dtype: Dtype) -> Bundle {
+    /// A tiny matcher with random weights, multiplied by `scale`.
+    pub(crate) fn model(folder: &Path, dtype: Dtype, scale: f64) -> Bundle {
         let vocab = crate::text::train(["红苹果", "小狗"], 20).unwrap();
         let mut config = config::Config { task: Task::Matcher, ..Default::default() };
         config.text.max_tokens = 8;
@@ -101,7 +102,8 @@ mod tests {
         let scope = Scope::from_seed(1, DType::F32, &runtime::device().unwrap());
         let size = WordPiece::parse(&vocab).unwrap().vocab_size();
         Matcher::new(&scope, &config.matcher, (size, 8), config::Precision::F32).unwrap();
-        let weights = weights::of_params(&scope.params()).unwrap();
+        let larger = |tensor: &Tensor| weights::of_tensor(&tensor.affine(scale, 0.0).unwrap()).unwrap();
+        let weights = scope.params().iter().map(|(name, param)| (name.clone(), larger(param))).collect();
         let attribution = "Ours.".into();
         let parts = Parts { config: &config, weights, vocab: Some(vocab), attribution, image_tokenizer: None };
         let full = folder.join("full");
@@ -119,7 +121,7 @@ mod tests {
     fn only_the_calibration_changes() {
         for dtype in [Dtype::F32, Dtype::BF16] {
             let folder = tempfile::tempdir().unwrap();
-            let (before, path) = (model(folder.path(), dtype), folder.path().join("model"));
+            let (before, path) = (model(folder.path(), dtype, 1.0), folder.path().join("model"));
             let bytes = |name: &str| fs::read(path.join(name)).unwrap();
             let files = ["model.safetensors", "vocab.txt", "ATTRIBUTION.md"];
             let old: Vec<Vec<u8>> = files.iter().map(|name| bytes(name)).collect();
@@ -141,7 +143,7 @@ mod tests {
     #[test]
     fn folders_with_other_files_and_other_models_are_left_alone() {
         let folder = tempfile::tempdir().unwrap();
-        let (bundle, path) = (model(folder.path(), Dtype::F32), folder.path().join("model"));
+        let (bundle, path) = (model(folder.path(), Dtype::F32, 1.0), folder.path().join("model"));
         fs::write(path.join("notes.txt"), "mine").unwrap();
         assert!(format!("{:#}", bundle.calibrate([1.0, 0.0]).unwrap_err()).contains("notes.txt"));
         assert_eq!(fs::read_to_string(path.join("notes.txt")).unwrap(), "mine");

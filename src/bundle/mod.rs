@@ -29,6 +29,8 @@ mod publish;
 mod tests;
 mod write;
 
+#[cfg(test)]
+pub(crate) use calibrate::tests::model as tiny_matcher;
 use manifest::Manifest;
 pub use manifest::allow_mismatch;
 pub use write::{Parts, attribution_of, write};

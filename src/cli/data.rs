@@ -1,6 +1,6 @@
 //! `vilg data`
 
-use super::{data_build, data_encode, data_fetch, data_filter, data_inspect, data_translate, data_vocab};
+use super::{data_build, data_embed, data_encode, data_fetch, data_filter, data_inspect, data_translate, data_vocab};
 use crate::error::Result;
 use clap::Subcommand;
 
@@ -18,6 +18,7 @@ enum Command {
     Fetch(data_fetch::Args),
     Filter(data_filter::Args),
     Translate(data_translate::Args),
+    Embed(data_embed::Args),
     Encode(data_encode::Args),
     Vocab(data_vocab::Args),
 }
@@ -29,6 +30,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         Command::Fetch(args) => data_fetch::run(args, json),
         Command::Filter(args) => data_filter::run(args, json),
         Command::Translate(args) => data_translate::run(args, json),
+        Command::Embed(args) => data_embed::run(&args, json),
         Command::Encode(args) => data_encode::run(args, json),
         Command::Vocab(args) => data_vocab::run(args, json),
     }

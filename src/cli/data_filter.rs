@@ -2,14 +2,18 @@
 
 use super::output;
 use crate::{
+    bundle::Bundle,
+    data::embeddings::PairEmbedder,
     data::filter::{
         BlockedWords, DuplicateRules, Filter, Outcome, PAGE_START, Rule, Settings, TextRules, Unit, input, measure,
         page,
     },
     dist,
     error::{Hint, Result, ensure, failed, usage},
+    generate::Matching,
     report,
 };
+use image::RgbImage;
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -64,11 +68,24 @@ pub struct Args {
     #[arg(long, default_value_t = 3.0, value_name = "RATIO")]
     max_aspect_ratio: f64,
     /// Column or JSON field with the similarity of image and caption; without it, that rule is off
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", group = "similarity")]
     similarity_column: Option<String>,
-    /// Keep pairs whose similarity is above this
-    #[arg(long, default_value_t = 0.5, value_name = "X", requires = "similarity_column")]
+    /// Model folder of a matcher that computes the similarity of image and caption in shards; embeddings that `vilg data
+    /// embed` stored beside the shards are used
+    #[arg(long, value_name = "DIR", group = "similarity", conflicts_with = "text_only")]
+    matcher: Option<String>,
+    /// Keep pairs whose similarity is above this: the number of the column, or the calibrated score of the matcher
+    #[arg(long, default_value_t = 0.5, value_name = "X", requires = "similarity", allow_negative_numbers = true)]
     min_similarity: f64,
+    /// Keep pairs whose cosine is above this, for a matcher that is not calibrated
+    #[arg(
+        long,
+        value_name = "X",
+        requires = "matcher",
+        conflicts_with = "min_similarity",
+        allow_negative_numbers = true
+    )]
+    min_cosine: Option<f64>,
     /// Leave out captions that occur more often than this, such as 点击查看大图 (0: off)
     #[arg(long, default_value_t = 10, value_name = "N")]
     max_caption_repeats: usize,
@@ -99,10 +116,25 @@ pub struct Args {
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
-    let settings = settings(&args)?;
+    let mut settings = settings(&args)?;
     let inputs = input::find(&args.sources)?;
+    let loaded = args.matcher.as_ref().map(|model| load(model, &inputs, &args)).transpose()?;
+    let embed = |images: &[RgbImage], texts: &[String]| match &loaded {
+        Some(loaded) => loaded.matching.embed_pairs(images, texts),
+        None => Ok([Vec::new(), Vec::new()]),
+    };
+    let matcher = loaded.as_ref().map(|loaded| PairEmbedder {
+        digest: loaded.digest.clone(),
+        image_size: loaded.matching.image_size(),
+        embedding: loaded.matching.embedding(),
+        embed: &embed,
+    });
+    settings.min_similarity = match &loaded {
+        Some(loaded) => Some(loaded.min_cosine),
+        None => args.similarity_column.as_ref().map(|_| args.min_similarity),
+    };
     if args.plan {
-        return plan(&inputs, &settings, json);
+        return plan(&inputs, &settings, matcher.as_ref(), json);
     }
     let output = args.output.unwrap_or_default();
     let is_file = input::is_file_output(&inputs, &output)?;
@@ -113,7 +145,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let place = dist::place()?;
     let (rank, world_size) = place.map_or((0, 1), |place| (place.rank, place.world_size));
     let bar = report::counter("rows, counted twice");
-    let filter = Filter { settings, inputs, output, is_file, rank, world_size };
+    let filter = Filter { settings, matcher: matcher.as_ref(), inputs, output, is_file, rank, world_size };
     let outcome = filter.run(&|rows| bar.inc(rows))?;
     bar.finish_and_clear();
     if rank == 0 {
@@ -130,8 +162,37 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     Ok(())
 }
 
+/// The matcher, and the cosine above which a pair is kept.
+struct Loaded {
+    matching: Matching,
+    digest: String,
+    min_cosine: f64,
+}
+
+fn load(model: &str, inputs: &[input::Input], args: &Args) -> Result<Loaded> {
+    let table = inputs.iter().find(|input| input.kind == input::InputKind::Table);
+    let what = table.map_or(String::new(), |table| format!("{} is a table, which has no images", table.path.display()));
+    ensure!(
+        table.is_none(),
+        usage(what, "build shards first (`vilg data build`), or name a column with --similarity-column")
+    );
+    let bundle = Bundle::open(model)?;
+    let matching = Matching::open(&bundle)?;
+    let what = format!("{model} is not calibrated, so that its cosines are no scores");
+    let hint = format!("run `vilg eval matcher --data SRC --model {model} --calibrate`, or give --min-cosine");
+    let min_cosine =
+        args.min_cosine.or_else(|| matching.cosine_of(args.min_similarity)).ok_or_else(|| usage(what, hint))?;
+    Ok(Loaded { digest: bundle.matcher_digest()?, matching, min_cosine })
+}
+
 fn settings(args: &Args) -> Result<Settings> {
-    for (name, number) in [("max-aspect-ratio", args.max_aspect_ratio), ("min-similarity", args.min_similarity)] {
+    let min_cosine = args.min_cosine.unwrap_or_default();
+    let numbers = [
+        ("max-aspect-ratio", args.max_aspect_ratio),
+        ("min-similarity", args.min_similarity),
+        ("min-cosine", min_cosine),
+    ];
+    for (name, number) in numbers {
         ensure!(
             number.is_finite(),
             usage(format_args!("--{name} {number} is not a number"), "write a number such as 0.5")
@@ -156,7 +217,7 @@ fn settings(args: &Args) -> Result<Settings> {
         min_side: args.min_side,
         max_aspect_ratio: (args.max_aspect_ratio > 0.0).then_some(args.max_aspect_ratio),
         similarity_column: args.similarity_column.clone(),
-        min_similarity: args.min_similarity,
+        min_similarity: None,
         duplicates,
         caption_column: args.caption_column.clone(),
         width_column: args.width_column.clone(),
@@ -196,11 +257,11 @@ fn print(outcome: &Outcome) {
 }
 
 /// Prints the cost of filtering the paper's data on machines like this one.
-fn plan(inputs: &[input::Input], settings: &Settings, json: bool) -> Result<()> {
-    let (per_second, rows) = measure(inputs, settings, PLAN_SECONDS)?;
+fn plan(inputs: &[input::Input], settings: &Settings, matcher: Option<&PairEmbedder<'_>>, json: bool) -> Result<()> {
+    let (per_second, rows) = measure(inputs, settings, matcher, PLAN_SECONDS)?;
     let hours = |rows: f64| rows / per_second / 3600.0;
-    // 16 bytes for a caption or image in comparison, 1 byte for the verdict of a row, 32 for its stored features.
-    let (memory, disk) = (PAPER_PAIRS * 17.0 / 1e9, PAPER_ROWS * 32.0 / 1e9);
+    // 16 bytes for a caption or image in comparison, 1 byte for the verdict of a row, 40 for its stored features.
+    let (memory, disk) = (PAPER_PAIRS * 17.0 / 1e9, PAPER_ROWS * 40.0 / 1e9);
     if json {
         report::json(&serde_json::json!({
             "rows_scanned": rows,
@@ -208,7 +269,7 @@ fn plan(inputs: &[input::Input], settings: &Settings, json: bool) -> Result<()> 
             "hours_800m_rows": hours(PAPER_ROWS),
             "hours_145m_pairs": hours(PAPER_PAIRS),
             "memory_bytes_145m_pairs": PAPER_PAIRS * 17.0,
-            "disk_bytes_800m_rows": PAPER_ROWS * 32.0,
+            "disk_bytes_800m_rows": PAPER_ROWS * 40.0,
         }));
         return Ok(());
     }

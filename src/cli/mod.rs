@@ -7,6 +7,7 @@ mod config;
 mod config_files;
 mod data;
 mod data_build;
+mod data_embed;
 mod data_encode;
 mod data_fetch;
 mod data_filter;

@@ -39,7 +39,7 @@ impl ModelOptions {
 #[derive(clap::Args)]
 pub struct MatcherOption {
     /// Model folder of a matcher, or folder of its training run
-    #[arg(short, long, value_name = "DIR")]
+    #[arg(short, long = "model", visible_alias = "matcher", value_name = "DIR")]
     model: String,
 }
 

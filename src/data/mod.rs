@@ -10,6 +10,8 @@ mod blocks;
 pub mod build;
 mod codes;
 mod dataset;
+mod embed;
+pub mod embeddings;
 mod encode;
 #[cfg(test)]
 mod encode_fault_tests;
@@ -48,6 +50,7 @@ pub use bad::{Bad, BadCounts, Cause, printable};
 pub use bicubic::resize_bicubic;
 pub use codes::{CODES_FILE, CodesInfo, npy};
 pub use dataset::{Dataset, Source};
+pub use embed::{Embedder, Report as EmbeddingReport};
 pub use encode::{Encoder, Report};
 pub use keys::keys;
 pub use loader::Loader;

@@ -3,6 +3,7 @@
 use super::{
     bad::{Bad, BadCounts, Cause},
     codes::CODES_FILE,
+    embeddings::ENDINGS,
     members::UNSUPPORTED_EXTENSIONS,
     record::IMAGE_EXTENSIONS,
 };
@@ -124,8 +125,7 @@ fn unusable(path: &Path, kind: FileType) -> Option<(bool, Cause)> {
     let extension = extension.as_str();
     let unsupported = UNSUPPORTED_EXTENSIONS.contains(&extension);
     let sample = unsupported || extension == "tar" || IMAGE_EXTENSIONS.contains(&extension);
-    let described =
-        matches!(extension, "" | "txt" | "json" | "md") || path.file_name().is_some_and(|n| n == CODES_FILE);
+    let described = matches!(extension, "" | "txt" | "json" | "md") || is_ours(path);
     if kind.is_symlink() && !path.exists() {
         Some((sample, Cause::DanglingLink))
     } else if !(kind.is_file() || kind.is_symlink() && path.is_file()) {
@@ -135,6 +135,12 @@ fn unusable(path: &Path, kind: FileType) -> Option<(bool, Cause)> {
     } else {
         (!sample && !described).then_some((false, Cause::UnknownKind))
     }
+}
+
+/// Whether this program writes files of this name beside shards.
+fn is_ours(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    name == CODES_FILE || ENDINGS.iter().any(|ending| name.ends_with(ending))
 }
 
 fn extension(path: &Path) -> String {

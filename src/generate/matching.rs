@@ -83,6 +83,23 @@ impl Matching {
         self.embed(texts.chunks(TEXTS).map(embed), texts.len(), name)
     }
 
+    /// Embeds images and texts: the numbers of [`Self::embed_images`] and of [`Self::embed_texts`].
+    ///
+    /// # Errors
+    /// As these.
+    pub fn embed_pairs(&self, images: &[RgbImage], texts: &[String]) -> Result<[Vec<f32>; 2]> {
+        let numbers = |embeddings: Tensor| -> Result<Vec<f32>> { Ok(embeddings.flatten_all()?.to_vec1()?) };
+        Ok([numbers(self.embed_images(images)?)?, numbers(self.embed_texts(texts)?)?])
+    }
+
+    /// The cosine above which the score is above `score`; `None`: the matcher is not calibrated, or higher cosines have
+    /// lower scores.
+    pub fn cosine_of(&self, score: f64) -> Option<f64> {
+        let score = score.clamp(0.0, 1.0);
+        let [slope, offset] = self.calibration.filter(|[slope, _]| *slope > 0.0)?;
+        Some(((score / (1.0 - score)).ln() - offset) / slope)
+    }
+
     fn embed(
         &self,
         batches: impl Iterator<Item = Result<Input>>,
@@ -112,5 +129,65 @@ impl Matching {
     /// frequent: σ(a · cosine + b). `None`: the matcher is not calibrated.
     pub fn score(&self, cosine: f64) -> Option<f64> {
         self.calibration.map(|[slope, offset]| 1.0 / (1.0 + (-slope * cosine - offset).exp()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bundle::tiny_matcher;
+    use image::Rgb;
+    use safetensors::Dtype;
+
+    fn picture(number: u8) -> RgbImage {
+        RgbImage::from_fn(9, 7, |x, y| Rgb([number * 3, (x * 20) as u8, (y * 30) as u8]))
+    }
+
+    #[test]
+    fn embeddings_do_not_depend_on_the_batch() {
+        let folder = tempfile::tempdir().unwrap();
+        let matching = Matching::open(&tiny_matcher(folder.path(), Dtype::F32, 1.0)).unwrap();
+        let images: Vec<RgbImage> = (0..40).map(picture).collect();
+        let texts: Vec<String> = (0..70).map(|n| "红苹果小狗".chars().cycle().take(1 + n % 9).collect()).collect();
+        let (all, all_texts) = (matching.embed_images(&images).unwrap(), matching.embed_texts(&texts).unwrap());
+        assert_eq!((all.dims(), all_texts.dims()), (&[40, 4][..], &[70, 4][..]));
+        let gap =
+            |a: &Tensor, b: &Tensor| (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(gap(&all.narrow(0, 37, 1).unwrap(), &matching.embed_images(&images[37..38]).unwrap()) < 1e-5);
+        assert!(gap(&all_texts.narrow(0, 66, 1).unwrap(), &matching.embed_texts(&texts[66..67]).unwrap()) < 1e-5);
+        let cosines = Matching::cosines(&all, &all_texts).unwrap();
+        assert_eq!(cosines.dims(), [40, 70]);
+        let most = cosines.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(most <= 1.0 + 1e-5, "{most}");
+        let none: [&str; 0] = [];
+        assert_eq!(
+            (matching.embed_images(&[]).unwrap().dims(), matching.embed_texts(&none).unwrap().dims()),
+            (&[0, 4][..], &[0, 4][..])
+        );
+        assert_eq!((matching.score(0.5), matching.cosine_of(0.5)), (None, None));
+    }
+
+    #[test]
+    fn a_calibrated_score_is_a_probability_and_can_be_inverted() {
+        let folder = tempfile::tempdir().unwrap();
+        let bundle = tiny_matcher(folder.path(), Dtype::F32, 1.0);
+        bundle.calibrate([20.0, -5.0]).unwrap();
+        let matching = Matching::open(&Bundle::open(&bundle.name()).unwrap()).unwrap();
+        assert_eq!(matching.score(0.25), Some(0.5));
+        for score in [0.01, 0.3, 0.5, 0.99] {
+            let again = matching.score(matching.cosine_of(score).unwrap()).unwrap();
+            assert!((again - score).abs() < 1e-12, "{again} instead of {score}");
+        }
+        assert_eq!((matching.cosine_of(-1.0), matching.cosine_of(2.0)), (Some(f64::NEG_INFINITY), Some(f64::INFINITY)));
+    }
+
+    #[test]
+    fn an_embedding_that_is_not_finite_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let matching = Matching::open(&tiny_matcher(folder.path(), Dtype::F32, 1e30)).unwrap();
+        let error = matching.embed_texts(&["小狗"]).unwrap_err();
+        assert!(error.to_string().contains("the text `小狗` is not finite"), "{error}");
+        let error = matching.embed_images(&[picture(1), picture(2)]).unwrap_err();
+        assert!(error.to_string().contains("image 1 of 2 is not finite"), "{error}");
     }
 }

@@ -126,3 +126,56 @@ impl Models {
         from_pixels(&self.image_tokenizer.decode(&all)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        bundle::{Bundle, tiny_matcher},
+        generate::{GeneratedImage, Request, Sampling, tests::tiny},
+    };
+    use safetensors::Dtype;
+
+    const SAMPLING: Sampling = Sampling { temperature: 1.0, ..Sampling::GREEDY };
+
+    /// Against the scores of each candidate on its own.
+    #[test]
+    fn every_ranking_keeps_the_candidate_with_the_highest_score() {
+        let folder = tempfile::tempdir().unwrap();
+        let bundle = tiny_matcher(folder.path(), Dtype::F32, 1.0);
+        bundle.calibrate([3.0, 0.5]).unwrap();
+        let (models, matching) = (tiny(), Matching::open(&Bundle::open(&bundle.name()).unwrap()).unwrap());
+        let prompts = ["一弯月", "月", "星，一弯月星月"];
+        let requests: Vec<Request> =
+            prompts.iter().zip(3..).map(|(prompt, seed)| Request { prompt: prompt.to_string(), seed }).collect();
+        let generate = |count, ranking| -> Vec<GeneratedImage> {
+            models.generate_images(&requests, &SAMPLING, &BestOf { count, ranking }, |_| {}).unwrap()
+        };
+        let cosine = |generated: &GeneratedImage, prompt: &str| {
+            let image = matching.embed_images(&[generated.image.clone()]).unwrap();
+            let text = matching.embed_texts(&[prompt]).unwrap();
+            f64::from(Matching::cosines(&image, &text).unwrap().to_vec2::<f32>().unwrap()[0][0])
+        };
+        // More candidates than are decoded at once.
+        let count = DECODED + 3;
+        let [own, by_matcher, both] = [Ranking::Own, Ranking::Matcher(&matching), Ranking::Both(&matching)]
+            .map(|ranking| generate(count, ranking));
+        for (i, prompt) in prompts.iter().enumerate() {
+            let [own, by_matcher, both] = [&own[i], &by_matcher[i], &both[i]];
+            for generated in [own, by_matcher, both] {
+                assert_eq!(generated.scores.len(), count);
+                let best = generated.scores.iter().map(|scores| scores.rank).fold(f64::MIN, f64::max);
+                assert_eq!(generated.score(), best);
+            }
+            for (c, scores) in both.scores.iter().enumerate() {
+                let (own, cosine) = (own.scores[c].own.unwrap(), by_matcher.scores[c].cosine.unwrap());
+                assert!((scores.rank - own - MATCHER_WEIGHT * cosine).abs() < 1e-5);
+                assert_eq!(scores.matcher, matching.score(scores.cosine.unwrap()));
+            }
+            assert_eq!((own.scores[0].cosine, by_matcher.scores[0].own), (None, None));
+            let chosen = by_matcher.scores[by_matcher.candidate].cosine.unwrap();
+            assert!((cosine(by_matcher, prompt) - chosen).abs() < 1e-4, "the image is not the one that was scored");
+        }
+        assert!((0..3).any(|i| own[i].candidate != by_matcher[i].candidate), "the rankings never differ");
+    }
+}

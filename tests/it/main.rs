@@ -13,6 +13,7 @@ mod house;
 mod imports;
 mod large_data;
 mod markdown;
+mod matcher;
 mod memory;
 mod one_cpu;
 mod plan;

@@ -15,7 +15,7 @@ use std::{
 };
 
 /// Bytes of a stored feature.
-const BYTES: usize = 32;
+const BYTES: usize = 40;
 /// Maximum size of the header line in bytes.
 const MAX_HEADER: u64 = 1 << 20;
 /// The stored number of a row that no rule refuses.
@@ -31,6 +31,8 @@ pub struct Feature {
     /// Hash of the caption without case, spaces and punctuation.
     pub caption: u64,
     pub image: Option<ImageHash>,
+    /// Similarity of image and caption, if it was read or computed.
+    pub similarity: Option<f64>,
 }
 
 /// The features of one input, in the order of its rows.
@@ -108,13 +110,14 @@ impl Feature {
         let number = |rule| Rule::ALL.iter().position(|other| *other == rule).map_or(PASSES, |number| number as u8);
         let head = [self.broken.map_or(PASSES, number), u8::from(self.image.is_some())];
         let mut bytes = [0; BYTES];
-        let fields: [&[u8]; 6] = [
+        let fields: [&[u8]; 7] = [
             &head,
             &self.length.to_le_bytes(),
             &image.colors.to_le_bytes(),
             &self.caption.to_le_bytes(),
             &image.bits.to_le_bytes(),
             &image.mirrored.to_le_bytes(),
+            &self.similarity.unwrap_or(f64::NAN).to_le_bytes(),
         ];
         bytes.iter_mut().zip(fields.concat()).for_each(|(to, from)| *to = from);
         bytes
@@ -128,11 +131,13 @@ impl Feature {
         };
         let colors = u32::from_le_bytes([*c0, *c1, *c2, *c3]);
         let image = ImageHash { bits: number(1), mirrored: number(2), colors };
+        let similarity = f64::from_bits(number(3));
         Self {
             broken: Rule::of_number(*rule),
             length: u16::from_le_bytes([*l0, *l1]),
             caption: number(0),
             image: (*has_image == 1).then_some(image),
+            similarity: (!similarity.is_nan()).then_some(similarity),
         }
     }
 }
@@ -146,8 +151,8 @@ mod tests {
     fn features_are_read_as_they_were_written() {
         let image = ImageHash { bits: u64::MAX - 5, mirrored: 1 << 63, colors: 0x1234_5678 };
         let rows = vec![
-            Feature { broken: Some(Rule::NoNoun), length: 300, caption: 7, image: None },
-            Feature { broken: None, length: 1, caption: u64::MAX, image: Some(image) },
+            Feature { broken: Some(Rule::NoNoun), length: 300, caption: 7, image: None, similarity: Some(-0.25) },
+            Feature { broken: None, length: 1, caption: u64::MAX, image: Some(image), similarity: None },
         ];
         let mut features = Features { rows, bad: BadCounts::default() };
         features.bad.add(Bad::new(Cause::BadJson, "row 3"));

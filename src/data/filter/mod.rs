@@ -39,8 +39,9 @@ pub struct Settings {
     pub max_aspect_ratio: Option<f64>,
     /// Column or JSON field that holds the similarity of image and caption.
     pub similarity_column: Option<String>,
-    /// The similarity must be above this.
-    pub min_similarity: f64,
+    /// The similarity must be above this, where the rule is on: the number of the column, or else the matcher's cosine. It is
+    /// compared in the end, so that another threshold needs no other features.
+    pub min_similarity: Option<f64>,
     pub duplicates: DuplicateRules,
     /// Columns of tables.
     pub caption_column: String,
@@ -49,11 +50,11 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// A text that differs if any row could get another result.
+    /// A text that differs if any row could get other features.
     fn digest(&self) -> String {
         let blocked = self.text.blocked.as_ref().map(|words| words.digest.to_hex().to_string());
         let text = (self.text.max_length, self.text.unit, self.text.noun, self.text.no_special_characters, blocked);
-        let image = (self.text_only, self.min_side, self.max_aspect_ratio, self.min_similarity);
+        let image = (self.text_only, self.min_side, self.max_aspect_ratio);
         let columns = (&self.similarity_column, &self.caption_column, &self.width_column, &self.height_column);
         let all = format!("{text:?} {image:?} {columns:?} {}", self.duplicates.image_distance.is_some());
         blake3::hash(all.as_bytes()).to_hex().to_string()
@@ -74,6 +75,7 @@ impl Settings {
 
     /// A row without a similarity counts as one that does not match.
     fn broken_by_similarity(&self, similarity: Option<f64>) -> Option<Rule> {
-        (!similarity.is_some_and(|number| number > self.min_similarity)).then_some(Rule::LowSimilarity)
+        let min = self.min_similarity?;
+        (!similarity.is_some_and(|number| number > min)).then_some(Rule::LowSimilarity)
     }
 }

@@ -12,7 +12,10 @@ use super::{
 };
 use crate::{
     bounded_read,
-    data::output::{Lock, remove_leftovers, write_whole},
+    data::{
+        embeddings::PairEmbedder,
+        output::{Lock, remove_leftovers, write_whole},
+    },
     error::{Context, Hint, Result, ensure, failed},
     report::note,
 };
@@ -29,8 +32,10 @@ use std::{
 const POLL: Duration = Duration::from_secs(2);
 
 /// A run of `vilg data filter`.
-pub struct Filter {
+pub struct Filter<'a> {
     pub settings: Settings,
+    /// Computes the similarity of shards, which then does not come from a column.
+    pub matcher: Option<&'a PairEmbedder<'a>>,
     pub inputs: Vec<Input>,
     /// Folder of the outputs, or the output itself if `is_file`.
     pub output: PathBuf,
@@ -62,7 +67,7 @@ struct Done {
     kept: String,
 }
 
-impl Filter {
+impl Filter<'_> {
     /// Filters all inputs of this rank; `progress` is called with numbers of rows, twice for each row.
     ///
     /// # Errors
@@ -82,7 +87,7 @@ impl Filter {
             }
             remove_leftovers(&path);
             create_parent(&path)?;
-            scan(input, &self.settings, progress)?.write(&path, &made_from)?;
+            scan(input, &self.settings, self.matcher, progress)?.write(&path, &made_from)?;
         }
         self.wait_for_other_ranks()?;
         let (broken, ends) = self.apply_rules()?;
@@ -127,7 +132,8 @@ impl Filter {
     }
 
     fn made_from(&self, input: &Input) -> Result<String> {
-        Ok(format!("{}; settings {}", input.stamp()?, self.settings.digest()))
+        let matcher = self.matcher.map_or(String::new(), |matcher| format!("; matcher {}", matcher.digest));
+        Ok(format!("{}; settings {}{matcher}", input.stamp()?, self.settings.digest()))
     }
 
     /// Refuses to replace a file that an earlier run did not make from the same input.
@@ -184,7 +190,9 @@ impl Filter {
         let many = || failed(format_args!("{end} rows are too many for one run"), "filter parts of at most 4 billion");
         ensure!(u32::try_from(end).is_ok(), many());
         let mut broken = Vec::with_capacity(end);
-        self.each_row(&mut |_, feature| broken.push(feature.broken))?;
+        self.each_row(&mut |_, feature| {
+            broken.push(feature.broken.or_else(|| self.settings.broken_by_similarity(feature.similarity)));
+        })?;
         duplicates::mark(&mut broken, &self.settings.duplicates, &|each| self.each_row(each))?;
         Ok((broken, ends))
     }
@@ -254,11 +262,16 @@ fn create_parent(path: &Path) -> Result<()> {
 ///
 /// # Errors
 /// An input cannot be read.
-pub fn measure(inputs: &[Input], settings: &Settings, seconds: f64) -> Result<(f64, usize)> {
+pub fn measure(
+    inputs: &[Input],
+    settings: &Settings,
+    matcher: Option<&PairEmbedder<'_>>,
+    seconds: f64,
+) -> Result<(f64, usize)> {
     load_dictionary();
     let (start, mut rows) = (Instant::now(), 0);
     for input in inputs {
-        rows += scan(input, settings, &|_| {})?.rows.len();
+        rows += scan(input, settings, matcher, &|_| {})?.rows.len();
         if start.elapsed().as_secs_f64() > seconds {
             break;
         }

@@ -11,6 +11,8 @@ use super::{
 use crate::{
     data::{
         bad::Bad,
+        bicubic::resize_bicubic,
+        embeddings::{PairEmbedder, StoredEmbeddings},
         image,
         record::{Kind, image_member},
         shard::Shard,
@@ -18,19 +20,27 @@ use crate::{
     },
     error::Result,
 };
+use ::image::RgbImage;
 use rayon::prelude::*;
 
 /// Rows that one task checks; few enough to share small inputs among the threads.
 const TASK: usize = 64;
+/// Samples that a matcher compares together.
+const BATCH: usize = 256;
 
 /// Scans an input; `progress` is called with numbers of finished rows.
 ///
 /// # Errors
-/// The input cannot be read. Damaged rows are counted in the features.
-pub fn scan(input: &Input, settings: &Settings, progress: &(impl Fn(u64) + Sync)) -> Result<Features> {
+/// The input cannot be read, or an embedding is not finite. Damaged rows are counted in the features.
+pub fn scan(
+    input: &Input,
+    settings: &Settings,
+    matcher: Option<&PairEmbedder<'_>>,
+    progress: &(impl Fn(u64) + Sync),
+) -> Result<Features> {
     match input.kind {
         InputKind::Table => scan_table(input, settings, progress),
-        InputKind::Tar | InputKind::Folder => Ok(scan_shard(&input.shard()?, settings, progress)),
+        InputKind::Tar | InputKind::Folder => scan_shard(&input.shard()?, settings, matcher, progress),
     }
 }
 
@@ -65,55 +75,122 @@ fn add(scanned: Vec<Result<Feature, Bad>>, features: &mut Features) {
 
 fn scan_row(row: &Row<'_>, settings: &Settings) -> Result<Feature, Bad> {
     let caption = row.text(&settings.caption_column)?;
-    let mut feature = of_captions(caption.as_deref().into_iter(), &settings.text)?;
+    let (mut feature, _) = of_captions(caption.as_deref().into_iter(), &settings.text)?;
     let sides = row.number(&settings.width_column).zip(row.number(&settings.height_column));
     let broken = || sides.and_then(|(width, height)| settings.broken_by_size(width, height));
     feature.broken = feature.broken.or_else(broken);
-    let similarity = settings.similarity_column.as_ref().map(|column| row.number(column));
-    feature.broken = feature.broken.or_else(|| similarity.and_then(|number| settings.broken_by_similarity(number)));
+    feature.similarity = settings.similarity_column.as_ref().and_then(|column| row.number(column));
     Ok(feature)
 }
 
-fn scan_shard(shard: &Shard, settings: &Settings, progress: &(impl Fn(u64) + Sync)) -> Features {
-    let mut features = Features { bad: shard.bad.clone(), ..Features::default() };
-    let indices: Vec<usize> = (0..shard.len() as usize).collect();
-    let scanned = indices.par_iter().map(|index| {
-        let feature = scan_sample(shard, *index, settings);
-        progress(1);
-        feature
-    });
-    add(scanned.collect(), &mut features);
-    features
+/// A sample, with its image and caption if their similarity must still be computed.
+struct Scanned {
+    feature: Feature,
+    pair: Option<(RgbImage, String)>,
 }
 
-fn scan_sample(shard: &Shard, index: usize, settings: &Settings) -> Result<Feature, Bad> {
-    let reads = if settings.reads_images() { None } else { Some(Kind::Captions) };
+/// A matcher, and its embeddings of a shard if they are stored.
+#[derive(Clone, Copy)]
+struct Similarity<'a> {
+    matcher: &'a PairEmbedder<'a>,
+    stored: Option<&'a StoredEmbeddings>,
+}
+
+fn scan_shard(
+    shard: &Shard,
+    settings: &Settings,
+    matcher: Option<&PairEmbedder<'_>>,
+    progress: &(impl Fn(u64) + Sync),
+) -> Result<Features> {
+    let mut features = Features { bad: shard.bad.clone(), ..Features::default() };
+    let stored = matcher.and_then(|matcher| StoredEmbeddings::open(shard, &matcher.digest, matcher.embedding));
+    let similarity = matcher.map(|matcher| Similarity { matcher, stored: stored.as_ref() });
+    let indices: Vec<usize> = (0..shard.len() as usize).collect();
+    // Only the images of a batch are in memory.
+    let batch_size = if matcher.is_some() { BATCH } else { indices.len().max(1) };
+    for batch in indices.chunks(batch_size) {
+        let scanned = batch.par_iter().map(|index| {
+            let scanned = scan_sample(shard, *index, settings, similarity);
+            progress(1);
+            scanned
+        });
+        let mut scanned: Vec<_> = scanned.collect();
+        if let Some(matcher) = matcher {
+            compare(&mut scanned, matcher)?;
+        }
+        add(scanned.into_iter().map(|sample| sample.map(|sample| sample.feature)).collect(), &mut features);
+    }
+    Ok(features)
+}
+
+/// Computes the similarities that are missing.
+fn compare(scanned: &mut [Result<Scanned, Bad>], matcher: &PairEmbedder<'_>) -> Result<()> {
+    let (mut images, mut texts, mut features) = (Vec::new(), Vec::new(), Vec::new());
+    for Scanned { feature, pair } in scanned.iter_mut().flatten() {
+        if let Some((image, text)) = pair.take() {
+            images.push(image);
+            texts.push(text);
+            features.push(feature);
+        }
+    }
+    if !images.is_empty() {
+        let cosines = matcher.cosines(&images, &texts)?;
+        features.into_iter().zip(cosines).for_each(|(feature, cosine)| feature.similarity = Some(cosine));
+    }
+    Ok(())
+}
+
+fn scan_sample(
+    shard: &Shard,
+    index: usize,
+    settings: &Settings,
+    similarity: Option<Similarity<'_>>,
+) -> Result<Scanned, Bad> {
+    let embeds = similarity.is_some_and(|similarity| similarity.stored.is_none());
+    let reads = if settings.reads_images() || embeds { None } else { Some(Kind::Captions) };
     let (key, members) = shard.members(index, reads)?;
     let record = shard.parse(&key, &members, Kind::Captions, None, &[])?;
-    let mut feature = of_captions(record.captions.iter().map(String::as_str), &settings.text)?;
+    let (mut feature, caption) = of_captions(record.captions.iter().map(String::as_str), &settings.text)?;
+    let decode = |members| image_member(members).and_then(image::decode).map_err(|bad| shard.locate(&key, bad));
+    let mut image = None;
     if feature.broken.is_none() && settings.reads_images() {
-        let image = image_member(&members).and_then(image::decode).map_err(|bad| shard.locate(&key, bad))?;
-        feature.broken = settings.broken_by_size(image.width().into(), image.height().into());
-        feature.image = settings.duplicates.image_distance.map(|_| ImageHash::of(&image));
+        let decoded = decode(&members)?;
+        feature.broken = settings.broken_by_size(decoded.width().into(), decoded.height().into());
+        feature.image = settings.duplicates.image_distance.map(|_| ImageHash::of(&decoded));
+        image = Some(decoded);
     }
     if let Some(column) = &settings.similarity_column {
-        let number = record.meta.get(column).and_then(serde_json::Value::as_f64);
-        feature.broken = feature.broken.or_else(|| settings.broken_by_similarity(number));
+        feature.similarity = record.meta.get(column).and_then(serde_json::Value::as_f64);
     }
-    Ok(feature)
+    let Some(Similarity { matcher, stored }) = similarity.filter(|_| feature.broken.is_none()) else {
+        return Ok(Scanned { feature, pair: None });
+    };
+    // Stored are the embeddings of first captions.
+    let stored = stored.filter(|_| record.captions.first().is_some_and(|first| first == caption));
+    feature.similarity = stored.and_then(|stored| stored.cosine(index));
+    if feature.similarity.is_some() {
+        return Ok(Scanned { feature, pair: None });
+    }
+    let image = match image {
+        Some(image) => image,
+        None if reads.is_none() => decode(&members)?,
+        None => decode(&shard.members(index, None)?.1)?,
+    };
+    let image = resize_bicubic(&image, matcher.image_size, matcher.image_size);
+    Ok(Scanned { feature, pair: Some((image, caption.to_owned())) })
 }
 
-/// The feature of the first caption that breaks no rule; without one, of the first caption.
-fn of_captions<'a>(captions: impl Iterator<Item = &'a str>, rules: &TextRules) -> Result<Feature, Bad> {
+/// The first caption that breaks no rule, with its feature; without one, the first caption.
+fn of_captions<'a>(captions: impl Iterator<Item = &'a str>, rules: &TextRules) -> Result<(Feature, &'a str), Bad> {
     let mut first = None;
     for caption in captions.filter(|caption| !caption.trim().is_empty()) {
         let (broken, length) = rules.check(caption);
-        let feature =
-            Feature { broken, length: u16::try_from(length).unwrap_or(u16::MAX), caption: hash(caption), image: None };
+        let length = u16::try_from(length).unwrap_or(u16::MAX);
+        let feature = Feature { broken, length, caption: hash(caption), ..Feature::default() };
         if broken.is_none() {
-            return Ok(feature);
+            return Ok((feature, caption));
         }
-        first = first.or(Some(feature));
+        first = first.or(Some((feature, caption)));
     }
     first.ok_or_else(|| Bad::new(crate::data::bad::Cause::NoCaption, ""))
 }

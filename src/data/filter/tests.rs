@@ -34,7 +34,7 @@ fn settings() -> Settings {
         min_side: 0,
         max_aspect_ratio: None,
         similarity_column: None,
-        min_similarity: 0.5,
+        min_similarity: None,
         duplicates,
         caption_column: "caption".into(),
         width_column: "width".into(),
@@ -42,10 +42,10 @@ fn settings() -> Settings {
     }
 }
 
-fn filter(source: &Path, output: &Path, settings: &Settings) -> Filter {
+fn filter(source: &Path, output: &Path, settings: &Settings) -> Filter<'static> {
     let inputs = input::find(&[source.to_str().unwrap().to_owned()]).unwrap();
     let settings = settings.clone();
-    Filter { settings, inputs, output: output.to_path_buf(), is_file: false, rank: 0, world_size: 1 }
+    Filter { settings, matcher: None, inputs, output: output.to_path_buf(), is_file: false, rank: 0, world_size: 1 }
 }
 
 /// Name and content of all visible files of a folder.
@@ -227,8 +227,13 @@ fn sizes_and_similarities_of_tables_are_checked() {
     let rows =
         [row(100, 100, "0.6"), row(63, 100, "0.6"), row(400, 100, "0.6"), row(99, 99, "0.5"), row(99, 99, "null")];
     fs::write(&source, rows.concat() + "damaged\n").unwrap();
-    let settings =
-        Settings { min_side: 64, max_aspect_ratio: Some(3.0), similarity_column: Some("score".into()), ..settings() };
+    let settings = Settings {
+        min_side: 64,
+        max_aspect_ratio: Some(3.0),
+        similarity_column: Some("score".into()),
+        min_similarity: Some(0.5),
+        ..settings()
+    };
     let report = filter(&source, &output, &settings).run(&|_| {}).unwrap().report;
     let count = |rule| report.rules.iter().find(|count| count.rule == rule).unwrap().left_out;
     let rules = [Rule::Bad, Rule::SmallImage, Rule::AspectRatio, Rule::LowSimilarity];

@@ -186,7 +186,7 @@ fn check_record(record: &Record, kind: Kind, info: &CodesInfo) {
     }
     assert!(matches!(kind, Kind::Images(_) | Kind::ResizedImages(_)) || record.captions.contains(&record.caption));
     match kind {
-        Kind::Images(size) | Kind::Pairs(size) | Kind::ResizedImages(size) | Kind::Resized(size) => {
+        Kind::Images(size) | Kind::Pairs(size) | Kind::Resized(size) | Kind::ResizedImages(size) => {
             assert_eq!(record.image.as_ref().unwrap().dimensions(), (size, size));
         }
         Kind::Codes => {

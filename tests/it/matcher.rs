@@ -1,0 +1,421 @@
+//! Commands that use a matcher, on a tiny one with random weights: score, evaluation, calibration, embeddings, filter.
+
+use crate::commands::vilg;
+use image::RgbImage;
+use serde_json::Value;
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::Output,
+};
+use vilg::{
+    bundle::{self, Bundle, Parts},
+    config::{Config, Matcher, Precision, Task},
+    generate::Matching,
+    nn::{params::Scope, weights},
+    random::Random,
+    text::WordPiece,
+};
+
+const WORDS: [&str; 8] = ["苹果", "小狗", "汽车", "月亮", "房子", "小船", "大树", "飞机"];
+const COLORS: [&str; 6] = ["红色的", "绿色的", "蓝色的", "黄色的", "白色的", "黑色的"];
+
+/// Writes a matcher's model folder.
+fn model(folder: &Path) -> PathBuf {
+    let captions: Vec<String> = captions();
+    let vocab = vilg::text::train(captions.iter().map(String::as_str), 80).unwrap();
+    let mut config = Config { task: Task::Matcher, ..Config::default() };
+    config.text.max_tokens = 12;
+    config.matcher = Matcher {
+        image_size: 16,
+        patch_size: 4,
+        image_layers: 2,
+        image_hidden: 32,
+        image_heads: 2,
+        text_layers: 2,
+        text_hidden: 32,
+        text_heads: 2,
+        embedding: 16,
+        ..Matcher::default()
+    };
+    let scope = Scope::from_seed(3, candle_core::DType::F32, &candle_core::Device::Cpu);
+    let size = WordPiece::parse(&vocab).unwrap().vocab_size();
+    vilg::model::Matcher::new(&scope, &config.matcher, (size, 12), Precision::F32).unwrap();
+    // Large weights, so that inputs do not look alike.
+    let larger = |name: &String, tensor: &candle_core::Tensor| {
+        let count = if name.contains("norm") || name == "logit_scale" { 0 } else { tensor.elem_count() as u64 };
+        let values: Vec<f32> = (0..count).map(|i| 0.2 * Random::keyed(3, name, 0, i).normal() as f32).collect();
+        let random = || candle_core::Tensor::from_vec(values, tensor.shape(), tensor.device()).unwrap();
+        let tensor = if count > 0 { random() } else { tensor.clone() };
+        weights::of_tensor(&tensor).unwrap()
+    };
+    let weights = scope.params().iter().map(|(name, param)| (name.clone(), larger(name, param))).collect();
+    let attribution = "Ours.".to_owned();
+    let parts = Parts { config: &config, weights, vocab: Some(vocab), attribution, image_tokenizer: None };
+    let path = folder.join("model");
+    bundle::write(&path, &parts, safetensors::Dtype::F32).unwrap();
+    path
+}
+
+fn captions() -> Vec<String> {
+    COLORS.iter().flat_map(|color| WORDS.iter().map(move |word| format!("{color}{word}"))).collect()
+}
+
+fn matching(model: &Path) -> Matching {
+    Matching::open(&Bundle::open(model.to_str().unwrap()).unwrap()).unwrap()
+}
+
+fn picture(number: u32) -> RgbImage {
+    RgbImage::from_fn(20, 16, |x, y| {
+        let wave = |a: u32| ((x * (a + number % 7) + y * (number % 5) + number * 37 * a) % 256) as u8;
+        image::Rgb([wave(1), wave(5), wave(11)])
+    })
+}
+
+/// Cosines of images and texts.
+fn cosines(model: &Path, images: &[RgbImage], texts: &[String]) -> Vec<Vec<f32>> {
+    let matching = matching(model);
+    let (images, texts) = (matching.embed_images(images).unwrap(), matching.embed_texts(texts).unwrap());
+    Matching::cosines(&images, &texts).unwrap().to_vec2().unwrap()
+}
+
+/// A folder of images, each with the caption that the matcher finds most like it, compared with other captions.
+fn data(folder: &Path, model: &Path, count: usize) -> (PathBuf, Vec<RgbImage>, Vec<String>) {
+    let path = folder.join("data");
+    fs::create_dir_all(&path).unwrap();
+    let (images, texts): (Vec<RgbImage>, Vec<String>) = ((0..count as u32).map(picture).collect(), captions());
+    let cosines = cosines(model, &images, &texts);
+    let mean = |column: usize| cosines.iter().map(|row| row[column]).sum::<f32>() / count as f32;
+    let means: Vec<f32> = (0..texts.len()).map(mean).collect();
+    let best = |row: &Vec<f32>| {
+        let over = |column: &usize| row[*column] - means[*column];
+        (0..texts.len()).max_by(|a, b| over(a).total_cmp(&over(b))).unwrap()
+    };
+    let chosen: Vec<String> = cosines.iter().map(|row| texts[best(row)].clone()).collect();
+    for (number, (image, text)) in images.iter().zip(&chosen).enumerate() {
+        image.save(path.join(format!("{number:03}.png"))).unwrap();
+        fs::write(path.join(format!("{number:03}.txt")), text).unwrap();
+    }
+    (path, images, chosen)
+}
+
+fn run(args: &[&str], paths: &[&Path]) -> Output {
+    vilg(args).args(paths).output().unwrap()
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn json(output: &Output) -> Value {
+    assert!(output.status.success(), "{}", said(output));
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", said(output)))
+}
+
+#[test]
+fn scores_of_images_and_texts() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path());
+    let (data, images, _) = data(folder.path(), &model, 3);
+    let files: Vec<PathBuf> = (0..3).map(|i| data.join(format!("{i:03}.png"))).collect();
+    let texts = ["红色的苹果".to_owned(), "小狗".to_owned()];
+    let score = |paths: &[PathBuf]| {
+        let mut command = vilg(&["score", "--json", "--model"]);
+        command.arg(&model).args(paths).arg("--").args(&texts).output().unwrap()
+    };
+    let lines = |output: &Output| -> Vec<Value> {
+        let text = String::from_utf8(output.stdout.clone()).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let output = score(&files);
+    assert!(output.status.success(), "{}", said(&output));
+    assert_eq!(said(&output).matches("warning:").count(), 1);
+    assert!(said(&output).contains("eval matcher"));
+    let (found, expected) = (lines(&output), cosines(&model, &images, &texts));
+    assert_eq!(found.len(), 3);
+    for ((line, expected), file) in found.iter().zip(&expected).zip(&files) {
+        assert_eq!(line["image"], file.to_str().unwrap());
+        for (i, cosine) in expected.iter().enumerate() {
+            let score = &line["scores"][i];
+            assert_eq!(score["text"], texts[i].as_str());
+            assert!((score["cosine"].as_f64().unwrap() - f64::from(*cosine)).abs() < 1e-5 && score["score"].is_null());
+        }
+    }
+    Bundle::open(model.to_str().unwrap()).unwrap().calibrate([3.0, -0.5]).unwrap();
+    let output = score(&[vec![folder.path().join("missing.png")], files[..1].to_vec()].concat());
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said(&output).contains("missing.png") && !said(&output).contains("warning:"));
+    let [line] = &lines(&output)[..] else { panic!("one image can be read") };
+    let pair = &line["scores"][1];
+    let expected = 1.0 / (1.0 + (0.5 - 3.0 * pair["cosine"].as_f64().unwrap()).exp());
+    assert!((pair["score"].as_f64().unwrap() - expected).abs() < 1e-12);
+    let table = vilg(&["score", "--model"]).arg(&model).arg(&files[0]).args(["--", "小狗"]).output().unwrap();
+    let table = String::from_utf8(table.stdout).unwrap();
+    assert!(table.starts_with("image ") && table.lines().count() == 2 && table.contains("小狗"), "{table}");
+}
+
+#[test]
+fn wrong_models_and_texts_are_explained() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path());
+    let image = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/demo/sample.png");
+    let fails = |model: &str, text: &str| {
+        let output = vilg(&["score", "--model", model]).arg(&image).args(["--", text]).output().unwrap();
+        assert!(!output.status.success() && said(&output).contains("hint:"), "{}", said(&output));
+        (output.status.code(), said(&output))
+    };
+    let name = model.to_str().unwrap();
+    let (code, text) = fails(name, " ");
+    assert!(code == Some(2) && text.contains("a text is empty"), "{text}");
+    let (code, text) = fails("demo", "小狗");
+    assert!(code == Some(2) && text.contains("not a matcher"), "{text}");
+    let (code, text) = fails("nowhere", "小狗");
+    assert!(code == Some(2) && text.contains("no model folder"), "{text}");
+    let weights_file = model.join("model.safetensors");
+    let whole = fs::read(&weights_file).unwrap();
+    let mut damaged = whole.clone();
+    let end = damaged.len();
+    damaged[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::remove_file(model.join("manifest.json")).unwrap();
+    fs::write(&weights_file, damaged).unwrap();
+    assert!(fails(name, "小狗").1.contains("not finite"));
+    fs::write(&weights_file, whole).unwrap();
+    let vocab = fs::read_to_string(model.join("vocab.txt")).unwrap();
+    fs::write(model.join("vocab.txt"), format!("{vocab}另\n")).unwrap();
+    assert!(fails(name, "小狗").1.contains("does not fit the config.toml and vocab.txt"));
+}
+
+/// Recall by sorting, text by text.
+fn brute_recall(cosines: &[Vec<f32>], captions: &[String], first: usize) -> [f64; 2] {
+    let count = captions.len();
+    let among = |by_query: &dyn Fn(usize, usize) -> f32| {
+        let hit = |query: &usize| {
+            let mut order: Vec<usize> = (0..count).collect();
+            order.sort_by(|a, b| by_query(*query, *b).total_cmp(&by_query(*query, *a)));
+            order[..first].iter().any(|answer| captions[*answer] == captions[*query])
+        };
+        (0..count).filter(hit).count() as f64 / count as f64
+    };
+    [among(&|image, text| cosines[image][text]), among(&|text, image| cosines[image][text])]
+}
+
+#[test]
+fn retrieval_is_that_of_brute_force() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path());
+    let (data, images, captions) = data(folder.path(), &model, 30);
+    let found =
+        json(&run(&["eval", "matcher", "--candidates", "5", "--json", "--model"], &[&model, "--data".as_ref(), &data]));
+    let cosines = cosines(&model, &images, &captions);
+    for (key, first) in [("r1", 1), ("r5", 5), ("r10", 10)] {
+        let expected = brute_recall(&cosines, &captions, first);
+        for (direction, expected) in ["image_to_text", "text_to_image"].iter().zip(expected) {
+            let rate = found["retrieval"][direction][key]["rate"].as_f64().unwrap();
+            assert!((rate - expected).abs() < 1e-9, "{direction} {key}: {rate}, {expected}");
+        }
+    }
+    assert_eq!(found["candidates"]["image_to_text"]["of"], 30);
+    assert!(found["scores"].is_null());
+    let few = run(&["eval", "matcher", "--candidates", "31", "--model"], &[&model, "--data".as_ref(), &data]);
+    assert!(few.status.code() == Some(2) && said(&few).contains("--candidates 31"));
+    let one = run(&["eval", "matcher", "--samples", "1", "--model"], &[&model, "--data".as_ref(), &data]);
+    assert!(one.status.code() == Some(1) && said(&one).contains("at least two samples"), "{}", said(&one));
+    let none = run(&["eval", "matcher", "--data", "nowhere", "--model"], &[&model]);
+    assert!(none.status.code() == Some(2) && said(&none).contains("nowhere"), "{}", said(&none));
+}
+
+#[test]
+fn a_calibrated_model_scores_pairs_above_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path());
+    let (data, ..) = data(folder.path(), &model, 60);
+    let plot = folder.path().join("plot.svg");
+    let few =
+        run(&["eval", "matcher", "--calibrate", "--samples", "9", "--model"], &[&model, "--data".as_ref(), &data]);
+    assert!(few.status.code() == Some(1) && said(&few).contains("at least 20"), "{}", said(&few));
+    let early = run(&["eval", "matcher", "--plot"], &[&plot, "--model".as_ref(), &model, "--data".as_ref(), &data]);
+    assert!(early.status.code() == Some(2) && said(&early).contains("not calibrated"), "{}", said(&early));
+    assert!(!plot.exists());
+    let found = json(&run(
+        &["eval", "matcher", "--calibrate", "--json", "--plot"],
+        &[&plot, "--model".as_ref(), &model, "--data".as_ref(), &data],
+    ));
+    let found = &found["result"];
+    assert_eq!(found["fitted_on"], 30);
+    let (slope, bins) = (found["calibration"][0].as_f64().unwrap(), found["reliability"]["bins"].as_array().unwrap());
+    assert!(slope > 0.0 && bins.len() == 10, "{found}");
+    assert_eq!(bins.iter().map(|bin| bin["count"].as_u64().unwrap()).sum::<u64>(), 60);
+    assert!(fs::read_to_string(&plot).unwrap().starts_with("<svg"));
+    let bundle = Bundle::open(model.to_str().unwrap()).unwrap();
+    assert_eq!(bundle.config.matcher.calibration[0], slope);
+    assert_eq!(bundle.attribution(), "Ours.");
+    let scores = &json(&run(&["eval", "matcher", "--json", "--model"], &[&model, "--data".as_ref(), &data]))["scores"];
+    assert_eq!(scores["pairs"], 120);
+    assert!(scores["recall"]["rate"].as_f64().unwrap() > 0.5, "{scores}");
+}
+
+#[test]
+fn classes_are_found_by_their_texts() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path());
+    let classes = folder.path().join("classes.txt");
+    fs::write(&classes, WORDS.join("\n")).unwrap();
+    let texts: Vec<String> = WORDS.iter().map(|word| format!("一张{word}的图片")).collect();
+    let images: Vec<RgbImage> = (0..12).map(picture).collect();
+    let mut right = 0;
+    for (number, cosines) in cosines(&model, &images, &texts).iter().enumerate() {
+        let best = (0..8).max_by(|a, b| cosines[*a].total_cmp(&cosines[*b])).unwrap();
+        // Every third one gets another label.
+        let label = if number % 3 == 0 { (best + 1) % 8 } else { best };
+        right += usize::from(label == best);
+        let place = folder.path().join("images").join(WORDS[label]);
+        fs::create_dir_all(&place).unwrap();
+        images[number].save(place.join(format!("{number}.png"))).unwrap();
+    }
+    let (data, arguments) = (folder.path().join("images"), ["eval", "matcher", "--json", "--classes"]);
+    let eval = |extra: &[&str]| {
+        let mut command = vilg(&arguments);
+        command.arg(&classes).arg("--model").arg(&model).arg("--data").arg(&data).args(extra).output().unwrap()
+    };
+    let found = &json(&eval(&[]))["classification"];
+    assert_eq!((found["top1"]["hits"].as_u64(), found["top1"]["of"].as_u64()), (Some(right as u64), Some(12)));
+    assert_eq!(found["classes"], 8);
+    let none = eval(&["--label", "class"]);
+    assert!(none.status.code() == Some(1) && said(&none).contains("no sample has the name"), "{}", said(&none));
+    fs::write(&classes, "苹果\n苹果\n").unwrap();
+    assert!(said(&eval(&[])).contains("twice"));
+}
+
+/// A tar of the first images of `data`; the image of the second sample is damaged.
+fn shard(path: &Path, data: &Path, count: usize) {
+    let mut tar = tar::Builder::new(fs::File::create(path).unwrap());
+    for number in 0..count {
+        for extension in ["png", "txt"] {
+            let name = format!("{number:03}.{extension}");
+            let mut content = fs::read(data.join(&name)).unwrap();
+            if number == 1 && extension == "png" {
+                content.truncate(30);
+            }
+            let mut header = tar::Header::new_gnu();
+            header.set_size(content.len() as u64);
+            tar.append_data(&mut header, name, &content[..]).unwrap();
+        }
+    }
+    tar.finish().unwrap();
+}
+
+#[test]
+fn embeddings_are_stored_once_and_filters_use_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path());
+    let (data, images, captions) = data(folder.path(), &model, 12);
+    let shards = folder.path().join("shards");
+    fs::create_dir(&shards).unwrap();
+    shard(&shards.join("0.tar"), &data, 12);
+    let cosines: Vec<f32> = cosines(&model, &images, &captions).iter().enumerate().map(|(i, row)| row[i]).collect();
+    let mut sorted = cosines.clone();
+    sorted.sort_by(f32::total_cmp);
+    // Kept by hand: the samples above a threshold between two cosines.
+    let kept = |threshold: f32| -> Vec<String> {
+        let good = |i: &usize| *i != 1 && cosines[*i] > threshold;
+        (0..12).filter(good).map(|i| format!("{i:03}")).collect()
+    };
+    let filter = |threshold: f32, out: &str| {
+        let mut command = vilg(&["data", "filter", "--json", "--min-side", "0", "--max-aspect-ratio", "0"]);
+        command.args(["--keep-duplicate-images", "--keep-without-noun", "--max-caption-repeats", "0", "--matcher"]);
+        command.arg(&model).arg(format!("--min-cosine={threshold}")).arg("-o").arg(folder.path().join(out));
+        command.arg(&shards).output().unwrap()
+    };
+    let names = |out: &str| -> Vec<String> {
+        let source = vilg::data::Source::open(folder.path().join(out).to_str().unwrap(), 1.0).unwrap();
+        let shard = &source.shards[0];
+        (0..shard.len()).map(|i| shard.members(i as usize, None).unwrap().0).collect()
+    };
+    let (low, high) = ((sorted[3] + sorted[4]) / 2.0, (sorted[7] + sorted[8]) / 2.0);
+    let report = json(&filter(low, "out"));
+    assert_eq!(names("out"), kept(low));
+    let rule = |report: &Value, name: &str| {
+        let rules = report["rules"].as_array().unwrap();
+        rules.iter().find(|rule| rule["rule"] == name).unwrap()["left_out"].as_u64().unwrap()
+    };
+    assert_eq!((rule(&report, "bad"), rule(&report, "low-similarity")), (1, 11 - kept(low).len() as u64));
+    // Another threshold in the same output.
+    json(&filter(high, "out"));
+    assert_eq!(names("out"), kept(high));
+
+    let embed = || run(&["data", "embed", "--json", "--max-bad-ratio", "0.5", "--matcher"], &[&model, &shards]);
+    let done = json(&embed());
+    assert_eq!((done["shards"].as_u64(), done["samples"].as_u64()), (Some(1), Some(11)));
+    let array = shards.join("0.tar.embeddings.npy");
+    let bytes = fs::read(&array).unwrap();
+    assert!(bytes.starts_with(b"\x93NUMPY\x01\x00") && String::from_utf8_lossy(&bytes).contains("(12, 2, 16)"));
+    let numbers: Vec<f32> =
+        bytes[bytes.len() - 12 * 32 * 4..].chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    for (row, cosine) in numbers.chunks_exact(32).zip(&cosines).enumerate().filter(|(i, _)| *i != 1).map(|(_, x)| x) {
+        let dot: f32 = row[..16].iter().zip(&row[16..]).map(|(a, b)| a * b).sum();
+        assert!((dot - cosine).abs() < 1e-5);
+    }
+    assert!(numbers[32..64].iter().all(|x| x.is_nan()));
+    let record: Value = serde_json::from_slice(&fs::read(shards.join("0.tar.embeddings.json")).unwrap()).unwrap();
+    assert_eq!((record["keys"][2].as_str(), record["keys"].as_array().unwrap().len()), (Some("002"), 12));
+    assert_eq!(json(&embed())["skipped_shards"], 1);
+    let inspected = json(&run(&["data", "inspect", "--json"], &[&shards]));
+    assert_eq!(inspected["ignored"], serde_json::json!({}));
+
+    // Stored cosines are used: those of sample 0 are made worse than all others.
+    let mut changed = bytes.clone();
+    let start = bytes.len() - 12 * 32 * 4;
+    changed[start..start + 64].fill(0);
+    fs::write(&array, changed).unwrap();
+    json(&filter(-2.0, "all"));
+    assert_eq!(names("all").len(), 11);
+    json(&filter(low, "stored"));
+    assert_eq!(names("stored").contains(&"000".to_owned()), 0.0 > low);
+
+    // A changed shard is embedded again; a file of others is never replaced.
+    shard(&shards.join("0.tar"), &data, 11);
+    assert_eq!(json(&embed())["samples"], 10);
+    fs::write(shards.join("0.tar.embeddings.json"), "mine").unwrap();
+    let refused = embed();
+    assert!(refused.status.code() == Some(1) && said(&refused).contains("not a file of this command"));
+    assert_eq!(fs::read_to_string(shards.join("0.tar.embeddings.json")).unwrap(), "mine");
+}
+
+#[test]
+fn filters_need_a_calibrated_matcher_and_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path());
+    let (data, images, captions) = data(folder.path(), &model, 8);
+    let table = folder.path().join("a.jsonl");
+    fs::write(&table, "{\"caption\":\"小狗\"}\n").unwrap();
+    let out = folder.path().join("out");
+    let filter = |source: &Path, extra: &[&str]| {
+        let mut command = vilg(&["data", "filter", "--json", "--min-side", "0", "--keep-without-noun", "-o"]);
+        command.arg(&out).arg("--matcher").arg(&model).args(extra).arg(source).output().unwrap()
+    };
+    let output = filter(&data, &[]);
+    assert!(output.status.code() == Some(2) && said(&output).contains("--calibrate"), "{}", said(&output));
+    let output = filter(&table, &["--min-cosine", "0"]);
+    assert!(output.status.code() == Some(2) && said(&output).contains("is a table"), "{}", said(&output));
+    for extra in [&["--text-only"][..], &["--similarity-column", "x"], &["--min-cosine", "0", "--min-similarity", "0"]]
+    {
+        assert_eq!(filter(&data, extra).status.code(), Some(2), "{extra:?}");
+    }
+    let cosines: Vec<f32> = cosines(&model, &images, &captions).iter().enumerate().map(|(i, row)| row[i]).collect();
+    let mut sorted = cosines.clone();
+    sorted.sort_by(f32::total_cmp);
+    let middle = f64::from((sorted[3] + sorted[4]) / 2.0);
+    Bundle::open(model.to_str().unwrap()).unwrap().calibrate([100.0, -100.0 * middle]).unwrap();
+    let report = json(&filter(&data, &["--keep-duplicate-images", "--max-caption-repeats", "0"]));
+    assert_eq!(report["kept"], 4);
+    let all = json(&filter(&data, &["--keep-duplicate-images", "--max-caption-repeats", "0", "--min-similarity", "0"]));
+    assert_eq!(all["kept"], 8);
+    let counts: BTreeMap<String, u64> = report["rules"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|rule| (rule["rule"].as_str().unwrap().to_owned(), rule["left_out"].as_u64().unwrap()))
+        .collect();
+    assert_eq!(counts["low-similarity"], 4);
+}
