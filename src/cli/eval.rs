@@ -108,7 +108,7 @@ fn run_retrieval(args: &RetrievalArgs, json: bool) -> Result<()> {
     if json {
         let Sampling { temperature, top_k, top_p, guidance } = sampling;
         let drawn = json!({ "temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance,
-            "best_of": args.ranking.best_of, "seed": common.seed });
+            "best_of": args.ranking.best_of, "rank": ranker.name(), "seed": common.seed });
         report::json(&json!({ "data": common.data, "result": result, "sampling": drawn }));
         return Ok(());
     }

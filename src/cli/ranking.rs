@@ -1,5 +1,6 @@
 //! The options that choose the best of several candidates.
 
+use super::sampling::from_0_to_100;
 use crate::{
     bundle::Bundle,
     error::{Result, usage},
@@ -20,6 +21,9 @@ pub struct RankingOptions {
     /// Model folder of the image–text matcher, or folder of its training run
     #[arg(long, value_name = "DIR")]
     matcher: Option<String>,
+    /// With --rank both: weight of the matcher's cosine against the generator's score
+    #[arg(long, value_name = "W", default_value_t = 10.0, value_parser = from_0_to_100, allow_negative_numbers = true)]
+    matcher_weight: f64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -36,6 +40,7 @@ enum Rank {
 pub struct Ranker {
     count: usize,
     rank: Rank,
+    weight: f64,
     matching: Option<Matching>,
 }
 
@@ -54,16 +59,21 @@ impl RankingOptions {
                 return Err(usage("--rank needs a matcher", hint));
             }
         };
-        Ok(Ranker { count: self.best_of as usize, rank, matching })
+        Ok(Ranker { count: self.best_of as usize, rank, weight: self.matcher_weight, matching })
     }
 }
 
 impl Ranker {
+    /// The value of `--rank`.
+    pub fn name(&self) -> String {
+        self.rank.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned())
+    }
+
     /// How the candidates are ranked.
     pub fn best_of(&self) -> BestOf<'_> {
         let ranking = match (&self.matching, self.rank) {
             (Some(matching), Rank::Matcher) => Ranking::Matcher(matching),
-            (Some(matching), Rank::Both) => Ranking::Both(matching),
+            (Some(matching), Rank::Both) => Ranking::Both { matching, weight: self.weight },
             _ => Ranking::Own,
         };
         BestOf { count: self.count, ranking }

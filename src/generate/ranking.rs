@@ -14,10 +14,6 @@ use serde::Serialize;
 /// Candidates that are decoded at once.
 const DECODED: usize = 8;
 
-/// Weight of the matcher's cosine against the generator's own score in [`Ranking::Both`]. Fitted on prompts that no
-/// training saw (docs/matcher.md, "Re-ranking").
-pub const MATCHER_WEIGHT: f64 = 10.0;
-
 /// How many candidates are generated for an image, and what ranks them.
 pub struct BestOf<'a> {
     pub count: usize,
@@ -41,8 +37,8 @@ pub enum Ranking<'a> {
     Own,
     /// Cosine of image and prompt by a matcher.
     Matcher(&'a Matching),
-    /// The own score plus [`MATCHER_WEIGHT`] · cosine.
-    Both(&'a Matching),
+    /// The own score plus `weight` · cosine.
+    Both { matching: &'a Matching, weight: f64 },
 }
 
 /// The scores of a candidate, as far as its ranking needs them.
@@ -65,7 +61,7 @@ impl Ranking<'_> {
     fn matching(&self) -> Option<&Matching> {
         match self {
             Self::Own => None,
-            Self::Matcher(matching) | Self::Both(matching) => Some(matching),
+            Self::Matcher(matching) | Self::Both { matching, .. } => Some(matching),
         }
     }
 
@@ -73,7 +69,7 @@ impl Ranking<'_> {
         let rank = match self {
             Self::Own => own.unwrap_or_default(),
             Self::Matcher(_) => cosine.unwrap_or_default(),
-            Self::Both(_) => own.unwrap_or_default() + MATCHER_WEIGHT * cosine.unwrap_or_default(),
+            Self::Both { weight, .. } => own.unwrap_or_default() + weight * cosine.unwrap_or_default(),
         };
         let matcher = self.matching().zip(cosine).and_then(|(matching, cosine)| matching.score(cosine));
         Scores { own, cosine, matcher, rank }
@@ -92,7 +88,7 @@ impl Models {
         (prompts, tokens): (&[&str], &[&[u32]]),
     ) -> Result<Vec<Scores>> {
         let own = match ranking {
-            Ranking::Own | Ranking::Both(_) => Some(self.score(codes, tokens)?),
+            Ranking::Own | Ranking::Both { .. } => Some(self.score(codes, tokens)?),
             Ranking::Matcher(_) => None,
         };
         let cosines = ranking.matching().map(|matching| self.cosines(matching, codes, prompts)).transpose()?;
@@ -158,8 +154,9 @@ mod tests {
         };
         // More candidates than are decoded at once.
         let count = DECODED + 3;
-        let [own, by_matcher, both] = [Ranking::Own, Ranking::Matcher(&matching), Ranking::Both(&matching)]
-            .map(|ranking| generate(count, ranking));
+        let [own, by_matcher, both] =
+            [Ranking::Own, Ranking::Matcher(&matching), Ranking::Both { matching: &matching, weight: 7.0 }]
+                .map(|ranking| generate(count, ranking));
         for (i, prompt) in prompts.iter().enumerate() {
             let [own, by_matcher, both] = [&own[i], &by_matcher[i], &both[i]];
             for generated in [own, by_matcher, both] {
@@ -169,7 +166,7 @@ mod tests {
             }
             for (c, scores) in both.scores.iter().enumerate() {
                 let (own, cosine) = (own.scores[c].own.unwrap(), by_matcher.scores[c].cosine.unwrap());
-                assert!((scores.rank - own - MATCHER_WEIGHT * cosine).abs() < 1e-5);
+                assert!((scores.rank - own - 7.0 * cosine).abs() < 1e-5);
                 assert_eq!(scores.matcher, matching.score(scores.cosine.unwrap()));
             }
             assert_eq!((own.scores[0].cosine, by_matcher.scores[0].own), (None, None));
