@@ -110,10 +110,12 @@ impl Matching {
         for batch in batches {
             values.extend(self.matcher.embed(&batch?)?.flatten_all()?.to_vec1::<f32>()?);
         }
-        let wrong = values.iter().position(|value| !value.is_finite());
-        let what = wrong.map_or(String::new(), |at| name(at / self.embedding.max(1)));
+        // A sum that overflows can also end in zeros.
+        let unit = |row: &[f32]| (row.iter().map(|value| value * value).sum::<f32>() - 1.0).abs() < 0.1;
+        let wrong = values.chunks(self.embedding.max(1)).position(|row| !unit(row));
+        let what = wrong.map_or(String::new(), name);
         let hint = "the model's weights are damaged, or its training diverged: use another model";
-        ensure!(wrong.is_none(), failed(format_args!("the embedding of {what} is not finite"), hint));
+        ensure!(wrong.is_none(), failed(format_args!("the embedding of {what} is zero or not finite"), hint));
         Tensor::from_vec(values, (count, self.embedding), &Device::Cpu).context("an embedding has another size")
     }
 
@@ -186,8 +188,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let matching = Matching::open(&tiny_matcher(folder.path(), Dtype::F32, 1e30)).unwrap();
         let error = matching.embed_texts(&["小狗"]).unwrap_err();
-        assert!(error.to_string().contains("the text `小狗` is not finite"), "{error}");
+        assert!(error.to_string().contains("the text `小狗` is zero or not finite"), "{error}");
         let error = matching.embed_images(&[picture(1), picture(2)]).unwrap_err();
-        assert!(error.to_string().contains("image 1 of 2 is not finite"), "{error}");
+        assert!(error.to_string().contains("image 1 of 2 is zero or not finite"), "{error}");
     }
 }
