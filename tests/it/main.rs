@@ -14,6 +14,7 @@ mod imports;
 mod large_data;
 mod markdown;
 mod matcher;
+mod matcher_data;
 mod memory;
 mod one_cpu;
 mod plan;

@@ -1,10 +1,9 @@
-//! Commands that use a matcher, on a tiny one with random weights: score, evaluation, calibration, embeddings, filter.
+//! Commands that use a matcher, on a tiny one with random weights: score, evaluation, calibration.
 
 use crate::commands::vilg;
 use image::RgbImage;
 use serde_json::Value;
 use std::{
-    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     process::Output,
@@ -22,7 +21,7 @@ const WORDS: [&str; 8] = ["苹果", "小狗", "汽车", "月亮", "房子", "小
 const COLORS: [&str; 6] = ["红色的", "绿色的", "蓝色的", "黄色的", "白色的", "黑色的"];
 
 /// Writes a matcher's model folder.
-fn model(folder: &Path) -> PathBuf {
+pub(crate) fn model(folder: &Path) -> PathBuf {
     let captions: Vec<String> = captions();
     let vocab = vilg::text::train(captions.iter().map(String::as_str), 80).unwrap();
     let mut config = Config { task: Task::Matcher, ..Config::default() };
@@ -74,14 +73,14 @@ fn picture(number: u32) -> RgbImage {
 }
 
 /// Cosines of images and texts.
-fn cosines(model: &Path, images: &[RgbImage], texts: &[String]) -> Vec<Vec<f32>> {
+pub(crate) fn cosines(model: &Path, images: &[RgbImage], texts: &[String]) -> Vec<Vec<f32>> {
     let matching = matching(model);
     let (images, texts) = (matching.embed_images(images).unwrap(), matching.embed_texts(texts).unwrap());
     Matching::cosines(&images, &texts).unwrap().to_vec2().unwrap()
 }
 
 /// A folder of images, each with the caption that the matcher finds most like it, compared with other captions.
-fn data(folder: &Path, model: &Path, count: usize) -> (PathBuf, Vec<RgbImage>, Vec<String>) {
+pub(crate) fn data(folder: &Path, model: &Path, count: usize) -> (PathBuf, Vec<RgbImage>, Vec<String>) {
     let path = folder.join("data");
     fs::create_dir_all(&path).unwrap();
     let (images, texts): (Vec<RgbImage>, Vec<String>) = ((0..count as u32).map(picture).collect(), captions());
@@ -100,15 +99,15 @@ fn data(folder: &Path, model: &Path, count: usize) -> (PathBuf, Vec<RgbImage>, V
     (path, images, chosen)
 }
 
-fn run(args: &[&str], paths: &[&Path]) -> Output {
+pub(crate) fn run(args: &[&str], paths: &[&Path]) -> Output {
     vilg(args).args(paths).output().unwrap()
 }
 
-fn said(output: &Output) -> String {
+pub(crate) fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-fn json(output: &Output) -> Value {
+pub(crate) fn json(output: &Output) -> Value {
     assert!(output.status.success(), "{}", said(output));
     serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", said(output)))
 }
@@ -285,137 +284,4 @@ fn classes_are_found_by_their_texts() {
     assert!(none.status.code() == Some(1) && said(&none).contains("no sample has the name"), "{}", said(&none));
     fs::write(&classes, "苹果\n苹果\n").unwrap();
     assert!(said(&eval(&[])).contains("twice"));
-}
-
-/// A tar of the first images of `data`; the image of the second sample is damaged.
-fn shard(path: &Path, data: &Path, count: usize) {
-    let mut tar = tar::Builder::new(fs::File::create(path).unwrap());
-    for number in 0..count {
-        for extension in ["png", "txt"] {
-            let name = format!("{number:03}.{extension}");
-            let mut content = fs::read(data.join(&name)).unwrap();
-            if number == 1 && extension == "png" {
-                content.truncate(30);
-            }
-            let mut header = tar::Header::new_gnu();
-            header.set_size(content.len() as u64);
-            tar.append_data(&mut header, name, &content[..]).unwrap();
-        }
-    }
-    tar.finish().unwrap();
-}
-
-#[test]
-fn embeddings_are_stored_once_and_filters_use_them() {
-    let folder = tempfile::tempdir().unwrap();
-    let model = model(folder.path());
-    let (data, images, captions) = data(folder.path(), &model, 12);
-    let shards = folder.path().join("shards");
-    fs::create_dir(&shards).unwrap();
-    shard(&shards.join("0.tar"), &data, 12);
-    let cosines: Vec<f32> = cosines(&model, &images, &captions).iter().enumerate().map(|(i, row)| row[i]).collect();
-    let mut sorted = cosines.clone();
-    sorted.sort_by(f32::total_cmp);
-    // Kept by hand: the samples above a threshold between two cosines.
-    let kept = |threshold: f32| -> Vec<String> {
-        let good = |i: &usize| *i != 1 && cosines[*i] > threshold;
-        (0..12).filter(good).map(|i| format!("{i:03}")).collect()
-    };
-    let filter = |threshold: f32, out: &str| {
-        let mut command = vilg(&["data", "filter", "--json", "--min-side", "0", "--max-aspect-ratio", "0"]);
-        command.args(["--keep-duplicate-images", "--keep-without-noun", "--max-caption-repeats", "0", "--matcher"]);
-        command.arg(&model).arg(format!("--min-cosine={threshold}")).arg("-o").arg(folder.path().join(out));
-        command.arg(&shards).output().unwrap()
-    };
-    let names = |out: &str| -> Vec<String> {
-        let source = vilg::data::Source::open(folder.path().join(out).to_str().unwrap(), 1.0).unwrap();
-        let shard = &source.shards[0];
-        (0..shard.len()).map(|i| shard.members(i as usize, None).unwrap().0).collect()
-    };
-    let (low, high) = ((sorted[3] + sorted[4]) / 2.0, (sorted[7] + sorted[8]) / 2.0);
-    let report = json(&filter(low, "out"));
-    assert_eq!(names("out"), kept(low));
-    let rule = |report: &Value, name: &str| {
-        let rules = report["rules"].as_array().unwrap();
-        rules.iter().find(|rule| rule["rule"] == name).unwrap()["left_out"].as_u64().unwrap()
-    };
-    assert_eq!((rule(&report, "bad"), rule(&report, "low-similarity")), (1, 11 - kept(low).len() as u64));
-    // Another threshold in the same output.
-    json(&filter(high, "out"));
-    assert_eq!(names("out"), kept(high));
-
-    let embed = || run(&["data", "embed", "--json", "--max-bad-ratio", "0.5", "--matcher"], &[&model, &shards]);
-    let done = json(&embed());
-    assert_eq!((done["shards"].as_u64(), done["samples"].as_u64()), (Some(1), Some(11)));
-    let array = shards.join("0.tar.embeddings.npy");
-    let bytes = fs::read(&array).unwrap();
-    assert!(bytes.starts_with(b"\x93NUMPY\x01\x00") && String::from_utf8_lossy(&bytes).contains("(12, 2, 16)"));
-    let numbers: Vec<f32> =
-        bytes[bytes.len() - 12 * 32 * 4..].chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
-    for (row, cosine) in numbers.chunks_exact(32).zip(&cosines).enumerate().filter(|(i, _)| *i != 1).map(|(_, x)| x) {
-        let dot: f32 = row[..16].iter().zip(&row[16..]).map(|(a, b)| a * b).sum();
-        assert!((dot - cosine).abs() < 1e-5);
-    }
-    assert!(numbers[32..64].iter().all(|x| x.is_nan()));
-    let record: Value = serde_json::from_slice(&fs::read(shards.join("0.tar.embeddings.json")).unwrap()).unwrap();
-    assert_eq!((record["keys"][2].as_str(), record["keys"].as_array().unwrap().len()), (Some("002"), 12));
-    assert_eq!(json(&embed())["skipped_shards"], 1);
-    let inspected = json(&run(&["data", "inspect", "--json"], &[&shards]));
-    assert_eq!(inspected["ignored"], serde_json::json!({}));
-
-    // Stored cosines are used: those of sample 0 are made worse than all others.
-    let mut changed = bytes.clone();
-    let start = bytes.len() - 12 * 32 * 4;
-    changed[start..start + 64].fill(0);
-    fs::write(&array, changed).unwrap();
-    json(&filter(-2.0, "all"));
-    assert_eq!(names("all").len(), 11);
-    json(&filter(low, "stored"));
-    assert_eq!(names("stored").contains(&"000".to_owned()), 0.0 > low);
-
-    // A changed shard is embedded again; a file of others is never replaced.
-    shard(&shards.join("0.tar"), &data, 11);
-    assert_eq!(json(&embed())["samples"], 10);
-    fs::write(shards.join("0.tar.embeddings.json"), "mine").unwrap();
-    let refused = embed();
-    assert!(refused.status.code() == Some(1) && said(&refused).contains("not a file of this command"));
-    assert_eq!(fs::read_to_string(shards.join("0.tar.embeddings.json")).unwrap(), "mine");
-}
-
-#[test]
-fn filters_need_a_calibrated_matcher_and_images() {
-    let folder = tempfile::tempdir().unwrap();
-    let model = model(folder.path());
-    let (data, images, captions) = data(folder.path(), &model, 8);
-    let table = folder.path().join("a.jsonl");
-    fs::write(&table, "{\"caption\":\"小狗\"}\n").unwrap();
-    let out = folder.path().join("out");
-    let filter = |source: &Path, extra: &[&str]| {
-        let mut command = vilg(&["data", "filter", "--json", "--min-side", "0", "--keep-without-noun", "-o"]);
-        command.arg(&out).arg("--matcher").arg(&model).args(extra).arg(source).output().unwrap()
-    };
-    let output = filter(&data, &[]);
-    assert!(output.status.code() == Some(2) && said(&output).contains("--calibrate"), "{}", said(&output));
-    let output = filter(&table, &["--min-cosine", "0"]);
-    assert!(output.status.code() == Some(2) && said(&output).contains("is a table"), "{}", said(&output));
-    for extra in [&["--text-only"][..], &["--similarity-column", "x"], &["--min-cosine", "0", "--min-similarity", "0"]]
-    {
-        assert_eq!(filter(&data, extra).status.code(), Some(2), "{extra:?}");
-    }
-    let cosines: Vec<f32> = cosines(&model, &images, &captions).iter().enumerate().map(|(i, row)| row[i]).collect();
-    let mut sorted = cosines.clone();
-    sorted.sort_by(f32::total_cmp);
-    let middle = f64::from((sorted[3] + sorted[4]) / 2.0);
-    Bundle::open(model.to_str().unwrap()).unwrap().calibrate([100.0, -100.0 * middle]).unwrap();
-    let report = json(&filter(&data, &["--keep-duplicate-images", "--max-caption-repeats", "0"]));
-    assert_eq!(report["kept"], 4);
-    let all = json(&filter(&data, &["--keep-duplicate-images", "--max-caption-repeats", "0", "--min-similarity", "0"]));
-    assert_eq!(all["kept"], 8);
-    let counts: BTreeMap<String, u64> = report["rules"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|rule| (rule["rule"].as_str().unwrap().to_owned(), rule["left_out"].as_u64().unwrap()))
-        .collect();
-    assert_eq!(counts["low-similarity"], 4);
 }

@@ -43,3 +43,32 @@ fn another(samples: &Samples, sample: usize, chosen: &[usize], seed: u64) -> Res
     }
     Err(failed("all samples have the same caption", "shuffled pairs need data with different captions"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device, Tensor};
+
+    /// Captions are rows of the unit matrix, and so are the images of the first ones.
+    fn samples(captions: &[&[usize]]) -> Samples {
+        let unit = Tensor::eye(4, DType::F32, &Device::Cpu).unwrap();
+        let first: Vec<u32> = captions.iter().map(|rows| rows[0] as u32).collect();
+        let images = unit.index_select(&Tensor::new(first, &Device::Cpu).unwrap(), 0).unwrap();
+        let captions: Vec<Vec<usize>> = captions.iter().map(|rows| rows.to_vec()).collect();
+        Samples { images, texts: Some(unit), labels: vec![None; captions.len()], captions }
+    }
+
+    #[test]
+    fn shuffled_captions_are_never_those_of_the_image() {
+        let samples = samples(&[&[0], &[0, 1], &[1], &[2, 0], &[3]]);
+        for seed in 0..20 {
+            let pairs = half_shuffled(&samples, &[0, 1, 2, 3, 4], seed).unwrap();
+            assert_eq!(pairs.len(), 10);
+            for (i, pair) in pairs.iter().enumerate() {
+                assert_eq!((pair.is_pair, pair.cosine), (i % 2 == 0, if i % 2 == 0 { 1.0 } else { 0.0 }));
+            }
+        }
+        assert!(half_shuffled(&samples, &[0, 1], 0).is_err());
+        assert!(half_shuffled(&samples, &[0, 2], 0).is_ok());
+    }
+}

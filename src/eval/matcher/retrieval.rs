@@ -146,3 +146,77 @@ pub fn among_candidates(samples: &Samples, count: usize, seed: u64) -> Result<Ca
         text_to_image: Rate::new(of_texts, tries),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Random;
+    use candle_core::Device;
+
+    /// Random samples; the captions of an image are one to three of `texts`.
+    fn samples(images: usize, texts: usize) -> Samples {
+        let mut random = Random::keyed(5, "retrieval", 0, 0);
+        let mut tensor = |rows: usize| {
+            let values: Vec<f32> = (0..rows * 6).map(|_| random.normal() as f32).collect();
+            let tensor = Tensor::from_vec(values, (rows, 6), &Device::Cpu).unwrap();
+            tensor.broadcast_div(&tensor.sqr().unwrap().sum_keepdim(1).unwrap().sqrt().unwrap()).unwrap()
+        };
+        let (image_rows, text_rows) = (tensor(images), tensor(texts));
+        let captions = (0..images).map(|i| (0..1 + i % 3).map(|j| (i + j * j) % texts).collect()).collect();
+        Samples { images: image_rows, texts: Some(text_rows), captions, labels: vec![None; images] }
+    }
+
+    #[test]
+    fn recall_is_that_of_sorted_lists() {
+        let samples = samples(21, 10);
+        let found = retrieval(&samples).unwrap();
+        let cosines = Matching::cosines(&samples.images, samples.texts().unwrap()).unwrap().to_vec2::<f32>().unwrap();
+        // Each caption of each image, as the lines of Chinese-CLIP's files.
+        let lines: Vec<usize> = samples.captions.iter().flatten().copied().collect();
+        assert_eq!((found.images, found.captions), (21, lines.len()));
+        for (first, rates) in [
+            (1, [&found.image_to_text.r1, &found.text_to_image.r1]),
+            (5, [&found.image_to_text.r5, &found.text_to_image.r5]),
+            (10, [&found.image_to_text.r10, &found.text_to_image.r10]),
+        ] {
+            let of_image = |image: &usize| {
+                let mut sorted = lines.clone();
+                sorted.sort_by(|a, b| cosines[*image][*b].total_cmp(&cosines[*image][*a]));
+                sorted[..first].iter().any(|text| samples.has(*image, *text))
+            };
+            let of_text = |text: &&usize| {
+                let mut sorted: Vec<usize> = (0..21).collect();
+                sorted.sort_by(|a, b| cosines[*b][**text].total_cmp(&cosines[*a][**text]));
+                sorted[..first].iter().any(|image| samples.has(*image, **text))
+            };
+            let hits = [(0..21).filter(of_image).count(), lines.iter().filter(of_text).count()];
+            assert_eq!(rates.map(|rate| rate.hits), hits, "{first}");
+            assert_eq!(rates.map(|rate| rate.of), [21, lines.len()]);
+        }
+    }
+
+    #[test]
+    fn candidates_are_groups_and_equal_captions_are_right() {
+        let mut samples = samples(21, 10);
+        let all = among_candidates(&samples, 21, 3).unwrap();
+        let few = among_candidates(&samples, 4, 3).unwrap();
+        assert_eq!((all.image_to_text.of, few.image_to_text.of, few.chance), (21, 20, 0.25));
+        assert!(few.image_to_text.hits >= all.image_to_text.hits);
+        assert_eq!(few, among_candidates(&samples, 4, 3).unwrap());
+        assert!(among_candidates(&samples, 22, 3).is_err() && among_candidates(&samples, 1, 3).is_err());
+        samples.captions.iter_mut().for_each(|captions| *captions = vec![0]);
+        let same = among_candidates(&samples, 7, 3).unwrap();
+        assert_eq!((same.image_to_text.rate, same.text_to_image.rate), (1.0, 1.0));
+    }
+
+    #[test]
+    fn ties_count_against_the_model() {
+        let mut samples = samples(6, 6);
+        samples.images = Tensor::ones((6, 6), candle_core::DType::F32, &Device::Cpu).unwrap();
+        samples.texts = Some(samples.images.clone());
+        samples.captions = (0..6).map(|i| vec![i]).collect();
+        let found = retrieval(&samples).unwrap();
+        assert_eq!((found.image_to_text.r5.hits, found.image_to_text.r10.hits), (0, 6));
+        assert_eq!(among_candidates(&samples, 2, 0).unwrap().image_to_text.hits, 0);
+    }
+}
