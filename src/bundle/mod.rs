@@ -21,6 +21,7 @@ use std::{
 
 mod codes;
 mod export;
+mod export_chinese_clip;
 pub mod import;
 mod manifest;
 mod publish;
