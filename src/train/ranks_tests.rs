@@ -68,7 +68,7 @@ pub(super) fn distance(a: &[Line], b: &[Line]) -> f64 {
 }
 
 /// Runs of every stage and several numbers of ranks against one rank alone: losses and gradient norms to `bound`.
-fn stages_equal_one_rank(config: &Config, stages: &[u8], bound: f64, folder: &Path) {
+pub(super) fn stages_equal_one_rank(config: &Config, stages: &[u8], bound: f64, folder: &Path) {
     let mut config = config.clone();
     (config.train.steps, config.train.checkpoint_every, config.train.sample_every) = (10, 10, 10);
     for accumulation in [1, 2] {

@@ -117,6 +117,7 @@ pub(crate) fn generator_config(folder: &Path) -> Config {
             ..tokenizer.train
         },
         sample: config::Sample { prompts: vec!["红苹果".into(), "小狗".into()], ..Default::default() },
+        ..Default::default()
     }
 }
 
@@ -150,7 +151,7 @@ pub(super) fn lives(parent: &Path, config: &Config, stops: &[u64]) -> (Vec<Value
     (metrics.lines().map(line).collect(), read("state.safetensors"), read("state.json"))
 }
 
-fn resumes_bit_by_bit(mut config: Config, folder: &Path) {
+pub(super) fn resumes_bit_by_bit(mut config: Config, folder: &Path) {
     config.train.decay_start = 1.0;
     let whole = lives(&folder.join("whole"), &config, &[]);
     let again = lives(&folder.join("again"), &config, &[]);
@@ -199,7 +200,7 @@ fn an_adversary_resumes_bit_by_bit_and_is_no_part_of_the_model() {
 }
 
 /// What a run of 5 steps on two ranks publishes, and how far each parameter of it went.
-fn ways(parent: &Path, config: &Config, task: &dyn Task) -> BTreeMap<String, f32> {
+pub(super) fn ways(parent: &Path, config: &Config, task: &dyn Task) -> BTreeMap<String, f32> {
     fs::create_dir_all(parent).unwrap();
     let config = &Config { train: config::Train { batch_size: 4, ..config.train.clone() }, ..config.clone() };
     run_below(parent, config, &Resume::Auto, &Ranks::Threads(2), &Stop::default()).unwrap();
@@ -300,12 +301,12 @@ fn difference(a: &Copies, b: &Copies) -> (f32, f32) {
 }
 
 /// All of a task's parameters on one rank.
-fn unsharded<'g>(group: &'g Group, task: &dyn Task) -> Shards<'g> {
+pub(super) fn unsharded<'g>(group: &'g Group, task: &dyn Task) -> Shards<'g> {
     let handling = |_: &str, _: Attributes| Handling::default();
     Shards::new(group, 0, Store::Memory, task.params(), &task.parameter_groups(), handling, |_| Ok(None)).unwrap()
 }
 
-fn step_in_parts(mut config: Config, make: impl Fn(&Config) -> Box<dyn Task>) {
+pub(super) fn step_in_parts(mut config: Config, make: impl Fn(&Config) -> Box<dyn Task>) {
     let mut of = |accumulation, activation_checkpointing| {
         config.train.accumulation = accumulation;
         config.train.activation_checkpointing = activation_checkpointing;

@@ -67,7 +67,7 @@ pub fn backward<T: Real>(kind: Activation, x: &[T], dy: &[T]) -> Vec<T> {
 
 /// The standard normal distribution function Φ(x) and its density, by Abramowitz and Stegun 7.1.26: Φ is exact to 1e-7.
 #[inline(always)]
-fn normal<T: Real>(x: T) -> (T, T) {
+fn distribution<T: Real>(x: T) -> (T, T) {
     const POLYNOMIAL: [f64; 5] = [1.061_405_429, -1.453_152_027, 1.421_413_741, -0.284_496_736, 0.254_829_592];
     let square = Real::exp(x * x * T::from_f64(-0.5));
     let size = if x < T::ZERO { -x } else { x };
@@ -85,14 +85,14 @@ fn sigmoid<T: Real>(x: T) -> T {
 
 multiversion! {
     fn erf_chunk<T: Real, const FMA: bool>(y: &mut [T], x: &[T]) {
-        y.iter_mut().zip(x).for_each(|(y, &x)| *y = x * normal(x).0);
+        y.iter_mut().zip(x).for_each(|(y, &x)| *y = x * distribution(x).0);
     }
 }
 
 multiversion! {
     fn erf_backward_chunk<T: Real, const FMA: bool>(dx: &mut [T], x: &[T], dy: &[T]) {
         for ((dx, &x), &dy) in dx.iter_mut().zip(x).zip(dy) {
-            let (below, density) = normal(x);
+            let (below, density) = distribution(x);
             *dx = dy * (below + x * density);
         }
     }

@@ -166,9 +166,15 @@ impl Form {
         let mut shape = file.shape(self.names().first()?)?.to_vec();
         match self {
             Self::Same(_) | Self::Positions(_) => {}
-            Self::Stacked(_) => *shape.first_mut()? *= 3,
+            Self::Stacked(_) => {
+                let rows = shape.first_mut()?;
+                *rows = rows.saturating_mul(3);
+            }
             Self::Transposed(_) => shape.reverse(),
-            Self::Patches(_) => shape = vec![*shape.first()?, shape.iter().skip(1).product()],
+            Self::Patches(_) => {
+                let numbers = shape.iter().skip(1).fold(1, |all: usize, one| all.saturating_mul(*one));
+                shape = vec![*shape.first()?, numbers];
+            }
         }
         Some(shape)
     }
