@@ -1,8 +1,12 @@
 //! Export of a matcher with the names of Chinese-CLIP.
 
-use super::{Bundle, WEIGHTS, import::Layout, publish, write::write_weights_to};
+use super::{
+    Bundle, WEIGHTS,
+    import::{Form, Layout},
+    publish,
+    write::write_weights_to,
+};
 use crate::{
-    bundle::import::Form,
     config::{Activation, ContrastiveLoss, ImageEncoder, Matcher, Task},
     error::{Context, Result, bail, ensure, usage},
     nn::weights::{self, Piece, Values},

@@ -128,7 +128,8 @@ impl MatcherTask {
     /// One of the two is missing, or the image encoder is a ResNet that is not frozen.
     pub fn new(config: &Config, group: &Group) -> Result<Self> {
         let trainable = config.matcher.image_encoder == ImageEncoder::Vit || config.train.freezes("image");
-        let hint = "train its text encoder alone with train.freeze = [\"image\"], or take matcher.image_encoder = \"vit\"";
+        let hint =
+            "train its text encoder alone with train.freeze = [\"image\"], or take matcher.image_encoder = \"vit\"";
         ensure!(trainable, usage("a matcher's ResNet cannot be trained", hint));
         let text = match config.text.vocab.as_str() {
             "demo" => Bundle::open("demo")?.text()?,
