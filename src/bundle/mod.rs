@@ -22,6 +22,7 @@ use std::{
 mod calibrate;
 mod codes;
 mod export;
+mod export_chinese_clip;
 pub mod import;
 mod manifest;
 mod publish;

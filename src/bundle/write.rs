@@ -21,7 +21,7 @@ use std::{
 pub struct Parts<'a> {
     pub config: &'a Config,
     pub weights: BTreeMap<String, Values<'a>>,
-    /// The text of `vocab.txt`, for a generator.
+    /// The text of `vocab.txt`, for a generator or a matcher.
     pub vocab: Option<String>,
     pub attribution: String,
     pub image_tokenizer: Option<Bundle>,

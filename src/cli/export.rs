@@ -12,7 +12,8 @@ pub struct Args {
     /// Model folder, the folder of a training run, or `demo`
     #[arg(long, value_name = "DIR|NAME", default_value = crate::bundle::DEMO_NAME)]
     model: String,
-    /// Folder to write; with `--names llamagen-vq`: .safetensors file to write. An existing model folder is replaced
+    /// Folder to write; with `--names llamagen-vq` or `chinese-clip`: .safetensors file to write. An existing model folder
+    /// is replaced
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
     /// Number format of the copied weights
@@ -25,7 +26,7 @@ pub struct Args {
     /// Names of the tensors. A VQGAN already has the names of taming-transformers, a dVAE those of DALL-E
     #[arg(long, value_enum, default_value = "ours", conflicts_with = "image_tokenizer")]
     names: Names,
-    /// Replace the output even if it is not a model folder (or, with `--names llamagen-vq`, not a .safetensors file)
+    /// Replace the output even if it is not a model folder (or, with the names of another project, not a .safetensors file)
     #[arg(long)]
     force: bool,
 }
@@ -36,6 +37,8 @@ enum Names {
     Ours,
     /// The image tokenizer alone, with the tensor names of LlamaGen's VQ tokenizer
     LlamagenVq,
+    /// A matcher, with the tensor names of OFA-Sys's Chinese-CLIP
+    ChineseClip,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -58,6 +61,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
             bundle.export(&args.output, dtype, tokenizer.as_ref(), args.force)?;
         }
         Names::LlamagenVq => bundle.export_llamagen(&args.output, dtype, args.force)?,
+        Names::ChineseClip => bundle.export_chinese_clip(&args.output, dtype, args.force)?,
     }
     if json {
         report::json(&json!({ "path": report::path(&args.output) }));

@@ -55,11 +55,12 @@ fn taps(from: usize, to: usize) -> Vec<Taps> {
     let scale = from as f64 / to as f64;
     // Reduced images are smoothed by a kernel that covers as much of the source as of the target.
     let stretch = scale.max(1.0);
+    let shrink = 1.0 / stretch;
     let of_pixel = |pixel: usize| {
         let center = (pixel as f64 + 0.5) * scale;
         let first = (center - RADIUS * stretch + 0.5).max(0.0) as usize;
         let end = ((center + RADIUS * stretch + 0.5) as usize).min(from);
-        let weights: Vec<f64> = (first..end).map(|i| cubic((i as f64 - center + 0.5) / stretch)).collect();
+        let weights: Vec<f64> = (first..end).map(|i| cubic((i as f64 - center + 0.5) * shrink)).collect();
         let sum: f64 = weights.iter().sum();
         let fixed = |weight: f64| (weight / sum * f64::from(1 << BITS)).round() as i32;
         Taps { first, weights: weights.into_iter().map(fixed).collect() }
@@ -76,5 +77,37 @@ fn cubic(x: f64) -> f64 {
         (((x - 5.0) * x + 8.0) * x - 4.0) * A
     } else {
         0.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        error::{Context, Result},
+        nn::weights,
+    };
+    use candle_core::Tensor;
+
+    /// Against Pillow (scripts/golden_bicubic.py).
+    #[test]
+    fn every_pixel_is_pillow_s() -> Result<()> {
+        let golden = weights::parse(include_bytes!("../../tests/golden/bicubic.safetensors"), "golden")?;
+        let image = |tensor: &Tensor| -> Result<RgbImage> {
+            let (height, width, _) = tensor.dims3()?;
+            let bytes = tensor.flatten_all()?.to_vec1::<f32>()?.into_iter().map(|value| value as u8).collect();
+            RgbImage::from_raw(width as u32, height as u32, bytes).context("the size of an image")
+        };
+        assert_eq!(golden.len(), 26);
+        for index in 0..golden.len() / 2 {
+            let [from, to] = [image(&golden[&format!("{index:02}.from")])?, image(&golden[&format!("{index:02}.to")])?];
+            assert!(
+                resize_bicubic(&from, to.width(), to.height()) == to,
+                "{:?} to {:?}",
+                from.dimensions(),
+                to.dimensions()
+            );
+        }
+        Ok(())
     }
 }

@@ -138,6 +138,18 @@ pub struct Values<'a> {
 }
 
 impl Values<'_> {
+    /// The values as f32, in row-major order.
+    pub fn floats(&self) -> Result<Vec<f32>> {
+        let mut all = Vec::new();
+        for piece in &self.pieces {
+            match piece {
+                Piece::Floats(values) => all.extend_from_slice(values),
+                Piece::Stored(bytes, dtype) => all.extend(floats(bytes, *dtype)?),
+            }
+        }
+        Ok(all)
+    }
+
     /// Writes the values as `dtype`, in row-major order and little-endian.
     pub fn write(&self, out: &mut impl Write) -> Result<()> {
         self.pieces.iter().try_for_each(|piece| piece.write(out, self.dtype))

@@ -1,10 +1,13 @@
 //! Weights that others published, converted to our folders: names and layouts of their files.
 
+mod chinese_clip;
 mod dvae;
 mod inception;
 mod lpips;
 mod vqgan;
 
+pub use chinese_clip::chinese_clip;
+pub(in crate::bundle) use chinese_clip::layout::{Form, Layout};
 pub use dvae::dvae;
 pub use inception::inception;
 pub use lpips::lpips;

@@ -55,9 +55,14 @@ impl Autograd<Input> for Head {
             first = norm.forward(&first)?;
         }
         let y = ops::linear(&first, &self.proj, None)?;
-        let length = y.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?.maximum(f64::from(MIN_LENGTH))?;
-        Ok(y.broadcast_div(&length)?)
+        l2_normalized(&y)
     }
+}
+
+/// Rows (b, embedding) of length 1.
+pub(super) fn l2_normalized(y: &Tensor) -> Result<Tensor> {
+    let length = y.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?.maximum(f64::from(MIN_LENGTH))?;
+    Ok(y.broadcast_div(&length)?)
 }
 
 /// [`Head`] with hand-written gradients, computed in `precision`.

@@ -12,7 +12,7 @@ use crate::{
     },
     ops::{self, epilogue::Epilogue, linear, slices::view},
 };
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 /// Mean and standard deviation of CLIP's training images in 0..1, for red, green and blue.
 const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
@@ -57,11 +57,7 @@ impl ImageEmbedding {
 
     /// The pixels of a batch, and how many images they are.
     fn pixels<'b>(&self, input: &'b Input) -> Result<(&'b Tensor, usize)> {
-        let Input::Images(pixels) = input else { bail!("texts for the image encoder") };
-        let (b, height, width, colors) = pixels.dims4()?;
-        let side = self.side;
-        ensure!([height, width, colors] == [side, side, 3], "images of {height} x {width}, expected {side} x {side}");
-        Ok((pixels, b))
+        pixels(input, self.side)
     }
 
     /// Patches of pixels `(b, side, side, 3)` in [-1, 1], with CLIP's mean and deviation: `(b · patches, patch · patch · 3)`.
@@ -82,8 +78,24 @@ impl ImageEmbedding {
     }
 }
 
+/// The pixels `(b, side, side, 3)` of a batch, and how many images they are.
+pub(super) fn pixels(input: &Input, side: usize) -> Result<(&Tensor, usize)> {
+    let Input::Images(pixels) = input else { bail!("texts for the image encoder") };
+    let (b, height, width, colors) = pixels.dims4()?;
+    ensure!([height, width, colors] == [side, side, 3], "images of {height} x {width}, expected {side} x {side}");
+    Ok((pixels, b))
+}
+
+/// Pixels of any shape `(.., 3)` in [-1, 1] as CLIP's encoders read them.
+pub(super) fn normalize(pixels: &Tensor, device: &Device) -> Result<Tensor> {
+    let on_cpu = pixels.to_device(&Device::Cpu)?.contiguous()?;
+    let values =
+        view::<f32>(&on_cpu)?.iter().enumerate().map(|(i, value)| normalized(*value, i % 3)).collect::<Vec<_>>();
+    Ok(Tensor::from_vec(values, pixels.shape(), device)?)
+}
+
 /// A value in [-1, 1] of a color, as CLIP's encoders read it.
-pub(super) fn normalized(value: f32, color: usize) -> f32 {
+fn normalized(value: f32, color: usize) -> f32 {
     ((value + 1.0) / 2.0 - MEAN[color]) / STD[color]
 }
 
@@ -101,7 +113,7 @@ impl Autograd<Input> for ImageEmbedding {
         let (pixels, b) = self.pixels(input)?;
         let (positions, hidden) = self.position.dims2()?;
         let (device, dtype) = (self.patch.device(), self.patch.dtype());
-        let on_cpu = pixels.to_device(&candle_core::Device::Cpu)?.contiguous()?;
+        let on_cpu = pixels.to_device(&Device::Cpu)?.contiguous()?;
         let values = self.patch.dim(1)?;
         let patches = Tensor::from_vec(self.patches(&on_cpu)?, ((), values), device)?.to_dtype(dtype)?;
         let patches = ops::linear(&patches, &self.patch, None)?.reshape((b, positions - 1, hidden))?;

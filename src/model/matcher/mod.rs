@@ -8,12 +8,13 @@ pub mod contrastive;
 mod head;
 mod image_embedding;
 mod layer;
+mod resnet;
 mod text_embedding;
 
 use super::Tokens;
 use crate::{
     config::{self, ContrastiveLoss, ImageEncoder, Precision},
-    error::{Result, ensure},
+    error::Result,
     nn::{
         params::{Init, Params, Scope},
         segment::{Autograd, Chain, Segment},
@@ -24,11 +25,12 @@ use candle_core::{DType, Device, Tensor};
 use head::{Head, ManualHead};
 use image_embedding::{ImageEmbedding, ManualImageEmbedding};
 use layer::{AutogradLayer, Layer, ManualLayer};
+use resnet::ResNet;
 use text_embedding::{ManualTextEmbedding, TextEmbedding};
 
 /// Both encoders and the scale of their logits.
 pub struct Matcher {
-    image: Encoder<ImageEmbedding>,
+    image: ImageTower,
     text: Encoder<TextEmbedding>,
     scale: LogitScale,
     /// Whether the segments with hand-written gradients can be used: f32 on a CPU.
@@ -43,6 +45,12 @@ pub enum Input {
     Images(Tensor),
     /// Tokens (b, length).
     Texts(Tokens),
+}
+
+/// The image encoder.
+enum ImageTower {
+    Vit(Encoder<ImageEmbedding>),
+    Resnet(ResNet),
 }
 
 /// A transformer from an embedding of its input to embeddings of a whole image or text.
@@ -63,14 +71,16 @@ impl Matcher {
         (vocab_size, max_tokens): (usize, usize),
         precision: Precision,
     ) -> Result<Self> {
-        ensure!(config.image_encoder == ImageEncoder::Vit, "no ResNet");
         let image = scope.at("image");
-        let positions = if config.text_positions == 0 { max_tokens } else { config.text_positions };
-        let encoder = Encoder {
-            embedding: ImageEmbedding::new(&image, config)?,
-            layers: Layer::pre_norm(&image, &config.image_model(), config.image_activation)?,
-            head: Head::new(&image, config.image_hidden, config.embedding, true)?,
+        let image = match config.image_encoder {
+            ImageEncoder::Vit => ImageTower::Vit(Encoder {
+                embedding: ImageEmbedding::new(&image, config)?,
+                layers: Layer::pre_norm(&image, &config.image_model(), config.image_activation)?,
+                head: Head::new(&image, config.image_hidden, config.embedding, true)?,
+            }),
+            ImageEncoder::Resnet => ImageTower::Resnet(ResNet::new(&image, config, precision)?),
         };
+        let positions = if config.text_positions == 0 { max_tokens } else { config.text_positions };
         let text = scope.at("text");
         let text = Encoder {
             embedding: TextEmbedding::new(&text, config.text_hidden, vocab_size, positions)?,
@@ -81,19 +91,21 @@ impl Matcher {
         let manual = scope.device().is_cpu()
             && scope.precision() == Precision::F32
             && scope.params().values().all(|param| param.dtype() == DType::F32);
-        Ok(Self { image: encoder, text, scale, manual, precision })
+        Ok(Self { image, text, scale, manual, precision })
     }
 
     /// The chain of the image encoder: [`Input::Images`] → embeddings `(b, embedding)`.
     pub fn image_segments(&self) -> Vec<Box<dyn Segment<Input> + '_>> {
-        let embedding = &self.image.embedding;
+        let Encoder { embedding, layers, head } = match &self.image {
+            ImageTower::Vit(encoder) => encoder,
+            ImageTower::Resnet(resnet) => return resnet.segments(),
+        };
         match self.manual {
-            true => self.manual_chain(
-                Box::new(ManualImageEmbedding { embedding, precision: self.precision }),
-                &self.image.layers,
-                &self.image.head,
-            ),
-            false => self.autograd_chain(Box::new(embedding), &self.image.layers, &self.image.head),
+            true => {
+                let embedding = ManualImageEmbedding { embedding, precision: self.precision };
+                self.manual_chain(Box::new(embedding), layers, head)
+            }
+            false => self.autograd_chain(Box::new(embedding), layers, head),
         }
     }
 

@@ -3,14 +3,14 @@
 use super::{FileKind, Fingerprint, InputFile, Task, TaskSpec};
 use crate::{
     bundle::{self, Bundle, Parts},
-    config::{self, Config, Train},
+    config::{self, Config, ImageEncoder, Train},
     data::{
         self, Kind, Record,
         image::{from_pixels, to_pixels},
         image_file,
     },
     dist::{self, Group},
-    error::{Context, Result},
+    error::{Context, Result, ensure, usage},
     model::{Matcher, Tokens, flops, matcher::Input},
     nn::{
         params::{Params, Scope},
@@ -118,8 +118,12 @@ impl MatcherTask {
     /// A fresh matcher over the configuration's vocabulary and pairs.
     ///
     /// # Errors
-    /// One of the two is missing.
+    /// One of the two is missing, or the image encoder is a ResNet that is not frozen.
     pub fn new(config: &Config, group: &Group) -> Result<Self> {
+        let trainable = config.matcher.image_encoder == ImageEncoder::Vit || config.train.freezes("image");
+        let hint =
+            "train its text encoder alone with train.freeze = [\"image\"], or take matcher.image_encoder = \"vit\"";
+        ensure!(trainable, usage("a matcher's ResNet cannot be trained", hint));
         let text = match config.text.vocab.as_str() {
             "demo" => Bundle::open("demo")?.text()?,
             path => WordPiece::load(path)?,
