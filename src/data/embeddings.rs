@@ -6,7 +6,7 @@
 //!
 //! For the images of a folder, `NAME.tar` is `images`, in that folder.
 
-use super::{bad::BadCounts, output::write_whole, shard::Shard};
+use super::{bad::BadCounts, output::write_whole, paths::EMBEDDINGS, shard::Shard};
 use crate::{
     bounded_read,
     error::{Context, Result, ensure},
@@ -21,8 +21,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// How the names of both files end.
-pub const ENDINGS: [&str; 2] = [".embeddings.npy", ".embeddings.json"];
 /// Maximum size of a record in bytes.
 const MAX_RECORD: u64 = 256 << 20;
 const FORMAT: u32 = 1;
@@ -119,7 +117,7 @@ impl Record {
 /// The files of a shard's embeddings: the array and its record.
 pub fn paths(shard: &Shard) -> [PathBuf; 2] {
     let base = if shard.path.is_dir() { shard.path.join("images") } else { shard.path.clone() };
-    ENDINGS.map(|ending| {
+    EMBEDDINGS.map(|ending| {
         let mut name: OsString = base.clone().into_os_string();
         name.push(ending);
         name.into()

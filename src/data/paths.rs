@@ -3,7 +3,6 @@
 use super::{
     bad::{Bad, BadCounts, Cause},
     codes::CODES_FILE,
-    embeddings::ENDINGS,
     members::UNSUPPORTED_EXTENSIONS,
     record::IMAGE_EXTENSIONS,
 };
@@ -137,10 +136,13 @@ fn unusable(path: &Path, kind: FileType) -> Option<(bool, Cause)> {
     }
 }
 
+/// How the names of a shard's embeddings end: their array and its record.
+pub const EMBEDDINGS: [&str; 2] = [".embeddings.npy", ".embeddings.json"];
+
 /// Whether this program writes files of this name beside shards.
 fn is_ours(path: &Path) -> bool {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    name == CODES_FILE || ENDINGS.iter().any(|ending| name.ends_with(ending))
+    name == CODES_FILE || EMBEDDINGS.iter().any(|ending| name.ends_with(ending))
 }
 
 fn extension(path: &Path) -> String {

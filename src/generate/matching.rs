@@ -110,12 +110,12 @@ impl Matching {
         for batch in batches {
             values.extend(self.matcher.embed(&batch?)?.flatten_all()?.to_vec1::<f32>()?);
         }
-        // A sum that overflows can also end in zeros.
-        let unit = |row: &[f32]| (row.iter().map(|value| value * value).sum::<f32>() - 1.0).abs() < 0.1;
-        let wrong = values.chunks(self.embedding.max(1)).position(|row| !unit(row));
+        // Numbers that overflow become NaN or zeros.
+        let has_length = |row: &[f32]| (0.9..1.1).contains(&row.iter().map(|value| value * value).sum::<f32>());
+        let wrong = values.chunks_exact(self.embedding.max(1)).position(|row| !has_length(row));
         let what = wrong.map_or(String::new(), name);
         let hint = "the model's weights are damaged, or its training diverged: use another model";
-        ensure!(wrong.is_none(), failed(format_args!("the embedding of {what} is zero or not finite"), hint));
+        ensure!(wrong.is_none(), failed(format_args!("the embedding of {what} is not finite or has no length"), hint));
         Tensor::from_vec(values, (count, self.embedding), &Device::Cpu).context("an embedding has another size")
     }
 
