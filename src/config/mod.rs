@@ -2,6 +2,7 @@
 //!
 //! Order of precedence: defaults < file < `--set key=value`. Unknown keys are errors.
 
+mod check;
 mod data;
 mod flat;
 mod load;
@@ -10,14 +11,15 @@ mod renamed;
 mod resume;
 mod train;
 mod validate;
+mod validate_matcher;
 
+pub use check::Problem;
 pub use data::{Data, Source};
 pub use flat::values;
 pub use load::{Loaded, Origin};
 pub use matcher::{Activation, ContrastiveLoss, ImageEncoder, Matcher};
 pub use renamed::rename_stored_keys;
 pub use train::{Decay, LossReduction, MatrixOptimizer, Offload, Precision, Spike, Train, begins_with};
-pub use validate::Problem;
 
 use serde::{Deserialize, Serialize};
 

@@ -1,49 +1,12 @@
 //! Checks the values of a configuration, alone and together.
 
-mod matcher;
-
-use super::{Architecture, Config, Data, ImageTokenizer, Model, QuantizerKind, Sample, Text, Train, flat::values};
+use super::{
+    Architecture, Config, Data, ImageTokenizer, Model, QuantizerKind, Sample, Text, Train,
+    check::{Check, Problem},
+    flat::values,
+    validate_matcher::matcher,
+};
 use crate::error::{Result, usage};
-use std::fmt::Display;
-
-/// An invalid value.
-pub struct Problem {
-    /// The key, e.g. `train.steps`.
-    pub key: String,
-    /// What is wrong, with key and value.
-    pub message: String,
-    /// What to do about it.
-    pub hint: String,
-}
-
-/// Collects the problems of a configuration while its values are checked.
-struct Check {
-    values: std::collections::BTreeMap<String, toml::Value>,
-    problems: Vec<Problem>,
-}
-
-impl Check {
-    /// Records a problem with `key` unless `ok`; `must` completes the sentence "must …".
-    fn that(&mut self, ok: bool, key: &str, must: impl Display, hint: impl Display) {
-        if !ok {
-            let value = self.values.get(key).map(|v| format!(" = {v}")).unwrap_or_default();
-            let message = format!("`{key}`{value}: must {must}");
-            self.problems.push(Problem { key: key.to_owned(), message, hint: hint.to_string() });
-        }
-    }
-
-    /// Each of the numbers must be finite and in the range `min..=max`.
-    fn within(&mut self, section: &str, keys: &[(&str, f64)], min: f64, max: f64, hint: &str) {
-        for (key, value) in keys {
-            let range = if max.is_finite() {
-                format!("be a number from {min} to {max}")
-            } else {
-                format!("be a finite number, at least {min}")
-            };
-            self.that(value.is_finite() && (min..=max).contains(value), &format!("{section}.{key}"), range, hint);
-        }
-    }
-}
 
 impl Config {
     /// Checks every value.
@@ -62,17 +25,17 @@ impl Config {
     /// # Errors
     /// A number does not fit into TOML.
     pub fn problems(&self) -> Result<Vec<Problem>> {
-        let mut check = Check { values: values(self)?.into_iter().collect(), problems: Vec::new() };
+        let mut check = Check::new(values(self)?);
         let plain = !self.name.is_empty() && !self.name.starts_with('.') && !self.name.contains(['/', '\\', '\0']);
         check.that(plain, "name", "be a plain folder name", "the run's folder is runs/NAME");
         data(&mut check, &self.data);
         text(&mut check, &self.text);
         image_tokenizer(&mut check, &self.image_tokenizer);
         model(&mut check, &self.model);
-        matcher::matcher(&mut check, &self.matcher, &self.text);
+        matcher(&mut check, &self.matcher, &self.text);
         train(&mut check, &self.train);
         sample(&mut check, &self.sample);
-        Ok(check.problems)
+        Ok(check.problems())
     }
 }
 

@@ -2,7 +2,6 @@
 //! first along rows, then along columns, with weights of 22 bits and each pass rounded to 8 bits.
 
 use image::RgbImage;
-use rayon::prelude::*;
 
 /// Radius of the kernel in pixels of the smaller image.
 const RADIUS: f64 = 2.0;
@@ -17,7 +16,8 @@ struct Taps {
     weights: Vec<i32>,
 }
 
-/// Resizes an image to `width` × `height` pixels.
+/// Resizes an image to `width` × `height` pixels, on the calling thread: reader threads must not wait for the pool, which
+/// may wait for them.
 pub fn resize_bicubic(image: &RgbImage, width: u32, height: u32) -> RgbImage {
     if image.dimensions() == (width, height) {
         return image.clone();
@@ -26,22 +26,20 @@ pub fn resize_bicubic(image: &RgbImage, width: u32, height: u32) -> RgbImage {
     let (to_width, to_height) = (width as usize, height as usize);
     let columns = taps(from_width, to_width);
     let mut narrow = vec![0; to_width * from_height * 3];
-    narrow.par_chunks_exact_mut(to_width * 3).zip(image.as_raw().par_chunks_exact(from_width * 3)).for_each(
-        |(to, from)| {
-            for (pixel, taps) in to.chunks_exact_mut(3).zip(&columns) {
-                for (color, value) in pixel.iter_mut().enumerate() {
-                    *value = weigh(taps, |i| from[i * 3 + color]);
-                }
+    for (to, from) in narrow.chunks_exact_mut(to_width * 3).zip(image.as_raw().chunks_exact(from_width * 3)) {
+        for (pixel, taps) in to.chunks_exact_mut(3).zip(&columns) {
+            for (color, value) in pixel.iter_mut().enumerate() {
+                *value = weigh(taps, |i| from[i * 3 + color]);
             }
-        },
-    );
+        }
+    }
     let rows = taps(from_height, to_height);
     let mut pixels = vec![0; to_width * to_height * 3];
-    pixels.par_chunks_exact_mut(to_width * 3).zip(&rows).for_each(|(to, taps)| {
+    for (to, taps) in pixels.chunks_exact_mut(to_width * 3).zip(&rows) {
         for (i, value) in to.iter_mut().enumerate() {
             *value = weigh(taps, |row| narrow[row * to_width * 3 + i]);
         }
-    });
+    }
     RgbImage::from_raw(width, height, pixels).unwrap_or_default()
 }
 

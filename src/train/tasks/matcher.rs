@@ -29,6 +29,7 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 use image::{Rgb, RgbImage, imageops};
+use rayon::prelude::*;
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
@@ -139,9 +140,11 @@ impl MatcherTask {
     /// The images of a micro-batch and their texts; the samples start at position `first` of the step.
     fn inputs(&self, records: &[Record], step: u64, first: u64) -> Result<[Input; 2]> {
         let device = runtime::device()?;
-        let images = records.iter().zip(first..).map(|(record, index)| {
+        let (matcher, seed) = (&self.config.matcher, self.config.seed);
+        let images = records.par_iter().enumerate().map(|(i, record)| {
             let image = record.image.as_ref().context("a sample without an image")?;
-            Ok(augment(image, &self.config.matcher, Random::keyed(self.config.seed, "augmentation", step, index)))
+            let random = Random::keyed(seed, "augmentation", step, first + i as u64);
+            Ok(augment(image, matcher, random))
         });
         let images = images.collect::<Result<Vec<_>>>()?;
         let captions = records.iter().map(|record| record.caption.as_str());

@@ -1,7 +1,6 @@
 //! Checks the section `[matcher]`.
 
-use super::Check;
-use crate::config::{ImageEncoder, Matcher, Text};
+use super::{ImageEncoder, Matcher, Text, check::Check};
 
 pub(super) fn matcher(check: &mut Check, m: &Matcher, text: &Text) {
     let ok = (1..=4096).contains(&m.image_size);
