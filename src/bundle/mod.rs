@@ -56,6 +56,10 @@ static DEMO: &[(&str, &[u8])] = demo![
     "image-tokenizer/config.toml",
     "image-tokenizer/model.safetensors",
     "image-tokenizer/ATTRIBUTION.md",
+    "matcher/config.toml",
+    "matcher/model.safetensors",
+    "matcher/vocab.txt",
+    "matcher/ATTRIBUTION.md",
 ];
 
 /// The name of the demo model.
@@ -175,6 +179,20 @@ impl Bundle {
         let (codebook, grid) = (self.config.image_tokenizer.codebook_size, self.config.image_tokenizer.grid());
         let vocab_size = self.text()?.vocab_size();
         self.build(|scope| Generator::new(scope, &self.config, vocab_size, codebook, grid))
+    }
+
+    /// The matcher's folder: this one, or the one inside the demo model.
+    ///
+    /// # Errors
+    /// This is another kind of model.
+    pub fn matcher_folder(&self) -> Result<Self> {
+        match (self.config.task, &self.place) {
+            (Task::Generator, Place::Demo(_)) => Self::at(Place::Demo("matcher/")),
+            _ => {
+                self.expect(Task::Matcher)?;
+                Ok(self.clone())
+            }
+        }
     }
 
     /// The image–text matcher.

@@ -176,7 +176,7 @@ fn load(model: &str, inputs: &[input::Input], args: &Args) -> Result<Loaded> {
         table.is_none(),
         usage(what, "build shards first (`vilg data build`), or name a column with --similarity-column")
     );
-    let bundle = Bundle::open(model)?;
+    let bundle = Bundle::open(model)?.matcher_folder()?;
     let matching = Matching::open(&bundle)?;
     let what = format!("{model} is not calibrated, so that its cosines are no scores");
     let hint = format!("run `vilg eval matcher --data SRC --model {model} --calibrate`, or give --min-cosine");

@@ -38,8 +38,8 @@ impl ModelOptions {
 /// The option that chooses a matcher.
 #[derive(clap::Args)]
 pub struct MatcherOption {
-    /// Model folder of a matcher, or folder of its training run
-    #[arg(short, long = "model", visible_alias = "matcher", value_name = "DIR")]
+    /// Model folder of a matcher, folder of its training run, or `demo` for the built-in matcher
+    #[arg(short, long = "model", visible_alias = "matcher", value_name = "DIR|NAME", default_value = DEMO_NAME)]
     model: String,
 }
 
@@ -49,7 +49,7 @@ impl MatcherOption {
     /// # Errors
     /// The folder is missing, incomplete or damaged, or holds another kind of model.
     pub fn load(&self) -> Result<(Bundle, Matching)> {
-        let bundle = Bundle::open(&self.model)?;
+        let bundle = Bundle::open(&self.model)?.matcher_folder()?;
         let begun = Instant::now();
         let matching = Matching::open(&bundle)?;
         report::detail(format_args!("matcher {} loaded in {:.1} s", self.model, begun.elapsed().as_secs_f64()));

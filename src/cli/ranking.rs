@@ -2,8 +2,8 @@
 
 use super::sampling::from_0_to_100;
 use crate::{
-    bundle::Bundle,
-    error::{Result, usage},
+    bundle::{Bundle, DEMO_NAME},
+    error::Result,
     generate::{BestOf, Matching, Ranking},
 };
 use clap::ValueEnum;
@@ -18,8 +18,9 @@ pub struct RankingOptions {
     /// What ranks the candidates [default: matcher with --matcher, else own]
     #[arg(long, value_enum, value_name = "BY")]
     rank: Option<Rank>,
-    /// Model folder of the image–text matcher, or folder of its training run
-    #[arg(long, value_name = "DIR")]
+    /// Model folder of the image–text matcher, folder of its training run, or `demo` for the built-in matcher [default:
+    /// demo, where --rank needs one]
+    #[arg(long, value_name = "DIR|NAME")]
     matcher: Option<String>,
     /// With --rank both: weight of the matcher's cosine against the generator's score
     #[arg(long, value_name = "W", default_value_t = 10.0, value_parser = from_0_to_100, allow_negative_numbers = true)]
@@ -53,10 +54,9 @@ impl RankingOptions {
         let rank = self.rank.unwrap_or(if self.matcher.is_some() { Rank::Matcher } else { Rank::Own });
         let matching = match (rank, &self.matcher) {
             (Rank::Own, _) => None,
-            (_, Some(folder)) => Some(Matching::open(&Bundle::open(folder)?)?),
-            (_, None) => {
-                let hint = "name the model folder of a run with task = \"matcher\" with --matcher";
-                return Err(usage("--rank needs a matcher", hint));
+            (_, folder) => {
+                let bundle = Bundle::open(folder.as_deref().unwrap_or(DEMO_NAME))?.matcher_folder()?;
+                Some(Matching::open(&bundle)?)
             }
         };
         Ok(Ranker { count: self.best_of as usize, rank, weight: self.matcher_weight, matching })

@@ -16,7 +16,7 @@ const BATCH: usize = 64;
 /// Say how well images match texts
 #[derive(clap::Args)]
 #[command(
-    override_usage = "vilg score [OPTIONS] --model <DIR> <IMG>... -- <TEXT>...",
+    override_usage = "vilg score [OPTIONS] <IMG>... -- <TEXT>...",
     after_help = "Each image is compared with each text. The score is the probability, from 0 to 1, that the two are a \
     pair, if pairs and others were equally frequent; it needs a calibrated model (`vilg eval matcher --calibrate`). The \
     cosine of the two embeddings, from -1 to 1, is always printed. An image that cannot be read is reported and \

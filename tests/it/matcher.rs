@@ -167,7 +167,9 @@ fn wrong_models_and_texts_are_explained() {
     let name = model.to_str().unwrap();
     let (code, text) = fails(name, " ");
     assert!(code == Some(2) && text.contains("a text is empty"), "{text}");
-    let (code, text) = fails("demo", "小狗");
+    let generator = folder.path().join("generator");
+    assert!(vilg(&["export", "-o"]).arg(&generator).output().unwrap().status.success());
+    let (code, text) = fails(generator.to_str().unwrap(), "小狗");
     assert!(code == Some(2) && text.contains("not a matcher"), "{text}");
     let (code, text) = fails("nowhere", "小狗");
     assert!(code == Some(2) && text.contains("no model folder"), "{text}");

@@ -57,3 +57,41 @@ fn replicas_train_on_one_cpu() {
     command.args(["-c", "0", env!("CARGO_BIN_EXE_vilg")]);
     trains(folder().path(), command, 2, &["train.zero_stage=0"]);
 }
+
+/// Its reader threads also resize images.
+#[test]
+fn a_matcher_trains_on_one_compute_thread() {
+    let folder = tempfile::tempdir().unwrap();
+    let pictures = folder.path().join("pictures");
+    std::fs::create_dir(&pictures).unwrap();
+    for i in 0..6u8 {
+        let picture = image::RgbImage::from_fn(9, 7, |x, y| image::Rgb([40 * i, 20 * x as u8, 30 * y as u8]));
+        picture.save(pictures.join(format!("{i}.png"))).unwrap();
+        std::fs::write(
+            pictures.join(format!("{i}.txt")),
+            "红苹果".chars().cycle().take(1 + i as usize).collect::<String>(),
+        )
+        .unwrap();
+    }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vilg"));
+    command.args(["--threads", "1", "train", "--set", "task=\"matcher\"", "--set", "text.vocab=\"demo\""]);
+    for set in [
+        "data.sources=[{path=\"pictures\"}]",
+        "matcher.image_size=8",
+        "matcher.patch_size=4",
+        "matcher.image_layers=1",
+        "matcher.image_hidden=8",
+        "matcher.image_heads=1",
+        "matcher.text_layers=1",
+        "matcher.text_hidden=8",
+        "matcher.text_heads=1",
+        "matcher.embedding=4",
+        "train.batch_size=4",
+        "train.steps=3",
+    ] {
+        command.args(["--set", set]);
+    }
+    command.current_dir(folder.path());
+    let (code, text) = told(&output(command, "a matcher"));
+    assert!(code == Some(0) && text.contains("step 3/3"), "{text}");
+}
