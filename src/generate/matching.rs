@@ -188,8 +188,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let matching = Matching::open(&tiny_matcher(folder.path(), Dtype::F32, 1e30)).unwrap();
         let error = matching.embed_texts(&["小狗"]).unwrap_err();
-        assert!(error.to_string().contains("the text `小狗` is zero or not finite"), "{error}");
+        assert!(error.to_string().contains("the text `小狗` is not finite or has no length"), "{error}");
         let error = matching.embed_images(&[picture(1), picture(2)]).unwrap_err();
-        assert!(error.to_string().contains("image 1 of 2 is zero or not finite"), "{error}");
+        assert!(error.to_string().contains("image 1 of 2 is not finite or has no length"), "{error}");
     }
 }
