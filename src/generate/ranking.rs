@@ -148,7 +148,7 @@ mod tests {
             models.generate_images(&requests, &SAMPLING, &BestOf { count, ranking }, |_| {}).unwrap()
         };
         let cosine = |generated: &GeneratedImage, prompt: &str| {
-            let image = matching.embed_images(&[generated.image.clone()]).unwrap();
+            let image = matching.embed_images(std::slice::from_ref(&generated.image)).unwrap();
             let text = matching.embed_texts(&[prompt]).unwrap();
             f64::from(Matching::cosines(&image, &text).unwrap().to_vec2::<f32>().unwrap()[0][0])
         };

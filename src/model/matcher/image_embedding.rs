@@ -16,7 +16,7 @@ use candle_core::{Device, Tensor};
 
 /// Mean and standard deviation of CLIP's training images in 0..1, for red, green and blue.
 const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-const STD: [f32; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
+const STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
 /// The first segment of the image encoder.
 pub struct ImageEmbedding {

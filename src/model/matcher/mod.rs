@@ -49,8 +49,8 @@ pub enum Input {
 
 /// The image encoder.
 enum ImageTower {
-    Vit(Encoder<ImageEmbedding>),
-    Resnet(ResNet),
+    Vit(Box<Encoder<ImageEmbedding>>),
+    Resnet(Box<ResNet>),
 }
 
 /// A transformer from an embedding of its input to embeddings of a whole image or text.
@@ -73,12 +73,12 @@ impl Matcher {
     ) -> Result<Self> {
         let image = scope.at("image");
         let image = match config.image_encoder {
-            ImageEncoder::Vit => ImageTower::Vit(Encoder {
+            ImageEncoder::Vit => ImageTower::Vit(Box::new(Encoder {
                 embedding: ImageEmbedding::new(&image, config)?,
                 layers: Layer::pre_norm(&image, &config.image_model(), config.image_activation)?,
                 head: Head::new(&image, config.image_hidden, config.embedding, true)?,
-            }),
-            ImageEncoder::Resnet => ImageTower::Resnet(ResNet::new(&image, config, precision)?),
+            })),
+            ImageEncoder::Resnet => ImageTower::Resnet(Box::new(ResNet::new(&image, config, precision)?)),
         };
         let positions = if config.text_positions == 0 { max_tokens } else { config.text_positions };
         let text = scope.at("text");
@@ -97,7 +97,7 @@ impl Matcher {
     /// The chain of the image encoder: [`Input::Images`] → embeddings `(b, embedding)`.
     pub fn image_segments(&self) -> Vec<Box<dyn Segment<Input> + '_>> {
         let Encoder { embedding, layers, head } = match &self.image {
-            ImageTower::Vit(encoder) => encoder,
+            ImageTower::Vit(encoder) => encoder.as_ref(),
             ImageTower::Resnet(resnet) => return resnet.segments(),
         };
         match self.manual {

@@ -43,7 +43,7 @@ impl ResNet {
                 inputs = inner * EXPANSION;
             }
         }
-        let side = config.image_size / 2 >> config.resnet_blocks.len();
+        let side = (config.image_size / 2) >> config.resnet_blocks.len();
         let sizes = [side, inputs, config.embedding];
         let pool = AttentionPool::new(&scope.at("attnpool"), sizes, config.image_heads, precision)?;
         Ok(Self { stem, blocks, pool })

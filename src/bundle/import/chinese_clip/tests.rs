@@ -59,7 +59,7 @@ impl Golden {
         // Their pixels are normalized, ours are in [-1, 1].
         let normalized = self.tensors[&format!("pixels.{side}")].permute((0, 2, 3, 1))?.contiguous()?;
         let mean = Tensor::new(&[0.481_454_66f32, 0.457_827_5, 0.408_210_73], &Device::Cpu)?;
-        let std = Tensor::new(&[0.268_629_54f32, 0.261_302_58, 0.275_777_11], &Device::Cpu)?;
+        let std = Tensor::new(&[0.268_629_54f32, 0.261_302_6, 0.275_777_1], &Device::Cpu)?;
         let pixels = normalized.broadcast_mul(&std)?.broadcast_add(&mean)?.affine(2.0, -1.0)?;
         let pictures = (0..).map_while(|i| self.tensors.get(&format!("picture.{i}")));
         let pictures = pictures.map(|tensor| Ok(resize_bicubic(&picture(tensor)?, side, side)));
