@@ -12,7 +12,8 @@ pub struct Train {
     pub freeze: Vec<String>,
     /// Number of optimizer steps. Default 100000.
     pub steps: u64,
-    /// Samples per step: images (task `image-tokenizer`) or text→image sequences (task `generator`). Default 64.
+    /// Samples per step: images (task `image-tokenizer`), text→image sequences (task `generator`) or pairs (task `matcher`).
+    /// Default 64.
     pub batch_size: usize,
     /// image→text sequences per step (task `generator`). Default 64.
     pub caption_batch_size: usize,

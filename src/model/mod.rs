@@ -1,4 +1,4 @@
-//! The paper's generator: sequence layout and masks, transformer, two-way loss, decoding.
+//! The paper's generator: sequence layout and masks, transformer, two-way loss, decoding. [`matcher`] is a model of its own.
 
 pub mod activations;
 mod batch;

@@ -124,3 +124,19 @@ fn a_run_starts_from_another_matcher() {
     let error = prepare_task(folder.path(), &config, &Resume::Auto, &Group::alone()).err().unwrap();
     assert!(format!("{error:#}").contains("is an image tokenizer, not a matcher"), "{error:#}");
 }
+
+#[test]
+fn what_cannot_be_trained_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = matcher_config(folder.path());
+    let start = |change: &dyn Fn(&mut Config)| {
+        let mut config = config.clone();
+        change(&mut config);
+        tasks::spec(config.task).start(&config, &Group::alone()).map(|_| ())
+    };
+    let error = start(&|config| config.train.batch_size = 1).unwrap_err();
+    assert!(error.to_string().contains("a single pair"), "{error}");
+    start(&|config| (config.train.batch_size, config.matcher.loss) = (1, ContrastiveLoss::Sigmoid)).unwrap();
+    let error = start(&|config| config.matcher.image_encoder = config::ImageEncoder::Resnet).unwrap_err();
+    assert!(error.to_string().contains("ResNet cannot be trained"), "{error}");
+}

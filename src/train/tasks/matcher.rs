@@ -3,7 +3,7 @@
 use super::{FileKind, Fingerprint, InputFile, Task, TaskSpec};
 use crate::{
     bundle::{self, Bundle, Parts},
-    config::{self, Config, ImageEncoder, Train},
+    config::{self, Config, ContrastiveLoss, ImageEncoder, Train},
     data::{
         self, Kind, Record,
         image::{from_pixels, to_pixels},
@@ -119,12 +119,15 @@ impl MatcherTask {
     /// A fresh matcher over the configuration's vocabulary and pairs.
     ///
     /// # Errors
-    /// One of the two is missing, or the image encoder is a ResNet that is not frozen.
+    /// One of the two is missing, the image encoder is a ResNet that is not frozen, or the loss has no negatives.
     pub fn new(config: &Config, group: &Group) -> Result<Self> {
         let trainable = config.matcher.image_encoder == ImageEncoder::Vit || config.train.freezes("image");
         let hint =
             "train its text encoder alone with train.freeze = [\"image\"], or take matcher.image_encoder = \"vit\"";
         ensure!(trainable, usage("a matcher's ResNet cannot be trained", hint));
+        let learns = config.train.batch_size > 1 || config.matcher.loss == ContrastiveLoss::Sigmoid;
+        let hint = "make train.batch_size at least 2, or take matcher.loss = \"sigmoid\"";
+        ensure!(learns, usage("InfoNCE learns nothing from a single pair", hint));
         let text = match config.text.vocab.as_str() {
             "demo" => Bundle::open("demo")?.text()?,
             path => WordPiece::load(path)?,
