@@ -1,6 +1,9 @@
 //! Activations of the manual convolution passes, in reused buffers.
 
-use std::{cell::RefCell, collections::HashMap};
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 /// Activations or their gradient, `(batch, height, width, channels)`.
 pub struct Features {
@@ -22,13 +25,18 @@ impl Features {
 
 /// Free buffers by length. Every training step uses the same buffers as the one before it.
 #[derive(Default)]
-pub struct Buffers(RefCell<HashMap<usize, Vec<Vec<f32>>>>);
+pub struct Buffers(Mutex<HashMap<usize, Vec<Vec<f32>>>>);
 
 impl Buffers {
+    fn free(&self) -> MutexGuard<'_, HashMap<usize, Vec<Vec<f32>>>> {
+        // A thread that panicked in between left whole buffers behind.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A buffer of this shape with unspecified content.
     pub fn take(&self, shape: [usize; 4]) -> Features {
         let length = shape.iter().product();
-        let free = self.0.borrow_mut().get_mut(&length).and_then(Vec::pop);
+        let free = self.free().get_mut(&length).and_then(Vec::pop);
         Features { shape, data: free.unwrap_or_else(|| vec![0.0; length]) }
     }
 
@@ -41,6 +49,6 @@ impl Buffers {
 
     /// Returns a buffer.
     pub fn give(&self, features: Features) {
-        self.0.borrow_mut().entry(features.data.len()).or_default().push(features.data);
+        self.free().entry(features.data.len()).or_default().push(features.data);
     }
 }

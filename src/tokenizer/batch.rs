@@ -5,6 +5,7 @@ use candle_core::Tensor;
 use std::cell::RefCell;
 
 /// A batch of images.
+#[derive(Debug)]
 pub struct PixelBatch {
     /// `(batch, side, side, 3)` in \[-1, 1\].
     pub pixels: Tensor,
@@ -30,6 +31,7 @@ impl PixelBatch {
 }
 
 /// Results of a forward pass for the log and for codebook updates.
+#[derive(Debug)]
 pub struct Statistics {
     /// Mean values by name.
     pub terms: Vec<(&'static str, f64)>,
@@ -37,6 +39,11 @@ pub struct Statistics {
     pub codes: Vec<u32>,
     /// Encoder outputs `(batch, h, w, code_dim)`, if the codebook is updated from them.
     pub latents: Option<Tensor>,
+}
+
+/// Peak signal-to-noise ratio in dB, from the mean squared error of pixels in \[-1, 1\].
+pub fn psnr(squared_error: f64) -> f64 {
+    10.0 * (4.0 / squared_error.max(1e-12)).log10()
 }
 
 impl Statistics {
@@ -47,7 +54,7 @@ impl Statistics {
 
     /// Peak signal-to-noise ratio in dB, from the mean squared error of pixels in \[-1, 1\].
     pub fn psnr(&self) -> f64 {
-        10.0 * (4.0 / self.term("l2").max(1e-12)).log10()
+        psnr(self.term("l2"))
     }
 
     /// Perplexity: effective number of codes in use, e to the entropy of their frequencies.

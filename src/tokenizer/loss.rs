@@ -173,5 +173,5 @@ impl GanLoss {
 }
 
 pub(super) fn number(tensor: &Tensor) -> Result<f64> {
-    Ok(f64::from(tensor.to_dtype(DType::F32)?.to_scalar::<f32>()?))
+    Ok(tensor.to_dtype(DType::F64)?.to_scalar::<f64>()?)
 }

@@ -7,13 +7,15 @@ mod loss;
 mod manual;
 pub mod perceptual;
 pub mod quantizer;
+mod reconstructor;
 pub mod segments;
 #[cfg(test)]
 mod tests;
 mod tiles;
 pub mod vqgan;
 
-pub use batch::{PixelBatch, Statistics};
+pub use batch::{PixelBatch, Statistics, psnr};
+pub use reconstructor::Reconstructor;
 pub use tiles::CodeGrid;
 
 use crate::{
@@ -28,9 +30,10 @@ use quantizer::{
     Quantizer,
     ema_codebook::{self, EmaCodebook},
 };
+use reconstructor::DecoderBody;
 use segments::{Decode, Encode};
 use std::rc::Rc;
-use vqgan::{Decoder, Encoder};
+use vqgan::Encoder;
 
 /// An image tokenizer: a VQGAN with the parameter names of taming-transformers, or a dVAE with those of DALL-E.
 pub struct ImageTokenizer {
@@ -39,7 +42,7 @@ pub struct ImageTokenizer {
     segments: (Encode, Decode),
     /// The EMA codebook, if the codebook is not trained by gradients.
     average: Option<EmaCodebook>,
-    /// Whether the manual gradients can be used: a VQGAN in f32 on a CPU.
+    /// As [`manual::is_possible`].
     manual: bool,
     buffers: Buffers,
     grid: usize,
@@ -53,6 +56,17 @@ pub(crate) enum EncoderHalf {
 }
 
 impl EncoderHalf {
+    fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        let at = |name| scope.at(name);
+        Ok(match config.architecture {
+            Architecture::Vqgan => Self::Vqgan {
+                encoder: Box::new(Encoder::new(&at("encoder"), config)?),
+                quant_conv: Conv2d::same(&at("quant_conv"), config.latent_channels, config.code_dim, 1)?,
+            },
+            Architecture::Dvae => Self::Dvae(dvae::Encoder::new(&at("encoder"), config)?),
+        })
+    }
+
     fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         match self {
             Self::Vqgan { encoder, quant_conv } => quant_conv.forward(&encoder.forward(pixels)?),
@@ -72,50 +86,10 @@ impl EncoderHalf {
 /// Quantizer and decoder: latents to pixels.
 pub(crate) struct DecoderHalf {
     quantize: Quantizer,
-    body: Body,
-}
-
-enum Body {
-    Vqgan { post_quant_conv: Conv2d, decoder: Box<Decoder> },
-    Dvae(dvae::Decoder),
+    body: DecoderBody,
 }
 
 const NO_MANUAL_PASS: &str = "a dVAE has no hand-written pass";
-
-impl DecoderHalf {
-    /// Code vectors → pixels.
-    fn decode(&self, z_q: &Tensor) -> Result<Tensor> {
-        let output = self.decode_to_last(z_q)?.1;
-        match self.body {
-            Body::Vqgan { .. } => Ok(output),
-            Body::Dvae(_) => dvae::pixels(&output),
-        }
-    }
-
-    /// The input of the last convolution, and its output: pixels, or a dVAE's distribution over pixels.
-    fn decode_to_last(&self, z_q: &Tensor) -> Result<(Tensor, Tensor)> {
-        match &self.body {
-            Body::Vqgan { post_quant_conv, decoder } => decoder.forward(&post_quant_conv.forward(z_q)?),
-            Body::Dvae(decoder) => decoder.forward(z_q),
-        }
-    }
-
-    /// Norm of the gradient of the last convolution's weight, from its input and the gradient of its output.
-    fn last_weight_norm(&self, input: &Tensor, dy: &Tensor) -> Result<f64> {
-        match &self.body {
-            Body::Vqgan { decoder, .. } => decoder.last_weight_norm(input, dy),
-            Body::Dvae(decoder) => decoder.last_weight_norm(input, dy),
-        }
-    }
-
-    /// All layers after the quantizer, and the last of them.
-    fn manual_layers(&self) -> Result<(Vec<&dyn Layer>, &vqgan::Head)> {
-        let Body::Vqgan { post_quant_conv, decoder } = &self.body else { bail!("{NO_MANUAL_PASS}") };
-        let mut layers: Vec<&dyn Layer> = vec![post_quant_conv];
-        layers.extend(decoder.layers());
-        Ok((layers, decoder.head()))
-    }
-}
 
 /// Whether a parameter is only used in training and is not part of the published model.
 pub fn is_of_training(name: &str) -> bool {
@@ -153,36 +127,18 @@ impl ImageTokenizer {
             "a side of {} pixels cannot be reduced by {factor}",
             config.image_size
         );
-        let (encoder, decoder) = match config.architecture {
-            Architecture::Vqgan => Self::vqgan(scope, config)?,
-            Architecture::Dvae => {
-                let quantize = Quantizer::of_logits(&scope.at("decoder.blocks.input"), config)?;
-                let body = Body::Dvae(dvae::Decoder::new(&scope.at("decoder"), config)?);
-                let encoder = dvae::Encoder::new(&scope.at("encoder"), config)?;
-                (EncoderHalf::Dvae(encoder), DecoderHalf { quantize, body })
-            }
+        let encoder = Rc::new(EncoderHalf::new(scope, config)?);
+        let quantize = match config.architecture {
+            Architecture::Vqgan => Quantizer::new(&scope.at("quantize"), config)?,
+            Architecture::Dvae => Quantizer::of_logits(&scope.at("decoder.blocks.input"), config)?,
         };
-        let (encoder, decoder) = (Rc::new(encoder), Rc::new(decoder));
+        let decoder = Rc::new(DecoderHalf { quantize, body: DecoderBody::new(scope, config)? });
         let segments = segments::of(scope, &encoder, &decoder, loss);
         let (device, dtype) = decoder.quantize.place();
-        let manual = config.architecture == Architecture::Vqgan && device.is_cpu() && dtype == DType::F32;
+        let manual = manual::is_possible(config, device, dtype);
         let (grid, buffers) = (config.image_size / factor, Buffers::default());
         let image_size = config.image_size;
         Ok(Self { encoder, decoder, segments, average: None, manual, buffers, grid, image_size })
-    }
-
-    fn vqgan(scope: &Scope, config: &config::ImageTokenizer) -> Result<(EncoderHalf, DecoderHalf)> {
-        let (latent, code) = (config.latent_channels, config.code_dim);
-        let encoder = EncoderHalf::Vqgan {
-            encoder: Box::new(Encoder::new(&scope.at("encoder"), config)?),
-            quant_conv: Conv2d::same(&scope.at("quant_conv"), latent, code, 1)?,
-        };
-        let quantize = Quantizer::new(&scope.at("quantize"), config)?;
-        let body = Body::Vqgan {
-            post_quant_conv: Conv2d::same(&scope.at("post_quant_conv"), code, latent, 1)?,
-            decoder: Box::new(Decoder::new(&scope.at("decoder"), config)?),
-        };
-        Ok((encoder, DecoderHalf { quantize, body }))
     }
 
     /// Height and width of the grid of codes.
@@ -257,7 +213,8 @@ impl ImageTokenizer {
         ensure!(count == self.grid * self.grid, "{count} codes for a grid of {0} x {0}", self.grid);
         let z_q = self.decoder.quantize.lookup(&codes.to_device(self.device())?.flatten_all()?)?;
         let z_q = z_q.reshape((batch, self.grid, self.grid, ()))?;
-        let pixels = if self.manual { self.decoder.infer(&z_q)? } else { self.decoder.decode(&z_q)? };
+        let body = &self.decoder.body;
+        let pixels = if self.manual { body.infer(&z_q)? } else { body.decode(&z_q)? };
         check_finite(&pixels, "pixels")?;
         Ok(pixels)
     }

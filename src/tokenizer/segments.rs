@@ -50,25 +50,15 @@ impl Autograd<PixelBatch> for Decode {
         &self.params
     }
 
-    /// Scalar loss (eq. 1-2) whose gradient is that of all terms, with the adaptive weight of the adversarial term.
+    /// Scalar loss (eq. 1-2) whose gradient is that of all terms.
     fn autograd(&self, z: &Tensor, batch: &PixelBatch) -> Result<Tensor> {
         let quantized = self.half.quantize.forward(z, batch.relaxation)?;
-        let (last, y) = self.half.decode_to_last(&quantized.z_q)?;
-        let computed = self.loss.compute(&y.detach(), batch, |dy| self.half.last_weight_norm(&last, dy))?;
-        let mut terms = computed.terms;
+        let (loss, mut terms) = self.half.body.loss(&quantized.z_q, batch, &self.loss, &self.params)?;
         quantized.losses.iter().try_for_each(|(name, loss)| number(loss).map(|loss| terms.push((*name, loss))))?;
         let (codes, latents) = (quantized.codes.to_vec1()?, self.half.quantize.follows_latents().then(|| z.detach()));
         *batch.statistics.borrow_mut() = Some(Statistics { terms, codes, latents });
-        // Terms linear in reconstruction and discriminator parameters, so that their gradients are the computed ones.
-        let mut linear = (&y * computed.gradient.detach())?.sum_all()?;
-        for (name, gradient) in computed.own {
-            if let Some(var) = self.params.get(&name) {
-                linear = (linear + (var.as_tensor() * gradient.detach())?.sum_all()?)?;
-            }
-        }
-        let value = (linear.detach().neg()? + computed.loss * batch.loss_scale)?;
         let add = |sum: Tensor, (_, loss): &(_, Tensor)| sum + (loss * batch.loss_scale)?;
-        Ok((quantized.losses.iter().try_fold((linear + value)?, add)? * batch.share)?)
+        Ok((quantized.losses.iter().try_fold(loss, add)? * batch.share)?)
     }
 }
 

@@ -179,7 +179,7 @@ fn a_dvae_equals_dall_e() -> Result<()> {
     assert_close("reconstruction", &reconstructed, &nhwc(&golden["pixels"])?, 1e-4);
 
     let z_q = tokenizer.decoder.quantize.lookup(&codes.flatten_all()?)?.reshape((2, 4, 4, 12))?;
-    let output = tokenizer.decoder.decode_to_last(&z_q)?.1;
+    let output = tokenizer.decoder.body.decode_to_last(&z_q)?.1;
     assert_close("distribution", &output, &nhwc(&golden["output"])?, 1e-4);
     let likelihood = dvae::negative_log_likelihood(&output, &pixels)?;
     assert!((values(&likelihood)[0] - values(&golden["nll"])[0]).abs() < 1e-5);

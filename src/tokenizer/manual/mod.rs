@@ -9,6 +9,7 @@ pub(super) mod segments;
 mod tests;
 
 use crate::{
+    config::{self, Architecture},
     error::{Context, Result},
     nn::{
         features::{Buffers, Features},
@@ -16,6 +17,12 @@ use crate::{
     },
     ops::group_norm::Statistics,
 };
+use candle_core::{DType, Device};
+
+/// Whether the manual gradients can be used: a VQGAN in f32 on a CPU.
+pub(super) fn is_possible(config: &config::ImageTokenizer, device: &Device, dtype: DType) -> bool {
+    config.architecture == Architecture::Vqgan && device.is_cpu() && dtype == DType::F32
+}
 
 /// Activations that a layer saves for its backward pass.
 #[derive(Default)]

@@ -11,9 +11,10 @@ use crate::{
     },
     ops::with_slice,
     tokenizer::{
-        DecoderHalf, EncoderHalf, PixelBatch, Statistics,
-        loss::number,
+        EncoderHalf, PixelBatch, Statistics,
+        loss::{Loss, number},
         quantizer::Quantized,
+        reconstructor::{DecoderBody, Terms},
         segments::{Decode, Encode},
     },
 };
@@ -54,11 +55,51 @@ impl EncoderHalf {
     }
 }
 
-impl DecoderHalf {
+/// What the decoder keeps for its backward pass.
+pub(in crate::tokenizer) struct Decoded {
+    layers: Vec<Kept>,
+    /// Gradient of the loss with respect to the pixels.
+    dy: Features,
+    /// Gradients of the discriminator's loss with respect to its parameters.
+    own: Vec<(String, Tensor)>,
+}
+
+impl DecoderBody {
     /// Code vectors → pixels, for inference.
     pub(in crate::tokenizer) fn infer(&self, z_q: &Tensor) -> Result<Tensor> {
         let buffers = Buffers::default();
         tensor(infer(&self.manual_layers()?.0, features(z_q, &buffers)?, &buffers)?)
+    }
+
+    /// The loss of the pixels that code vectors decode to, and its terms.
+    pub(in crate::tokenizer) fn manual_loss(
+        &self,
+        z_q: &Tensor,
+        batch: &PixelBatch,
+        loss: &Loss,
+        buffers: &Buffers,
+    ) -> Result<(f64, Terms, Decoded)> {
+        let (manual, head) = self.manual_layers()?;
+        let (y, layers) = forward(&manual, features(z_q, buffers)?, buffers)?;
+        let input = head.input(layers.last().context("a decoder without layers")?, buffers)?;
+        let computed = loss.compute(&tensor(y)?, batch, |dy| self.last_weight_norm(&input, dy))?;
+        let dy = features(&(computed.gradient * batch.share)?, buffers)?;
+        Ok((computed.loss, computed.terms, Decoded { layers, dy, own: computed.own }))
+    }
+
+    /// Adds the parameters' gradients; returns that of the code vectors.
+    pub(in crate::tokenizer) fn manual_backward(
+        &self,
+        decoded: Decoded,
+        share: f64,
+        buffers: &Buffers,
+        gradients: &mut Gradients,
+    ) -> Result<Tensor> {
+        let Decoded { layers, dy, own } = decoded;
+        for (name, gradient) in own {
+            gradients.add(&name, (gradient * share)?)?;
+        }
+        tensor(backward(&self.manual_layers()?.0, layers, dy, buffers, gradients)?)
     }
 }
 
@@ -97,15 +138,11 @@ impl Segment<PixelBatch> for Manual<'_, Encode> {
 }
 
 /// State saved by [`Decode`].
-struct Decoded {
-    layers: Vec<Kept>,
+struct Reconstructed {
+    decoded: Decoded,
     /// Input of the quantizer's autograd graph, which only covers the step from latents to code vectors and its losses.
     z: Var,
     quantized: Quantized,
-    /// Gradient of the loss with respect to the pixels.
-    dy: Features,
-    /// Gradients of the discriminator's loss with respect to its parameters.
-    own: Vec<(String, Tensor)>,
 }
 
 impl Segment<PixelBatch> for Manual<'_, Decode> {
@@ -121,21 +158,16 @@ impl Segment<PixelBatch> for Manual<'_, Decode> {
         let half = &self.segment.half;
         let z = Var::from_tensor(z)?;
         let quantized = half.quantize.forward(&z, batch.relaxation)?;
-        let (manual, head) = half.manual_layers()?;
-        let (y, layers) = forward(&manual, features(&quantized.z_q, self.buffers)?, self.buffers)?;
-        let input = head.input(layers.last().context("a decoder without layers")?, self.buffers)?;
-        let computed = self.segment.loss.compute(&tensor(y)?, batch, |dy| half.last_weight_norm(&input, dy))?;
-        let (mut terms, mut loss, own) = (computed.terms, computed.loss, computed.own);
+        let (mut loss, mut terms, decoded) =
+            half.body.manual_loss(&quantized.z_q, batch, &self.segment.loss, self.buffers)?;
         for (name, term) in &quantized.losses {
             terms.push((name, number(term)?));
             loss += number(term)?;
         }
-        let dy = features(&(computed.gradient * batch.share)?, self.buffers)?;
         let (codes, latents) = (quantized.codes.to_vec1()?, half.quantize.follows_latents().then(|| z.detach()));
         *batch.statistics.borrow_mut() = Some(Statistics { terms, codes, latents });
         let loss = Tensor::new((loss * batch.share * batch.loss_scale) as f32, &Device::Cpu)?;
-        let saved = Decoded { layers, z, quantized, dy, own };
-        Ok((loss, Box::new(saved)))
+        Ok((loss, Box::new(Reconstructed { decoded, z, quantized })))
     }
 
     fn backward(
@@ -147,12 +179,9 @@ impl Segment<PixelBatch> for Manual<'_, Decode> {
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let half = &self.segment.half;
-        let Decoded { layers, z, quantized, dy, own } =
+        let Reconstructed { decoded, z, quantized } =
             *saved.downcast().ok().context("the saved state belongs to another segment")?;
-        for (name, gradient) in own {
-            gradients.add(&name, (gradient * batch.share)?)?;
-        }
-        let dz_q = tensor(backward(&half.manual_layers()?.0, layers, dy, self.buffers, gradients)?)?;
+        let dz_q = half.body.manual_backward(decoded, batch.share, self.buffers, gradients)?;
         let mut loss = (quantized.z_q * dz_q)?.sum_all()?;
         for (_, term) in &quantized.losses {
             loss = (loss + (term * (batch.share * batch.loss_scale))?)?;

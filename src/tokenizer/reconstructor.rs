@@ -1,0 +1,167 @@
+//! The reconstructor (paper §2.1): code vectors to pixels, and the loss of the pixels. It is the decoder of an image
+//! tokenizer; in end-to-end training (paper §3.1.3) it is a network of its own, over vectors that are no codes.
+
+use super::{
+    NO_MANUAL_PASS, PixelBatch, Statistics, check_finite, dvae,
+    loss::{Loss, number},
+    manual::{self, Layer},
+    vqgan,
+};
+use crate::{
+    config::{self, Architecture},
+    error::{Result, bail, ensure},
+    nn::{
+        conv::Conv2d,
+        features::Buffers,
+        gradients::Gradients,
+        params::{Params, Scope},
+    },
+};
+use candle_core::Tensor;
+
+/// The layers after the quantizer.
+pub(super) enum DecoderBody {
+    Vqgan { post_quant_conv: Conv2d, decoder: Box<vqgan::Decoder> },
+    Dvae(dvae::Decoder),
+}
+
+/// The name of the weighted sum of all terms.
+pub const RECONSTRUCTION: &str = "reconstruction";
+
+/// Mean values by name.
+pub(super) type Terms = Vec<(&'static str, f64)>;
+
+impl DecoderBody {
+    pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        let decoder = &scope.at("decoder");
+        Ok(match config.architecture {
+            Architecture::Vqgan => Self::Vqgan {
+                post_quant_conv: Conv2d::same(
+                    &scope.at("post_quant_conv"),
+                    config.code_dim,
+                    config.latent_channels,
+                    1,
+                )?,
+                decoder: Box::new(vqgan::Decoder::new(decoder, config)?),
+            },
+            Architecture::Dvae => Self::Dvae(dvae::Decoder::new(decoder, config)?),
+        })
+    }
+
+    /// Code vectors → pixels.
+    pub fn decode(&self, z_q: &Tensor) -> Result<Tensor> {
+        let output = self.decode_to_last(z_q)?.1;
+        match self {
+            Self::Vqgan { .. } => Ok(output),
+            Self::Dvae(_) => dvae::pixels(&output),
+        }
+    }
+
+    /// The input of the last convolution, and its output: pixels, or a dVAE's distribution over pixels.
+    pub fn decode_to_last(&self, z_q: &Tensor) -> Result<(Tensor, Tensor)> {
+        match self {
+            Self::Vqgan { post_quant_conv, decoder } => decoder.forward(&post_quant_conv.forward(z_q)?),
+            Self::Dvae(decoder) => decoder.forward(z_q),
+        }
+    }
+
+    /// Norm of the gradient of the last convolution's weight, from its input and the gradient of its output.
+    pub fn last_weight_norm(&self, input: &Tensor, dy: &Tensor) -> Result<f64> {
+        match self {
+            Self::Vqgan { decoder, .. } => decoder.last_weight_norm(input, dy),
+            Self::Dvae(decoder) => decoder.last_weight_norm(input, dy),
+        }
+    }
+
+    /// All layers, and the last of them.
+    pub fn manual_layers(&self) -> Result<(Vec<&dyn Layer>, &vqgan::Head)> {
+        let Self::Vqgan { post_quant_conv, decoder } = self else { bail!("{NO_MANUAL_PASS}") };
+        let mut layers: Vec<&dyn Layer> = vec![post_quant_conv];
+        layers.extend(decoder.layers());
+        Ok((layers, decoder.head()))
+    }
+
+    /// The loss of the pixels that code vectors decode to, times the batch's loss scale, and its terms. Its gradients are
+    /// those of all terms, with the adaptive weight of the adversarial one; `params` are those with a gradient.
+    pub fn loss(&self, z_q: &Tensor, batch: &PixelBatch, loss: &Loss, params: &Params) -> Result<(Tensor, Terms)> {
+        let (last, y) = self.decode_to_last(z_q)?;
+        let computed = loss.compute(&y.detach(), batch, |dy| self.last_weight_norm(&last, dy))?;
+        // Terms linear in reconstruction and discriminator parameters, so that their gradients are the computed ones.
+        let mut linear = (&y * computed.gradient.detach())?.sum_all()?;
+        for (name, gradient) in computed.own {
+            if let Some(var) = params.get(&name) {
+                linear = (linear + (var.as_tensor() * gradient.detach())?.sum_all()?)?;
+            }
+        }
+        let value = (linear.detach().neg()? + computed.loss * batch.loss_scale)?;
+        Ok(((linear + value)?, computed.terms))
+    }
+}
+
+/// The reconstructor of end-to-end training.
+pub struct Reconstructor {
+    body: DecoderBody,
+    loss: Loss,
+    params: Params,
+    buffers: Buffers,
+    /// As [`manual::is_possible`].
+    manual: bool,
+}
+
+impl Reconstructor {
+    /// A reconstructor with the architecture and the pixel losses of an image tokenizer's decoder; `perceptual`: also its
+    /// perceptual loss. Its parameters have the names that they have in the tokenizer.
+    ///
+    /// # Errors
+    /// The architecture is impossible, a checkpoint's tensor is missing or has another shape, or there is no perceptual
+    /// network.
+    pub fn new(scope: &Scope, config: &config::ImageTokenizer, perceptual: bool) -> Result<Self> {
+        let perceptual_weight = if perceptual { config.perceptual_weight } else { 0.0 };
+        let config = &config::ImageTokenizer { adversarial_weight: 0.0, perceptual_weight, ..config.clone() };
+        let (body, loss) = (DecoderBody::new(scope, config)?, Loss::new(scope, config)?);
+        let params = scope.params();
+        let manual = params.values().all(|var| manual::is_possible(config, var.device(), var.dtype()));
+        Ok(Self { body, loss, params, buffers: Buffers::default(), manual })
+    }
+
+    /// Whether it has hand-written gradients.
+    pub fn is_manual(&self) -> bool {
+        self.manual
+    }
+
+    /// Vectors `(batch, h, w, code_dim)` → pixels `(batch, side, side, 3)`, about in \[-1, 1\].
+    ///
+    /// # Errors
+    /// The shape is another, or the pixels are not finite (damaged weights).
+    pub fn decode(&self, z_emb: &Tensor) -> Result<Tensor> {
+        let pixels = if self.manual { self.body.infer(z_emb)? } else { self.body.decode(z_emb)? };
+        check_finite(&pixels, "pixels")?;
+        Ok(pixels)
+    }
+
+    /// The loss of the decoded vectors, times the batch's share and loss scale: a scalar with its gradients by autograd.
+    /// Leaves the batch's statistics.
+    ///
+    /// # Errors
+    /// The shape is another.
+    pub fn loss(&self, z_emb: &Tensor, batch: &PixelBatch) -> Result<Tensor> {
+        let (loss, mut terms) = self.body.loss(z_emb, batch, &self.loss, &self.params)?;
+        terms.push((RECONSTRUCTION, number(&loss)? / batch.loss_scale));
+        *batch.statistics.borrow_mut() = Some(Statistics { terms, codes: Vec::new(), latents: None });
+        Ok((loss * batch.share)?)
+    }
+
+    /// The same by hand: adds the gradients of the parameters to `gradients`, and returns the loss and its gradient with
+    /// respect to `z_emb`.
+    ///
+    /// # Errors
+    /// The shape is another, or there are no hand-written gradients.
+    pub fn manual_loss(&self, z_emb: &Tensor, batch: &PixelBatch, gradients: &mut Gradients) -> Result<(f64, Tensor)> {
+        ensure!(self.manual, "{NO_MANUAL_PASS}");
+        let (loss, mut terms, decoded) = self.body.manual_loss(z_emb, batch, &self.loss, &self.buffers)?;
+        terms.push((RECONSTRUCTION, loss));
+        *batch.statistics.borrow_mut() = Some(Statistics { terms, codes: Vec::new(), latents: None });
+        let dz = self.body.manual_backward(decoded, batch.share, &self.buffers, gradients)?;
+        Ok((loss * batch.share * batch.loss_scale, dz))
+    }
+}
