@@ -2,11 +2,11 @@
 
 use crate::{
     config,
-    data::{CODES_FILE, Dataset, Kind, Loader, Sampler},
+    data::{Dataset, Kind, Loader, Sampler, are_codes},
     error::Result,
 };
 use serde::Serialize;
-use std::{path::Path, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
 /// What to read, and how.
 pub struct Reading {
@@ -35,11 +35,11 @@ pub struct Speed {
 /// # Errors
 /// A source has no samples, or too many samples are bad.
 pub fn data(reading: &Reading) -> Result<[Speed; 2]> {
-    let is_codes = |source: &config::Source| {
-        let path = Path::new(&source.path);
-        [Some(path), path.parent()].into_iter().flatten().any(|folder| folder.join(CODES_FILE).is_file())
+    let kind = if reading.data.sources.iter().all(|source| are_codes(&source.path)) {
+        Kind::Codes
+    } else {
+        Kind::Pairs(reading.image_size)
     };
-    let kind = if reading.data.sources.iter().all(is_codes) { Kind::Codes } else { Kind::Pairs(reading.image_size) };
     let dataset = Arc::new(Dataset::open(&reading.data, kind)?);
     let random = config::Data { shuffle_buffer: 0, ..reading.data.clone() };
     let mut speeds = [("random", Vec::new()), ("sequential", Vec::new())];

@@ -29,6 +29,9 @@ pub struct Args {
     /// Folder to write the shards of codes to
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
+    /// Keep the images beside their codes: for end-to-end training, which needs both
+    #[arg(long)]
+    keep_images: bool,
     /// Batch size: number of images encoded together
     #[arg(long, default_value_t = 32, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     batch: u16,
@@ -50,6 +53,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         tokenizer: &tokenizer,
         info,
         output: args.output.clone(),
+        keep_images: args.keep_images,
         batch_size: args.batch.into(),
         max_bad_ratio: args.max_bad_ratio,
         rank,

@@ -9,6 +9,12 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
+/// Whether a data source is a folder of code shards, or shards in one.
+pub fn are_codes(source: &str) -> bool {
+    let path = Path::new(source);
+    [Some(path), path.parent()].into_iter().flatten().any(|folder| folder.join(CODES_FILE).is_file())
+}
+
 /// Name of the file that describes a folder of code shards.
 pub const CODES_FILE: &str = "codes.json";
 

@@ -68,11 +68,11 @@ impl Dataset {
             let message = if bad.total() == 0 { message } else { format!("{message}: {bad}") };
             return Err(failed(message, "`vilg data inspect PATH` shows what it contains"));
         }
-        let codes = if kind == Kind::Codes { Some(common_codes(&sources)?) } else { None };
+        let codes = if kind.has_codes() { Some(common_codes(&sources)?) } else { None };
         Ok(Self { sources, bad, kind, codes, caption_keys: config.caption_keys.clone() })
     }
 
-    /// The `codes.json` of the code shards ([`Kind::Codes`] only).
+    /// The `codes.json` of the code shards, for the kinds with codes.
     pub fn codes(&self) -> Option<&CodesInfo> {
         self.codes.as_ref()
     }
@@ -115,13 +115,15 @@ impl Dataset {
     /// Estimated size of one sample in memory, in bytes; captions count as 4 KiB.
     pub(super) fn sample_bytes(&self) -> usize {
         let content = match self.kind {
-            Kind::Images(size) | Kind::Pairs(size) | Kind::Resized(size) | Kind::ResizedImages(size) => {
-                3 * (size as usize).pow(2)
-            }
-            Kind::Codes => self.codes.as_ref().map_or(0, |info| 2 * info.grid[0] * info.grid[1]),
-            Kind::Captions => 0,
+            Kind::Images(size)
+            | Kind::Pairs(size)
+            | Kind::Resized(size)
+            | Kind::ResizedImages(size)
+            | Kind::CodesAndImages(size) => 3 * (size as usize).pow(2),
+            Kind::Codes | Kind::Captions => 0,
         };
-        content + (4 << 10)
+        let codes = self.codes.as_ref().map_or(0, |info| 2 * info.grid[0] * info.grid[1]);
+        content + codes + (4 << 10)
     }
 
     /// Reads one sample.

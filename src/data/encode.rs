@@ -8,7 +8,7 @@ use super::{
     index,
     members::Members,
     output::{Lock, MadeFrom, Recipe, Standing, append, remove_leftovers, write_whole},
-    record::{Kind, Record},
+    record::{Kind, Record, image_and_extension},
     shard::Shard,
 };
 use crate::{
@@ -50,6 +50,8 @@ pub struct Encoder<'a> {
     pub tokenizer: &'a ImageTokenizer,
     pub info: CodesInfo,
     pub output: PathBuf,
+    /// Whether the images are written beside their codes, as they are (end-to-end training).
+    pub keep_images: bool,
     /// Batch size in images.
     pub batch_size: usize,
     /// Maximum share of bad samples; above it the run ends with an error.
@@ -59,10 +61,12 @@ pub struct Encoder<'a> {
     pub world_size: usize,
 }
 
-/// How a shard of codes is made: by the image tokenizer and its grid of codes.
+/// How a shard of codes is made: by the image tokenizer and its grid of codes, with or without the images.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Encoding {
     codes: CodesInfo,
+    #[serde(default)]
+    images: bool,
 }
 
 impl Recipe for Encoding {
@@ -152,7 +156,7 @@ impl Encoder<'_> {
     fn made_from(&self, shard: &Shard) -> Result<MadeFrom<Encoding>> {
         let path = fs::canonicalize(&shard.path).with_context(|| format!("cannot find {}", shard.path.display()))?;
         let digest = shard.digest(true)?.to_hex().to_string();
-        Ok(MadeFrom { path, digest, recipe: Encoding { codes: self.info.clone() } })
+        Ok(MadeFrom { path, digest, recipe: Encoding { codes: self.info.clone(), images: self.keep_images } })
     }
 
     /// Writes `codes.json` to every folder of the output.
@@ -240,6 +244,9 @@ impl Encoder<'_> {
             for (sample, codes) in good.iter().zip(self.encode(&good)?) {
                 let name = |extension| format!("{}.{extension}", sample.record.key);
                 append(&mut tar, &name("npy"), &npy(self.info.grid, &codes))?;
+                if let Some((extension, content)) = image_and_extension(&sample.members).filter(|_| self.keep_images) {
+                    append(&mut tar, &name(extension), content)?;
+                }
                 for extension in ["txt", "json"] {
                     if let Some(content) = sample.members.get(extension) {
                         append(&mut tar, &name(extension), content)?;

@@ -11,6 +11,7 @@ fn encode(input: &Path, output: &Path) -> Result<Report> {
         tokenizer: &tokenizer,
         info,
         output: output.to_owned(),
+        keep_images: false,
         batch_size: 4,
         max_bad_ratio: 0.5,
         rank: 0,

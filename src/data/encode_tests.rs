@@ -63,6 +63,7 @@ fn encoding_keeps_order_and_text_and_resumes() {
         tokenizer: &tokenizer,
         info: info.clone(),
         output: output.clone(),
+        keep_images: false,
         batch_size: 4,
         max_bad_ratio: 0.5,
         rank: 0,
@@ -87,6 +88,16 @@ fn encoding_keeps_order_and_text_and_resumes() {
             expected.flatten_all().unwrap().to_vec1::<u32>().unwrap().iter().map(|c| *c as u16).collect();
         assert_eq!(codes.codes.as_ref(), Some(&expected));
     }
+
+    // Images beside the codes want all shards again.
+    let with_images = Encoder { keep_images: true, ..encoder(&info) };
+    assert_eq!(with_images.run(&sources, |_| ()).unwrap().shards, 2);
+    let both: Vec<Record> = open(&output, Kind::CodesAndImages(8)).records(1).collect::<Result<_, _>>().unwrap();
+    assert_eq!(both.len(), 12);
+    for ((both, codes), pair) in both.iter().zip(&codes).zip(&pairs) {
+        assert_eq!((&both.codes, &both.image), (&codes.codes, &pair.image));
+    }
+    assert_eq!(encoder(&info).run(&sources, |_| ()).unwrap().shards, 2);
 
     // A missing shard and a truncated shard are encoded again; the other shard is kept.
     let before = files(&output);
@@ -115,6 +126,7 @@ fn too_many_bad_images_stop_encoding_and_leave_no_shard() {
         tokenizer: &tokenizer,
         info,
         output: output.clone(),
+        keep_images: false,
         batch_size: 4,
         max_bad_ratio: 0.05,
         rank: 0,
@@ -149,8 +161,16 @@ fn ranks_encode_what_one_process_encodes() {
     let encode = |name: &str, rank, world_size| {
         let info = CodesInfo { tokenizer: "x".into(), grid: [4, 4], codebook_size: 16 };
         let output = dir.path().join(name);
-        let encoder =
-            Encoder { tokenizer: &tokenizer, info, output, batch_size: 4, max_bad_ratio: 0.5, rank, world_size };
+        let encoder = Encoder {
+            tokenizer: &tokenizer,
+            info,
+            output,
+            keep_images: false,
+            batch_size: 4,
+            max_bad_ratio: 0.5,
+            rank,
+            world_size,
+        };
         encoder.run(&sources, |_| ()).unwrap().samples
     };
     assert_eq!(encode("one", 0, 1), 12);

@@ -32,7 +32,7 @@ mod keys;
 mod loader;
 mod members;
 mod order;
-mod output;
+pub mod output;
 pub mod paths;
 mod record;
 pub mod remote;
@@ -48,7 +48,7 @@ pub mod translate;
 
 pub use bad::{Bad, BadCounts, Cause, printable};
 pub use bicubic::resize_bicubic;
-pub use codes::{CODES_FILE, CodesInfo, npy};
+pub use codes::{CODES_FILE, CodesInfo, are_codes, npy};
 pub use dataset::{Dataset, Source};
 pub use embed::{Embedder, Report as EmbeddingReport};
 pub use encode::{Encoder, Report};

@@ -33,8 +33,17 @@ pub enum Kind {
     ResizedImages(u32),
     /// Image codes and a caption.
     Codes,
+    /// Image codes, their image, cropped and resized to this side, and a caption.
+    CodesAndImages(u32),
     /// A caption.
     Captions,
+}
+
+impl Kind {
+    /// Whether its samples have image codes.
+    pub fn has_codes(self) -> bool {
+        matches!(self, Self::Codes | Self::CodesAndImages(_))
+    }
 }
 
 /// Whether a member with this extension (lower case) is read for `kind`; `None` stands for all kinds.
@@ -45,7 +54,7 @@ pub(super) fn wants(kind: Option<Kind>, extension: &str) -> bool {
             Some(Kind::Images(_) | Kind::Pairs(_) | Kind::Resized(_) | Kind::ResizedImages(_)) => image(),
             Some(Kind::Codes) => extension == "npy",
             Some(Kind::Captions) => false,
-            None => image() || extension == "npy",
+            Some(Kind::CodesAndImages(_)) | None => image() || extension == "npy",
         }
 }
 
@@ -58,7 +67,7 @@ pub struct Record {
     pub source: usize,
     /// Square image, for the kinds with an image.
     pub image: Option<RgbImage>,
-    /// Codes in raster order ([`Kind::Codes`]).
+    /// Codes in raster order, for the kinds with codes.
     pub codes: Option<Vec<u16>>,
     /// The caption chosen for this visit, one of `captions`; empty if there is none.
     pub caption: String,
@@ -84,18 +93,18 @@ impl Record {
             return Err(ignored.unwrap_or_else(|| Bad::new(Cause::NoCaption, "")));
         }
         let mut record = Self { key: key.to_owned(), meta, ignored, ..Self::default() };
+        if kind.has_codes() {
+            let npy = members.get("npy").ok_or_else(|| Bad::new(Cause::NoCodes, ""))?;
+            record.codes = codes.map(|info| info.parse(npy)).transpose()?;
+        }
         match kind {
-            Kind::Images(size) | Kind::Pairs(size) => {
+            Kind::Images(size) | Kind::Pairs(size) | Kind::CodesAndImages(size) => {
                 record.image = Some(decode_square(image_member(members)?, size)?);
             }
             Kind::Resized(size) | Kind::ResizedImages(size) => {
                 record.image = Some(resize_bicubic(&decode(image_member(members)?)?, size, size));
             }
-            Kind::Codes => {
-                let npy = members.get("npy").ok_or_else(|| Bad::new(Cause::NoCodes, ""))?;
-                record.codes = codes.map(|info| info.parse(npy)).transpose()?;
-            }
-            Kind::Captions => {}
+            Kind::Codes | Kind::Captions => {}
         }
         record.caption = captions.first().cloned().unwrap_or_default();
         record.captions = captions;
@@ -121,11 +130,16 @@ pub(super) fn texts(members: &Members, caption_keys: &[String]) -> Result<Texts,
 
 /// The content of a sample's image.
 pub(super) fn image_member(members: &Members) -> Result<&[u8], Bad> {
-    let found = IMAGE_EXTENSIONS.iter().find_map(|extension| members.get(extension));
+    let found = image_and_extension(members).map(|(_, content)| content);
     found.ok_or_else(|| match members.unsupported() {
         Some(extension) => Bad::new(Cause::UnsupportedImage, extension),
         None => Bad::new(Cause::NoImage, ""),
     })
+}
+
+/// The extension and the content of a sample's image.
+pub(super) fn image_and_extension(members: &Members) -> Option<(&'static str, &[u8])> {
+    IMAGE_EXTENSIONS.iter().find_map(|extension| Some((*extension, members.get(extension)?)))
 }
 
 fn json(members: &Members) -> Result<Value, Bad> {

@@ -189,13 +189,19 @@ fn check_record(record: &Record, kind: Kind, info: &CodesInfo) {
         Kind::Images(size) | Kind::Pairs(size) | Kind::Resized(size) | Kind::ResizedImages(size) => {
             assert_eq!(record.image.as_ref().unwrap().dimensions(), (size, size));
         }
-        Kind::Codes => {
-            let codes = record.codes.as_ref().unwrap();
-            assert_eq!(codes.len(), info.grid.iter().product::<usize>());
-            assert!(codes.iter().all(|code| usize::from(*code) < info.codebook_size));
+        Kind::Codes => check_codes(record, info),
+        Kind::CodesAndImages(size) => {
+            assert_eq!(record.image.as_ref().unwrap().dimensions(), (size, size));
+            check_codes(record, info);
         }
         Kind::Captions => {}
     }
+}
+
+fn check_codes(record: &Record, info: &CodesInfo) {
+    let codes = record.codes.as_ref().unwrap();
+    assert_eq!(codes.len(), info.grid.iter().product::<usize>());
+    assert!(codes.iter().all(|code| usize::from(*code) < info.codebook_size));
 }
 
 #[test]
