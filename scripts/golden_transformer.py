@@ -89,10 +89,10 @@ def sees(v, layer, query, key, causal):
     return -WIDTH <= key - query <= WIDTH
 
 
-def mask(v, layer, to_image, text_length):
-    """The full boolean mask of one sequence: [source | target]."""
+def mask(v, layer, to_image, text_length, reads_last=False):
+    """The full boolean mask of one sequence: [source | target]; `reads_last`: the last code of a target image is an input."""
     if to_image:
-        kinds = [("text", i) for i in range(MAX_TEXT)] + [("start", 0)] + [("image", i) for i in range(CODES - 1)]
+        kinds = [("text", i) for i in range(MAX_TEXT)] + [("start", 0)] + [("image", i) for i in range(CODES - 1 + reads_last)]
         source = MAX_TEXT
     else:
         kinds = [("image", i) for i in range(CODES)] + [("text", i) for i in range(MAX_TEXT - 1)]
@@ -127,24 +127,29 @@ def attention(p, name, x, masks):
     return linear(p, f"{name}.proj", out.transpose(1, 2).reshape(b, l, HIDDEN))
 
 
-def logits(v, p, to_image, text, lengths, codes):
+def states(v, p, to_image, text, lengths, codes, reads_last=False):
+    """Hidden states of the last layer, before the final norm."""
     b = text.shape[0]
     places = torch.arange(CODES)
     text_x = p["text_embedding.weight"][text] + p["text_position.weight"]
     image_x = p["image_embedding.weight"][codes]
     image_x = image_x + p["image_row.weight"][places // WIDTH] + p["image_column.weight"][places % WIDTH]
     if to_image:
-        x = torch.cat([text_x, p["image_start"].expand(b, 1, HIDDEN), image_x[:, :-1]], 1)
+        x = torch.cat([text_x, p["image_start"].expand(b, 1, HIDDEN), image_x if reads_last else image_x[:, :-1]], 1)
     else:
         x = torch.cat([image_x, text_x[:, :-1]], 1)
     for i in range(v["layers"]):
-        masks = torch.stack([mask(v, i + 1, to_image, n) for n in lengths])
+        masks = torch.stack([mask(v, i + 1, to_image, n, reads_last) for n in lengths])
         branch = attention(p, f"blocks.{i}.attention", layer_norm(p, f"blocks.{i}.norm1", x), masks)
         x = x + (layer_norm(p, f"blocks.{i}.norm1_post", branch) if v["sandwich_norm"] else branch)
         branch = F.gelu(linear(p, f"blocks.{i}.mlp.fc1", layer_norm(p, f"blocks.{i}.norm2", x)), approximate="tanh")
         branch = linear(p, f"blocks.{i}.mlp.fc2", branch)
         x = x + (layer_norm(p, f"blocks.{i}.norm2_post", branch) if v["sandwich_norm"] else branch)
-    x = layer_norm(p, "norm", x)
+    return x
+
+
+def logits(v, p, to_image, text, lengths, codes):
+    x = layer_norm(p, "norm", states(v, p, to_image, text, lengths, codes))
     return linear(p, "image_head", x[:, MAX_TEXT:]) if to_image else linear(p, "text_head", x[:, CODES:])
 
 

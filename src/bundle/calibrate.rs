@@ -73,7 +73,7 @@ impl Bundle {
 pub(crate) mod tests {
     use super::*;
     use crate::{
-        bundle::{MANIFEST, write},
+        bundle::{Changes, MANIFEST, write},
         model::Matcher,
         nn::params::Scope,
         runtime,
@@ -109,7 +109,7 @@ pub(crate) mod tests {
         let full = folder.join("full");
         write(&full, &parts, Dtype::F32).unwrap();
         let path = folder.join("model");
-        open(&full).export(&path, dtype, None, true).unwrap();
+        open(&full).export(&path, dtype, &Changes::default(), true).unwrap();
         open(&path)
     }
 

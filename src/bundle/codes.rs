@@ -66,6 +66,14 @@ impl Bundle {
         }
     }
 
+    /// Digest of the bytes of the file of weights.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn weights_digest(&self) -> Result<String> {
+        Ok(blake3::hash(&self.place.weights()?).to_hex().to_string())
+    }
+
     /// Whether `digest` stands for the codes of this image tokenizer; digests that earlier versions wrote do, too.
     pub fn makes_codes_of(&self, digest: &str) -> Result<bool> {
         let folder = self.image_tokenizer_folder()?;

@@ -7,42 +7,61 @@ use super::{
     write::{write_as, write_weights_to},
 };
 use crate::{
-    config::{Architecture, QuantizerKind, Task},
+    config::{Architecture, EndToEnd, QuantizerKind, Task, begins_with},
     error::{Result, ensure, usage},
+    model::end_to_end,
     nn::weights,
     tokenizer,
 };
 use safetensors::Dtype;
 use std::{collections::BTreeMap, path::Path};
 
+/// What a copy of a model folder has that the original has not.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Changes<'a> {
+    /// In place of a generator's own image tokenizer.
+    pub tokenizer: Option<&'a Bundle>,
+    /// Without the reconstructor of an end-to-end generator, which makes it one of two-stage training.
+    pub two_stage: bool,
+}
+
 impl Bundle {
-    /// Writes a copy of this model folder with its weights stored as `dtype`, and with `tokenizer` in place of a
-    /// generator's own image tokenizer. An older model folder in its place is replaced, with `force` any folder.
+    /// Writes a copy of this model folder with its weights stored as `dtype`. An older model folder in its place is
+    /// replaced, with `force` any folder.
     ///
     /// # Errors
-    /// `tokenizer` makes other codes, so that it would misread the generator's; `folder` cannot be written or replaced.
-    pub fn export(&self, folder: &Path, dtype: Dtype, tokenizer: Option<&Self>, force: bool) -> Result<()> {
-        let task = self.config.task;
+    /// The new image tokenizer makes other codes, so that it would misread the generator's; there is no reconstructor to
+    /// leave out; `folder` cannot be written or replaced.
+    pub fn export(&self, folder: &Path, dtype: Dtype, changes: &Changes, force: bool) -> Result<()> {
+        let (task, Changes { tokenizer, two_stage }) = (self.config.task, *changes);
+        let what = format!("{} is {}, without an end-to-end reconstructor", self.place.name(), task.model());
+        ensure!(!two_stage || task == Task::EndToEnd, usage(what, "leave out --two-stage"));
         let hint = "name a generator's folder, or leave it out";
         let what = format_args!("{} has no image tokenizer in it", task.model());
-        ensure!(task == Task::Generator || tokenizer.is_none(), usage(what, hint));
+        ensure!(task.is_generator() || tokenizer.is_none(), usage(what, hint));
         let tokenizer = match (task, tokenizer) {
-            (Task::Generator, Some(tokenizer)) => {
+            (Task::Generator | Task::EndToEnd, Some(tokenizer)) => {
                 let tokenizer = tokenizer.image_tokenizer_folder()?;
                 check_codes(&self.image_tokenizer_folder()?, &tokenizer)?;
                 Some(tokenizer)
             }
-            (Task::Generator, None) => Some(self.image_tokenizer_folder()?),
+            (Task::Generator | Task::EndToEnd, None) => Some(self.image_tokenizer_folder()?),
             (Task::ImageTokenizer | Task::Matcher, _) => None,
         };
         let codes = match task {
-            Task::Generator | Task::ImageTokenizer => Some(self.digest()?),
+            Task::Generator | Task::EndToEnd | Task::ImageTokenizer => Some(self.digest()?),
             Task::Matcher => None,
         };
         let bytes = self.place.weights()?;
+        let (mut config, mut weights) =
+            (self.config.clone(), weights::stored(&bytes, &self.place.file(WEIGHTS), dtype)?);
+        if two_stage {
+            (config.task, config.end_to_end) = (Task::Generator, EndToEnd::default());
+            weights.retain(|name, _| !begins_with(name, end_to_end::SCOPE));
+        }
         let parts = Parts {
-            config: &self.config,
-            weights: weights::stored(&bytes, &self.place.file(WEIGHTS), dtype)?,
+            config: &config,
+            weights,
             vocab: if task == Task::ImageTokenizer { None } else { Some(self.vocab()?) },
             attribution: self.attribution(),
             image_tokenizer: tokenizer,
@@ -137,22 +156,26 @@ mod tests {
         open(&folder.join(name))
     }
 
+    fn with(tokenizer: &Bundle) -> Changes<'_> {
+        Changes { tokenizer: Some(tokenizer), ..Changes::default() }
+    }
+
     #[test]
     fn a_generator_takes_another_decoder_but_no_other_codes() {
         let place = tempfile::tempdir().unwrap();
         let (demo, out) = (Bundle::open(DEMO_NAME).unwrap(), place.path().join("out"));
         let decoder = changed(place.path(), "decoder.conv_out.bias");
-        demo.export(&out, Dtype::F32, Some(&decoder), false).unwrap();
+        demo.export(&out, Dtype::F32, &with(&decoder), false).unwrap();
         let inside = open(&out.join(IMAGE_TOKENIZER));
         assert_eq!(bits(&inside.weights().unwrap()), bits(&decoder.weights().unwrap()));
         assert_eq!(inside.attribution(), "Another's.");
         open(&out).generator().unwrap();
         for name in ["quantize.embedding.weight", "encoder.conv_in.weight", "quant_conv.bias"] {
-            let error = demo.export(&out, Dtype::F32, Some(&changed(place.path(), name)), false).unwrap_err();
+            let error = demo.export(&out, Dtype::F32, &with(&changed(place.path(), name)), false).unwrap_err();
             assert!(error.to_string().contains(name), "{error:#}");
             assert_eq!(exit_of(&error), Exit::Usage);
         }
-        assert_eq!(exit_of(&decoder.export(&out, Dtype::F32, Some(&decoder), false).unwrap_err()), Exit::Usage);
+        assert_eq!(exit_of(&decoder.export(&out, Dtype::F32, &with(&decoder), false).unwrap_err()), Exit::Usage);
     }
 
     #[test]

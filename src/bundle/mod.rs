@@ -32,6 +32,7 @@ mod write;
 
 #[cfg(test)]
 pub(crate) use calibrate::tests::model as tiny_matcher;
+pub use export::Changes;
 use manifest::Manifest;
 pub use manifest::allow_mismatch;
 pub use write::{Parts, attribution_of, write};
@@ -128,7 +129,7 @@ impl Bundle {
             };
             manifest.check(file, bytes, &self.place.file(file))?;
         }
-        if self.config.task == Task::Generator && !manifest.codes.is_empty() {
+        if self.config.task.is_generator() && !manifest.codes.is_empty() {
             let tokenizer = self.image_tokenizer_folder()?;
             let what = format!("{} makes other codes than the generator was trained with", tokenizer.place.name());
             ensure!(tokenizer.makes_codes_of(&manifest.codes)?, manifest::mismatch(what));
@@ -147,8 +148,10 @@ impl Bundle {
     /// It is missing, or this is another kind of model.
     pub fn image_tokenizer_folder(&self) -> Result<Self> {
         match (self.config.task, &self.place) {
-            (Task::Generator, Place::Folder(folder)) => Self::at(Place::Folder(folder.join(IMAGE_TOKENIZER))),
-            (Task::Generator, Place::Demo(_)) => Self::at(Place::Demo("image-tokenizer/")),
+            (Task::Generator | Task::EndToEnd, Place::Folder(folder)) => {
+                Self::at(Place::Folder(folder.join(IMAGE_TOKENIZER)))
+            }
+            (Task::Generator | Task::EndToEnd, Place::Demo(_)) => Self::at(Place::Demo("image-tokenizer/")),
             (Task::ImageTokenizer | Task::Matcher, _) => {
                 self.expect(Task::ImageTokenizer)?;
                 Ok(self.clone())
@@ -163,13 +166,14 @@ impl Bundle {
         folder.build(|scope| tokenizer::ImageTokenizer::new(scope, settings))
     }
 
-    /// Checks what kind of model this is.
+    /// Checks what kind of model this is. An end-to-end generator is a generator too.
     ///
     /// # Errors
     /// It is of another task.
     pub fn expect(&self, task: Task) -> Result<()> {
         let what = format!("{} is {}, not {}", self.place.name(), self.config.task.model(), task.model());
-        ensure!(self.config.task == task, usage(what, task.hint()));
+        let is = self.config.task == task || task == Task::Generator && self.config.task.is_generator();
+        ensure!(is, usage(what, task.hint()));
         Ok(())
     }
 

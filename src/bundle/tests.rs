@@ -52,7 +52,7 @@ fn written_exported_and_opened() {
     assert!(!text.contains(folder.path().to_str().unwrap()), "a path of this machine");
     open_all(&path).unwrap();
     let small = folder.path().join("small");
-    open(&path).unwrap().export(&small, Dtype::BF16, None, false).unwrap();
+    open(&path).unwrap().export(&small, Dtype::BF16, &Changes::default(), false).unwrap();
     open_all(&small).unwrap();
     let size = |path: &Path| fs::metadata(path.join(WEIGHTS)).unwrap().len();
     assert!(size(&small) < size(&path) * 3 / 4);
@@ -88,7 +88,7 @@ fn texts_are_normalized_as_the_configuration_says() {
     fs::write(path.join(CONFIG), config.replace("normalize = \"none\"", "normalize = \"simplified\"")).unwrap();
     assert_eq!(ids(&path), [simplified.clone(), simplified.clone()]);
     let small = folder.path().join("small");
-    open(&path).unwrap().export(&small, Dtype::BF16, None, false).unwrap();
+    open(&path).unwrap().export(&small, Dtype::BF16, &Changes::default(), false).unwrap();
     assert_eq!(ids(&small), [simplified.clone(), simplified]);
 }
 
@@ -135,7 +135,7 @@ fn another_folder_is_never_replaced() {
     let mine = folder.path().join("mine");
     fs::create_dir(&mine).unwrap();
     fs::write(mine.join("letter.txt"), "dear").unwrap();
-    assert!(open(&path).unwrap().export(&mine, Dtype::F32, None, false).is_err());
+    assert!(open(&path).unwrap().export(&mine, Dtype::F32, &Changes::default(), false).is_err());
     assert_eq!(fs::read_to_string(mine.join("letter.txt")).unwrap(), "dear");
 }
 
@@ -148,7 +148,7 @@ fn names(folder: &Path) -> Vec<String> {
 }
 
 fn export(path: &Path, to: &Path, force: bool) -> Result<()> {
-    open(path)?.export(to, Dtype::F32, None, force)
+    open(path)?.export(to, Dtype::F32, &Changes::default(), force)
 }
 
 #[test]
@@ -235,7 +235,7 @@ fn a_failure_leaves_nothing_behind() {
     assert!(names(folder.path()).is_empty());
     // With a trailing slash, and folders on the way made.
     let inner = folder.path().join("a/b/");
-    Bundle::open(DEMO_NAME).unwrap().export(&inner, Dtype::F32, None, false).unwrap();
+    Bundle::open(DEMO_NAME).unwrap().export(&inner, Dtype::F32, &Changes::default(), false).unwrap();
     open_all(&inner).unwrap();
     assert_eq!(names(&folder.path().join("a")), ["b"]);
 }
@@ -290,8 +290,8 @@ fn precision_and_decoder_keep_the_codes_fingerprint() {
     let (whole, digest) = (open(&path).unwrap(), open(&path).unwrap().digest().unwrap());
     for (name, dtype) in [("bf16", Dtype::BF16), ("f16", Dtype::F16)] {
         let (small, again) = (folder.path().join(name), folder.path().join("again"));
-        whole.export(&small, dtype, None, false).unwrap();
-        open(&small).unwrap().export(&again, Dtype::F32, None, false).unwrap();
+        whole.export(&small, dtype, &Changes::default(), false).unwrap();
+        open(&small).unwrap().export(&again, Dtype::F32, &Changes::default(), false).unwrap();
         assert_eq!(
             [open(&small), open(&again)].map(|bundle| bundle.unwrap().digest().unwrap()),
             [digest.clone(), digest.clone()]
@@ -300,7 +300,7 @@ fn precision_and_decoder_keep_the_codes_fingerprint() {
     // The demo is stored in bf16: f32 holds the same numbers.
     let demo = Bundle::open(DEMO_NAME).unwrap();
     let wide = folder.path().join("wide");
-    demo.export(&wide, Dtype::F32, None, false).unwrap();
+    demo.export(&wide, Dtype::F32, &Changes::default(), false).unwrap();
     fs::remove_file(wide.join(MANIFEST)).unwrap();
     fs::remove_file(wide.join(IMAGE_TOKENIZER).join(MANIFEST)).unwrap();
     assert_eq!(open(&wide).unwrap().digest().unwrap(), demo.digest().unwrap());

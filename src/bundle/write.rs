@@ -1,7 +1,7 @@
 //! Writing a model folder.
 
 use super::{
-    ATTRIBUTION, Bundle, CONFIG, IMAGE_TOKENIZER, MANIFEST, VOCAB, WEIGHTS, codes, manifest::Manifest, publish,
+    ATTRIBUTION, Bundle, CONFIG, Changes, IMAGE_TOKENIZER, MANIFEST, VOCAB, WEIGHTS, codes, manifest::Manifest, publish,
 };
 use crate::{
     bounded_read,
@@ -71,7 +71,7 @@ fn write_parts(folder: &Path, parts: &Parts, dtype: Dtype, codes: Option<String>
         fs::write(folder.join(ATTRIBUTION), &parts.attribution)?;
     }
     if let Some(tokenizer) = &parts.image_tokenizer {
-        tokenizer.export(&folder.join(IMAGE_TOKENIZER), dtype, None, false)?;
+        tokenizer.export(&folder.join(IMAGE_TOKENIZER), dtype, &Changes::default(), false)?;
     }
     let written = weights::map(&folder.join(WEIGHTS))?;
     let codes = match (codes, &parts.image_tokenizer) {
@@ -79,7 +79,7 @@ fn write_parts(folder: &Path, parts: &Parts, dtype: Dtype, codes: Option<String>
         (None, Some(tokenizer)) => tokenizer.digest()?,
         (None, None) => match config.task {
             Task::ImageTokenizer => codes::fingerprint(&config.image_tokenizer, &written, WEIGHTS)?,
-            Task::Generator | Task::Matcher => String::new(),
+            Task::Generator | Task::EndToEnd | Task::Matcher => String::new(),
         },
     };
     let mut files = vec![(CONFIG, toml.as_bytes()), (WEIGHTS, &written[..])];

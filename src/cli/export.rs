@@ -1,6 +1,10 @@
 //! `vilg export`
 
-use crate::{bundle::Bundle, error::Result, report};
+use crate::{
+    bundle::{Bundle, Changes},
+    error::Result,
+    report,
+};
 use clap::ValueEnum;
 use safetensors::Dtype;
 use serde_json::json;
@@ -26,6 +30,9 @@ pub struct Args {
     /// Names of the tensors. A VQGAN already has the names of taming-transformers, a dVAE those of DALL-E
     #[arg(long, value_enum, default_value = "ours", conflicts_with = "image_tokenizer")]
     names: Names,
+    /// Leave out the reconstructor of an end-to-end generator: the copy paints with its image tokenizer's decoder
+    #[arg(long, conflicts_with = "names")]
+    two_stage: bool,
     /// Replace the output even if it is not a model folder (or, with the names of another project, not a .safetensors file)
     #[arg(long)]
     force: bool,
@@ -58,7 +65,12 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     match args.names {
         Names::Ours => {
             let tokenizer = args.image_tokenizer.as_deref().map(Bundle::open).transpose()?;
-            bundle.export(&args.output, dtype, tokenizer.as_ref(), args.force)?;
+            bundle.export(
+                &args.output,
+                dtype,
+                &Changes { tokenizer: tokenizer.as_ref(), two_stage: args.two_stage },
+                args.force,
+            )?;
         }
         Names::LlamagenVq => bundle.export_llamagen(&args.output, dtype, args.force)?,
         Names::ChineseClip => bundle.export_chinese_clip(&args.output, dtype, args.force)?,

@@ -8,9 +8,12 @@ use crate::{
     },
     error::{Result, ensure, failed, usage},
     eval::similarity::psnr,
+    generate::{Models, Reconstructor},
+    ops::packed::Format,
     report,
     tokenizer::ImageTokenizer,
 };
+use image::RgbImage;
 use serde_json::json;
 use std::{
     collections::BTreeSet,
@@ -33,21 +36,33 @@ pub struct Args {
     /// Process whole images at their own size (at most 4096x4096 pixels) in tiles, instead of their central squares
     #[arg(long)]
     whole: bool,
+    /// Decode by the reconstructor of an end-to-end generator, from its hidden states over the codes and the caption
+    #[arg(long, requires = "caption", conflicts_with = "whole")]
+    through_generator: bool,
+    /// Caption of the image, with --through-generator
+    #[arg(long, value_name = "TEXT", requires = "through_generator")]
+    caption: Option<String>,
     /// Model folder with the image tokenizer
     #[arg(short, long, value_name = "DIR|NAME", default_value = DEMO_NAME)]
     model: String,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
-    let tokenizer = Bundle::open(&args.model)?.image_tokenizer()?;
+    let bundle = Bundle::open(&args.model)?;
     if !args.image.is_dir() {
         let same = same_file(&args.image, &args.output);
         ensure!(
             !same,
             usage(format_args!("{} is the image itself", args.output.display()), "name another file with -o")
         );
-        return one(&tokenizer, &args.image, &args.output, args.whole, json);
+        return match &args.caption {
+            Some(caption) => through_generator(&bundle, caption, &args.image, &args.output, json),
+            None => one(&bundle.image_tokenizer()?, &args.image, &args.output, args.whole, json),
+        };
     }
+    let hint = "name one image: each image of a folder has a caption of its own";
+    ensure!(!args.through_generator, usage("--caption is of one image", hint));
+    let tokenizer = bundle.image_tokenizer()?;
     let hint = "name a folder with -o: each image is written there under its own name";
     let folder = args.output.is_dir() || args.output.extension().is_none();
     ensure!(folder, usage(format_args!("{} is not a folder", args.output.display()), hint));
@@ -78,6 +93,16 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     Ok(())
 }
 
+/// Reconstructs an image by an end-to-end generator, from the codes of the image itself.
+fn through_generator(bundle: &Bundle, caption: &str, image: &Path, output: &Path, json: bool) -> Result<()> {
+    let models = Models::load(bundle, Format::F32)?.with_reconstructor(Reconstructor::EndToEnd)?;
+    let original = square(open_picture(image)?, models.image_tokenizer.image_size() as u32);
+    let codes = models.encode(std::slice::from_ref(&original))?;
+    let prompt = models.text.encode(caption, models.generator.max_text())?;
+    let reconstructed = models.images(&[&prompt], &codes)?.swap_remove(0);
+    write(&models.image_tokenizer, image, output, [&original, &reconstructed], codes.concat(), json)
+}
+
 /// Whether two paths lead to the same file.
 fn same_file(a: &Path, b: &Path) -> bool {
     matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
@@ -95,9 +120,21 @@ fn one(tokenizer: &ImageTokenizer, image: &Path, output: &Path, whole: bool, jso
         let reconstructed = from_pixels(&tokenizer.decode(&codes)?)?.swap_remove(0);
         (original, reconstructed, codes.flatten_all()?.to_vec1()?)
     };
-    image_file::write_png(output, &reconstructed)?;
+    write(tokenizer, image, output, [&original, &reconstructed], codes, json)
+}
+
+/// Writes the reconstruction of an image and says how near it is to the original.
+fn write(
+    tokenizer: &ImageTokenizer,
+    image: &Path,
+    output: &Path,
+    [original, reconstructed]: [&RgbImage; 2],
+    codes: Vec<u32>,
+    json: bool,
+) -> Result<()> {
+    image_file::write_png(output, reconstructed)?;
     let used = codes.into_iter().collect::<BTreeSet<u32>>().len();
-    let (psnr, size) = (psnr(&original, &reconstructed), tokenizer.codebook_size()?);
+    let (psnr, size) = (psnr(original, reconstructed), tokenizer.codebook_size()?);
     if json {
         report::json(
             &json!({ "image": report::path(image), "path": report::path(output), "psnr": psnr, "codebook_used": used }),

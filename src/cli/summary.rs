@@ -50,10 +50,13 @@ impl Sequence {
             source: layout.sources().iter().map(|span| (what(span.modality), span.length)).collect(),
             target_inputs: match target.modality {
                 Modality::Text => vec![("text but its last position", target.positions())],
-                Modality::Image => vec![("start of image", 1), ("codes but the last", target.length - 1)],
+                Modality::Image => {
+                    let codes = if target.reads_last { "codes" } else { "codes but the last" };
+                    vec![("start of image", 1), (codes, target.positions() - 1)]
+                }
             },
             positions: layout.positions(),
-            predicted: layout.target_positions(),
+            predicted: layout.predicted(),
         }
     }
 

@@ -4,7 +4,7 @@ use super::{model::ModelOptions, output, prompts, ranking::RankingOptions, sampl
 use crate::{
     data::image_file::{grid, png, write_png},
     error::{Result, ensure, usage},
-    generate::{GeneratedImage, Models, Request},
+    generate::{GeneratedImage, Models, Reconstructor, Request},
     report,
 };
 use image::RgbImage;
@@ -49,6 +49,9 @@ pub struct Args {
     ranking: RankingOptions,
     #[command(flatten)]
     sampling: Options,
+    /// What makes pixels of the generated codes [default: end-to-end if the model has such a reconstructor, else two-stage]
+    #[arg(long, value_enum, value_name = "WHICH")]
+    reconstructor: Option<Reconstructor>,
     /// Random seed of each prompt's first image; the next images use the next seeds
     #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
@@ -60,7 +63,10 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let texts = prompts::collect(&args.texts, args.prompts.as_deref())?;
     let count = texts.len() * args.number as usize;
     check_output(&args, count, json)?;
-    let (bundle, models) = args.model.load()?;
+    let (bundle, mut models) = args.model.load()?;
+    if let Some(reconstructor) = args.reconstructor {
+        models = models.with_reconstructor(reconstructor)?;
+    }
     let ranker = args.ranking.load()?;
     texts.iter().try_for_each(|text| check_prompt(&models, text))?;
 

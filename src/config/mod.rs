@@ -4,6 +4,7 @@
 
 mod check;
 mod data;
+mod end_to_end;
 mod flat;
 mod load;
 mod matcher;
@@ -15,6 +16,7 @@ mod validate_matcher;
 
 pub use check::Problem;
 pub use data::{Data, Source};
+pub use end_to_end::{EndToEnd, HiddenState, ReconstructorInit};
 pub use flat::values;
 pub use load::{Loaded, Origin};
 pub use matcher::{Activation, ContrastiveLoss, ImageEncoder, Matcher};
@@ -29,7 +31,7 @@ use serde::{Deserialize, Serialize};
 pub struct Config {
     /// Name of the run; its folder is `runs/NAME`. Default `run`.
     pub name: String,
-    /// What to train: `generator` (default), `image-tokenizer` or `matcher`.
+    /// What to train: `generator` (default), `end-to-end`, `image-tokenizer` or `matcher`.
     pub task: Task,
     /// Seed of every random number of the run. Default 0.
     pub seed: u64,
@@ -41,6 +43,8 @@ pub struct Config {
     pub image_tokenizer: ImageTokenizer,
     /// Section `[model]`: the transformer (paper §2.2).
     pub model: Model,
+    /// Section `[end_to_end]`: generator and reconstructor together (paper §3.1.3).
+    pub end_to_end: EndToEnd,
     /// Section `[matcher]`: the image–text matcher (paper §2.4).
     pub matcher: Matcher,
     /// Section `[train]`: optimizer, schedule, parallelism and checkpoints.
@@ -57,16 +61,24 @@ pub enum Task {
     ImageTokenizer,
     /// The bidirectional transformer over text tokens and image codes, trained on text→image and image→text.
     Generator,
+    /// The same with a reconstructor that learns from its hidden states: images are also trained on as pixels.
+    EndToEnd,
     /// The image–text matcher: two encoders, whose embeddings of a matching image and text are close.
     Matcher,
 }
 
 impl Task {
+    /// Whether its model paints images and writes captions.
+    pub fn is_generator(self) -> bool {
+        matches!(self, Self::Generator | Self::EndToEnd)
+    }
+
     /// What it trains, in messages.
     pub fn model(self) -> &'static str {
         match self {
             Self::ImageTokenizer => "an image tokenizer",
             Self::Generator => "a generator",
+            Self::EndToEnd => "an end-to-end generator",
             Self::Matcher => "a matcher",
         }
     }
@@ -75,7 +87,8 @@ impl Task {
     pub fn hint(self) -> &'static str {
         match self {
             Self::ImageTokenizer => "name the model folder of a run with task = \"image-tokenizer\"",
-            Self::Generator => "name the model folder of a run with task = \"generator\"",
+            Self::Generator => "name the model folder of a run with task = \"generator\" or \"end-to-end\"",
+            Self::EndToEnd => "name the model folder of a run with task = \"end-to-end\"",
             Self::Matcher => "name the model folder of a run with task = \"matcher\"",
         }
     }
@@ -108,8 +121,8 @@ pub enum Normalization {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ImageTokenizer {
-    /// Model folder of a trained tokenizer, or `demo`. Only for task `generator`: the other keys are read from that
-    /// folder.
+    /// Model folder of a trained tokenizer, or `demo`. Only for the tasks `generator` and `end-to-end`: the other keys are
+    /// read from that folder.
     pub path: String,
     /// Architecture of encoder and decoder: `vqgan` (default) or `dvae`.
     pub architecture: Architecture,
@@ -162,7 +175,8 @@ pub struct ImageTokenizer {
     pub temperature_steps: u64,
     /// Steps over which `kl_weight` rises linearly from 0 (DALL-E: 5000). 0 (default): `temperature_steps`.
     pub kl_steps: u64,
-    /// Folder of the perceptual network, written by `vilg import lpips`. Needed with `perceptual_weight` above 0.
+    /// Folder of the perceptual network, written by `vilg import lpips`. Needed with `perceptual_weight` above 0. For task
+    /// `end-to-end`: with it, the reconstruction loss includes the tokenizer's perceptual loss.
     pub perceptual: String,
     /// Weight of the perceptual loss LPIPS (arXiv 1801.03924). 0 (default): none.
     pub perceptual_weight: f64,
@@ -310,6 +324,7 @@ impl Default for Config {
             text: Text::default(),
             image_tokenizer: ImageTokenizer::default(),
             model: Model::default(),
+            end_to_end: EndToEnd::default(),
             matcher: Matcher::default(),
             train: Train::default(),
             sample: Sample::default(),

@@ -32,6 +32,7 @@ impl Config {
         text(&mut check, &self.text);
         image_tokenizer(&mut check, &self.image_tokenizer);
         model(&mut check, &self.model);
+        self.end_to_end.check(&mut check);
         matcher(&mut check, &self.matcher, &self.text);
         train(&mut check, &self.train);
         sample(&mut check, &self.sample);
@@ -326,6 +327,8 @@ mod tests {
             "model.heads=7",
             "model.heads=0",
             "model.conv_size=10",
+            "end_to_end.map_width=65537",
+            "end_to_end.reconstruction_weight=-1",
             "train.steps=0",
             "train.batch_size=0",
             "train.batch_size=9223372036854775807",

@@ -22,13 +22,15 @@ pub use text_to_image::{GeneratedImage, Request};
 
 use crate::{
     bundle::Bundle,
-    data::image::to_pixels,
-    error::Result,
-    model::{Decoder, Generator},
+    data::image::{from_pixels, to_pixels},
+    error::{Result, ensure, usage},
+    model::{Batch, Decoder, Generator, Tokens},
     ops::packed::Format,
+    runtime,
     text::WordPiece,
     tokenizer::ImageTokenizer,
 };
+use candle_core::Tensor;
 use image::RgbImage;
 use std::sync::Arc;
 
@@ -38,6 +40,18 @@ pub struct Models {
     pub decoder: Decoder,
     pub image_tokenizer: ImageTokenizer,
     pub text: WordPiece,
+    /// What makes pixels of generated codes.
+    pub reconstructor: Reconstructor,
+}
+
+/// What makes pixels of codes (paper §3.1.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reconstructor {
+    /// The generator's own, from its hidden states
+    EndToEnd,
+    /// The image tokenizer's decoder, from the vectors of the codes
+    TwoStage,
 }
 
 impl Models {
@@ -52,7 +66,57 @@ impl Models {
     /// Combines loaded parts. The weights used for decoding are stored in `format`.
     pub fn new(generator: Generator, format: Format, image_tokenizer: ImageTokenizer, text: WordPiece) -> Self {
         let generator = Arc::new(generator);
-        Self { decoder: Decoder::new(generator.clone(), format), generator, image_tokenizer, text }
+        let reconstructor =
+            if generator.end_to_end().is_some() { Reconstructor::EndToEnd } else { Reconstructor::TwoStage };
+        Self { decoder: Decoder::new(generator.clone(), format), generator, image_tokenizer, text, reconstructor }
+    }
+
+    /// The same with another reconstructor than that of the generator's training.
+    ///
+    /// # Errors
+    /// The generator has none of its own.
+    pub fn with_reconstructor(self, reconstructor: Reconstructor) -> Result<Self> {
+        let there = reconstructor == Reconstructor::TwoStage || self.generator.end_to_end().is_some();
+        let hint = "it comes from a run with task = \"end-to-end\"; leave out --reconstructor";
+        ensure!(there, usage("the model has no end-to-end reconstructor", hint));
+        Ok(Self { reconstructor, ..self })
+    }
+
+    /// Makes images of codes (raster order); `prompts` are the tokens of the text of each, which an end-to-end
+    /// reconstructor reads too.
+    ///
+    /// # Errors
+    /// The numbers of images, codes and prompts do not fit, or the weights are damaged.
+    pub fn images(&self, prompts: &[&[u32]], codes: &[Vec<u32>]) -> Result<Vec<RgbImage>> {
+        self.images_by(self.reconstructor, prompts, codes)
+    }
+
+    /// The same by a reconstructor of the caller's choice.
+    ///
+    /// # Errors
+    /// As [`Self::images`], or the model has no such reconstructor.
+    pub fn images_by(
+        &self,
+        reconstructor: Reconstructor,
+        prompts: &[&[u32]],
+        codes: &[Vec<u32>],
+    ) -> Result<Vec<RgbImage>> {
+        ensure!(prompts.len() == codes.len(), "{} prompts for {} images", prompts.len(), codes.len());
+        if codes.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (device, each) = (runtime::device()?, codes[0].len());
+        let codes = Tensor::from_vec(codes.concat(), (codes.len(), each), &device)?;
+        let pixels = match reconstructor {
+            Reconstructor::TwoStage => self.image_tokenizer.decode(&codes)?,
+            Reconstructor::EndToEnd => {
+                let rows: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.to_vec()).collect();
+                let width = rows.iter().map(Vec::len).max().unwrap_or(0);
+                let text = Tokens::pad(&rows, width, self.text.pad(), &device)?;
+                self.generator.reconstruct(Batch::text_to_image(text, codes)?)?
+            }
+        };
+        from_pixels(&pixels)
     }
 
     /// Encodes square images with a side of [`ImageTokenizer::image_size`] pixels: the codes of each image in raster

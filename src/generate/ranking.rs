@@ -2,13 +2,7 @@
 //! fine-tuning, by an image–text matcher).
 
 use super::{Matching, Models};
-use crate::{
-    data::image::from_pixels,
-    error::{Result, ensure},
-    runtime,
-};
-use candle_core::Tensor;
-use image::RgbImage;
+use crate::error::{Result, ensure};
 use serde::Serialize;
 
 /// Candidates that are decoded at once.
@@ -91,21 +85,27 @@ impl Models {
             Ranking::Own | Ranking::Both { .. } => Some(self.score(codes, tokens)?),
             Ranking::Matcher(_) => None,
         };
-        let cosines = ranking.matching().map(|matching| self.cosines(matching, codes, prompts)).transpose()?;
+        let cosines = ranking.matching().map(|matching| self.cosines(matching, codes, prompts, tokens)).transpose()?;
         let of = |scores: &Option<Vec<f64>>, i: usize| scores.as_ref().and_then(|scores| scores.get(i).copied());
         Ok((0..codes.len()).map(|i| ranking.scores(of(&own, i), of(&cosines, i))).collect())
     }
 
     /// The cosine of each image with its prompt.
-    fn cosines(&self, matching: &Matching, codes: &[Vec<u32>], prompts: &[&str]) -> Result<Vec<f64>> {
+    fn cosines(
+        &self,
+        matching: &Matching,
+        codes: &[Vec<u32>],
+        prompts: &[&str],
+        tokens: &[&[u32]],
+    ) -> Result<Vec<f64>> {
         ensure!(codes.len() == prompts.len(), "{} images and {} prompts", codes.len(), prompts.len());
         // The candidates of a prompt follow each other.
         let mut distinct = prompts.to_vec();
         distinct.dedup();
         let texts = matching.embed_texts(&distinct)?.to_vec2::<f32>()?;
         let mut images = Vec::with_capacity(codes.len());
-        for codes in codes.chunks(DECODED) {
-            images.extend(matching.embed_images(&self.images(codes)?)?.to_vec2::<f32>()?);
+        for (codes, tokens) in codes.chunks(DECODED).zip(tokens.chunks(DECODED)) {
+            images.extend(matching.embed_images(&self.images(tokens, codes)?)?.to_vec2::<f32>()?);
         }
         let (mut cosines, mut text) = (Vec::with_capacity(codes.len()), 0);
         for (i, image) in images.iter().enumerate() {
@@ -113,13 +113,6 @@ impl Models {
             cosines.push(image.iter().zip(&texts[text]).map(|(a, b)| f64::from(a * b)).sum());
         }
         Ok(cosines)
-    }
-
-    /// Decodes the codes of several images at once.
-    fn images(&self, codes: &[Vec<u32>]) -> Result<Vec<RgbImage>> {
-        let each = codes.first().map_or(0, Vec::len);
-        let all = Tensor::from_vec(codes.concat(), (codes.len(), each), &runtime::device()?)?;
-        from_pixels(&self.image_tokenizer.decode(&all)?)
     }
 }
 

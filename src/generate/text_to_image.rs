@@ -6,13 +6,10 @@ use super::{
     sampling::{Sampling, guide},
 };
 use crate::{
-    data::image::from_pixels,
     error::{Context, Result, ensure},
     model::Source,
     random::Random,
-    runtime,
 };
-use candle_core::Tensor;
 use image::RgbImage;
 use rayon::prelude::*;
 
@@ -99,10 +96,12 @@ impl Models {
                 best[draw.request].add(codes, scores);
             }
         }
-        let finish = |Best { candidate, codes, scores }: Best| {
-            Ok(GeneratedImage { image: self.image(&codes)?, codes, candidate, scores })
+        // One image at a time, so that its pixels do not depend on other images.
+        let finish = |(Best { candidate, codes, scores }, prompt): (Best, &Vec<u32>)| {
+            let image = self.images(&[prompt], std::slice::from_ref(&codes))?.pop();
+            Ok(GeneratedImage { image: image.context("the decoder returned no image")?, codes, candidate, scores })
         };
-        best.into_iter().map(finish).collect()
+        best.into_iter().zip(&prompts).map(finish).collect()
     }
 
     /// The codes of each candidate. The prefill of a prompt is computed once for all its candidates.
@@ -139,14 +138,6 @@ impl Models {
             }
         }
         Ok(codes)
-    }
-
-    /// Decodes codes in raster order to an image. One image at a time, so that its pixels do not depend on other
-    /// images.
-    fn image(&self, codes: &[u32]) -> Result<RgbImage> {
-        let device = &runtime::device()?;
-        let pixels = self.image_tokenizer.decode(&Tensor::from_slice(codes, (1, codes.len()), device)?)?;
-        from_pixels(&pixels)?.pop().context("the decoder returned no image")
     }
 }
 

@@ -118,7 +118,7 @@ impl Micro {
     fn head(&self, config: &Config, held: u64) -> Vec<Moment> {
         let hidden = config.model.hidden as u64;
         let segment = config.model.layers + 1;
-        let rows = ROWS.min(self.samples * self.layout.target_positions()) as u64;
+        let rows = ROWS.min(self.samples * self.layout.predicted()) as u64;
         let weights = hidden * self.outputs as u64;
         let gradients = weights + self.outputs as u64 + 2 * hidden;
         let packed = self.copied * weights;

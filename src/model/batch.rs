@@ -5,8 +5,10 @@ use crate::{
     error::{Context, Result, bail, ensure},
     nn::pattern::Grid,
     text::WordPiece,
+    tokenizer::PixelBatch,
 };
 use candle_core::{DType, Device, Tensor};
+use std::rc::Rc;
 
 /// The token ids of one span, one row per sample.
 #[derive(Debug, Clone)]
@@ -66,6 +68,8 @@ pub struct Batch {
     target: (Span, Tokens),
     /// The loss is `loss_scale` · Σ −log p(target token).
     pub loss_scale: f64,
+    /// The images themselves, in end-to-end training: the loss of their reconstruction is added.
+    pub pixels: Option<Rc<PixelBatch>>,
 }
 
 impl Batch {
@@ -92,7 +96,7 @@ impl Batch {
         let mut tokens = tokens.into_iter();
         let sources = sources.iter().copied().zip(tokens.by_ref()).collect();
         let Some(tokens) = tokens.next() else { bail!("a sequence without a target") };
-        Ok(Self { sources, target: (target, tokens), loss_scale: 1.0 })
+        Ok(Self { sources, target: (target, tokens), loss_scale: 1.0, pixels: None })
     }
 
     /// Text → image ([`Span::text_to_image`]); `codes` (b, n) u32.
@@ -102,6 +106,12 @@ impl Batch {
     pub fn text_to_image(text: Tokens, codes: Tensor) -> Result<Self> {
         let codes = Tokens::whole(codes)?;
         Self::new(&Span::text_to_image(text.ids.dim(1)?, codes.ids.dim(1)?), vec![text, codes])
+    }
+
+    /// The same sequences, with the last code of a target image as an input too ([`Span::reads_last`]).
+    #[must_use]
+    pub fn reading_last(self) -> Self {
+        Self { target: (self.target.0.reading_last(), self.target.1), ..self }
     }
 
     /// Image → text ([`Span::image_to_text`]); `codes` (b, n) u32.
@@ -172,7 +182,7 @@ impl Batch {
         }
     }
 
-    /// The tokens to predict at the target positions, and their weights in the loss; both (b · target positions).
+    /// The tokens to predict, and their weights in the loss; both (b · predicted).
     /// Padding has weight 0.
     ///
     /// # Errors

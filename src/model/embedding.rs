@@ -84,8 +84,9 @@ impl Embedding {
             (Modality::Image, Role::Source) => parts.push(self.image(ids, 0)?),
             (Modality::Image, Role::Target) => {
                 parts.push(self.start(ids.dim(0)?)?);
-                if span.length > 1 {
-                    parts.push(self.image(&ids.narrow(1, 0, span.length - 1)?, 0)?);
+                let codes = span.positions() - 1;
+                if codes > 0 {
+                    parts.push(self.image(&ids.narrow(1, 0, codes)?, 0)?);
                 }
             }
         }

@@ -20,7 +20,7 @@ pub fn sequence(model: &Model, layout: &Layout, outputs: usize) -> f64 {
         }
     }
     let blocks: f64 = counts.iter().map(|&(pattern, count)| count as f64 * block(model, layout, pattern)).sum();
-    blocks + 2.0 * (model.hidden * outputs * layout.target_positions()) as f64
+    blocks + 2.0 * (model.hidden * outputs * layout.predicted()) as f64
 }
 
 /// One block over one sequence, forward.
@@ -61,14 +61,24 @@ pub fn matcher(config: &config::Matcher, tokens: usize) -> [f64; 2] {
 
 /// Forward and backward of the image tokenizer over `batch` images.
 pub fn tokenizer(config: &ImageTokenizer, batch: usize) -> f64 {
+    let side = config.grid().0;
+    let [encoder, decoder] = halves(config);
+    let codebook = conv(config.code_dim, config.codebook_size, 1, side);
+    // Looking for the nearest code has no gradient; the codebook of a dVAE is a layer.
+    let codebook = if config.architecture == Architecture::Dvae { 3.0 * codebook } else { codebook };
+    batch as f64 * (3.0 * (encoder + decoder) + codebook)
+}
+
+/// Forward and backward of the tokenizer's decoder alone over `batch` images.
+pub fn reconstructor(config: &ImageTokenizer, batch: usize) -> f64 {
+    3.0 * batch as f64 * halves(config)[1]
+}
+
+/// Encoder and decoder over one image, forward.
+fn halves(config: &ImageTokenizer) -> [f64; 2] {
     if config.architecture == Architecture::Dvae {
-        let side = config.grid().0;
-        let codebook = conv(config.codebook_size, config.code_dim, 1, side);
-        let convolutions = dvae_convolutions(config)
-            .into_iter()
-            .flatten()
-            .map(|c| conv(c.inputs as usize, c.outputs as usize, c.kernel as usize, c.side as usize));
-        return 3.0 * batch as f64 * (codebook + convolutions.sum::<f64>());
+        let size = |c: &Convolution| conv(c.inputs as usize, c.outputs as usize, c.kernel as usize, c.side as usize);
+        return dvae_convolutions(config).map(|convolutions| convolutions.iter().map(size).sum());
     }
     let levels = config.channel_multipliers.len();
     let width = |level: usize| config.channel_multipliers[level] * config.channels;
@@ -81,19 +91,20 @@ pub fn tokenizer(config: &ImageTokenizer, batch: usize) -> f64 {
         let block = |i| residual(if i == 0 { input } else { width(level) }, width(level), side(level)) + own;
         (0..count).map(block).sum()
     };
-    let mut total = conv(3, width(0), 3, side(0)) + conv(width(0), 3, 3, side(0)) + 2.0 * middle;
-    total += 2.0 * conv(last, config.latent_channels, 3, lowest);
-    total += 2.0 * conv(config.latent_channels, config.code_dim, 1, lowest);
+    let common = middle
+        + conv(last, config.latent_channels, 3, lowest)
+        + conv(config.latent_channels, config.code_dim, 1, lowest)
+        + conv(3, width(0), 3, side(0));
+    let (mut encoder, mut decoder) = (common, common);
     for level in 0..levels {
-        total += level_blocks(level, width(level.saturating_sub(1)), config.residual_blocks);
-        total += level_blocks(level, width((level + 1).min(levels - 1)), config.residual_blocks + 1);
+        encoder += level_blocks(level, width(level.saturating_sub(1)), config.residual_blocks);
+        decoder += level_blocks(level, width((level + 1).min(levels - 1)), config.residual_blocks + 1);
         if level + 1 < levels {
-            total += conv(width(level), width(level), 3, side(level + 1)); // down
-            total += conv(width(level + 1), width(level + 1), 3, side(level)); // up
+            encoder += conv(width(level), width(level), 3, side(level + 1));
+            decoder += conv(width(level + 1), width(level + 1), 3, side(level));
         }
     }
-    let nearest = conv(config.code_dim, config.codebook_size, 1, lowest); // has no gradient
-    batch as f64 * (3.0 * total + nearest)
+    [encoder, decoder]
 }
 
 /// A convolution that keeps the side.

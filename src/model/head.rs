@@ -44,10 +44,9 @@ impl Head {
         }
     }
 
-    /// `x` (b, positions, hidden) → logits (b, targets, vocabulary). The target is the last span.
+    /// `x` (b, positions, hidden) → logits (b, predicted, vocabulary). The target is the last span.
     pub fn target_logits(&self, precision: Precision, x: &Tensor, batch: &Batch) -> Result<Tensor> {
-        let source = batch.source_positions();
-        let target = x.narrow(1, source, x.dim(1)? - source)?.contiguous()?;
+        let target = x.narrow(1, batch.source_positions(), batch.target().0.predicted())?.contiguous()?;
         self.linear(batch.target().0.modality).forward_in(precision, &self.norm.forward(&target)?)
     }
 }

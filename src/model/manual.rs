@@ -183,11 +183,12 @@ pub struct ManualHead<'g> {
 /// Number of rows whose logits are in memory at once.
 pub(super) const ROWS: usize = 512;
 
-/// The gradients computed in the forward pass.
-struct Found {
-    gradients: Gradients,
+/// The loss and its gradients, computed in the forward pass.
+pub(super) struct Found {
+    pub loss: f64,
+    pub gradients: Gradients,
     /// (b, positions, hidden)
-    dx: Vec<f32>,
+    pub dx: Vec<f32>,
 }
 
 /// The rows of a batch that count in the loss: their index in (b, positions), target tokens and weights.
@@ -198,19 +199,64 @@ struct Predicted {
 }
 
 impl Predicted {
-    /// For `b` samples of `positions` positions; the targets are the last positions of each sample.
+    /// For `b` samples of `positions` positions; the targets are the first ones after the sources.
     fn of(batch: &Batch, b: usize, positions: usize) -> Result<Self> {
         let (targets, weights) = batch.outputs()?;
         let (targets, weights) = (targets.to_vec1::<u32>()?, weights.to_vec1::<f32>()?);
-        let each = targets.len() / b.max(1);
-        ensure!(each <= positions && each * b == targets.len(), "{positions} positions for {each} targets a sample");
+        let (each, first) = (targets.len() / b.max(1), batch.source_positions());
+        let fits = first + each <= positions && each * b == targets.len();
+        ensure!(fits, "{positions} positions for {first} of sources and {each} targets a sample");
         let mut predicted = Self { rows: Vec::new(), targets: Vec::new(), weights: Vec::new() };
         for (i, (target, weight)) in targets.into_iter().zip(weights).enumerate().filter(|(_, (_, w))| *w != 0.0) {
-            predicted.rows.push((i / each) * positions + positions - each + i % each);
+            predicted.rows.push((i / each) * positions + first + i % each);
             predicted.targets.push(target);
             predicted.weights.push(weight);
         }
         Ok(predicted)
+    }
+}
+
+impl ManualHead<'_> {
+    /// The loss of hidden states (b, positions, hidden).
+    pub(super) fn find(&self, x: &Tensor, batch: &Batch) -> Result<Found> {
+        let (b, positions, hidden) = x.dims3()?;
+        let predicted = Predicted::of(batch, b, positions)?;
+        let linear = self.head.linear(batch.target().0.modality);
+        let vocabulary = linear.outputs();
+        let foreign = predicted.targets.iter().find(|&&target| target as usize >= vocabulary);
+        ensure!(foreign.is_none(), "target {foreign:?} is outside the vocabulary of {vocabulary}");
+
+        let values = view::<f32>(x)?;
+        let mut found = Found { loss: 0.0, gradients: Gradients::default(), dx: vec![0.0; values.len()] };
+        for part in 0..predicted.rows.len().div_ceil(ROWS) {
+            let range = part * ROWS..predicted.rows.len().min((part + 1) * ROWS);
+            let rows = &predicted.rows[range.clone()];
+            let x: Vec<f32> = rows.iter().flat_map(|&row| &values[row * hidden..][..hidden]).copied().collect();
+            let normed = self.head.norm.manual(&x)?;
+            let mut logits = linear.manual(self.precision, &normed, None)?;
+            let (targets, weights) = (&predicted.targets[range.clone()], &predicted.weights[range]);
+            found.loss += cross_entropy::loss_and_gradient(&mut logits, vocabulary, targets, weights);
+            let dnormed = linear.manual_backward(self.precision, &normed, &logits, &mut found.gradients)?;
+            let dx = self.head.norm.manual_backward(&x, &dnormed, &mut found.gradients)?;
+            for (&row, dx) in rows.iter().zip(dx.chunks_exact(hidden)) {
+                found.dx[row * hidden..][..hidden].copy_from_slice(dx);
+            }
+        }
+        Ok(found)
+    }
+}
+
+impl Found {
+    /// What the last segment of the chain returns for hidden states like `x`.
+    pub(super) fn output(self, x: &Tensor) -> Result<(Tensor, Saved)> {
+        Ok((Tensor::new(self.loss as f32, x.device())?, Box::new(self)))
+    }
+
+    /// The backward pass of the last segment, whose gradients are there already.
+    pub(super) fn backward(saved: Saved, x: &Tensor, gradients: &mut Gradients) -> Result<Option<Tensor>> {
+        let found = unpack::<Self>(saved)?;
+        gradients.merge(found.gradients)?;
+        Ok(Some(Tensor::from_vec(found.dx, x.shape(), x.device())?))
     }
 }
 
@@ -225,31 +271,7 @@ impl Segment<Batch> for ManualHead<'_> {
 
     /// (b, positions, hidden) → the loss, a scalar.
     fn forward(&self, x: &Tensor, batch: &Batch) -> Result<(Tensor, Saved)> {
-        let (b, positions, hidden) = x.dims3()?;
-        let predicted = Predicted::of(batch, b, positions)?;
-        let linear = self.head.linear(batch.target().0.modality);
-        let vocabulary = linear.outputs();
-        let foreign = predicted.targets.iter().find(|&&target| target as usize >= vocabulary);
-        ensure!(foreign.is_none(), "target {foreign:?} is outside the vocabulary of {vocabulary}");
-
-        let values = view::<f32>(x)?;
-        let mut found = Found { gradients: Gradients::default(), dx: vec![0.0; values.len()] };
-        let mut loss = 0.0;
-        for part in 0..predicted.rows.len().div_ceil(ROWS) {
-            let range = part * ROWS..predicted.rows.len().min((part + 1) * ROWS);
-            let rows = &predicted.rows[range.clone()];
-            let x: Vec<f32> = rows.iter().flat_map(|&row| &values[row * hidden..][..hidden]).copied().collect();
-            let normed = self.head.norm.manual(&x)?;
-            let mut logits = linear.manual(self.precision, &normed, None)?;
-            let (targets, weights) = (&predicted.targets[range.clone()], &predicted.weights[range]);
-            loss += cross_entropy::loss_and_gradient(&mut logits, vocabulary, targets, weights);
-            let dnormed = linear.manual_backward(self.precision, &normed, &logits, &mut found.gradients)?;
-            let dx = self.head.norm.manual_backward(&x, &dnormed, &mut found.gradients)?;
-            for (&row, dx) in rows.iter().zip(dx.chunks_exact(hidden)) {
-                found.dx[row * hidden..][..hidden].copy_from_slice(dx);
-            }
-        }
-        Ok((Tensor::new(loss as f32, x.device())?, Box::new(found)))
+        self.find(x, batch)?.output(x)
     }
 
     fn backward(
@@ -260,9 +282,7 @@ impl Segment<Batch> for ManualHead<'_> {
         _: Option<Tensor>,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let found = unpack::<Found>(saved)?;
-        gradients.merge(found.gradients)?;
-        Ok(Some(Tensor::from_vec(found.dx, x.shape(), x.device())?))
+        Found::backward(saved, x, gradients)
     }
 }
 

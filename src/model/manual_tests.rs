@@ -11,12 +11,12 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 
-fn norm(a: &Tensor) -> Result<f64> {
+pub(super) fn norm(a: &Tensor) -> Result<f64> {
     Ok(a.to_dtype(DType::F64)?.sqr()?.sum_all()?.sqrt()?.to_scalar::<f64>()?)
 }
 
 /// Forward and backward through a chain: the loss, and the gradients of all parameters.
-fn run(chain: &[Box<dyn Segment<Batch> + '_>], batch: &Batch, gradients: &mut Gradients) -> Result<f64> {
+pub(super) fn run(chain: &[Box<dyn Segment<Batch> + '_>], batch: &Batch, gradients: &mut Gradients) -> Result<f64> {
     let mut x = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
     let mut passed = Vec::new();
     for segment in chain {

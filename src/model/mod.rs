@@ -4,6 +4,7 @@ pub mod activations;
 mod batch;
 mod decode;
 mod embedding;
+pub mod end_to_end;
 pub mod flops;
 mod head;
 mod layer;
@@ -21,6 +22,8 @@ pub use transformer::Generator;
 
 #[cfg(test)]
 mod decode_tests;
+#[cfg(test)]
+mod end_to_end_tests;
 #[cfg(test)]
 mod manual_tests;
 #[cfg(test)]

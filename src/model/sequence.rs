@@ -42,6 +42,9 @@ pub struct Span {
     pub role: Role,
     /// Number of tokens, padding included: all codes of an image, or a text from `[CLS]` to its last padding token.
     pub length: usize,
+    /// Whether the last code of a target image is an input too. Nothing is predicted there: end-to-end training reads the
+    /// hidden state (paper §3.1.3).
+    pub reads_last: bool,
 }
 
 /// The content of a position of a sequence.
@@ -58,12 +61,12 @@ pub enum Slot {
 impl Span {
     /// A text of `length` tokens.
     pub const fn text(role: Role, length: usize) -> Self {
-        Self { modality: Modality::Text, role, length }
+        Self { modality: Modality::Text, role, length, reads_last: false }
     }
 
     /// An image of `length` codes.
     pub const fn image(role: Role, length: usize) -> Self {
-        Self { modality: Modality::Image, role, length }
+        Self { modality: Modality::Image, role, length, reads_last: false }
     }
 
     /// Text → image: `text` tokens, then `image` codes.
@@ -82,12 +85,26 @@ impl Span {
         [codes, Self::text(Role::Source, question), answer]
     }
 
-    /// Number of positions in the sequence. The last token of a target is only predicted, never an input; a target
-    /// image starts with the learned start token.
+    /// The same, with the last code of a target image as an input too.
+    pub const fn reading_last(self) -> Self {
+        Self { reads_last: true, ..self }
+    }
+
+    /// Number of positions in the sequence. The last token of a target is only predicted, never an input, unless
+    /// [`Span::reads_last`]; a target image starts with the learned start token.
     pub const fn positions(&self) -> usize {
         match (self.role, self.modality) {
-            (Role::Target, Modality::Text) => self.length.saturating_sub(1),
-            _ => self.length,
+            (Role::Target, Modality::Image) if self.reads_last => self.length + 1,
+            (Role::Target, _) => self.predicted(),
+            (Role::Source, _) => self.length,
+        }
+    }
+
+    /// Number of tokens that are predicted, padding included, if the span is a target: one at each of its first positions.
+    pub const fn predicted(&self) -> usize {
+        match self.modality {
+            Modality::Text => self.length.saturating_sub(1),
+            Modality::Image => self.length,
         }
     }
 
@@ -191,9 +208,20 @@ impl Layout {
         self.sources.iter().map(Span::positions).sum()
     }
 
-    /// Number of positions of the target span, which is its number of predicted tokens, padding included.
+    /// Number of positions of the target span.
     pub fn target_positions(&self) -> usize {
         self.target.positions()
+    }
+
+    /// Number of predicted tokens, padding included: one at each of the target span's first positions.
+    pub fn predicted(&self) -> usize {
+        self.target.predicted()
+    }
+
+    /// The same spans, with the last code of a target image as an input too ([`Span::reads_last`]).
+    #[must_use]
+    pub fn reading_last(self) -> Self {
+        Self { target: self.target.reading_last(), ..self }
     }
 
     /// Number of positions of the whole sequence.

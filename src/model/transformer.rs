@@ -1,9 +1,9 @@
 //! The generator: one transformer for every list of spans (paper §2.2).
 
-use super::{batch::Batch, embedding::Embedding, head::Head, layer::Layer};
+use super::{batch::Batch, embedding::Embedding, end_to_end::EndToEnd, head::Head, layer::Layer};
 use crate::{
-    config::{Config, Precision},
-    error::{Result, ensure},
+    config::{Config, Precision, Task},
+    error::{Context, Result, ensure},
     nn::{
         params::{Params, Scope},
         pattern::Grid,
@@ -18,6 +18,8 @@ pub struct Generator {
     pub(super) embedding: Embedding,
     pub(super) layers: Vec<Layer>,
     pub(super) head: Head,
+    /// Of a model of task `end-to-end`.
+    pub(super) end_to_end: Option<EndToEnd>,
     pub(super) max_text: usize,
     pub(super) heads: usize,
     /// Whether the segments with hand-written gradients can be used: f32 on a CPU.
@@ -45,12 +47,17 @@ impl Generator {
         let layer = |i| Layer::new(scope, model, i, grid);
         let layers = (0..model.layers).map(layer).collect::<Result<_>>()?;
         let head = Head::new(scope, model.hidden, vocab_size, codebook_size)?;
+        let end_to_end = match config.task {
+            Task::EndToEnd => Some(EndToEnd::new(scope, config, grid)?),
+            _ => None,
+        };
         let table = &embedding.text;
         let manual = table.device().is_cpu() && table.dtype() == DType::F32 && scope.precision() == Precision::F32;
         Ok(Self {
             embedding,
             layers,
             head,
+            end_to_end,
             max_text: config.text.max_tokens,
             heads: model.heads,
             precision: config.train.precision,
@@ -77,6 +84,22 @@ impl Generator {
         self.head.target_logits(Precision::F32, &x, batch)
     }
 
+    /// What end-to-end training adds; `None` for a generator of two-stage training.
+    pub fn end_to_end(&self) -> Option<&EndToEnd> {
+        self.end_to_end.as_ref()
+    }
+
+    /// Text → image sequences as images, without their codes being looked up (paper §3.1.3): pixels
+    /// (b, side, side, 3), about in \[-1, 1\].
+    ///
+    /// # Errors
+    /// The model has no end-to-end reconstructor, the target of the batch is no image, or the weights are damaged.
+    pub fn reconstruct(&self, batch: Batch) -> Result<Tensor> {
+        let end_to_end = self.end_to_end.as_ref().context("a generator without an end-to-end reconstructor")?;
+        let batch = end_to_end.arrange(batch);
+        end_to_end.pixels(&self.hidden_states(&batch)?, &batch)
+    }
+
     /// The device of the parameters.
     pub(super) fn device(&self) -> &Device {
         self.embedding.device()
@@ -85,6 +108,7 @@ impl Generator {
     /// The parameters of each segment in the order of the chain: embedding, layers, head.
     pub(super) fn params(&self) -> impl Iterator<Item = &Params> {
         let layers = self.layers.iter().map(|layer| &layer.params);
-        std::iter::once(&self.embedding.params).chain(layers).chain([&self.head.params])
+        let end_to_end = self.end_to_end.iter().map(|end_to_end| &end_to_end.params);
+        std::iter::once(&self.embedding.params).chain(layers).chain([&self.head.params]).chain(end_to_end)
     }
 }

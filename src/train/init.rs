@@ -29,7 +29,8 @@ pub fn take_weights(spec: &dyn TaskSpec, config: &Config, task: &dyn Task) -> Re
     let mismatch =
         |what: String| usage(format!("the weights of `{model}` (train.init_from) do not fit: {what}"), &hint);
     // A model folder holds neither the discriminator nor the statistics of an EMA codebook: both start anew.
-    let wanted = || task.params().iter().filter(|(name, _)| !tokenizer::is_of_training(name));
+    let anew = |name: &str| tokenizer::is_of_training(name) || spec.starts_anew(name, &bundle);
+    let wanted = || task.params().iter().filter(|(name, _)| !anew(name));
     for (name, var) in wanted() {
         let Some(tensor) = weights.get(name) else { return Err(mismatch(format!("they lack `{name}`"))) };
         let (theirs, ours) = (tensor.dims(), var.dims());

@@ -149,6 +149,8 @@ pub fn model_folder(config: &Config) -> PathBuf {
 #[cfg(test)]
 mod diverging_tests;
 #[cfg(test)]
+mod end_to_end_tests;
+#[cfg(test)]
 mod f16_tests;
 #[cfg(test)]
 mod hang_tests;

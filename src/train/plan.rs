@@ -59,7 +59,7 @@ pub fn plan_without(config: &Config, sizes: &Sizes) -> Result<(Plan, Vec<String>
 /// The plan of a run of which the sources in `here` are opened; `all`: these are all sources.
 fn planned(config: &Config, sizes: &Sizes, here: &config::Data, all: bool) -> Result<Plan> {
     let (settings, spec) = (&config.train, sizes.spec);
-    let kind = spec.sample_kind(&sizes.inputs);
+    let kind = spec.sample_kind(config, &sizes.inputs);
     let samples = spec.batch_sizes(settings).iter().map(|(_, size)| size).sum();
     let tokens = spec.predicted_tokens(config, &sizes.inputs);
     // `Dataset::open` reports an error if the configuration has no source at all.

@@ -120,7 +120,7 @@ impl TaskSpec for ToySpec {
         Ok(Box::new(ToyTask::new(config)))
     }
 
-    fn sample_kind(&self, _inputs: &Inputs) -> data::Kind {
+    fn sample_kind(&self, _config: &Config, _inputs: &Inputs) -> data::Kind {
         data::Kind::Images(4)
     }
 

@@ -202,7 +202,7 @@ fn check_yaml(ours: &ImageTokenizer, yaml: &YamlParams) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bundle::Bundle;
+    use crate::bundle::{Bundle, Changes};
     use candle_core::Tensor;
     use std::{fs, path::PathBuf};
 
@@ -234,7 +234,7 @@ mod tests {
         assert_eq!(codes(&model)?, theirs.iter().map(|code| *code as u32).collect::<Vec<_>>());
 
         let (exported, again) = (place.path().join("b"), place.path().join("c"));
-        open(&folder)?.export(&exported, Dtype::F32, None, false)?;
+        open(&folder)?.export(&exported, Dtype::F32, &Changes::default(), false)?;
         vqgan(&exported, Family::TamingVq, Some(&yaml), &again, false)?;
         let bits = |folder: &Path| -> Result<Vec<(String, Vec<u32>)>> {
             let flat = |t: &Tensor| t.flatten_all().and_then(|t| t.to_vec1::<f32>());

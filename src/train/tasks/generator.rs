@@ -1,23 +1,27 @@
-//! The task `generator`: both directions in every step, the summed loss (paper §2.2).
+//! The task `generator`: both directions in every step, the summed loss (paper §2.2). The task `end-to-end` is the same
+//! with a reconstructor.
 
-use super::{FileKind, Fingerprint, InputFile, Sequences, Task, TaskSpec};
+use super::{
+    FileKind, Fingerprint, InputFile, Sequences, Task, TaskSpec, end_to_end,
+    objectives::{BatchMaker, OBJECTIVES, Seen},
+};
 use crate::{
     bundle::{self, Bundle, Parts},
-    config::{self, AttentionKind, Config, LossReduction, Precision, Train},
+    config::{self, AttentionKind, Config, Precision, Train},
     data::{self, Kind, image_file},
-    dist::{self, Group},
-    error::{Context, Result, ensure, failed},
+    dist::Group,
+    error::{Context, Result, ensure, failed, usage},
     generate::{BestOf, Models, Request},
-    model::{Batch, Generator, Layout, Tokens},
+    model::{Generator, Layout},
     nn::{
         params::{Fresh, Params, Scope},
         pattern::Grid,
         weights::Values,
     },
     ops::packed::Format,
-    random::Random,
     runtime,
     text::WordPiece,
+    tokenizer::ImageTokenizer,
     train::{
         StepMetrics,
         data_loader::DataLoader,
@@ -48,7 +52,7 @@ impl TaskSpec for Spec {
         sharded && train.init_from.is_empty()
     }
 
-    fn sample_kind(&self, _inputs: &Inputs) -> Kind {
+    fn sample_kind(&self, _config: &Config, _inputs: &Inputs) -> Kind {
         Kind::Codes
     }
 
@@ -64,16 +68,7 @@ impl TaskSpec for Spec {
     }
 
     fn parts(&self) -> &'static [(&'static str, &'static [&'static str])] {
-        &[
-            ("text embedding", &["text_embedding."]),
-            ("text positions", &["text_position."]),
-            ("image embedding", &["image_embedding."]),
-            ("image positions", &["image_row.", "image_column.", "image_start"]),
-            ("blocks", &["blocks."]),
-            ("final norm", &["norm."]),
-            ("text head", &["text_head."]),
-            ("image head", &["image_head."]),
-        ]
+        &PARTS
     }
 
     fn sequences(&self, config: &Config, inputs: &Inputs) -> Vec<Sequences> {
@@ -107,6 +102,9 @@ impl TaskSpec for Spec {
 
     fn initial_model(&self, model: Bundle) -> Result<Bundle> {
         model.expect(config::Task::Generator)?;
+        let what = "an end-to-end generator has a reconstructor, which has no place here";
+        let two_stage = model.config.task == config::Task::Generator;
+        ensure!(two_stage, usage(what, "drop it with `vilg export --two-stage`, or set task = \"end-to-end\""));
         Ok(model)
     }
 
@@ -124,34 +122,16 @@ impl TaskSpec for Spec {
     }
 }
 
-/// Sequences that a step learns from, with a loss of their own.
-struct Objective {
-    /// Of the loss in the metrics.
-    name: &'static str,
-    weight: fn(&Train) -> f64,
-    /// Whether captions are dropped with `condition_dropout`.
-    drops_text: bool,
-    /// The tokens of a text, cut to a number of positions; the end of a cut caption is not a target.
-    encode: fn(&WordPiece, &str, usize) -> Result<Vec<u32>>,
-    batch: fn(Tokens, Tensor) -> Result<Batch>,
-}
-
-/// In the order of the batch sizes that the loader is given.
-const OBJECTIVES: [Objective; 2] = [
-    Objective {
-        name: "image",
-        weight: |train| train.image_loss_weight,
-        drops_text: true,
-        encode: WordPiece::encode,
-        batch: Batch::text_to_image,
-    },
-    Objective {
-        name: "text",
-        weight: |train| train.text_loss_weight,
-        drops_text: false,
-        encode: WordPiece::encode_target,
-        batch: |text, codes| Batch::image_to_text(codes, text),
-    },
+/// As [`TaskSpec::parts`].
+pub const PARTS: [(&str, &[&str]); 8] = [
+    ("text embedding", &["text_embedding."]),
+    ("text positions", &["text_position."]),
+    ("image embedding", &["image_embedding."]),
+    ("image positions", &["image_row.", "image_column.", "image_start"]),
+    ("blocks", &["blocks."]),
+    ("final norm", &["norm."]),
+    ("text head", &["text_head."]),
+    ("image head", &["image_head."]),
 ];
 
 /// The generator in training.
@@ -164,6 +144,8 @@ pub struct GeneratorTask {
     fresh: Option<Fresh>,
     text: WordPiece,
     image_tokenizer: Bundle,
+    /// Encodes the images of samples without codes.
+    encoder: Option<ImageTokenizer>,
     data_loader: DataLoader,
 }
 
@@ -191,12 +173,19 @@ impl GeneratorTask {
             path => Bundle::open(path).context("image_tokenizer.path")?,
         };
         image_tokenizer.expect(config::Task::ImageTokenizer).context("image_tokenizer.path")?;
-        config.image_tokenizer = image_tokenizer.config.image_tokenizer.clone();
+        let perceptual = std::mem::take(&mut config.image_tokenizer.perceptual);
+        config.image_tokenizer =
+            config::ImageTokenizer { perceptual, ..image_tokenizer.config.image_tokenizer.clone() };
+        let kind = match config.task {
+            config::Task::EndToEnd => end_to_end::sample_kind(&config, &config.image_tokenizer),
+            _ => Kind::Codes,
+        };
+        let encoder = if kind.has_codes() { None } else { Some(image_tokenizer.image_tokenizer()?) };
         let batches = [config.train.batch_size, config.train.caption_batch_size];
-        let data_loader = DataLoader::new(&config, Kind::Codes, &batches, group)?;
+        let data_loader = DataLoader::new(&config, kind, &batches, group)?;
         let ours = match data_loader.dataset().codes() {
             Some(codes) => image_tokenizer.makes_codes_of(&codes.tokenizer)?,
-            None => false,
+            None => encoder.is_some(),
         };
         let hint = "encode the images again with `vilg data encode`, or name the tokenizer that made the codes";
         ensure!(ours, failed("the codes in data.sources are not of the tokenizer in image_tokenizer.path", hint));
@@ -209,54 +198,12 @@ impl GeneratorTask {
         };
         let scope = scope.in_precision(kept);
         let model = build(&scope, &config, &text)?;
-        let fresh = scope.fresh().filter(|_| config.train.init_from.is_empty());
-        Ok(Self { model, params: scope.params(), fresh, text, image_tokenizer, data_loader, config })
-    }
-
-    /// The micro-batches of one objective, whose samples start at position `first` of the step; the losses of all ranks add
-    /// up to `weight` · mean over all target tokens, or over all sequences (`train.loss_reduction`).
-    fn batches(
-        &self,
-        objective: &Objective,
-        first: u64,
-        records: &[data::Record],
-        step: u64,
-        group: &Group,
-    ) -> Result<Vec<Batch>> {
-        let settings = &self.config.train;
-        let weight = (objective.weight)(settings);
-        if records.is_empty() || weight == 0.0 {
-            return Ok(Vec::new());
+        let (params, fresh) = (scope.params(), scope.fresh().filter(|_| config.train.init_from.is_empty()));
+        if config.task == config::Task::EndToEnd {
+            end_to_end::check_images(&data_loader, kind)?;
+            end_to_end::start_reconstructor(&config, &params, &image_tokenizer)?;
         }
-        let mut indices = first..;
-        let mut part = |records: &[data::Record]| -> Result<Batch> {
-            let mut rows = Vec::with_capacity(records.len());
-            let mut codes = Vec::new();
-            for (record, index) in records.iter().zip(&mut indices) {
-                let mut random = Random::keyed(self.config.seed, "condition dropout", step, index);
-                let dropped = objective.drops_text && random.unit() < settings.condition_dropout;
-                let caption = if dropped { "" } else { record.caption.as_str() };
-                let width = self.config.text.max_tokens;
-                rows.push((objective.encode)(&self.text, caption, width)?);
-                codes.extend(record.codes.as_deref().context("a sample without codes")?.iter().map(|&c| u32::from(c)));
-            }
-            let device = runtime::device()?;
-            // Positions that no row needs would only cost time.
-            let width = rows.iter().map(Vec::len).max().unwrap_or(0);
-            let text = Tokens::pad(&rows, width, self.text.pad(), &device)?;
-            let codes = Tensor::from_vec(codes, (rows.len(), self.model.grid().len()), &device)?;
-            (objective.batch)(text, codes)
-        };
-        let parts = settings.accumulation.min(records.len());
-        let parts = (0..parts).map(|i| part(&records[dist::part(records.len(), i, parts)]));
-        let mut batches = parts.collect::<Result<Vec<_>>>()?;
-        let count: usize = match settings.loss_reduction {
-            LossReduction::Mean => batches.iter().map(Batch::targets).sum(),
-            LossReduction::Sum => records.len(),
-        };
-        let count = group.sum(&[count as f64])?[0];
-        batches.iter_mut().for_each(|batch| batch.loss_scale = weight / count);
-        Ok(batches)
+        Ok(Self { model, params, fresh, text, image_tokenizer, encoder, data_loader, config })
     }
 }
 
@@ -290,6 +237,7 @@ impl Task for GeneratorTask {
         let images = train.image_loss_weight > 0.0;
         let texts = train.text_loss_weight > 0.0 && train.caption_batch_size > 0;
         match name.split('.').next() {
+            Some(end_to_end::SCOPE) => self.config.end_to_end.reconstruction_weight > 0.0,
             Some("image_head" | "image_start") => images,
             Some("text_head") => texts,
             _ => true,
@@ -313,33 +261,28 @@ impl Task for GeneratorTask {
 
     fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<StepMetrics> {
         let samples = self.data_loader.next(step)?;
+        let maker = BatchMaker {
+            config: &self.config,
+            text: &self.text,
+            model: &self.model,
+            encoder: self.encoder.as_ref(),
+            loss_scale,
+        };
         let mut batches = Vec::new();
         for (i, (objective, (first, records))) in OBJECTIVES.iter().zip(&samples).enumerate() {
-            let parts = self.batches(objective, *first, records, step, shards.group())?;
+            let parts = maker.batches(objective, *first, records, step, shards.group())?;
             batches.extend(parts.into_iter().map(|batch| (i, batch)));
         }
-        batches.iter_mut().for_each(|(_, batch)| batch.loss_scale *= loss_scale);
         let segments = self.model.segments();
-        let mut seen = [[0.0; 2]; OBJECTIVES.len()];
+        let mut seen = Seen::default();
         for (i, (objective, batch)) in batches.iter().enumerate() {
             if i + 1 == batches.len() {
                 shards.last_micro_batch();
             }
-            let loss =
-                engine::accumulate(&segments, batch, self.config.train.activation_checkpointing, shards)? / loss_scale;
-            let [losses, tokens] = &mut seen[*objective];
-            *losses += loss;
-            *tokens += batch.targets() as f64;
+            let loss = engine::accumulate(&segments, batch, self.config.train.activation_checkpointing, shards)?;
+            seen.add(*objective, batch, loss / loss_scale);
         }
-        let mut measured = StepMetrics { losses: Vec::new(), figures: Vec::new(), amount: 0, unit: "tokens" };
-        for (objective, seen) in OBJECTIVES.iter().zip(shards.group().sum(seen.as_flattened())?.chunks(2)) {
-            if seen[1] > 0.0 {
-                let weight = (objective.weight)(&self.config.train);
-                measured.losses.push((objective.name, seen[0] / weight));
-                measured.amount += seen[1] as usize;
-            }
-        }
-        Ok(measured)
+        seen.metrics(&self.config, shards.group())
     }
 
     fn sources(&self) -> Vec<u64> {

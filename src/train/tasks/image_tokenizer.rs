@@ -58,7 +58,7 @@ impl TaskSpec for Spec {
         Ok(Box::new(ImageTokenizerTask::new(config, group)?))
     }
 
-    fn sample_kind(&self, inputs: &Inputs) -> Kind {
+    fn sample_kind(&self, _config: &Config, inputs: &Inputs) -> Kind {
         Kind::Images(u32::try_from(inputs.tokenizer.image_size).unwrap_or(u32::MAX))
     }
 

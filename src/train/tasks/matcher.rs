@@ -44,7 +44,7 @@ impl TaskSpec for Spec {
         Ok(Box::new(MatcherTask::new(config, group)?))
     }
 
-    fn sample_kind(&self, _inputs: &Inputs) -> Kind {
+    fn sample_kind(&self, _config: &Config, _inputs: &Inputs) -> Kind {
         // The size does not matter here: nothing is read.
         Kind::Resized(1)
     }

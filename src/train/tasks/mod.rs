@@ -3,9 +3,11 @@
 //! A [`TaskSpec`] says what is known of a task without running it: what a step reads, how large the model is, and where
 //! a run may start. [`TaskSpec::start`] makes the [`Task`] that the training loop drives on a rank.
 
+mod end_to_end;
 mod generator;
 mod image_tokenizer;
 mod matcher;
+mod objectives;
 
 pub use super::inputs::{FileKind, InputFile};
 use super::{StepMetrics, inputs::Inputs, shards::Shards};
@@ -33,6 +35,7 @@ pub(super) use {generator::GeneratorTask, image_tokenizer::ImageTokenizerTask};
 pub fn spec(task: config::Task) -> &'static dyn TaskSpec {
     match task {
         config::Task::Generator => &generator::Spec,
+        config::Task::EndToEnd => &end_to_end::Spec,
         config::Task::ImageTokenizer => &image_tokenizer::Spec,
         config::Task::Matcher => &matcher::Spec,
     }
@@ -55,7 +58,7 @@ pub trait TaskSpec: Debug + Sync {
     }
 
     /// What the samples of its data are.
-    fn sample_kind(&self, inputs: &Inputs) -> data::Kind;
+    fn sample_kind(&self, config: &Config, inputs: &Inputs) -> data::Kind;
 
     /// The samples of a step, by the configuration key that says how many.
     fn batch_sizes(&self, train: &Train) -> Vec<(&'static str, usize)>;
@@ -78,13 +81,12 @@ pub trait TaskSpec: Debug + Sync {
 
     /// Tokens that a step predicts, at most.
     fn predicted_tokens(&self, config: &Config, inputs: &Inputs) -> usize {
-        self.sequences(config, inputs).iter().map(|all| all.batch_size * all.layout.target_positions()).sum()
+        self.sequences(config, inputs).iter().map(|all| all.batch_size * all.layout.predicted()).sum()
     }
 
     /// FLOPs of a step, forward and backward; recomputation does not count.
     fn flops(&self, config: &Config, inputs: &Inputs) -> f64 {
-        let trained = self.sequences(config, inputs).into_iter().filter(|all| all.weight > 0.0);
-        trained.map(|all| 3.0 * all.batch_size as f64 * flops::sequence(&config.model, &all.layout, all.outputs)).sum()
+        sequences_flops(config, self.sequences(config, inputs))
     }
 
     /// The files and folders that it reads beside its data.
@@ -100,6 +102,11 @@ pub trait TaskSpec: Debug + Sync {
         Ok(model)
     }
 
+    /// Whether a parameter starts as in a fresh run, because the model in `train.init_from` is of another task and has none.
+    fn starts_anew(&self, _name: &str, _model: &Bundle) -> bool {
+        false
+    }
+
     /// Digests of what the weights of a model belong to, to compare with [`Task::fingerprint`].
     ///
     /// # Errors
@@ -112,6 +119,12 @@ pub trait TaskSpec: Debug + Sync {
     fn meaning_keys(&self, _config: &Config) -> &'static [&'static str] {
         &[]
     }
+}
+
+/// FLOPs of sequences in a step, forward and backward.
+fn sequences_flops(config: &Config, sequences: Vec<Sequences>) -> f64 {
+    let trained = sequences.into_iter().filter(|all| all.weight > 0.0);
+    trained.map(|all| 3.0 * all.batch_size as f64 * flops::sequence(&config.model, &all.layout, all.outputs)).sum()
 }
 
 /// Sequences of a step with the same spans.

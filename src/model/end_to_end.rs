@@ -1,0 +1,216 @@
+//! End-to-end training of generator and reconstructor (paper §3.1.3): the hidden states at image positions become code
+//! vectors by a small network, and the reconstructor makes pixels of them. No code is chosen on the way, so that the loss
+//! of the pixels reaches every weight of the generator.
+
+use super::{
+    batch::Batch,
+    head::Head,
+    manual::{Found, ManualHead},
+    segments::AutogradHead,
+    sequence::Modality,
+};
+use crate::{
+    config::{Activation, Config, HiddenState, Precision},
+    error::{Result, ensure},
+    nn::{
+        gradients::Gradients,
+        linear::Linear,
+        norm::LayerNorm,
+        params::{Params, Scope},
+        pattern::Grid,
+        segment::{Autograd, Saved, Segment},
+    },
+    ops::{activation, gelu, slices::view},
+    tokenizer::Reconstructor,
+};
+use candle_core::Tensor;
+use std::ops::Range;
+
+/// What end-to-end training adds to a generator.
+pub struct EndToEnd {
+    hidden: HiddenState,
+    map: Map,
+    reconstructor: Reconstructor,
+    grid: Grid,
+    /// Of the map and the reconstructor.
+    pub(super) params: Params,
+}
+
+/// The scope of the parameters.
+pub const SCOPE: &str = "end_to_end";
+/// The scope of the reconstructor's parameters, below which they have the names of an image tokenizer's.
+pub const RECONSTRUCTOR: &str = "end_to_end.reconstructor";
+
+/// Hidden states to code vectors: layer norm, linear, GELU, linear. The paper says no more than "non-linear".
+struct Map {
+    norm: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+}
+
+impl Map {
+    fn new(scope: &Scope, [hidden, width, outputs]: [usize; 3]) -> Result<Self> {
+        // The output then varies as much as its normalized input.
+        let std = |inputs: usize| (inputs as f64).powf(-0.5);
+        Ok(Self {
+            norm: LayerNorm::new(&scope.at("norm"), hidden)?,
+            fc1: Linear::new(&scope.at("fc1"), hidden, width, std(hidden))?,
+            fc2: Linear::new(&scope.at("fc2"), width, outputs, std(width))?,
+        })
+    }
+
+    /// (.., hidden) → (.., code_dim).
+    fn forward(&self, precision: Precision, x: &Tensor) -> Result<Tensor> {
+        let inner = self.fc1.forward_in(precision, &self.norm.forward(x)?)?;
+        self.fc2.forward_in(precision, &gelu(&inner)?)
+    }
+}
+
+impl EndToEnd {
+    pub fn new(scope: &Scope, config: &Config, grid: Grid) -> Result<Self> {
+        let (scope, settings, tokenizer) = (scope.at(SCOPE), &config.end_to_end, &config.image_tokenizer);
+        let hidden = config.model.hidden;
+        let width = if settings.map_width == 0 { hidden } else { settings.map_width };
+        let map = Map::new(&scope.at("map"), [hidden, width, tokenizer.code_dim])?;
+        let perceptual = !tokenizer.perceptual.is_empty();
+        let reconstructor = Reconstructor::new(&scope.at("reconstructor"), tokenizer, perceptual)?;
+        Ok(Self { hidden: settings.hidden, map, reconstructor, grid, params: scope.params() })
+    }
+
+    /// Whether it has hand-written gradients.
+    pub(super) fn is_manual(&self) -> bool {
+        self.reconstructor.is_manual()
+    }
+
+    /// A text → image batch with the positions that the reconstruction reads.
+    pub fn arrange(&self, batch: Batch) -> Batch {
+        match self.hidden {
+            HiddenState::Input => batch.reading_last(),
+            HiddenState::Predict => batch,
+        }
+    }
+
+    /// The positions whose hidden states belong to codes z₁ … zₙ.
+    fn positions(&self, batch: &Batch) -> Result<Range<usize>> {
+        let (span, source) = (batch.target().0, batch.source_positions());
+        ensure!(span.modality == Modality::Image, "a sequence whose target is a text has no image to reconstruct");
+        let first = match self.hidden {
+            HiddenState::Input => source + 1,
+            HiddenState::Predict => source,
+        };
+        ensure!(first + span.length <= source + span.positions(), "the last code of a sequence is not an input");
+        Ok(first..first + span.length)
+    }
+
+    /// Hidden states (b, positions, hidden) → code vectors (b, height, width, code_dim).
+    pub(super) fn code_vectors(&self, precision: Precision, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+        let positions = self.positions(batch)?;
+        let states = x.narrow(1, positions.start, positions.len())?.contiguous()?;
+        let Grid { height, width } = self.grid;
+        Ok(self.map.forward(precision, &states)?.reshape((x.dim(0)?, height, width, ()))?)
+    }
+
+    /// Hidden states (b, positions, hidden) → pixels (b, side, side, 3), about in \[-1, 1\].
+    ///
+    /// # Errors
+    /// The target of the batch is no image, or the pixels are not finite (damaged weights).
+    pub fn pixels(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+        self.reconstructor.decode(&self.code_vectors(Precision::F32, x, batch)?)
+    }
+
+    /// Adds the loss of the reconstruction and its gradients to those found for hidden states `x` (b, positions, hidden).
+    fn find(&self, precision: Precision, x: &Tensor, batch: &Batch, found: &mut Found) -> Result<()> {
+        let Some(pixels) = &batch.pixels else { return Ok(()) };
+        let ((b, positions, hidden), read) = (x.dims3()?, self.positions(batch)?);
+        let Map { norm, fc1, fc2 } = &self.map;
+        let values = view::<f32>(x)?;
+        let samples = values.chunks_exact(positions * hidden);
+        let states: Vec<f32> =
+            samples.flat_map(|sample| &sample[read.start * hidden..read.end * hidden]).copied().collect();
+        let normed = norm.manual(&states)?;
+        let (inner, activated) = fc1.manual_activated(precision, Activation::Gelu, &normed)?;
+        let z_emb = fc2.manual(precision, &activated, None)?;
+        let z_emb = Tensor::from_vec(z_emb, (b, self.grid.height, self.grid.width, fc2.outputs()), x.device())?;
+
+        let (loss, dz) = self.reconstructor.manual_loss(&z_emb, pixels, &mut found.gradients)?;
+        found.loss += loss;
+
+        let dactivated = fc2.manual_backward(precision, &activated, &view(&dz)?, &mut found.gradients)?;
+        let dinner = activation::backward(Activation::Gelu, &inner, &dactivated);
+        let dnormed = fc1.manual_backward(precision, &normed, &dinner, &mut found.gradients)?;
+        let dstates = norm.manual_backward(&states, &dnormed, &mut found.gradients)?;
+        let rows = found.dx.chunks_exact_mut(positions * hidden);
+        for (dx, dstates) in rows.zip(dstates.chunks_exact(read.len() * hidden)) {
+            dx[read.start * hidden..read.end * hidden].iter_mut().zip(dstates).for_each(|(dx, d)| *dx += d);
+        }
+        Ok(())
+    }
+}
+
+/// The last segment of the chain: the head with the loss of the tokens and, for batches with pixels, the reconstruction
+/// with the loss of the pixels; the two are added.
+pub(super) struct EndToEndHead<'a> {
+    pub head: &'a Head,
+    pub end_to_end: &'a EndToEnd,
+    pub precision: Precision,
+    /// Of both.
+    params: Params,
+}
+
+impl<'a> EndToEndHead<'a> {
+    pub fn new(head: &'a Head, end_to_end: &'a EndToEnd, precision: Precision) -> Self {
+        let params = [&head.params, &end_to_end.params].into_iter().flatten();
+        let params = params.map(|(name, param)| (name.clone(), param.clone())).collect();
+        Self { head, end_to_end, precision, params }
+    }
+}
+
+impl Autograd<Batch> for EndToEndHead<'_> {
+    fn name(&self) -> &str {
+        "head and reconstructor"
+    }
+
+    fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// (b, positions, hidden) → the loss, a scalar.
+    fn autograd(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+        let of_tokens = AutogradHead { head: self.head, precision: self.precision }.autograd(x, batch)?;
+        let Some(pixels) = &batch.pixels else { return Ok(of_tokens) };
+        let z_emb = self.end_to_end.code_vectors(self.precision, x, batch)?;
+        Ok((of_tokens + self.end_to_end.reconstructor.loss(&z_emb, pixels)?)?)
+    }
+}
+
+/// [`EndToEndHead`] with hand-written gradients.
+pub(super) struct ManualEndToEndHead<'a>(pub EndToEndHead<'a>);
+
+impl Segment<Batch> for ManualEndToEndHead<'_> {
+    fn name(&self) -> &str {
+        Autograd::name(&self.0)
+    }
+
+    fn params(&self) -> &Params {
+        &self.0.params
+    }
+
+    /// (b, positions, hidden) → the loss, a scalar.
+    fn forward(&self, x: &Tensor, batch: &Batch) -> Result<(Tensor, Saved)> {
+        let EndToEndHead { head, end_to_end, precision, .. } = &self.0;
+        let mut found = ManualHead { head, precision: *precision }.find(x, batch)?;
+        end_to_end.find(*precision, x, batch, &mut found)?;
+        found.output(x)
+    }
+
+    fn backward(
+        &self,
+        x: &Tensor,
+        _: &Batch,
+        saved: Saved,
+        _: Option<Tensor>,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        Found::backward(saved, x, gradients)
+    }
+}

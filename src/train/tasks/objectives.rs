@@ -1,0 +1,179 @@
+//! What a generator learns from in a step: sequences of both directions (paper §2.2) and, in end-to-end training, the images
+//! that they are made of.
+
+use crate::{
+    config::{Config, LossReduction, Train},
+    data::{self, image::to_pixels},
+    dist::{self, Group},
+    error::{Context, Result},
+    model::{Batch, Generator, Modality, Tokens},
+    random::Random,
+    runtime,
+    text::WordPiece,
+    tokenizer::{ImageTokenizer, PixelBatch, psnr},
+    train::StepMetrics,
+};
+use candle_core::Tensor;
+use std::rc::Rc;
+
+/// Sequences that a step learns from, with a loss of their own.
+pub struct Objective {
+    /// Of the loss in the metrics.
+    name: &'static str,
+    weight: fn(&Train) -> f64,
+    /// Whether captions are dropped with `condition_dropout`.
+    drops_text: bool,
+    /// The tokens of a text, cut to a number of positions; the end of a cut caption is not a target.
+    encode: fn(&WordPiece, &str, usize) -> Result<Vec<u32>>,
+    batch: fn(Tokens, Tensor) -> Result<Batch>,
+}
+
+/// In the order of the batch sizes that the loader is given.
+pub const OBJECTIVES: [Objective; 2] = [
+    Objective {
+        name: "image",
+        weight: |train| train.image_loss_weight,
+        drops_text: true,
+        encode: WordPiece::encode,
+        batch: Batch::text_to_image,
+    },
+    Objective {
+        name: "text",
+        weight: |train| train.text_loss_weight,
+        drops_text: false,
+        encode: WordPiece::encode_target,
+        batch: |text, codes| Batch::image_to_text(codes, text),
+    },
+];
+
+/// Makes micro-batches of samples.
+pub struct BatchMaker<'a> {
+    pub config: &'a Config,
+    pub text: &'a WordPiece,
+    pub model: &'a Generator,
+    /// Encodes the images of samples without codes.
+    pub encoder: Option<&'a ImageTokenizer>,
+    pub loss_scale: f64,
+}
+
+impl BatchMaker<'_> {
+    /// The micro-batches of one objective, whose samples start at position `first` of the step; the losses of all ranks add
+    /// up to `weight` · mean over all target tokens, or over all sequences (`train.loss_reduction`), plus, for images that
+    /// are trained end to end, `end_to_end.reconstruction_weight` · mean over all images.
+    pub fn batches(
+        &self,
+        objective: &Objective,
+        first: u64,
+        records: &[data::Record],
+        step: u64,
+        group: &Group,
+    ) -> Result<Vec<Batch>> {
+        let settings = &self.config.train;
+        let weight = (objective.weight)(settings);
+        if records.is_empty() || weight == 0.0 {
+            return Ok(Vec::new());
+        }
+        let parts = settings.accumulation.min(records.len());
+        let mut batches = Vec::with_capacity(parts);
+        for range in (0..parts).map(|i| dist::part(records.len(), i, parts)) {
+            batches.push(self.batch(objective, first + range.start as u64, &records[range], step)?);
+        }
+        let count: usize = match settings.loss_reduction {
+            LossReduction::Mean => batches.iter().map(Batch::targets).sum(),
+            LossReduction::Sum => records.len(),
+        };
+        let count = group.sum(&[count as f64])?[0];
+        batches.iter_mut().for_each(|batch| batch.loss_scale = weight / count * self.loss_scale);
+        Ok(batches)
+    }
+
+    fn batch(&self, objective: &Objective, first: u64, records: &[data::Record], step: u64) -> Result<Batch> {
+        let rows = records.iter().zip(first..).map(|(record, index)| {
+            let mut random = Random::keyed(self.config.seed, "condition dropout", step, index);
+            let dropped = objective.drops_text && random.unit() < self.config.train.condition_dropout;
+            let caption = if dropped { "" } else { record.caption.as_str() };
+            (objective.encode)(self.text, caption, self.config.text.max_tokens)
+        });
+        let rows = rows.collect::<Result<Vec<_>>>()?;
+        let device = runtime::device()?;
+        // Positions that no row needs would only cost time.
+        let width = rows.iter().map(Vec::len).max().unwrap_or(0);
+        let text = Tokens::pad(&rows, width, self.text.pad(), &device)?;
+        let batch = (objective.batch)(text, self.codes(records)?)?;
+        let weight = self.config.end_to_end.reconstruction_weight;
+        match self.model.end_to_end().filter(|_| weight > 0.0 && batch.target().0.modality == Modality::Image) {
+            None => Ok(batch),
+            Some(end_to_end) => {
+                let share = weight * records.len() as f64 / self.config.train.batch_size as f64;
+                let pixels = PixelBatch::new(pixels(records)?, share);
+                // Past all steps at which a tokenizer's training adds losses.
+                let pixels = PixelBatch { loss_scale: self.loss_scale, step: u64::MAX, ..pixels };
+                let mut batch = end_to_end.arrange(batch);
+                batch.pixels = Some(Rc::new(pixels));
+                Ok(batch)
+            }
+        }
+    }
+
+    /// Codes in raster order (samples, n) u32: those of the samples, or of their images.
+    fn codes(&self, records: &[data::Record]) -> Result<Tensor> {
+        if let Some(encoder) = self.encoder {
+            return encoder.encode(&pixels(records)?);
+        }
+        let mut codes = Vec::new();
+        for record in records {
+            codes
+                .extend(record.codes.as_deref().context("a sample without codes")?.iter().map(|&code| u32::from(code)));
+        }
+        Ok(Tensor::from_vec(codes, (records.len(), self.model.grid().len()), &runtime::device()?)?)
+    }
+}
+
+/// The pixels of samples (samples, side, side, 3) in \[-1, 1\].
+fn pixels(records: &[data::Record]) -> Result<Tensor> {
+    let images: Option<Vec<_>> = records.iter().map(|record| record.image.as_ref()).collect();
+    Ok(to_pixels(images.context("a sample without an image")?)?.to_device(&runtime::device()?)?)
+}
+
+/// What this rank's micro-batches saw.
+#[derive(Default)]
+pub struct Seen {
+    /// Loss and number of target tokens of each objective.
+    tokens: [[f64; 2]; OBJECTIVES.len()],
+    /// Reconstruction loss and squared error, both as shares of the step's mean.
+    images: [f64; 2],
+}
+
+impl Seen {
+    /// Adds a micro-batch of an objective with its loss, which is not scaled.
+    pub fn add(&mut self, objective: usize, batch: &Batch, mut loss: f64) {
+        if let Some(pixels) = &batch.pixels
+            && let Some(statistics) = pixels.statistics.take()
+        {
+            let [reconstruction, squares] = ["reconstruction", "l2"].map(|name| pixels.share * statistics.term(name));
+            self.images[0] += reconstruction;
+            self.images[1] += squares;
+            loss -= reconstruction;
+        }
+        self.tokens[objective][0] += loss;
+        self.tokens[objective][1] += batch.targets() as f64;
+    }
+
+    /// The metrics of a step, of all ranks.
+    pub fn metrics(self, config: &Config, group: &Group) -> Result<StepMetrics> {
+        let mut metrics = StepMetrics { losses: Vec::new(), figures: Vec::new(), amount: 0, unit: "tokens" };
+        for (objective, seen) in OBJECTIVES.iter().zip(group.sum(self.tokens.as_flattened())?.chunks(2)) {
+            if seen[1] > 0.0 {
+                metrics.losses.push((objective.name, seen[0] / (objective.weight)(&config.train)));
+                metrics.amount += seen[1] as usize;
+            }
+        }
+        let images = group.sum(&self.images)?;
+        if images[1] > 0.0 {
+            let [reconstruction, squares] = [0, 1].map(|i| images[i] / config.end_to_end.reconstruction_weight);
+            metrics.losses.push(("reconstruction", reconstruction));
+            metrics.figures.push(("psnr", psnr(squares)));
+        }
+        Ok(metrics)
+    }
+}
