@@ -27,6 +27,7 @@ enum Command {
     Caption(CaptionArgs),
     Recon(super::eval_recon::Args),
     Matcher(super::eval_matcher::Args),
+    Ablation(super::eval_ablation::Args),
 }
 
 /// Measure text-to-image: generate images from captions and look up each caption's real image among others of its style
@@ -87,6 +88,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         Command::Caption(args) => run_caption(&args, json),
         Command::Recon(args) => super::eval_recon::run(&args, json),
         Command::Matcher(args) => super::eval_matcher::run(&args, json),
+        Command::Ablation(args) => super::eval_ablation::run(&args, json),
     }
 }
 

@@ -16,6 +16,7 @@ mod data_translate;
 mod data_vocab;
 mod doctor;
 mod eval;
+mod eval_ablation;
 mod eval_matcher;
 mod eval_recon;
 mod export;

@@ -1,6 +1,7 @@
 //! Evaluation of a model: retrieval accuracy of generated images, accuracy of captions, and reconstruction quality of
 //! image tokenizers.
 
+pub mod ablation;
 pub mod caption;
 mod frechet;
 pub mod inception;

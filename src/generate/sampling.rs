@@ -5,10 +5,11 @@ use crate::{
     error::{Result, ensure},
     ops::softmax::{BLOCK, exp_sums, greatest, log_sum_exp, term},
 };
+use serde::{Deserialize, Serialize};
 use std::cmp::Ordering;
 
 /// How a token is sampled.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Sampling {
     /// Sampling temperature: divides the logits; 0 takes the most likely token.
     pub temperature: f64,
