@@ -6,6 +6,7 @@
 mod generator;
 mod image_tokenizer;
 mod matcher;
+mod vocabulary;
 
 pub use super::inputs::{FileKind, InputFile};
 use super::{StepMetrics, inputs::Inputs, shards::Shards};
