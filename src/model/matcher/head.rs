@@ -20,6 +20,8 @@ pub struct Head {
     norm: Option<LayerNorm>,
     /// (embedding, hidden)
     proj: Tensor,
+    /// Name of the encoder's scope.
+    prefix: String,
     name: String,
     params: Params,
 }
@@ -35,7 +37,7 @@ impl Head {
         let proj = scope.get("proj", (embedding, hidden), Init::Normal((hidden as f64).powf(-0.5)))?;
         let mut params = scope.params();
         params.retain(|name, _| !before.contains_key(name));
-        Ok(Self { norm, proj, name: format!("{}.head", scope.name()), params })
+        Ok(Self { norm, proj, prefix: scope.name().to_owned(), name: format!("{}.head", scope.name()), params })
     }
 }
 
@@ -133,7 +135,7 @@ impl Segment<Input> for ManualHead<'_> {
         let sizes = [b, hidden, outputs];
         let normed = self.normed(&first)?;
         let input = normed.as_deref().unwrap_or(&first);
-        gradients.accumulate(&format!("{}.proj", self.prefix()), self.head.proj.shape(), |dw, beta| {
+        gradients.accumulate(&format!("{}.proj", self.head.prefix), self.head.proj.shape(), |dw, beta| {
             linear::weight_gradient(self.precision, dw, beta, &dz, input, sizes);
         })?;
         let mut dfirst = linear::input_gradient(self.precision, &dz, &view(&self.head.proj)?, sizes);
@@ -145,13 +147,6 @@ impl Segment<Input> for ManualHead<'_> {
             dx[..hidden].copy_from_slice(dfirst);
         }
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
-    }
-}
-
-impl ManualHead<'_> {
-    /// The scope of the encoder.
-    fn prefix(&self) -> &str {
-        self.head.name.strip_suffix(".head").unwrap_or(&self.head.name)
     }
 }
 
