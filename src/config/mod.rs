@@ -41,7 +41,7 @@ pub struct Config {
     pub image_tokenizer: ImageTokenizer,
     /// Section `[model]`: the transformer (paper §2.2).
     pub model: Model,
-    /// Section `[matcher]`: the image–text matcher (paper §2.4).
+    /// Section `[matcher]`: the image–text matcher (paper §3.2.1).
     pub matcher: Matcher,
     /// Section `[train]`: optimizer, schedule, parallelism and checkpoints.
     pub train: Train,

@@ -1,4 +1,4 @@
-//! How well images match texts, by a matcher (paper §2.4 filters its data and ranks generated images with one).
+//! How well images match texts, by a matcher. The paper filters its data (§3.2.1) and ranks generated images with one.
 
 use crate::{
     bundle::Bundle,

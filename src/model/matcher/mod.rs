@@ -1,5 +1,5 @@
 //! The image–text matcher, a dual encoder (CLIP, arXiv 2103.00020; Chinese-CLIP, arXiv 2211.01335). The paper filters its
-//! data and ranks generated images with such a model.
+//! data (§3.2.1) and ranks generated images with such a model.
 //!
 //! Each encoder is a chain of segments whose output is L2-normalized embeddings `(batch, embedding)`: the cosine of an
 //! image and a text is a dot product. [`contrastive`] is the loss between the two chains.
