@@ -4,7 +4,10 @@ use crate::{
     bundle::Bundle,
     data::{image::to_pixels, resize_bicubic},
     error::{Context, Result, ensure, failed},
-    model::{Matcher, Tokens, matcher::Input},
+    model::{
+        Matcher, Tokens,
+        matcher::{Input, unnormalized},
+    },
     ops, runtime,
     text::WordPiece,
 };
@@ -110,9 +113,7 @@ impl Matching {
         for batch in batches {
             values.extend(self.matcher.embed(&batch?)?.flatten_all()?.to_vec1::<f32>()?);
         }
-        // Numbers that overflow become NaN or zeros.
-        let has_length = |row: &[f32]| (0.9..1.1).contains(&row.iter().map(|value| value * value).sum::<f32>());
-        let wrong = values.chunks_exact(self.embedding.max(1)).position(|row| !has_length(row));
+        let wrong = unnormalized(&values, self.embedding);
         let what = wrong.map_or(String::new(), name);
         let hint = "the model's weights are damaged, or its training diverged: use another model";
         ensure!(wrong.is_none(), failed(format_args!("the embedding of {what} is not finite or has no length"), hint));

@@ -10,7 +10,7 @@ use crate::{
         params::{Init, Params, Scope},
         segment::{Autograd, Saved, Segment},
     },
-    ops::{self, epilogue::Epilogue, linear, slices::view},
+    ops::{self, epilogue::Epilogue, linear, simd::Real, slices::view},
 };
 use candle_core::{D, Tensor};
 use rayon::prelude::*;
@@ -65,6 +65,13 @@ impl Autograd<Input> for Head {
 pub(super) fn l2_normalized(y: &Tensor) -> Result<Tensor> {
     let length = y.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?.maximum(f64::from(MIN_LENGTH))?;
     Ok(y.broadcast_div(&length)?)
+}
+
+/// The first of `embeddings` (b, `width`) that could not be normalized: numbers that overflow in an encoder become NaN or
+/// zeros.
+pub fn unnormalized<T: Real>(embeddings: &[T], width: usize) -> Option<usize> {
+    let square = |row: &[T]| row.iter().map(|value| value.to_f64().powi(2)).sum::<f64>();
+    embeddings.chunks_exact(width.max(1)).position(|row| !(0.9..1.1).contains(&square(row)))
 }
 
 /// [`Head`] with hand-written gradients, computed in `precision`.

@@ -22,6 +22,7 @@ use crate::{
     ops,
 };
 use candle_core::{DType, Device, Tensor};
+pub use head::unnormalized;
 use head::{Head, ManualHead};
 use image_embedding::{ImageEmbedding, ManualImageEmbedding};
 use layer::{AutogradLayer, Layer, ManualLayer};
