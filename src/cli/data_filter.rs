@@ -3,10 +3,12 @@
 use super::output;
 use crate::{
     bundle::Bundle,
-    data::embeddings::PairEmbedder,
-    data::filter::{
-        BlockedWords, DuplicateRules, Filter, Outcome, PAGE_START, Rule, Settings, TextRules, Unit, input, measure,
-        page,
+    data::{
+        embeddings::PairEmbedder,
+        filter::{
+            BlockedWords, DuplicateRules, Filter, Outcome, PAGE_START, Rule, Settings, TextRules, Unit, input, measure,
+            page,
+        },
     },
     dist,
     error::{Hint, Result, ensure, failed, usage},
@@ -14,6 +16,8 @@ use crate::{
     report,
 };
 use image::RgbImage;
+use serde::Serialize;
+use serde_json::{Value, json};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -136,6 +140,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     if args.plan {
         return plan(&inputs, &settings, matcher.as_ref(), json);
     }
+    let similarity = similarity(&args, loaded.as_ref());
     let output = args.output.unwrap_or_default();
     let is_file = input::is_file_output(&inputs, &output)?;
     let files = report_files(&output, is_file);
@@ -148,11 +153,12 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let filter = Filter { settings, matcher: matcher.as_ref(), inputs, output, is_file, rank, world_size };
     let outcome = filter.run(&|rows| bar.inc(rows))?;
     bar.finish_and_clear();
+    let summary = Summary { outcome: &outcome, similarity };
     if rank == 0 {
-        write_report(&files, &outcome)?;
+        write_report(&files, &summary)?;
     }
     if json {
-        report::json(&outcome)
+        report::json(&summary)
     } else {
         print(&outcome)
     }
@@ -160,6 +166,26 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let hint = "for a table, name the column of the captions with --caption-column";
     ensure!(usable, failed("no row has a usable caption", hint));
     Ok(())
+}
+
+/// What a run did, and what decided on the similarity of its pairs.
+#[derive(Serialize)]
+struct Summary<'a> {
+    #[serde(flatten)]
+    outcome: &'a Outcome,
+    /// None where that rule was off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    similarity: Option<Value>,
+}
+
+/// The column or the matcher with its digest, and the number above which a pair is kept.
+fn similarity(args: &Args, loaded: Option<&Loaded>) -> Option<Value> {
+    let column = || args.similarity_column.as_ref();
+    let Some(Loaded { digest, min_cosine, .. }) = loaded else {
+        return column().map(|column| json!({ "column": column, "min_similarity": args.min_similarity }));
+    };
+    let score = args.min_cosine.is_none().then_some(args.min_similarity);
+    Some(json!({ "matcher": args.matcher, "digest": digest, "min_cosine": min_cosine, "min_similarity": score }))
 }
 
 /// The matcher, and the cosine above which a pair is kept.
@@ -230,8 +256,8 @@ fn report_files(output: &Path, is_file: bool) -> [PathBuf; 2] {
     ["filter.json", "filter.html"].map(|name| if is_file { output.with_extension(name) } else { output.join(name) })
 }
 
-fn write_report(files: &[PathBuf; 2], outcome: &Outcome) -> Result<()> {
-    let contents = [serde_json::to_string_pretty(outcome)?, page(&outcome.report)?];
+fn write_report(files: &[PathBuf; 2], summary: &Summary<'_>) -> Result<()> {
+    let contents = [serde_json::to_string_pretty(summary)?, page(&summary.outcome.report)?];
     for (path, content) in files.iter().zip(contents) {
         fs::write(path, content)
             .hint(format_args!("cannot write {}", path.display()), "choose another output with -o")?;
@@ -263,7 +289,7 @@ fn plan(inputs: &[input::Input], settings: &Settings, matcher: Option<&PairEmbed
     // 16 bytes for a caption or image in comparison, 1 byte for the verdict of a row, 40 for its stored features.
     let (memory, disk) = (PAPER_PAIRS * 17.0 / 1e9, PAPER_ROWS * 40.0 / 1e9);
     if json {
-        report::json(&serde_json::json!({
+        report::json(&json!({
             "rows_scanned": rows,
             "rows_per_second": per_second,
             "hours_800m_rows": hours(PAPER_ROWS),

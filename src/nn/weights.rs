@@ -28,7 +28,8 @@ const CHUNK: usize = 1 << 16;
 
 pub(super) const REPLACE: &str = "the file is damaged or has another format; copy it again or choose another folder";
 
-const NOT_FINITE: &str = "the file is damaged, or the training of these weights diverged: copy it again or choose another";
+const NOT_FINITE: &str =
+    "the file is damaged, or the training of these weights diverged: copy it again or choose another";
 
 /// Maps a safetensors file into memory.
 ///
@@ -292,7 +293,9 @@ mod tests {
         let end = nan.len();
         nan[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
         let error = parse(&nan, "test").unwrap_err();
-        assert!(error.to_string().contains("a.weight") && hint_of(&error).is_some_and(|hint| hint.contains("diverged")));
+        assert!(
+            error.to_string().contains("a.weight") && hint_of(&error).is_some_and(|hint| hint.contains("diverged"))
+        );
         let export = |bytes: &[u8]| stored(bytes, "test", Dtype::BF16).map(drop);
         assert!(export(&whole).is_ok() && export(&nan).unwrap_err().to_string().contains("a.weight"));
     }

@@ -61,6 +61,12 @@ fn embeddings_are_stored_once_and_filters_use_them() {
         rules.iter().find(|rule| rule["rule"] == name).unwrap()["left_out"].as_u64().unwrap()
     };
     assert_eq!((rule(&report, "bad"), rule(&report, "low-similarity")), (1, 11 - kept(low).len() as u64));
+    // What decided is named in the report.
+    let digest = Bundle::open(model.to_str().unwrap()).unwrap().matcher_digest().unwrap();
+    let written: Value = serde_json::from_slice(&fs::read(folder.path().join("out/filter.json")).unwrap()).unwrap();
+    let similarity = &written["similarity"];
+    assert_eq!((similarity["matcher"].as_str(), similarity["digest"].as_str()), (model.to_str(), Some(&*digest)));
+    assert!((similarity["min_cosine"].as_f64().unwrap() - f64::from(low)).abs() < 1e-6);
     // Another threshold in the same output.
     json(&filter(high, "out"));
     assert_eq!(names("out"), kept(high));
@@ -130,6 +136,8 @@ fn filters_need_a_calibrated_matcher_and_images() {
     Bundle::open(model.to_str().unwrap()).unwrap().calibrate([100.0, -100.0 * middle]).unwrap();
     let report = json(&filter(&data, &["--keep-duplicate-images", "--max-caption-repeats", "0"]));
     assert_eq!(report["kept"], 4);
+    assert_eq!(report["similarity"]["min_similarity"], 0.5);
+    assert!((report["similarity"]["min_cosine"].as_f64().unwrap() - middle).abs() < 1e-6);
     let all = json(&filter(&data, &["--keep-duplicate-images", "--max-caption-repeats", "0", "--min-similarity", "0"]));
     assert_eq!(all["kept"], 8);
     let counts: BTreeMap<String, u64> = report["rules"]
