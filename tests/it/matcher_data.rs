@@ -1,11 +1,16 @@
 //! Embeddings of shards and filters that use a matcher.
 
 use crate::{
-    commands::vilg,
+    commands::{as_rank_of_two, vilg},
     matcher::{cosines, data, json, model, run, said},
 };
 use serde_json::Value;
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::{Output, Stdio},
+};
 use vilg::bundle::Bundle;
 
 /// A tar of the first images of `data`; the image of the second sample is damaged.
@@ -107,6 +112,37 @@ fn embeddings_are_stored_once_and_filters_use_them() {
     let refused = embed();
     assert!(refused.status.code() == Some(1) && said(&refused).contains("not a file of this command"));
     assert_eq!(fs::read_to_string(shards.join("0.tar.embeddings.json")).unwrap(), "mine");
+}
+
+#[test]
+fn processes_of_a_launcher_share_the_shards_that_are_embedded() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path());
+    let (data, ..) = data(folder.path(), &model, 9);
+    let shards = folder.path().join("shards");
+    fs::create_dir(&shards).unwrap();
+    for (name, count) in [("0.tar", 9), ("1.tar", 4), ("2.tar", 6)] {
+        shard(&shards.join(name), &data, count);
+    }
+    let embed = || {
+        let mut command = vilg(&["data", "embed", "--json", "--max-bad-ratio", "0.5", "--matcher"]);
+        command.arg(&model).arg(&shards).stdout(Stdio::piped());
+        command
+    };
+    let done = |output: &Output| ["shards", "samples"].map(|key| json(output)[key].as_u64().unwrap());
+    assert_eq!(done(&embed().output().unwrap()), [3, 16]);
+    let written = || -> BTreeMap<PathBuf, Vec<u8>> {
+        let paths = fs::read_dir(&shards).unwrap().map(|entry| entry.unwrap().path());
+        let is_result = |path: &PathBuf| ["npy", "json"].iter().any(|e| path.extension().is_some_and(|own| own == *e));
+        let embeddings = paths.filter(is_result);
+        embeddings.map(|path| (path.clone(), fs::read(path).unwrap())).collect()
+    };
+    let alone = written();
+    assert_eq!(alone.len(), 6);
+    alone.keys().for_each(|path| fs::remove_file(path).unwrap());
+    let ranks = ["0", "1"].map(|rank| as_rank_of_two(embed(), rank).spawn().unwrap());
+    assert_eq!(ranks.map(|rank| done(&rank.wait_with_output().unwrap())), [[2, 13], [1, 3]]);
+    assert!(written() == alone);
 }
 
 #[test]
