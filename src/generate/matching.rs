@@ -128,6 +128,11 @@ impl Matching {
         ops::linear(images, texts, None)
     }
 
+    /// Whether there are scores.
+    pub fn is_calibrated(&self) -> bool {
+        self.calibration.is_some()
+    }
+
     /// The probability that an image and a text with this cosine are a pair, where pairs and others are equally
     /// frequent: σ(a · cosine + b). `None`: the matcher is not calibrated.
     pub fn score(&self, cosine: f64) -> Option<f64> {
