@@ -1,6 +1,6 @@
 //! `vilg data filter`
 
-use super::output;
+use super::{model::calibrate_command, output};
 use crate::{
     bundle::Bundle,
     data::{
@@ -205,7 +205,7 @@ fn load(model: &str, inputs: &[input::Input], args: &Args) -> Result<Loaded> {
     let bundle = Bundle::open(model)?.matcher_folder()?;
     let matching = Matching::open(&bundle)?;
     let what = format!("{model} is not calibrated, so that its cosines are no scores");
-    let hint = format!("run `vilg eval matcher --data SRC --model {model} --calibrate`, or give --min-cosine");
+    let hint = format!("{}, or give --min-cosine", calibrate_command(model));
     let min_cosine =
         args.min_cosine.or_else(|| matching.cosine_of(args.min_similarity)).ok_or_else(|| usage(what, hint))?;
     Ok(Loaded { digest: bundle.matcher_digest()?, matching, min_cosine })
