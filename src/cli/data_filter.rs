@@ -15,6 +15,7 @@ use crate::{
     generate::Matching,
     report,
 };
+use clap::builder::NonEmptyStringValueParser;
 use image::RgbImage;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -105,6 +106,10 @@ pub struct Args {
     /// Mirrored images are duplicates too
     #[arg(long)]
     mirrored: bool,
+    /// JSON fields of a shard with the captions, separated by commas, and `txt` for the text file, as data.caption_keys of
+    /// the training [default: captions, else caption, else the text file]
+    #[arg(long, value_name = "KEYS", value_delimiter = ',', value_parser = NonEmptyStringValueParser::new())]
+    caption_keys: Vec<String>,
     /// Column of a table that holds the caption
     #[arg(long, default_value = "caption", value_name = "NAME")]
     caption_column: String,
@@ -245,6 +250,7 @@ fn settings(args: &Args) -> Result<Settings> {
         similarity_column: args.similarity_column.clone(),
         min_similarity: None,
         duplicates,
+        caption_keys: args.caption_keys.clone(),
         caption_column: args.caption_column.clone(),
         width_column: args.width_column.clone(),
         height_column: args.height_column.clone(),

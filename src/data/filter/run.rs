@@ -47,17 +47,17 @@ pub struct Filter<'a> {
 }
 
 /// An input with its features.
-struct Scanned<'a> {
+struct InputFeatures<'a> {
     input: &'a Input,
     /// What the features are made from: the input as it was when the run began, the settings and the matcher.
     made_from: String,
     /// Where they are stored.
-    features: PathBuf,
+    path: PathBuf,
 }
 
-impl Scanned<'_> {
+impl InputFeatures<'_> {
     fn stored(&self) -> Option<(u64, BadCounts)> {
-        Features::stored(&self.features, &self.made_from)
+        Features::stored(&self.path, &self.made_from)
     }
 
     fn changed(&self) -> Error {
@@ -98,7 +98,7 @@ impl Filter<'_> {
         let of_rank = state.join(format!("rank{}", self.rank));
         fs::create_dir_all(&of_rank).hint(cannot(), "choose another output with -o")?;
         let _lock = Lock::take(&of_rank)?;
-        let inputs = self.inputs.iter().map(|input| self.scanned(input)).collect::<Result<Vec<_>>>()?;
+        let inputs = self.inputs.iter().map(|input| self.features_of(input)).collect::<Result<Vec<_>>>()?;
         let own = || inputs.iter().enumerate().filter(|(index, _)| self.is_own(*index));
         own().try_for_each(|(_, input)| self.check_output(input.input))?;
         own().try_for_each(|(_, input)| self.scan(input, progress))?;
@@ -145,20 +145,20 @@ impl Filter<'_> {
         Ok(format!("{}; settings {}{matcher}", input.stamp()?, self.settings.digest()))
     }
 
-    fn scanned<'a>(&self, input: &'a Input) -> Result<Scanned<'a>> {
-        Ok(Scanned { input, made_from: self.made_from(input)?, features: self.state_file(input, "features") })
+    fn features_of<'a>(&self, input: &'a Input) -> Result<InputFeatures<'a>> {
+        Ok(InputFeatures { input, made_from: self.made_from(input)?, path: self.state_file(input, "features") })
     }
 
     /// Stores the features of an input, unless an earlier run did.
-    fn scan(&self, scanned: &Scanned<'_>, progress: &(impl Fn(u64) + Sync)) -> Result<()> {
-        if let Some((rows, _)) = scanned.stored() {
+    fn scan(&self, features: &InputFeatures<'_>, progress: &(impl Fn(u64) + Sync)) -> Result<()> {
+        if let Some((rows, _)) = features.stored() {
             progress(rows);
             return Ok(());
         }
-        let path = &scanned.features;
+        let path = &features.path;
         remove_leftovers(path);
         create_parent(path)?;
-        scan(scanned.input, &self.settings, self.matcher, progress)?.write(path, &scanned.made_from)
+        scan(features.input, &self.settings, self.matcher, progress)?.write(path, &features.made_from)
     }
 
     /// Refuses to replace a file that an earlier run did not make from the same input.
@@ -175,13 +175,13 @@ impl Filter<'_> {
     }
 
     /// Waits until the features of all inputs are stored.
-    fn wait_for_other_ranks(&self, inputs: &[Scanned<'_>]) -> Result<()> {
+    fn wait_for_other_ranks(&self, inputs: &[InputFeatures<'_>]) -> Result<()> {
         let mut said = false;
-        for (index, scanned) in inputs.iter().enumerate().filter(|(index, _)| !self.is_own(*index)) {
-            while scanned.stored().is_none() {
+        for (index, features) in inputs.iter().enumerate().filter(|(index, _)| !self.is_own(*index)) {
+            while features.stored().is_none() {
                 if !std::mem::replace(&mut said, true) {
                     let rank = index % self.world_size;
-                    note(format_args!("waiting for rank {rank} to scan {}", scanned.input.path.display()));
+                    note(format_args!("waiting for rank {rank} to scan {}", features.input.path.display()));
                 }
                 thread::sleep(POLL);
             }
@@ -190,11 +190,11 @@ impl Filter<'_> {
     }
 
     /// The broken rule of each row of all inputs, and the number of rows up to the end of each input.
-    fn apply_rules(&self, inputs: &[Scanned<'_>]) -> Result<(Vec<Option<Rule>>, Vec<usize>)> {
+    fn apply_rules(&self, inputs: &[InputFeatures<'_>]) -> Result<(Vec<Option<Rule>>, Vec<usize>)> {
         let mut ends = Vec::new();
         let mut end = 0;
-        for scanned in inputs {
-            end += scanned.stored().ok_or_else(|| scanned.changed())?.0 as usize;
+        for features in inputs {
+            end += features.stored().ok_or_else(|| features.changed())?.0 as usize;
             ends.push(end);
         }
         let many = || failed(format_args!("{end} rows are too many for one run"), "filter parts of at most 4 billion");
@@ -208,16 +208,16 @@ impl Filter<'_> {
     }
 
     /// Writes the rows of an input that are kept; false if an earlier run did.
-    fn write(&self, scanned: &Scanned<'_>, broken: &[Option<Rule>]) -> Result<bool> {
-        let input = scanned.input;
-        ensure!(self.made_from(input)? == scanned.made_from, scanned.changed());
+    fn write(&self, features: &InputFeatures<'_>, broken: &[Option<Rule>]) -> Result<bool> {
+        let input = features.input;
+        ensure!(self.made_from(input)? == features.made_from, features.changed());
         let path = self.output_of(input);
         let cannot = || format!("cannot write {}", path.display());
         let keep: Vec<bool> = broken.iter().map(Option::is_none).collect();
         let bytes: Vec<u8> = keep.iter().map(|keep| u8::from(*keep)).collect();
         let done = Done {
             input: fs::canonicalize(&input.path).with_context(|| format!("cannot find {}", input.path.display()))?,
-            made_from: scanned.made_from.clone(),
+            made_from: features.made_from.clone(),
             kept: blake3::hash(&bytes).to_hex().to_string(),
         };
         let record = self.state_file(input, "done");
@@ -236,17 +236,17 @@ impl Filter<'_> {
         } else if input.kind == InputKind::Table {
             write_table(input, &keep, &path).with_context(cannot)?;
         } else {
-            write_shard(&input.shard()?, &keep, &self.settings.text, &path).with_context(cannot)?;
+            write_shard(&input.shard()?, &keep, &self.settings, &path).with_context(cannot)?;
         }
         write_done(&record, &done).map(|()| true)
     }
 }
 
 /// Calls `each` with the feature of each row of all inputs.
-fn each_row(inputs: &[Scanned<'_>], each: &mut dyn FnMut(u32, &Feature)) -> Result<()> {
+fn each_row(inputs: &[InputFeatures<'_>], each: &mut dyn FnMut(u32, &Feature)) -> Result<()> {
     let mut row = 0_u32;
-    for scanned in inputs {
-        Features::for_each(&scanned.features, &scanned.made_from, |feature| {
+    for features in inputs {
+        Features::for_each(&features.path, &features.made_from, |feature| {
             each(row, feature);
             row = row.saturating_add(1);
         })?;
@@ -254,12 +254,12 @@ fn each_row(inputs: &[Scanned<'_>], each: &mut dyn FnMut(u32, &Feature)) -> Resu
     Ok(())
 }
 
-fn count(inputs: &[Scanned<'_>], broken: &[Option<Rule>]) -> Result<Report> {
+fn count(inputs: &[InputFeatures<'_>], broken: &[Option<Rule>]) -> Result<Report> {
     let mut report = Report::new(inputs.len(), broken);
     each_row(inputs, &mut |row, feature| {
         report.add_length(feature.length, broken.get(row as usize).is_some_and(Option::is_none));
     })?;
-    inputs.iter().filter_map(Scanned::stored).for_each(|(_, bad)| report.bad.merge(bad));
+    inputs.iter().filter_map(InputFeatures::stored).for_each(|(_, bad)| report.bad.merge(bad));
     Ok(report)
 }
 
