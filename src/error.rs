@@ -65,6 +65,17 @@ impl<T> Hint<T> for Option<T> {
     }
 }
 
+/// Adds a message, and a hint to an error that has none yet.
+///
+/// # Errors
+/// The error of `result`.
+pub fn hint_if_none<T>(result: Result<T>, message: impl fmt::Display, hint: impl fmt::Display) -> Result<T> {
+    match result {
+        Err(error) if hint_of(&error).is_some() => Err(error.context(message.to_string())),
+        other => other.hint(message, hint),
+    }
+}
+
 /// A failure (exit code 1) with a hint.
 pub fn failed(message: impl fmt::Display, hint: impl fmt::Display) -> Error {
     Error::new(Advice { message: message.to_string(), hint: Some(hint.to_string()), exit: None })

@@ -3,29 +3,21 @@
 use super::{Bundle, Parts, Place, WEIGHTS, manifest, write::write_as};
 use crate::{
     config::{self, Task},
-    error::{Context, Result, bail, ensure},
+    error::{Context, Result, ensure, usage},
     nn::weights::{self, Piece},
 };
 use safetensors::Dtype;
-use std::{fs, io::Write};
+use std::{fs, io::Write, path::PathBuf};
 
 impl Bundle {
     /// Stores slope and offset of the score in the matcher's model folder. The folder is written anew beside its place and
     /// then exchanged, with the same weights, vocabulary and attribution.
     ///
     /// # Errors
-    /// The model is not a matcher in a folder of its own, or the folder holds other files or cannot be written. It is
-    /// then unchanged.
+    /// As [`Self::calibration_folder`], or the folder holds other files or cannot be written. It is then unchanged.
     pub fn calibrate(&self, slope_and_offset: [f64; 2]) -> Result<()> {
-        self.expect(Task::Matcher)?;
-        let Place::Folder(folder) = &self.place else { bail!("{} cannot be changed", self.place.name()) };
-        // A renewed manifest would declare parts that do not belong together to be sound.
-        let mismatch = self.manifest.is_none() && self.place.manifest()?.is_some();
-        let what = format!("the parts of {} do not belong together", folder.display());
-        ensure!(!mismatch, manifest::mismatch(what));
+        let folder = self.calibration_folder()?;
         ensure!(slope_and_offset.iter().all(|x| x.is_finite()), "a calibration that is not finite");
-        // Through a link, the folder that it points to is written.
-        let folder = fs::canonicalize(folder).with_context(|| format!("cannot find {}", folder.display()))?;
         let mut config = self.config.clone();
         config.matcher.calibration = slope_and_offset.into();
         let bytes = self.place.weights()?;
@@ -43,6 +35,23 @@ impl Bundle {
             image_tokenizer: None,
         };
         write_as(&folder, &parts, Dtype::F32, None, false)
+    }
+
+    /// The folder that a calibration would be stored in. If the model's folder is a link, it is the one that it points to.
+    ///
+    /// # Errors
+    /// The model is not a matcher in a folder of its own, or its parts do not belong together.
+    pub fn calibration_folder(&self) -> Result<PathBuf> {
+        self.expect(Task::Matcher)?;
+        let Place::Folder(folder) = &self.place else {
+            let what = format!("{} is part of the program and cannot be changed", self.place.name());
+            return Err(usage(what, "name the folder of your own matcher with --model"));
+        };
+        // A renewed manifest would declare parts that do not belong together to be sound.
+        let mismatch = self.manifest.is_none() && self.place.manifest()?.is_some();
+        let what = format!("the parts of {} do not belong together", folder.display());
+        ensure!(!mismatch, manifest::mismatch(what));
+        fs::canonicalize(folder).with_context(|| format!("cannot find {}", folder.display()))
     }
 
     /// Digest of what makes a matcher's embeddings: weights, vocabulary and settings, without its calibration and the

@@ -27,10 +27,10 @@ impl Bundle {
     /// This is not a matcher, or cn_clip has no such architecture; `file` cannot be written or replaced.
     pub fn export_chinese_clip(&self, file: &Path, dtype: Dtype, force: bool) -> Result<()> {
         self.expect(Task::Matcher)?;
-        let lacks = |what: &str| usage(format!("Chinese-CLIP has no model like {}", self.name()), what);
+        let what = format!("Chinese-CLIP has no model like {}", self.name());
         let hint = "its activations are quick-gelu for images and gelu-erf for texts, its loss is infonce, and its heads \
             have 64 channels (80 at 1280)";
-        ensure!(is_chinese_clip(&self.config.matcher), lacks(hint));
+        ensure!(is_chinese_clip(&self.config.matcher), usage(what, hint));
         let bytes = self.place.weights()?;
         let mut renamed = BTreeMap::new();
         for (ours, values) in weights::stored(&bytes, &self.place.file(WEIGHTS), dtype)? {

@@ -1,19 +1,24 @@
 //! `vilg data filter`
 
-use super::output;
+use super::{model::calibrate_command, output};
 use crate::{
     bundle::Bundle,
-    data::embeddings::PairEmbedder,
-    data::filter::{
-        BlockedWords, DuplicateRules, Filter, Outcome, PAGE_START, Rule, Settings, TextRules, Unit, input, measure,
-        page,
+    data::{
+        embeddings::PairEmbedder,
+        filter::{
+            BlockedWords, DuplicateRules, Filter, Outcome, PAGE_START, Rule, Settings, TextRules, Unit, input, measure,
+            page,
+        },
     },
     dist,
     error::{Hint, Result, ensure, failed, usage},
     generate::Matching,
     report,
 };
+use clap::builder::NonEmptyStringValueParser;
 use image::RgbImage;
+use serde::Serialize;
+use serde_json::{Value, json};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -101,6 +106,10 @@ pub struct Args {
     /// Mirrored images are duplicates too
     #[arg(long)]
     mirrored: bool,
+    /// JSON fields of a shard with the captions, separated by commas, and `txt` for the text file, as data.caption_keys of
+    /// the training [default: captions, else caption, else the text file]
+    #[arg(long, value_name = "KEYS", value_delimiter = ',', value_parser = NonEmptyStringValueParser::new())]
+    caption_keys: Vec<String>,
     /// Column of a table that holds the caption
     #[arg(long, default_value = "caption", value_name = "NAME")]
     caption_column: String,
@@ -136,6 +145,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     if args.plan {
         return plan(&inputs, &settings, matcher.as_ref(), json);
     }
+    let similarity = similarity(&args, loaded.as_ref());
     let output = args.output.unwrap_or_default();
     let is_file = input::is_file_output(&inputs, &output)?;
     let files = report_files(&output, is_file);
@@ -148,11 +158,12 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let filter = Filter { settings, matcher: matcher.as_ref(), inputs, output, is_file, rank, world_size };
     let outcome = filter.run(&|rows| bar.inc(rows))?;
     bar.finish_and_clear();
+    let summary = Summary { outcome: &outcome, similarity };
     if rank == 0 {
-        write_report(&files, &outcome)?;
+        write_report(&files, &summary)?;
     }
     if json {
-        report::json(&outcome)
+        report::json(&summary)
     } else {
         print(&outcome)
     }
@@ -160,6 +171,26 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let hint = "for a table, name the column of the captions with --caption-column";
     ensure!(usable, failed("no row has a usable caption", hint));
     Ok(())
+}
+
+/// What a run did, and what decided on the similarity of its pairs.
+#[derive(Serialize)]
+struct Summary<'a> {
+    #[serde(flatten)]
+    outcome: &'a Outcome,
+    /// None where that rule was off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    similarity: Option<Value>,
+}
+
+/// The column or the matcher with its digest, and the number above which a pair is kept.
+fn similarity(args: &Args, loaded: Option<&Loaded>) -> Option<Value> {
+    let column = || args.similarity_column.as_ref();
+    let Some(Loaded { digest, min_cosine, .. }) = loaded else {
+        return column().map(|column| json!({ "column": column, "min_similarity": args.min_similarity }));
+    };
+    let score = args.min_cosine.is_none().then_some(args.min_similarity);
+    Some(json!({ "matcher": args.matcher, "digest": digest, "min_cosine": min_cosine, "min_similarity": score }))
 }
 
 /// The matcher, and the cosine above which a pair is kept.
@@ -179,7 +210,7 @@ fn load(model: &str, inputs: &[input::Input], args: &Args) -> Result<Loaded> {
     let bundle = Bundle::open(model)?.matcher_folder()?;
     let matching = Matching::open(&bundle)?;
     let what = format!("{model} is not calibrated, so that its cosines are no scores");
-    let hint = format!("run `vilg eval matcher --data SRC --model {model} --calibrate`, or give --min-cosine");
+    let hint = format!("{}, or give --min-cosine", calibrate_command(model));
     let min_cosine =
         args.min_cosine.or_else(|| matching.cosine_of(args.min_similarity)).ok_or_else(|| usage(what, hint))?;
     Ok(Loaded { digest: bundle.matcher_digest()?, matching, min_cosine })
@@ -219,6 +250,7 @@ fn settings(args: &Args) -> Result<Settings> {
         similarity_column: args.similarity_column.clone(),
         min_similarity: None,
         duplicates,
+        caption_keys: args.caption_keys.clone(),
         caption_column: args.caption_column.clone(),
         width_column: args.width_column.clone(),
         height_column: args.height_column.clone(),
@@ -230,8 +262,8 @@ fn report_files(output: &Path, is_file: bool) -> [PathBuf; 2] {
     ["filter.json", "filter.html"].map(|name| if is_file { output.with_extension(name) } else { output.join(name) })
 }
 
-fn write_report(files: &[PathBuf; 2], outcome: &Outcome) -> Result<()> {
-    let contents = [serde_json::to_string_pretty(outcome)?, page(&outcome.report)?];
+fn write_report(files: &[PathBuf; 2], summary: &Summary<'_>) -> Result<()> {
+    let contents = [serde_json::to_string_pretty(summary)?, page(&summary.outcome.report)?];
     for (path, content) in files.iter().zip(contents) {
         fs::write(path, content)
             .hint(format_args!("cannot write {}", path.display()), "choose another output with -o")?;
@@ -263,7 +295,7 @@ fn plan(inputs: &[input::Input], settings: &Settings, matcher: Option<&PairEmbed
     // 16 bytes for a caption or image in comparison, 1 byte for the verdict of a row, 40 for its stored features.
     let (memory, disk) = (PAPER_PAIRS * 17.0 / 1e9, PAPER_ROWS * 40.0 / 1e9);
     if json {
-        report::json(&serde_json::json!({
+        report::json(&json!({
             "rows_scanned": rows,
             "rows_per_second": per_second,
             "hours_800m_rows": hours(PAPER_ROWS),

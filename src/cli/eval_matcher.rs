@@ -2,6 +2,7 @@
 
 use super::{model::MatcherOption, output};
 use crate::{
+    bundle::Bundle,
     error::{Result, ensure, failed, usage},
     eval::{
         Rate,
@@ -10,7 +11,7 @@ use crate::{
             calibration::calibrate,
             classes::{Classes, Classification},
             pairs::half_shuffled,
-            reliability::Reliability,
+            reliability::{Bin, Reliability},
             retrieval::{Candidates, Recall, Retrieval, among_candidates, retrieval},
         },
     },
@@ -69,32 +70,42 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
     if let Some(classes) = &args.classes {
         return classify(args, &matching, classes, json);
     }
-    let calibrated = matching.score(0.0).is_some();
+    if args.calibrate {
+        bundle.calibration_folder()?;
+    }
     let hint = "calibrate the model first, or plot while you do, with --calibrate";
     let message = format!("{} is not calibrated, so that there are no scores to plot", args.model.name());
-    ensure!(args.plot.is_none() || args.calibrate || calibrated, usage(message, hint));
+    ensure!(args.plot.is_none() || args.calibrate || matching.is_calibrated(), usage(message, hint));
     let samples = Samples::read(&matching, &args.data, args.samples, true, None)?;
     if args.calibrate {
-        let found = calibrate(&samples, args.seed)?;
-        plot(args, &found.reliability)?;
-        bundle.calibrate(found.calibration)?;
-        if json {
-            report::json(&json!({ "model": args.model.name(), "data": args.data, "seed": args.seed, "result": found }));
-        } else {
-            let [slope, offset] = found.calibration;
-            report::result(format_args!("score = σ({slope:.4} · cosine {offset:+.4}), stored in {}", bundle.name()));
-            report::result(format_args!("fitted on {} samples; on others:", found.fitted_on));
-            print_reliability(&found.reliability);
-        }
+        return store_calibration(args, &bundle, &samples, json);
+    }
+    measure(args, &matching, &samples, json)
+}
+
+fn store_calibration(args: &Args, bundle: &Bundle, samples: &Samples, json: bool) -> Result<()> {
+    let found = calibrate(samples, args.seed)?;
+    plot(args, &found.reliability)?;
+    bundle.calibrate(found.calibration)?;
+    if json {
+        report::json(&json!({ "model": args.model.name(), "data": args.data, "seed": args.seed, "result": found }));
         return Ok(());
     }
+    let [slope, offset] = found.calibration;
+    report::result(format_args!("score = σ({slope:.4} · cosine {offset:+.4}), stored in {}", bundle.name()));
+    report::result(format_args!("fitted on {} samples; on others:", found.fitted_on));
+    print_reliability(&found.reliability);
+    Ok(())
+}
+
+fn measure(args: &Args, matching: &Matching, samples: &Samples, json: bool) -> Result<()> {
     let count = samples.captions.len();
     ensure!(count > 1, failed("retrieval needs at least two samples", "give more data with --data"));
-    let found = retrieval(&samples)?;
-    let candidates = args.candidates.map(|count| among_candidates(&samples, count as usize, args.seed)).transpose()?;
-    let scores = match calibrated {
+    let found = retrieval(samples)?;
+    let candidates = args.candidates.map(|count| among_candidates(samples, count as usize, args.seed)).transpose()?;
+    let scores = match matching.is_calibrated() {
         true => {
-            let pairs = half_shuffled(&samples, &(0..count).collect::<Vec<_>>(), args.seed)?;
+            let pairs = half_shuffled(samples, &(0..count).collect::<Vec<_>>(), args.seed)?;
             Some(Reliability::new(&pairs, |cosine| matching.score(cosine).unwrap_or_default()))
         }
         false => None,
@@ -154,7 +165,7 @@ fn print(found: &Retrieval, candidates: Option<&Candidates>, scores: Option<&Rel
 }
 
 fn print_reliability(found: &Reliability) {
-    let row = |(at, bin): (usize, &crate::eval::matcher::reliability::Bin)| {
+    let row = |(at, bin): (usize, &Bin)| {
         let share = |x: f64| if bin.count == 0 { "-".to_owned() } else { format!("{x:.3}") };
         let range = format!("{:.1} to {:.1}", at as f64 / 10.0, (at + 1) as f64 / 10.0);
         vec![range, share(bin.mean_score), share(bin.true_pairs), bin.count.to_string()]

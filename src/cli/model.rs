@@ -63,7 +63,11 @@ impl MatcherOption {
 
     /// Says that the model is not calibrated, and what to do.
     pub fn calibrate_hint(&self) -> String {
-        let name = &self.model;
-        format!("{name} is not calibrated (run `vilg eval matcher --data SRC --model {name} --calibrate`)")
+        format!("{} is not calibrated ({})", self.model, calibrate_command(&self.model))
     }
+}
+
+/// How a matcher is calibrated.
+pub fn calibrate_command(model: &str) -> String {
+    format!("run `vilg eval matcher --data SRC --model {model} --calibrate`")
 }

@@ -37,7 +37,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
     let empty = args.texts.iter().any(|text| text.trim().is_empty());
     ensure!(!empty, usage("a text is empty", "write texts after `--`: vilg score moon.png -- 一弯月 太阳"));
     let (_, matching) = args.model.load()?;
-    if matching.score(0.0).is_none() {
+    if !matching.is_calibrated() {
         report::warn(format_args!("{}; there are cosines but no scores", args.model.calibrate_hint()));
     }
     let texts = matching.embed_texts(&args.texts)?;
@@ -67,7 +67,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
         header &= read.is_empty();
     }
     let message = format!("{unread} of {} images cannot be read", args.images.len());
-    ensure!(unread == 0, failed(message, "the others have their scores"));
+    ensure!(unread == 0, failed(message, "the errors above say why; all other images have their scores"));
     Ok(())
 }
 

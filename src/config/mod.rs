@@ -45,7 +45,7 @@ pub struct Config {
     pub model: Model,
     /// Section `[end_to_end]`: generator and reconstructor together (paper §3.1.3).
     pub end_to_end: EndToEnd,
-    /// Section `[matcher]`: the image–text matcher (paper §2.4).
+    /// Section `[matcher]`: the image–text matcher (paper §3.2.1).
     pub matcher: Matcher,
     /// Section `[train]`: optimizer, schedule, parallelism and checkpoints.
     pub train: Train,

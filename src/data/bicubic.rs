@@ -24,28 +24,35 @@ pub fn resize_bicubic(image: &RgbImage, width: u32, height: u32) -> RgbImage {
     }
     let (from_width, from_height) = (image.width() as usize, image.height() as usize);
     let (to_width, to_height) = (width as usize, height as usize);
-    let columns = taps(from_width, to_width);
-    let mut narrow = vec![0; to_width * from_height * 3];
-    for (to, from) in narrow.chunks_exact_mut(to_width * 3).zip(image.as_raw().chunks_exact(from_width * 3)) {
-        for (pixel, taps) in to.chunks_exact_mut(3).zip(&columns) {
-            for (color, value) in pixel.iter_mut().enumerate() {
-                *value = weigh(taps, |i| from[i * 3 + color]);
-            }
+    let (columns, rows) = (taps(from_width, to_width), taps(from_height, to_height));
+    // Sums of the rows that have an effect on each row of the target: all resized rows of a very high image would not fit
+    // into memory.
+    let mut sums = vec![0; to_width * to_height * 3];
+    let (mut row, mut done) = (vec![0; to_width * 3], 0);
+    for (y, from) in image.as_raw().chunks_exact(from_width * 3).enumerate() {
+        resize_row(from, &columns, &mut row);
+        done += rows.iter().skip(done).take_while(|taps| taps.first + taps.weights.len() <= y).count();
+        let open = rows.iter().zip(sums.chunks_exact_mut(to_width * 3)).skip(done);
+        for (taps, sums) in open.take_while(|(taps, _)| taps.first <= y) {
+            let weight = taps.weights.get(y - taps.first).copied().unwrap_or_default();
+            sums.iter_mut().zip(&row).for_each(|(sum, value)| *sum += i32::from(*value) * weight);
         }
     }
-    let rows = taps(from_height, to_height);
-    let mut pixels = vec![0; to_width * to_height * 3];
-    for (to, taps) in pixels.chunks_exact_mut(to_width * 3).zip(&rows) {
-        for (i, value) in to.iter_mut().enumerate() {
-            *value = weigh(taps, |row| narrow[row * to_width * 3 + i]);
-        }
-    }
-    RgbImage::from_raw(width, height, pixels).unwrap_or_default()
+    RgbImage::from_raw(width, height, sums.into_iter().map(rounded).collect()).unwrap_or_default()
 }
 
-fn weigh(taps: &Taps, value: impl Fn(usize) -> u8) -> u8 {
-    let terms = taps.weights.iter().enumerate().map(|(i, weight)| i32::from(value(taps.first + i)) * weight);
-    ((terms.sum::<i32>() + (1 << (BITS - 1))) >> BITS).clamp(0, 255) as u8
+fn resize_row(from: &[u8], columns: &[Taps], to: &mut [u8]) {
+    for (pixel, taps) in to.chunks_exact_mut(3).zip(columns) {
+        for (color, value) in pixel.iter_mut().enumerate() {
+            let terms = taps.weights.iter().enumerate();
+            *value = rounded(terms.map(|(i, weight)| i32::from(from[(taps.first + i) * 3 + color]) * weight).sum());
+        }
+    }
+}
+
+/// A weighted sum as a color.
+fn rounded(sum: i32) -> u8 {
+    ((sum + (1 << (BITS - 1))) >> BITS).clamp(0, 255) as u8
 }
 
 /// The taps of each of `to` pixels over `from` pixels.

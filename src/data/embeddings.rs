@@ -108,9 +108,10 @@ impl Record {
 
     /// Whether these are finished embeddings of the same samples by the same model.
     pub fn is_of(&self, wanted: &Self) -> bool {
-        let made_from =
-            |record: &Self| (record.shard.clone(), record.matcher.clone(), record.samples, record.embedding);
-        self.complete && made_from(self) == made_from(wanted)
+        let Self { shard, matcher, samples, embedding, .. } = self;
+        let same = (shard, matcher, samples, embedding)
+            == (&wanted.shard, &wanted.matcher, &wanted.samples, &wanted.embedding);
+        self.complete && same
     }
 }
 
@@ -198,8 +199,7 @@ impl StoredEmbeddings {
         let mut bytes = vec![0; 8 * self.embedding];
         let start = self.start + sample as u64 * bytes.len() as u64;
         self.file.read_exact_at(&mut bytes, start).ok()?;
-        let numbers = bytes.chunks_exact(4).map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
-        let numbers: Vec<f32> = numbers.collect();
+        let numbers: Vec<f32> = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
         let (image, text) = numbers.split_at(self.embedding);
         Some(dot(image, text)).filter(|cosine| cosine.is_finite())
     }

@@ -15,8 +15,8 @@ pub const IMAGE_EXTENSIONS: [&str; 9] = ["png", "jpg", "jpeg", "webp", "gif", "b
 
 /// Maximum size of a text or JSON member in bytes.
 pub(super) const MAX_TEXT: usize = 1 << 20;
-/// Extension of the text member.
-const TEXT_FILE: &str = "txt";
+/// Extension of the text member, and the caption key that stands for it.
+pub(super) const TEXT_FILE: &str = "txt";
 /// Maximum length of a caption in characters; longer captions are truncated.
 const MAX_CAPTION: usize = 4096;
 

@@ -1,10 +1,13 @@
-//! How well images match texts, by a matcher (paper §2.4 filters its data and ranks generated images with one).
+//! How well images match texts, by a matcher. The paper filters its data (§3.2.1) and ranks generated images with one.
 
 use crate::{
     bundle::Bundle,
     data::{image::to_pixels, resize_bicubic},
     error::{Context, Result, ensure, failed},
-    model::{Matcher, Tokens, matcher::Input},
+    model::{
+        Matcher, Tokens,
+        matcher::{Input, unnormalized},
+    },
     ops, runtime,
     text::WordPiece,
 };
@@ -110,9 +113,7 @@ impl Matching {
         for batch in batches {
             values.extend(self.matcher.embed(&batch?)?.flatten_all()?.to_vec1::<f32>()?);
         }
-        // Numbers that overflow become NaN or zeros.
-        let has_length = |row: &[f32]| (0.9..1.1).contains(&row.iter().map(|value| value * value).sum::<f32>());
-        let wrong = values.chunks_exact(self.embedding.max(1)).position(|row| !has_length(row));
+        let wrong = unnormalized(&values, self.embedding);
         let what = wrong.map_or(String::new(), name);
         let hint = "the model's weights are damaged, or its training diverged: use another model";
         ensure!(wrong.is_none(), failed(format_args!("the embedding of {what} is not finite or has no length"), hint));
@@ -125,6 +126,11 @@ impl Matching {
     /// The sizes do not fit together.
     pub fn cosines(images: &Tensor, texts: &Tensor) -> Result<Tensor> {
         ops::linear(images, texts, None)
+    }
+
+    /// Whether there are scores.
+    pub fn is_calibrated(&self) -> bool {
+        self.calibration.is_some()
     }
 
     /// The probability that an image and a text with this cosine are a pair, where pairs and others are equally

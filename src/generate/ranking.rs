@@ -100,19 +100,16 @@ impl Models {
     ) -> Result<Vec<f64>> {
         ensure!(codes.len() == prompts.len(), "{} images and {} prompts", codes.len(), prompts.len());
         // The candidates of a prompt follow each other.
-        let mut distinct = prompts.to_vec();
-        distinct.dedup();
+        let groups = || prompts.chunk_by(|a, b| a == b);
+        let distinct: Vec<&str> = groups().filter_map(|group| group.first().copied()).collect();
         let texts = matching.embed_texts(&distinct)?.to_vec2::<f32>()?;
         let mut images = Vec::with_capacity(codes.len());
         for (codes, tokens) in codes.chunks(DECODED).zip(tokens.chunks(DECODED)) {
             images.extend(matching.embed_images(&self.images(tokens, codes)?)?.to_vec2::<f32>()?);
         }
-        let (mut cosines, mut text) = (Vec::with_capacity(codes.len()), 0);
-        for (i, image) in images.iter().enumerate() {
-            text += usize::from(i > 0 && prompts[i] != prompts[i - 1]);
-            cosines.push(image.iter().zip(&texts[text]).map(|(a, b)| f64::from(a * b)).sum());
-        }
-        Ok(cosines)
+        let of_candidates = groups().zip(&texts).flat_map(|(group, text)| group.iter().map(move |_| text));
+        let dot = |(image, text): (&Vec<f32>, &Vec<f32>)| image.iter().zip(text).map(|(a, b)| f64::from(a * b)).sum();
+        Ok(images.iter().zip(of_candidates).map(dot).collect())
     }
 }
 

@@ -4,12 +4,11 @@
 //! recomputes its probabilities. Saved are qkv, the output of attention, the residual stream between the branches and
 //! the MLP's hidden layer before the activation. A test compares the pass with [`Block::forward`] under candle's autograd.
 
-use super::{block::Block, gradients::Gradients, norm::LayerNorm};
+use super::{block::Block, gradients::Gradients, mlp_manual::ManualMlp, norm::LayerNorm};
 use crate::{
     config::Precision,
     error::Result,
     ops::{
-        activation,
         attention::{self, KeyRanges, Sizes},
         slices,
     },
@@ -51,10 +50,9 @@ impl Block {
         let (norm1_post, norm2_post) = self.layers.post.as_ref().map(|(a, b)| (a, b)).unzip();
         let residual = norm1_post.is_none().then_some(x);
         let (middle, branch1) = close(self.layers.proj.manual(precision, &attended, residual)?, norm1_post, x)?;
-        let (inner, activated) =
-            self.layers.fc1.manual_activated(precision, self.activation, &self.layers.norm2.manual(&middle)?)?;
         let residual = norm2_post.is_none().then_some(middle.as_slice());
-        let (y, branch2) = close(self.layers.fc2.manual(precision, &activated, residual)?, norm2_post, &middle)?;
+        let (branch, inner) = self.mlp(precision).forward(self.layers.norm2.manual(&middle)?, residual)?;
+        let (y, branch2) = close(branch, norm2_post, &middle)?;
         Ok((y, Activations { qkv, attended, log_sums, branch1, middle, inner, branch2 }))
     }
 
@@ -73,14 +71,8 @@ impl Block {
 
         let dbranch = open(norm2_post, branch2, dy, gradients)?;
         let dbranch = dbranch.as_deref().unwrap_or(dy);
-        let activated = activation::forward(self.activation, &inner);
-        let dactivated = self.layers.fc2.manual_backward(precision, &activated, dbranch, gradients)?;
-        drop(activated);
-        let dinner = activation::backward(self.activation, &inner, &dactivated);
-        drop((inner, dactivated));
-        let dnormed =
-            self.layers.fc1.manual_backward(precision, &self.layers.norm2.manual(&middle)?, &dinner, gradients)?;
-        drop(dinner);
+        let normed = || self.layers.norm2.manual(&middle);
+        let dnormed = self.mlp(precision).backward(normed, inner, dbranch, gradients)?;
         let mut dmiddle = self.layers.norm2.manual_backward(&middle, &dnormed, gradients)?;
         slices::add(&mut dmiddle, dy);
         drop((middle, dnormed));
@@ -98,6 +90,10 @@ impl Block {
         let mut dx = self.layers.norm1.manual_backward(x, &dnormed, gradients)?;
         slices::add(&mut dx, &dmiddle);
         Ok(dx)
+    }
+
+    fn mlp(&self, precision: Precision) -> ManualMlp<'_> {
+        ManualMlp::of(&self.layers, self.activation, precision)
     }
 
     /// qkv with its queries and keys normed, where the block does that.

@@ -6,7 +6,7 @@ use super::{
     weights::{self, REPLACE, finite},
 };
 use crate::{
-    error::{Context, Hint, Result, bail, ensure, hint_of},
+    error::{Context, Hint, Result, bail, ensure, hint_if_none},
     report,
     runtime::Mapped,
 };
@@ -66,7 +66,7 @@ impl CheckpointFile {
         for path in paths {
             let name = path.display().to_string();
             let bytes = Mapped::open(&path)?;
-            let stored = named(read(&bytes, all.files.len()), &name)?;
+            let stored = hint_if_none(read(&bytes, all.files.len()), format!("cannot read {name}"), REPLACE)?;
             for (tensor, stored) in unwrapped(stored) {
                 ensure!(
                     all.tensors.insert(tensor.clone(), stored).is_none(),
@@ -101,15 +101,6 @@ impl CheckpointFile {
         let values = finite(&bytes[start + first * width..start + last * width], stored.dtype, name, file)?;
         let values = if stored.strides == row_major(&stored.shape) { values } else { stored.gather(&values) };
         Ok(Tensor::from_vec(values, stored.shape.as_slice(), &Device::Cpu)?)
-    }
-}
-
-/// Adds the name of the file to an error; an error that already has a hint keeps it.
-fn named<T>(result: Result<T>, name: &str) -> Result<T> {
-    let what = format!("cannot read {name}");
-    match result {
-        Err(error) if hint_of(&error).is_some() => Err(error.context(what)),
-        other => other.hint(what, REPLACE),
     }
 }
 

@@ -1,12 +1,14 @@
 //! The transformer block of BERT, with the norm behind each residual branch (post-LN): as candle ops, and with
 //! hand-written forward and backward passes over slices for the CPU, which a test holds equal.
 
-use super::{block::BlockLayers, gradients::Gradients, linear::Linear, norm::LayerNorm, params::Scope};
+use super::{
+    block::BlockLayers, gradients::Gradients, linear::Linear, mlp_manual::ManualMlp, norm::LayerNorm, params::Scope,
+};
 use crate::{
     config::{self, Activation, Precision},
     error::{Result, ensure},
     ops::{
-        self, activation,
+        self,
         attention::{self, KeyRanges, Sizes},
         slices,
     },
@@ -87,8 +89,7 @@ impl PostNormBlock {
         let (attended, log_sums) = attention::forward_saved(&qkv, keys, sizes);
         let sum1 = self.layers.proj.manual(precision, &attended, Some(x))?;
         let middle = self.layers.norm1.manual(&sum1)?;
-        let (inner, activated) = self.layers.fc1.manual_activated(precision, self.activation, &middle)?;
-        let sum2 = self.layers.fc2.manual(precision, &activated, Some(&middle))?;
+        let (sum2, inner) = self.mlp(precision).forward(&middle, Some(&middle))?;
         let y = self.layers.norm2.manual(&sum2)?;
         Ok((y, Activations { qkv, attended, log_sums, sums: [sum1, sum2], inner }))
     }
@@ -109,18 +110,20 @@ impl PostNormBlock {
         let Activations { qkv, attended, log_sums, sums: [sum1, sum2], inner } = saved;
         let layers = &self.layers;
         let dsum2 = layers.norm2.manual_backward(&sum2, dy, gradients)?;
-        let activated = activation::forward(self.activation, &inner);
-        let dactivated = layers.fc2.manual_backward(precision, &activated, &dsum2, gradients)?;
-        let dinner = activation::backward(self.activation, &inner, &dactivated);
-        drop((sum2, activated, inner, dactivated));
-        let mut dmiddle = layers.fc1.manual_backward(precision, &layers.norm1.manual(&sum1)?, &dinner, gradients)?;
+        drop(sum2);
+        let middle = || layers.norm1.manual(&sum1);
+        let mut dmiddle = self.mlp(precision).backward(middle, inner, &dsum2, gradients)?;
         slices::add(&mut dmiddle, &dsum2);
         let dsum1 = layers.norm1.manual_backward(&sum1, &dmiddle, gradients)?;
-        drop((sum1, dinner, dmiddle, dsum2));
+        drop((sum1, dmiddle, dsum2));
         let dattended = layers.proj.manual_backward(precision, &attended, &dsum1, gradients)?;
         let dqkv = attention::backward_saved(&qkv, (&attended, &log_sums), &dattended, keys, sizes);
         let mut dx = layers.qkv.manual_backward(precision, x, &dqkv, gradients)?;
         slices::add(&mut dx, &dsum1);
         Ok(dx)
+    }
+
+    fn mlp(&self, precision: Precision) -> ManualMlp<'_> {
+        ManualMlp::of(&self.layers, self.activation, precision)
     }
 }

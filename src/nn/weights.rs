@@ -2,7 +2,7 @@
 
 use super::params::Params;
 use crate::{
-    error::{Context, Hint, Result, bail, ensure},
+    error::{Context, Hint, Result, bail, ensure, failed},
     runtime::Mapped,
 };
 use candle_core::{DType, Device, Tensor};
@@ -27,6 +27,9 @@ use std::{
 const CHUNK: usize = 1 << 16;
 
 pub(super) const REPLACE: &str = "the file is damaged or has another format; copy it again or choose another folder";
+
+const NOT_FINITE: &str =
+    "the file is damaged, or the training of these weights diverged: copy it again or choose another";
 
 /// Maps a safetensors file into memory.
 ///
@@ -125,7 +128,8 @@ fn open<'a>(bytes: &'a [u8], origin: &str) -> Result<SafeTensors<'a>> {
 /// The tensor `name` as f32.
 pub(super) fn finite(bytes: &[u8], dtype: Dtype, name: &str, origin: &str) -> Result<Vec<f32>> {
     let values = floats(bytes, dtype).with_context(|| format!("{origin}: tensor `{name}`"))?;
-    ensure!(values.iter().all(|x| x.is_finite()), "{origin}: tensor `{name}` holds numbers that are not finite");
+    let what = || format!("{origin}: tensor `{name}` holds numbers that are not finite");
+    ensure!(values.iter().all(|x| x.is_finite()), failed(what(), NOT_FINITE));
     Ok(values)
 }
 
@@ -247,6 +251,7 @@ pub fn write(out: &mut impl Write, tensors: &BTreeMap<String, Values<'_>>) -> Re
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::hint_of;
 
     fn file(dtype: Dtype) -> Vec<u8> {
         let piece = |values| Piece::Floats(Cow::Borrowed(values));
@@ -287,7 +292,10 @@ mod tests {
         let mut nan = whole.clone();
         let end = nan.len();
         nan[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
-        assert!(parse(&nan, "test").unwrap_err().to_string().contains("a.weight"));
+        let error = parse(&nan, "test").unwrap_err();
+        assert!(
+            error.to_string().contains("a.weight") && hint_of(&error).is_some_and(|hint| hint.contains("diverged"))
+        );
         let export = |bytes: &[u8]| stored(bytes, "test", Dtype::BF16).map(drop);
         assert!(export(&whole).is_ok() && export(&nan).unwrap_err().to_string().contains("a.weight"));
     }

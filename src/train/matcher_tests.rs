@@ -8,6 +8,7 @@ use super::{
 use crate::{
     bundle::Bundle,
     config::{self, ContrastiveLoss, Text},
+    error::hint_of,
 };
 
 fn matcher_config(folder: &Path) -> Config {
@@ -104,6 +105,22 @@ fn the_scale_stays_in_bounds() {
     assert!((scale.to_vec1::<f32>().unwrap()[0] - 100f32.ln()).abs() < 1e-6);
 }
 
+#[test]
+fn embeddings_without_length_end_the_training() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = matcher_config(folder.path());
+    let group = Group::alone();
+    for (name, factor, what) in [("image.proj", f64::NAN, "image 1 of 7"), ("text.proj", 0.0, "text 1 of 7")] {
+        let mut task = tasks::spec(config.task).start(&config, &group).unwrap();
+        let mut shards = unsharded(&group, task.as_ref());
+        let weight = task.params()[name].var.clone();
+        weight.set(&weight.affine(factor, 0.0).unwrap()).unwrap();
+        let error = task.gradients(1, 1.0, &mut shards).err().unwrap();
+        assert!(format!("{error:#}").contains(what), "{error:#}");
+        assert!(hint_of(&error).is_some_and(|hint| hint.contains("learning_rate")));
+    }
+}
+
 /// A fresh run takes over a matcher, and refuses other models.
 #[test]
 fn a_run_starts_from_another_matcher() {
@@ -117,6 +134,13 @@ fn a_run_starts_from_another_matcher() {
     for (name, param) in task.params() {
         assert_eq!(first(param.as_tensor()), first(&stored[name]), "{name}");
     }
+    let vocab = std::fs::read_to_string(&config.text.vocab).unwrap();
+    let other = folder.path().join("other.txt");
+    std::fs::write(&other, format!("{vocab}龘\n")).unwrap();
+    let mut changed = config.clone();
+    changed.text.vocab = other.display().to_string();
+    let error = prepare_task(folder.path(), &changed, &Resume::Auto, &Group::alone()).err().unwrap();
+    assert!(format!("{error:#}").contains("another vocabulary") && hint_of(&error).is_some(), "{error:#}");
     config.matcher.text_heads = 3;
     let error = prepare_task(folder.path(), &config, &Resume::Auto, &Group::alone()).err().unwrap();
     assert!(format!("{error:#}").contains("matcher.text_heads"), "{error:#}");
@@ -135,7 +159,7 @@ fn what_cannot_be_trained_is_refused() {
         tasks::spec(config.task).start(&config, &Group::alone()).map(|_| ())
     };
     let error = start(&|config| config.train.batch_size = 1).unwrap_err();
-    assert!(error.to_string().contains("a single pair"), "{error}");
+    assert!(error.to_string().contains("a single pair") && hint_of(&error).is_some(), "{error}");
     start(&|config| (config.train.batch_size, config.matcher.loss) = (1, ContrastiveLoss::Sigmoid)).unwrap();
     let error = start(&|config| config.matcher.image_encoder = config::ImageEncoder::Resnet).unwrap_err();
     assert!(error.to_string().contains("ResNet cannot be trained"), "{error}");

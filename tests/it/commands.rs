@@ -8,6 +8,13 @@ pub(crate) fn vilg(args: &[&str]) -> Command {
     command
 }
 
+/// Makes a command that needs no other rank one of two, as under torchrun.
+pub(crate) fn as_rank_of_two(mut command: Command, rank: &str) -> Command {
+    command.envs([("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank)]);
+    command.envs([("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")]);
+    command
+}
+
 /// Snapshots: `tests/cmd/*.trycmd` (renew with `TRYCMD=overwrite`).
 #[test]
 fn snapshots() {

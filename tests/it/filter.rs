@@ -1,5 +1,6 @@
 //! `vilg data filter` from the command line: resuming after SIGKILL, and ranks as processes.
 
+use crate::commands::as_rank_of_two;
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -70,11 +71,7 @@ fn processes_of_a_launcher_share_the_tables() {
     let (input, alone, shared) = (folder.path().join("in"), folder.path().join("alone"), folder.path().join("shared"));
     tables(&input, 3, 300);
     assert!(filter(&input, &alone).status().unwrap().success());
-    let ranks = ["0", "1"].map(|rank| {
-        let place = [("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank)];
-        let address = [("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")];
-        filter(&input, &shared).envs(place).envs(address).spawn().unwrap()
-    });
+    let ranks = ["0", "1"].map(|rank| as_rank_of_two(filter(&input, &shared), rank).spawn().unwrap());
     ranks.into_iter().for_each(|mut rank| assert!(rank.wait().unwrap().success()));
     assert_eq!(files(&shared), files(&alone));
     assert!(shared.join("filter.html").exists());

@@ -238,6 +238,8 @@ fn a_calibrated_model_scores_pairs_above_others() {
     let early = run(&["eval", "matcher", "--plot"], &[&plot, "--model".as_ref(), &model, "--data".as_ref(), &data]);
     assert!(early.status.code() == Some(2) && said(&early).contains("not calibrated"), "{}", said(&early));
     assert!(!plot.exists());
+    let demo = run(&["eval", "matcher", "--calibrate", "--data"], &[&data]);
+    assert!(demo.status.code() == Some(2) && said(&demo).contains("part of the program"), "{}", said(&demo));
     let found = json(&run(
         &["eval", "matcher", "--calibrate", "--json", "--plot"],
         &[&plot, "--model".as_ref(), &model, "--data".as_ref(), &data],

@@ -1,11 +1,16 @@
 //! Embeddings of shards and filters that use a matcher.
 
 use crate::{
-    commands::vilg,
+    commands::{as_rank_of_two, vilg},
     matcher::{cosines, data, json, model, run, said},
 };
 use serde_json::Value;
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::{Output, Stdio},
+};
 use vilg::bundle::Bundle;
 
 /// A tar of the first images of `data`; the image of the second sample is damaged.
@@ -61,6 +66,12 @@ fn embeddings_are_stored_once_and_filters_use_them() {
         rules.iter().find(|rule| rule["rule"] == name).unwrap()["left_out"].as_u64().unwrap()
     };
     assert_eq!((rule(&report, "bad"), rule(&report, "low-similarity")), (1, 11 - kept(low).len() as u64));
+    // What decided is named in the report.
+    let digest = Bundle::open(model.to_str().unwrap()).unwrap().matcher_digest().unwrap();
+    let written: Value = serde_json::from_slice(&fs::read(folder.path().join("out/filter.json")).unwrap()).unwrap();
+    let similarity = &written["similarity"];
+    assert_eq!((similarity["matcher"].as_str(), similarity["digest"].as_str()), (model.to_str(), Some(&*digest)));
+    assert!((similarity["min_cosine"].as_f64().unwrap() - f64::from(low)).abs() < 1e-6);
     // Another threshold in the same output.
     json(&filter(high, "out"));
     assert_eq!(names("out"), kept(high));
@@ -104,6 +115,37 @@ fn embeddings_are_stored_once_and_filters_use_them() {
 }
 
 #[test]
+fn processes_of_a_launcher_share_the_shards_that_are_embedded() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path());
+    let (data, ..) = data(folder.path(), &model, 9);
+    let shards = folder.path().join("shards");
+    fs::create_dir(&shards).unwrap();
+    for (name, count) in [("0.tar", 9), ("1.tar", 4), ("2.tar", 6)] {
+        shard(&shards.join(name), &data, count);
+    }
+    let embed = || {
+        let mut command = vilg(&["data", "embed", "--json", "--max-bad-ratio", "0.5", "--matcher"]);
+        command.arg(&model).arg(&shards).stdout(Stdio::piped());
+        command
+    };
+    let done = |output: &Output| ["shards", "samples"].map(|key| json(output)[key].as_u64().unwrap());
+    assert_eq!(done(&embed().output().unwrap()), [3, 16]);
+    let written = || -> BTreeMap<PathBuf, Vec<u8>> {
+        let paths = fs::read_dir(&shards).unwrap().map(|entry| entry.unwrap().path());
+        let is_result = |path: &PathBuf| ["npy", "json"].iter().any(|e| path.extension().is_some_and(|own| own == *e));
+        let embeddings = paths.filter(is_result);
+        embeddings.map(|path| (path.clone(), fs::read(path).unwrap())).collect()
+    };
+    let alone = written();
+    assert_eq!(alone.len(), 6);
+    alone.keys().for_each(|path| fs::remove_file(path).unwrap());
+    let ranks = ["0", "1"].map(|rank| as_rank_of_two(embed(), rank).spawn().unwrap());
+    assert_eq!(ranks.map(|rank| done(&rank.wait_with_output().unwrap())), [[2, 13], [1, 3]]);
+    assert!(written() == alone);
+}
+
+#[test]
 fn filters_need_a_calibrated_matcher_and_images() {
     let folder = tempfile::tempdir().unwrap();
     let model = model(folder.path());
@@ -130,6 +172,8 @@ fn filters_need_a_calibrated_matcher_and_images() {
     Bundle::open(model.to_str().unwrap()).unwrap().calibrate([100.0, -100.0 * middle]).unwrap();
     let report = json(&filter(&data, &["--keep-duplicate-images", "--max-caption-repeats", "0"]));
     assert_eq!(report["kept"], 4);
+    assert_eq!(report["similarity"]["min_similarity"], 0.5);
+    assert!((report["similarity"]["min_cosine"].as_f64().unwrap() - middle).abs() < 1e-6);
     let all = json(&filter(&data, &["--keep-duplicate-images", "--max-caption-repeats", "0", "--min-similarity", "0"]));
     assert_eq!(all["kept"], 8);
     let counts: BTreeMap<String, u64> = report["rules"]

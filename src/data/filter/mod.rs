@@ -27,6 +27,8 @@ pub use rule::Rule;
 pub use run::{Filter, Outcome, measure};
 pub use text::{BlockedWords, TextRules, Unit};
 
+use super::record::TEXT_FILE;
+
 /// The rules and where to find what they check.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -43,6 +45,8 @@ pub struct Settings {
     /// compared in the end, so that another threshold needs no other features.
     pub min_similarity: Option<f64>,
     pub duplicates: DuplicateRules,
+    /// Fields with the captions of a shard, as `data.caption_keys`.
+    pub caption_keys: Vec<String>,
     /// Columns of tables.
     pub caption_column: String,
     pub width_column: String,
@@ -56,8 +60,14 @@ impl Settings {
         let text = (self.text.max_length, self.text.unit, self.text.noun, self.text.no_special_characters, blocked);
         let image = (self.text_only, self.min_side, self.max_aspect_ratio);
         let columns = (&self.similarity_column, &self.caption_column, &self.width_column, &self.height_column);
-        let all = format!("{text:?} {image:?} {columns:?} {}", self.duplicates.image_distance.is_some());
+        let hashes = self.duplicates.image_distance.is_some();
+        let all = format!("{text:?} {image:?} {columns:?} {:?} {hashes}", self.caption_keys);
         blake3::hash(all.as_bytes()).to_hex().to_string()
+    }
+
+    /// Whether the lines of text files are captions.
+    fn reads_texts(&self) -> bool {
+        self.caption_keys.is_empty() || self.caption_keys.iter().any(|key| key == TEXT_FILE)
     }
 
     fn reads_images(&self) -> bool {

@@ -2,7 +2,7 @@
 
 use super::{
     Settings, duplicates,
-    feature::Features,
+    feature::{Feature, Features},
     input::{Input, InputKind},
     report::Report,
     rule::Rule,
@@ -13,10 +13,11 @@ use super::{
 use crate::{
     bounded_read,
     data::{
+        bad::BadCounts,
         embeddings::PairEmbedder,
         output::{Lock, remove_leftovers, write_whole},
     },
-    error::{Context, Hint, Result, ensure, failed},
+    error::{Context, Error, Hint, Result, ensure, failed},
     report::note,
 };
 use serde::{Deserialize, Serialize};
@@ -43,6 +44,25 @@ pub struct Filter<'a> {
     pub is_file: bool,
     pub rank: usize,
     pub world_size: usize,
+}
+
+/// An input with its features.
+struct InputFeatures<'a> {
+    input: &'a Input,
+    /// What the features are made from: the input as it was when the run began, the settings and the matcher.
+    made_from: String,
+    /// Where they are stored.
+    path: PathBuf,
+}
+
+impl InputFeatures<'_> {
+    fn stored(&self) -> Option<(u64, BadCounts)> {
+        Features::stored(&self.path, &self.made_from)
+    }
+
+    fn changed(&self) -> Error {
+        failed(format_args!("{} changed", self.input.path.display()), "run the command again")
+    }
 }
 
 /// What a run did.
@@ -78,22 +98,15 @@ impl Filter<'_> {
         let of_rank = state.join(format!("rank{}", self.rank));
         fs::create_dir_all(&of_rank).hint(cannot(), "choose another output with -o")?;
         let _lock = Lock::take(&of_rank)?;
-        self.own().try_for_each(|input| self.check_output(input))?;
-        for input in self.own() {
-            let (path, made_from) = (self.state_file(input, "features"), self.made_from(input)?);
-            if let Some((rows, _)) = Features::stored(&path, &made_from) {
-                progress(rows);
-                continue;
-            }
-            remove_leftovers(&path);
-            create_parent(&path)?;
-            scan(input, &self.settings, self.matcher, progress)?.write(&path, &made_from)?;
-        }
-        self.wait_for_other_ranks()?;
-        let (broken, ends) = self.apply_rules()?;
-        let report = self.count(&broken, &ends)?;
+        let inputs = self.inputs.iter().map(|input| self.features_of(input)).collect::<Result<Vec<_>>>()?;
+        let own = || inputs.iter().enumerate().filter(|(index, _)| self.is_own(*index));
+        own().try_for_each(|(_, input)| self.check_output(input.input))?;
+        own().try_for_each(|(_, input)| self.scan(input, progress))?;
+        self.wait_for_other_ranks(&inputs)?;
+        let (broken, ends) = self.apply_rules(&inputs)?;
+        let report = count(&inputs, &broken)?;
         let mut outcome = Outcome { report, written: 0, finished_before: 0 };
-        for (index, input) in self.inputs.iter().enumerate().filter(|(index, _)| self.is_own(*index)) {
+        for (index, input) in own() {
             let start = if index == 0 { 0 } else { ends.get(index - 1).copied().unwrap_or(0) };
             let broken = ends.get(index).and_then(|end| broken.get(start..*end)).unwrap_or_default();
             let written = self.write(input, broken)?;
@@ -127,13 +140,25 @@ impl Filter<'_> {
         index % self.world_size == self.rank
     }
 
-    fn own(&self) -> impl Iterator<Item = &Input> {
-        self.inputs.iter().enumerate().filter(|(index, _)| self.is_own(*index)).map(|(_, input)| input)
-    }
-
     fn made_from(&self, input: &Input) -> Result<String> {
         let matcher = self.matcher.map_or(String::new(), |matcher| format!("; matcher {}", matcher.digest));
         Ok(format!("{}; settings {}{matcher}", input.stamp()?, self.settings.digest()))
+    }
+
+    fn features_of<'a>(&self, input: &'a Input) -> Result<InputFeatures<'a>> {
+        Ok(InputFeatures { input, made_from: self.made_from(input)?, path: self.state_file(input, "features") })
+    }
+
+    /// Stores the features of an input, unless an earlier run did.
+    fn scan(&self, features: &InputFeatures<'_>, progress: &(impl Fn(u64) + Sync)) -> Result<()> {
+        if let Some((rows, _)) = features.stored() {
+            progress(rows);
+            return Ok(());
+        }
+        let path = &features.path;
+        remove_leftovers(path);
+        create_parent(path)?;
+        scan(features.input, &self.settings, self.matcher, progress)?.write(path, &features.made_from)
     }
 
     /// Refuses to replace a file that an earlier run did not make from the same input.
@@ -150,14 +175,13 @@ impl Filter<'_> {
     }
 
     /// Waits until the features of all inputs are stored.
-    fn wait_for_other_ranks(&self) -> Result<()> {
+    fn wait_for_other_ranks(&self, inputs: &[InputFeatures<'_>]) -> Result<()> {
         let mut said = false;
-        for (index, input) in self.inputs.iter().enumerate().filter(|(index, _)| !self.is_own(*index)) {
-            let (path, made_from) = (self.state_file(input, "features"), self.made_from(input)?);
-            while Features::stored(&path, &made_from).is_none() {
+        for (index, features) in inputs.iter().enumerate().filter(|(index, _)| !self.is_own(*index)) {
+            while features.stored().is_none() {
                 if !std::mem::replace(&mut said, true) {
                     let rank = index % self.world_size;
-                    note(format_args!("waiting for rank {rank} to scan {}", input.path.display()));
+                    note(format_args!("waiting for rank {rank} to scan {}", features.input.path.display()));
                 }
                 thread::sleep(POLL);
             }
@@ -165,60 +189,35 @@ impl Filter<'_> {
         Ok(())
     }
 
-    /// Calls `each` with the feature of each row of all inputs.
-    fn each_row(&self, each: &mut dyn FnMut(u32, &super::feature::Feature)) -> Result<()> {
-        let mut row = 0_u32;
-        for input in &self.inputs {
-            Features::for_each(&self.state_file(input, "features"), &self.made_from(input)?, |feature| {
-                each(row, feature);
-                row = row.saturating_add(1);
-            })?;
-        }
-        Ok(())
-    }
-
     /// The broken rule of each row of all inputs, and the number of rows up to the end of each input.
-    fn apply_rules(&self) -> Result<(Vec<Option<Rule>>, Vec<usize>)> {
+    fn apply_rules(&self, inputs: &[InputFeatures<'_>]) -> Result<(Vec<Option<Rule>>, Vec<usize>)> {
         let mut ends = Vec::new();
         let mut end = 0;
-        for input in &self.inputs {
-            let stored = Features::stored(&self.state_file(input, "features"), &self.made_from(input)?);
-            let changed = || failed(format_args!("{} changed", input.path.display()), "run the command again");
-            end += stored.ok_or_else(changed)?.0 as usize;
+        for features in inputs {
+            end += features.stored().ok_or_else(|| features.changed())?.0 as usize;
             ends.push(end);
         }
         let many = || failed(format_args!("{end} rows are too many for one run"), "filter parts of at most 4 billion");
         ensure!(u32::try_from(end).is_ok(), many());
         let mut broken = Vec::with_capacity(end);
-        self.each_row(&mut |_, feature| {
+        each_row(inputs, &mut |_, feature| {
             broken.push(feature.broken.or_else(|| self.settings.broken_by_similarity(feature.similarity)));
         })?;
-        duplicates::mark(&mut broken, &self.settings.duplicates, &|each| self.each_row(each))?;
+        duplicates::mark(&mut broken, &self.settings.duplicates, &|each| each_row(inputs, each))?;
         Ok((broken, ends))
     }
 
-    fn count(&self, broken: &[Option<Rule>], ends: &[usize]) -> Result<Report> {
-        let mut report = Report::new(ends.len(), broken);
-        self.each_row(&mut |row, feature| {
-            report.add_length(feature.length, broken.get(row as usize).is_some_and(Option::is_none));
-        })?;
-        for input in &self.inputs {
-            if let Some((_, bad)) = Features::stored(&self.state_file(input, "features"), &self.made_from(input)?) {
-                report.bad.merge(bad);
-            }
-        }
-        Ok(report)
-    }
-
     /// Writes the rows of an input that are kept; false if an earlier run did.
-    fn write(&self, input: &Input, broken: &[Option<Rule>]) -> Result<bool> {
+    fn write(&self, features: &InputFeatures<'_>, broken: &[Option<Rule>]) -> Result<bool> {
+        let input = features.input;
+        ensure!(self.made_from(input)? == features.made_from, features.changed());
         let path = self.output_of(input);
         let cannot = || format!("cannot write {}", path.display());
         let keep: Vec<bool> = broken.iter().map(Option::is_none).collect();
         let bytes: Vec<u8> = keep.iter().map(|keep| u8::from(*keep)).collect();
         let done = Done {
             input: fs::canonicalize(&input.path).with_context(|| format!("cannot find {}", input.path.display()))?,
-            made_from: self.made_from(input)?,
+            made_from: features.made_from.clone(),
             kept: blake3::hash(&bytes).to_hex().to_string(),
         };
         let record = self.state_file(input, "done");
@@ -237,10 +236,31 @@ impl Filter<'_> {
         } else if input.kind == InputKind::Table {
             write_table(input, &keep, &path).with_context(cannot)?;
         } else {
-            write_shard(&input.shard()?, &keep, &self.settings.text, &path).with_context(cannot)?;
+            write_shard(&input.shard()?, &keep, &self.settings, &path).with_context(cannot)?;
         }
         write_done(&record, &done).map(|()| true)
     }
+}
+
+/// Calls `each` with the feature of each row of all inputs.
+fn each_row(inputs: &[InputFeatures<'_>], each: &mut dyn FnMut(u32, &Feature)) -> Result<()> {
+    let mut row = 0_u32;
+    for features in inputs {
+        Features::for_each(&features.path, &features.made_from, |feature| {
+            each(row, feature);
+            row = row.saturating_add(1);
+        })?;
+    }
+    Ok(())
+}
+
+fn count(inputs: &[InputFeatures<'_>], broken: &[Option<Rule>]) -> Result<Report> {
+    let mut report = Report::new(inputs.len(), broken);
+    each_row(inputs, &mut |row, feature| {
+        report.add_length(feature.length, broken.get(row as usize).is_some_and(Option::is_none));
+    })?;
+    inputs.iter().filter_map(InputFeatures::stored).for_each(|(_, bad)| report.bad.merge(bad));
+    Ok(report)
 }
 
 fn read_done(path: &Path) -> Option<Done> {

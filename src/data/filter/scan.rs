@@ -103,7 +103,9 @@ fn scan_shard(
     progress: &(impl Fn(u64) + Sync),
 ) -> Result<Features> {
     let mut features = Features { bad: shard.bad.clone(), ..Features::default() };
-    let stored = matcher.and_then(|matcher| StoredEmbeddings::open(shard, &matcher.digest, matcher.embedding));
+    // Stored are the embeddings of the usual captions.
+    let usual = matcher.filter(|_| settings.caption_keys.is_empty());
+    let stored = usual.and_then(|matcher| StoredEmbeddings::open(shard, &matcher.digest, matcher.embedding));
     let similarity = matcher.map(|matcher| Similarity { matcher, stored: stored.as_ref() });
     let indices: Vec<usize> = (0..shard.len() as usize).collect();
     // Only the images of a batch are in memory.
@@ -149,7 +151,7 @@ fn scan_sample(
     let embeds = similarity.is_some_and(|similarity| similarity.stored.is_none());
     let reads = if settings.reads_images() || embeds { None } else { Some(Kind::Captions) };
     let (key, members) = shard.members(index, reads)?;
-    let record = shard.parse(&key, &members, Kind::Captions, None, &[])?;
+    let record = shard.parse(&key, &members, Kind::Captions, None, &settings.caption_keys)?;
     let (mut feature, caption) = of_captions(record.captions.iter().map(String::as_str), &settings.text)?;
     let decode = |members| image_member(members).and_then(image::decode).map_err(|bad| shard.locate(&key, bad));
     let mut image = None;
@@ -165,7 +167,7 @@ fn scan_sample(
     let Some(Similarity { matcher, stored }) = similarity.filter(|_| feature.broken.is_none()) else {
         return Ok(Scanned { feature, pair: None });
     };
-    // Stored are the embeddings of first captions.
+    // Of several captions, they are those of the first.
     let stored = stored.filter(|_| record.captions.first().is_some_and(|first| first == caption));
     feature.similarity = stored.and_then(|stored| stored.cosine(index));
     if feature.similarity.is_some() {

@@ -36,6 +36,7 @@ fn settings() -> Settings {
         similarity_column: None,
         min_similarity: None,
         duplicates,
+        caption_keys: Vec::new(),
         caption_column: "caption".into(),
         width_column: "width".into(),
         height_column: "height".into(),
@@ -275,6 +276,34 @@ fn kept_samples_are_copied_and_bad_captions_are_removed() {
     let record = opened.shards[0].read(1, Kind::Pairs(32), None).unwrap();
     assert_eq!((record.captions, record.meta["id"].as_u64()), (vec!["小狗".to_owned()], Some(2)));
     assert_eq!(opened.damage().total(), 0);
+}
+
+#[test]
+fn captions_are_those_of_the_named_fields() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("in");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("a.png"), encoded(&waves(1), ImageFormat::Png)).unwrap();
+    fs::write(source.join("a.txt"), "很好").unwrap();
+    let json = serde_json::json!({ "caption": "很好", "recaption": ["小狗", "非常漂亮"], "title": "很好" });
+    fs::write(source.join("a.json"), json.to_string()).unwrap();
+    let kept = |keys: &[&str]| {
+        let caption_keys = keys.iter().map(|key| (*key).to_owned()).collect();
+        let output = folder.path().join(keys.join("-"));
+        let report = filter(&source, &output, &Settings { caption_keys, ..settings() }).run(&|_| {}).unwrap().report;
+        (report.kept > 0).then(|| {
+            let opened = Source::open(output.to_str().unwrap(), 1.0).unwrap();
+            let (_, members) = opened.shards[0].members(0, None).unwrap();
+            let text = String::from_utf8(members.get("txt").unwrap().to_vec()).unwrap();
+            (serde_json::from_slice::<serde_json::Value>(members.get("json").unwrap()).unwrap(), text)
+        })
+    };
+    assert_eq!(kept(&["caption"]), None);
+    let (json, text) = kept(&["recaption", "title"]).unwrap();
+    let expected = serde_json::json!({ "caption": "很好", "recaption": ["小狗"], "title": null });
+    assert_eq!((json, text.as_str()), (expected, "很好"));
+    let (json, text) = kept(&["txt", "recaption"]).unwrap();
+    assert_eq!((&json["recaption"], &json["title"], text.as_str()), (&serde_json::json!(["小狗"]), &"很好".into(), ""));
 }
 
 #[test]

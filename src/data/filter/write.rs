@@ -1,11 +1,11 @@
 //! The second pass: copies the rows that are kept.
 
-use super::{input::Input, text::TextRules};
+use super::{Settings, input::Input};
 use crate::{
     data::{
         members::Members,
         output::{append, write_whole},
-        record::{IMAGE_EXTENSIONS, Kind, Record, clean},
+        record::{IMAGE_EXTENSIONS, Kind, Record, TEXT_FILE, clean},
         shard::Shard,
         table::Table,
     },
@@ -41,46 +41,68 @@ pub fn write_table(input: &Input, keep: &[bool], path: &Path) -> Result<()> {
 ///
 /// # Errors
 /// The shard changed since the first pass, or a file cannot be read or written.
-pub fn write_shard(shard: &Shard, keep: &[bool], rules: &TextRules, path: &Path) -> Result<()> {
+pub fn write_shard(shard: &Shard, keep: &[bool], settings: &Settings, path: &Path) -> Result<()> {
     let changed = || failed(format_args!("{} changed", shard.path.display()), "run the command again");
     ensure!(shard.len() == keep.len() as u64, changed());
     write_whole(path, |file| {
         let mut tar = Builder::new(file);
         for (index, _) in keep.iter().enumerate().filter(|(_, keep)| **keep) {
-            write_sample(shard, index, rules, &mut tar).map_err(|e| e.context(shard.path.display().to_string()))?;
+            write_sample(shard, index, settings, &mut tar).map_err(|e| e.context(shard.path.display().to_string()))?;
         }
         tar.finish()?;
         Ok(true)
     })
 }
 
-fn write_sample(shard: &Shard, index: usize, rules: &TextRules, tar: &mut Builder<&mut BufWriter<File>>) -> Result<()> {
+fn write_sample(
+    shard: &Shard,
+    index: usize,
+    settings: &Settings,
+    tar: &mut Builder<&mut BufWriter<File>>,
+) -> Result<()> {
     let bad = |bad: crate::data::Bad| anyhow!("{}: {}", bad.cause, bad.place);
     let (key, mut members) = shard.members(index, Some(Kind::Captions)).map_err(bad)?;
-    let captions = Record::parse(&key, &members, Kind::Captions, None, &[]).map_err(bad)?.captions;
-    let all_good = captions.len() == 1 || captions.iter().all(|caption| rules.check(caption).0.is_none());
+    let captions = Record::parse(&key, &members, Kind::Captions, None, &settings.caption_keys);
+    let captions = captions.map_err(bad)?.captions;
+    let all_good = captions.len() == 1 || captions.iter().all(|caption| is_good(caption, settings));
     if all_good && shard.copy(index, tar.get_mut())? {
         return Ok(());
     }
     (_, members) = shard.members(index, None).map_err(bad)?;
     let name = |extension| format!("{key}.{extension}");
-    for extension in IMAGE_EXTENSIONS.into_iter().chain(["npy", "txt", "json"]) {
+    for extension in IMAGE_EXTENSIONS.into_iter().chain(["npy", TEXT_FILE, "json"]) {
         let Some(content) = members.get(extension) else { continue };
         match extension {
-            "json" if !all_good => append(tar, &name(extension), &good_json(content, rules)?)?,
-            "txt" if !all_good => append(tar, &name(extension), good_lines(&members, rules).as_bytes())?,
+            "json" if !all_good => append(tar, &name(extension), &good_json(content, settings)?)?,
+            TEXT_FILE if !all_good && settings.reads_texts() => {
+                append(tar, &name(extension), good_lines(&members, settings).as_bytes())?;
+            }
             _ => append(tar, &name(extension), content)?,
         }
     }
     Ok(())
 }
 
+fn is_good(caption: &str, settings: &Settings) -> bool {
+    settings.text.check(caption).0.is_none()
+}
+
 /// JSON with those captions that break no rule.
-fn good_json(content: &[u8], rules: &TextRules) -> Result<Vec<u8>> {
+fn good_json(content: &[u8], settings: &Settings) -> Result<Vec<u8>> {
     let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(content);
     // Damaged JSON beside a good text is ignored; it stays as it is.
     let Ok(mut json) = serde_json::from_slice::<Value>(content) else { return Ok(content.to_vec()) };
-    let is_good = |value: &Value| value.as_str().is_some_and(|text| rules.check(&clean(text)).0.is_none());
+    let is_good = |value: &Value| value.as_str().is_some_and(|text| is_good(&clean(text), settings));
+    for key in &settings.caption_keys {
+        match json.get_mut(key) {
+            Some(Value::Array(captions)) => captions.retain(is_good),
+            Some(caption) if !is_good(caption) => *caption = Value::Null,
+            _ => {}
+        }
+    }
+    if !settings.caption_keys.is_empty() {
+        return Ok(serde_json::to_vec(&json)?);
+    }
     if let Some(Value::Array(captions)) = json.get_mut("captions") {
         captions.retain(is_good);
         let first = captions.first().cloned();
@@ -94,8 +116,8 @@ fn good_json(content: &[u8], rules: &TextRules) -> Result<Vec<u8>> {
 }
 
 /// The lines that break no rule, each a caption.
-fn good_lines(members: &Members, rules: &TextRules) -> String {
-    let text = String::from_utf8_lossy(members.get("txt").unwrap_or_default());
+fn good_lines(members: &Members, settings: &Settings) -> String {
+    let text = String::from_utf8_lossy(members.get(TEXT_FILE).unwrap_or_default());
     let lines = text.split(['\n', '\r']).map(clean).filter(|line| !line.is_empty());
-    lines.filter(|line| rules.check(line).0.is_none()).collect::<Vec<_>>().join("\n")
+    lines.filter(|line| is_good(line, settings)).collect::<Vec<_>>().join("\n")
 }

@@ -5,10 +5,11 @@
 //! embeddings and, for InfoNCE, the log-sum-exp of their rows; from these each computes the exact gradients of its own
 //! embeddings, so that no gradients travel.
 
+use super::head::unnormalized;
 use crate::{
     config::ContrastiveLoss,
     dist::{Group, Number},
-    error::{Result, ensure},
+    error::{Result, ensure, failed},
     ops::{
         gemm::{Beta, Matrix, gemm},
         simd::Real,
@@ -47,7 +48,7 @@ pub struct Gradients<T> {
 /// InfoNCE is the mean of both directions. The sigmoid loss is summed over a row, as in SigLIP.
 ///
 /// # Errors
-/// Embeddings are not finite or do not fit together, or a rank does not come.
+/// An embedding is not finite or has no length, they do not fit together, or a rank does not come.
 pub fn contrastive<T: Real + Number>(
     kind: ContrastiveLoss,
     pairs: &Pairs<T>,
@@ -57,8 +58,9 @@ pub fn contrastive<T: Real + Number>(
     let count = pairs.captions.len();
     let fits = pairs.images.len() == pairs.texts.len() && count > 0 && pairs.images.len().is_multiple_of(count);
     ensure!(fits, "{} images' and {} texts' numbers for {count} pairs", pairs.images.len(), pairs.texts.len());
-    let finite = [pairs.images, pairs.texts].iter().all(|embeddings| embeddings.iter().all(|x| x.to_f64().is_finite()));
-    ensure!(finite, "an embedding is not finite");
+    for (what, embeddings) in [("image", pairs.images), ("text", pairs.texts)] {
+        check(what, embeddings, count)?;
+    }
     let (images, texts) = (gathered(group, pairs.images)?, gathered(group, pairs.texts)?);
     let captions: Vec<Vec<u64>> = group.gather(pairs.captions.to_vec())?.iter().map(|part| part.to_vec()).collect();
     let first: usize = captions[..group.rank()].iter().map(Vec::len).sum();
@@ -72,6 +74,12 @@ pub fn contrastive<T: Real + Number>(
     };
     let [images, texts] = rows.map(|rows| rows.embedding_gradient(&all));
     Ok(Gradients { loss, correct, images, texts, scale: [scale, bias] })
+}
+
+fn check<T: Real>(what: &str, embeddings: &[T], count: usize) -> Result<()> {
+    let Some(wrong) = unnormalized(embeddings, embeddings.len() / count) else { return Ok(()) };
+    let message = format!("the embedding of {what} {} of {count} is not finite or has no length", wrong + 1);
+    Err(failed(message, "the training diverges: resume from an older checkpoint with a lower train.learning_rate"))
 }
 
 fn gathered<T: Number>(group: &Group, ours: &[T]) -> Result<Vec<T>> {
@@ -111,8 +119,8 @@ impl<'a, T: Real> Rows<'a, T> {
     fn new(all: &All, own: &[T], partners: &'a [T]) -> Self {
         let (rows, columns, width) = (all.own.len(), all.count(), partners.len() / all.count());
         let mut logits = vec![T::from_f64(all.bias); rows * columns];
-        let (own, partners_) = (Matrix::new(own, rows, width), Matrix::new(partners, columns, width));
-        gemm(&mut logits, Beta::One, all.scale, own, partners_.t());
+        let transposed = Matrix::new(partners, columns, width).t();
+        gemm(&mut logits, Beta::One, all.scale, Matrix::new(own, rows, width), transposed);
         Self { partners, logits }
     }
 
@@ -193,14 +201,15 @@ fn infonce<T: Real>(all: &All, rows: &mut [Rows<T>; 2], group: &Group) -> Result
 /// Binary cross-entropy of each image with each text, divided by the number of images.
 fn sigmoid<T: Real>(all: &All, rows: &mut [Rows<T>; 2]) -> [f64; 3] {
     let weight = 1.0 / all.count() as f64;
-    let term = |logit: f64, row: usize, column: usize| {
-        let sign = if row == column { 1.0 } else { -1.0 };
-        let gradient = -sign * weight / (1.0 + (sign * logit).exp());
+    let sign = |row, column| if row == column { 1.0 } else { -1.0 };
+    let gradient = |logit: f64, sign: f64| -sign * weight / (1.0 + (sign * logit).exp());
+    let [images, texts] = rows;
+    // Both directions are the same logits: only those of the images are summed.
+    texts.differentiate(all, |logit, row, column| (gradient(logit, sign(row, column)), [0.0; 3]));
+    images.differentiate(all, |logit, row, column| {
+        let sign = sign(row, column);
+        let gradient = gradient(logit, sign);
         let loss = weight * ((-sign * logit).max(0.0) + (-logit.abs()).exp().ln_1p());
         (gradient, [loss, gradient * (logit - all.bias), gradient])
-    };
-    // Both directions are the same logits: only one counts.
-    let [images, texts] = rows;
-    texts.differentiate(all, term);
-    images.differentiate(all, term)
+    })
 }

@@ -10,7 +10,7 @@ use crate::{
         params::{Init, Params, Scope},
         segment::{Autograd, Saved, Segment},
     },
-    ops::{self, epilogue::Epilogue, linear, slices::view},
+    ops::{self, epilogue::Epilogue, linear, simd::Real, slices::view},
 };
 use candle_core::{D, Tensor};
 use rayon::prelude::*;
@@ -20,6 +20,8 @@ pub struct Head {
     norm: Option<LayerNorm>,
     /// (embedding, hidden)
     proj: Tensor,
+    /// Name of the encoder's scope.
+    prefix: String,
     name: String,
     params: Params,
 }
@@ -35,7 +37,7 @@ impl Head {
         let proj = scope.get("proj", (embedding, hidden), Init::Normal((hidden as f64).powf(-0.5)))?;
         let mut params = scope.params();
         params.retain(|name, _| !before.contains_key(name));
-        Ok(Self { norm, proj, name: format!("{}.head", scope.name()), params })
+        Ok(Self { norm, proj, prefix: scope.name().to_owned(), name: format!("{}.head", scope.name()), params })
     }
 }
 
@@ -63,6 +65,13 @@ impl Autograd<Input> for Head {
 pub(super) fn l2_normalized(y: &Tensor) -> Result<Tensor> {
     let length = y.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?.maximum(f64::from(MIN_LENGTH))?;
     Ok(y.broadcast_div(&length)?)
+}
+
+/// The first of `embeddings` (b, `width`) that could not be normalized: numbers that overflow in an encoder become NaN or
+/// zeros.
+pub fn unnormalized<T: Real>(embeddings: &[T], width: usize) -> Option<usize> {
+    let square = |row: &[T]| row.iter().map(|value| value.to_f64().powi(2)).sum::<f64>();
+    embeddings.chunks_exact(width.max(1)).position(|row| !(0.9..1.1).contains(&square(row)))
 }
 
 /// [`Head`] with hand-written gradients, computed in `precision`.
@@ -133,7 +142,7 @@ impl Segment<Input> for ManualHead<'_> {
         let sizes = [b, hidden, outputs];
         let normed = self.normed(&first)?;
         let input = normed.as_deref().unwrap_or(&first);
-        gradients.accumulate(&format!("{}.proj", self.prefix()), self.head.proj.shape(), |dw, beta| {
+        gradients.accumulate(&format!("{}.proj", self.head.prefix), self.head.proj.shape(), |dw, beta| {
             linear::weight_gradient(self.precision, dw, beta, &dz, input, sizes);
         })?;
         let mut dfirst = linear::input_gradient(self.precision, &dz, &view(&self.head.proj)?, sizes);
@@ -145,13 +154,6 @@ impl Segment<Input> for ManualHead<'_> {
             dx[..hidden].copy_from_slice(dfirst);
         }
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
-    }
-}
-
-impl ManualHead<'_> {
-    /// The scope of the encoder.
-    fn prefix(&self) -> &str {
-        self.head.name.strip_suffix(".head").unwrap_or(&self.head.name)
     }
 }
 

@@ -29,6 +29,8 @@ pub struct ImageEmbedding {
     norm: LayerNorm,
     side: usize,
     patch_size: usize,
+    /// Name of the encoder's scope.
+    prefix: String,
     name: String,
     params: Params,
 }
@@ -46,13 +48,10 @@ impl ImageEmbedding {
             norm: LayerNorm::new(&scope.at("norm_pre"), hidden)?,
             side,
             patch_size,
+            prefix: scope.name().to_owned(),
             name: format!("{}.embedding", scope.name()),
             params: scope.params(),
         })
-    }
-
-    fn prefix(&self) -> &str {
-        self.name.strip_suffix(".embedding").unwrap_or(&self.name)
     }
 
     /// The pixels of a batch, and how many images they are.
@@ -161,13 +160,12 @@ impl Segment<Input> for ManualImageEmbedding<'_> {
         dy: Option<Tensor>,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let ImageEmbedding { patch, class, position, norm, .. } = self.embedding;
+        let ImageEmbedding { patch, class, position, norm, prefix, .. } = self.embedding;
         let sum = saved.downcast::<Vec<f32>>().ok().context("the saved state belongs to another segment")?;
         let (pixels, _) = self.embedding.pixels(input)?;
         let (positions, hidden) = position.dims2()?;
         let dy = dy.context("the embedding is not the last segment")?;
         let dsum = norm.manual_backward(&sum, &view(&dy)?, gradients)?;
-        let prefix = self.embedding.prefix();
         let dposition = linear::column_sums(&dsum, positions * hidden);
         gradients.accumulate_vector(&format!("{prefix}.class"), dposition[..class.elem_count()].to_vec())?;
         gradients

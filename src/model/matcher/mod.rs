@@ -1,5 +1,5 @@
 //! The image–text matcher, a dual encoder (CLIP, arXiv 2103.00020; Chinese-CLIP, arXiv 2211.01335). The paper filters its
-//! data and ranks generated images with such a model.
+//! data (§3.2.1) and ranks generated images with such a model.
 //!
 //! Each encoder is a chain of segments whose output is L2-normalized embeddings `(batch, embedding)`: the cosine of an
 //! image and a text is a dot product. [`contrastive`] is the loss between the two chains.
@@ -22,6 +22,7 @@ use crate::{
     ops,
 };
 use candle_core::{DType, Device, Tensor};
+pub use head::unnormalized;
 use head::{Head, ManualHead};
 use image_embedding::{ImageEmbedding, ManualImageEmbedding};
 use layer::{AutogradLayer, Layer, ManualLayer};
@@ -96,16 +97,14 @@ impl Matcher {
 
     /// The chain of the image encoder: [`Input::Images`] → embeddings `(b, embedding)`.
     pub fn image_segments(&self) -> Vec<Box<dyn Segment<Input> + '_>> {
-        let Encoder { embedding, layers, head } = match &self.image {
+        let encoder = match &self.image {
             ImageTower::Vit(encoder) => encoder.as_ref(),
             ImageTower::Resnet(resnet) => return resnet.segments(),
         };
+        let embedding = &encoder.embedding;
         match self.manual {
-            true => {
-                let embedding = ManualImageEmbedding { embedding, precision: self.precision };
-                self.manual_chain(Box::new(embedding), layers, head)
-            }
-            false => self.autograd_chain(Box::new(embedding), layers, head),
+            true => self.chain(encoder, Box::new(ManualImageEmbedding { embedding, precision: self.precision })),
+            false => self.chain(encoder, Box::new(embedding)),
         }
     }
 
@@ -113,8 +112,8 @@ impl Matcher {
     pub fn text_segments(&self) -> Vec<Box<dyn Segment<Input> + '_>> {
         let embedding = &self.text.embedding;
         match self.manual {
-            true => self.manual_chain(Box::new(ManualTextEmbedding(embedding)), &self.text.layers, &self.text.head),
-            false => self.autograd_chain(Box::new(embedding), &self.text.layers, &self.text.head),
+            true => self.chain(&self.text, Box::new(ManualTextEmbedding(embedding))),
+            false => self.chain(&self.text, Box::new(embedding)),
         }
     }
 
@@ -123,26 +122,24 @@ impl Matcher {
         &self.scale
     }
 
-    fn manual_chain<'a>(
+    /// The segment of an encoder's embedding, then those of its layers and its head.
+    fn chain<'a, E>(
         &'a self,
+        Encoder { layers, head, .. }: &'a Encoder<E>,
         embedding: Box<dyn Segment<Input> + 'a>,
-        layers: &'a [Layer],
-        head: &'a Head,
     ) -> Vec<Box<dyn Segment<Input> + 'a>> {
         let precision = self.precision;
-        let layers = layers.iter().map(|layer| Box::new(ManualLayer { layer, precision }) as Box<_>);
-        std::iter::once(embedding).chain(layers).chain([Box::new(ManualHead { head, precision }) as Box<_>]).collect()
-    }
-
-    fn autograd_chain<'a>(
-        &'a self,
-        embedding: Box<dyn Segment<Input> + 'a>,
-        layers: &'a [Layer],
-        head: &'a Head,
-    ) -> Vec<Box<dyn Segment<Input> + 'a>> {
-        let precision = self.precision;
-        let layers = layers.iter().map(|layer| Box::new(AutogradLayer { layer, precision }) as Box<_>);
-        std::iter::once(embedding).chain(layers).chain([Box::new(head) as Box<_>]).collect()
+        let layer = |layer| -> Box<dyn Segment<Input> + 'a> {
+            match self.manual {
+                true => Box::new(ManualLayer { layer, precision }),
+                false => Box::new(AutogradLayer { layer, precision }),
+            }
+        };
+        let head: Box<dyn Segment<Input> + 'a> = match self.manual {
+            true => Box::new(ManualHead { head, precision }),
+            false => Box::new(head),
+        };
+        std::iter::once(embedding).chain(layers.iter().map(layer)).chain([head]).collect()
     }
 
     /// Embeds images or texts: → `(b, embedding)` of length 1.

@@ -7,6 +7,7 @@ use super::{
 use crate::{
     config::Activation,
     dist::{self, Group, launch},
+    error::hint_of,
     nn::{gradients::Gradients, weights},
     ops::testing::{normal, values},
 };
@@ -214,15 +215,20 @@ fn losses_and_gradients_equal_pytorch() -> Result<()> {
 
 #[test]
 fn a_single_pair_has_a_loss_and_broken_embeddings_have_none() {
-    let one = [1.0, 0.0];
+    let (one, two) = ([1.0, 0.0], [1.0, 0.0, 0.0, 1.0]);
     for kind in KINDS {
         let pairs = Pairs { images: &one, texts: &one, captions: &[1] };
         let found = contrastive(kind, &pairs, [0.0, 0.0], &Group::alone()).unwrap();
         let expected = if kind == ContrastiveLoss::Infonce { 0.0 } else { (-1f64).exp().ln_1p() };
         assert!((found.loss - expected).abs() < 1e-12 && found.correct == 2, "{found:?}");
-        let broken = [f64::NAN, 0.0];
-        let pairs = Pairs { images: &broken, texts: &one, captions: &[1] };
-        let error = contrastive(kind, &pairs, [0.0, 0.0], &Group::alone()).unwrap_err();
-        assert!(error.to_string().contains("not finite"), "{error}");
+        for broken in [[1.0, 0.0, f64::NAN, 0.0], [1.0, 0.0, f64::INFINITY, 0.0], [1.0, 0.0, 0.0, 0.0]] {
+            let error = |images: &[f64], texts: &[f64]| {
+                let pairs = Pairs { images, texts, captions: &[1, 2] };
+                contrastive(kind, &pairs, [0.0, 0.0], &Group::alone()).unwrap_err()
+            };
+            for (error, what) in [(error(&broken, &two), "image 2 of 2"), (error(&two, &broken), "text 2 of 2")] {
+                assert!(error.to_string().contains(what) && hint_of(&error).is_some(), "{error}");
+            }
+        }
     }
 }

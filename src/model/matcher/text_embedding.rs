@@ -22,6 +22,8 @@ pub struct TextEmbedding {
     /// (positions, hidden)
     position: Tensor,
     norm: LayerNorm,
+    /// Name of the encoder's scope.
+    prefix: String,
     name: String,
     params: Params,
 }
@@ -32,6 +34,7 @@ impl TextEmbedding {
             token: scope.table("token", (vocab_size, hidden), Init::Normal(0.02))?,
             position: scope.table("position", (positions, hidden), Init::Normal(0.02))?,
             norm: LayerNorm::new(&scope.at("norm_pre"), hidden)?.with_eps(1e-12),
+            prefix: scope.name().to_owned(),
             name: format!("{}.embedding", scope.name()),
             params: scope.params(),
         })
@@ -106,13 +109,12 @@ impl Segment<Input> for ManualTextEmbedding<'_> {
         let hidden = self.0.token.dim(1)?;
         let dy = dy.context("the embedding is not the last segment")?;
         let dsum = self.0.norm.manual_backward(&sum, &view(&dy)?, gradients)?;
-        let prefix = self.0.name.strip_suffix(".embedding").unwrap_or(&self.0.name);
         let rows: [Vec<(usize, usize)>; 2] = [
             ids.iter().enumerate().map(|(i, id)| (*id as usize, i)).collect(),
             (0..ids.len()).map(|i| (i % length, i)).collect(),
         ];
         for ((name, table), rows) in [("token", &self.0.token), ("position", &self.0.position)].into_iter().zip(rows) {
-            let name = format!("{prefix}.{name}");
+            let name = format!("{}.{name}", self.0.prefix);
             gradients.accumulate(&name, table.shape(), |sum, beta| scatter_add(sum, beta, hidden, &dsum, &rows))?;
         }
         Ok(None)

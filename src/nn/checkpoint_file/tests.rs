@@ -1,4 +1,5 @@
 use super::*;
+use crate::error::hint_of;
 
 fn golden(name: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)

@@ -4,6 +4,7 @@
 use super::{
     FileKind, Fingerprint, InputFile, Sequences, Task, TaskSpec, end_to_end,
     objectives::{BatchMaker, OBJECTIVES, Seen},
+    vocabulary,
 };
 use crate::{
     bundle::{self, Bundle, Parts},
@@ -163,11 +164,7 @@ impl GeneratorTask {
     /// The same with weights of linear layers in `kept`, f32 or the precision of their products.
     pub fn kept_in(kept: Precision, config: &Config, group: &Group) -> Result<Self> {
         let mut config = config.clone();
-        let text = match config.text.vocab.as_str() {
-            "demo" => Bundle::open("demo")?.text()?,
-            path => WordPiece::load(path)?,
-        };
-        let text = text.with_normalization(config.text.normalize);
+        let text = vocabulary::load(&config.text)?;
         let image_tokenizer = match config.image_tokenizer.path.as_str() {
             "demo" => Bundle::open("demo")?.image_tokenizer_folder()?,
             path => Bundle::open(path).context("image_tokenizer.path")?,
@@ -217,9 +214,8 @@ const IMAGE_TOKENIZER: &str = "image tokenizer";
 
 /// Digests of what a generator's weights belong to: its vocabulary and its image tokenizer.
 fn fingerprint(text: &WordPiece, image_tokenizer: &Bundle) -> Result<Fingerprint> {
-    let vocabulary = blake3::hash(text.vocab_text().as_bytes()).to_hex().to_string();
-    let image_tokenizer = image_tokenizer.digest()?;
-    Ok(Fingerprint::from([("vocabulary".into(), vocabulary), (IMAGE_TOKENIZER.into(), image_tokenizer)]))
+    let vocabulary = (vocabulary::NAME.into(), vocabulary::digest(text));
+    Ok(Fingerprint::from([vocabulary, (IMAGE_TOKENIZER.into(), image_tokenizer.digest()?)]))
 }
 
 impl Task for GeneratorTask {

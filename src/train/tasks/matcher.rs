@@ -1,6 +1,6 @@
 //! The task `matcher`: images and texts through their encoders, the contrastive loss over the whole batch.
 
-use super::{FileKind, Fingerprint, InputFile, Task, TaskSpec};
+use super::{FileKind, Fingerprint, InputFile, Task, TaskSpec, vocabulary};
 use crate::{
     bundle::{self, Bundle, Parts},
     config::{self, Config, ContrastiveLoss, ImageEncoder, Train},
@@ -99,8 +99,7 @@ fn build(scope: &Scope, config: &Config, vocabulary: usize) -> Result<Matcher> {
 }
 
 fn fingerprint(text: &WordPiece) -> Fingerprint {
-    let vocabulary = blake3::hash(text.vocab_text().as_bytes()).to_hex().to_string();
-    Fingerprint::from([("vocabulary".into(), vocabulary)])
+    Fingerprint::from([(vocabulary::NAME.into(), vocabulary::digest(text))])
 }
 
 /// The matcher in training.
@@ -128,11 +127,7 @@ impl MatcherTask {
         let learns = config.train.batch_size > 1 || config.matcher.loss == ContrastiveLoss::Sigmoid;
         let hint = "make train.batch_size at least 2, or take matcher.loss = \"sigmoid\"";
         ensure!(learns, usage("InfoNCE learns nothing from a single pair", hint));
-        let text = match config.text.vocab.as_str() {
-            "demo" => Bundle::open("demo")?.text()?,
-            path => WordPiece::load(path)?,
-        };
-        let text = text.with_normalization(config.text.normalize);
+        let text = vocabulary::load(&config.text)?;
         let side = loaded_side(&config.matcher);
         let data_loader = DataLoader::new(config, Kind::Resized(side), &[config.train.batch_size], group)?;
         let scope = Scope::from_seed(config.seed, DType::F32, &runtime::device()?);

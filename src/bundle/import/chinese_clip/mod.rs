@@ -8,7 +8,7 @@ mod tests;
 use crate::{
     bundle::{Parts, write::write_as},
     config::{Config, Precision, Task, Text},
-    error::{Context, Hint, Result, bail, ensure, failed, usage},
+    error::{Context, Hint, Result, bail, ensure, failed, hint_if_none, usage},
     model::Matcher,
     nn::{
         checkpoint_file::CheckpointFile,
@@ -132,7 +132,8 @@ fn take(
     let what = || format!("{} holds `{}`", path.display(), left.unwrap_or_default());
     ensure!(left.is_none(), failed(what(), "a Chinese-CLIP of these sizes has no such tensor"));
     for (ours, form) in forms {
-        let (tensor, shape) = (form.read(file).with_context(|| path.display().to_string())?, wanted[ours].shape());
+        let tensor = hint_if_none(form.read(file), path.display(), HINT)?;
+        let shape = wanted[ours].shape();
         // A scalar in the file is a row of one number here.
         let tensor = if tensor.elem_count() == 1 && shape.elem_count() == 1 { tensor.reshape(shape)? } else { tensor };
         if tensor.shape() != shape {

@@ -4,6 +4,7 @@ use super::*;
 use crate::{
     bundle::Bundle,
     data::{image::to_pixels, resize_bicubic},
+    error::hint_of,
     model::{Tokens, matcher::Input},
     ops::testing::{hashed, values},
 };
@@ -295,6 +296,13 @@ fn other_files_and_vocabularies_are_refused() -> Result<()> {
     ] {
         assert!(message.contains(expected), "{message}");
     }
+    let wrong = source(&from, "wrong.safetensors", &{
+        let mut tensors = tensors.clone();
+        replace("visual.conv1.weight", &[128, 192])(&mut tensors)?;
+        tensors
+    })?;
+    let refused = chinese_clip(&wrong, None, &folder, false).unwrap_err();
+    assert!(hint_of(&refused).is_some_and(|hint| hint.contains("clip_cn_")), "{refused:#}");
     let path = source(&from, "model.safetensors", &tensors)?;
     let long = from.join("long.txt");
     fs::write(&long, fs::read_to_string(from.join(VOCAB))? + "more\n")?;
