@@ -9,7 +9,7 @@
 //! | 1 | [`ops`] [`dist`] | kernels that candle lacks or runs slowly, forward and backward; ranks and collectives |
 //! | 2 | [`nn`] | layers: linear, norm, attention with sparse patterns and KV cache, convolution |
 //! | 3 | [`text`] [`tokenizer`] [`data`] | WordPiece; image tokenizers; samples, shards, batches |
-//! | 4 | [`model`] | the paper's generator: sequence layout, transformer, loss of both directions, decoding; the image–text matcher |
+//! | 4 | [`model`] | the paper's generator: sequence layout, transformer, loss of both directions, end-to-end reconstruction, decoding; the image–text matcher |
 //! | 5 | [`train`] [`generate`] [`eval`] [`bench`](mod@bench) [`bundle`] | training engine; generation; metrics; benchmarks; model folders |
 //! | 6 | [`cli`] | one short function per command |
 

@@ -77,6 +77,10 @@ enum Example {
     /// The paper's second image tokenizer: DALL-E's dVAE, f = 8, 8192 codes
     #[value(name = "dvae-f8-8192")]
     DvaeF8,
+    /// A small generator of scenes with a reconstructor of its own, trained end to end
+    ScenesEndToEnd,
+    /// Its two-stage twin
+    ScenesTwoStage,
     /// A small image–text matcher for emoji and scenes
     ScenesMatcher,
     /// The full-size image–text matcher: ViT-B/16 at 224 pixels
@@ -84,6 +88,9 @@ enum Example {
     /// The paper's analysis model: 24 layers, hidden size 1024
     #[value(name = "300m")]
     M300,
+    /// The same, trained end to end with a dVAE's decoder: the paper's ablation
+    #[value(name = "300m-end-to-end")]
+    M300EndToEnd,
     /// The paper's full model: 48 layers, hidden size 4096
     #[value(name = "10b")]
     B10,
@@ -98,9 +105,12 @@ impl Example {
             Self::VqganF8 => include_str!("../../configs/vqgan-f8-8192.toml"),
             Self::EmojiDvae => include_str!("../../configs/emoji-dvae.toml"),
             Self::DvaeF8 => include_str!("../../configs/dvae-f8-8192.toml"),
+            Self::ScenesEndToEnd => include_str!("../../configs/scenes-end-to-end.toml"),
+            Self::ScenesTwoStage => include_str!("../../configs/scenes-two-stage.toml"),
             Self::ScenesMatcher => include_str!("../../configs/scenes-matcher.toml"),
             Self::Matcher => include_str!("../../configs/matcher.toml"),
             Self::M300 => include_str!("../../configs/300m.toml"),
+            Self::M300EndToEnd => include_str!("../../configs/300m-end-to-end.toml"),
             Self::B10 => include_str!("../../configs/10b.toml"),
         }
     }

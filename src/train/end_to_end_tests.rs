@@ -90,7 +90,9 @@ fn every_stage_trains_as_one_rank_does() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = end_to_end_config(folder.path());
     (config.train.batch_size, config.train.caption_batch_size) = (7, 6);
-    stages_equal_one_rank(&config, &[0, 1, 2, 3], 1e-5, folder.path());
+    // The first step is equal to 1e-7; group norms of an untrained decoder amplify rounding in the next nine. A gradient that
+    // is lost or counted twice shows at 1e-2.
+    stages_equal_one_rank(&config, &[0, 1, 2, 3], 1e-4, folder.path());
 }
 
 /// With a weight of 0 the first step is that of the generator's own training, bit by bit.

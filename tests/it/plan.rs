@@ -88,7 +88,7 @@ fn a_dry_run_of_64_ranks_needs_neither_data_nor_vocabulary_nor_tokenizer() {
 
 #[test]
 fn plans_are_readable_for_every_configuration_that_we_ship() {
-    for name in ["emoji", "emoji-tokenizer", "300m", "10b"] {
+    for name in ["emoji", "emoji-tokenizer", "300m", "300m-end-to-end", "10b"] {
         let config = format!("configs/{name}.toml");
         for device in ["gpu", "cpu"] {
             let args = ["plan", "--config", &config, "--gpus", "2", "--gpu-memory", "80", "--on", device];
