@@ -30,7 +30,16 @@ pub struct Args {
     /// Image files (PNG, JPEG, WebP, GIF, BMP, TIFF)
     #[arg(required = true, value_name = "IMG")]
     images: Vec<PathBuf>,
-    /// Number of captions for each image, best first
+    #[command(flatten)]
+    decoding: DecodingOptions,
+    #[command(flatten)]
+    model: ModelOptions,
+}
+
+/// How texts are decoded.
+#[derive(clap::Args)]
+pub struct DecodingOptions {
+    /// Number of texts for each image or question, best first
     #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64),
         allow_negative_numbers = true)]
     number: u32,
@@ -38,13 +47,13 @@ pub struct Args {
     #[arg(long, value_name = "B", value_parser = clap::value_parser!(u32).range(1..=64), allow_negative_numbers = true,
         conflicts_with_all = ["temperature", "top_k", "top_p", "seed"])]
     beam: Option<u32>,
-    /// Length penalty A of beam search, from 0 to 10: 1 ranks captions by mean log probability per token, lower values
-    /// prefer short captions, higher values prefer long ones
+    /// Length penalty A of beam search, from 0 to 10: 1 ranks texts by mean log probability per token, lower values
+    /// prefer short texts, higher values prefer long ones
     #[arg(long, value_name = "A", default_value_t = 1.0, value_parser = length_penalty, requires = "beam",
         allow_negative_numbers = true)]
     length_penalty: f64,
     /// Sampling temperature, from 0 to 100: divides the logits; 0 always takes the most likely token [default: 0 for
-    /// one caption, 1 for several]
+    /// one text, 1 for several]
     #[arg(long, value_name = "T", value_parser = from_0_to_100, allow_negative_numbers = true)]
     temperature: Option<f64>,
     /// Top-k sampling: sample only from the K most likely tokens; 0: from all
@@ -56,12 +65,15 @@ pub struct Args {
     /// Random seed of the sampling
     #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
-    #[command(flatten)]
-    model: ModelOptions,
 }
 
-impl Args {
-    fn decoding(&self) -> Decoding {
+impl DecodingOptions {
+    /// Texts for each image or question.
+    pub fn number(&self) -> usize {
+        self.number as usize
+    }
+
+    pub fn decoding(&self) -> Decoding {
         if let Some(width) = self.beam {
             return Decoding::Beam { width: width.max(self.number) as usize, length_penalty: self.length_penalty };
         }
@@ -73,7 +85,7 @@ impl Args {
 
 pub fn run(args: Args, json: bool) -> Result<()> {
     let (_, models) = args.model.load()?;
-    let (decoding, mut unread) = (args.decoding(), 0);
+    let (decoding, mut unread) = (args.decoding.decoding(), 0);
     for paths in args.images.chunks(BATCH) {
         let (mut read, mut pictures) = (Vec::new(), Vec::new());
         for path in paths {
@@ -88,7 +100,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
                 }
             }
         }
-        let captions = models.caption(&models.encode(&pictures)?, &decoding, args.number as usize)?;
+        let captions = models.caption(&models.encode(&pictures)?, &decoding, args.decoding.number())?;
         for (path, captions) in read.into_iter().zip(&captions) {
             captions.iter().for_each(|caption| print(path, caption, &args, json));
         }

@@ -81,6 +81,8 @@ enum Example {
     ScenesEndToEnd,
     /// Its two-stage twin
     ScenesTwoStage,
+    /// Questions about scenes: fine-tunes the two-stage generator
+    ScenesVqa,
     /// A small image–text matcher for emoji and scenes
     ScenesMatcher,
     /// The full-size image–text matcher: ViT-B/16 at 224 pixels
@@ -107,6 +109,7 @@ impl Example {
             Self::DvaeF8 => include_str!("../../configs/dvae-f8-8192.toml"),
             Self::ScenesEndToEnd => include_str!("../../configs/scenes-end-to-end.toml"),
             Self::ScenesTwoStage => include_str!("../../configs/scenes-two-stage.toml"),
+            Self::ScenesVqa => include_str!("../../configs/scenes-vqa.toml"),
             Self::ScenesMatcher => include_str!("../../configs/scenes-matcher.toml"),
             Self::Matcher => include_str!("../../configs/matcher.toml"),
             Self::M300 => include_str!("../../configs/300m.toml"),

@@ -2,13 +2,13 @@
 
 use crate::{
     config::{self, Normalization},
-    data::{BadCounts, Dataset, Kind},
+    data::{BadCounts, Dataset, Kind, questions},
     error::{Hint, Result, failed},
     report, text,
 };
 use std::{fs, path::PathBuf};
 
-/// Train a WordPiece vocabulary on all captions
+/// Train a WordPiece vocabulary on all captions, questions and answers
 #[derive(clap::Args)]
 pub struct Args {
     /// Shards or folders, as for `vilg data inspect`
@@ -41,8 +41,9 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         bar.set_position(read * total.div_ceil(args.samples));
         match record {
             Ok(record) => {
-                for caption in &record.captions {
-                    captions.push(text::normalize(caption, args.normalize)?.into_owned());
+                let asked = questions(&record.meta).into_iter().flat_map(|one| [one.question, one.answer]);
+                for text in record.captions.iter().cloned().chain(asked) {
+                    captions.push(text::normalize(&text, args.normalize)?.into_owned());
                 }
                 record.ignored.into_iter().for_each(|one| ignored.add(one));
             }

@@ -28,6 +28,7 @@ enum Command {
     Recon(super::eval_recon::Args),
     Matcher(super::eval_matcher::Args),
     Ablation(super::eval_ablation::Args),
+    Vqa(super::eval_vqa::Args),
 }
 
 /// Measure text-to-image: generate images from captions and look up each caption's real image among others of its style
@@ -89,6 +90,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         Command::Recon(args) => super::eval_recon::run(&args, json),
         Command::Matcher(args) => super::eval_matcher::run(&args, json),
         Command::Ablation(args) => super::eval_ablation::run(&args, json),
+        Command::Vqa(args) => super::eval_vqa::run(&args, json),
     }
 }
 

@@ -19,6 +19,7 @@ mod eval;
 mod eval_ablation;
 mod eval_matcher;
 mod eval_recon;
+mod eval_vqa;
 mod export;
 mod import;
 mod man;
@@ -34,6 +35,7 @@ mod summary;
 mod t2i;
 mod tokenize;
 mod train;
+mod vqa;
 
 use crate::{
     bundle,
@@ -81,7 +83,7 @@ struct Cli {
 
 /// The commands in the order of the overview, grouped by what a user wants to do.
 const GROUPS: [(&str, &[&str]); 5] = [
-    ("Use a model", &["t2i", "caption", "score", "tokenize", "reconstruct"]),
+    ("Use a model", &["t2i", "caption", "vqa", "score", "tokenize", "reconstruct"]),
     ("Prepare data", &["data"]),
     ("Train", &["config", "plan", "train"]),
     ("Measure", &["eval", "bench"]),
@@ -93,6 +95,7 @@ enum Command {
     #[command(name = "t2i")]
     T2i(t2i::Args),
     Caption(caption::Args),
+    Vqa(vqa::Args),
     Score(score::Args),
     Eval(eval::Args),
     Train(train::Args),
@@ -150,6 +153,7 @@ fn dispatch(command: Command, json: bool) -> Result<()> {
     match command {
         Command::T2i(args) => t2i::run(args, json),
         Command::Caption(args) => caption::run(args, json),
+        Command::Vqa(args) => vqa::run(&args, json),
         Command::Score(args) => score::run(&args, json),
         Command::Eval(args) => eval::run(args, json),
         Command::Train(args) => train::run(args, json),

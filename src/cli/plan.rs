@@ -118,7 +118,7 @@ fn print_refusal(config: &Config, ranks: usize, refusal: Option<Error>) {
 /// rank, if there is one.
 fn refused(config: &Config, ranks: usize, error: &Error) -> String {
     let train = &config.train;
-    let least = [train.batch_size, train.caption_batch_size].into_iter().filter(|size| *size > 0).min();
+    let least = train.generator_batches().into_iter().filter(|size| *size > 0).min();
     match least.map(|size| size / ranks) {
         Some(parts) if parts > 0 => format!("train.accumulation = {parts}"),
         _ => hint_of(error).unwrap_or_default().to_owned(),

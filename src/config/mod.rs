@@ -10,6 +10,7 @@ mod load;
 mod matcher;
 mod renamed;
 mod resume;
+mod task;
 mod train;
 mod validate;
 mod validate_matcher;
@@ -21,6 +22,7 @@ pub use flat::values;
 pub use load::{Loaded, Origin};
 pub use matcher::{Activation, ContrastiveLoss, ImageEncoder, Matcher};
 pub use renamed::rename_stored_keys;
+pub use task::Task;
 pub use train::{Decay, LossReduction, MatrixOptimizer, Offload, Precision, Spike, Train, begins_with};
 
 use serde::{Deserialize, Serialize};
@@ -51,47 +53,6 @@ pub struct Config {
     pub train: Train,
     /// Section `[sample]`: defaults of `vilg t2i` and of the sample images drawn during training.
     pub sample: Sample,
-}
-
-/// What `vilg train` trains.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Task {
-    /// An image tokenizer (VQGAN or dVAE): pixels to codes and back.
-    ImageTokenizer,
-    /// The bidirectional transformer over text tokens and image codes, trained on text→image and image→text.
-    Generator,
-    /// The same with a reconstructor that learns from its hidden states: images are also trained on as pixels.
-    EndToEnd,
-    /// The image–text matcher: two encoders, whose embeddings of a matching image and text are close.
-    Matcher,
-}
-
-impl Task {
-    /// Whether its model paints images and writes captions.
-    pub fn is_generator(self) -> bool {
-        matches!(self, Self::Generator | Self::EndToEnd)
-    }
-
-    /// What it trains, in messages.
-    pub fn model(self) -> &'static str {
-        match self {
-            Self::ImageTokenizer => "an image tokenizer",
-            Self::Generator => "a generator",
-            Self::EndToEnd => "an end-to-end generator",
-            Self::Matcher => "a matcher",
-        }
-    }
-
-    /// Which folder holds such a model, in messages.
-    pub fn hint(self) -> &'static str {
-        match self {
-            Self::ImageTokenizer => "name the model folder of a run with task = \"image-tokenizer\"",
-            Self::Generator => "name the model folder of a run with task = \"generator\" or \"end-to-end\"",
-            Self::EndToEnd => "name the model folder of a run with task = \"end-to-end\"",
-            Self::Matcher => "name the model folder of a run with task = \"matcher\"",
-        }
-    }
 }
 
 /// Section `[text]`: the text tokenizer.

@@ -12,17 +12,21 @@ pub struct Train {
     pub freeze: Vec<String>,
     /// Number of optimizer steps. Default 100000.
     pub steps: u64,
-    /// Samples per step: images (task `image-tokenizer`), text→image sequences (task `generator`) or pairs (task `matcher`).
-    /// Default 64.
+    /// Samples per step: images (task `image-tokenizer`), text→image sequences (task `generator`; 0: none) or pairs (task
+    /// `matcher`). Default 64.
     pub batch_size: usize,
     /// image→text sequences per step (task `generator`). Default 64.
     pub caption_batch_size: usize,
+    /// Visual question answering: image and question→answer sequences per step (task `generator`). 0 (default): none.
+    pub vqa_batch_size: usize,
     /// Gradient accumulation: number of micro-batches that a step's samples are split into. Default 1.
     pub accumulation: usize,
     /// Weight of the text→image loss. Default 1.
     pub image_loss_weight: f64,
     /// Weight of the image→text loss. Default 1.
     pub text_loss_weight: f64,
+    /// Weight of the loss of answers. Default 1.
+    pub answer_loss_weight: f64,
     /// How the losses of a batch's target tokens are combined, for each direction: `mean` (default) or `sum`.
     pub loss_reduction: LossReduction,
     /// Share of text→image samples whose text is dropped, for classifier-free guidance. Default 0.1.
@@ -101,6 +105,11 @@ impl Train {
         "log_every",
     ];
 
+    /// Samples per step of each kind of sequence that a generator learns: text→image, image→text, answers.
+    pub fn generator_batches(&self) -> [usize; 3] {
+        [self.batch_size, self.caption_batch_size, self.vqa_batch_size]
+    }
+
     /// Whether the parameter of this name stays as it is.
     pub fn freezes(&self, name: &str) -> bool {
         self.freeze.iter().any(|part| begins_with(name, part))
@@ -120,9 +129,11 @@ impl Default for Train {
             steps: 100_000,
             batch_size: 64,
             caption_batch_size: 64,
+            vqa_batch_size: 0,
             accumulation: 1,
             image_loss_weight: 1.0,
             text_loss_weight: 1.0,
+            answer_loss_weight: 1.0,
             loss_reduction: LossReduction::Mean,
             condition_dropout: 0.1,
             matrix_optimizer: MatrixOptimizer::Adamw,

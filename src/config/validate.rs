@@ -34,7 +34,7 @@ impl Config {
         model(&mut check, &self.model);
         self.end_to_end.check(&mut check);
         matcher(&mut check, &self.matcher, &self.text);
-        train(&mut check, &self.train);
+        train(&mut check, &self.train, self.task.is_generator());
         sample(&mut check, &self.sample);
         Ok(check.problems())
     }
@@ -204,32 +204,47 @@ const MOST_STEPS: u64 = 1_000_000_000_000;
 const MOST_SAMPLES: usize = 1 << 20;
 const MOST_SECONDS: u64 = 31_536_000;
 
-fn train(check: &mut Check, t: &Train) {
+fn train(check: &mut Check, t: &Train, generator: bool) {
     let ok = (1..=MOST_STEPS).contains(&t.steps);
     check.that(ok, "train.steps", format_args!("be from 1 to {MOST_STEPS}"), "one step is one update of the weights");
-    let must = format!("be from 1 to {MOST_SAMPLES}");
-    check.that((1..=MOST_SAMPLES).contains(&t.batch_size), "train.batch_size", must, "samples per step");
-    let (ok, must) = (t.caption_batch_size <= MOST_SAMPLES, format!("be at most {MOST_SAMPLES}"));
-    check.that(ok, "train.caption_batch_size", must, "image-to-text sequences per step; 0: none");
-    let ok = (1..=t.batch_size).contains(&t.accumulation);
+    let others = generator && t.caption_batch_size + t.vqa_batch_size > 0;
+    let (least, hint) = match generator {
+        true => (
+            usize::from(!others),
+            "text-to-image sequences per step; 0 only with a caption_batch_size or vqa_batch_size",
+        ),
+        false => (1, "samples per step"),
+    };
+    let must = format!("be from {least} to {MOST_SAMPLES}");
+    check.that((least..=MOST_SAMPLES).contains(&t.batch_size), "train.batch_size", must, hint);
+    for (key, size, what) in [
+        ("train.caption_batch_size", t.caption_batch_size, "image-to-text sequences per step; 0: none"),
+        ("train.vqa_batch_size", t.vqa_batch_size, "questions per step; 0: none"),
+    ] {
+        check.that(size <= MOST_SAMPLES, key, format_args!("be at most {MOST_SAMPLES}"), what);
+    }
+    let largest = if generator { t.generator_batches().into_iter().max().unwrap_or(0) } else { t.batch_size };
+    let ok = (1..=largest).contains(&t.accumulation);
     check.that(
         ok,
         "train.accumulation",
-        "be from 1 to train.batch_size",
+        format_args!("be from 1 to the batch size ({largest})"),
         "gradient accumulation splits a step's samples into micro-batches",
     );
     let weights = [
         ("image_loss_weight", t.image_loss_weight),
         ("text_loss_weight", t.text_loss_weight),
+        ("answer_loss_weight", t.answer_loss_weight),
         ("weight_decay", t.weight_decay),
         ("clip_norm", t.clip_norm),
     ];
     check.within("train", &weights, 0.0, f64::INFINITY, "0 turns it off");
-    let ok = t.image_loss_weight != 0.0 || t.text_loss_weight != 0.0;
+    let weights = [t.image_loss_weight, t.text_loss_weight, t.answer_loss_weight];
+    let trained = weights.into_iter().zip(t.generator_batches()).any(|(weight, size)| weight != 0.0 && size > 0);
     check.that(
-        ok,
+        trained || !generator,
         "train.image_loss_weight",
-        "not be 0 together with text_loss_weight",
+        "not be 0 where no other loss has a weight and a batch size",
         "at least one direction must be trained",
     );
     check.within(
@@ -333,6 +348,8 @@ mod tests {
             "train.batch_size=0",
             "train.batch_size=9223372036854775807",
             "train.caption_batch_size=9223372036854775807",
+            "train.vqa_batch_size=9223372036854775807",
+            "train.answer_loss_weight=-1",
             "train.steps=9223372036854775807",
             "train.rank_timeout=9223372036854775807",
             "train.hsdp_shard_size=9223372036854775807",

@@ -6,6 +6,7 @@ use super::{
     codes::CodesInfo,
     image::{decode, decode_square},
     members::Members,
+    questions::questions,
 };
 use image::RgbImage;
 use serde_json::Value;
@@ -89,7 +90,10 @@ impl Record {
         caption_keys: &[String],
     ) -> Result<Self, Bad> {
         let Texts { meta, captions, ignored } = texts(members, caption_keys)?;
-        if captions.is_empty() && !matches!(kind, Kind::Images(_) | Kind::ResizedImages(_)) {
+        let images_alone = matches!(kind, Kind::Images(_) | Kind::ResizedImages(_));
+        // A generator learns from questions too.
+        let optional = || images_alone || kind.has_codes() && !questions(&meta).is_empty();
+        if captions.is_empty() && !optional() {
             return Err(ignored.unwrap_or_else(|| Bad::new(Cause::NoCaption, "")));
         }
         let mut record = Self { key: key.to_owned(), meta, ignored, ..Self::default() };

@@ -9,6 +9,7 @@ pub mod matcher;
 pub mod reconstruction;
 pub mod retrieval;
 pub mod similarity;
+pub mod vqa;
 
 use crate::{
     config,

@@ -1,4 +1,5 @@
-//! Image to text (paper §2.2): sampling, greedy decoding or beam search.
+//! Image to text (paper §2.2): captions, and answers to questions about images (paper §4.4), by sampling, greedy decoding
+//! or beam search.
 
 use super::{
     Models,
@@ -26,7 +27,7 @@ pub enum Decoding {
     Beam { width: usize, length_penalty: f64 },
 }
 
-/// A caption of an image.
+/// A caption of an image, or an answer to a question about it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Caption {
     pub text: String,
@@ -34,6 +35,29 @@ pub struct Caption {
     pub tokens: Vec<u32>,
     /// Mean log probability per token of the caption, `[SEP]` included, given the image.
     pub score: f64,
+}
+
+/// What texts are written for: images as codes and, for answers, a question about each as tokens.
+#[derive(Clone, Copy)]
+struct Given<'a> {
+    codes: &'a [Vec<u32>],
+    questions: Option<&'a [Vec<u32>]>,
+}
+
+impl<'a> Given<'a> {
+    fn chunks(self, size: usize) -> impl Iterator<Item = Self> {
+        (0..self.codes.len()).step_by(size).map(move |first| {
+            let range = first..self.codes.len().min(first + size);
+            Self { codes: &self.codes[range.clone()], questions: self.questions.map(|all| &all[range]) }
+        })
+    }
+
+    fn source(self, cls: u32) -> Source<'a> {
+        match self.questions {
+            None => Source::image_to_text(self.codes, cls),
+            Some(questions) => Source::visual_question(self.codes, questions, cls),
+        }
+    }
 }
 
 /// A caption that is being sampled.
@@ -77,6 +101,27 @@ impl Models {
     /// # Errors
     /// A logit is not finite: the weights are damaged.
     pub fn caption(&self, codes: &[Vec<u32>], decoding: &Decoding, count: usize) -> Result<Vec<Vec<Caption>>> {
+        self.write(Given { codes, questions: None }, decoding, count)
+    }
+
+    /// Generates up to `count` answers to one question about each image, best first.
+    ///
+    /// # Errors
+    /// As [`Models::caption`], or the numbers of images and questions differ.
+    pub fn answer(
+        &self,
+        codes: &[Vec<u32>],
+        questions: &[&str],
+        decoding: &Decoding,
+        count: usize,
+    ) -> Result<Vec<Vec<Caption>>> {
+        ensure!(codes.len() == questions.len(), "{} images for {} questions", codes.len(), questions.len());
+        let encode = |question: &&str| self.text.encode(question, self.generator.max_text());
+        let questions = questions.iter().map(encode).collect::<Result<Vec<_>>>()?;
+        self.write(Given { codes, questions: Some(&questions) }, decoding, count)
+    }
+
+    fn write(&self, given: Given, decoding: &Decoding, count: usize) -> Result<Vec<Vec<Caption>>> {
         let (vocabulary, sep) = (self.text.vocab_size() as u32, self.text.sep());
         let special = (0..vocabulary).map(|token| self.text.decode(&[token]).is_empty()).collect();
         let allowed = Allowed { special, sep, longest: self.generator.max_text() - 1 };
@@ -84,14 +129,14 @@ impl Models {
             Decoding::Sample { .. } => count,
             Decoding::Beam { width, .. } => *width,
         };
-        let mut captions = Vec::with_capacity(codes.len());
-        for codes in codes.chunks((BATCH / rows.max(1)).max(1)) {
+        let mut captions = Vec::with_capacity(given.codes.len());
+        for given in given.chunks((BATCH / rows.max(1)).max(1)) {
             captions.extend(match decoding {
-                Decoding::Sample { sampling, seed } => self.sample(codes, sampling, *seed, count, &allowed)?,
+                Decoding::Sample { sampling, seed } => self.sample(given, sampling, *seed, count, &allowed)?,
                 Decoding::Beam { width, length_penalty } => {
                     let (sep, longest) = (allowed.sep, allowed.longest);
                     let settings = beam::Settings { width: *width, length_penalty: *length_penalty, sep, longest };
-                    self.search(codes, settings, count, &allowed)?
+                    self.search(given, settings, count, &allowed)?
                 }
             });
         }
@@ -100,14 +145,14 @@ impl Models {
 
     fn sample(
         &self,
-        codes: &[Vec<u32>],
+        given: Given,
         sampling: &Sampling,
         seed: u64,
         count: usize,
         allowed: &Allowed,
     ) -> Result<Vec<Vec<Caption>>> {
-        let (mut state, mut first) = self.decoder.start(&Source::image_to_text(codes, self.text.cls()))?;
-        let mut rows: Vec<usize> = (0..codes.len() * count).map(|line| line / count).collect();
+        let (mut state, mut first) = self.decoder.start(&given.source(self.text.cls()))?;
+        let mut rows: Vec<usize> = (0..given.codes.len() * count).map(|line| line / count).collect();
         state.reorder(&rows)?;
         let vocabulary = state.vocabulary();
         let mut logits = first.as_mut_slice();
@@ -143,14 +188,14 @@ impl Models {
 
     fn search(
         &self,
-        codes: &[Vec<u32>],
+        given: Given,
         settings: beam::Settings,
         count: usize,
         allowed: &Allowed,
     ) -> Result<Vec<Vec<Caption>>> {
-        let (mut state, mut first) = self.decoder.start(&Source::image_to_text(codes, self.text.cls()))?;
+        let (mut state, mut first) = self.decoder.start(&given.source(self.text.cls()))?;
         let (vocabulary, mut logits) = (state.vocabulary(), first.as_mut_slice());
-        let mut beams: Vec<Beam> = codes.iter().map(|_| Beam::new(settings)).collect();
+        let mut beams: Vec<Beam> = given.codes.iter().map(|_| Beam::new(settings)).collect();
         loop {
             let mut log_p: Vec<Vec<f32>> = logits.par_chunks(vocabulary).map(log_softmax).collect();
             let (mut first, mut index, mut tokens) = (0, Vec::new(), Vec::new());

@@ -69,7 +69,7 @@ fn change(config: &Config, memory: &Memory, cluster: &Cluster) -> Option<Setting
 fn candidates(config: &Config, gpus: usize) -> Vec<Settings> {
     let own = Settings::of(config);
     let train = &config.train;
-    let batches = [train.batch_size, train.caption_batch_size].into_iter().filter(|size| *size > 0);
+    let batches = train.generator_batches().into_iter().filter(|size| *size > 0);
     // At most as many micro-batches as each GPU has samples.
     let most = batches.min().map_or(own.accumulation, |size| size / gpus.max(1)).max(own.accumulation);
     let mut all = Vec::new();

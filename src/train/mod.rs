@@ -147,6 +147,8 @@ pub fn model_folder(config: &Config) -> PathBuf {
 }
 
 #[cfg(test)]
+mod answer_tests;
+#[cfg(test)]
 mod diverging_tests;
 #[cfg(test)]
 mod end_to_end_tests;

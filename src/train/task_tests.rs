@@ -23,6 +23,9 @@ use std::{collections::BTreeMap, fs};
 
 const CAPTIONS: [&str; 4] = ["红苹果", "一轮弯月，扁平风格", "小狗", "消防车与小狗"];
 
+/// What the images are and whether they are red: answers to two questions about each.
+pub(super) const ANSWERS: [[&str; 2]; 4] = [["苹果", "是"], ["弯月", "不"], ["小狗", "不"], ["消防车", "是"]];
+
 /// Ten noisy images with captions.
 fn pictures(folder: &Path) -> Source {
     fs::create_dir_all(folder).unwrap();
@@ -85,6 +88,12 @@ fn codes(folder: &Path, model: &Path) -> Source {
         let codes: Vec<u16> = (0..16).map(|_| random.below(12) as u16).collect();
         add(format!("{i}.npy"), &npy([4, 4], &codes));
         add(format!("{i}.txt"), CAPTIONS[i as usize % 4].as_bytes());
+        let [what, red] = ANSWERS[i as usize % 4];
+        let questions = serde_json::json!([
+            { "question": "这是什么？", "answer": what, "type": "thing" },
+            { "question": "它是红的吗？", "answer": red, "type": "colour" },
+        ]);
+        add(format!("{i}.json"), serde_json::json!({ "questions": questions }).to_string().as_bytes());
     }
     shard.finish().unwrap();
     let tokenizer = Bundle::open(model.to_str().unwrap()).unwrap().digest().unwrap();
@@ -100,7 +109,8 @@ pub(crate) fn generator_config(folder: &Path) -> Config {
     let model = folder.join("tokenizer-model");
     task.publish(crate::nn::weights::of_params(task.params()).unwrap(), &model).unwrap();
     let vocab = folder.join("vocab.txt");
-    fs::write(&vocab, crate::text::train(CAPTIONS, 40).unwrap()).unwrap();
+    let texts = CAPTIONS.into_iter().chain(ANSWERS.into_iter().flatten()).chain(["这是什么？", "它是红的吗？"]);
+    fs::write(&vocab, crate::text::train(texts, 40).unwrap()).unwrap();
     Config {
         name: "generator".into(),
         task: config::Task::Generator,

@@ -58,7 +58,8 @@ impl TaskSpec for Spec {
     }
 
     fn batch_sizes(&self, train: &Train) -> Vec<(&'static str, usize)> {
-        vec![("train.batch_size", train.batch_size), ("train.caption_batch_size", train.caption_batch_size)]
+        let keys = ["train.batch_size", "train.caption_batch_size", "train.vqa_batch_size"];
+        keys.into_iter().zip(train.generator_batches()).collect()
     }
 
     fn parameter_groups(&self, config: &Config, inputs: &Inputs) -> Result<Vec<Params>> {
@@ -89,6 +90,13 @@ impl TaskSpec for Spec {
                 outputs: inputs.vocabulary,
                 batch_size: train.caption_batch_size,
                 weight: train.text_loss_weight,
+            },
+            Sequences {
+                name: "image and question to answer",
+                layout: Layout::visual_question(grid, text, text),
+                outputs: inputs.vocabulary,
+                batch_size: train.vqa_batch_size,
+                weight: if train.vqa_batch_size > 0 { train.answer_loss_weight } else { 0.0 },
             },
         ]
     }
@@ -178,7 +186,7 @@ impl GeneratorTask {
             _ => Kind::Codes,
         };
         let encoder = if kind.has_codes() { None } else { Some(image_tokenizer.image_tokenizer()?) };
-        let batches = [config.train.batch_size, config.train.caption_batch_size];
+        let batches = config.train.generator_batches();
         let data_loader = DataLoader::new(&config, kind, &batches, group)?;
         let ours = match data_loader.dataset().codes() {
             Some(codes) => image_tokenizer.makes_codes_of(&codes.tokenizer)?,
@@ -230,12 +238,13 @@ impl Task for GeneratorTask {
     /// A head gets none where no sequence has its modality as target.
     fn gets_gradient(&self, name: &str) -> bool {
         let train = &self.config.train;
-        let images = train.image_loss_weight > 0.0;
-        let texts = train.text_loss_weight > 0.0 && train.caption_batch_size > 0;
+        let images = train.image_loss_weight > 0.0 && train.batch_size > 0;
+        let captions = train.text_loss_weight > 0.0 && train.caption_batch_size > 0;
+        let answers = train.answer_loss_weight > 0.0 && train.vqa_batch_size > 0;
         match name.split('.').next() {
-            Some(end_to_end::SCOPE) => self.config.end_to_end.reconstruction_weight > 0.0,
+            Some(end_to_end::SCOPE) => images && self.config.end_to_end.reconstruction_weight > 0.0,
             Some("image_head" | "image_start") => images,
-            Some("text_head") => texts,
+            Some("text_head") => captions || answers,
             _ => true,
         }
     }

@@ -3,10 +3,10 @@
 
 use crate::{
     config::{Config, LossReduction, Train},
-    data::{self, image::to_pixels},
+    data::{self, Question, image::to_pixels, questions},
     dist::{self, Group},
-    error::{Context, Result},
-    model::{Batch, Generator, Modality, Tokens},
+    error::{Context, Result, ensure, failed},
+    model::{Batch, Generator, Tokens},
     random::Random,
     runtime,
     text::WordPiece,
@@ -21,29 +21,25 @@ pub struct Objective {
     /// Of the loss in the metrics.
     name: &'static str,
     weight: fn(&Train) -> f64,
-    /// Whether captions are dropped with `condition_dropout`.
-    drops_text: bool,
-    /// The tokens of a text, cut to a number of positions; the end of a cut caption is not a target.
-    encode: fn(&WordPiece, &str, usize) -> Result<Vec<u32>>,
-    batch: fn(Tokens, Tensor) -> Result<Batch>,
+    sequence: Sequence,
+}
+
+/// What a sequence is made of.
+#[derive(Clone, Copy)]
+enum Sequence {
+    /// Text → image. Captions are dropped with `condition_dropout`.
+    Image,
+    /// Image → text.
+    Caption,
+    /// Image and question → answer.
+    Answer,
 }
 
 /// In the order of the batch sizes that the loader is given.
-pub const OBJECTIVES: [Objective; 2] = [
-    Objective {
-        name: "image",
-        weight: |train| train.image_loss_weight,
-        drops_text: true,
-        encode: WordPiece::encode,
-        batch: Batch::text_to_image,
-    },
-    Objective {
-        name: "text",
-        weight: |train| train.text_loss_weight,
-        drops_text: false,
-        encode: WordPiece::encode_target,
-        batch: |text, codes| Batch::image_to_text(codes, text),
-    },
+pub const OBJECTIVES: [Objective; 3] = [
+    Objective { name: "image", weight: |train| train.image_loss_weight, sequence: Sequence::Image },
+    Objective { name: "text", weight: |train| train.text_loss_weight, sequence: Sequence::Caption },
+    Objective { name: "answer", weight: |train| train.answer_loss_weight, sequence: Sequence::Answer },
 ];
 
 /// Makes micro-batches of samples.
@@ -83,36 +79,75 @@ impl BatchMaker<'_> {
             LossReduction::Sum => records.len(),
         };
         let count = group.sum(&[count as f64])?[0];
+        let hint = "the field `questions` of a sample's JSON lists them (docs/data.md)";
+        let empty = format_args!("no sample of step {step} has a text to predict for the loss `{}`", objective.name);
+        ensure!(count > 0.0, failed(empty, hint));
         batches.iter_mut().for_each(|batch| batch.loss_scale = weight / count * self.loss_scale);
         Ok(batches)
     }
 
     fn batch(&self, objective: &Objective, first: u64, records: &[data::Record], step: u64) -> Result<Batch> {
-        let rows = records.iter().zip(first..).map(|(record, index)| {
-            let mut random = Random::keyed(self.config.seed, "condition dropout", step, index);
-            let dropped = objective.drops_text && random.unit() < self.config.train.condition_dropout;
-            let caption = if dropped { "" } else { record.caption.as_str() };
-            (objective.encode)(self.text, caption, self.config.text.max_tokens)
-        });
-        let rows = rows.collect::<Result<Vec<_>>>()?;
-        let device = runtime::device()?;
-        // Positions that no row needs would only cost time.
-        let width = rows.iter().map(Vec::len).max().unwrap_or(0);
-        let text = Tokens::pad(&rows, width, self.text.pad(), &device)?;
-        let batch = (objective.batch)(text, self.codes(records)?)?;
-        let weight = self.config.end_to_end.reconstruction_weight;
-        match self.model.end_to_end().filter(|_| weight > 0.0 && batch.target().0.modality == Modality::Image) {
-            None => Ok(batch),
-            Some(end_to_end) => {
-                let share = weight * records.len() as f64 / self.config.train.batch_size as f64;
-                let pixels = PixelBatch::new(pixels(records)?, share);
-                // Past all steps at which a tokenizer's training adds losses.
-                let pixels = PixelBatch { loss_scale: self.loss_scale, step: u64::MAX, ..pixels };
-                let mut batch = end_to_end.arrange(batch);
-                batch.pixels = Some(Rc::new(pixels));
-                Ok(batch)
-            }
+        let codes = self.codes(records)?;
+        match objective.sequence {
+            Sequence::Image => self.image_batch(codes, first, records, step),
+            Sequence::Caption => Batch::image_to_text(codes, self.targets(records.iter().map(|r| r.caption.as_str()))?),
+            Sequence::Answer => self.answer_batch(codes, first, records, step),
         }
+    }
+
+    fn image_batch(&self, codes: Tensor, first: u64, records: &[data::Record], step: u64) -> Result<Batch> {
+        let captions = records.iter().zip(first..).map(|(record, index)| {
+            let mut random = Random::keyed(self.config.seed, "condition dropout", step, index);
+            let dropped = random.unit() < self.config.train.condition_dropout;
+            if dropped { "" } else { record.caption.as_str() }
+        });
+        let batch = Batch::text_to_image(self.sources(captions)?, codes)?;
+        let weight = self.config.end_to_end.reconstruction_weight;
+        let Some(end_to_end) = self.model.end_to_end().filter(|_| weight > 0.0) else { return Ok(batch) };
+        let share = weight * records.len() as f64 / self.config.train.batch_size as f64;
+        let pixels = PixelBatch::new(pixels(records)?, share);
+        // Past all steps at which a tokenizer's training adds losses.
+        let pixels = PixelBatch { loss_scale: self.loss_scale, step: u64::MAX, ..pixels };
+        let mut batch = end_to_end.arrange(batch);
+        batch.pixels = Some(Rc::new(pixels));
+        Ok(batch)
+    }
+
+    /// One question of each sample, chosen at random for this visit. A sample without questions predicts nothing.
+    fn answer_batch(&self, codes: Tensor, first: u64, records: &[data::Record], step: u64) -> Result<Batch> {
+        let chosen: Vec<Question> = records
+            .iter()
+            .zip(first..)
+            .map(|(record, index)| {
+                let mut all = questions(&record.meta);
+                let mut random = Random::keyed(self.config.seed, "question", step, index);
+                if all.is_empty() {
+                    Question::default()
+                } else {
+                    all.swap_remove(random.below(all.len() as u64) as usize)
+                }
+            })
+            .collect();
+        let asked = self.sources(chosen.iter().map(|question| question.question.as_str()))?;
+        let answers = self.targets(chosen.iter().map(|question| question.answer.as_str()))?;
+        Batch::visual_question(codes, asked, answers)
+    }
+
+    /// Source texts, padded to the longest: positions that no row needs would only cost time.
+    fn sources<'t>(&self, texts: impl Iterator<Item = &'t str>) -> Result<Tokens> {
+        Tokens::of_texts(self.text, texts, self.config.text.max_tokens, &runtime::device()?)
+    }
+
+    /// Target texts, padded to the longest. The end of a cut text is not a target, and an empty text predicts nothing.
+    fn targets<'t>(&self, texts: impl Iterator<Item = &'t str>) -> Result<Tokens> {
+        let encode = |text: &str| match text.is_empty() {
+            true => Ok(vec![self.text.cls()]),
+            false => self.text.encode_target(text, self.config.text.max_tokens),
+        };
+        let rows = texts.map(encode).collect::<Result<Vec<_>>>()?;
+        // A target predicts at least one token.
+        let width = rows.iter().map(Vec::len).max().unwrap_or(0).max(2);
+        Tokens::pad(&rows, width, self.text.pad(), &runtime::device()?)
     }
 
     /// Codes in raster order (samples, n) u32: those of the samples, or of their images.

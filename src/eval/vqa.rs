@@ -1,0 +1,100 @@
+//! Accuracy of answers to questions about images (paper §4.4): exact match, for all questions and for each type.
+
+use super::{Rate, choose, open, tell_bad};
+use crate::{
+    data::{Kind, questions},
+    error::{Result, ensure, failed},
+    generate::{Decoding, Models},
+    report,
+};
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// Images whose questions are answered together.
+const BATCH: usize = 16;
+
+/// The shares of right answers.
+#[derive(Debug, Clone, Serialize)]
+pub struct Accuracy {
+    pub all: Rate,
+    /// By type of the question, where the data says.
+    pub types: BTreeMap<String, Rate>,
+    /// The share of right answers if each question were given the most frequent answer to its text among the questions that
+    /// are measured. It sees no image, but all answers.
+    pub without_images: Rate,
+}
+
+/// Answers all questions about `samples` images (0: all) of `data` chosen by `seed`.
+///
+/// # Errors
+/// The data cannot be read, no image has questions in its JSON, or the model is damaged.
+pub fn run(models: &Models, data: &str, samples: usize, decoding: &Decoding, seed: u64) -> Result<Accuracy> {
+    let dataset = open(data, Kind::Images(u32::try_from(models.image_tokenizer.image_size())?))?;
+    let places: Vec<(usize, u64)> =
+        dataset.sources.iter().enumerate().flat_map(|(i, source)| (0..source.len()).map(move |n| (i, n))).collect();
+    let count = if samples == 0 { places.len() } else { samples };
+    let chosen = choose(count, places.len(), seed, "eval pairs", 0);
+    let (mut right, mut asked, mut read) = (Tally::default(), BTreeMap::<String, BTreeMap<String, usize>>::new(), 0);
+    let mut bad = dataset.bad.clone();
+    let bar = report::bar(chosen.len() as u64, "answering");
+    for chunk in chosen.chunks(BATCH) {
+        let (mut pictures, mut all) = (Vec::new(), Vec::new());
+        for &i in chunk {
+            match dataset.read(places[i].0, places[i].1) {
+                Ok(record) => {
+                    read += 1;
+                    let found = questions(&record.meta);
+                    if let Some(picture) = record.image.filter(|_| !found.is_empty()) {
+                        all.extend(found.into_iter().map(|question| (pictures.len(), question)));
+                        pictures.push(picture);
+                    }
+                }
+                Err(error) => bad.add(error),
+            }
+        }
+        let codes = models.encode(&pictures)?;
+        let codes: Vec<Vec<u32>> = all.iter().map(|(picture, _)| codes[*picture].clone()).collect();
+        let texts: Vec<&str> = all.iter().map(|(_, question)| question.question.as_str()).collect();
+        let answers = models.answer(&codes, &texts, decoding, 1)?;
+        for ((_, question), answers) in all.iter().zip(&answers) {
+            let said = answers.first().map_or("", |answer| answer.text.as_str());
+            right.add(&question.kind, plain(said) == plain(&question.answer));
+            *asked.entry(question.question.clone()).or_default().entry(plain(&question.answer)).or_default() += 1;
+        }
+        bar.inc(chunk.len() as u64);
+    }
+    bar.finish_and_clear();
+    tell_bad(data, &bad, read)?;
+    let hint = "questions are in the field `questions` of a sample's JSON (docs/data.md)";
+    ensure!(right.of > 0, failed(format_args!("no image in `{data}` has questions"), hint));
+    let most_frequent = asked.values().filter_map(|answers| answers.values().max()).sum();
+    Ok(Accuracy {
+        all: Rate::new(right.hits, right.of),
+        types: right.types.into_iter().map(|(kind, [hits, of])| (kind, Rate::new(hits, of))).collect(),
+        without_images: Rate::new(most_frequent, right.of),
+    })
+}
+
+#[derive(Default)]
+struct Tally {
+    hits: usize,
+    of: usize,
+    types: BTreeMap<String, [usize; 2]>,
+}
+
+impl Tally {
+    fn add(&mut self, kind: &str, right: bool) {
+        self.hits += usize::from(right);
+        self.of += 1;
+        if !kind.is_empty() {
+            let [hits, of] = self.types.entry(kind.to_owned()).or_default();
+            *hits += usize::from(right);
+            *of += 1;
+        }
+    }
+}
+
+/// Case and white space do not count: a decoded text has neither.
+fn plain(text: &str) -> String {
+    text.to_lowercase().split_whitespace().collect()
+}
