@@ -345,7 +345,7 @@ mod tests {
             "end_to_end.map_width=65537",
             "end_to_end.reconstruction_weight=-1",
             "train.steps=0",
-            "train.batch_size=0",
+            "train.batch_size=1048577",
             "train.batch_size=9223372036854775807",
             "train.caption_batch_size=9223372036854775807",
             "train.vqa_batch_size=9223372036854775807",

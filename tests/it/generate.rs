@@ -17,8 +17,8 @@ use vilg::{
 
 const VOCAB: &str = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n一\n弯\n月\n星\n红\n，\n";
 
-/// A folder with a model in `model/`.
-fn folder() -> TempDir {
+/// A folder with a model in `model/` and, over the same image tokenizer, an end-to-end generator in `end-to-end/`.
+pub(crate) fn folder() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let mut config = Config { task: Task::ImageTokenizer, ..Config::default() };
     config.text.max_tokens = 8;
@@ -42,12 +42,14 @@ fn folder() -> TempDir {
     let of_tokenizer = scope();
     ImageTokenizer::new(&of_tokenizer, &config.image_tokenizer).unwrap();
     write("tokenizer", &config, &of_tokenizer, None);
-    config.task = Task::Generator;
-    let of_generator = scope();
     let words = WordPiece::parse(VOCAB).unwrap().vocab_size();
-    Generator::new(&of_generator, &config, words, 16, config.image_tokenizer.grid()).unwrap();
-    let tokenizer = Bundle::open(folder.path().join("tokenizer").to_str().unwrap()).unwrap();
-    write("model", &config, &of_generator, Some(tokenizer));
+    for (name, task) in [("model", Task::Generator), ("end-to-end", Task::EndToEnd)] {
+        config.task = task;
+        let of_generator = scope();
+        Generator::new(&of_generator, &config, words, 16, config.image_tokenizer.grid()).unwrap();
+        let tokenizer = Bundle::open(folder.path().join("tokenizer").to_str().unwrap()).unwrap();
+        write(name, &config, &of_generator, Some(tokenizer));
+    }
     folder
 }
 
@@ -59,11 +61,11 @@ fn run(folder: &Path, args: &[&str]) -> (Output, String, String) {
     (output, stdout, stderr)
 }
 
-fn lines(stdout: &str) -> Vec<Value> {
+pub(crate) fn lines(stdout: &str) -> Vec<Value> {
     stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-fn picture(shade: u8) -> RgbImage {
+pub(crate) fn picture(shade: u8) -> RgbImage {
     RgbImage::from_fn(16, 16, |x, y| Rgb([shade, x as u8 * 16, y as u8 * 16]))
 }
 

@@ -4,6 +4,7 @@ mod bench;
 mod commands;
 mod counting;
 mod docs;
+mod end_to_end;
 mod end_to_end_parity;
 mod faults;
 mod file_systems;

@@ -24,6 +24,11 @@ impl TaskSpec for Spec {
         Ok(Box::new(GeneratorTask::new(config, group)?))
     }
 
+    /// The reconstructor starts from weights that are whole.
+    fn starts_empty(&self, _config: &Config, _world_size: usize) -> bool {
+        false
+    }
+
     fn sample_kind(&self, config: &Config, inputs: &Inputs) -> Kind {
         sample_kind(config, &inputs.tokenizer)
     }

@@ -197,7 +197,7 @@ impl GeneratorTask {
 
         let (device, seed) = (runtime::device()?, config.seed);
         // Every rank would hold the whole model for a moment.
-        let scope = match Spec.starts_empty(&config, group.world_size()) {
+        let scope = match super::spec(config.task).starts_empty(&config, group.world_size()) {
             true => Scope::empty_from_seed(seed, &device),
             false => Scope::from_seed(seed, DType::F32, &device),
         };
