@@ -35,7 +35,7 @@ def decoder():
     ))
     with torch.no_grad():
         for name, p in modules.named_parameters():
-            if "norm" in name:  # fresh norms are the identity: a swapped one would not show
+            if "norm" in name:  # fresh norms change nothing: a swapped one would not show
                 p.add_(0.2 * torch.randn_like(p))
             p.copy_(p.half())  # stored in two bytes
     return modules.double()

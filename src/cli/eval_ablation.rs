@@ -5,7 +5,7 @@ use crate::{
     bundle::{Bundle, DEMO_NAME},
     error::Result,
     eval::{
-        ablation::{self, Codes, Features, Measured, Settings},
+        ablation::{self, Codes, Distances, Features, Settings},
         inception::Inception,
     },
     generate::{Matching, Reconstructor},
@@ -90,7 +90,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
 }
 
 /// A row in Markdown.
-fn line(measured: &Measured) -> String {
+fn line(measured: &Distances) -> String {
     let codes = match measured.row.codes {
         Codes::TwoStage => "two-stage generator",
         Codes::EndToEnd => "end-to-end generator",

@@ -30,7 +30,7 @@ pub struct Args {
     /// Names of the tensors. A VQGAN already has the names of taming-transformers, a dVAE those of DALL-E
     #[arg(long, value_enum, default_value = "ours", conflicts_with = "image_tokenizer")]
     names: Names,
-    /// Leave out the reconstructor of an end-to-end generator: the copy paints with its image tokenizer's decoder
+    /// Leave out the reconstructor of an end-to-end generator: the copy decodes with its image tokenizer
     #[arg(long, conflicts_with = "names")]
     two_stage: bool,
     /// Replace the output even if it is not a model folder (or, with the names of another project, not a .safetensors file)

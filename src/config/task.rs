@@ -17,7 +17,7 @@ pub enum Task {
 }
 
 impl Task {
-    /// Whether its model paints images and writes captions.
+    /// Whether its model generates images and captions.
     pub fn is_generator(self) -> bool {
         matches!(self, Self::Generator | Self::EndToEnd)
     }

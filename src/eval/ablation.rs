@@ -108,7 +108,7 @@ impl Row {
 
 /// The distances of a row.
 #[derive(Debug, Clone, Serialize)]
-pub struct Measured {
+pub struct Distances {
     #[serde(flatten)]
     pub row: Row,
     /// Of each pair of models.
@@ -125,7 +125,7 @@ pub struct Measured {
 ///
 /// # Errors
 /// The folder is of another measurement, models and data do not fit, or the data cannot be read.
-pub fn run(settings: &Settings, features: &Features, bootstrap: usize, folder: &Path) -> Result<Vec<Measured>> {
+pub fn run(settings: &Settings, features: &Features, bootstrap: usize, folder: &Path) -> Result<Vec<Distances>> {
     let hint = "name as many two-stage models as end-to-end ones, in the same order";
     ensure!(settings.two_stage.len() == settings.end_to_end.len(), failed("models without a partner", hint));
     let _lock = begin(folder, settings)?;
@@ -133,7 +133,7 @@ pub fn run(settings: &Settings, features: &Features, bootstrap: usize, folder: &
     for (i, (two_stage, end_to_end)) in settings.two_stage.iter().zip(&settings.end_to_end).enumerate() {
         let bundles = [Bundle::open(two_stage)?, Bundle::open(end_to_end)?];
         let same = bundles[0].makes_codes_of(&bundles[1].digest()?)?;
-        let what = format!("{two_stage} and {end_to_end} paint with different codes");
+        let what = format!("{two_stage} and {end_to_end} generate different codes");
         ensure!(same, failed(what, "compare generators that were trained over one image tokenizer"));
         let pair = Pair {
             two_stage: Models::load(&bundles[0], Format::F32)?,
@@ -308,14 +308,14 @@ fn distances(tables: &[Table], draw: Option<(u64, u64)>) -> Result<Vec<Vec<f64>>
 }
 
 /// The table of distances (pair of models, row) and of those of bootstrap draws.
-fn table(distances: &[Vec<f64>], drawn: &[Vec<Vec<f64>>]) -> Result<Vec<Measured>> {
+fn table(distances: &[Vec<f64>], drawn: &[Vec<Vec<f64>>]) -> Result<Vec<Distances>> {
     let mean = |distances: &[Vec<f64>], row: usize| {
         distances.iter().map(|of_pair| of_pair[row]).sum::<f64>() / distances.len().max(1) as f64
     };
     let measured = |(i, row): (usize, Row)| {
         let reference = rows().position(|other| other == row.reference()).context("a row without a reference")?;
         let difference = |distances: &[Vec<f64>]| mean(distances, i) - mean(distances, reference);
-        Ok(Measured {
+        Ok(Distances {
             row,
             distances: distances.iter().map(|of_pair| of_pair[i]).collect(),
             mean: mean(distances, i),

@@ -31,20 +31,20 @@ fn data(folder: &Path) {
 }
 
 #[test]
-fn both_reconstructors_paint_the_same_codes() {
+fn both_reconstructors_decode_the_same_codes() {
     let folder = folder();
     let at = folder.path();
-    let paint = |model: &str, name: &str, more: &[&str]| {
+    let generate = |model: &str, name: &str, more: &[&str]| {
         let args = [&["t2i", "红月", "--seed", "3", "--model", model, "-o", name], more].concat();
         run(at, &args).map(|_| fs::read(at.join(name)).unwrap())
     };
-    let default = paint("end-to-end", "a.png", &[]).unwrap();
+    let default = generate("end-to-end", "a.png", &[]).unwrap();
     let [own, two_stage] =
-        ["end-to-end", "two-stage"].map(|by| paint("end-to-end", "b.png", &["--reconstructor", by]).unwrap());
+        ["end-to-end", "two-stage"].map(|by| generate("end-to-end", "b.png", &["--reconstructor", by]).unwrap());
     assert!(default == own && own != two_stage);
     run(at, &["export", "--model", "end-to-end", "--two-stage", "-o", "exported"]).unwrap();
-    assert!(paint("exported", "c.png", &[]).unwrap() == two_stage);
-    let error = paint("model", "d.png", &["--reconstructor", "end-to-end"]).unwrap_err();
+    assert!(generate("exported", "c.png", &[]).unwrap() == two_stage);
+    let error = generate("model", "d.png", &["--reconstructor", "end-to-end"]).unwrap_err();
     assert!(error.contains("no end-to-end reconstructor") && error.contains("hint:"), "{error}");
     let error = run(at, &["export", "--model", "model", "--two-stage", "-o", "no"]).unwrap_err();
     assert!(error.contains("hint: leave out --two-stage"), "{error}");
