@@ -1,7 +1,7 @@
 //! Copies of a model folder: in another precision, with another decoder, or with the names of others.
 
 use super::{
-    Bundle, Parts, WEIGHTS, codes,
+    Bundle, Changes, Parts, WEIGHTS, codes,
     import::Family,
     publish,
     write::{write_as, write_weights_to},
@@ -15,15 +15,6 @@ use crate::{
 };
 use safetensors::Dtype;
 use std::{collections::BTreeMap, path::Path};
-
-/// What a copy of a model folder has that the original has not.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Changes<'a> {
-    /// In place of a generator's own image tokenizer.
-    pub tokenizer: Option<&'a Bundle>,
-    /// Without the reconstructor of an end-to-end generator, which makes it one of two-stage training.
-    pub two_stage: bool,
-}
 
 impl Bundle {
     /// Writes a copy of this model folder with its weights stored as `dtype`. An older model folder in its place is

@@ -20,6 +20,7 @@ use std::{
 };
 
 mod calibrate;
+mod changes;
 mod codes;
 mod export;
 mod export_chinese_clip;
@@ -32,7 +33,7 @@ mod write;
 
 #[cfg(test)]
 pub(crate) use calibrate::tests::model as tiny_matcher;
-pub use export::Changes;
+pub use changes::Changes;
 use manifest::Manifest;
 pub use manifest::allow_mismatch;
 pub use write::{Parts, attribution_of, write};

@@ -8,6 +8,7 @@ mod bad;
 mod bicubic;
 mod blocks;
 pub mod build;
+mod clean;
 mod codes;
 mod dataset;
 mod embed;

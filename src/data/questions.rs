@@ -1,7 +1,7 @@
 //! Questions about an image, in the field `questions` of a sample's JSON: a list of `question`, `answer` and, where known, the
 //! `type` of the question.
 
-use super::record::clean;
+use super::clean::clean;
 use serde_json::Value;
 
 /// A question about an image with its answer.

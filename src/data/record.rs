@@ -3,6 +3,7 @@
 use super::{
     bad::{Bad, Cause},
     bicubic::resize_bicubic,
+    clean::clean,
     codes::CodesInfo,
     image::{decode, decode_square},
     members::Members,
@@ -18,8 +19,6 @@ pub const IMAGE_EXTENSIONS: [&str; 9] = ["png", "jpg", "jpeg", "webp", "gif", "b
 pub(super) const MAX_TEXT: usize = 1 << 20;
 /// Extension of the text member, and the caption key that stands for it.
 pub(super) const TEXT_FILE: &str = "txt";
-/// Maximum length of a caption in characters; longer captions are truncated.
-const MAX_CAPTION: usize = 4096;
 
 /// What a sample must contain. It also decides which of its members are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -188,15 +187,4 @@ fn captions_of(members: &Members, meta: &Value, key: &str) -> Result<Vec<String>
         _ => Vec::new(),
     };
     Ok(texts.into_iter().map(clean).filter(|caption| !caption.is_empty()).collect())
-}
-
-/// Cleans a caption: control characters and runs of spaces become one space, and it is truncated to 4096 characters.
-pub(super) fn clean(text: &str) -> String {
-    let text = text.trim_start_matches('\u{feff}');
-    let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
-    let line = words.collect::<Vec<_>>().join(" ");
-    match line.char_indices().nth(MAX_CAPTION) {
-        Some((end, _)) => line[..end].to_owned(),
-        None => line,
-    }
 }

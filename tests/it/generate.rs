@@ -27,7 +27,7 @@ pub(crate) fn folder() -> TempDir {
     (tokenizer.image_size, tokenizer.channels, tokenizer.channel_multipliers) = (16, 32, vec![1, 1, 1]);
     (tokenizer.residual_blocks, tokenizer.attention_sides) = (1, vec![]);
     (tokenizer.latent_channels, tokenizer.code_dim, tokenizer.codebook_size) = (4, 4, 16);
-    let scope = || Scope::from_seed(1, candle_core::DType::F32, &candle_core::Device::Cpu);
+    let scope = |seed| Scope::from_seed(seed, candle_core::DType::F32, &candle_core::Device::Cpu);
     let write = |name: &str, config: &Config, scope: &Scope, image_tokenizer: Option<Bundle>| {
         let vocab = image_tokenizer.is_some().then(|| VOCAB.to_owned());
         let parts = Parts {
@@ -39,13 +39,13 @@ pub(crate) fn folder() -> TempDir {
         };
         bundle::write(&folder.path().join(name), &parts, safetensors::Dtype::F32).unwrap();
     };
-    let of_tokenizer = scope();
+    let of_tokenizer = scope(1);
     ImageTokenizer::new(&of_tokenizer, &config.image_tokenizer).unwrap();
     write("tokenizer", &config, &of_tokenizer, None);
     let words = WordPiece::parse(VOCAB).unwrap().vocab_size();
-    for (name, task) in [("model", Task::Generator), ("end-to-end", Task::EndToEnd)] {
+    for (name, task, seed) in [("model", Task::Generator, 1), ("end-to-end", Task::EndToEnd, 2)] {
         config.task = task;
-        let of_generator = scope();
+        let of_generator = scope(seed);
         Generator::new(&of_generator, &config, words, 16, config.image_tokenizer.grid()).unwrap();
         let tokenizer = Bundle::open(folder.path().join("tokenizer").to_str().unwrap()).unwrap();
         write(name, &config, &of_generator, Some(tokenizer));

@@ -2,9 +2,10 @@
 
 use crate::data::{
     bad::{Bad, Cause},
+    clean::clean,
     dataset::Source,
     image,
-    record::{Kind, MAX_TEXT, clean, image_member, texts},
+    record::{Kind, MAX_TEXT, image_member, texts},
     source_file,
 };
 use ::image::ImageFormat;

@@ -3,9 +3,10 @@
 use super::{Settings, input::Input};
 use crate::{
     data::{
+        clean::clean,
         members::Members,
         output::{append, write_whole},
-        record::{IMAGE_EXTENSIONS, Kind, Record, TEXT_FILE, clean},
+        record::{IMAGE_EXTENSIONS, Kind, Record, TEXT_FILE},
         shard::Shard,
         table::Table,
     },

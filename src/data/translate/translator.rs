@@ -7,7 +7,7 @@ use super::{
     service::Service,
 };
 use crate::{
-    data::record::clean,
+    data::clean::clean,
     error::{Error, Result, ensure, failed},
 };
 use std::{thread, time::Duration};

@@ -76,7 +76,7 @@ impl TaskSpec for Spec {
     fn sequences(&self, config: &Config, inputs: &Inputs) -> Vec<Sequences> {
         let (height, width) = inputs.tokenizer.grid();
         let (train, grid, text) = (&config.train, Grid { height, width }, config.text.max_tokens);
-        vec![
+        let mut all = vec![
             Sequences {
                 name: "text to image",
                 layout: Layout::text_to_image(text, grid),
@@ -91,14 +91,15 @@ impl TaskSpec for Spec {
                 batch_size: train.caption_batch_size,
                 weight: train.text_loss_weight,
             },
-            Sequences {
-                name: "image and question to answer",
-                layout: Layout::visual_question(grid, text, text),
-                outputs: inputs.vocabulary,
-                batch_size: train.vqa_batch_size,
-                weight: if train.vqa_batch_size > 0 { train.answer_loss_weight } else { 0.0 },
-            },
-        ]
+        ];
+        all.extend((train.vqa_batch_size > 0).then(|| Sequences {
+            name: "image and question to answer",
+            layout: Layout::visual_question(grid, text, text),
+            outputs: inputs.vocabulary,
+            batch_size: train.vqa_batch_size,
+            weight: train.answer_loss_weight,
+        }));
+        all
     }
 
     fn files<'a>(&self, config: &'a Config) -> Vec<InputFile<'a>> {
