@@ -2,6 +2,7 @@
 
 mod bench;
 mod caption;
+mod captioning;
 mod completions;
 mod config;
 mod config_files;
@@ -16,6 +17,7 @@ mod data_translate;
 mod data_vocab;
 mod doctor;
 mod eval;
+mod eval_caption;
 mod eval_matcher;
 mod eval_recon;
 mod export;
