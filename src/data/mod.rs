@@ -5,7 +5,6 @@
 //! [`BadCounts`].
 
 mod bad;
-mod bicubic;
 mod blocks;
 pub mod build;
 mod codes;
@@ -31,11 +30,13 @@ pub mod inspect;
 mod keys;
 mod loader;
 mod members;
+pub mod numpy;
 mod order;
 mod output;
 pub mod paths;
 mod record;
 pub mod remote;
+mod resample;
 mod sampler;
 mod shard;
 mod source_file;
@@ -47,7 +48,6 @@ mod tests;
 pub mod translate;
 
 pub use bad::{Bad, BadCounts, Cause, printable};
-pub use bicubic::resize_bicubic;
 pub use codes::{CODES_FILE, CodesInfo, npy};
 pub use dataset::{Dataset, Source};
 pub use embed::{Embedder, Report as EmbeddingReport};
@@ -58,5 +58,6 @@ pub use members::Members;
 pub use order::Draw;
 pub use paths::is_there;
 pub use record::{IMAGE_EXTENSIONS, Kind, Record};
+pub use resample::{Filter, resize, resize_bicubic, resize_unrounded};
 pub use sampler::Sampler;
 pub use shard::Shard;

@@ -2,10 +2,10 @@
 
 use super::{
     bad::{Bad, Cause},
-    bicubic::resize_bicubic,
     codes::CodesInfo,
     image::{decode, decode_square},
     members::Members,
+    resample::resize_bicubic,
 };
 use image::RgbImage;
 use serde_json::Value;
@@ -31,6 +31,8 @@ pub enum Kind {
     Resized(u32),
     /// The same; a caption is optional.
     ResizedImages(u32),
+    /// An image of any size; a caption is optional.
+    WholeImages,
     /// Image codes and a caption.
     Codes,
     /// A caption.
@@ -42,7 +44,9 @@ pub(super) fn wants(kind: Option<Kind>, extension: &str) -> bool {
     let image = || IMAGE_EXTENSIONS.contains(&extension);
     matches!(extension, "txt" | "json")
         || match kind {
-            Some(Kind::Images(_) | Kind::Pairs(_) | Kind::Resized(_) | Kind::ResizedImages(_)) => image(),
+            Some(Kind::Images(_) | Kind::Pairs(_) | Kind::Resized(_) | Kind::ResizedImages(_) | Kind::WholeImages) => {
+                image()
+            }
             Some(Kind::Codes) => extension == "npy",
             Some(Kind::Captions) => false,
             None => image() || extension == "npy",
@@ -56,7 +60,7 @@ pub struct Record {
     pub key: String,
     /// Index of its source in the configuration.
     pub source: usize,
-    /// Square image, for the kinds with an image.
+    /// The image, for the kinds with an image.
     pub image: Option<RgbImage>,
     /// Codes in raster order ([`Kind::Codes`]).
     pub codes: Option<Vec<u16>>,
@@ -80,7 +84,7 @@ impl Record {
         caption_keys: &[String],
     ) -> Result<Self, Bad> {
         let Texts { meta, captions, ignored } = texts(members, caption_keys)?;
-        if captions.is_empty() && !matches!(kind, Kind::Images(_) | Kind::ResizedImages(_)) {
+        if captions.is_empty() && !matches!(kind, Kind::Images(_) | Kind::ResizedImages(_) | Kind::WholeImages) {
             return Err(ignored.unwrap_or_else(|| Bad::new(Cause::NoCaption, "")));
         }
         let mut record = Self { key: key.to_owned(), meta, ignored, ..Self::default() };
@@ -91,6 +95,7 @@ impl Record {
             Kind::Resized(size) | Kind::ResizedImages(size) => {
                 record.image = Some(resize_bicubic(&decode(image_member(members)?)?, size, size));
             }
+            Kind::WholeImages => record.image = Some(decode(image_member(members)?)?),
             Kind::Codes => {
                 let npy = members.get("npy").ok_or_else(|| Bad::new(Cause::NoCodes, ""))?;
                 record.codes = codes.map(|info| info.parse(npy)).transpose()?;
