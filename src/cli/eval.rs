@@ -20,6 +20,7 @@ pub struct Args {
 #[derive(Subcommand)]
 enum Command {
     Retrieval(RetrievalArgs),
+    Fid(super::eval_fid::Args),
     Caption(super::eval_caption::Args),
     Naming(NamingArgs),
     Recon(super::eval_recon::Args),
@@ -76,6 +77,7 @@ struct Common {
 pub fn run(args: Args, json: bool) -> Result<()> {
     match args.command {
         Command::Retrieval(args) => run_retrieval(&args, json),
+        Command::Fid(args) => super::eval_fid::run(&args, json),
         Command::Caption(args) => super::eval_caption::run(&args, json),
         Command::Naming(args) => run_naming(&args, json),
         Command::Recon(args) => super::eval_recon::run(&args, json),

@@ -18,6 +18,7 @@ mod data_vocab;
 mod doctor;
 mod eval;
 mod eval_caption;
+mod eval_fid;
 mod eval_matcher;
 mod eval_recon;
 mod export;

@@ -1,10 +1,9 @@
-//! Evaluation of a model: retrieval accuracy of generated images, metrics of captions, and reconstruction quality of image
-//! tokenizers.
+//! Evaluation of a model: retrieval accuracy and FID of generated images, metrics of captions, and reconstruction quality
+//! of image tokenizers.
 
 pub mod caption_metrics;
 pub mod captioning;
-mod frechet;
-pub mod inception;
+pub mod fid;
 pub mod matcher;
 pub mod naming;
 pub mod reconstruction;

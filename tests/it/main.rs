@@ -5,6 +5,7 @@ mod commands;
 mod counting;
 mod docs;
 mod faults;
+mod fid;
 mod file_systems;
 mod filter;
 mod fuzz;
