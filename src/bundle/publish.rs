@@ -7,7 +7,7 @@
 use super::{ATTRIBUTION, CONFIG, IMAGE_TOKENIZER, MANIFEST, VOCAB, WEIGHTS};
 use crate::{
     error::{Context, Result, bail, ensure, usage},
-    eval::inception,
+    eval::fid::INCEPTION_FILE,
     nn::weights,
     tokenizer::perceptual,
 };
@@ -24,7 +24,7 @@ use std::{
 /// The files of a model folder.
 const MODEL_FILES: [&str; 5] = [CONFIG, WEIGHTS, VOCAB, ATTRIBUTION, MANIFEST];
 /// The files of imported networks, each alone in its folder.
-const NETWORK_FILES: [&str; 2] = [perceptual::FILE, inception::FILE];
+const NETWORK_FILES: [&str; 2] = [perceptual::FILE, INCEPTION_FILE];
 
 /// Has `write` fill a new folder, which then takes the place of `folder`. Nothing is left behind if it fails.
 ///

@@ -1,14 +1,10 @@
 //! `vilg eval`
 
-use super::{
-    model::ModelOptions,
-    ranking::RankingOptions,
-    sampling::{Options, length_penalty},
-};
+use super::{captioning::CaptioningOptions, model::ModelOptions, ranking::RankingOptions, sampling::Options};
 use crate::{
     error::Result,
-    eval::{self, retrieval},
-    generate::{Decoding, Sampling},
+    eval::{captioning::Settings, naming, retrieval},
+    generate::Sampling,
     report,
 };
 use clap::Subcommand;
@@ -24,7 +20,9 @@ pub struct Args {
 #[derive(Subcommand)]
 enum Command {
     Retrieval(RetrievalArgs),
-    Caption(CaptionArgs),
+    Fid(super::eval_fid::Args),
+    Caption(super::eval_caption::Args),
+    Naming(NamingArgs),
     Recon(super::eval_recon::Args),
     Matcher(super::eval_matcher::Args),
     Ablation(super::eval_ablation::Args),
@@ -56,16 +54,11 @@ struct RetrievalArgs {
 /// Measure image-to-text: the share of captions that contain the `name_zh` of the image's JSON
 #[derive(clap::Args)]
 #[command(after_help = "Case and spaces are ignored. Intervals are 95 % Wilson intervals.")]
-struct CaptionArgs {
+struct NamingArgs {
     #[command(flatten)]
     common: Common,
-    /// Use beam search of width B [default: greedy decoding]
-    #[arg(long, value_name = "B", value_parser = clap::value_parser!(u32).range(1..=64))]
-    beam: Option<u32>,
-    /// Length penalty A of beam search, from 0 to 10: captions are ranked by ln p(caption) / tokens^A
-    #[arg(long, value_name = "A", default_value_t = 1.0, value_parser = length_penalty, requires = "beam",
-        allow_negative_numbers = true)]
-    length_penalty: f64,
+    #[command(flatten)]
+    captioning: CaptioningOptions,
 }
 
 #[derive(clap::Args)]
@@ -86,7 +79,9 @@ struct Common {
 pub fn run(args: Args, json: bool) -> Result<()> {
     match args.command {
         Command::Retrieval(args) => run_retrieval(&args, json),
-        Command::Caption(args) => run_caption(&args, json),
+        Command::Fid(args) => super::eval_fid::run(&args, json),
+        Command::Caption(args) => super::eval_caption::run(&args, json),
+        Command::Naming(args) => run_naming(&args, json),
         Command::Recon(args) => super::eval_recon::run(&args, json),
         Command::Matcher(args) => super::eval_matcher::run(&args, json),
         Command::Ablation(args) => super::eval_ablation::run(&args, json),
@@ -124,17 +119,14 @@ fn run_retrieval(args: &RetrievalArgs, json: bool) -> Result<()> {
     Ok(())
 }
 
-fn run_caption(args: &CaptionArgs, json: bool) -> Result<()> {
-    let common = &args.common;
-    let (_, models) = common.model.load()?;
-    let decoding = match args.beam {
-        Some(width) => Decoding::Beam { width: width as usize, length_penalty: args.length_penalty },
-        None => Decoding::Sample { sampling: Sampling::GREEDY, seed: 0 },
-    };
-    let accuracy = eval::caption::run(&models, &common.data, common.samples, &decoding, common.seed)?;
+fn run_naming(args: &NamingArgs, json: bool) -> Result<()> {
+    let Common { data, samples, seed, model } = &args.common;
+    let (_, models) = model.load()?;
+    let settings = Settings { data, samples: *samples, seed: *seed, decoding: args.captioning.decoding() };
+    let accuracy = naming::run(&models, &settings)?;
     if json {
-        report::json(&json!({ "data": common.data, "accuracy": accuracy, "beam": args.beam,
-            "length_penalty": args.beam.map(|_| args.length_penalty), "seed": common.seed }));
+        report::json(&json!({ "data": data, "accuracy": accuracy, "beam": args.captioning.beam,
+            "length_penalty": args.captioning.length_penalty(), "seed": seed }));
     } else {
         report::result(format_args!("the caption contains the name  {accuracy}"));
     }

@@ -6,7 +6,7 @@ use crate::{
     error::Result,
     eval::{
         ablation::{self, Codes, Distances, Features, Settings},
-        inception::Inception,
+        fid::{Inception, Weights},
     },
     generate::{Matching, Reconstructor},
     report, runtime,
@@ -57,7 +57,7 @@ pub struct Args {
 pub fn run(args: &Args, json: bool) -> Result<()> {
     let (features, name) = match &args.inception {
         Some(folder) => {
-            let network = Inception::open(folder, &runtime::device()?)?;
+            let network = Inception::open(folder, Weights::TensorFlow, &runtime::device()?)?;
             (Features::Inception(Box::new(network)), "Inception (FID)".to_owned())
         }
         None => {

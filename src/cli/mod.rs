@@ -2,6 +2,7 @@
 
 mod bench;
 mod caption;
+mod captioning;
 mod completions;
 mod config;
 mod config_files;
@@ -17,6 +18,8 @@ mod data_vocab;
 mod doctor;
 mod eval;
 mod eval_ablation;
+mod eval_caption;
+mod eval_fid;
 mod eval_matcher;
 mod eval_recon;
 mod eval_vqa;

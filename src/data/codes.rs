@@ -1,7 +1,10 @@
 //! Image codes in shards: `KEY.npy` (`u16`, grid height × grid width) next to `KEY.txt` and `KEY.json`. A `codes.json`
 //! in the folder identifies the tokenizer.
 
-use super::bad::{Bad, Cause};
+use super::{
+    bad::{Bad, Cause},
+    numpy,
+};
 use crate::{
     bounded_read,
     error::{Hint, Result, ensure, failed},
@@ -48,8 +51,8 @@ impl CodesInfo {
     }
 
     /// Parses the codes of a `.npy` member, in raster order.
-    pub(super) fn parse(&self, npy: &[u8]) -> Result<Vec<u16>, Bad> {
-        let (shape, codes) = parse_npy(npy).ok_or_else(|| Bad::new(Cause::BadCodes, "no npy array of u16"))?;
+    pub(super) fn parse(&self, file: &[u8]) -> Result<Vec<u16>, Bad> {
+        let (shape, codes) = parse_npy(file).ok_or_else(|| Bad::new(Cause::BadCodes, "no npy array of u16"))?;
         if shape != self.grid {
             let [h, w] = self.grid;
             return Err(Bad::new(Cause::BadCodes, format_args!("a grid of {shape:?}, not {h}x{w}")));
@@ -61,30 +64,17 @@ impl CodesInfo {
     }
 }
 
-/// Writes codes `(height, width)` as a version 1.0 `.npy` file.
+/// Writes codes `(height, width)` as a `.npy` file.
 pub fn npy(grid: [usize; 2], codes: &[u16]) -> Vec<u8> {
-    let [h, w] = grid;
-    let mut header = format!("{{'descr': '<u2', 'fortran_order': False, 'shape': ({h}, {w}), }}");
-    // The .npy format pads magic, length and header with a final newline to a multiple of 64 bytes.
-    let padded = (10 + header.len() + 1).next_multiple_of(64) - 10;
-    header.push_str(&" ".repeat(padded - header.len() - 1));
-    header.push('\n');
-    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
-    bytes.extend_from_slice(&(padded as u16).to_le_bytes());
-    bytes.extend_from_slice(header.as_bytes());
+    let mut bytes = numpy::header("<u2", &grid);
     bytes.extend(codes.iter().flat_map(|code| code.to_le_bytes()));
     bytes
 }
 
 fn parse_npy(bytes: &[u8]) -> Option<([usize; 2], Vec<u16>)> {
-    let rest = bytes.strip_prefix(b"\x93NUMPY\x01\x00")?;
-    let (length, rest) = rest.split_first_chunk::<2>()?;
-    let (header, data) = rest.split_at_checked(u16::from_le_bytes(*length).into())?;
-    let header: String = std::str::from_utf8(header).ok()?.split_whitespace().collect();
-    let shape = header.split_once("'shape':(")?.1.split_once(')')?.0;
-    let (h, w) = shape.trim_end_matches(',').split_once(',')?;
-    let (h, w) = (h.parse::<usize>().ok()?, w.parse::<usize>().ok()?);
-    let right = header.contains("'descr':'<u2'") && header.contains("'fortran_order':False");
+    let numpy::Array { descr, fortran_order, shape, data } = numpy::parse(bytes)?;
+    let [h, w] = shape[..] else { return None };
+    let right = descr == "<u2" && !fortran_order;
     let fits = right && data.len().checked_div(2)? == h.checked_mul(w)? && data.len() % 2 == 0;
     let codes = data.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
     fits.then(|| ([h, w], codes.collect()))

@@ -23,6 +23,8 @@ use std::{
 
 /// Number of shards without a stored index from which a folder gets one.
 const INDEX_FROM: usize = 100;
+/// Estimated size of an image of unknown size in memory, in bytes: one megapixel.
+const WHOLE_IMAGE: usize = 3 << 20;
 
 /// All sources of a configuration.
 #[derive(Debug)]
@@ -120,6 +122,7 @@ impl Dataset {
             | Kind::Resized(size)
             | Kind::ResizedImages(size)
             | Kind::CodesAndImages(size) => 3 * (size as usize).pow(2),
+            Kind::WholeImages => WHOLE_IMAGE,
             Kind::Codes | Kind::Captions => 0,
         };
         let codes = self.codes.as_ref().map_or(0, |info| 2 * info.grid[0] * info.grid[1]);

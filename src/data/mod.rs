@@ -5,7 +5,6 @@
 //! [`BadCounts`].
 
 mod bad;
-mod bicubic;
 mod blocks;
 pub mod build;
 mod clean;
@@ -32,12 +31,14 @@ pub mod inspect;
 mod keys;
 mod loader;
 mod members;
+pub mod numpy;
 mod order;
 pub mod output;
 pub mod paths;
 mod questions;
 mod record;
 pub mod remote;
+mod resample;
 mod sampler;
 mod shard;
 mod source_file;
@@ -49,7 +50,6 @@ mod tests;
 pub mod translate;
 
 pub use bad::{Bad, BadCounts, Cause, printable};
-pub use bicubic::resize_bicubic;
 pub use codes::{CODES_FILE, CodesInfo, are_codes, npy};
 pub use dataset::{Dataset, Source};
 pub use embed::{Embedder, Report as EmbeddingReport};
@@ -61,5 +61,6 @@ pub use order::Draw;
 pub use paths::is_there;
 pub use questions::{Question, questions};
 pub use record::{IMAGE_EXTENSIONS, Kind, Record};
+pub use resample::{Filter, resize, resize_bicubic, resize_unrounded};
 pub use sampler::Sampler;
 pub use shard::Shard;

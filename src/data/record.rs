@@ -2,12 +2,12 @@
 
 use super::{
     bad::{Bad, Cause},
-    bicubic::resize_bicubic,
     clean::clean,
     codes::CodesInfo,
     image::{decode, decode_square},
     members::Members,
     questions::questions,
+    resample::resize_bicubic,
 };
 use image::RgbImage;
 use serde_json::Value;
@@ -31,6 +31,8 @@ pub enum Kind {
     Resized(u32),
     /// The same; a caption is optional.
     ResizedImages(u32),
+    /// An image of any size; a caption is optional.
+    WholeImages,
     /// Image codes and a caption.
     Codes,
     /// Image codes, their image, cropped and resized to this side, and a caption.
@@ -51,7 +53,9 @@ pub(super) fn wants(kind: Option<Kind>, extension: &str) -> bool {
     let image = || IMAGE_EXTENSIONS.contains(&extension);
     matches!(extension, "txt" | "json")
         || match kind {
-            Some(Kind::Images(_) | Kind::Pairs(_) | Kind::Resized(_) | Kind::ResizedImages(_)) => image(),
+            Some(Kind::Images(_) | Kind::Pairs(_) | Kind::Resized(_) | Kind::ResizedImages(_) | Kind::WholeImages) => {
+                image()
+            }
             Some(Kind::Codes) => extension == "npy",
             Some(Kind::Captions) => false,
             Some(Kind::CodesAndImages(_)) | None => image() || extension == "npy",
@@ -65,7 +69,7 @@ pub struct Record {
     pub key: String,
     /// Index of its source in the configuration.
     pub source: usize,
-    /// Square image, for the kinds with an image.
+    /// The image, for the kinds with an image.
     pub image: Option<RgbImage>,
     /// Codes in raster order, for the kinds with codes.
     pub codes: Option<Vec<u16>>,
@@ -89,7 +93,7 @@ impl Record {
         caption_keys: &[String],
     ) -> Result<Self, Bad> {
         let Texts { meta, captions, ignored } = texts(members, caption_keys)?;
-        let images_alone = matches!(kind, Kind::Images(_) | Kind::ResizedImages(_));
+        let images_alone = matches!(kind, Kind::Images(_) | Kind::ResizedImages(_) | Kind::WholeImages);
         // A generator learns from questions too.
         let optional = || images_alone || kind.has_codes() && !questions(&meta).is_empty();
         if captions.is_empty() && !optional() {
@@ -107,6 +111,7 @@ impl Record {
             Kind::Resized(size) | Kind::ResizedImages(size) => {
                 record.image = Some(resize_bicubic(&decode(image_member(members)?)?, size, size));
             }
+            Kind::WholeImages => record.image = Some(decode(image_member(members)?)?),
             Kind::Codes | Kind::Captions => {}
         }
         record.caption = captions.first().cloned().unwrap_or_default();

@@ -3,7 +3,11 @@
 //!
 //! Features are written chunk by chunk, so that an interrupted measurement goes on where it was.
 
-use super::{choose, frechet::Gaussian, inception::Inception, open, tell_bad};
+use super::{
+    choose,
+    fid::{Gaussian, Inception, Moments},
+    open, tell_bad,
+};
 use crate::{
     bundle::Bundle,
     data::{
@@ -19,7 +23,7 @@ use crate::{
     random::Random,
     report, runtime,
 };
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use image::RgbImage;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -299,7 +303,9 @@ fn distances(tables: &[Table], draw: Option<(u64, u64)>) -> Result<Vec<Vec<f64>>
         };
         let gaussian = |name: &str| -> Result<Gaussian> {
             let all = of(name)?;
-            Gaussian::of(&chosen.iter().filter_map(|&i| all.get(i).cloned()).collect::<Vec<_>>())
+            let dim = all.first().map_or(0, Vec::len);
+            let values: Vec<f32> = chosen.iter().filter_map(|&i| all.get(i)).flatten().copied().collect();
+            Moments::of(&Tensor::from_vec(values, (chosen.len(), dim), &Device::Cpu)?)?.gaussian()
         };
         let real = gaussian(REAL)?;
         rows().map(|row| gaussian(&row.name())?.distance(&real)).collect::<Result<Vec<f64>>>()

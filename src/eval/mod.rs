@@ -1,11 +1,12 @@
-//! Evaluation of a model: retrieval accuracy of generated images, accuracy of captions, and reconstruction quality of
-//! image tokenizers.
+//! Evaluation of a model: retrieval accuracy and FID of generated images, metrics of captions, and reconstruction quality
+//! of image tokenizers.
 
 pub mod ablation;
-pub mod caption;
-mod frechet;
-pub mod inception;
+pub mod caption_metrics;
+pub mod captioning;
+pub mod fid;
 pub mod matcher;
+pub mod naming;
 pub mod reconstruction;
 pub mod retrieval;
 pub mod similarity;

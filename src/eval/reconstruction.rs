@@ -2,8 +2,7 @@
 
 use super::{
     choose,
-    frechet::Gaussian,
-    inception::Inception,
+    fid::{Inception, Moments},
     open,
     similarity::{psnr, ssim},
     tell_bad,
@@ -17,7 +16,7 @@ use crate::{
     report,
     tokenizer::{ImageTokenizer, perceptual::Perceptual},
 };
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use image::{RgbImage, imageops};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -118,7 +117,12 @@ impl Pair {
 
     fn distance(&self) -> Result<Option<f64>> {
         let [pictures, reconstructed] = &self.0;
-        (pictures.len() > 1).then(|| Gaussian::of(pictures)?.distance(&Gaussian::of(reconstructed)?)).transpose()
+        let gaussian = |rows: &[Vec<f32>]| {
+            let values: Vec<f32> = rows.concat();
+            let dim = values.len() / rows.len().max(1);
+            Moments::of(&Tensor::from_vec(values, (rows.len(), dim), &Device::Cpu)?)?.gaussian()
+        };
+        (pictures.len() > 1).then(|| gaussian(pictures)?.distance(&gaussian(reconstructed)?)).transpose()
     }
 }
 

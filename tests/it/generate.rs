@@ -336,13 +336,118 @@ fn evaluation() {
     let (output, _, stderr) = retrieval(&["--candidates", "15", "--pool", "pool"]);
     assert!(output.status.success(), "{stderr}");
 
-    let (output, stdout, _) = run(at, &["eval", "caption", "--data", "pairs", "--samples", "0", "--json"]);
+    let (output, stdout, _) = run(at, &["eval", "naming", "--data", "pairs", "--samples", "0", "--json"]);
     let accuracy = &lines(&stdout)[0]["accuracy"];
     assert!(output.status.success() && accuracy["of"] == 18, "{stdout}");
-    let (_, stdout, _) = run(at, &["eval", "caption", "--data", "pairs", "--beam", "2"]);
+    let (_, stdout, _) = run(at, &["eval", "naming", "--data", "pairs", "--beam", "2"]);
     assert!(stdout.contains(" of 18, 95 % interval "), "{stdout}");
     for source in ["nowhere", "model"] {
-        let (output, _, stderr) = run(at, &["eval", "caption", "--data", source]);
-        assert!(matches!(output.status.code(), Some(1 | 2)) && stderr.contains("hint: "), "{stderr}");
+        for command in ["naming", "caption"] {
+            let (output, _, stderr) = run(at, &["eval", command, "--data", source]);
+            assert!(matches!(output.status.code(), Some(1 | 2)) && stderr.contains("hint: "), "{stderr}");
+        }
+    }
+}
+
+#[test]
+fn captions_are_scored() {
+    let folder = folder();
+    let at = folder.path();
+    pairs(&at.join("pairs"), 12);
+    let (output, stdout, stderr) = run(at, &["eval", "caption", "--data", "pairs", "--samples", "0", "--json"]);
+    assert!(output.status.success() && stderr.contains("bad-image"), "{stderr}");
+    let scores = &lines(&stdout)[0];
+    assert_eq!((&scores["images"], &scores["reference_count"]), (&10.into(), &10.into()), "{stdout}");
+    assert_eq!(scores["per_image"].as_array().unwrap().len(), 10);
+    let first = &scores["per_image"][0];
+    let (_, alone, _) = run(at, &["caption", &format!("pairs/{}.png", first["image_id"].as_str().unwrap())]);
+    assert_eq!(first["caption"], alone.trim_end());
+
+    fs::write(
+        at.join("r.json"),
+        r#"{"annotations": [{"image_id": 1, "caption": "一弯月"}, {"image_id": 2, "caption": "星"}]}"#,
+    )
+    .unwrap();
+    fs::write(at.join("c.json"), r#"[{"image_id": 2, "caption": "星。"}, {"image_id": 1, "caption": "一 弯 月"}]"#)
+        .unwrap();
+    let files = ["eval", "caption", "--references", "r.json", "--results", "c.json"];
+    let (output, stdout, stderr) = run(at, &[&files[..], &["--drop-punctuation"]].concat());
+    assert!(output.status.success() && stderr.is_empty(), "{stderr}");
+    assert!(stdout.contains("METEOR ") && stdout.contains("1.0000") && stdout.contains("CIDEr-D"), "{stdout}");
+    let (_, stdout, _) = run(at, &[&files[..], &["--json"]].concat());
+    let scores = &lines(&stdout)[0];
+    assert_eq!((&scores["per_image"][0]["image_id"], &scores["per_image"][0]["METEOR"]), (&1.into(), &1.0.into()));
+    assert!(scores["metrics"]["ROUGE_L"].as_f64().unwrap() < 1.0);
+    for (args, code, what) in [
+        (&["--references", "r.json"][..], 2, "--results"),
+        (&[][..], 2, "--references"),
+        (&["--data", "pairs", "--results", "c.json"][..], 2, "cannot be used with"),
+        (&["--references", "r.json", "--results", "c.json", "--beam", "0"][..], 2, "from 1 to 64"),
+        (&["--references", "c.json", "--results", "c.json"][..], 1, "c.json"),
+        (&["--references", "r.json", "--results", "none.json"][..], 1, "none.json"),
+        (&["--references", "r.json", "--results", "c.json", "--meteor-jar", "none.jar"][..], 1, "none.jar"),
+    ] {
+        let (output, _, stderr) = run(at, &[&["eval", "caption"][..], args].concat());
+        assert!(
+            output.status.code() == Some(code) && stderr.contains(what) && stderr.contains("hint: "),
+            "{args:?}: {stderr}"
+        );
+    }
+}
+
+/// The dialogue with METEOR's jar, by a script in place of Java.
+#[cfg(unix)]
+#[test]
+fn the_original_meteor_is_asked() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    fs::write(
+        at.join("r.json"),
+        r#"{"annotations": [{"image_id": 1, "caption": "月 a"}, {"image_id": 2, "caption": "星"}]}"#,
+    )
+    .unwrap();
+    fs::write(at.join("c.json"), r#"[{"image_id": 1, "caption": "月"}, {"image_id": 2, "caption": "红星"}]"#).unwrap();
+    fs::write(at.join("meteor.jar"), "").unwrap();
+    let script = r#"#!/bin/sh
+[ "$4" = meteor.jar ] || exit 1
+while read -r line; do
+    case $line in
+    'SCORE ||| 月 a ||| 月') echo one ;;
+    'SCORE ||| 星 ||| 红 星') echo two ;;
+    'EVAL ||| one ||| two') printf '0.25\n0.5\n0.375\n' ;;
+    *) exit 1 ;;
+    esac
+done
+"#;
+    let java = at.join("java");
+    let ask = |script: &str| {
+        fs::write(&java, script).unwrap();
+        fs::set_permissions(&java, fs::Permissions::from_mode(0o755)).unwrap();
+        let path = format!("{}:{}", at.display(), std::env::var("PATH").unwrap());
+        let args = [
+            "eval",
+            "caption",
+            "--references",
+            "r.json",
+            "--results",
+            "c.json",
+            "--meteor-jar",
+            "meteor.jar",
+            "--json",
+        ];
+        let output = vilg(&args).current_dir(at).env("PATH", path).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, stdout, stderr) = ask(script);
+    assert_eq!(code, Some(0), "{stderr}");
+    let scores = &lines(&stdout)[0];
+    assert_eq!((&scores["metrics"]["METEOR_jar"], &scores["per_image"][1]["METEOR_jar"]), (&0.375.into(), &0.5.into()));
+    for script in ["#!/bin/sh\nexit 1\n", "#!/bin/sh\nwhile read -r line; do echo x; done\n"] {
+        let (code, _, stderr) = ask(script);
+        assert!(
+            code == Some(1) && stderr.contains("METEOR in meteor.jar failed") && stderr.contains("hint: "),
+            "{stderr}"
+        );
     }
 }

@@ -7,6 +7,7 @@ mod docs;
 mod end_to_end;
 mod end_to_end_parity;
 mod faults;
+mod fid;
 mod file_systems;
 mod filter;
 mod fuzz;

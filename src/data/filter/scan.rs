@@ -11,10 +11,10 @@ use super::{
 use crate::{
     data::{
         bad::Bad,
-        bicubic::resize_bicubic,
         embeddings::{PairEmbedder, StoredEmbeddings},
         image,
         record::{Kind, image_member},
+        resample::resize_bicubic,
         shard::Shard,
         table::{Row, Table},
     },

@@ -184,7 +184,8 @@ fn check_record(record: &Record, kind: Kind, info: &CodesInfo) {
         let long = caption.chars().count() > 4096;
         assert!(!caption.is_empty() && !long && !caption.contains(char::is_control), "{caption:?}");
     }
-    assert!(matches!(kind, Kind::Images(_) | Kind::ResizedImages(_)) || record.captions.contains(&record.caption));
+    let without = matches!(kind, Kind::Images(_) | Kind::ResizedImages(_) | Kind::WholeImages);
+    assert!(without || record.captions.contains(&record.caption));
     match kind {
         Kind::Images(size) | Kind::Pairs(size) | Kind::Resized(size) | Kind::ResizedImages(size) => {
             assert_eq!(record.image.as_ref().unwrap().dimensions(), (size, size));
@@ -194,6 +195,7 @@ fn check_record(record: &Record, kind: Kind, info: &CodesInfo) {
             assert_eq!(record.image.as_ref().unwrap().dimensions(), (size, size));
             check_codes(record, info);
         }
+        Kind::WholeImages => assert!(!record.image.as_ref().unwrap().is_empty()),
         Kind::Captions => {}
     }
 }

@@ -1,47 +1,39 @@
-//! InceptionV3 as in pytorch-fid, whose features define the FID (arXiv 1706.08500). Tensor names are torchvision's;
-//! pooling is TensorFlow's: averages exclude padding, and the last block uses max pooling.
+//! InceptionV3, whose features define the FID (arXiv 1706.08500), with the weights of TensorFlow's network or of torchvision's.
+//! Tensor names are torchvision's in both. The networks differ in their pooling: TensorFlow's averages exclude padding, and its
+//! last block uses max pooling.
 
+use super::architecture::{
+    Piece::{self, Average, Down, Fork, Largest, Square, Strip},
+    Weights, mixed,
+};
 use crate::{
-    error::{Hint, Result},
+    error::{Hint, Result, ensure, failed},
     nn::{
         params::{Init, Scope},
         weights,
     },
     ops::{self, Padding},
 };
-use Piece::{Average, Down, Fork, Largest, Square, Strip};
 use candle_core::{D, DType, Device, Tensor};
 use rayon::prelude::*;
-use std::path::Path;
+use std::{collections::HashMap, path::Path};
 
 /// Name of the weights file in the folder of an imported network.
-pub const FILE: &str = "inception.safetensors";
+pub const INCEPTION_FILE: &str = "inception.safetensors";
 
-/// Side length to which images are resized, in pixels.
-const SIDE: usize = 299;
+/// Side length of the network's images in pixels.
+pub const SIDE: usize = 299;
+/// Number of features of an image.
+const FEATURES: usize = 2048;
+/// Number of classes of ImageNet; TensorFlow's network has 1008.
+const IMAGENET_CLASSES: usize = 1000;
 const NORM_EPS: f64 = 1e-3;
-
-/// One layer of a branch. Convolutions have their name in the block and their number of output channels.
-#[derive(Clone, Copy)]
-enum Piece {
-    /// A square kernel with this side.
-    Square(&'static str, usize, usize),
-    /// A rectangular kernel with this height and width.
-    Strip(&'static str, usize, [usize; 2]),
-    /// A 3 × 3 convolution with stride 2.
-    Down(&'static str, usize),
-    /// A 1 × 3 and a 3 × 1 convolution in parallel, concatenated, with this many channels each.
-    Fork([&'static str; 2], usize),
-    /// 3 × 3 average pooling.
-    Average,
-    /// 3 × 3 max pooling with this stride.
-    Largest(usize),
-}
 
 enum Step {
     Conv(Conv),
     Fork([Conv; 2]),
-    Average,
+    /// Whether padding counts.
+    Average(bool),
     Largest(usize),
 }
 
@@ -53,31 +45,46 @@ struct Conv {
     padding: Padding,
 }
 
-/// The network up to its pooled features.
+/// The network up to its pooled features, and its classifier.
 pub struct Inception {
     /// Blocks of parallel branches whose outputs are concatenated.
     blocks: Vec<Vec<Vec<Step>>>,
+    /// `(classes, 2048)`; folders of earlier versions lack it.
+    classifier: Option<Tensor>,
+    weights: Weights,
 }
 
 impl Inception {
     /// Opens the network in a folder written by `vilg import inception`.
     ///
     /// # Errors
-    /// The folder has no network, or the file is damaged.
-    pub fn open(folder: &Path, device: &Device) -> Result<Self> {
-        let file = folder.join(FILE);
+    /// The folder has no network or one with other weights than `wanted`, or the file is damaged.
+    pub fn open(folder: &Path, wanted: Weights, device: &Device) -> Result<Self> {
+        let file = folder.join(INCEPTION_FILE);
         let hint = "`vilg import inception SRC DIR` writes such a folder";
         let bytes = weights::map(&file).hint(format!("there is no Inception network in {}", folder.display()), hint)?;
         let tensors = weights::parse(&bytes, &file.display().to_string())?;
+        let found = Self::from_tensors(tensors, device).hint(format!("{} is damaged", file.display()), hint)?;
+        let message = format!("{} is {}, not {wanted}", folder.display(), found.weights);
+        ensure!(found.weights == wanted, failed(message, "import the other weights, or choose another --protocol"));
+        Ok(found)
+    }
+
+    /// The network with these tensors and no others. The number of classes tells whose weights they are.
+    ///
+    /// # Errors
+    /// A tensor is missing, unknown or misshapen.
+    pub fn from_tensors(tensors: HashMap<String, Tensor>, device: &Device) -> Result<Self> {
+        let classes = tensors.get("fc.weight").map(|weight| weight.dim(0)).transpose()?;
+        let weights = if classes == Some(IMAGENET_CLASSES) { Weights::Torchvision } else { Weights::TensorFlow };
         let scope = Scope::from_tensors(tensors, DType::F32, device);
-        Self::new(&scope).hint(format!("{} is not pytorch-fid's InceptionV3", file.display()), hint)
+        let network = Self::new(&scope, weights, classes)?;
+        scope.finish()?;
+        Ok(network)
     }
 
     /// The network with the parameters of `scope`.
-    ///
-    /// # Errors
-    /// A tensor is missing or has another shape.
-    pub fn new(scope: &Scope) -> Result<Self> {
+    fn new(scope: &Scope, weights: Weights, classes: Option<usize>) -> Result<Self> {
         let mut channels = 3;
         let mut blocks = Vec::new();
         for (name, outputs, side, stride, pad) in [
@@ -99,103 +106,49 @@ impl Inception {
             };
             blocks.push(vec![vec![step]]);
         }
-        for (name, branches) in mixed() {
+        for (name, branches) in mixed(weights) {
             let scope = scope.at(format_args!("Mixed_{name}"));
             let (mut built, mut outputs) = (Vec::new(), 0);
             for branch in branches {
-                let (steps, out) = build(&scope, channels, &branch)?;
+                let (steps, out) = build(&scope, channels, &branch, weights)?;
                 built.push(steps);
                 outputs += out;
             }
             blocks.push(built);
             channels = outputs;
         }
-        Ok(Self { blocks })
+        let classifier = classes.map(|classes| scope.at("fc").get("weight", (classes, FEATURES), Init::Zeros));
+        Ok(Self { blocks, classifier: classifier.transpose()?.map(|weight| weight.detach()), weights })
     }
 
-    /// Pixels `(batch, height, width, 3)` in \[-1, 1\] → features `(batch, 2048)`.
+    /// Pixels `(batch, height, width, 3)` in \[-1, 1\] → features `(batch, 2048)`, after pytorch-fid's resizing.
     pub fn features(&self, pixels: &Tensor) -> Result<Tensor> {
-        let mut x = resize(pixels)?;
+        self.forward(&resize(pixels)?)
+    }
+
+    /// Pixels `(batch, 299, 299, 3)` → features `(batch, 2048)`.
+    pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
+        let mut x = pixels.clone();
         for branches in &self.blocks {
             let outputs = branches.iter().map(|steps| steps.iter().try_fold(x.clone(), |x, step| step.forward(&x)));
             x = Tensor::cat(&outputs.collect::<Result<Vec<_>>>()?, D::Minus1)?;
         }
         Ok(x.flatten(1, 2)?.mean(1)?)
     }
-}
 
-/// The blocks after the first convolutions.
-fn mixed() -> Vec<(&'static str, Vec<Vec<Piece>>)> {
-    let a = |pool| {
-        vec![
-            vec![Square("branch1x1", 64, 1)],
-            vec![Square("branch5x5_1", 48, 1), Square("branch5x5_2", 64, 5)],
-            vec![Square("branch3x3dbl_1", 64, 1), Square("branch3x3dbl_2", 96, 3), Square("branch3x3dbl_3", 96, 3)],
-            vec![Average, Square("branch_pool", pool, 1)],
-        ]
-    };
-    let b = vec![
-        vec![Down("branch3x3", 384)],
-        vec![Square("branch3x3dbl_1", 64, 1), Square("branch3x3dbl_2", 96, 3), Down("branch3x3dbl_3", 96)],
-        vec![Largest(2)],
-    ];
-    let c = |inner| {
-        vec![
-            vec![Square("branch1x1", 192, 1)],
-            vec![
-                Square("branch7x7_1", inner, 1),
-                Strip("branch7x7_2", inner, [1, 7]),
-                Strip("branch7x7_3", 192, [7, 1]),
-            ],
-            vec![
-                Square("branch7x7dbl_1", inner, 1),
-                Strip("branch7x7dbl_2", inner, [7, 1]),
-                Strip("branch7x7dbl_3", inner, [1, 7]),
-                Strip("branch7x7dbl_4", inner, [7, 1]),
-                Strip("branch7x7dbl_5", 192, [1, 7]),
-            ],
-            vec![Average, Square("branch_pool", 192, 1)],
-        ]
-    };
-    let d = vec![
-        vec![Square("branch3x3_1", 192, 1), Down("branch3x3_2", 320)],
-        vec![
-            Square("branch7x7x3_1", 192, 1),
-            Strip("branch7x7x3_2", 192, [1, 7]),
-            Strip("branch7x7x3_3", 192, [7, 1]),
-            Down("branch7x7x3_4", 192),
-        ],
-        vec![Largest(2)],
-    ];
-    let e = |pool| {
-        vec![
-            vec![Square("branch1x1", 320, 1)],
-            vec![Square("branch3x3_1", 384, 1), Fork(["branch3x3_2a", "branch3x3_2b"], 384)],
-            vec![
-                Square("branch3x3dbl_1", 448, 1),
-                Square("branch3x3dbl_2", 384, 3),
-                Fork(["branch3x3dbl_3a", "branch3x3dbl_3b"], 384),
-            ],
-            vec![pool, Square("branch_pool", 192, 1)],
-        ]
-    };
-    vec![
-        ("5b", a(32)),
-        ("5c", a(64)),
-        ("5d", a(64)),
-        ("6a", b),
-        ("6b", c(128)),
-        ("6c", c(160)),
-        ("6d", c(160)),
-        ("6e", c(192)),
-        ("7a", d),
-        ("7b", e(Average)),
-        ("7c", e(Largest(1))),
-    ]
+    /// Features `(batch, 2048)` → logits `(batch, classes)` without bias, as the Inception Score takes them.
+    ///
+    /// # Errors
+    /// The folder has no classifier.
+    pub fn logits(&self, features: &Tensor) -> Result<Tensor> {
+        let hint = "import the network again: folders of earlier versions lack the classifier";
+        let classifier = self.classifier.as_ref().hint("the Inception network has no classifier", hint)?;
+        Ok(features.matmul(&classifier.t()?)?)
+    }
 }
 
 /// Builds a branch; returns its steps and its number of output channels.
-fn build(scope: &Scope, mut channels: usize, branch: &[Piece]) -> Result<(Vec<Step>, usize)> {
+fn build(scope: &Scope, mut channels: usize, branch: &[Piece], weights: Weights) -> Result<(Vec<Step>, usize)> {
     let mut steps = Vec::new();
     for piece in branch {
         let same = |name, outputs, kernel: [usize; 2]| {
@@ -208,7 +161,7 @@ fn build(scope: &Scope, mut channels: usize, branch: &[Piece]) -> Result<(Vec<St
                 (Step::Conv(Conv::new(&scope.at(name), [channels, outputs], [3; 2], 2, [0; 2])?), outputs)
             }
             Fork([a, b], outputs) => (Step::Fork([same(a, outputs, [1, 3])?, same(b, outputs, [3, 1])?]), 2 * outputs),
-            Average => (Step::Average, channels),
+            Average => (Step::Average(weights == Weights::Torchvision), channels),
             Largest(stride) => (Step::Largest(stride), channels),
         };
         steps.push(step);
@@ -241,20 +194,16 @@ impl Step {
         match self {
             Self::Conv(conv) => conv.forward(x),
             Self::Fork([a, b]) => Ok(Tensor::cat(&[a.forward(x)?, b.forward(x)?], D::Minus1)?),
-            Self::Average => pool(x, 1, |values| values.sum::<f32>(), true),
-            Self::Largest(stride) => pool(x, *stride, |values| values.fold(f32::MIN, f32::max), false),
+            Self::Average(true) => pool(x, 1, |values, _| values.sum::<f32>() / 9.0),
+            Self::Average(false) => pool(x, 1, |values, count| values.sum::<f32>() / count as f32),
+            Self::Largest(stride) => pool(x, *stride, |values, _| values.fold(f32::MIN, f32::max)),
         }
     }
 }
 
-/// 3 × 3 pooling of each channel, without padding values: with stride 1 around every pixel, else only at full windows.
-/// `mean` selects average pooling.
-fn pool(
-    x: &Tensor,
-    stride: usize,
-    f: impl Fn(&mut dyn Iterator<Item = f32>) -> f32 + Sync,
-    mean: bool,
-) -> Result<Tensor> {
+/// 3 × 3 pooling of each channel: with stride 1 around every pixel, else only at full windows. `f` reduces the values of a
+/// window inside the image, given their number.
+fn pool(x: &Tensor, stride: usize, f: impl Fn(&mut dyn Iterator<Item = f32>, usize) -> f32 + Sync) -> Result<Tensor> {
     let (batch, height, width, channels) = x.dims4()?;
     let border = usize::from(stride == 1);
     let size = |side: usize| (side + 2 * border - 3) / stride + 1;
@@ -270,16 +219,15 @@ fn pool(
             for (channel, out) in out.iter_mut().enumerate() {
                 let at = |y: usize, x: usize| image[(y * width + x) * channels + channel];
                 let pixels = ys.clone().flat_map(|y| xs.clone().map(move |x| (y, x)));
-                let value = f(&mut pixels.map(|(y, x)| at(y, x)));
-                *out = if mean { value / (ys.len() * xs.len()) as f32 } else { value };
+                *out = f(&mut pixels.map(|(y, x)| at(y, x)), ys.len() * xs.len());
             }
         }
     });
     Ok(Tensor::from_vec(pooled, (batch, rows, columns, channels), x.device())?)
 }
 
-/// Bilinear interpolation to 299 × 299 with `align_corners = False`.
-fn resize(pixels: &Tensor) -> Result<Tensor> {
+/// Bilinear interpolation of `(batch, height, width, 3)` to 299 × 299 with `align_corners = False`, without antialiasing.
+pub fn resize(pixels: &Tensor) -> Result<Tensor> {
     let (batch, height, width, channels) = pixels.dims4()?;
     let values = pixels.flatten_all()?.to_vec1::<f32>()?;
     // The two input pixels around each output pixel, and the weight of the second.
@@ -313,14 +261,11 @@ mod tests {
     use super::*;
     use crate::nn::params::Param;
     use crate::ops::testing::{hashed, values};
-    use std::collections::HashMap;
 
-    /// Against pytorch-fid (scripts/golden_inception.py).
-    #[test]
-    fn features_are_pytorch_fid_s() -> Result<()> {
-        let golden = weights::parse(include_bytes!("../../tests/golden/inception.safetensors"), "golden")?;
+    /// The network with weights by the formula of scripts/golden_weights.py.
+    fn network(weights: Weights, classes: usize) -> Result<Inception> {
         let fresh = Scope::from_seed(0, DType::F32, &Device::Cpu);
-        Inception::new(&fresh)?;
+        Inception::new(&fresh, weights, Some(classes))?;
         let weight = |(name, var): (String, Param)| {
             let dims = var.dims();
             let tensor = match name.rsplit('.').next() {
@@ -333,16 +278,49 @@ mod tests {
             };
             Ok((name, tensor))
         };
-        let weights = fresh.params().into_iter().map(weight).collect::<Result<HashMap<_, _>>>()?;
-        let scope = Scope::from_tensors(weights, DType::F32, &Device::Cpu);
-        let network = Inception::new(&scope)?;
+        let tensors = fresh.params().into_iter().map(weight).collect::<Result<HashMap<_, _>>>()?;
+        Inception::from_tensors(tensors, &Device::Cpu)
+    }
+
+    /// Two images, and pytorch-fid's features of them (scripts/golden_inception.py).
+    fn golden() -> Result<(Tensor, Vec<f64>)> {
+        let golden = weights::parse(include_bytes!("../../../tests/golden/inception.safetensors"), "golden")?;
         let pixels = ((golden["x"].permute((0, 2, 3, 1))?.contiguous()? * 2.0)? - 1.0)?;
-        let (ours, theirs) = (values(&network.features(&pixels)?), values(&golden["features"]));
+        Ok((pixels, values(&golden["features"])))
+    }
+
+    fn close(ours: &[f64], theirs: &[f64]) {
         assert_eq!(ours.len(), theirs.len());
-        // The two images' features differ by 2e-3.
+        // The two images' features differ by 2e-3 and 4e-4.
         for (a, b) in ours.iter().zip(theirs) {
             assert!((a - b).abs() < 1e-5 + 1e-4 * b.abs(), "{a} instead of {b}");
         }
+    }
+
+    #[test]
+    fn features_are_pytorch_fid_s() -> Result<()> {
+        let (pixels, theirs) = golden()?;
+        let network = network(Weights::TensorFlow, 1008)?;
+        assert_eq!(network.weights, Weights::TensorFlow);
+        let features = network.features(&pixels)?;
+        close(&values(&features), &theirs);
+        assert_eq!(network.logits(&features)?.dims(), [2, 1008]);
+        Ok(())
+    }
+
+    /// Against torchvision (scripts/golden_fid.py), whose normalisation is that of the protocol `dm-gan`.
+    #[test]
+    fn features_are_torchvision_s() -> Result<()> {
+        let golden_fid = weights::parse(include_bytes!("../../../tests/golden/fid.safetensors"), "golden")?;
+        let network = network(Weights::Torchvision, IMAGENET_CLASSES)?;
+        assert_eq!(network.weights, Weights::Torchvision);
+        let unit = resize(&((golden()?.0 + 1.0)? / 2.0)?)?;
+        let [scale, shift] =
+            super::super::protocol::IMAGENET.map(|row| Tensor::new(&row.map(|x| x as f32), &Device::Cpu));
+        let pixels = unit.broadcast_mul(&scale?)?.broadcast_add(&shift?)?;
+        close(&values(&network.forward(&pixels)?), &values(&golden_fid["imagenet.features"]));
+        let corner = pixels.narrow(1, 0, 1)?.narrow(2, 0, 1)?;
+        close(&values(&corner), &values(&golden_fid["imagenet.transformed"]));
         Ok(())
     }
 }
