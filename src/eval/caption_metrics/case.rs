@@ -32,7 +32,7 @@ impl Scores {
 /// `drop_punctuation`. Letters keep their case.
 pub fn tokens(text: &str, drop_punctuation: bool) -> Vec<char> {
     let punctuation = |c: &char| c.general_category_group() == GeneralCategoryGroup::Punctuation;
-    text.chars().filter(|c| !c.is_whitespace() && !(drop_punctuation && punctuation(c))).collect()
+    text.chars().filter(|c| !(c.is_whitespace() || drop_punctuation && punctuation(c))).collect()
 }
 
 /// How often each n-gram of one to [`LONGEST`] tokens occurs, in a fixed order: sums of floats depend on it.
