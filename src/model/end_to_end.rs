@@ -4,9 +4,8 @@
 
 use super::{
     batch::Batch,
-    head::Head,
+    head::{AutogradHead, Head},
     manual::{Found, ManualHead},
-    segments::AutogradHead,
     sequence::Modality,
 };
 use crate::{

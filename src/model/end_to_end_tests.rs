@@ -23,7 +23,7 @@ const SHARE: f64 = 0.7;
 fn end_to_end(index: u64, hidden: HiddenState, architecture: Architecture) -> Case {
     let mut case = case(index);
     (case.grid, case.config.task, case.config.end_to_end.hidden) = ((4, 4), Task::EndToEnd, hidden);
-    case.config.end_to_end.map_width = if index % 2 == 0 { 0 } else { 6 };
+    case.config.end_to_end.map_width = if index.is_multiple_of(2) { 0 } else { 6 };
     case.config.image_tokenizer = ImageTokenizer {
         architecture,
         quantizer: if architecture == Architecture::Dvae { QuantizerKind::Gumbel } else { QuantizerKind::Nearest },
@@ -86,7 +86,8 @@ fn gradients_equal_finite_differences() -> Result<()> {
             let difference = (at(step)? - at(-step)?) / (2.0 * step);
             at(0.0)?;
             let expected = (gradient.to_dtype(DType::F64)? * &direction)?.sum_all()?.to_scalar::<f64>()?;
-            let bound = 2e-6 * expected.abs().max(1.0);
+            // The bias of the k-norm has no effect on attention: what remains is rounding, which the decoder amplifies.
+            let bound = if name.ends_with("k_norm.bias") { 1e-3 } else { 2e-6 * expected.abs().max(1.0) };
             assert!(
                 (difference - expected).abs() < bound,
                 "{architecture:?} {hidden:?} {name}: {difference} {expected}"

@@ -8,7 +8,9 @@ use crate::{
         linear::Linear,
         norm::LayerNorm,
         params::{Params, Scope},
+        segment::Autograd,
     },
+    ops,
 };
 use candle_core::Tensor;
 
@@ -48,5 +50,28 @@ impl Head {
     pub fn target_logits(&self, precision: Precision, x: &Tensor, batch: &Batch) -> Result<Tensor> {
         let target = x.narrow(1, batch.source_positions(), batch.target().0.predicted())?.contiguous()?;
         self.linear(batch.target().0.modality).forward_in(precision, &self.norm.forward(&target)?)
+    }
+}
+
+/// The head with autograd, computed in `precision`.
+pub(super) struct AutogradHead<'a> {
+    pub head: &'a Head,
+    pub precision: Precision,
+}
+
+impl Autograd<Batch> for AutogradHead<'_> {
+    fn name(&self) -> &str {
+        "head"
+    }
+
+    fn params(&self) -> &Params {
+        &self.head.params
+    }
+
+    /// (b, positions, hidden) → the loss, a scalar.
+    fn autograd(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+        let (targets, weights) = batch.outputs()?;
+        let logits = self.head.target_logits(self.precision, x, batch)?.flatten_to(1)?;
+        ops::cross_entropy(&logits, &targets, &weights)
     }
 }

@@ -3,7 +3,7 @@
 use super::{
     batch::Batch,
     end_to_end::{EndToEndHead, ManualEndToEndHead},
-    head::Head,
+    head::AutogradHead,
     layer::Layer,
     manual::{ManualEmbedding, ManualHead, ManualLayer},
     transformer::Generator,
@@ -15,7 +15,6 @@ use crate::{
         params::Params,
         segment::{Autograd, Segment},
     },
-    ops,
 };
 use candle_core::{DType, Tensor};
 
@@ -36,29 +35,6 @@ impl Autograd<Batch> for AutogradLayer<'_> {
 
     fn autograd(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
         self.layer.block.forward(self.precision, x, &self.layer.keys(batch)?)
-    }
-}
-
-/// The head with autograd, computed in `precision`.
-pub(super) struct AutogradHead<'a> {
-    pub head: &'a Head,
-    pub precision: Precision,
-}
-
-impl Autograd<Batch> for AutogradHead<'_> {
-    fn name(&self) -> &str {
-        "head"
-    }
-
-    fn params(&self) -> &Params {
-        &self.head.params
-    }
-
-    /// (b, positions, hidden) → the loss, a scalar.
-    fn autograd(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
-        let (targets, weights) = batch.outputs()?;
-        let logits = self.head.target_logits(self.precision, x, batch)?.flatten_to(1)?;
-        ops::cross_entropy(&logits, &targets, &weights)
     }
 }
 

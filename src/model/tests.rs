@@ -1,9 +1,6 @@
 //! Dense attention equals block attention, forward and backward; gradients equal finite differences.
 
-use super::{
-    segments::{AutogradHead, AutogradLayer},
-    *,
-};
+use super::{head::AutogradHead, segments::AutogradLayer, *};
 use crate::{
     config::{AttentionKind, Config, ConvBorder, Precision, RowExtent},
     error::Result,

@@ -32,12 +32,15 @@ fn bits(tensor: &Tensor) -> Vec<u32> {
     tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
 }
 
-fn all_bits(gradients: &Gradients) -> Vec<(String, Vec<u32>)> {
+/// The bits of each gradient.
+type Bits = Vec<(String, Vec<u32>)>;
+
+fn all_bits(gradients: &Gradients) -> Bits {
     gradients.iter().map(|(name, gradient)| (name.clone(), bits(gradient))).collect()
 }
 
 /// Gradients and losses of the first step.
-fn first_step(config: &Config) -> (Vec<(String, Vec<u32>)>, Vec<(&'static str, f64)>) {
+fn first_step(config: &Config) -> (Bits, Vec<(&'static str, f64)>) {
     let (group, mut task) = (Group::alone(), tasks::spec(config.task).start(config, &Group::alone()).unwrap());
     let mut shards = unsharded(&group, task.as_ref());
     let measured = task.gradients(1, 1.0, &mut shards).unwrap();

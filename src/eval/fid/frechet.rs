@@ -59,7 +59,8 @@ impl Moments {
     /// # Errors
     /// There are fewer than two features.
     pub fn gaussian(self) -> Result<Gaussian> {
-        ensure!(self.count > 1, "a covariance needs at least two images");
+        let what = format!("a covariance needs at least two images, not {}", self.count);
+        ensure!(self.count > 1, failed(what, "thousands of images are usual"));
         Ok(Gaussian { mean: self.mean, covariance: self.scatter / (self.count as f64 - 1.0) })
     }
 }

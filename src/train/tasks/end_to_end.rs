@@ -2,17 +2,19 @@
 //! directions are trained as for the task `generator`, whose [`GeneratorTask`] this is; text → image has the reconstruction
 //! loss in addition.
 
-use super::{Fingerprint, InputFile, Sequences, Task, TaskSpec, generator, generator::GeneratorTask, sequences_flops};
-pub use crate::model::end_to_end::SCOPE;
+use super::{
+    Fingerprint, InputFile, Sequences, Task, TaskSpec, generator, generator::GeneratorTask, reconstruction,
+    sequences_flops,
+};
 use crate::{
     bundle::Bundle,
-    config::{self, Config, HiddenState, ReconstructorInit, Train},
-    data::{self, Kind},
+    config::{self, Config, HiddenState, Train},
+    data::Kind,
     dist::Group,
-    error::{Context, Result, ensure, failed},
-    model::{Modality, end_to_end::RECONSTRUCTOR, flops},
+    error::Result,
+    model::{Modality, end_to_end::SCOPE, flops},
     nn::params::Params,
-    train::{data_loader::DataLoader, inputs::Inputs},
+    train::inputs::Inputs,
 };
 
 /// Text → image with pixels, and image → text.
@@ -30,7 +32,7 @@ impl TaskSpec for Spec {
     }
 
     fn sample_kind(&self, config: &Config, inputs: &Inputs) -> Kind {
-        sample_kind(config, &inputs.tokenizer)
+        reconstruction::sample_kind(config, &inputs.tokenizer)
     }
 
     fn batch_sizes(&self, train: &Train) -> Vec<(&'static str, usize)> {
@@ -97,41 +99,4 @@ impl TaskSpec for Spec {
     fn meaning_keys(&self, config: &Config) -> &'static [&'static str] {
         generator::Spec.meaning_keys(config)
     }
-}
-
-/// Shards of codes with their images, or images that are encoded when they are read.
-pub fn sample_kind(config: &Config, tokenizer: &config::ImageTokenizer) -> Kind {
-    let side = u32::try_from(tokenizer.image_size).unwrap_or(u32::MAX);
-    match config.data.sources.iter().all(|source| data::are_codes(&source.path)) {
-        true => Kind::CodesAndImages(side),
-        false => Kind::Pairs(side),
-    }
-}
-
-/// Checks that shards of codes hold images too, by their first samples.
-pub fn check_images(data_loader: &DataLoader, kind: Kind) -> Result<()> {
-    if !kind.has_codes() {
-        return Ok(());
-    }
-    let dataset = data_loader.dataset();
-    for (i, source) in dataset.sources.iter().enumerate() {
-        let without = matches!(dataset.read(i, 0), Err(bad) if bad.cause == data::Cause::NoImage);
-        let what = format!("the shards of codes in {} hold no images", source.path);
-        ensure!(!without, failed(what, "encode them again with `vilg data encode --keep-images`"));
-    }
-    Ok(())
-}
-
-/// Sets the reconstructor to the image tokenizer's decoder, if it is to start from that.
-pub fn start_reconstructor(config: &Config, params: &Params, image_tokenizer: &Bundle) -> Result<()> {
-    if config.end_to_end.reconstructor_init == ReconstructorInit::Random {
-        return Ok(());
-    }
-    let weights = image_tokenizer.weights()?;
-    for (name, var) in params {
-        let Some(theirs) = name.strip_prefix(RECONSTRUCTOR).and_then(|rest| rest.strip_prefix('.')) else { continue };
-        let weight = weights.get(theirs).with_context(|| format!("the image tokenizer lacks `{theirs}`"))?;
-        var.set(&weight.to_dtype(var.dtype())?.to_device(var.device())?)?;
-    }
-    Ok(())
 }

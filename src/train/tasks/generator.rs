@@ -2,9 +2,9 @@
 //! with a reconstructor.
 
 use super::{
-    FileKind, Fingerprint, InputFile, Sequences, Task, TaskSpec, end_to_end,
+    FileKind, Fingerprint, InputFile, Sequences, Task, TaskSpec,
     objectives::{BatchMaker, OBJECTIVES, Seen},
-    vocabulary,
+    reconstruction, vocabulary,
 };
 use crate::{
     bundle::{self, Bundle, Parts},
@@ -13,7 +13,7 @@ use crate::{
     dist::Group,
     error::{Context, Result, ensure, failed, usage},
     generate::{BestOf, Models, Request},
-    model::{Generator, Layout},
+    model::{Generator, Layout, end_to_end::SCOPE},
     nn::{
         params::{Fresh, Params, Scope},
         pattern::Grid,
@@ -150,7 +150,7 @@ pub struct GeneratorTask {
     config: Config,
     model: Generator,
     params: Params,
-    /// What the parameters begin with, where they are random.
+    /// What the parameters begin with, where they are empty.
     fresh: Option<Fresh>,
     text: WordPiece,
     image_tokenizer: Bundle,
@@ -183,7 +183,7 @@ impl GeneratorTask {
         config.image_tokenizer =
             config::ImageTokenizer { perceptual, ..image_tokenizer.config.image_tokenizer.clone() };
         let kind = match config.task {
-            config::Task::EndToEnd => end_to_end::sample_kind(&config, &config.image_tokenizer),
+            config::Task::EndToEnd => reconstruction::sample_kind(&config, &config.image_tokenizer),
             _ => Kind::Codes,
         };
         let encoder = if kind.has_codes() { None } else { Some(image_tokenizer.image_tokenizer()?) };
@@ -198,16 +198,17 @@ impl GeneratorTask {
 
         let (device, seed) = (runtime::device()?, config.seed);
         // Every rank would hold the whole model for a moment.
-        let scope = match super::spec(config.task).starts_empty(&config, group.world_size()) {
+        let empty = super::spec(config.task).starts_empty(&config, group.world_size());
+        let scope = match empty {
             true => Scope::empty_from_seed(seed, &device),
             false => Scope::from_seed(seed, DType::F32, &device),
         };
         let scope = scope.in_precision(kept);
         let model = build(&scope, &config, &text)?;
-        let (params, fresh) = (scope.params(), scope.fresh().filter(|_| config.train.init_from.is_empty()));
+        let (params, fresh) = (scope.params(), scope.fresh().filter(|_| empty));
         if config.task == config::Task::EndToEnd {
-            end_to_end::check_images(&data_loader, kind)?;
-            end_to_end::start_reconstructor(&config, &params, &image_tokenizer)?;
+            reconstruction::check_images(&data_loader, kind)?;
+            reconstruction::start_reconstructor(&config, &params, &image_tokenizer)?;
         }
         Ok(Self { model, params, fresh, text, image_tokenizer, encoder, data_loader, config })
     }
@@ -243,7 +244,7 @@ impl Task for GeneratorTask {
         let captions = train.text_loss_weight > 0.0 && train.caption_batch_size > 0;
         let answers = train.answer_loss_weight > 0.0 && train.vqa_batch_size > 0;
         match name.split('.').next() {
-            Some(end_to_end::SCOPE) => images && self.config.end_to_end.reconstruction_weight > 0.0,
+            Some(SCOPE) => images && self.config.end_to_end.reconstruction_weight > 0.0,
             Some("image_head" | "image_start") => images,
             Some("text_head") => captions || answers,
             _ => true,

@@ -74,14 +74,15 @@ impl BatchMaker<'_> {
         for range in (0..parts).map(|i| dist::part(records.len(), i, parts)) {
             batches.push(self.batch(objective, first + range.start as u64, &records[range], step)?);
         }
-        let count: usize = match settings.loss_reduction {
-            LossReduction::Mean => batches.iter().map(Batch::targets).sum(),
-            LossReduction::Sum => records.len(),
+        let targets: usize = batches.iter().map(Batch::targets).sum();
+        let sums = group.sum(&[targets as f64, records.len() as f64])?;
+        let count = match settings.loss_reduction {
+            LossReduction::Mean => sums[0],
+            LossReduction::Sum => sums[1],
         };
-        let count = group.sum(&[count as f64])?[0];
         let hint = "the field `questions` of a sample's JSON lists them (docs/data.md)";
         let empty = format_args!("no sample of step {step} has a text to predict for the loss `{}`", objective.name);
-        ensure!(count > 0.0, failed(empty, hint));
+        ensure!(sums[0] > 0.0, failed(empty, hint));
         batches.iter_mut().for_each(|batch| batch.loss_scale = weight / count * self.loss_scale);
         Ok(batches)
     }
