@@ -87,7 +87,9 @@ fn gradients_equal_finite_differences() -> Result<()> {
             at(0.0)?;
             let expected = (gradient.to_dtype(DType::F64)? * &direction)?.sum_all()?.to_scalar::<f64>()?;
             // The bias of the k-norm has no effect on attention: what remains is rounding, which the decoder amplifies.
-            let bound = if name.ends_with("k_norm.bias") { 1e-3 } else { 2e-6 * expected.abs().max(1.0) };
+            // The likelihood of a dVAE has kinks and a large curvature.
+            let accuracy = if architecture == Architecture::Dvae { 5e-5 } else { 2e-6 };
+            let bound = if name.ends_with("k_norm.bias") { 1e-3 } else { accuracy * expected.abs().max(1.0) };
             assert!(
                 (difference - expected).abs() < bound,
                 "{architecture:?} {hidden:?} {name}: {difference} {expected}"

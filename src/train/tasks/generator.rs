@@ -150,7 +150,7 @@ pub struct GeneratorTask {
     config: Config,
     model: Generator,
     params: Params,
-    /// What the parameters begin with, where they are empty.
+    /// What the parameters begin with, where they are random: in full precision.
     fresh: Option<Fresh>,
     text: WordPiece,
     image_tokenizer: Bundle,
@@ -198,14 +198,13 @@ impl GeneratorTask {
 
         let (device, seed) = (runtime::device()?, config.seed);
         // Every rank would hold the whole model for a moment.
-        let empty = super::spec(config.task).starts_empty(&config, group.world_size());
-        let scope = match empty {
+        let scope = match super::spec(config.task).starts_empty(&config, group.world_size()) {
             true => Scope::empty_from_seed(seed, &device),
             false => Scope::from_seed(seed, DType::F32, &device),
         };
         let scope = scope.in_precision(kept);
         let model = build(&scope, &config, &text)?;
-        let (params, fresh) = (scope.params(), scope.fresh().filter(|_| empty));
+        let (params, fresh) = (scope.params(), scope.fresh().filter(|_| config.train.init_from.is_empty()));
         if config.task == config::Task::EndToEnd {
             reconstruction::check_images(&data_loader, kind)?;
             reconstruction::start_reconstructor(&config, &params, &image_tokenizer)?;
@@ -234,6 +233,9 @@ impl Task for GeneratorTask {
     }
 
     fn fresh(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        if reconstruction::starts_from_tokenizer(&self.config, name) {
+            return Ok(None);
+        }
         self.fresh.as_ref().map(|fresh| fresh.values(name)).transpose()
     }
 

@@ -33,14 +33,16 @@ pub fn check_images(data_loader: &DataLoader, kind: Kind) -> Result<()> {
     Ok(())
 }
 
+/// Whether a parameter begins with the value that it has in the image tokenizer.
+pub fn starts_from_tokenizer(config: &Config, name: &str) -> bool {
+    config.end_to_end.reconstructor_init == ReconstructorInit::Tokenizer && config::begins_with(name, RECONSTRUCTOR)
+}
+
 /// Sets the reconstructor to the image tokenizer's decoder, if it is to start from that.
 pub fn start_reconstructor(config: &Config, params: &Params, image_tokenizer: &Bundle) -> Result<()> {
-    if config.end_to_end.reconstructor_init == ReconstructorInit::Random {
-        return Ok(());
-    }
     let weights = image_tokenizer.weights()?;
-    for (name, var) in params {
-        let Some(theirs) = name.strip_prefix(RECONSTRUCTOR).and_then(|rest| rest.strip_prefix('.')) else { continue };
+    for (name, var) in params.iter().filter(|(name, _)| starts_from_tokenizer(config, name)) {
+        let theirs = name.strip_prefix(RECONSTRUCTOR).and_then(|rest| rest.strip_prefix('.')).unwrap_or_default();
         let weight = weights.get(theirs).with_context(|| format!("the image tokenizer lacks `{theirs}`"))?;
         var.set(&weight.to_dtype(var.dtype())?.to_device(var.device())?)?;
     }
