@@ -153,10 +153,14 @@ impl Dataset {
         Ok(Record { source, ..record })
     }
 
+    /// Source and number of each sample in storage order.
+    pub fn places(&self) -> impl Iterator<Item = (usize, u64)> {
+        self.sources.iter().enumerate().flat_map(|(i, source)| (0..source.len()).map(move |n| (i, n)))
+    }
+
     /// Reads every `step`-th sample in storage order.
     pub fn records(&self, step: u64) -> impl Iterator<Item = Result<Record, Bad>> {
-        let places = self.sources.iter().enumerate().flat_map(|(i, source)| (0..source.len()).map(move |n| (i, n)));
-        places.step_by(step.max(1) as usize).map(|(source, sample)| self.read(source, sample))
+        self.places().step_by(step.max(1) as usize).map(|(source, sample)| self.read(source, sample))
     }
 }
 

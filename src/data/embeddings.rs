@@ -6,7 +6,7 @@
 //!
 //! For the images of a folder, `NAME.tar` is `images`, in that folder.
 
-use super::{bad::BadCounts, output::write_whole, paths::EMBEDDINGS, shard::Shard};
+use super::{bad::BadCounts, numpy, output::write_whole, paths::EMBEDDINGS, shard::Shard};
 use crate::{
     bounded_read,
     error::{Context, Result, ensure},
@@ -125,17 +125,9 @@ pub fn paths(shard: &Shard) -> [PathBuf; 2] {
     })
 }
 
-/// The header of the array, a `.npy` file of version 1.0.
+/// The header of the array.
 fn header(samples: u64, embedding: usize) -> Vec<u8> {
-    let mut text = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({samples}, 2, {embedding}), }}");
-    // The .npy format pads magic, length and header with a final newline to a multiple of 64 bytes.
-    let padded = (10 + text.len() + 1).next_multiple_of(64) - 10;
-    text.push_str(&" ".repeat(padded - text.len() - 1));
-    text.push('\n');
-    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
-    bytes.extend_from_slice(&(padded as u16).to_le_bytes());
-    bytes.extend_from_slice(text.as_bytes());
-    bytes
+    numpy::header("<f4", &[samples as usize, 2, embedding])
 }
 
 /// Writes the array of embeddings row by row.

@@ -4,9 +4,8 @@
 //! Features are written chunk by chunk, so that an interrupted measurement goes on where it was.
 
 use super::{
-    choose,
     fid::{Gaussian, Inception, Moments},
-    open, tell_bad,
+    read_chosen,
 };
 use crate::{
     bundle::Bundle,
@@ -17,7 +16,7 @@ use crate::{
         output::{Lock, write_whole},
     },
     error::{Context, Hint, Result, ensure, failed},
-    generate::{BestOf, GeneratedImage, Matching, Models, Reconstructor, Request, Sampling},
+    generate::{Matching, Models, Reconstructor, Request, Sampling},
     nn::weights,
     ops::packed::Format,
     random::Random,
@@ -224,20 +223,7 @@ impl Pair<'_> {
     fn records(&self) -> Result<Vec<Record>> {
         let Settings { data, samples, seed, .. } = self.settings;
         let side = self.end_to_end.image_tokenizer.image_size();
-        let dataset = open(data, Kind::Pairs(u32::try_from(side)?))?;
-        let places: Vec<(usize, u64)> =
-            dataset.sources.iter().enumerate().flat_map(|(i, source)| (0..source.len()).map(move |j| (i, j))).collect();
-        let count = if *samples == 0 { places.len() } else { *samples };
-        let chosen = choose(count, places.len(), *seed, "eval pairs", 0);
-        let read: Vec<_> = chosen.into_par_iter().map(|i| dataset.read(places[i].0, places[i].1)).collect();
-        let (mut records, mut bad) = (Vec::new(), dataset.bad.clone());
-        for record in read {
-            match record {
-                Ok(record) => records.push(record),
-                Err(error) => bad.add(error),
-            }
-        }
-        tell_bad(data, &bad, records.len())?;
+        let records = read_chosen(data, Kind::Pairs(u32::try_from(side)?), *samples, *seed, "eval pairs")?;
         ensure!(records.len() > 1, failed("a covariance needs at least two images", "raise --samples"));
         Ok(records)
     }
@@ -285,8 +271,7 @@ fn generate(models: &Models, texts: &[&str], first: usize, settings: &Settings) 
         seed: settings.seed.wrapping_add((first + i) as u64),
     };
     let requests: Vec<Request> = texts.iter().enumerate().map(request).collect();
-    let generated = models.generate_images(&requests, &settings.sampling, &BestOf::ONE, |_| {})?;
-    Ok(generated.into_iter().map(|GeneratedImage { codes, .. }| codes).collect())
+    models.generate_codes(&requests, &settings.sampling, |_| {})
 }
 
 /// The distances of all rows by pair of models; with `draw`, of images drawn with replacement, the same for all rows.

@@ -1,6 +1,6 @@
 //! Captions the images of a data set, for the metrics that compare captions with what is known of the images.
 
-use super::{choose, open, tell_bad};
+use super::{chosen, open, tell_bad};
 use crate::{
     data::{Kind, Record},
     error::Result,
@@ -41,15 +41,12 @@ pub(super) fn run(
 ) -> Result<(Vec<Captioned>, usize)> {
     let side = models.image_tokenizer.image_size() as u32;
     let dataset = open(settings.data, if with_captions { Kind::Pairs(side) } else { Kind::Images(side) })?;
-    let places: Vec<(usize, u64)> =
-        dataset.sources.iter().enumerate().flat_map(|(i, source)| (0..source.len()).map(move |n| (i, n))).collect();
-    let count = if settings.samples == 0 { places.len() } else { settings.samples };
-    let chosen = choose(count, places.len(), settings.seed, "eval pairs", 0);
+    let places = chosen(&dataset, settings.samples, settings.seed, "eval pairs");
     let (mut captioned, mut unwanted, mut bad) = (Vec::new(), 0, dataset.bad.clone());
-    let bar = report::bar(chosen.len() as u64, "captioning");
-    for chunk in chosen.chunks(BATCH) {
+    let bar = report::bar(places.len() as u64, "captioning");
+    for chunk in places.chunks(BATCH) {
         let (mut images, mut records): (Vec<RgbImage>, Vec<Record>) = Default::default();
-        for (source, sample) in chunk.iter().filter_map(|&i| places.get(i).copied()) {
+        for &(source, sample) in chunk {
             match dataset.read(source, sample) {
                 Ok(record) if !wanted(&record) => unwanted += 1,
                 Ok(mut record) => {

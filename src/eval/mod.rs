@@ -14,11 +14,12 @@ pub mod vqa;
 
 use crate::{
     config,
-    data::{BadCounts, Dataset, Kind},
+    data::{BadCounts, Dataset, Kind, Record},
     error::{Result, ensure, failed},
     random::Random,
     report,
 };
+use rayon::prelude::*;
 use serde::Serialize;
 use std::fmt;
 
@@ -63,6 +64,37 @@ fn choose(count: usize, from: usize, seed: u64, purpose: &str, step: u64) -> Vec
     }
     all.truncate(count);
     all
+}
+
+/// `samples` places of a data set (0: all), chosen and ordered by the keyed random numbers.
+fn chosen(dataset: &Dataset, samples: usize, seed: u64, purpose: &str) -> Vec<(usize, u64)> {
+    let places: Vec<_> = dataset.places().collect();
+    let count = if samples == 0 { places.len() } else { samples };
+    choose(count, places.len(), seed, purpose, 0).into_iter().filter_map(|i| places.get(i).copied()).collect()
+}
+
+/// Reads chosen samples ([`chosen`]) with a warning about bad ones.
+///
+/// # Errors
+/// There is no such data, or no sample could be read.
+fn read_chosen(path: &str, kind: Kind, samples: usize, seed: u64, purpose: &str) -> Result<Vec<Record>> {
+    let dataset = open(path, kind)?;
+    let places = chosen(&dataset, samples, seed, purpose);
+    let read: Vec<_> = places.into_par_iter().map(|(source, sample)| dataset.read(source, sample)).collect();
+    let (mut records, mut bad) = (Vec::with_capacity(read.len()), dataset.bad.clone());
+    for record in read {
+        match record {
+            Ok(record) => records.push(record),
+            Err(error) => bad.add(error),
+        }
+    }
+    tell_bad(path, &bad, records.len())?;
+    Ok(records)
+}
+
+/// A text without case and white space, for comparisons: generated texts have neither.
+fn plain(text: &str) -> String {
+    text.to_lowercase().split_whitespace().collect()
 }
 
 /// Opens the samples at `path`.

@@ -3,6 +3,7 @@
 use super::{
     Rate,
     captioning::{self, Settings},
+    plain,
 };
 use crate::{
     data::Record,
@@ -32,7 +33,6 @@ fn name(record: &Record) -> Option<&str> {
 
 /// Whether `caption` contains `name`. Case and spaces are ignored, because captions have neither.
 fn names_it(caption: &str, name: &str) -> bool {
-    let plain = |text: &str| text.to_lowercase().split_whitespace().collect::<String>();
     let name = plain(name);
     !name.is_empty() && plain(caption).contains(&name)
 }

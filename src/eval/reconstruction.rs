@@ -1,11 +1,9 @@
 //! Reconstruction quality of image tokenizers: images are encoded, decoded and compared with the originals.
 
 use super::{
-    choose,
     fid::{Inception, Moments},
-    open,
+    read_chosen,
     similarity::{psnr, ssim},
-    tell_bad,
 };
 use crate::{
     data::{
@@ -128,21 +126,9 @@ impl Pair {
 
 /// Reads the images at the size of the tokenizer.
 fn read(tokenizer: &ImageTokenizer, settings: &Settings) -> Result<Vec<RgbImage>> {
-    let dataset = open(settings.data, Kind::Images(tokenizer.image_size() as u32))?;
-    let places: Vec<(usize, u64)> =
-        dataset.sources.iter().enumerate().flat_map(|(i, shards)| (0..shards.len()).map(move |j| (i, j))).collect();
-    let count = if settings.samples == 0 { places.len() } else { settings.samples };
-    let chosen = choose(count, places.len(), settings.seed, "eval images", 0);
-    let read: Vec<_> = chosen.into_par_iter().map(|i| dataset.read(places[i].0, places[i].1)).collect();
-    let (mut pictures, mut bad) = (Vec::new(), dataset.bad.clone());
-    for record in read {
-        match record {
-            Ok(record) => pictures.extend(record.image),
-            Err(e) => bad.add(e),
-        }
-    }
-    tell_bad(settings.data, &bad, pictures.len())?;
-    Ok(pictures)
+    let kind = Kind::Images(tokenizer.image_size() as u32);
+    let records = read_chosen(settings.data, kind, settings.samples, settings.seed, "eval images")?;
+    Ok(records.into_iter().filter_map(|record| record.image).collect())
 }
 
 /// Averages over positions: `(batch, h, w, c)` → rows of c.

@@ -1,6 +1,6 @@
 //! Accuracy of answers to questions about images (paper §4.4): exact match, for all questions and for each type.
 
-use super::{Rate, choose, open, tell_bad};
+use super::{Rate, chosen, open, plain, tell_bad};
 use crate::{
     data::{Kind, questions},
     error::{Result, ensure, failed},
@@ -30,17 +30,14 @@ pub struct Accuracy {
 /// The data cannot be read, no image has questions in its JSON, or the model is damaged.
 pub fn run(models: &Models, data: &str, samples: usize, decoding: &Decoding, seed: u64) -> Result<Accuracy> {
     let dataset = open(data, Kind::Images(u32::try_from(models.image_tokenizer.image_size())?))?;
-    let places: Vec<(usize, u64)> =
-        dataset.sources.iter().enumerate().flat_map(|(i, source)| (0..source.len()).map(move |n| (i, n))).collect();
-    let count = if samples == 0 { places.len() } else { samples };
-    let chosen = choose(count, places.len(), seed, "eval pairs", 0);
+    let places = chosen(&dataset, samples, seed, "eval pairs");
     let (mut right, mut asked, mut read) = (Tally::default(), BTreeMap::<String, BTreeMap<String, usize>>::new(), 0);
     let mut bad = dataset.bad.clone();
-    let bar = report::bar(chosen.len() as u64, "answering");
-    for chunk in chosen.chunks(BATCH) {
+    let bar = report::bar(places.len() as u64, "answering");
+    for chunk in places.chunks(BATCH) {
         let (mut pictures, mut all) = (Vec::new(), Vec::new());
-        for &i in chunk {
-            match dataset.read(places[i].0, places[i].1) {
+        for &(source, sample) in chunk {
+            match dataset.read(source, sample) {
                 Ok(record) => {
                     read += 1;
                     let found = questions(&record.meta);
@@ -92,9 +89,4 @@ impl Tally {
             *of += 1;
         }
     }
-}
-
-/// Case and white space do not count: a decoded text has neither.
-fn plain(text: &str) -> String {
-    text.to_lowercase().split_whitespace().collect()
 }

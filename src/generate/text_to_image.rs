@@ -81,14 +81,13 @@ impl Models {
         best_of: &BestOf,
         mut advance: impl FnMut(u64),
     ) -> Result<Vec<GeneratedImage>> {
-        let prompts = requests.iter().map(|request| self.text.encode(&request.prompt, self.generator.max_text()));
-        let prompts = prompts.collect::<Result<Vec<_>>>()?;
+        let prompts = self.prompts(requests)?;
         let draw = |request, candidate| Draw { request, seed: requests[request].seed, candidate: candidate as u64 };
         let draws: Vec<Draw> =
             (0..requests.len()).flat_map(|j| (0..best_of.count.max(1)).map(move |c| draw(j, c))).collect();
         let mut best: Vec<Best> = vec![Best::default(); requests.len()];
         for chunk in draws.chunks(BATCH) {
-            let codes = self.generate_codes(&prompts, chunk, sampling, &mut advance)?;
+            let codes = self.draw_codes(&prompts, chunk, sampling, &mut advance)?;
             let tokens: Vec<&[u32]> = chunk.iter().map(|draw| prompts[draw.request].as_slice()).collect();
             let texts: Vec<&str> = chunk.iter().map(|draw| requests[draw.request].prompt.as_str()).collect();
             let scores = self.rank(&best_of.ranking, &codes, (&texts, &tokens))?;
@@ -104,8 +103,30 @@ impl Models {
         best.into_iter().zip(&prompts).map(finish).collect()
     }
 
+    /// The codes of every request's first candidate, in raster order; `advance` as for [`Models::generate_images`].
+    ///
+    /// # Errors
+    /// As [`Models::generate_images`].
+    pub fn generate_codes(
+        &self,
+        requests: &[Request],
+        sampling: &Sampling,
+        mut advance: impl FnMut(u64),
+    ) -> Result<Vec<Vec<u32>>> {
+        let prompts = self.prompts(requests)?;
+        let draw = |(request, Request { seed, .. }): (usize, &Request)| Draw { request, seed: *seed, candidate: 0 };
+        let draws: Vec<Draw> = requests.iter().enumerate().map(draw).collect();
+        let codes = draws.chunks(BATCH).map(|chunk| self.draw_codes(&prompts, chunk, sampling, &mut advance));
+        Ok(codes.collect::<Result<Vec<_>>>()?.concat())
+    }
+
+    /// The tokens of the prompts.
+    fn prompts(&self, requests: &[Request]) -> Result<Vec<Vec<u32>>> {
+        requests.iter().map(|request| self.text.encode(&request.prompt, self.generator.max_text())).collect()
+    }
+
     /// The codes of each candidate. The prefill of a prompt is computed once for all its candidates.
-    fn generate_codes(
+    fn draw_codes(
         &self,
         prompts: &[Vec<u32>],
         draws: &[Draw],

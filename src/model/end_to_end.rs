@@ -14,12 +14,13 @@ use crate::{
     nn::{
         gradients::Gradients,
         linear::Linear,
+        mlp_manual::ManualMlp,
         norm::LayerNorm,
         params::{Params, Scope},
         pattern::Grid,
         segment::{Autograd, Saved, Segment},
     },
-    ops::{activation, gelu, slices::view},
+    ops::{gelu, slices::view},
     tokenizer::Reconstructor,
 };
 use candle_core::Tensor;
@@ -127,16 +128,14 @@ impl EndToEnd {
         let states: Vec<f32> =
             samples.flat_map(|sample| &sample[read.start * hidden..read.end * hidden]).copied().collect();
         let normed = norm.manual(&states)?;
-        let (inner, activated) = fc1.manual_activated(precision, Activation::Gelu, &normed)?;
-        let z_emb = fc2.manual(precision, &activated, None)?;
+        let mlp = ManualMlp::new([fc1, fc2], Activation::Gelu, precision);
+        let (z_emb, inner) = mlp.forward(&normed, None)?;
         let z_emb = Tensor::from_vec(z_emb, (b, self.grid.height, self.grid.width, fc2.outputs()), x.device())?;
 
         let (loss, dz) = self.reconstructor.manual_loss(&z_emb, pixels, &mut found.gradients)?;
         found.loss += loss;
 
-        let dactivated = fc2.manual_backward(precision, &activated, &view(&dz)?, &mut found.gradients)?;
-        let dinner = activation::backward(Activation::Gelu, &inner, &dactivated);
-        let dnormed = fc1.manual_backward(precision, &normed, &dinner, &mut found.gradients)?;
+        let dnormed = mlp.backward(|| Ok(normed), inner, &view(&dz)?, &mut found.gradients)?;
         let dstates = norm.manual_backward(&states, &dnormed, &mut found.gradients)?;
         let rows = found.dx.chunks_exact_mut(positions * hidden);
         for (dx, dstates) in rows.zip(dstates.chunks_exact(read.len() * hidden)) {

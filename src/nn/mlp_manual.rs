@@ -16,9 +16,14 @@ pub struct ManualMlp<'a> {
 }
 
 impl<'a> ManualMlp<'a> {
+    /// The MLP of these layers.
+    pub fn new([fc1, fc2]: [&'a Linear; 2], activation: Activation, precision: Precision) -> Self {
+        Self { fc1, fc2, activation, precision }
+    }
+
     /// The MLP of a block.
     pub fn of<N>(layers: &'a BlockLayers<N, Linear>, activation: Activation, precision: Precision) -> Self {
-        Self { fc1: &layers.fc1, fc2: &layers.fc2, activation, precision }
+        Self::new([&layers.fc1, &layers.fc2], activation, precision)
     }
 
     /// x (l, hidden) → y + `residual` (l, hidden), and the hidden layer before the activation (l, inner), which the

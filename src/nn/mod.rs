@@ -10,7 +10,7 @@ pub mod features;
 pub mod gradients;
 pub mod group_norm;
 pub mod linear;
-mod mlp_manual;
+pub mod mlp_manual;
 pub mod norm;
 pub mod params;
 pub mod pattern;

@@ -15,7 +15,7 @@ mod tiles;
 pub mod vqgan;
 
 pub use batch::{PixelBatch, Statistics, psnr};
-pub use reconstructor::Reconstructor;
+pub use reconstructor::{RECONSTRUCTION, Reconstructor};
 pub use tiles::CodeGrid;
 
 use crate::{

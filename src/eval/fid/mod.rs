@@ -55,8 +55,7 @@ pub struct Features {
 /// The data cannot be read, none of it is usable, or the protocol needs more images.
 pub fn extract(network: &Inception, data: &str, settings: &Settings) -> Result<Features> {
     let dataset = open(data, Kind::WholeImages)?;
-    let places = dataset.sources.iter().enumerate();
-    let mut places: Vec<(usize, u64)> = places.flat_map(|(i, source)| (0..source.len()).map(move |n| (i, n))).collect();
+    let mut places: Vec<(usize, u64)> = dataset.places().collect();
     if settings.samples > 0 {
         let mut chosen = choose(settings.samples, places.len(), settings.seed, "eval images", 0);
         chosen.sort_unstable();

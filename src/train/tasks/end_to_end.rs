@@ -44,20 +44,7 @@ impl TaskSpec for Spec {
     }
 
     fn parts(&self) -> &'static [(&'static str, &'static [&'static str])] {
-        const OURS: [(&str, &[&str]); 2] =
-            [("map to code vectors", &["end_to_end.map."]), ("reconstructor", &["end_to_end.reconstructor."])];
-        const PARTS: [(&str, &[&str]); generator::PARTS.len() + OURS.len()] = {
-            let mut parts = [OURS[0]; generator::PARTS.len() + OURS.len()];
-            let mut i = 0;
-            while i < generator::PARTS.len() {
-                parts[i] = generator::PARTS[i];
-                i += 1;
-            }
-            parts[i] = OURS[0];
-            parts[i + 1] = OURS[1];
-            parts
-        };
-        &PARTS
+        generator::Spec.parts()
     }
 
     fn sequences(&self, config: &Config, inputs: &Inputs) -> Vec<Sequences> {

@@ -70,7 +70,18 @@ impl TaskSpec for Spec {
     }
 
     fn parts(&self) -> &'static [(&'static str, &'static [&'static str])] {
-        &PARTS
+        &[
+            ("text embedding", &["text_embedding."]),
+            ("text positions", &["text_position."]),
+            ("image embedding", &["image_embedding."]),
+            ("image positions", &["image_row.", "image_column.", "image_start"]),
+            ("blocks", &["blocks."]),
+            ("final norm", &["norm."]),
+            ("text head", &["text_head."]),
+            ("image head", &["image_head."]),
+            ("map to code vectors", &["end_to_end.map."]),
+            ("reconstructor", &["end_to_end.reconstructor."]),
+        ]
     }
 
     fn sequences(&self, config: &Config, inputs: &Inputs) -> Vec<Sequences> {
@@ -131,18 +142,6 @@ impl TaskSpec for Spec {
         }
     }
 }
-
-/// As [`TaskSpec::parts`].
-pub const PARTS: [(&str, &[&str]); 8] = [
-    ("text embedding", &["text_embedding."]),
-    ("text positions", &["text_position."]),
-    ("image embedding", &["image_embedding."]),
-    ("image positions", &["image_row.", "image_column.", "image_start"]),
-    ("blocks", &["blocks."]),
-    ("final norm", &["norm."]),
-    ("text head", &["text_head."]),
-    ("image head", &["image_head."]),
-];
 
 /// The generator in training.
 pub struct GeneratorTask {

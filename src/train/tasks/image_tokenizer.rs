@@ -1,14 +1,10 @@
 //! The task `image-tokenizer`: images through encoder, quantiser and decoder (paper §2.1).
 
-use super::{FileKind, InputFile, Task, TaskSpec};
+use super::{FileKind, InputFile, Task, TaskSpec, pixels::pixels};
 use crate::{
     bundle::{self, Bundle, Parts},
     config::{self, Config, Train},
-    data::{
-        self, Kind, Record,
-        image::{from_pixels, to_pixels},
-        image_file,
-    },
+    data::{self, Kind, image::from_pixels, image_file},
     dist::{self, Group},
     error::{Context, Result, ensure},
     model::flops,
@@ -302,11 +298,6 @@ impl Task for ImageTokenizerTask {
         let parts = Parts { config: &self.config, weights, vocab: None, attribution, image_tokenizer: None };
         bundle::write(folder, &parts, safetensors::Dtype::F32)
     }
-}
-
-fn pixels(records: &[Record]) -> Result<Tensor> {
-    let pictures: Option<Vec<_>> = records.iter().map(|record| record.image.as_ref()).collect();
-    Ok(to_pixels(pictures.context("a sample without an image")?)?.to_device(&runtime::device()?)?)
 }
 
 #[cfg(test)]

@@ -1,16 +1,17 @@
 //! What a generator learns from in a step: sequences of both directions (paper §2.2) and, in end-to-end training, the images
 //! that they are made of.
 
+use super::pixels::pixels;
 use crate::{
     config::{Config, LossReduction, Train},
-    data::{self, Question, image::to_pixels, questions},
+    data::{self, Question, questions},
     dist::{self, Group},
     error::{Context, Result, ensure, failed},
     model::{Batch, Generator, Tokens},
     random::Random,
     runtime,
     text::WordPiece,
-    tokenizer::{ImageTokenizer, PixelBatch, psnr},
+    tokenizer::{ImageTokenizer, PixelBatch, RECONSTRUCTION, psnr},
     train::StepMetrics,
 };
 use candle_core::Tensor;
@@ -165,12 +166,6 @@ impl BatchMaker<'_> {
     }
 }
 
-/// The pixels of samples (samples, side, side, 3) in \[-1, 1\].
-fn pixels(records: &[data::Record]) -> Result<Tensor> {
-    let images: Option<Vec<_>> = records.iter().map(|record| record.image.as_ref()).collect();
-    Ok(to_pixels(images.context("a sample without an image")?)?.to_device(&runtime::device()?)?)
-}
-
 /// What this rank's micro-batches saw.
 #[derive(Default)]
 pub struct Seen {
@@ -186,7 +181,7 @@ impl Seen {
         if let Some(pixels) = &batch.pixels
             && let Some(statistics) = pixels.statistics.take()
         {
-            let [reconstruction, squares] = ["reconstruction", "l2"].map(|name| pixels.share * statistics.term(name));
+            let [reconstruction, squares] = [RECONSTRUCTION, "l2"].map(|name| pixels.share * statistics.term(name));
             self.images[0] += reconstruction;
             self.images[1] += squares;
             loss -= reconstruction;
@@ -207,7 +202,7 @@ impl Seen {
         let images = group.sum(&self.images)?;
         if images[1] > 0.0 {
             let [reconstruction, squares] = [0, 1].map(|i| images[i] / config.end_to_end.reconstruction_weight);
-            metrics.losses.push(("reconstruction", reconstruction));
+            metrics.losses.push((RECONSTRUCTION, reconstruction));
             metrics.figures.push(("psnr", psnr(squares)));
         }
         Ok(metrics)
