@@ -1,9 +1,9 @@
-//! Options shared by the commands that measure captions.
+//! Options shared by the commands that measure captions and answers.
 
 use super::sampling::length_penalty;
 use crate::generate::{Decoding, Sampling};
 
-/// How captions are decoded.
+/// How captions and answers are decoded.
 #[derive(clap::Args)]
 pub struct CaptioningOptions {
     /// Use beam search of width B [default: greedy decoding]

@@ -1,6 +1,11 @@
 //! `vilg eval`
 
-use super::{captioning::CaptioningOptions, model::ModelOptions, ranking::RankingOptions, sampling::Options};
+use super::{
+    captioning::CaptioningOptions,
+    eval_samples::{RetrievalOptions, SampleOptions},
+    ranking::RankingOptions,
+    sampling::Options,
+};
 use crate::{
     error::Result,
     eval::{captioning::Settings, naming, retrieval},
@@ -20,12 +25,14 @@ pub struct Args {
 #[derive(Subcommand)]
 enum Command {
     Retrieval(RetrievalArgs),
+    Reranking(super::eval_reranking::Args),
     Fid(super::eval_fid::Args),
     Caption(super::eval_caption::Args),
     Naming(NamingArgs),
     Recon(super::eval_recon::Args),
     Matcher(super::eval_matcher::Args),
     Ablation(super::eval_ablation::Args),
+    T2i(super::eval_t2i::Args),
     Vqa(super::eval_vqa::Args),
 }
 
@@ -38,13 +45,7 @@ enum Command {
 )]
 struct RetrievalArgs {
     #[command(flatten)]
-    common: Common,
-    /// Further images to search among, for styles with too few images in the data; same forms as --data
-    #[arg(long, value_name = "SRC")]
-    pool: Option<String>,
-    /// Number of images to search among, the real image included
-    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(2..=1_000_000))]
-    candidates: u32,
+    data: RetrievalOptions,
     #[command(flatten)]
     ranking: RankingOptions,
     #[command(flatten)]
@@ -56,49 +57,36 @@ struct RetrievalArgs {
 #[command(after_help = "Case and spaces are ignored. Intervals are 95 % Wilson intervals.")]
 struct NamingArgs {
     #[command(flatten)]
-    common: Common,
+    common: SampleOptions,
     #[command(flatten)]
     captioning: CaptioningOptions,
-}
-
-#[derive(clap::Args)]
-struct Common {
-    /// Tar shards (`DIR/{00000..00012}.tar`, `DIR/*.tar`), a folder of shards, or a folder of image-caption pairs
-    #[arg(long, value_name = "SRC")]
-    data: String,
-    /// Number of samples to measure, chosen by --seed; 0: all
-    #[arg(long, value_name = "N", default_value_t = 400, allow_negative_numbers = true)]
-    samples: usize,
-    /// Random seed of the choice of samples and of the sampling
-    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
-    seed: u64,
-    #[command(flatten)]
-    model: ModelOptions,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
     match args.command {
         Command::Retrieval(args) => run_retrieval(&args, json),
+        Command::Reranking(args) => super::eval_reranking::run(&args, json),
         Command::Fid(args) => super::eval_fid::run(&args, json),
         Command::Caption(args) => super::eval_caption::run(&args, json),
         Command::Naming(args) => run_naming(&args, json),
         Command::Recon(args) => super::eval_recon::run(&args, json),
         Command::Matcher(args) => super::eval_matcher::run(&args, json),
         Command::Ablation(args) => super::eval_ablation::run(&args, json),
+        Command::T2i(args) => super::eval_t2i::run(&args, json),
         Command::Vqa(args) => super::eval_vqa::run(&args, json),
     }
 }
 
 fn run_retrieval(args: &RetrievalArgs, json: bool) -> Result<()> {
-    let common = &args.common;
+    let common = &args.data.common;
     let (bundle, models) = common.model.load()?;
     let ranker = args.ranking.load()?;
     let sampling = args.sampling.over(&bundle.config.sample);
     let settings = retrieval::Settings {
         data: &common.data,
-        pool: args.pool.as_deref(),
+        pool: args.data.pool.as_deref(),
         samples: common.samples,
-        candidates: args.candidates as usize,
+        candidates: args.data.candidates as usize,
         sampling,
         best_of: ranker.best_of(),
         seed: common.seed,
@@ -120,7 +108,7 @@ fn run_retrieval(args: &RetrievalArgs, json: bool) -> Result<()> {
 }
 
 fn run_naming(args: &NamingArgs, json: bool) -> Result<()> {
-    let Common { data, samples, seed, model } = &args.common;
+    let SampleOptions { data, samples, seed, model } = &args.common;
     let (_, models) = model.load()?;
     let settings = Settings { data, samples: *samples, seed: *seed, decoding: args.captioning.decoding() };
     let accuracy = naming::run(&models, &settings)?;

@@ -1,15 +1,12 @@
 //! `vilg eval ablation`
 
-use super::sampling::Options;
+use super::{features::FeatureOptions, sampling::Options};
 use crate::{
     bundle::{Bundle, DEMO_NAME},
     error::Result,
-    eval::{
-        ablation::{self, Codes, Distances, Features, Settings},
-        fid::{Inception, Weights},
-    },
-    generate::{Matching, Reconstructor},
-    report, runtime,
+    eval::ablation::{self, Codes, Distances, Settings},
+    generate::Reconstructor,
+    report,
 };
 use serde_json::json;
 use std::path::PathBuf;
@@ -44,27 +41,17 @@ pub struct Args {
     /// Number of bootstrap draws; 0: no intervals. With --inception each takes minutes
     #[arg(long, value_name = "N", default_value_t = 200, allow_negative_numbers = true)]
     bootstrap: usize,
-    /// Folder written by `vilg import inception`
-    #[arg(long, value_name = "DIR", conflicts_with = "matcher")]
-    inception: Option<PathBuf>,
+    #[command(flatten)]
+    features: FeatureOptions,
     /// Model folder of the matcher whose image embeddings are compared, or `demo` for the built-in one
-    #[arg(long, value_name = "DIR|NAME", default_value = DEMO_NAME)]
+    #[arg(long, value_name = "DIR|NAME", default_value = DEMO_NAME, conflicts_with = "inception")]
     matcher: String,
     #[command(flatten)]
     sampling: Options,
 }
 
 pub fn run(args: &Args, json: bool) -> Result<()> {
-    let (features, name) = match &args.inception {
-        Some(folder) => {
-            let network = Inception::open(folder, Weights::TensorFlow, &runtime::device()?)?;
-            (Features::Inception(Box::new(network)), "Inception (FID)".to_owned())
-        }
-        None => {
-            let bundle = Bundle::open(&args.matcher)?.matcher_folder()?;
-            (Features::Matcher(Box::new(Matching::open(&bundle)?)), format!("matcher {}", bundle.matcher_digest()?))
-        }
-    };
+    let features = args.features.load(&args.matcher)?;
     let defaults = match args.two_stage.first() {
         Some(model) => Bundle::open(model)?.config.sample,
         None => Default::default(),
@@ -75,7 +62,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
         data: args.data.clone(),
         samples: args.samples,
         seed: args.seed,
-        features: name,
+        features: features.name(),
         sampling: args.sampling.over(&defaults),
     };
     let table = ablation::run(&settings, &features, args.bootstrap, &args.output)?;

@@ -7,6 +7,7 @@ use crate::{
     ops::packed::Format,
     report,
 };
+use clap::ValueEnum;
 use std::time::Instant;
 
 /// Options that choose the model and the precision of its weights.
@@ -32,6 +33,16 @@ impl ModelOptions {
         let models = Models::load(&bundle, self.precision)?;
         report::detail(format_args!("model {} loaded in {:.1} s", self.model, begun.elapsed().as_secs_f64()));
         Ok((bundle, models))
+    }
+
+    /// Digest of what generates images: the generator, its image tokenizer and the precision.
+    ///
+    /// # Errors
+    /// A file of weights cannot be read.
+    pub fn digest(&self, bundle: &Bundle) -> Result<String> {
+        let precision = self.precision.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned());
+        let tokenizer = bundle.image_tokenizer_folder()?.weights_digest()?;
+        Ok(format!("{} {tokenizer} {precision}", bundle.weights_digest()?))
     }
 }
 

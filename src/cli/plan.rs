@@ -9,6 +9,7 @@ use crate::{
     error::{Error, Result, ensure, hint_of, usage},
     report,
     train::{
+        decoding_time::{DecodingTime, Generation},
         fit::Fit,
         held::{Held, held},
         memory::{Cluster, Row},
@@ -39,6 +40,20 @@ pub struct Args {
     /// Peak of one GPU in TFLOP/s (an A100 has 312 in bf16)
     #[arg(long, value_name = "N", default_value_t = 312.0)]
     gpu_tflops: f64,
+    /// Also estimate how long N images take to generate on these GPUs
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "on")]
+    generate: Option<u32>,
+    /// With --generate: candidates of each image
+    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024),
+        requires = "generate", allow_negative_numbers = true)]
+    best_of: u32,
+    /// With --generate: candidates that a GPU decodes together
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=65536),
+        requires = "generate", allow_negative_numbers = true)]
+    generate_batch: u32,
+    /// With --generate: memory bandwidth of one GPU in TB/s (an A100 of 80 GB has 2.0)
+    #[arg(long, value_name = "N", default_value_t = 2.0, requires = "generate")]
+    gpu_bandwidth: f64,
     /// Hardware that the ranks run on
     #[arg(long, value_enum, default_value = "gpu")]
     on: Device,
@@ -63,24 +78,42 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     args.gpu_memory.map_or(Ok(()), |memory| positive("gpu-memory", memory, 1e6))?;
     positive("mfu", args.mfu, 1.0)?;
     positive("gpu-tflops", args.gpu_tflops, 1e6)?;
+    positive("gpu-bandwidth", args.gpu_bandwidth, 1e3)?;
     let sizes = Sizes::of(&config)?;
     let (gpus, memory_bytes) = (args.gpus as usize, (args.gpu_memory.unwrap_or(0.0) * 1e9) as u64);
     match args.on {
         Device::Gpu => {
             let cluster = Cluster { gpus, memory_bytes, tflops: args.gpu_tflops, mfu: args.mfu };
-            on_gpus(&config, &sizes, cluster, json);
+            let wanted = args.generate.map(|images| Generation {
+                images: images.into(),
+                best_of: args.best_of.into(),
+                batch: args.generate_batch.into(),
+                bandwidth: args.gpu_bandwidth,
+            });
+            let none = || usage(format_args!("{} generates no images", config.name), "leave out --generate");
+            let time = |wanted| DecodingTime::of(&config, &sizes, &cluster, wanted).ok_or_else(none);
+            let generation = wanted.map(|wanted| Ok::<_, Error>((wanted, time(wanted)?))).transpose()?;
+            on_gpus(&config, &sizes, cluster, generation, json);
         }
         Device::Cpu => on_cpus(&config, &sizes, gpus, args.gpu_memory.map(|_| memory_bytes), json),
     }
     Ok(())
 }
 
-fn on_gpus(config: &Config, sizes: &Sizes, cluster: Cluster, json: bool) {
+fn on_gpus(
+    config: &Config,
+    sizes: &Sizes,
+    cluster: Cluster,
+    generation: Option<(Generation, DecodingTime)>,
+    json: bool,
+) {
     let fit = Fit::of(config, sizes, cluster);
     let refusal = check_ranks(sizes.spec, config, cluster.gpus).err();
     if json {
         let refusal = refusal.as_ref().map(ToString::to_string);
-        return report::json(&json!({ "plan": fit, "vocabulary": sizes.inputs.vocabulary, "refused": refusal }));
+        let generation = generation.map(|(wanted, time)| json!({ "images": wanted, "time": time }));
+        return report::json(&json!({ "plan": fit, "vocabulary": sizes.inputs.vocabulary, "refused": refusal,
+            "generation": generation }));
     }
     let gpus = if cluster.gpus == 1 { "GPU" } else { "GPUs" };
     report::result(format_args!(
@@ -104,6 +137,24 @@ fn on_gpus(config: &Config, sizes: &Sizes, cluster: Cluster, json: bool) {
     activations(&fit);
     verdict(config, &fit);
     print_refusal(config, cluster.gpus, refusal);
+    if let Some((wanted, time)) = generation {
+        print_generation(&wanted, &time);
+    }
+}
+
+/// Prints how long many images take.
+fn print_generation(wanted: &Generation, time: &DecodingTime) {
+    let Generation { images, best_of, batch, bandwidth } = wanted;
+    let DecodingTime { steps, weights_ms, cache_ms, compute_ms, hours } = time;
+    report::result(format_args!(
+        "\n{images} images, best of {best_of}: {} hours\n\
+        a step of decoding {batch} candidates, {steps} an image: {} ms for weights and {} ms for cached keys and values at \
+        {bandwidth} TB/s, or {} ms for FLOPs if that is more; ranking and the image tokenizer are not counted",
+        short(*hours),
+        short(*weights_ms),
+        short(*cache_ms),
+        short(*compute_ms),
+    ));
 }
 
 /// Prints why `vilg train` would refuse this configuration on `ranks` ranks, and the next step.

@@ -46,18 +46,20 @@ pub struct Ranker {
 }
 
 impl RankingOptions {
+    /// The matcher's name, if one is needed.
+    pub fn matcher_name(&self) -> &str {
+        self.matcher.as_deref().unwrap_or(DEMO_NAME)
+    }
+
     /// Loads the matcher, if one ranks.
     ///
     /// # Errors
     /// The matcher is missing or cannot be loaded.
     pub fn load(&self) -> Result<Ranker> {
         let rank = self.rank.unwrap_or(if self.matcher.is_some() { Rank::Matcher } else { Rank::Own });
-        let matching = match (rank, &self.matcher) {
-            (Rank::Own, _) => None,
-            (_, folder) => {
-                let bundle = Bundle::open(folder.as_deref().unwrap_or(DEMO_NAME))?.matcher_folder()?;
-                Some(Matching::open(&bundle)?)
-            }
+        let matching = match rank {
+            Rank::Own => None,
+            Rank::Matcher | Rank::Both => Some(Matching::open(&Bundle::open(self.matcher_name())?.matcher_folder()?)?),
         };
         Ok(Ranker { count: self.best_of as usize, rank, weight: self.matcher_weight, matching })
     }
@@ -67,6 +69,14 @@ impl Ranker {
     /// The value of `--rank`.
     pub fn name(&self) -> String {
         self.rank.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned())
+    }
+
+    /// The value of `--rank`, with the weight if there is one.
+    pub fn description(&self) -> String {
+        match self.rank {
+            Rank::Both => format!("{}, weight {}", self.name(), self.weight),
+            Rank::Own | Rank::Matcher => self.name(),
+        }
     }
 
     /// How the candidates are ranked.

@@ -4,23 +4,22 @@
 //! Features are written chunk by chunk, so that an interrupted measurement goes on where it was.
 
 use super::{
-    fid::{Gaussian, Inception, Moments},
-    read_chosen,
+    features::Features,
+    fid::{Gaussian, Moments},
+    read_chosen, resume,
 };
 use crate::{
     bundle::Bundle,
     data::{
-        Kind, Record,
-        image::to_pixels,
-        image_file,
+        Kind, Record, image_file,
         output::{Lock, write_whole},
     },
     error::{Context, Hint, Result, ensure, failed},
-    generate::{Matching, Models, Reconstructor, Request, Sampling},
+    generate::{Models, Reconstructor, Request, Sampling},
     nn::weights,
     ops::packed::Format,
     random::Random,
-    report, runtime,
+    report,
 };
 use candle_core::{Device, Tensor};
 use image::RgbImage;
@@ -29,7 +28,6 @@ use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, HashMap},
     fs,
-    io::Write,
     path::{Path, PathBuf},
 };
 
@@ -39,22 +37,6 @@ const CHUNK: usize = 64;
 const SHOWN: usize = 12;
 const SETTINGS: &str = "ablation.json";
 const REAL: &str = "real";
-
-/// The network whose features are compared.
-pub enum Features {
-    Inception(Box<Inception>),
-    /// The embeddings of images by a matcher.
-    Matcher(Box<Matching>),
-}
-
-impl Features {
-    fn of(&self, images: &[RgbImage]) -> Result<Tensor> {
-        match self {
-            Self::Inception(network) => network.features(&to_pixels(images)?.to_device(&runtime::device()?)?),
-            Self::Matcher(matching) => matching.embed_images(images),
-        }
-    }
-}
 
 /// What is compared. A measurement only goes on with the same.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -131,7 +113,8 @@ pub struct Distances {
 pub fn run(settings: &Settings, features: &Features, bootstrap: usize, folder: &Path) -> Result<Vec<Distances>> {
     let hint = "name as many two-stage models as end-to-end ones, in the same order";
     ensure!(settings.two_stage.len() == settings.end_to_end.len(), failed("models without a partner", hint));
-    let _lock = begin(folder, settings)?;
+    resume::begin(folder, SETTINGS, &(settings.clone(), digests(settings)?))?;
+    let _lock = Lock::take(folder)?;
     let mut all = Vec::new();
     for (i, (two_stage, end_to_end)) in settings.two_stage.iter().zip(&settings.end_to_end).enumerate() {
         let bundles = [Bundle::open(two_stage)?, Bundle::open(end_to_end)?];
@@ -149,25 +132,6 @@ pub fn run(settings: &Settings, features: &Features, bootstrap: usize, folder: &
     }
     let drawn = (0..bootstrap as u64).into_par_iter().map(|draw| distances(&all, Some((settings.seed, draw))));
     table(&distances(&all, None)?, &drawn.collect::<Result<Vec<_>>>()?)
-}
-
-/// Makes the folder, or checks that it is of the same measurement.
-fn begin(folder: &Path, settings: &Settings) -> Result<Lock> {
-    let cannot = || format!("cannot write to {}", folder.display());
-    fs::create_dir_all(folder).hint(cannot(), "choose another folder with -o")?;
-    let lock = Lock::take(folder)?;
-    let file = folder.join(SETTINGS);
-    let (digests, text) = (digests(settings)?, "delete it, or choose another folder with -o");
-    if file.exists() {
-        let there: (Settings, Vec<String>) =
-            serde_json::from_slice(&fs::read(&file)?).hint(format_args!("{} is damaged", file.display()), text)?;
-        let what = format!("{} holds another measurement", folder.display());
-        ensure!(there == (settings.clone(), digests), failed(what, text));
-        return Ok(lock);
-    }
-    let bytes = serde_json::to_vec_pretty(&(settings, digests))?;
-    write_whole(&file, |out| Ok(out.write_all(&bytes).map(|()| true)?)).with_context(cannot)?;
-    Ok(lock)
 }
 
 /// Digests of the weights of all models.

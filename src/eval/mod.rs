@@ -1,15 +1,19 @@
-//! Evaluation of a model: retrieval accuracy and FID of generated images, metrics of captions, and reconstruction quality
+//! Evaluation of a model: retrieval accuracy, FID and CLIP score of generated images, metrics of captions, and reconstruction quality
 //! of image tokenizers.
 
 pub mod ablation;
 pub mod caption_metrics;
 pub mod captioning;
+pub mod features;
 pub mod fid;
 pub mod matcher;
 pub mod naming;
 pub mod reconstruction;
+pub mod reranking;
+mod resume;
 pub mod retrieval;
 pub mod similarity;
+pub mod t2i;
 pub mod vqa;
 
 use crate::{
@@ -90,6 +94,25 @@ fn read_chosen(path: &str, kind: Kind, samples: usize, seed: u64, purpose: &str)
     }
     tell_bad(path, &bad, records.len())?;
     Ok(records)
+}
+
+/// The first caption of each sample at `path`, with a warning about samples that have none.
+///
+/// # Errors
+/// There is no such data, or no sample has a caption.
+pub fn captions(path: &str) -> Result<Vec<String>> {
+    let dataset = open(path, Kind::Captions)?;
+    let places: Vec<_> = dataset.places().collect();
+    let read: Vec<_> = places.into_par_iter().map(|(source, sample)| dataset.read(source, sample)).collect();
+    let (mut captions, mut bad) = (Vec::with_capacity(read.len()), dataset.bad.clone());
+    for record in read {
+        match record {
+            Ok(record) => captions.push(record.caption),
+            Err(error) => bad.add(error),
+        }
+    }
+    tell_bad(path, &bad, captions.len())?;
+    Ok(captions)
 }
 
 /// A text without case and white space, for comparisons: generated texts have neither.

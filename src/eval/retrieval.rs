@@ -14,7 +14,7 @@ use crate::{
 use image::RgbImage;
 use rayon::prelude::*;
 use serde::Serialize;
-use std::collections::HashMap;
+use std::{collections::HashMap, ops::Range};
 
 /// Number of captions in one batch.
 const BATCH: usize = 64;
@@ -64,44 +64,90 @@ struct Candidate {
     place: (usize, u64),
 }
 
+/// The captions to generate images from, each with the images to search among.
+pub(super) struct Queries {
+    data: Dataset,
+    pictures: Vec<Candidate>,
+    /// For each query: its own image and the others, as indices of `pictures`.
+    queries: Vec<(usize, Vec<usize>)>,
+}
+
+impl Queries {
+    /// Reads the images of `settings.data` and of the pool, with a side of `side` pixels, and chooses captions.
+    ///
+    /// # Errors
+    /// The data cannot be read, or a style has too few images.
+    pub(super) fn read(settings: &Settings, side: usize) -> Result<Self> {
+        ensure!(settings.candidates >= 2, "--candidates must be at least 2");
+        let (mut styles, side) = (HashMap::new(), side as u32);
+        let data = open(settings.data, Kind::Pairs(side))?;
+        let mut pictures = read(&data, settings.data, &mut styles)?;
+        let of_data = pictures.len();
+        if let Some(pool) = settings.pool {
+            pictures.extend(read(&open(pool, Kind::Pairs(side))?, pool, &mut styles)?);
+        }
+        let count = if settings.samples == 0 { of_data } else { settings.samples };
+        let chosen = choose(count, of_data, settings.seed, "eval pairs", 0);
+        let shelf = Shelf::new(&pictures, of_data, styles.len());
+        let query = |own| Ok((own, shelf.others(own, settings.candidates - 1, settings.seed)?));
+        let queries = chosen.into_iter().map(query).collect::<Result<_>>()?;
+        Ok(Self { data, pictures, queries })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.queries.len()
+    }
+
+    /// The requests for images of some queries; each has a seed of its own.
+    pub(super) fn requests(&self, queries: Range<usize>, seed: u64) -> Vec<Request> {
+        let request = |(own, _): &(usize, _)| Request {
+            prompt: self.pictures[*own].caption.clone(),
+            seed: seed.wrapping_add(*own as u64),
+        };
+        self.queries[queries].iter().map(request).collect()
+    }
+
+    /// The rank of the query's own image among its candidates by distance from `generated`, counted from 1.
+    pub(super) fn rank(&self, query: usize, generated: &RgbImage) -> usize {
+        let (own, others) = &self.queries[query];
+        let others = others.iter().map(|&other| self.pictures[other].features.as_slice());
+        rank(&features(generated), &self.pictures[*own].features, others)
+    }
+
+    /// The real images of some queries after a round trip through the image tokenizer.
+    fn reconstructions(&self, models: &Models, queries: Range<usize>) -> Result<Vec<RgbImage>> {
+        let picture = |(own, _): &(usize, _)| {
+            let (source, sample) = self.pictures[*own].place;
+            self.data
+                .read(source, sample)
+                .ok()
+                .and_then(|record| record.image)
+                .context("an image can no longer be read")
+        };
+        let pictures = self.queries[queries].iter().map(picture).collect::<Result<Vec<_>>>()?;
+        let tokenizer = &models.image_tokenizer;
+        from_pixels(&tokenizer.decode(&tokenizer.encode(&to_pixels(&pictures)?)?)?)
+    }
+}
+
 /// Generates images from captions chosen by the seed and looks up the real image of each caption.
 ///
 /// # Errors
 /// The data cannot be read, or a style has too few images.
 pub fn run(models: &Models, settings: &Settings) -> Result<Retrieval> {
-    ensure!(settings.candidates >= 2, "--candidates must be at least 2");
-    let mut styles = HashMap::new();
-    let side = models.image_tokenizer.image_size() as u32;
-    let data = open(settings.data, Kind::Pairs(side))?;
-    let mut pictures = read(&data, settings.data, &mut styles)?;
-    let of_data = pictures.len();
-    if let Some(pool) = settings.pool {
-        pictures.extend(read(&open(pool, Kind::Pairs(side))?, pool, &mut styles)?);
-    }
-    let count = if settings.samples == 0 { of_data } else { settings.samples };
-    let chosen = choose(count, of_data, settings.seed, "eval pairs", 0);
-    let shelf = Shelf::new(&pictures, of_data, styles.len());
-    let others = chosen.iter().map(|&own| shelf.others(own, settings.candidates - 1, settings.seed));
-    let others = others.collect::<Result<Vec<_>>>()?;
-
-    let bar = report::bar(chosen.len() as u64, "generating");
-    let (mut ranks, mut reconstructed) = (Vec::with_capacity(chosen.len()), Vec::with_capacity(chosen.len()));
-    for (chosen, others) in chosen.chunks(BATCH).zip(others.chunks(BATCH)) {
-        let request =
-            |&i: &usize| Request { prompt: pictures[i].caption.clone(), seed: settings.seed.wrapping_add(i as u64) };
-        let requests: Vec<Request> = chosen.iter().map(request).collect();
+    let queries = Queries::read(settings, models.image_tokenizer.image_size())?;
+    let bar = report::bar(queries.len() as u64, "generating");
+    let (mut ranks, mut reconstructed) = (Vec::with_capacity(queries.len()), Vec::with_capacity(queries.len()));
+    for start in (0..queries.len()).step_by(BATCH) {
+        let batch = start..(start + BATCH).min(queries.len());
+        let requests = queries.requests(batch.clone(), settings.seed);
         let generated = models.generate_images(&requests, &settings.sampling, &settings.best_of, |_| {})?;
-        let rank_of = |picture: &RgbImage, own: usize, others: &[usize]| {
-            let others = others.iter().map(|&other| pictures[other].features.as_slice());
-            rank(&features(picture), &pictures[own].features, others)
-        };
-        let reconstructions = reconstruct(models, &data, chosen.iter().map(|&own| pictures[own].place))?;
-        let pairs = generated.iter().map(|generated| &generated.image).zip(&reconstructions);
-        for ((&own, others), (generated, reconstruction)) in chosen.iter().zip(others).zip(pairs) {
-            ranks.push(rank_of(generated, own, others));
-            reconstructed.push(rank_of(reconstruction, own, others));
+        let reconstructions = queries.reconstructions(models, batch.clone())?;
+        for ((query, generated), reconstruction) in batch.clone().zip(&generated).zip(&reconstructions) {
+            ranks.push(queries.rank(query, &generated.image));
+            reconstructed.push(queries.rank(query, reconstruction));
         }
-        bar.inc(chosen.len() as u64);
+        bar.inc(batch.len() as u64);
     }
     bar.finish_and_clear();
     let among =
@@ -116,16 +162,6 @@ pub fn run(models: &Models, settings: &Settings) -> Result<Retrieval> {
         reconstructed_top1: among(&reconstructed, 1),
         reconstructed_top5: among(&reconstructed, 5),
     })
-}
-
-/// Images after a round trip through the image tokenizer.
-fn reconstruct(models: &Models, data: &Dataset, places: impl Iterator<Item = (usize, u64)>) -> Result<Vec<RgbImage>> {
-    let picture = |(source, sample): (usize, u64)| {
-        let record = data.read(source, sample).ok();
-        record.and_then(|record| record.image).context("an image can no longer be read")
-    };
-    let pixels = to_pixels(&places.map(picture).collect::<Result<Vec<_>>>()?)?;
-    from_pixels(&models.image_tokenizer.decode(&models.image_tokenizer.encode(&pixels)?)?)
 }
 
 fn read(dataset: &Dataset, path: &str, styles: &mut HashMap<String, usize>) -> Result<Vec<Candidate>> {

@@ -128,6 +128,14 @@ impl Matching {
         ops::linear(images, texts, None)
     }
 
+    /// The cosine of each image with its own text, of embeddings `(pairs, embedding)`: → `(pairs)`.
+    ///
+    /// # Errors
+    /// The sizes differ.
+    pub fn pair_cosines(images: &Tensor, texts: &Tensor) -> Result<Tensor> {
+        Ok((images * texts)?.sum(1)?)
+    }
+
     /// Whether there are scores.
     pub fn is_calibrated(&self) -> bool {
         self.calibration.is_some()

@@ -81,26 +81,48 @@ impl Models {
         best_of: &BestOf,
         mut advance: impl FnMut(u64),
     ) -> Result<Vec<GeneratedImage>> {
-        let prompts = self.prompts(requests)?;
-        let draw = |request, candidate| Draw { request, seed: requests[request].seed, candidate: candidate as u64 };
-        let draws: Vec<Draw> =
-            (0..requests.len()).flat_map(|j| (0..best_of.count.max(1)).map(move |c| draw(j, c))).collect();
         let mut best: Vec<Best> = vec![Best::default(); requests.len()];
-        for chunk in draws.chunks(BATCH) {
-            let codes = self.draw_codes(&prompts, chunk, sampling, &mut advance)?;
-            let tokens: Vec<&[u32]> = chunk.iter().map(|draw| prompts[draw.request].as_slice()).collect();
-            let texts: Vec<&str> = chunk.iter().map(|draw| requests[draw.request].prompt.as_str()).collect();
-            let scores = self.rank(&best_of.ranking, &codes, (&texts, &tokens))?;
-            for ((draw, codes), scores) in chunk.iter().zip(codes).zip(scores) {
-                best[draw.request].add(codes, scores);
-            }
-        }
+        self.each_candidate(requests, sampling, best_of, &mut advance, |request, codes, scores| {
+            best[request].add(codes, scores);
+            Ok(())
+        })?;
+        let prompts = self.prompts(requests)?;
         // One image at a time, so that its pixels do not depend on other images.
         let finish = |(Best { candidate, codes, scores }, prompt): (Best, &Vec<u32>)| {
             let image = self.images(&[prompt], std::slice::from_ref(&codes))?.pop();
             Ok(GeneratedImage { image: image.context("the decoder returned no image")?, codes, candidate, scores })
         };
         best.into_iter().zip(&prompts).map(finish).collect()
+    }
+
+    /// Generates all candidates of every request and calls `found` with the request's index, the codes in raster order
+    /// and the scores of each; candidates of a request come one after the other. `advance` as for
+    /// [`Models::generate_images`].
+    ///
+    /// # Errors
+    /// As [`Models::generate_images`], or an error of `found`.
+    pub fn each_candidate(
+        &self,
+        requests: &[Request],
+        sampling: &Sampling,
+        best_of: &BestOf,
+        mut advance: impl FnMut(u64),
+        mut found: impl FnMut(usize, Vec<u32>, Scores) -> Result<()>,
+    ) -> Result<()> {
+        let prompts = self.prompts(requests)?;
+        let draw = |request, candidate| Draw { request, seed: requests[request].seed, candidate: candidate as u64 };
+        let draws: Vec<Draw> =
+            (0..requests.len()).flat_map(|j| (0..best_of.count.max(1)).map(move |c| draw(j, c))).collect();
+        for chunk in draws.chunks(BATCH) {
+            let codes = self.draw_codes(&prompts, chunk, sampling, &mut advance)?;
+            let tokens: Vec<&[u32]> = chunk.iter().map(|draw| prompts[draw.request].as_slice()).collect();
+            let texts: Vec<&str> = chunk.iter().map(|draw| requests[draw.request].prompt.as_str()).collect();
+            let scores = self.rank(&best_of.ranking, &codes, (&texts, &tokens))?;
+            for ((draw, codes), scores) in chunk.iter().zip(codes).zip(scores) {
+                found(draw.request, codes, scores)?;
+            }
+        }
+        Ok(())
     }
 
     /// The codes of every request's first candidate, in raster order; `advance` as for [`Models::generate_images`].

@@ -10,6 +10,7 @@ pub mod checkpoint;
 mod clock;
 pub mod contrast;
 mod data_loader;
+pub mod decoding_time;
 pub mod ema;
 pub mod engine;
 pub mod fit;

@@ -6,6 +6,7 @@ mod counting;
 mod docs;
 mod end_to_end;
 mod end_to_end_parity;
+mod eval_t2i;
 mod faults;
 mod fid;
 mod file_systems;

@@ -23,7 +23,7 @@ fn rank(folder: &Path, rank: usize, world_size: usize, port: u16, args: &[String
 }
 
 /// Exit code and stderr of each rank.
-fn run(folder: &Path, world_size: usize, args: &[String]) -> Vec<(Option<i32>, String)> {
+pub(crate) fn run(folder: &Path, world_size: usize, args: &[String]) -> Vec<(Option<i32>, String)> {
     let port = free_port();
     let ranks: Vec<Child> = (0..world_size).map(|i| rank(folder, i, world_size, port, args)).collect();
     ranks.into_iter().map(|rank| told(&rank.wait_with_output().unwrap())).collect()

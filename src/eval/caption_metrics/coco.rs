@@ -90,6 +90,17 @@ pub fn read(references: &Path, results: &Path) -> Result<Vec<Sample>> {
     Ok(known.into_iter().map(sample).collect())
 }
 
+/// All captions of a file of references, in its order.
+///
+/// # Errors
+/// The file cannot be read, or has no captions.
+pub fn captions(path: &Path) -> Result<Vec<String>> {
+    let References { annotations, .. } = parse(path, REFERENCES)?;
+    let captions: Vec<String> = annotations.into_iter().map(|annotation| annotation.caption).collect();
+    ensure!(!captions.is_empty(), failed(format_args!("there are no captions in {}", path.display()), REFERENCES));
+    Ok(captions)
+}
+
 /// The references of each image.
 fn references_of(path: &Path) -> Result<BTreeMap<ImageId, Vec<String>>> {
     let References { images, annotations } = parse(path, REFERENCES)?;

@@ -14,7 +14,7 @@ mod meteor_jar;
 mod rouge;
 
 pub use case::Scores;
-pub use coco::{ImageId, Sample, read};
+pub use coco::{ImageId, Sample, captions, read};
 
 use super::captioning::{self, Settings};
 use crate::{error::Result, generate::Models};

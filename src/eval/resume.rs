@@ -1,0 +1,36 @@
+//! The folder of a measurement that goes on after an interruption: it belongs to one set of settings.
+
+use crate::{
+    bounded_read,
+    data::output::write_whole,
+    error::{Context, Hint, Result, ensure, failed},
+};
+use serde::{Serialize, de::DeserializeOwned};
+use std::{fs, io::Write, path::Path};
+
+/// Maximum size of the settings in bytes.
+const MAX_SETTINGS: u64 = 1 << 20;
+
+/// Stores the settings as `name` in `folder`, which is made if needed, or checks that those stored there are the same.
+///
+/// # Errors
+/// The folder cannot be written, or belongs to a measurement with other settings.
+pub(super) fn begin<T: Serialize + DeserializeOwned + PartialEq>(
+    folder: &Path,
+    name: &str,
+    settings: &T,
+) -> Result<()> {
+    let cannot = || format!("cannot write to {}", folder.display());
+    fs::create_dir_all(folder).hint(cannot(), "choose another folder with -o")?;
+    let (file, hint) = (folder.join(name), "delete the folder, or choose another one with -o");
+    if file.exists() {
+        let damaged = || format!("{} is damaged", file.display());
+        let bytes = bounded_read::read(&file, MAX_SETTINGS).hint(damaged(), hint)?;
+        let there: T = serde_json::from_slice(&bytes).hint(damaged(), hint)?;
+        let what = format!("{} holds another measurement", folder.display());
+        ensure!(there == *settings, failed(what, hint));
+        return Ok(());
+    }
+    let bytes = serde_json::to_vec_pretty(settings)?;
+    write_whole(&file, |out| Ok(out.write_all(&bytes).map(|()| true)?)).with_context(cannot)
+}
