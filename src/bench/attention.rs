@@ -7,13 +7,14 @@ use crate::{
     error::{Context, Result},
     model::{Layout, flops},
     nn::pattern::{Grid, Pattern},
-    ops,
+    ops::{self, attention::KeyRanges},
     random::Random,
     runtime,
     train::shards::Shards,
 };
 use candle_core::{Device, Tensor, Var};
 use serde::Serialize;
+use std::sync::Arc;
 
 /// Time and memory of one pattern at one size.
 #[derive(Debug, Clone, Serialize)]
@@ -37,8 +38,13 @@ pub struct Cost {
 /// Maximum size of an attention matrix, in elements over all heads; larger ones are skipped.
 const MAX_SCORES: usize = 1 << 27;
 
-/// Attention alone, forward and backward, for one text→image sequence on square grids with the given sides.
-pub fn attention(shape: &Shape, sides: &[usize], repeat: usize) -> Result<Vec<Cost>> {
+/// Attention alone, forward and backward, for one text→image sequence on square grids with the given sides; `blockwise`:
+/// from stock tensor ops, as on devices, instead of by the kernels of CPUs.
+pub fn attention(shape: &Shape, sides: &[usize], blockwise: bool, repeat: usize) -> Result<Vec<Cost>> {
+    let attend = |qkv: &Tensor, keys: &Arc<KeyRanges>| match blockwise {
+        true => ops::attention::blockwise::attention(qkv, keys),
+        false => ops::attention(qkv, keys),
+    };
     let mut costs = Vec::new();
     for &side in sides {
         let layout = Layout::text_to_image(shape.config.text.max_tokens, Grid { height: side, width: side });
@@ -46,7 +52,7 @@ pub fn attention(shape: &Shape, sides: &[usize], repeat: usize) -> Result<Vec<Co
         let qkv = qkv(layout.positions(), model.heads, model.hidden / model.heads)?;
         let cost = |(pattern, kind): (&'static str, Pattern)| {
             let keys = flops::keys(&layout, kind);
-            let mut run = || once(&qkv, |qkv| ops::attention(qkv, &keys));
+            let mut run = || once(&qkv, |qkv| attend(qkv, &keys));
             Cost::measure(pattern, side * side, 3.0 * flops::attention(model.hidden, &keys), repeat, &mut run)
         };
         let mut of_size = patterns(model.conv_size).into_iter().map(cost).collect::<Result<Vec<_>>>()?;

@@ -96,6 +96,9 @@ struct AttentionArgs {
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "16,32,64",
         value_parser = clap::value_parser!(u16).range(1..=256))]
     sides: Vec<u16>,
+    /// Time attention from stock tensor ops, as GPUs run it, instead of the kernels for CPUs
+    #[arg(long, conflicts_with = "block")]
+    blockwise: bool,
     /// Time one complete transformer block of --shape, on the grid of that shape
     #[arg(long, conflicts_with_all = ["sides", "plot"])]
     block: bool,
@@ -226,7 +229,7 @@ fn run_attention(args: &AttentionArgs, json: bool) -> Result<()> {
     let sides: Vec<usize> = args.sides.iter().map(|&side| usize::from(side)).collect();
     let costs = match args.block {
         true => bench::attention::block(&shape, repeat)?,
-        false => bench::attention::attention(&shape, &sides, repeat)?,
+        false => bench::attention::attention(&shape, &sides, args.blockwise, repeat)?,
     };
     if let Some(path) = &args.plot {
         bench::plot(&costs, path)?;

@@ -113,7 +113,7 @@ fn on_gpus(
         let refusal = refusal.as_ref().map(ToString::to_string);
         let generation = generation.map(|(wanted, time)| json!({ "images": wanted, "time": time }));
         return report::json(&json!({ "plan": fit, "vocabulary": sizes.inputs.vocabulary, "refused": refusal,
-            "generation": generation }));
+            "generation": generation, "attention_scores_bytes": sizes.attention_scores(config, cluster.gpus) }));
     }
     let gpus = if cluster.gpus == 1 { "GPU" } else { "GPUs" };
     report::result(format_args!(
@@ -135,6 +135,13 @@ fn on_gpus(
     ));
     rows(config, &fit);
     activations(&fit);
+    if let Some([scores, matrix]) = sizes.attention_scores(config, cluster.gpus) {
+        report::result(format_args!(
+            "largest tensor of attention: {} GB of scores for a micro-batch; the full n×n matrix would take {} GB",
+            gb(scores),
+            gb(matrix)
+        ));
+    }
     verdict(config, &fit);
     print_refusal(config, cluster.gpus, refusal);
     if let Some((wanted, time)) = generation {

@@ -3,12 +3,13 @@
 use super::sequence::{Layout, Modality, Span, split};
 use crate::{
     error::{Context, Result, bail, ensure},
-    nn::pattern::Grid,
+    nn::pattern::{Grid, Pattern},
+    ops::attention::KeyRanges,
     text::WordPiece,
     tokenizer::PixelBatch,
 };
 use candle_core::{DType, Device, Tensor};
-use std::rc::Rc;
+use std::{cell::RefCell, rc::Rc, sync::Arc};
 
 /// The token ids of one span, one row per sample.
 #[derive(Debug, Clone)]
@@ -70,6 +71,8 @@ pub struct Batch {
     pub loss_scale: f64,
     /// The images themselves, in end-to-end training: the loss of their reconstruction is added.
     pub pixels: Option<Rc<PixelBatch>>,
+    /// The keys of each pattern. All layers with a pattern share them, with what a device keeps of them.
+    keys: RefCell<Vec<(Grid, Pattern, Arc<KeyRanges>)>>,
 }
 
 impl Batch {
@@ -96,7 +99,7 @@ impl Batch {
         let mut tokens = tokens.into_iter();
         let sources = sources.iter().copied().zip(tokens.by_ref()).collect();
         let Some(tokens) = tokens.next() else { bail!("a sequence without a target") };
-        Ok(Self { sources, target: (target, tokens), loss_scale: 1.0, pixels: None })
+        Ok(Self { sources, target: (target, tokens), loss_scale: 1.0, pixels: None, keys: RefCell::default() })
     }
 
     /// Text → image ([`Span::text_to_image`]); `codes` (b, n) u32.
@@ -111,7 +114,7 @@ impl Batch {
     /// The same sequences, with the last code of a target image as an input too ([`Span::reads_last`]).
     #[must_use]
     pub fn reading_last(self) -> Self {
-        Self { target: (self.target.0.reading_last(), self.target.1), ..self }
+        Self { target: (self.target.0.reading_last(), self.target.1), keys: RefCell::default(), ..self }
     }
 
     /// Image → text ([`Span::image_to_text`]); `codes` (b, n) u32.
@@ -140,6 +143,20 @@ impl Batch {
     pub fn layout(&self, grid: Grid) -> Result<Layout> {
         let spans: Vec<Span> = self.parts().map(|(span, _)| *span).collect();
         Layout::new(&spans, grid)
+    }
+
+    /// The keys that each query attends to under a layer's pattern, over a grid of image codes.
+    ///
+    /// # Errors
+    /// The image does not fill the grid.
+    pub fn keys(&self, grid: Grid, pattern: Pattern) -> Result<Arc<KeyRanges>> {
+        let mut known = self.keys.borrow_mut();
+        if let Some((.., keys)) = known.iter().find(|(of, under, _)| (*of, *under) == (grid, pattern)) {
+            return Ok(keys.clone());
+        }
+        let keys = self.layout(grid)?.keys(pattern, self.source_lengths());
+        known.push((grid, pattern, keys.clone()));
+        Ok(keys)
     }
 
     /// Each span with its tokens, in order.

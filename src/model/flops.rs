@@ -36,7 +36,7 @@ pub fn keys(layout: &Layout, pattern: Pattern) -> Arc<KeyRanges> {
 
 /// Attention of one sequence, forward: scores and weighted values.
 pub fn attention(hidden: usize, keys: &KeyRanges) -> f64 {
-    let pairs: usize = keys.runs.iter().map(|run| run.len).sum();
+    let pairs: usize = keys.lists.runs.iter().map(|run| run.len).sum();
     4.0 * hidden as f64 * pairs as f64
 }
 

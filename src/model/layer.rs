@@ -37,6 +37,6 @@ impl Layer {
 
     /// Which keys each query of a batch attends to in this layer.
     pub(super) fn keys(&self, batch: &Batch) -> Result<Arc<KeyRanges>> {
-        Ok(batch.layout(self.grid)?.keys(self.pattern, batch.source_lengths()))
+        batch.keys(self.grid, self.pattern)
     }
 }

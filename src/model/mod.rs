@@ -21,6 +21,8 @@ pub use sequence::{Layout, Modality, Role, Slot, Span};
 pub use transformer::Generator;
 
 #[cfg(test)]
+mod blockwise_tests;
+#[cfg(test)]
 mod decode_tests;
 #[cfg(test)]
 mod end_to_end_tests;

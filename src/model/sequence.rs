@@ -14,10 +14,17 @@
 use crate::{
     error::{Result, bail, ensure},
     nn::pattern::{Grid, Pattern},
-    ops::attention::{KeyRanges, Run},
+    ops::attention::{Codes, KeyLists, KeyRanges, Run},
 };
 use candle_core::{Device, Tensor};
-use std::{ops::Range, sync::Arc};
+use std::{
+    collections::VecDeque,
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+/// Number of lists of keys that are kept for later batches: a few patterns of a few layouts.
+const RECENT_LISTS: usize = 16;
 
 /// The kind of a span's tokens. It selects the embedding and, for a target, the head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -275,23 +282,49 @@ impl Layout {
     /// The mask rule as key ranges. `text_lengths` are the numbers of tokens of each sample's source text
     /// ([`Batch::source_lengths`](super::Batch::source_lengths)); they are ignored if no source is text.
     pub fn keys(&self, pattern: Pattern, text_lengths: &[usize]) -> Arc<KeyRanges> {
-        self.keys_of(pattern, 0..self.positions(), text_lengths)
+        self.with_lengths(self.lists(pattern), text_lengths)
     }
 
     /// The key ranges of the source positions alone, for the prefill.
     pub fn source_keys(&self, pattern: Pattern, text_lengths: &[usize]) -> Arc<KeyRanges> {
-        self.keys_of(pattern, 0..self.source_positions(), text_lengths)
+        self.with_lengths(Arc::new(self.lists_of(pattern, 0..self.source_positions())), text_lengths)
     }
 
-    fn keys_of(&self, pattern: Pattern, queries: Range<usize>, text_lengths: &[usize]) -> Arc<KeyRanges> {
+    fn with_lengths(&self, lists: Arc<KeyLists>, text_lengths: &[usize]) -> Arc<KeyRanges> {
+        let text_lengths = (!self.source_text().is_empty()).then(|| text_lengths.to_vec());
+        Arc::new(KeyRanges::new(lists, text_lengths))
+    }
+
+    /// The lists of all positions, which batches of one layout share, with what devices keep of them.
+    fn lists(&self, pattern: Pattern) -> Arc<KeyLists> {
+        static RECENT: Mutex<VecDeque<(Layout, Pattern, Arc<KeyLists>)>> = Mutex::new(VecDeque::new());
+        let mut recent = RECENT.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((.., lists)) = recent.iter().find(|(layout, of, _)| layout == self && *of == pattern) {
+            return lists.clone();
+        }
+        let lists = Arc::new(self.lists_of(pattern, 0..self.positions()));
+        recent.truncate(RECENT_LISTS - 1);
+        recent.push_front((self.clone(), pattern, lists.clone()));
+        lists
+    }
+
+    fn lists_of(&self, pattern: Pattern, queries: Range<usize>) -> KeyLists {
         let (text, codes) = (self.source_text(), self.source_of(Modality::Image));
         let (mut offsets, mut runs) = (vec![0], Vec::new());
-        for query in queries {
+        for query in queries.clone() {
             self.push_runs(pattern, &codes, query, &mut runs);
             offsets.push(runs.len());
         }
-        let text_lengths = (!text.is_empty()).then(|| text_lengths.to_vec());
-        Arc::new(KeyRanges { offsets, runs, text, text_lengths })
+        let positions = if codes.is_empty() { self.target_codes() } else { codes };
+        let positions = positions.start.min(queries.end)..positions.end.min(queries.end);
+        let codes = (!positions.is_empty()).then(|| Codes { positions, width: self.grid.width });
+        KeyLists::new(offsets, runs, text, codes)
+    }
+
+    /// Positions of the codes of a target image, which follow the start of the image; empty if the target is a text.
+    fn target_codes(&self) -> Range<usize> {
+        let source = self.source_positions();
+        if self.target.modality == Modality::Image { source + 1..self.positions() } else { 0..0 }
     }
 
     /// Appends the runs of keys of one query; `codes` are the positions of a source image.

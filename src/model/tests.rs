@@ -162,10 +162,10 @@ fn key_ranges_equal_the_mask_rule() {
             for (pattern, length) in all_patterns().into_iter().flat_map(|p| (1..=text).map(move |l| (p, l))) {
                 let keys = layout.keys(pattern, &[length]);
                 for query in 0..layout.positions() {
-                    let runs = &keys.runs[keys.offsets[query]..keys.offsets[query + 1]];
+                    let (lists, runs) = (&keys.lists, keys.lists.runs_of(query));
                     let listed = runs.iter().flat_map(|r| (0..r.len).map(move |i| r.start + i * r.stride));
                     let cut = |&key: &usize| {
-                        keys.text_lengths.is_none() || !keys.text.contains(&key) || key < keys.text.start + length
+                        keys.text_lengths.is_none() || !lists.text.contains(&key) || key < lists.text.start + length
                     };
                     let listed: Vec<_> = listed.filter(cut).collect();
                     let visible = (0..layout.positions()).filter(|&key| layout.visible(pattern, length, query, key));

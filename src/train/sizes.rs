@@ -10,7 +10,11 @@ use crate::{
     config::Config,
     error::{Result, ensure, usage},
     model::activations::Micro,
-    nn::params::{Param, Params},
+    nn::{
+        params::{Param, Params},
+        pattern::Pattern,
+    },
+    ops::attention::blockwise,
 };
 
 /// A part of a model and its number of parameters.
@@ -123,6 +127,23 @@ impl Sizes {
             Micro { layout, samples, outputs, bytes: 4, copied: 0, again: accumulation > 1 }
         };
         trained.map(micro).filter(|micro| micro.samples > 0).collect()
+    }
+
+    /// Bytes of the largest tensor of attention on a GPU, the f32 scores of a micro-batch, and of the n×n matrix that attention
+    /// over all keys would need; `None` for tasks without sequences.
+    pub fn attention_scores(&self, config: &Config, ranks: usize) -> Option<[u64; 2]> {
+        let model = &config.model;
+        let of_micro = |Micro { layout, samples, .. }: Micro| {
+            let positions = layout.positions();
+            let text = [layout.source_text().len()];
+            let scores = |layer| {
+                let keys = layout.keys(Pattern::of_layer(layer, model), &text);
+                blockwise::scores(&keys.lists, positions)
+            };
+            let bytes = |scores: usize| (samples * model.heads * scores * 4) as u64;
+            [bytes((1..=model.layers).map(scores).max().unwrap_or(0)), bytes(positions * positions)]
+        };
+        self.micro_batches(config, ranks).into_iter().map(of_micro).max()
     }
 
     /// Forward and backward passes of a rank in a step.

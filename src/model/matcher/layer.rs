@@ -13,7 +13,7 @@ use crate::{
         segment::{Autograd, Saved, Segment},
     },
     ops::{
-        attention::{KeyRanges, Run, Sizes},
+        attention::{KeyLists, KeyRanges, Sizes},
         slices::view,
     },
 };
@@ -73,12 +73,11 @@ fn std(model: &config::Model) -> f64 {
 }
 
 fn keys(positions: usize, batch: &Input) -> Arc<KeyRanges> {
-    let runs = vec![Run { start: 0, len: positions, stride: 1 }; positions];
     let text_lengths = match batch {
         Input::Images(_) => None,
         Input::Texts(texts) => Some(texts.lengths.clone()),
     };
-    Arc::new(KeyRanges { offsets: (0..=positions).collect(), runs, text: 0..positions, text_lengths })
+    Arc::new(KeyRanges::new(Arc::new(KeyLists::dense(positions)), text_lengths))
 }
 
 /// A layer with autograd, computed in `precision`.

@@ -5,7 +5,10 @@
 //! become contiguous (`plan`). Blocks of adjacent queries are then multiplied with the union of their keys in
 //! register-blocked products (`products`, `kernel`), with an online softmax (Dao et al., arXiv 2205.14135).
 
+mod blocks;
+pub mod blockwise;
 pub mod cached;
+mod grouping;
 mod heads;
 pub mod image;
 mod kernel;
@@ -21,7 +24,7 @@ use crate::{
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Shape, Tensor, backend::BackendStorage};
 use heads::{Head, Inputs, Scratch, backward_head, forward_head};
 use kernel::Element;
-pub use key_ranges::{KeyRanges, Run};
+pub use key_ranges::{Codes, KeyLists, KeyRanges, Run};
 use plan::Plan;
 use rayon::prelude::*;
 pub use sizes::Sizes;
@@ -34,7 +37,7 @@ pub fn attention(qkv: &Tensor, keys: &Arc<KeyRanges>) -> Result<Tensor> {
     ensure!(three == 3, "attention: expected queries, keys and values, got {three} parts");
     keys.check(samples, positions)?;
     if !qkv.device().is_cpu() {
-        return composed(qkv, keys);
+        return blockwise::attention(qkv, keys);
     }
     Ok(qkv.contiguous()?.apply_op1(Attention { keys: keys.clone() })?)
 }
@@ -181,7 +184,7 @@ mod tests {
             offsets.push(runs.len());
         }
         let text_lengths = (!seed.is_multiple_of(3)).then(|| (0..samples).map(|_| below(text.len() + 1)).collect());
-        Arc::new(KeyRanges { offsets, runs, text, text_lengths })
+        Arc::new(KeyRanges::new(Arc::new(KeyLists::new(offsets, runs, text, None)), text_lengths))
     }
 
     fn qkv(shape: [usize; 4], dtype: DType) -> [candle_core::Var; 1] {
@@ -228,7 +231,8 @@ mod tests {
                 }
                 offsets.push(runs.len());
             }
-            let keys = Arc::new(KeyRanges { offsets, runs, text: 0..text, text_lengths: Some(vec![3, 5]) });
+            let lists = Arc::new(KeyLists::new(offsets, runs, 0..text, None));
+            let keys = Arc::new(KeyRanges::new(lists, Some(vec![3, 5])));
             let qkv = qkv([2, positions, 1, 20], DType::F32);
             at_each_level(|| assert_same(&qkv, 1e-5, &|v| attention(&v[0], &keys), &|v| composed(&v[0], &keys)))?;
         }
@@ -250,8 +254,8 @@ mod tests {
     #[test]
     fn padding_is_not_read_and_no_keys_give_zeros() -> Result<()> {
         let runs = vec![Run { start: 0, len: 4, stride: 1 }];
-        let keys =
-            Arc::new(KeyRanges { offsets: vec![0, 1, 1, 1, 1], runs, text: 0..4, text_lengths: Some(vec![1, 0]) });
+        let lists = Arc::new(KeyLists::new(vec![0, 1, 1, 1, 1], runs, 0..4, None));
+        let keys = Arc::new(KeyRanges::new(lists, Some(vec![1, 0])));
         let [qkv] = qkv([2, 4, 1, 2], DType::F32);
         let (all, out) = (values(&qkv), values(&attention(&qkv, &keys)?));
         assert_eq!(out[..2], all[4..6], "the only key's value");
@@ -262,16 +266,18 @@ mod tests {
     #[test]
     fn lists_of_other_sizes_are_errors() {
         let [qkv] = qkv([2, 4, 1, 2], DType::F32);
-        let good = KeyRanges { offsets: vec![0; 5], runs: vec![], text: 0..0, text_lengths: None };
+        let keys = |offsets: Vec<usize>, runs: Vec<Run>, text_lengths: Option<Vec<usize>>| {
+            Arc::new(KeyRanges::new(Arc::new(KeyLists::new(offsets, runs, 0..0, None)), text_lengths))
+        };
         let run = Run { start: 3, len: 2, stride: 1 };
-        assert!(attention(&qkv, &Arc::new(good.clone())).is_ok());
+        assert!(attention(&qkv, &keys(vec![0; 5], vec![], None)).is_ok());
         for bad in [
-            KeyRanges { offsets: vec![0; 4], ..good.clone() },
-            KeyRanges { offsets: vec![0, 0, 0, 0, 1], ..good.clone() },
-            KeyRanges { offsets: vec![0, 0, 0, 0, 1], runs: vec![run], ..good.clone() },
-            KeyRanges { text_lengths: Some(vec![1]), ..good },
+            keys(vec![0; 4], vec![], None),
+            keys(vec![0, 0, 0, 0, 1], vec![], None),
+            keys(vec![0, 0, 0, 0, 1], vec![run], None),
+            keys(vec![0; 5], vec![], Some(vec![1])),
         ] {
-            assert!(attention(&qkv, &Arc::new(bad)).is_err());
+            assert!(attention(&qkv, &bad).is_err());
         }
     }
 }

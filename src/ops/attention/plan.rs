@@ -40,12 +40,12 @@ struct Columns {
 impl Columns {
     fn of(keys: &KeyRanges) -> Self {
         let strided = |run: &&Run| run.stride > 1 && run.len > 1;
-        let stride = keys.runs.iter().find(strided).map_or(1, |run| run.stride);
-        let runs = keys.runs.iter().filter(strided).filter(|run| run.stride == stride);
+        let stride = keys.lists.runs.iter().find(strided).map_or(1, |run| run.stride);
+        let runs = keys.lists.runs.iter().filter(strided).filter(|run| run.stride == stride);
         let ends = runs.map(|run| (run.start, run.start + (run.len - 1) * stride + 1));
         let mut range = ends.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1))).map_or(0..0, |(start, end)| start..end);
         // Padding is skipped as a range of places; where reordering would split that range, nothing is reordered.
-        if keys.text_lengths.is_some() && range.start < keys.text.end && keys.text.start < range.end {
+        if keys.text_lengths.is_some() && range.start < keys.lists.text.end && keys.lists.text.start < range.end {
             range = 0..0;
         }
         let mut places = vec![0; range.len()];
@@ -80,7 +80,7 @@ impl Columns {
 
 impl Plan {
     pub fn new(keys: &KeyRanges) -> Self {
-        let positions = keys.offsets.len() - 1;
+        let positions = keys.lists.offsets.len() - 1;
         let columns = Columns::of(keys);
         let mut order = vec![0; positions];
         (0..positions).for_each(|position| order[columns.place(position)] = position);
@@ -102,7 +102,7 @@ impl Plan {
         let (mut counts, mut previous) = ([0; LANES], 0..0);
         for (place, &position) in self.order.iter().enumerate() {
             let mut last = 0..0;
-            if let Some(run) = keys.runs_of(position).last() {
+            if let Some(run) = keys.lists.runs_of(position).last() {
                 columns.places(run, |range| last = range);
             }
             if previous.end <= last.start || last.end <= previous.start {
@@ -124,7 +124,7 @@ impl Plan {
     ) {
         events.clear();
         for (lane, &position) in self.order[queries.clone()].iter().enumerate() {
-            for run in keys.runs_of(position) {
+            for run in keys.lists.runs_of(position) {
                 columns.places(run, |range| events.extend([(range.start, 1 << lane), (range.end, 1 << lane)]));
             }
         }
