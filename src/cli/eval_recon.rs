@@ -20,7 +20,8 @@ use std::path::PathBuf;
 #[command(
     after_help = "PSNR (in dB) and SSIM (as scikit-image computes it, 7 × 7 windows) are means over images. LPIPS and \
     the Fréchet distance of VGG-16 features (averaged over positions; not comparable with FID) need --lpips; FID (protocol \
-    pytorch-fid) needs --inception and thousands of images. `use` is the share of codebook entries used by at least one image."
+    pytorch-fid) needs --inception and thousands of images. The color error is the mean CIE76 difference of pixels that are \
+    saturated in the original, by their hue; about 2.3 is just visible. `use` is the share of codebook entries used by at least one image."
 )]
 pub struct Args {
     /// Tar shards (`DIR/{00000..00012}.tar`, `DIR/*.tar`), a folder of shards, or a folder of images
@@ -75,8 +76,18 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
         let header = ["tokenizer", "images", "PSNR", "SSIM", "LPIPS", "Fréchet (VGG)", "FID", "use", "perplexity"];
         let rows = args.model.iter().zip(&outcomes).map(|(model, outcome)| row(model, outcome));
         report::table(&header, &rows.collect::<Vec<_>>());
+        let hues = outcomes.first().map_or(Vec::new(), |outcome| outcome.result.colors.clone());
+        let header: Vec<&str> = ["color error (ΔE)"].into_iter().chain(hues.iter().map(|sector| sector.hue)).collect();
+        let rows = args.model.iter().zip(&outcomes).map(|(model, outcome)| colors(model, outcome));
+        report::table(&header, &rows.collect::<Vec<_>>());
     }
     Ok(())
+}
+
+fn colors(model: &str, Outcome { result, .. }: &Outcome) -> Vec<String> {
+    let errors =
+        result.colors.iter().map(|sector| sector.delta_e.map_or("-".to_owned(), |error| format!("{error:.1}")));
+    [model.to_owned()].into_iter().chain(errors).collect()
 }
 
 fn row(model: &str, Outcome { result, .. }: &Outcome) -> Vec<String> {

@@ -2,7 +2,10 @@
 
 use super::{model::ModelOptions, output, prompts, ranking::RankingOptions, sampling::Options};
 use crate::{
-    data::image_file::{grid, png, write_png},
+    data::{
+        image::open_square,
+        image_file::{grid, png, write_png},
+    },
     error::{Result, ensure, usage},
     generate::{GeneratedImage, Models, Reconstructor, Request},
     report,
@@ -27,6 +30,7 @@ const CHUNK: usize = 64;
     Examples:\n  \
     vilg t2i 一轮弯月，扁平风格 -o moon.png\n  \
     vilg t2i --prompts prompts.txt --each -o images/moon.png\n  \
+    vilg t2i 戴眼镜的笑脸 --complete face.png --rows 4 -o glasses.png\n  \
     echo 红苹果 | vilg t2i - -o - | display")]
 pub struct Args {
     /// Prompt, e.g. 细腻风格的女宇航员; the images of several prompts form one grid. `-`: read prompts from the lines of stdin
@@ -49,6 +53,15 @@ pub struct Args {
     ranking: RankingOptions,
     #[command(flatten)]
     sampling: Options,
+    /// With guidance: a text that the image should not show
+    #[arg(long, value_name = "TEXT")]
+    negative: Option<String>,
+    /// Keep the upper rows of this image and generate the rest
+    #[arg(long, value_name = "IMG")]
+    complete: Option<PathBuf>,
+    /// With --complete: number of rows of codes to keep [default: half of them]
+    #[arg(long, value_name = "N", requires = "complete", allow_negative_numbers = true)]
+    rows: Option<usize>,
     /// What makes pixels of the generated codes [default: end-to-end if the model has such a reconstructor, else two-stage]
     #[arg(long, value_enum, value_name = "WHICH")]
     reconstructor: Option<Reconstructor>,
@@ -71,9 +84,21 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     texts.iter().try_for_each(|text| check_prompt(&models, text))?;
 
     let seeds = || (0..u64::from(args.number)).map(|i| args.seed.wrapping_add(i));
-    let request = |prompt: &String, seed| Request { prompt: prompt.clone(), seed };
+    let given = args.complete.as_ref().map_or(Ok(Vec::new()), |image| upper_rows(&models, image, args.rows))?;
+    let negative = args.negative.clone().unwrap_or_default();
+    let request = |prompt: &String, seed| Request {
+        prompt: prompt.clone(),
+        seed,
+        negative: negative.clone(),
+        given: given.clone(),
+    };
     let requests: Vec<Request> = texts.iter().flat_map(|text| seeds().map(move |seed| request(text, seed))).collect();
     let sampling = args.sampling.over(&bundle.config.sample);
+    let hint = "set a guidance scale above 1, such as --guidance 2";
+    ensure!(
+        args.negative.is_none() || sampling.guidance != 1.0,
+        usage("--negative has no effect without guidance", hint)
+    );
     report::detail(format_args!("{} images, best of {}, {sampling:?}", requests.len(), args.ranking.best_of));
     let codes = models.generator.grid().len() as u64 * requests.len() as u64 * u64::from(args.ranking.best_of);
     let bar = report::bar(codes, "generating");
@@ -109,6 +134,18 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         report::json(&json!({ "images": images, "tokens_per_second": codes as f64 / seconds }));
     }
     Ok(())
+}
+
+/// The codes of an image's upper rows: as many as `rows`, or half of them.
+fn upper_rows(models: &Models, image: &Path, rows: Option<usize>) -> Result<Vec<u32>> {
+    let grid = models.generator.grid();
+    let rows = rows.unwrap_or(grid.height / 2);
+    let message = format!("--rows {rows}: an image has {} rows of codes", grid.height);
+    ensure!((1..grid.height).contains(&rows), usage(message, format_args!("keep 1 to {} rows", grid.height - 1)));
+    let image = open_square(image, models.image_tokenizer.image_size())?;
+    let mut codes = models.encode(&[image])?.pop().unwrap_or_default();
+    codes.truncate(rows * grid.width);
+    Ok(codes)
 }
 
 /// Whether `-o` means stdout.

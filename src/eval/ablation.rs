@@ -230,10 +230,7 @@ impl Pair<'_> {
 
 /// The codes that a generator draws for the captions of samples from `first` on.
 fn generate(models: &Models, texts: &[&str], first: usize, settings: &Settings) -> Result<Vec<Vec<u32>>> {
-    let request = |(i, text): (usize, &&str)| Request {
-        prompt: (*text).to_owned(),
-        seed: settings.seed.wrapping_add((first + i) as u64),
-    };
+    let request = |(i, text): (usize, &&str)| Request::new(*text, settings.seed.wrapping_add((first + i) as u64));
     let requests: Vec<Request> = texts.iter().enumerate().map(request).collect();
     models.generate_codes(&requests, &settings.sampling, |_| {})
 }

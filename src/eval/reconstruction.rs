@@ -1,6 +1,7 @@
 //! Reconstruction quality of image tokenizers: images are encoded, decoded and compared with the originals.
 
 use super::{
+    color_error::{ColorErrors, Sector},
     fid::{Inception, Moments},
     read_chosen,
     similarity::{psnr, ssim},
@@ -41,6 +42,8 @@ pub struct Reconstruction {
     pub pictures: usize,
     /// Peak signal-to-noise ratio in dB.
     pub psnr: f64,
+    /// Color error of saturated pixels, by hue.
+    pub colors: Vec<Sector>,
     /// Structural similarity; `None` if the images are too small.
     pub ssim: Option<f64>,
     /// LPIPS over VGG-16.
@@ -74,7 +77,8 @@ pub fn run(tokenizer: &ImageTokenizer, settings: &Settings, shown: usize) -> Res
         let encoded = tokenizer.encode(&to_pixels(batch)?)?;
         let reconstructed = from_pixels(&tokenizer.decode(&encoded)?)?;
         encoded.flatten_all()?.to_vec1()?.into_iter().for_each(|code| *codes.entry(code).or_default() += 1);
-        let compared = batch.par_iter().zip(&reconstructed).map(|(a, b)| (psnr(a, b), ssim(a, b)));
+        let compared =
+            batch.par_iter().zip(&reconstructed).map(|(a, b)| (psnr(a, b), ssim(a, b), ColorErrors::of(a, b)));
         similar.par_extend(compared);
         if let Some(network) = settings.perceptual {
             // Features of the images as written to files: clamped and rounded to 8 bits.
@@ -91,9 +95,12 @@ pub fn run(tokenizer: &ImageTokenizer, settings: &Settings, shown: usize) -> Res
         bar.inc(batch.len() as u64);
     }
     bar.finish_and_clear();
+    let mut colors = ColorErrors::default();
+    similar.iter().for_each(|(.., errors)| colors.merge(errors));
     let result = Reconstruction {
         pictures: originals.len(),
         psnr: mean(similar.iter().map(|similar| Some(similar.0))).unwrap_or_default(),
+        colors: colors.sectors(),
         ssim: mean(similar.iter().map(|similar| similar.1)),
         lpips: mean(lpips.into_iter().map(Some)),
         frechet_vgg: vgg.distance()?,

@@ -100,10 +100,8 @@ impl Queries {
 
     /// The requests for images of some queries; each has a seed of its own.
     pub(super) fn requests(&self, queries: Range<usize>, seed: u64) -> Vec<Request> {
-        let request = |(own, _): &(usize, _)| Request {
-            prompt: self.pictures[*own].caption.clone(),
-            seed: seed.wrapping_add(*own as u64),
-        };
+        let request =
+            |(own, _): &(usize, _)| Request::new(self.pictures[*own].caption.as_str(), seed.wrapping_add(*own as u64));
         self.queries[queries].iter().map(request).collect()
     }
 

@@ -133,7 +133,7 @@ mod tests {
         let (models, matching) = (tiny(), Matching::open(&Bundle::open(&bundle.name()).unwrap()).unwrap());
         let prompts = ["一弯月", "月", "星，一弯月星月"];
         let requests: Vec<Request> =
-            prompts.iter().zip(3..).map(|(prompt, seed)| Request { prompt: prompt.to_string(), seed }).collect();
+            prompts.iter().zip(3..).map(|(prompt, seed)| Request::new(*prompt, seed)).collect();
         let generate = |count, ranking| -> Vec<GeneratedImage> {
             models.generate_images(&requests, &SAMPLING, &BestOf { count, ranking }, |_| {}).unwrap()
         };

@@ -42,7 +42,7 @@ pub(crate) fn tiny() -> Models {
 }
 
 fn requests(prompts: &[&str], seed: u64) -> Vec<Request> {
-    prompts.iter().zip(seed..).map(|(prompt, seed)| Request { prompt: prompt.to_string(), seed }).collect()
+    prompts.iter().zip(seed..).map(|(prompt, seed)| Request::new(*prompt, seed)).collect()
 }
 
 const SAMPLING: Sampling = Sampling { temperature: 0.8, top_k: 9, top_p: 0.95, guidance: 1.5 };
@@ -96,6 +96,45 @@ fn greedy_guided_generation_follows_the_logits() {
         sampling::guide(&mut row, &without, 2.0);
         assert_eq!(Sampling::GREEDY.draw(&row, 0.0).unwrap(), generated.codes[position], "position {position}");
     }
+}
+
+#[test]
+fn given_codes_are_kept_and_continued() {
+    let models = tiny();
+    let generate = |requests: &[Request]| -> Vec<Vec<u32>> {
+        let generated = models.generate_images(requests, &Sampling::GREEDY, &BestOf::own(1), |_| {}).unwrap();
+        generated.into_iter().map(|generated| generated.codes).collect()
+    };
+    let free = requests(&["一弯月", "红月"], 0);
+    let own = generate(&free);
+    let given = |given: &[u32]| -> Vec<Request> {
+        free.iter().map(|request| Request { given: given.to_vec(), ..request.clone() }).collect()
+    };
+    let [first, second] = [&own[0], &own[1]].map(|codes| generate(&given(&codes[..3])));
+    assert_eq!((&first[0], &second[1]), (&own[0], &own[1]), "its own codes change nothing");
+    let other: Vec<u32> = own[0][..3].iter().map(|code| (code + 1) % 17).collect();
+    let completed = generate(&given(&other));
+    assert!(completed.iter().all(|codes| codes[..3] == other[..] && codes.len() == own[0].len()));
+    assert_ne!(completed[0][3..], own[0][3..], "the rest must depend on what is given");
+}
+
+/// Guidance away from the prompt itself leads nowhere: the logits are those of the prompt.
+#[test]
+fn a_negative_prompt_replaces_the_empty_one() {
+    let models = tiny();
+    let generate = |prompts: &[&str], negatives: &[&str], guidance: f64| -> Vec<Vec<u32>> {
+        let requests = requests(prompts, 3).into_iter().zip(negatives);
+        let requests: Vec<Request> =
+            requests.map(|(request, negative)| Request { negative: negative.to_string(), ..request }).collect();
+        let sampling = Sampling { temperature: 1.0, guidance, ..Sampling::GREEDY };
+        models.generate_codes(&requests, &sampling, |_| {}).unwrap()
+    };
+    let (prompts, plain) = (["一弯月", "红月", "星"], ["", "", ""]);
+    assert_eq!(generate(&prompts, &prompts, 4.0), generate(&prompts, &plain, 1.0));
+    let mixed = generate(&prompts, &["", "红月", "月"], 4.0);
+    assert_eq!(mixed[0], generate(&prompts, &plain, 4.0)[0]);
+    assert_eq!(mixed[1], generate(&prompts, &plain, 1.0)[1]);
+    assert_ne!(mixed[2], generate(&prompts, &plain, 4.0)[2]);
 }
 
 #[test]

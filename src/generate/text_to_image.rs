@@ -17,10 +17,21 @@ use rayon::prelude::*;
 const BATCH: usize = 64;
 
 /// An image to generate. The result depends only on its prompt and seed, not on other requests in the batch.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Request {
     pub prompt: String,
     pub seed: u64,
+    /// What guidance leads away from; empty: from images without a text.
+    pub negative: String,
+    /// The first codes of the image in raster order, which are not drawn; empty: all are.
+    pub given: Vec<u32>,
+}
+
+impl Request {
+    /// An image of a prompt, all of it drawn.
+    pub fn new(prompt: impl Into<String>, seed: u64) -> Self {
+        Self { prompt: prompt.into(), seed, ..Self::default() }
+    }
 }
 
 /// A generated image.
@@ -114,7 +125,7 @@ impl Models {
         let draws: Vec<Draw> =
             (0..requests.len()).flat_map(|j| (0..best_of.count.max(1)).map(move |c| draw(j, c))).collect();
         for chunk in draws.chunks(BATCH) {
-            let codes = self.draw_codes(&prompts, chunk, sampling, &mut advance)?;
+            let codes = self.draw_codes(requests, &prompts, chunk, sampling, &mut advance)?;
             let tokens: Vec<&[u32]> = chunk.iter().map(|draw| prompts[draw.request].as_slice()).collect();
             let texts: Vec<&str> = chunk.iter().map(|draw| requests[draw.request].prompt.as_str()).collect();
             let scores = self.rank(&best_of.ranking, &codes, (&texts, &tokens))?;
@@ -138,7 +149,7 @@ impl Models {
         let prompts = self.prompts(requests)?;
         let draw = |(request, Request { seed, .. }): (usize, &Request)| Draw { request, seed: *seed, candidate: 0 };
         let draws: Vec<Draw> = requests.iter().enumerate().map(draw).collect();
-        let codes = draws.chunks(BATCH).map(|chunk| self.draw_codes(&prompts, chunk, sampling, &mut advance));
+        let codes = draws.chunks(BATCH).map(|chunk| self.draw_codes(requests, &prompts, chunk, sampling, &mut advance));
         Ok(codes.collect::<Result<Vec<_>>>()?.concat())
     }
 
@@ -150,6 +161,7 @@ impl Models {
     /// The codes of each candidate. The prefill of a prompt is computed once for all its candidates.
     fn draw_codes(
         &self,
+        requests: &[Request],
         prompts: &[Vec<u32>],
         draws: &[Draw],
         sampling: &Sampling,
@@ -160,9 +172,20 @@ impl Models {
         let mut rows: Vec<usize> = draws.iter().map(|draw| draw.request - first).collect();
         let guided = sampling.guidance != 1.0;
         if guided {
-            // The second half of the rows is the unconditional branch of classifier-free guidance.
-            rows.extend(std::iter::repeat_n(sources.len(), draws.len()));
-            sources.push(self.text.encode("", self.generator.max_text())?);
+            // The second half of the rows is the branch that classifier-free guidance leads away from.
+            let mut negatives: Vec<&str> = Vec::new();
+            for draw in draws {
+                let negative = requests[draw.request].negative.as_str();
+                let known = negatives.iter().position(|known| *known == negative);
+                let place = known.unwrap_or_else(|| {
+                    negatives.push(negative);
+                    negatives.len() - 1
+                });
+                rows.push(sources.len() + place);
+            }
+            for negative in negatives {
+                sources.push(self.text.encode(negative, self.generator.max_text())?);
+            }
         }
         let (mut state, first) = self.decoder.start(&Source::text_to_image(&sources))?;
         state.reorder(&rows)?;
@@ -173,7 +196,10 @@ impl Models {
         let count = self.generator.grid().len();
         let mut codes: Vec<Vec<u32>> = vec![Vec::with_capacity(count); draws.len()];
         for position in 0..count {
-            let next = next_codes(logits, draws, sampling, position as u64)?;
+            let mut next = next_codes(logits, draws, sampling, position as u64)?;
+            for (code, draw) in next.iter_mut().zip(draws) {
+                *code = requests[draw.request].given.get(position).copied().unwrap_or(*code);
+            }
             codes.iter_mut().zip(&next).for_each(|(codes, &code)| codes.push(code));
             advance(draws.len() as u64);
             if position + 1 < count {
@@ -184,8 +210,8 @@ impl Models {
     }
 }
 
-/// Logits `(rows, vocabulary)` → the next code of each draw. With guidance, the second half of the rows is
-/// unconditional.
+/// Logits `(rows, vocabulary)` → the next code of each draw. With guidance, the second half of the rows is the branch that
+/// it leads away from.
 fn next_codes(values: &mut [f32], draws: &[Draw], sampling: &Sampling, position: u64) -> Result<Vec<u32>> {
     let guided = sampling.guidance != 1.0;
     let vocabulary = values.len() / draws.len() / if guided { 2 } else { 1 };

@@ -317,7 +317,7 @@ impl Layout {
         }
         let positions = if codes.is_empty() { self.target_codes() } else { codes };
         let positions = positions.start.min(queries.end)..positions.end.min(queries.end);
-        let codes = (!positions.is_empty()).then(|| Codes { positions, width: self.grid.width });
+        let codes = (!positions.is_empty()).then_some(Codes { positions, width: self.grid.width });
         KeyLists::new(offsets, runs, text, codes)
     }
 

@@ -2,6 +2,7 @@
 
 mod bench;
 mod commands;
+mod complete;
 mod counting;
 mod docs;
 mod end_to_end;

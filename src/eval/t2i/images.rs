@@ -124,9 +124,8 @@ impl Images<'_> {
     /// Generates the images of some prompts and writes them.
     fn write(&self, prompts: &[usize]) -> Result<()> {
         let Evaluation { settings, models, best_of, .. } = self.evaluation;
-        let request = |&prompt: &usize| Request {
-            prompt: self.evaluation.prompts[prompt].clone(),
-            seed: settings.seed.wrapping_add(prompt as u64),
+        let request = |&prompt: &usize| {
+            Request::new(self.evaluation.prompts[prompt].as_str(), settings.seed.wrapping_add(prompt as u64))
         };
         let requests: Vec<Request> = prompts.iter().map(request).collect();
         let generated = models.generate_images(&requests, &settings.sampling, best_of, |_| {})?;

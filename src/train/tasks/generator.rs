@@ -308,7 +308,7 @@ impl Task for GeneratorTask {
         let generator = build(&scope, &self.config, &self.text)?;
         let models = Models::new(generator, Format::F32, self.image_tokenizer.image_tokenizer()?, self.text.clone());
         let requests: Vec<Request> =
-            settings.prompts.iter().map(|prompt| Request { prompt: prompt.clone(), seed: self.config.seed }).collect();
+            settings.prompts.iter().map(|prompt| Request::new(prompt.as_str(), self.config.seed)).collect();
         if requests.is_empty() {
             return Ok(());
         }

@@ -1,0 +1,38 @@
+//! `vilg t2i --complete` and `--negative`, with a small untrained model.
+
+use crate::{
+    commands::vilg,
+    generate::{folder, picture},
+};
+use std::{fs, path::Path};
+
+fn generate(folder: &Path, args: &[&str]) -> Result<Vec<u8>, String> {
+    let all = [&["t2i", "红月", "--model", "model", "-o", "out.png"], args].concat();
+    let output = vilg(&all).current_dir(folder).output().unwrap();
+    match output.status.code() {
+        Some(0) => Ok(fs::read(folder.join("out.png")).unwrap()),
+        code => Err(format!("{code:?} {}", String::from_utf8(output.stderr).unwrap())),
+    }
+}
+
+#[test]
+fn an_image_is_completed_and_a_negative_prompt_needs_guidance() {
+    let folder = folder();
+    let at = folder.path();
+    picture(9).save(at.join("in.png")).unwrap();
+    let free = generate(at, &["--seed", "4", "--guidance", "1"]).unwrap();
+    let completed = generate(at, &["--seed", "4", "--guidance", "1", "--complete", "in.png", "--rows", "2"]).unwrap();
+    let half = generate(at, &["--seed", "4", "--guidance", "1", "--complete", "in.png"]).unwrap();
+    assert!(free != completed && completed == half, "half of four rows are two");
+    for (args, what) in [
+        (&["--complete", "in.png", "--rows", "0"][..], "--rows 0: an image has 4 rows of codes"),
+        (&["--complete", "in.png", "--rows", "4"], "keep 1 to 3 rows"),
+        (&["--complete", "none.png"], "none.png"),
+        (&["--rows", "2"], "--complete"),
+        (&["--negative", "星", "--guidance", "1"], "no effect without guidance"),
+    ] {
+        let error = generate(at, args).unwrap_err();
+        assert!(error.contains(what) && error.contains("hint:"), "{args:?}: {error}");
+    }
+    assert!(generate(at, &["--negative", "星", "--guidance", "2"]).is_ok());
+}
