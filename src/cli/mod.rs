@@ -33,6 +33,7 @@ mod man;
 mod model;
 mod output;
 mod plan;
+mod prompt_check;
 mod prompts;
 mod ranking;
 mod reconstruct;

@@ -35,6 +35,11 @@ impl ModelOptions {
         Ok((bundle, models))
     }
 
+    /// Whether the model is the built-in one.
+    pub fn is_demo(&self) -> bool {
+        self.model == DEMO_NAME
+    }
+
     /// Digest of what generates images: the generator, its image tokenizer and the precision.
     ///
     /// # Errors

@@ -1,6 +1,8 @@
 //! `vilg t2i`
 
-use super::{model::ModelOptions, output, prompts, ranking::RankingOptions, sampling::Options};
+use super::{
+    model::ModelOptions, output, prompt_check::PromptCheck, prompts, ranking::RankingOptions, sampling::Options,
+};
 use crate::{
     data::{
         image::open_square,
@@ -81,7 +83,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         models = models.with_reconstructor(reconstructor)?;
     }
     let ranker = args.ranking.load()?;
-    texts.iter().try_for_each(|text| check_prompt(&models, text))?;
+    let mut check = PromptCheck::new(&models, &texts, args.model.is_demo())?;
 
     let seeds = || (0..u64::from(args.number)).map(|i| args.seed.wrapping_add(i));
     let given = args.complete.as_ref().map_or(Ok(Vec::new()), |image| upper_rows(&models, image, args.rows))?;
@@ -115,13 +117,9 @@ pub fn run(args: Args, json: bool) -> Result<()> {
             true => write_each(&args.output, &generated, i * chunk)?,
             false => write_grid(&args.output, &generated)?,
         };
-        images.extend(
-            paths
-                .iter()
-                .zip(requests)
-                .zip(&generated)
-                .map(|((path, request), generated)| image_json(path, request, generated)),
-        );
+        let matches = bar.suspend(|| check.images(requests, &generated))?;
+        let of_image = paths.iter().zip(requests).zip(&generated).zip(matches);
+        images.extend(of_image.map(|(((path, request), image), score)| image_json(path, request, image, score)));
         if !json && !to_stdout(&args.output) {
             let mut shown = paths;
             shown.dedup();
@@ -176,10 +174,10 @@ fn check_output(args: &Args, count: usize, json: bool) -> Result<()> {
 }
 
 /// The JSON object of one image.
-fn image_json(path: &Path, request: &Request, generated: &GeneratedImage) -> Value {
+fn image_json(path: &Path, request: &Request, generated: &GeneratedImage, matches: Option<f64>) -> Value {
     let GeneratedImage { candidate, scores, .. } = generated;
     json!({ "path": report::path(path), "prompt": request.prompt, "seed": request.seed, "score": generated.score(),
-        "candidate": candidate, "candidates": scores })
+        "match": matches, "candidate": candidate, "candidates": scores })
 }
 
 /// Writes each image to its own file and returns the files. `before` images have already been written.
@@ -208,28 +206,6 @@ fn numbered(path: &Path, number: usize) -> PathBuf {
     let mut name = path.file_stem().unwrap_or_default().to_owned();
     name.push(format!("-{number}.png"));
     path.with_file_name(name)
-}
-
-/// Warns about the parts of a prompt that the model ignores.
-fn check_prompt(models: &Models, prompt: &str) -> Result<()> {
-    let (text, longest) = (&models.text, models.generator.max_text());
-    let seen = text.encode(prompt, longest)?;
-    let tokens = &seen[1..seen.len() - 1];
-    ensure!(!tokens.is_empty(), prompts::empty());
-    let quoted = match prompt.char_indices().nth(20) {
-        Some((end, _)) => format!("“{}…”", &prompt[..end]),
-        None => format!("“{prompt}”"),
-    };
-    if text.encode(prompt, longest + 1)?.len() > longest {
-        report::warn(format_args!("{quoted} is longer than {} tokens; the rest is ignored", longest - 2));
-    }
-    let unknown = tokens.iter().filter(|&&token| token == text.unk()).count();
-    if unknown == tokens.len() {
-        report::warn(format_args!("the model knows no word of {quoted}; it was trained on Chinese"));
-    } else if unknown > 0 {
-        report::warn(format_args!("the model does not know {unknown} of the {} tokens of {quoted}", tokens.len()));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -2,7 +2,6 @@
 
 mod bench;
 mod commands;
-mod complete;
 mod counting;
 mod docs;
 mod end_to_end;
@@ -27,6 +26,7 @@ mod ranks;
 mod ranks_tcp;
 #[cfg(feature = "remote")]
 mod remote;
+mod t2i;
 mod tokenizer;
 mod train;
 mod transformer_parity;

@@ -1,4 +1,4 @@
-//! `vilg t2i --complete` and `--negative`, with a small untrained model.
+//! `vilg t2i`: completion, negative prompts, and prompts that the model does not know.
 
 use crate::{
     commands::vilg,
@@ -35,4 +35,23 @@ fn an_image_is_completed_and_a_negative_prompt_needs_guidance() {
         assert!(error.contains(what) && error.contains("hint:"), "{args:?}: {error}");
     }
     assert!(generate(at, &["--negative", "星", "--guidance", "2"]).is_ok());
+}
+
+#[test]
+fn the_demo_says_what_it_does_not_know() {
+    let folder = folder();
+    let at = folder.path();
+    let run = |args: &[&str]| {
+        let output = vilg(&[&["t2i", "--json", "-o", "out.png"], args].concat()).current_dir(at).output().unwrap();
+        let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        (found["images"].clone(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (images, said) = run(&["红苹果，立体风格", "-n", "2"]);
+    assert!(said.is_empty() && images[0]["match"].as_f64().unwrap() > 0.5, "{said} {images}");
+    let (images, said) = run(&["孤舟蓑笠翁，独钓寒江雪", "-n", "2"]);
+    assert!(said.starts_with("warning: the image may not show “孤舟蓑笠翁，独钓寒江雪”"), "{said}");
+    assert!(said.lines().count() == 1 && images[1]["match"].as_f64().unwrap() < 0.2, "{said} {images}");
+    // The built-in matcher knows nothing of another model's images.
+    let (images, said) = run(&["红月", "--model", "model"]);
+    assert!(said.is_empty() && images[0]["match"].is_null(), "{said} {images}");
 }
