@@ -19,7 +19,7 @@ fn rank(folder: &Path, rank: usize, world_size: usize, port: u16, args: &[String
     let mut command = Command::new(env!("CARGO_BIN_EXE_vilg"));
     let numbers = [("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_RANK", rank), ("MASTER_PORT", port.into())];
     command.envs(numbers.map(|(name, number)| (name, number.to_string()))).env("MASTER_ADDR", "localhost");
-    command.args(args).current_dir(folder).stderr(Stdio::piped()).spawn().unwrap()
+    command.args(args).current_dir(folder).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
 /// Exit code and stderr of each rank.
