@@ -1,6 +1,7 @@
 //! `vilg caption`
 
 use super::{
+    demo_check::{DemoCheck, LEAST},
     model::ModelOptions,
     sampling::{from_0_to_100, length_penalty, probability},
 };
@@ -21,7 +22,8 @@ const BATCH: usize = 64;
 #[command(
     after_help = "Prints one caption on each line, after the file name of its image where there are several images. An \
     image that cannot be read is reported and skipped; the exit code is then 1. `score` in the JSON is the mean log \
-    probability of a caption token, given the image.\n\n\
+    probability of a caption token, given the image; with the demo, `match` is the probability by the built-in matcher that \
+    image and caption are a pair.\n\n\
     Beam search extends the B most likely partial captions by one token at a time, and ends when none of them can \
     overtake the B best finished captions. Captions are ranked by ln p(caption) / tokens^A, where A is \
     --length-penalty."
@@ -85,6 +87,7 @@ impl DecodingOptions {
 
 pub fn run(args: Args, json: bool) -> Result<()> {
     let (_, models) = args.model.load()?;
+    let check = DemoCheck::new(args.model.is_demo())?;
     let (decoding, mut unread) = (args.decoding.decoding(), 0);
     for paths in args.images.chunks(BATCH) {
         let (mut read, mut pictures) = (Vec::new(), Vec::new());
@@ -101,8 +104,16 @@ pub fn run(args: Args, json: bool) -> Result<()> {
             }
         }
         let captions = models.caption(&models.encode(&pictures)?, &decoding, args.decoding.number())?;
-        for (path, captions) in read.into_iter().zip(&captions) {
-            captions.iter().for_each(|caption| print(path, caption, &args, json));
+        for ((path, picture), captions) in read.into_iter().zip(pictures).zip(&captions) {
+            let texts: Vec<&str> = captions.iter().map(|caption| caption.text.as_str()).collect();
+            let scores = check.scores(&vec![picture; texts.len()], &texts)?;
+            if !scores.is_empty() && scores.iter().all(|score| score.is_some_and(|score| score < LEAST)) {
+                let path = path.display();
+                report::warn(format_args!(
+                    "{path}: the caption may be wrong: the demo only knows emoji of single things"
+                ));
+            }
+            captions.iter().zip(scores).for_each(|(caption, score)| print(path, caption, score, &args, json));
         }
     }
     let hint = "the others have their captions; PNG, JPEG, WebP, GIF, BMP and TIFF can be read";
@@ -111,9 +122,10 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     Ok(())
 }
 
-fn print(path: &Path, caption: &Caption, args: &Args, json: bool) {
+fn print(path: &Path, caption: &Caption, matches: Option<f64>, args: &Args, json: bool) {
     if json {
-        report::json(&json!({ "image": report::path(path), "caption": caption.text, "score": caption.score }));
+        report::json(&json!({ "image": report::path(path), "caption": caption.text, "score": caption.score,
+            "match": matches }));
     } else if args.images.len() > 1 {
         report::result(format_args!("{}\t{}", path.display(), caption.text));
     } else {

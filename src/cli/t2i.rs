@@ -1,7 +1,7 @@
 //! `vilg t2i`
 
 use super::{
-    model::ModelOptions, output, prompt_check::PromptCheck, prompts, ranking::RankingOptions, sampling::Options,
+    demo_check::PromptCheck, model::ModelOptions, output, prompts, ranking::RankingOptions, sampling::Options,
 };
 use crate::{
     data::{

@@ -4,6 +4,7 @@ use crate::{
     commands::vilg,
     generate::{folder, picture},
 };
+use image::{Rgb, RgbImage};
 use std::{fs, path::Path};
 
 fn generate(folder: &Path, args: &[&str]) -> Result<Vec<u8>, String> {
@@ -54,4 +55,27 @@ fn the_demo_says_what_it_does_not_know() {
     // The built-in matcher knows nothing of another model's images.
     let (images, said) = run(&["红月", "--model", "model"]);
     assert!(said.is_empty() && images[0]["match"].is_null(), "{said} {images}");
+}
+
+#[test]
+fn the_demo_says_when_a_caption_may_be_wrong() {
+    let folder = folder();
+    let at = folder.path();
+    RgbImage::from_fn(64, 64, |x, y| Rgb([(x * y) as u8, (x * 37 % 251) as u8, (y * 91 % 241) as u8]))
+        .save(at.join("noise.png"))
+        .unwrap();
+    let run = |image: &str, more: &[&str]| {
+        let output = vilg(&[&["caption", image, "--json"], more].concat()).current_dir(at).output().unwrap();
+        let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        (found["match"].clone(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (score, said) = run("noise.png", &[]);
+    assert!(
+        said.starts_with("warning: noise.png: the caption may be wrong") && score.as_f64().unwrap() < 0.2,
+        "{said}"
+    );
+    let (score, said) = run(concat!(env!("CARGO_MANIFEST_DIR"), "/src/demo/sample.png"), &[]);
+    assert!(said.is_empty() && score.as_f64().unwrap() > 0.5, "{said} {score}");
+    let (score, said) = run("noise.png", &["--model", "model"]);
+    assert!(said.is_empty() && score.is_null(), "{said}");
 }
