@@ -117,7 +117,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
             true => write_each(&args.output, &generated, i * chunk)?,
             false => write_grid(&args.output, &generated)?,
         };
-        let matches = bar.suspend(|| check.images(requests, &generated))?;
+        let matches = check.images(requests, &generated)?;
         let of_image = paths.iter().zip(requests).zip(&generated).zip(matches);
         images.extend(of_image.map(|(((path, request), image), score)| image_json(path, request, image, score)));
         if !json && !to_stdout(&args.output) {
