@@ -33,6 +33,7 @@ pub mod sizes;
 mod spikes;
 mod state;
 pub mod tasks;
+mod tensorboard;
 mod trainer;
 
 use crate::{
