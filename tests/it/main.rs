@@ -25,6 +25,7 @@ mod ranks;
 mod ranks_tcp;
 #[cfg(feature = "remote")]
 mod remote;
+mod report;
 mod tokenizer;
 mod train;
 mod transformer_parity;
