@@ -10,7 +10,7 @@
 //! | 2 | [`nn`] | layers: linear, norm, attention with sparse patterns and KV cache, convolution |
 //! | 3 | [`text`] [`tokenizer`] [`data`] | WordPiece; image tokenizers; samples, shards, batches |
 //! | 4 | [`model`] | the paper's generator: sequence layout, transformer, loss of both directions, end-to-end reconstruction, decoding; the image–text matcher |
-//! | 5 | [`train`] [`generate`] [`eval`] [`bench`](mod@bench) [`bundle`] | training engine; generation; metrics; benchmarks; model folders |
+//! | 5 | [`train`] [`generate`] [`eval`] [`run_report`] [`bench`](mod@bench) [`bundle`] | training engine; generation; metrics; the HTML page of runs and metrics; benchmarks; model folders |
 //! | 6 | [`cli`] | one short function per command |
 
 #![allow(rustdoc::private_intra_doc_links, reason = "read these pages with --document-private-items")]
@@ -30,6 +30,7 @@ pub mod nn;
 pub mod ops;
 pub mod random;
 pub mod report;
+pub mod run_report;
 pub mod runtime;
 pub mod text;
 pub mod tokenizer;

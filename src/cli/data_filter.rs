@@ -150,7 +150,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let is_file = input::is_file_output(&inputs, &output)?;
     let files = report_files(&output, is_file);
     for (path, start) in files.iter().zip([REPORT_START, PAGE_START]) {
-        output::check_report(path, start)?;
+        output::check_report(path, start, "rename it, or choose another output with -o")?;
     }
     let place = dist::place()?;
     let (rank, world_size) = place.map_or((0, 1), |place| (place.rank, place.world_size));

@@ -85,7 +85,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let translation =
         Translation { settings, inputs, output: args.output, is_file, cache: args.cache, rank, world_size };
     let path = report_file(&translation);
-    output::check_report(&path, REPORT_START)?;
+    output::check_report(&path, REPORT_START, "rename it, or choose another output with -o")?;
     let bar = report::counter("rows");
     let outcome = translation.run(&mut translators, &|rows| bar.inc(rows))?;
     bar.finish_and_clear();

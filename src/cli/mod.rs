@@ -37,6 +37,7 @@ mod plan;
 mod prompts;
 mod ranking;
 mod reconstruct;
+mod report_page;
 mod sampling;
 mod score;
 mod summary;
@@ -94,7 +95,7 @@ const GROUPS: [(&str, &[&str]); 5] = [
     ("Use a model", &["t2i", "caption", "vqa", "score", "tokenize", "reconstruct"]),
     ("Prepare data", &["data"]),
     ("Train", &["config", "plan", "train"]),
-    ("Measure", &["eval", "bench"]),
+    ("Measure", &["eval", "report", "bench"]),
     ("Exchange models and set up", &["import", "export", "doctor", "completions", "man"]),
 ];
 
@@ -106,6 +107,7 @@ enum Command {
     Vqa(vqa::Args),
     Score(score::Args),
     Eval(eval::Args),
+    Report(report_page::Args),
     Train(train::Args),
     Plan(plan::Args),
     Tokenize(tokenize::Args),
@@ -164,6 +166,7 @@ fn dispatch(command: Command, json: bool) -> Result<()> {
         Command::Vqa(args) => vqa::run(&args, json),
         Command::Score(args) => score::run(&args, json),
         Command::Eval(args) => eval::run(args, json),
+        Command::Report(args) => report_page::run(&args, json),
         Command::Train(args) => train::run(args, json),
         Command::Plan(args) => plan::run(args, json),
         Command::Tokenize(args) => tokenize::run(args, json),

@@ -4,7 +4,7 @@ use crate::{
     bounded_read, bundle, config,
     error::{Hint, Result, ensure, failed, usage},
 };
-use std::{fs, path::Path};
+use std::{fs, io::Read, path::Path};
 
 /// Checks that the file `path` of the option `option` can be written, and creates its parent folders. The content of an
 /// existing file is kept.
@@ -29,15 +29,19 @@ pub fn check(path: &Path, option: &str) -> Result<()> {
     Ok(())
 }
 
-/// Refuses to replace a file that is not an earlier report of the same command, which begins with `start`.
+/// Refuses to replace a file that is not an earlier report of the same command, which begins with `start`. `hint` says what
+/// to do instead.
 ///
 /// # Errors
 /// The file exists and begins with something else.
-pub fn check_report(path: &Path, start: &str) -> Result<()> {
-    let is_report =
-        || bounded_read::read(path, bounded_read::TEXT).is_ok_and(|content| content.starts_with(start.as_bytes()));
+pub fn check_report(path: &Path, start: &str, hint: &str) -> Result<()> {
+    let is_report = || {
+        let mut begin = Vec::new();
+        let read = bounded_read::open(path).map(|file| file.take(start.len() as u64).read_to_end(&mut begin).is_ok());
+        read.is_ok_and(|read| read) && begin == start.as_bytes()
+    };
     let message = format!("{} exists and is not a report of this command", path.display());
-    ensure!(!path.exists() || is_report(), failed(message, "rename it, or choose another output with -o"));
+    ensure!(path.symlink_metadata().is_err() || is_report(), failed(message, hint));
     Ok(())
 }
 
@@ -76,6 +80,24 @@ mod tests {
         add_attribution(&[name(&two)], &out).unwrap();
         add_attribution(&[name(&one)], &out).unwrap();
         assert_eq!(fs::read_to_string(out.join("ATTRIBUTION.md")).unwrap(), "by A\nby B");
+    }
+
+    #[test]
+    fn only_reports_of_the_same_command_may_be_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a.html");
+        check_report(&file, "<!--start-->", "h").unwrap();
+        // Longer than a text that a person writes.
+        fs::write(&file, format!("<!--start-->{}", "x".repeat(5 << 20))).unwrap();
+        check_report(&file, "<!--start-->", "h").unwrap();
+        for other in ["<!--other-->", "<!--start", ""] {
+            fs::write(&file, other).unwrap();
+            assert!(
+                check_report(&file, "<!--start-->", "h").unwrap_err().to_string().contains("not a report"),
+                "{other}"
+            );
+        }
+        assert!(check_report(folder.path(), "", "h").is_err());
     }
 
     #[test]

@@ -18,7 +18,7 @@ mod validate_matcher;
 pub use check::Problem;
 pub use data::{Data, Source};
 pub use end_to_end::{EndToEnd, HiddenState, ReconstructorInit};
-pub use flat::values;
+pub use flat::{flatten, values};
 pub use load::{Loaded, Origin};
 pub use matcher::{Activation, ContrastiveLoss, ImageEncoder, Matcher};
 pub use renamed::rename_stored_keys;

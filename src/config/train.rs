@@ -86,6 +86,9 @@ pub struct Train {
     pub sample_every: u64,
     /// Print progress every this many steps; metrics.jsonl always has a line for each step. Default 1.
     pub log_every: u64,
+    /// Also write the metrics of each step and the sample images to event files of TensorBoard, in the run folder. Default
+    /// false.
+    pub tensorboard: bool,
 }
 
 impl Train {
@@ -103,6 +106,7 @@ impl Train {
         "keep_checkpoints",
         "sample_every",
         "log_every",
+        "tensorboard",
     ];
 
     /// Samples per step of each kind of sequence that a generator learns: text→image, image→text, answers.
@@ -160,6 +164,7 @@ impl Default for Train {
             keep_checkpoints: 2,
             sample_every: 1000,
             log_every: 1,
+            tensorboard: false,
         }
     }
 }

@@ -34,6 +34,7 @@ pub mod sizes;
 mod spikes;
 mod state;
 pub mod tasks;
+mod tensorboard;
 mod trainer;
 
 use crate::{

@@ -1,7 +1,9 @@
-//! The run folder `runs/NAME/`: config.toml, launches.jsonl, metrics.jsonl, samples/, checkpoints/, model/.
+//! The run folder `runs/NAME/`: config.toml, launches.jsonl, metrics.jsonl, samples/, checkpoints/, model/, and event files of
+//! TensorBoard.
 
-use super::clock::rfc3339;
+use super::{clock::rfc3339, tensorboard::EventFile};
 use crate::{
+    bounded_read,
     config::Config,
     error::{Context, Result, failed},
     report,
@@ -28,19 +30,45 @@ struct Held {
     metrics: File,
     /// Whether launches.jsonl has its line.
     launched: bool,
+    /// With `train.tensorboard`, until it cannot be written.
+    events: Option<EventFile>,
     /// Locked until the process ends.
     _lock: File,
 }
 
-/// What started this process: program, command line, host and time; one line of launches.jsonl.
+impl Held {
+    /// Writes to the event file, if there is one. If that fails, the run continues without it: metrics.jsonl has the same.
+    fn event(&mut self, write: impl FnOnce(&mut EventFile) -> std::io::Result<()>) {
+        let Some(events) = &mut self.events else { return };
+        if let Err(error) = write(events) {
+            tell_lost(events.path(), &error);
+            self.events = None;
+        }
+    }
+}
+
+fn tell_lost(path: &Path, error: &std::io::Error) {
+    report::warn(format_args!("no more events for TensorBoard: cannot write {}: {error}", path.display()));
+}
+
+/// What started this process: program, command line, machine and time; one line of launches.jsonl.
 fn launch(step: u64) -> Value {
     let command: Vec<String> = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect();
-    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let facts = runtime::facts();
     json!({
         "time": rfc3339(SystemTime::now()), "step": step, "program": report::version(),
-        "command": command, "host": host.trim(), "process": std::process::id(),
+        "command": command, "host": host(), "process": std::process::id(), "processor": facts.processor,
+        "threads": facts.threads, "memory_bytes": facts.memory_bytes,
     })
 }
+
+/// The name of this machine; empty if unknown.
+fn host() -> String {
+    fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
+}
+
+/// Maximum size of a sample image in bytes that event files take.
+const LARGEST_SAMPLE: u64 = 16 << 20;
 
 fn root(parent: &Path, config: &Config) -> PathBuf {
     parent.join("runs").join(&config.name)
@@ -80,7 +108,7 @@ impl RunFolder {
             )),
         }
         let metrics = OpenOptions::new().create(true).append(true).open(root.join("metrics.jsonl"))?;
-        Ok(Self { root, held: Some(Held { metrics, launched: false, _lock: lock }), to_stdout: false })
+        Ok(Self { root, held: Some(Held { metrics, launched: false, events: None, _lock: lock }), to_stdout: false })
     }
 
     /// Keeps the configuration beside the results, and only the metrics of steps up to `step`, so that
@@ -104,6 +132,10 @@ impl RunFolder {
         fs::write(&tmp, kept)?;
         fs::rename(&tmp, &path)?;
         held.metrics = OpenOptions::new().append(true).open(&path)?;
+        if config.train.tensorboard {
+            held.events =
+                EventFile::create(&self.root, &host(), step).map_err(|error| tell_lost(&self.root, &error)).ok();
+        }
         Ok(())
     }
 
@@ -113,7 +145,26 @@ impl RunFolder {
         if self.to_stdout {
             report::json(line);
         }
-        held.metrics.write_all(format!("{line}\n").as_bytes()).context("cannot write metrics.jsonl")
+        held.metrics.write_all(format!("{line}\n").as_bytes()).context("cannot write metrics.jsonl")?;
+        let numbers = line.as_object().into_iter().flatten().filter(|(name, _)| *name != "step");
+        let scalars: Vec<_> =
+            numbers.filter_map(|(name, value)| Some((format!("train/{name}"), value.as_f64()?))).collect();
+        let step = line["step"].as_u64().unwrap_or_default();
+        held.event(|events| events.scalars(step, &scalars));
+        Ok(())
+    }
+
+    /// Adds the sample image of `step`, if it was written, to the event file, if there is one.
+    pub fn log_sample(&mut self, step: u64) {
+        let path = self.sample(step);
+        let Some(held) = self.held.as_mut().filter(|held| held.events.is_some()) else { return };
+        // A task may write none.
+        let Ok(png) = bounded_read::read(&path, LARGEST_SAMPLE) else { return };
+        let side = |at: usize| png.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).map(u32::from_be_bytes);
+        // Signature, length and name of the header, width and height.
+        if let (Some(width), Some(height)) = (side(16), side(20)) {
+            held.event(|events| events.image(step, "samples", &png, [width, height]));
+        }
     }
 
     /// The folder of the checkpoints.
@@ -134,5 +185,28 @@ impl RunFolder {
     /// The sample image of `step`.
     pub fn sample(&self, step: u64) -> PathBuf {
         self.root.join("samples").join(format!("step-{step:07}.png"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_ends_the_events_but_not_the_run() {
+        let parent = tempfile::tempdir().unwrap();
+        let mut config = Config { name: "x".into(), ..Config::default() };
+        config.train.tensorboard = true;
+        let mut folder = RunFolder::open(parent.path(), &config, true).unwrap();
+        folder.begin(&config, 0).unwrap();
+        let has_events = |folder: &RunFolder| folder.held.as_ref().is_some_and(|held| held.events.is_some());
+        folder.log(&json!({ "step": 1, "l1": 0.5 })).unwrap();
+        assert!(has_events(&folder));
+        folder.held.as_mut().unwrap().events = Some(EventFile::on(Path::new("/dev/full")));
+        folder.log(&json!({ "step": 2, "l1": 0.25 })).unwrap();
+        assert!(!has_events(&folder));
+        folder.log(&json!({ "step": 3, "l1": 0.125 })).unwrap();
+        let metrics = fs::read_to_string(parent.path().join("runs/x/metrics.jsonl")).unwrap();
+        assert_eq!(metrics.lines().count(), 3);
     }
 }

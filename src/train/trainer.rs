@@ -163,6 +163,7 @@ impl<'a> Trainer<'a> {
         let sampled = due(step, settings.sample_every) || (last && settings.sample_every > 0);
         if sampled && let Some(weights) = self.run.shown(&self.shards)? {
             self.task.sample(weights, &self.folder.sample(step))?;
+            self.folder.log_sample(step);
         }
         Ok(())
     }

@@ -27,6 +27,7 @@ mod ranks_tcp;
 #[cfg(feature = "remote")]
 mod remote;
 mod t2i;
+mod report;
 mod tokenizer;
 mod train;
 mod transformer_parity;
