@@ -1,6 +1,7 @@
 //! Which values of a result are columns of its table.
 
 use super::evaluation::{Evaluation, Kind};
+use serde_json::Value;
 
 /// Maximum number of metrics or types of questions.
 const KEYS: usize = 100;
@@ -33,6 +34,12 @@ fn columns(fixed: &[(&str, &str, Format)]) -> Vec<Column> {
 /// The title of a table, and what its figures are.
 pub fn title(kind: Kind) -> (&'static str, &'static str) {
     match kind {
+        Kind::TextToImage => (
+            "Text to image, images of many captions",
+            "FID or another Fréchet distance: lower is better. CLIP score: higher is better. Both can only be compared between \
+             results with the same features and matcher; the paper's FID is of the protocol dm-gan, on 30,000 captions of \
+             MS-COCO.",
+        ),
         Kind::Fid => (
             "Generated images against real ones",
             "FID and KID: lower is better. Figures of different protocols cannot be compared; the paper's are of the protocol \
@@ -54,7 +61,8 @@ pub fn title(kind: Kind) -> (&'static str, &'static str) {
         Kind::Calibration => ("Matcher, calibration", "score = σ(slope · cosine + offset)."),
         Kind::Reconstruction => (
             "Image tokenizers, reconstruction",
-            "PSNR and SSIM: higher is better; LPIPS and the Fréchet distances: lower is better.",
+            "PSNR and SSIM: higher is better; LPIPS and the Fréchet distances: lower is better. ΔE: color error (CIE76) of saturated \
+             pixels, by hue; lower is better.",
         ),
         Kind::Ablation => (
             "End-to-end against two-stage training",
@@ -68,6 +76,15 @@ pub fn title(kind: Kind) -> (&'static str, &'static str) {
 /// The columns of a kind.
 pub fn layout(kind: Kind, all: &[&Evaluation]) -> Vec<Column> {
     match kind {
+        Kind::TextToImage => columns(&[
+            ("prompts", "/prompts", Text),
+            ("images", "/scores/images", Number(0)),
+            ("best of", "/settings/best_of", Number(0)),
+            ("ranked by", "/settings/rank", Text),
+            ("features", "/settings/features", Text),
+            (distance(all), "/scores/distance", Number(2)),
+            ("CLIP score", "/scores/clip_score/mean", Number(2)),
+        ]),
         Kind::Fid => columns(&[
             ("generated", "/a", Text),
             ("real", "/b", Text),
@@ -148,11 +165,29 @@ pub fn layout(kind: Kind, all: &[&Evaluation]) -> Vec<Column> {
             ("LPIPS", "/result/lpips", Number(4)),
             ("Fréchet (VGG)", "/result/frechet_vgg", Number(4)),
             ("FID (pytorch-fid)", "/result/fid", Number(2)),
+            ("ΔE red", "/result/colors/0/delta_e", Number(1)),
+            ("yellow", "/result/colors/1/delta_e", Number(1)),
+            ("green", "/result/colors/2/delta_e", Number(1)),
+            ("cyan", "/result/colors/3/delta_e", Number(1)),
+            ("blue", "/result/colors/4/delta_e", Number(1)),
+            ("magenta", "/result/colors/5/delta_e", Number(1)),
             ("codebook used", "/result/codebook_used", Share),
             ("perplexity", "/result/perplexity", Number(1)),
         ]),
         Kind::Ablation | Kind::Other => Vec::new(),
     }
+}
+
+/// The name of the distance between generated and real images.
+fn distance(all: &[&Evaluation]) -> &'static str {
+    let is_fid = |evaluation: &&Evaluation| {
+        evaluation
+            .values
+            .pointer("/settings/features")
+            .and_then(Value::as_str)
+            .is_some_and(|name| name.starts_with("Inception"))
+    };
+    if all.iter().all(is_fid) { "FID" } else { "distance" }
 }
 
 /// The keys of an object in any of the results, in the order of the first one that has them.

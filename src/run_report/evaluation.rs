@@ -17,6 +17,7 @@ const RESULTS: usize = 100;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
+    TextToImage,
     Fid,
     Caption,
     Naming,
@@ -70,6 +71,7 @@ pub fn read(path: &Path) -> Result<Vec<Evaluation>> {
 fn kind(values: &Value) -> Kind {
     let has = |pointer| values.pointer(pointer).is_some_and(|value| !value.is_null());
     let kinds = [
+        (has("/scores/clip_score"), Kind::TextToImage),
         (has("/protocol") && values.get("fid").is_some(), Kind::Fid),
         (has("/metrics") && has("/tokens"), Kind::Caption),
         (has("/accuracy/all"), Kind::Vqa),
@@ -97,11 +99,11 @@ mod tests {
     #[test]
     fn several_results_of_a_file_are_read_without_the_scores_of_images() {
         let text = "{\"model\":\"a\",\"result\":{\"psnr\":20.5}}\n{\"tokens\":\"characters\",\"metrics\":{\"CIDEr\":1},\
-                    \"per_image\":[{\"image_id\":1}]}\n{\"mean\":4}";
+                    \"per_image\":[{\"image_id\":1}]}\n{\"mean\":4}\n{\"scores\":{\"clip_score\":{\"mean\":31.0}}}";
         let found = read_text(text).unwrap();
         assert_eq!(
             found.iter().map(|e| e.kind).collect::<Vec<_>>(),
-            [Kind::Reconstruction, Kind::Caption, Kind::Other]
+            [Kind::Reconstruction, Kind::Caption, Kind::Other, Kind::TextToImage]
         );
         assert!(found[1].values.get("per_image").is_none() && found[0].values["result"]["psnr"] == 20.5);
     }

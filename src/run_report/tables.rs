@@ -10,6 +10,8 @@ use serde_json::Value;
 
 /// Maximum number of rows of a result of an unknown kind.
 const ROWS: usize = 200;
+/// The features of the paper's FID, as `vilg eval t2i` names them.
+const DM_GAN: &str = "Inception, protocol dm-gan";
 /// The class of rows with the paper's figures.
 const PAPER: &str = "paper";
 
@@ -53,10 +55,12 @@ fn results(kind: Kind, all: &[&Evaluation]) -> String {
 
 /// The paper's results, where at least one of ours is the same metric.
 fn paper_rows(kind: Kind, all: &[&Evaluation], columns: &[Column]) -> Vec<Row> {
-    let is = |at: &str, wanted: &str| all.iter().any(|evaluation| evaluation.values[at] == *wanted);
+    let is =
+        |at: &str, wanted: &str| all.iter().any(|evaluation| evaluation.values.pointer(at) == Some(&wanted.into()));
     let (results, fixed): (&[paper::Result], _) = match kind {
-        Kind::Fid if is("protocol", "dm-gan") => (&paper::FID, ("protocol", "dm-gan")),
-        Kind::Caption if is("tokens", "characters") => (&paper::CAPTIONS, ("", "")),
+        Kind::TextToImage if is("/settings/features", DM_GAN) => (&paper::FID, ("features", DM_GAN)),
+        Kind::Fid if is("/protocol", "dm-gan") => (&paper::FID, ("protocol", "dm-gan")),
+        Kind::Caption if is("/tokens", "characters") => (&paper::CAPTIONS, ("", "")),
         _ => return Vec::new(),
     };
     let row = |result: &paper::Result| {
@@ -201,6 +205,21 @@ mod tests {
             assert!(html.contains(&format!("<data value=\"{figure}\">{figure}</data>")), "{figure}: {html}");
         }
         assert!(!shown(Kind::Fid, &[fid("pytorch-fid")]).contains("14.7"), "another protocol");
+    }
+
+    #[test]
+    fn images_of_many_captions_are_beside_the_paper_s_only_with_its_features() {
+        let of = |features: &str| {
+            json!({ "settings": { "features": features, "best_of": 60 },
+                "scores": { "images": 30000, "distance": 12.345, "clip_score": { "mean": 31.25 } } })
+        };
+        let html = shown(Kind::TextToImage, &[of("Inception, protocol dm-gan")]);
+        assert!(
+            html.contains(">FID<") && html.contains(">14.7</data>") && html.contains("<data value=\"31.25\">"),
+            "{html}"
+        );
+        let html = shown(Kind::TextToImage, &[of("matcher 1")]);
+        assert!(html.contains(">distance<") && !html.contains("14.7"), "{html}");
     }
 
     #[test]

@@ -26,8 +26,8 @@ mod ranks;
 mod ranks_tcp;
 #[cfg(feature = "remote")]
 mod remote;
-mod t2i;
 mod report;
+mod t2i;
 mod tokenizer;
 mod train;
 mod transformer_parity;
