@@ -26,7 +26,8 @@ pub fn train(shape: &Shape) -> Result<Work<'static>> {
     let inputs = [[images(shape)?, texts(shape)?]];
     let captions: Vec<u64> = (0..shape.batch as u64).collect();
     let shards = Shards::on_one_rank(&params, &contrast::parameter_groups(&matcher))?;
-    let settings = Settings { loss: shape.config.matcher.loss, activation_checkpointing: 0, loss_scale: 1.0 };
+    let settings =
+        Settings { loss: shape.config.matcher.loss, activation_checkpointing: 0, loss_scale: 1.0, learns: true };
     let mut step = Step::new(shape, shards)?;
     let run = Box::new(move || {
         step.take(|shards| {

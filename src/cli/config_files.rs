@@ -24,11 +24,13 @@ impl Found {
         if config.data.sources.is_empty() {
             found.missing.push("`data.sources` is empty: training needs data".into());
         }
-        for source in &config.data.sources {
-            match data::is_there(&source.path) {
+        let sources = config.data.sources.iter().map(|source| ("data.sources", &source.path));
+        let validation = Some(("data.validation", &config.data.validation)).filter(|(_, path)| !path.is_empty());
+        for (key, path) in sources.chain(validation) {
+            match data::is_there(path) {
                 Ok(true) => {}
-                Ok(false) => found.missing.push(format!("`data.sources`: {} does not exist", source.path)),
-                Err(error) => found.wrong.push(format!("`data.sources`: {error:#}")),
+                Ok(false) => found.missing.push(format!("`{key}`: {path} does not exist")),
+                Err(error) => found.wrong.push(format!("`{key}`: {error:#}")),
             }
         }
         tasks::spec(config.task).files(config).into_iter().for_each(|file| found.look(file));

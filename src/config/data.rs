@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 pub struct Data {
     /// Data sources that are mixed. Default: none.
     pub sources: Vec<Source>,
+    /// Samples that are not trained on, in the forms of a source's `path`: their losses are measured every
+    /// `train.validate_every` steps. Empty (default): none.
+    pub validation: String,
     /// Number of batches to read ahead. Default 4.
     pub prefetch: usize,
     /// Number of reader threads. Default 1.
@@ -26,7 +29,7 @@ pub struct Data {
 
 impl Data {
     /// Keys that a resumed run may change: the order of the samples does not depend on them.
-    pub(super) const FREE_AT_RESUME: &[&str] = &["prefetch", "workers", "max_bad_ratio"];
+    pub(super) const FREE_AT_RESUME: &[&str] = &["validation", "prefetch", "workers", "max_bad_ratio"];
 }
 
 /// One source of samples.
@@ -50,6 +53,7 @@ impl Default for Data {
     fn default() -> Self {
         Self {
             sources: Vec::new(),
+            validation: String::new(),
             prefetch: 4,
             workers: 1,
             shuffle_buffer: 0,

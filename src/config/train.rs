@@ -84,6 +84,10 @@ pub struct Train {
     pub keep_checkpoints: usize,
     /// Steps between sample images. 0: none. Default 1000.
     pub sample_every: u64,
+    /// Steps between measurements of the losses of `data.validation`. 0: none. Default 1000.
+    pub validate_every: u64,
+    /// Number of batches of each measurement, of the sizes of a step's; the same samples each time. Default 8.
+    pub validation_batches: u64,
     /// Print progress every this many steps; metrics.jsonl always has a line for each step. Default 1.
     pub log_every: u64,
     /// Also write the metrics of each step and the sample images to event files of TensorBoard, in the run folder. Default
@@ -105,6 +109,8 @@ impl Train {
         "background_checkpoints",
         "keep_checkpoints",
         "sample_every",
+        "validate_every",
+        "validation_batches",
         "log_every",
         "tensorboard",
     ];
@@ -163,6 +169,8 @@ impl Default for Train {
             background_checkpoints: true,
             keep_checkpoints: 2,
             sample_every: 1000,
+            validate_every: 1000,
+            validation_batches: 8,
             log_every: 1,
             tensorboard: false,
         }

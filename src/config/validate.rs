@@ -285,6 +285,8 @@ fn train(check: &mut Check, t: &Train, generator: bool) {
     let ok = t.hsdp_shard_size <= 65536;
     check.that(ok, "train.hsdp_shard_size", "be at most 65536", "the number of ranks per node is usual; 0: all ranks");
     let hint = "a resumed run repeats the steps since its last checkpoint";
+    let ok = t.validation_batches >= 1;
+    check.that(ok, "train.validation_batches", "be at least 1", "leave data.validation empty for no validation");
     check.that(t.log_every >= 1, "train.log_every", "be at least 1", "metrics.jsonl has every step");
     check.that(t.checkpoint_every >= 1, "train.checkpoint_every", "be at least 1", hint);
     let hint = "if the newest checkpoint is damaged, a run resumes from the previous one";
@@ -354,6 +356,7 @@ mod tests {
             "train.rank_timeout=9223372036854775807",
             "train.hsdp_shard_size=9223372036854775807",
             "train.log_every=0",
+            "train.validation_batches=0",
             "train.accumulation=65",
             "train.condition_dropout=1.5",
             "train.learning_rate=inf",

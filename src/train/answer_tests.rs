@@ -17,7 +17,7 @@ use crate::{
 };
 use std::fs;
 
-fn answering_config(folder: &Path) -> Config {
+pub(super) fn answering_config(folder: &Path) -> Config {
     let mut config = generator_config(folder);
     (config.train.vqa_batch_size, config.train.answer_loss_weight) = (5, 0.7);
     config

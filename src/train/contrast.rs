@@ -31,6 +31,8 @@ pub struct Settings {
     pub activation_checkpointing: usize,
     /// The gradients are those of this times the loss.
     pub loss_scale: f64,
+    /// Whether there are gradients; otherwise only the loss is computed.
+    pub learns: bool,
 }
 
 /// What a step saw.
@@ -65,7 +67,7 @@ pub fn accumulate(
     settings: Settings,
     shards: &mut Shards,
 ) -> Result<Seen> {
-    let Settings { loss, activation_checkpointing, loss_scale } = settings;
+    let Settings { loss, activation_checkpointing, loss_scale, learns } = settings;
     let chains = [model.image_segments(), model.text_segments()];
     let first_units = [0, chains[0].len()];
     let (mut embeddings, mut branches) = ([Vec::<f32>::new(), Vec::new()], Vec::new());
@@ -77,7 +79,7 @@ pub fn accumulate(
             let first = embeddings[encoder].len();
             embeddings[encoder].extend(embedding.flatten_all()?.to_vec1::<f32>()?);
             let (range, shape) = (first..embeddings[encoder].len(), embedding.dims2()?);
-            let activations = (micro_batches.len() == 1).then_some(activations);
+            let activations = (learns && micro_batches.len() == 1).then_some(activations);
             branches.push(Branch { pass, activations, encoder, range, shape });
         }
     }
@@ -91,6 +93,10 @@ pub fn accumulate(
     let pairs = Pairs { images: &embeddings[0], texts: &embeddings[1], captions };
     let found = contrastive(loss, &pairs, values, shards.group())?;
 
+    let seen = Seen { loss: found.loss, correct: found.correct, scale: values[0].exp() };
+    if !learns {
+        return Ok(seen);
+    }
     let gradients = [&found.images, &found.texts];
     let last = branches.len().saturating_sub(chains.len());
     for (i, branch) in branches.into_iter().enumerate() {
@@ -101,7 +107,7 @@ pub fn accumulate(
     }
     let dscale = found.scale.map(|gradient| (gradient * loss_scale) as f32);
     scale.backward(scale_activations, Some(Tensor::new(&dscale, &device)?), shards)?;
-    Ok(Seen { loss: found.loss, correct: found.correct, scale: values[0].exp() })
+    Ok(seen)
 }
 
 /// A micro-batch of one encoder.

@@ -2,10 +2,10 @@
 //! resumed run needs only the step. Each rank reads its own range of every batch.
 
 use crate::{
-    config::Config,
+    config::{Config, Data, Source},
     data::{Dataset, Kind, Loader, Record, Sampler},
     dist::{self, Group},
-    error::Result,
+    error::{Context, Result, ensure, failed},
     report,
 };
 use std::{ops::Range, sync::Arc};
@@ -25,11 +25,29 @@ pub struct DataLoader {
     ignored: u64,
     /// Names of the samples of the last step.
     names: Vec<String>,
+    /// The same batches of `data.validation`.
+    validation: Option<Box<DataLoader>>,
 }
 
 impl DataLoader {
-    /// A loader of batches of these sizes from the sources of the configuration.
+    /// A loader of batches of these sizes from the sources of the configuration, and from its validation data.
     pub fn new(config: &Config, kind: Kind, batches: &[usize], group: &Group) -> Result<Self> {
+        let path = config.data.validation.clone();
+        if path.is_empty() {
+            return Self::of(config, "data", kind, batches, group);
+        }
+        let sources = vec![Source { path, weight: 1.0 }];
+        let data = Data { sources, shuffle_buffer: 0, prefetch: 1, ..config.data.clone() };
+        let held_out = Config { data, ..config.clone() };
+        let validation = Self::of(&held_out, "validation data", kind, batches, group).context("data.validation")?;
+        let training = Self::of(config, "data", kind, batches, group)?;
+        let hint = "encode both with the same image tokenizer";
+        let same = validation.dataset.codes() == training.dataset.codes();
+        ensure!(same, failed("the codes in data.validation and in data.sources differ in kind", hint));
+        Ok(Self { validation: Some(Box::new(validation)), ..training })
+    }
+
+    fn of(config: &Config, what: &str, kind: Kind, batches: &[usize], group: &Group) -> Result<Self> {
         let dataset = Arc::new(Dataset::open(&config.data, kind)?);
         let samples = batches.iter().sum::<usize>();
         let sampler = Sampler::new(config.seed, "train", &dataset.shares());
@@ -40,7 +58,7 @@ impl DataLoader {
         let length = sampler.epoch_length();
         if group.leads() {
             report::note(format_args!(
-                "data: {} samples in {} sources; an epoch shows {length} in {} steps",
+                "{what}: {} samples in {} sources; an epoch shows {length} in {} steps",
                 dataset.shares().iter().map(|(count, _)| count).sum::<u64>(),
                 dataset.sources.len(),
                 length.div_ceil(samples.max(1) as u64),
@@ -67,7 +85,16 @@ impl DataLoader {
             bad: 0,
             ignored: 0,
             names: Vec::new(),
+            validation: None,
         })
+    }
+
+    /// This rank's samples of a batch (counted from 1) of the validation data, the same each time; see [`DataLoader::next`].
+    ///
+    /// # Errors
+    /// There is no validation data, or none of it can be used.
+    pub fn validation(&mut self, batch: u64) -> Result<Vec<(u64, Vec<Record>)>> {
+        self.validation.as_mut().context("there is no validation data")?.next(batch)
     }
 
     /// The data set.

@@ -21,7 +21,7 @@ use candle_core::Tensor;
 use std::fs;
 
 /// The generator of the other tests with a reconstructor, over images that are encoded as they are read.
-fn end_to_end_config(folder: &Path) -> Config {
+pub(super) fn end_to_end_config(folder: &Path) -> Config {
     let mut config = generator_config(folder);
     (config.name, config.task) = ("end-to-end".into(), config::Task::EndToEnd);
     config.data.sources[0].path = folder.join("pictures").display().to_string();

@@ -49,6 +49,17 @@ pub fn accumulate<B>(chain: &Chain<B>, batch: &B, activation_checkpointing: usiz
     Ok(loss)
 }
 
+/// The loss of one micro-batch, the scalar that the last segment returns, without gradients.
+///
+/// # Errors
+/// As [`accumulate`].
+pub fn loss<B>(chain: &Chain<B>, batch: &B, shards: &mut Shards) -> Result<f64> {
+    // Nothing is kept for a backward pass.
+    let pass = Pass { chain, batch, first_unit: 0, activation_checkpointing: 1 };
+    let (loss, _) = pass.run(false, shards)?;
+    loss.to_dtype(DType::F64)?.to_scalar::<f64>().context("the last segment must return a scalar")
+}
+
 impl<B> Pass<'_, B> {
     /// The output of the last segment, and what [`Pass::backward`] needs.
     ///

@@ -25,17 +25,18 @@ impl StepLog {
         Self { steps: settings.steps, every: settings.log_every, started: Instant::now(), first: step, bar: None }
     }
 
-    /// Reports the step that `began`; `learning_rate` is AdamW's.
+    /// Reports a step that took `spent`, with the metrics of validation data where they were measured; `learning_rate` is
+    /// AdamW's.
     pub fn step(
         &mut self,
         folder: &mut RunFolder,
         run: &RunState,
-        measured: &StepMetrics,
+        (measured, validation): (&StepMetrics, &[(String, f64)]),
         norm: f64,
         learning_rate: f64,
-        began: Instant,
+        spent: Duration,
     ) -> Result<()> {
-        let (step, seconds) = (run.step, began.elapsed().as_secs_f64());
+        let (step, seconds) = (run.step, spent.as_secs_f64());
         let speed = measured.amount as f64 / seconds;
         let peak = runtime::peak_bytes().unwrap_or_else(runtime::resident_bytes);
         self.progress(step, measured.loss());
@@ -63,6 +64,13 @@ impl StepLog {
         }
         for (name, number) in numbers() {
             line[*name] = json!(number);
+        }
+        for (name, number) in validation {
+            line[name] = json!(number);
+        }
+        if !validation.is_empty() {
+            let shown: Vec<_> = validation.iter().map(|(name, number)| format!("{name} {number:.4}")).collect();
+            report::note(format_args!("step {step}/{}  {}", self.steps, shown.join("  ")));
         }
         folder.log(&line)
     }

@@ -11,7 +11,7 @@ use crate::{
     error::hint_of,
 };
 
-fn matcher_config(folder: &Path) -> Config {
+pub(super) fn matcher_config(folder: &Path) -> Config {
     let generator = generator_config(folder);
     let Config { data, mut train, .. } = tokenizer_config(folder);
     (train.batch_size, train.accumulation) = (7, 1);

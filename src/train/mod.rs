@@ -168,3 +168,5 @@ mod ranks_tests;
 pub(crate) mod task_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod validation_tests;

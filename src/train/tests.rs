@@ -93,6 +93,11 @@ impl Task for ToyTask {
         Ok(StepMetrics { losses: vec![("loss", loss * far)], figures: Vec::new(), amount: 3, unit: "rows" })
     }
 
+    fn validate(&mut self, _step: u64, batch: u64, shards: &mut Shards) -> Result<StepMetrics> {
+        let loss = engine::loss(&toy::segments(&self.chain), &toy::inputs(batch), shards)?;
+        Ok(StepMetrics { losses: vec![("loss", loss)], figures: Vec::new(), amount: 3, unit: "rows" })
+    }
+
     fn samples(&self) -> Vec<String> {
         vec!["a row".into()]
     }

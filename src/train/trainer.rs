@@ -1,7 +1,7 @@
 //! The training loop: a step from top to bottom.
 
 use super::{
-    Resume, Task, checkpoint, ema,
+    Resume, StepMetrics, Task, checkpoint, ema,
     log::StepLog,
     loss_scale::LossScale,
     optimizer::{self, GradientScale},
@@ -136,12 +136,13 @@ impl<'a> Trainer<'a> {
         } else {
             self.update(norm, rate, factor)?;
         }
+        let (last, spent) = (step == settings.steps, begun.elapsed());
+        let validation = self.validate(last)?;
         if self.shards.group().leads() {
             let rate = rate * settings.learning_rate;
-            self.log.step(&mut self.folder, &self.run, &measured, norm, rate, begun)?;
+            self.log.step(&mut self.folder, &self.run, (&measured, &validation), norm, rate, spent)?;
         }
 
-        let last = step == settings.steps;
         if saved {
             self.complete()?;
         }
@@ -179,6 +180,28 @@ impl<'a> Trainer<'a> {
             report::note(format_args!("{step} steps done; the model is in {}", model.display()));
         }
         Ok(())
+    }
+
+    /// The means over batches of the validation data, where they are due.
+    fn validate(&mut self, last: bool) -> Result<Vec<(String, f64)>> {
+        let Config { data, train: settings, .. } = self.config;
+        let step = self.run.step;
+        let wanted = !data.validation.is_empty() && settings.validate_every > 0;
+        if !wanted || !(last || due(step, settings.validate_every)) {
+            return Ok(Vec::new());
+        }
+        let mut means: Vec<(String, f64)> = Vec::new();
+        for batch in 1..=settings.validation_batches {
+            let StepMetrics { losses, figures, .. } = self.task.validate(step, batch, &mut self.shards)?;
+            for (name, value) in losses.into_iter().chain(figures) {
+                let (name, share) = (format!("validation_{name}"), value / settings.validation_batches as f64);
+                match means.iter_mut().find(|(known, _)| *known == name) {
+                    Some((_, mean)) => *mean += share,
+                    None => means.push((name, share)),
+                }
+            }
+        }
+        Ok(means)
     }
 
     /// Checks before the first update that every parameter that can have a gradient has one.

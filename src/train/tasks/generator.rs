@@ -210,6 +210,39 @@ impl GeneratorTask {
         }
         Ok(Self { model, params, fresh, text, image_tokenizer, encoder, data_loader, config })
     }
+
+    /// The metrics of this rank's samples of step `step`, by objective. With `activation_checkpointing` the gradients of
+    /// `loss_scale` times the loss are added to those in `shards`.
+    fn pass(
+        &self,
+        config: &Config,
+        samples: &[(u64, Vec<data::Record>)],
+        step: u64,
+        loss_scale: f64,
+        activation_checkpointing: Option<usize>,
+        shards: &mut Shards,
+    ) -> Result<StepMetrics> {
+        let maker =
+            BatchMaker { config, text: &self.text, model: &self.model, encoder: self.encoder.as_ref(), loss_scale };
+        let mut batches = Vec::new();
+        for (i, (objective, (first, records))) in OBJECTIVES.iter().zip(samples).enumerate() {
+            let parts = maker.batches(objective, *first, records, step, shards.group())?;
+            batches.extend(parts.into_iter().map(|batch| (i, batch)));
+        }
+        let segments = self.model.segments();
+        let mut seen = Seen::default();
+        for (i, (objective, batch)) in batches.iter().enumerate() {
+            if i + 1 == batches.len() && activation_checkpointing.is_some() {
+                shards.last_micro_batch();
+            }
+            let loss = match activation_checkpointing {
+                Some(every) => engine::accumulate(&segments, batch, every, shards)?,
+                None => engine::loss(&segments, batch, shards)?,
+            };
+            seen.add(*objective, batch, loss / loss_scale);
+        }
+        seen.metrics(config, shards.group())
+    }
 }
 
 fn build(scope: &Scope, config: &Config, text: &WordPiece) -> Result<Generator> {
@@ -269,28 +302,13 @@ impl Task for GeneratorTask {
 
     fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<StepMetrics> {
         let samples = self.data_loader.next(step)?;
-        let maker = BatchMaker {
-            config: &self.config,
-            text: &self.text,
-            model: &self.model,
-            encoder: self.encoder.as_ref(),
-            loss_scale,
-        };
-        let mut batches = Vec::new();
-        for (i, (objective, (first, records))) in OBJECTIVES.iter().zip(&samples).enumerate() {
-            let parts = maker.batches(objective, *first, records, step, shards.group())?;
-            batches.extend(parts.into_iter().map(|batch| (i, batch)));
-        }
-        let segments = self.model.segments();
-        let mut seen = Seen::default();
-        for (i, (objective, batch)) in batches.iter().enumerate() {
-            if i + 1 == batches.len() {
-                shards.last_micro_batch();
-            }
-            let loss = engine::accumulate(&segments, batch, self.config.train.activation_checkpointing, shards)?;
-            seen.add(*objective, batch, loss / loss_scale);
-        }
-        seen.metrics(&self.config, shards.group())
+        self.pass(&self.config, &samples, step, loss_scale, Some(self.config.train.activation_checkpointing), shards)
+    }
+
+    fn validate(&mut self, _step: u64, batch: u64, shards: &mut Shards) -> Result<StepMetrics> {
+        let samples = self.data_loader.validation(batch)?;
+        let train = config::Train { condition_dropout: 0.0, ..self.config.train.clone() };
+        self.pass(&Config { train, ..self.config.clone() }, &samples, batch, 1.0, None, shards)
     }
 
     fn sources(&self) -> Vec<u64> {

@@ -155,6 +155,46 @@ impl ImageTokenizerTask {
         let kl_weight = settings.kl_weight * (step.saturating_sub(1).min(kl_steps) as f64 / kl_steps as f64);
         Relaxation { temperature, kl_weight, seed: self.config.seed, step, first }
     }
+
+    /// What all ranks saw of their samples, as in step `step`. With `loss_scale` the gradients of that factor times the loss
+    /// are added to those in `shards`.
+    fn pass(
+        &self,
+        (first, records): (u64, Vec<data::Record>),
+        step: u64,
+        loss_scale: Option<f64>,
+        shards: &mut Shards,
+    ) -> Result<Statistics> {
+        let segments = self.model.segments();
+        let (settings, mut seen) = (&self.config.train, Vec::new());
+        let parts = settings.accumulation.min(records.len());
+        for i in 0..parts {
+            let range = dist::part(records.len(), i, parts);
+            let part = &records[range.clone()];
+            let share = part.len() as f64 / settings.batch_size as f64;
+            let mut batch = PixelBatch::new(pixels(part)?, share);
+            batch.loss_scale = loss_scale.unwrap_or(1.0);
+            batch.step = step;
+            batch.logit_ema = (step > self.config.image_tokenizer.adversarial_start).then_some(self.logit_ema);
+            batch.relaxation = self.relaxation(step, first + range.start as u64);
+            if loss_scale.is_some() {
+                if i + 1 == parts {
+                    shards.last_micro_batch();
+                }
+                engine::accumulate(&segments, &batch, settings.activation_checkpointing, shards)?;
+            } else {
+                engine::loss(&segments, &batch, shards)?;
+            }
+            seen.push((share, batch.statistics.into_inner().context("the tokenizer left no statistics")?));
+        }
+        gather(shards.group(), merge(seen)?)
+    }
+
+    fn metrics(&self, seen: &Statistics) -> StepMetrics {
+        let (losses, mut figures) = seen.terms.iter().partition::<Vec<_>, _>(|(name, _)| LOSSES.contains(name));
+        figures.extend([("psnr", seen.psnr()), ("perplexity", seen.perplexity())]);
+        StepMetrics { losses, figures, amount: self.config.train.batch_size, unit: "images" }
+    }
 }
 
 /// What the parts of a step saw, as if they had been one: their means weighed by their images.
@@ -197,30 +237,17 @@ impl Task for ImageTokenizerTask {
     }
 
     fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<StepMetrics> {
-        let (first, records) = self.data_loader.next(step)?.swap_remove(0);
-        let segments = self.model.segments();
-        let (settings, mut seen) = (&self.config.train, Vec::new());
-        let parts = settings.accumulation.min(records.len());
-        for i in 0..parts {
-            let range = dist::part(records.len(), i, parts);
-            let part = &records[range.clone()];
-            let share = part.len() as f64 / settings.batch_size as f64;
-            let mut batch = PixelBatch::new(pixels(part)?, share);
-            batch.loss_scale = loss_scale;
-            batch.step = step;
-            batch.logit_ema = (step > self.config.image_tokenizer.adversarial_start).then_some(self.logit_ema);
-            batch.relaxation = self.relaxation(step, first + range.start as u64);
-            if i + 1 == parts {
-                shards.last_micro_batch();
-            }
-            engine::accumulate(&segments, &batch, settings.activation_checkpointing, shards)?;
-            seen.push((share, batch.statistics.into_inner().context("the tokenizer left no statistics")?));
-        }
-        let seen = gather(shards.group(), merge(seen)?)?;
-        let (losses, mut figures) = seen.terms.iter().partition::<Vec<_>, _>(|(name, _)| LOSSES.contains(name));
-        figures.extend([("psnr", seen.psnr()), ("perplexity", seen.perplexity())]);
+        let samples = self.data_loader.next(step)?.swap_remove(0);
+        let seen = self.pass(samples, step, Some(loss_scale), shards)?;
+        let metrics = self.metrics(&seen);
         self.seen = Some(seen);
-        Ok(StepMetrics { losses, figures, amount: settings.batch_size, unit: "images" })
+        Ok(metrics)
+    }
+
+    fn validate(&mut self, step: u64, batch: u64, shards: &mut Shards) -> Result<StepMetrics> {
+        let samples = self.data_loader.validation(batch)?.swap_remove(0);
+        let seen = self.pass(samples, step, None, shards)?;
+        Ok(self.metrics(&seen))
     }
 
     fn sources(&self) -> Vec<u64> {

@@ -136,9 +136,8 @@ impl MatcherTask {
     }
 
     /// The images of a micro-batch and their texts; the samples start at position `first` of the step.
-    fn inputs(&self, records: &[Record], step: u64, first: u64) -> Result<[Input; 2]> {
-        let device = runtime::device()?;
-        let (matcher, seed) = (&self.config.matcher, self.config.seed);
+    fn inputs(&self, matcher: &config::Matcher, records: &[Record], step: u64, first: u64) -> Result<[Input; 2]> {
+        let (device, seed) = (runtime::device()?, self.config.seed);
         let images = records.par_iter().enumerate().map(|(i, record)| {
             let image = record.image.as_ref().context("a sample without an image")?;
             let random = Random::keyed(seed, "augmentation", step, first + i as u64);
@@ -148,6 +147,33 @@ impl MatcherTask {
         let captions = records.iter().map(|record| record.caption.as_str());
         let texts = Tokens::of_texts(&self.text, captions, self.config.text.max_tokens, &device)?;
         Ok([Input::Images(to_pixels(&images)?.to_device(&device)?), Input::Texts(texts)])
+    }
+
+    /// The metrics of this rank's samples of step `step`. With `loss_scale` the gradients of that factor times the loss are added
+    /// to those in `shards`.
+    fn pass(
+        &self,
+        matcher: &config::Matcher,
+        (first, records): (u64, Vec<Record>),
+        step: u64,
+        loss_scale: Option<f64>,
+        shards: &mut Shards,
+    ) -> Result<StepMetrics> {
+        let config::Train { accumulation, activation_checkpointing, batch_size, .. } = self.config.train;
+        let parts = (0..accumulation).map(|i| dist::part(records.len(), i, accumulation));
+        let inputs = parts.map(|part| self.inputs(matcher, &records[part.clone()], step, first + part.start as u64));
+        let inputs = inputs.collect::<Result<Vec<_>>>()?;
+        let captions: Vec<u64> = records.iter().map(|record| digest(&record.caption)).collect();
+        let settings = Settings {
+            loss: self.config.matcher.loss,
+            activation_checkpointing,
+            loss_scale: loss_scale.unwrap_or(1.0),
+            learns: loss_scale.is_some(),
+        };
+        let seen = contrast::accumulate(&self.model, &inputs, &captions, settings, shards)?;
+        let sums = shards.group().sum(&[seen.loss, seen.correct as f64])?;
+        let figures = vec![("accuracy", sums[1] / (2 * batch_size) as f64), ("scale", seen.scale)];
+        Ok(StepMetrics { losses: vec![("loss", sums[0])], figures, amount: batch_size, unit: "pairs" })
     }
 }
 
@@ -192,17 +218,14 @@ impl Task for MatcherTask {
     }
 
     fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<StepMetrics> {
-        let (first, records) = self.data_loader.next(step)?.swap_remove(0);
-        let config::Train { accumulation, activation_checkpointing, batch_size, .. } = self.config.train;
-        let parts = (0..accumulation).map(|i| dist::part(records.len(), i, accumulation));
-        let inputs = parts.map(|part| self.inputs(&records[part.clone()], step, first + part.start as u64));
-        let inputs = inputs.collect::<Result<Vec<_>>>()?;
-        let captions: Vec<u64> = records.iter().map(|record| digest(&record.caption)).collect();
-        let settings = Settings { loss: self.config.matcher.loss, activation_checkpointing, loss_scale };
-        let seen = contrast::accumulate(&self.model, &inputs, &captions, settings, shards)?;
-        let sums = shards.group().sum(&[seen.loss, seen.correct as f64])?;
-        let figures = vec![("accuracy", sums[1] / (2 * batch_size) as f64), ("scale", seen.scale)];
-        Ok(StepMetrics { losses: vec![("loss", sums[0])], figures, amount: batch_size, unit: "pairs" })
+        let samples = self.data_loader.next(step)?.swap_remove(0);
+        self.pass(&self.config.matcher, samples, step, Some(loss_scale), shards)
+    }
+
+    fn validate(&mut self, _step: u64, batch: u64, shards: &mut Shards) -> Result<StepMetrics> {
+        let samples = self.data_loader.validation(batch)?.swap_remove(0);
+        let whole = config::Matcher { min_crop_area: 1.0, flip: false, ..self.config.matcher.clone() };
+        self.pass(&whole, samples, batch, None, shards)
     }
 
     /// Keeps the scale in bounds, as CLIP does.
@@ -231,7 +254,7 @@ impl Task for MatcherTask {
         }
         let scope = Scope::from_tensors(weights, DType::F32, &runtime::device()?);
         let model = build(&scope, &self.config, self.text.vocab_size())?;
-        let [images, texts] = self.inputs(&records, 0, 0)?;
+        let [images, texts] = self.inputs(&self.config.matcher, &records, 0, 0)?;
         let Input::Images(pixels) = &images else { return Ok(()) };
         let pictures = from_pixels(pixels)?;
         let cosines = model.embed(&images)?.matmul(&model.embed(&texts)?.t()?)?.to_vec2::<f32>()?;

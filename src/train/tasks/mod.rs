@@ -180,6 +180,12 @@ pub trait Task {
     /// in `shards`. The metrics are of all ranks, and not scaled.
     fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<StepMetrics>;
 
+    /// The metrics of a batch (counted from 1) of the validation data, of all ranks, with the weights of step `step`.
+    ///
+    /// # Errors
+    /// There is no validation data, or none of it can be used.
+    fn validate(&mut self, step: u64, batch: u64, shards: &mut Shards) -> Result<StepMetrics>;
+
     /// The names of the samples of this rank's last step.
     fn samples(&self) -> Vec<String> {
         Vec::new()
