@@ -27,6 +27,7 @@ enum Command {
     Matcher(super::eval_matcher::Args),
     Ablation(super::eval_ablation::Args),
     Vqa(super::eval_vqa::Args),
+    Human(super::eval_human::Args),
 }
 
 /// Measure text-to-image: generate images from captions and look up each caption's real image among others of its style
@@ -86,6 +87,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         Command::Matcher(args) => super::eval_matcher::run(&args, json),
         Command::Ablation(args) => super::eval_ablation::run(&args, json),
         Command::Vqa(args) => super::eval_vqa::run(&args, json),
+        Command::Human(args) => super::eval_human::run(&args, json),
     }
 }
 

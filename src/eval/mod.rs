@@ -1,10 +1,11 @@
-//! Evaluation of a model: retrieval accuracy and FID of generated images, metrics of captions, and reconstruction quality
-//! of image tokenizers.
+//! Evaluation of a model: retrieval accuracy and FID of generated images, metrics of captions, reconstruction quality of
+//! image tokenizers, and ratings by people.
 
 pub mod ablation;
 pub mod caption_metrics;
 pub mod captioning;
 pub mod fid;
+pub mod human;
 pub mod matcher;
 pub mod naming;
 pub mod reconstruction;
