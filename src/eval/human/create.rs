@@ -12,8 +12,9 @@ use crate::{
 use rusqlite::{Connection, params};
 use std::{
     collections::HashMap,
-    fs::{self, File},
+    fs::{self, OpenOptions},
     io::ErrorKind,
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
@@ -27,8 +28,8 @@ const MAX_SIDE: u32 = 4096;
 pub fn create(path: &Path, draft: &Draft, mut progress: impl FnMut()) -> Result<()> {
     draft.check()?;
     let name = path.display();
-    // Creating the file is what claims the name: of two commands at a time, one fails.
-    match File::create_new(path) {
+    // Creating the file is what claims the name: of two commands at a time, one fails. Whoever can read it has the links.
+    match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
         Ok(_) => {}
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
             return Err(failed(format_args!("{name} exists, and a study is never replaced"), "choose another name"));

@@ -13,6 +13,7 @@ use rusqlite::Connection;
 use std::{
     collections::BTreeSet,
     fs,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     thread,
 };
@@ -69,6 +70,7 @@ fn output_of(study: &Study, item: i64, system: i64) -> i64 {
 fn a_study_holds_what_was_drafted_and_replaces_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let path = new_study(folder.path());
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600, "it has the raters' tokens");
     fs::remove_dir_all(folder.path().join("a")).unwrap();
     let study = Study::open(&path).unwrap();
     assert_eq!((study.kind, study.title.as_str(), study.seed), (Kind::Images, "评测", u64::MAX));
