@@ -2,7 +2,8 @@
 # Installs the build dependencies of vilg on a fresh Debian machine: a linker and Rust.
 # `scripts/setup.sh data` adds the dependencies of the emoji data: npm and Python's venv; `scripts/setup.sh cuda` only venv;
 # `scripts/setup.sh mpi` those of the feature `mpi`: Open MPI and libclang, which reads its headers; `scripts/setup.sh test`
-# those of the tests: all of these, and `ip` for two hosts on one machine.
+# those of the tests: all of these, and `ip` for two hosts on one machine. `scripts/setup.sh pages` adds a browser and its
+# driver, for scripts/human_pages.sh alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,7 +14,7 @@ command -v cc >/dev/null || missing+=(build-essential)
 if [ "${1-}" = data ]; then
     command -v npm >/dev/null || missing+=(npm)
 fi
-if [ "${1-}" = data ] || [ "${1-}" = cuda ] || [ "${1-}" = test ]; then
+if [ "${1-}" = data ] || [ "${1-}" = cuda ] || [ "${1-}" = test ] || [ "${1-}" = pages ]; then
     python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 fi
 if [ "${1-}" = mpi ] || [ "${1-}" = test ]; then
@@ -22,6 +23,10 @@ if [ "${1-}" = mpi ] || [ "${1-}" = test ]; then
 fi
 if [ "${1-}" = test ]; then
     command -v ip >/dev/null || missing+=(iproute2)
+fi
+if [ "${1-}" = pages ]; then
+    command -v chromium >/dev/null || missing+=(chromium)
+    command -v chromedriver >/dev/null || missing+=(chromium-driver)
 fi
 wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 rust_is_new_enough() {

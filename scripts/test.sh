@@ -40,3 +40,5 @@ step ./scripts/cuda.sh
 step ./scripts/s3_server.sh
 step cargo test --locked --doc --features mpi,remote
 step cargo test --locked --features mpi,remote --lib --test it
+# The script prints why if it cannot run here.
+step ./scripts/human_pages.sh

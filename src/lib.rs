@@ -11,7 +11,7 @@
 //! | 3 | [`text`] [`tokenizer`] [`data`] | WordPiece; image tokenizers; samples, shards, batches |
 //! | 4 | [`model`] | the paper's generator: sequence layout, transformer, loss of both directions, end-to-end reconstruction, decoding; the image–text matcher |
 //! | 5 | [`train`] [`generate`] [`eval`] [`run_report`] [`bench`](mod@bench) [`bundle`] | training engine; generation; metrics; the HTML page of runs and metrics; benchmarks; model folders |
-//! | 6 | [`cli`] | one short function per command |
+//! | 6 | [`serve`] [`cli`] | local servers and their pages; one short function per command |
 
 #![allow(rustdoc::private_intra_doc_links, reason = "read these pages with --document-private-items")]
 
@@ -32,6 +32,7 @@ pub mod random;
 pub mod report;
 pub mod run_report;
 pub mod runtime;
+pub mod serve;
 pub mod text;
 pub mod tokenizer;
 pub mod train;

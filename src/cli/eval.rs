@@ -34,6 +34,7 @@ enum Command {
     Ablation(super::eval_ablation::Args),
     T2i(super::eval_t2i::Args),
     Vqa(super::eval_vqa::Args),
+    Human(super::eval_human::Args),
 }
 
 /// Measure text-to-image: generate images from captions and look up each caption's real image among others of its style
@@ -74,6 +75,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         Command::Ablation(args) => super::eval_ablation::run(&args, json),
         Command::T2i(args) => super::eval_t2i::run(&args, json),
         Command::Vqa(args) => super::eval_vqa::run(&args, json),
+        Command::Human(args) => super::eval_human::run(&args, json),
     }
 }
 

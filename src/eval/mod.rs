@@ -1,5 +1,5 @@
-//! Evaluation of a model: retrieval accuracy, FID and CLIP score of generated images, metrics of captions, and reconstruction quality
-//! of image tokenizers.
+//! Evaluation of a model: retrieval accuracy, FID and CLIP score of generated images, metrics of captions, reconstruction
+//! quality of image tokenizers, and ratings by people.
 
 pub mod ablation;
 pub mod caption_metrics;
@@ -7,6 +7,7 @@ pub mod captioning;
 pub mod color_error;
 pub mod features;
 pub mod fid;
+pub mod human;
 pub mod matcher;
 pub mod naming;
 pub mod reconstruction;

@@ -155,8 +155,8 @@ fn wrong_command(words: &[String], helps: &mut BTreeMap<Vec<String>, Option<Stri
     }
     let mut name = vec![first.clone()];
     let Some(mut text) = help_of(&name) else { return Some(format!("no command `{first}`")) };
-    if text.contains("\nCommands:\n") {
-        name.extend(words.get(2).cloned());
+    while text.contains("\nCommands:\n") {
+        name.push(words.get(1 + name.len())?.clone());
         match help_of(&name) {
             Some(below) => text = below,
             None => return Some(format!("no command `{}`", name.join(" "))),

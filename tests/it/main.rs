@@ -14,6 +14,7 @@ mod filter;
 mod fuzz;
 mod generate;
 mod house;
+mod human;
 mod imports;
 mod large_data;
 mod markdown;

@@ -1,0 +1,3 @@
+//! Local servers.
+
+pub mod human;
