@@ -57,7 +57,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
 
 fn write_csv(file: &Path, study: &Study) -> Result<()> {
     output::check(file, "--csv")?;
-    output::check_report(file, &COLUMNS.join(","))?;
+    output::check_report(file, &COLUMNS.join(","), "rename it, or name another file with --csv")?;
     let (items, outputs) = (study.items()?, study.outputs()?);
     let mut csv = csv::Writer::from_writer(Vec::new());
     csv.write_record(COLUMNS)?;
