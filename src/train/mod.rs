@@ -120,7 +120,7 @@ fn launch(
     })
 }
 
-/// The task, with initial weights unless the run resumes, and the run folder below `parent`.
+/// The task, with initial weights unless the run resumes from its own, and the run folder below `parent`.
 fn prepare(
     parent: &Path,
     spec: &dyn TaskSpec,
@@ -133,7 +133,8 @@ fn prepare(
     // The task first: a configuration that cannot be trained leaves no run folder behind.
     let task = spec.start(config, group)?;
     let resumes = matches!(resume, Resume::From(_)) || checkpoint::any(&run_folder::checkpoints(parent, config))?;
-    if !resumes {
+    // The base of adapters is not in their checkpoints.
+    if !resumes || config.lora.is_on() {
         init::take_weights(spec, config, task.as_ref())?;
     }
     group.same("configuration", &config.to_toml()?)?;
@@ -156,6 +157,8 @@ mod end_to_end_tests;
 mod f16_tests;
 #[cfg(test)]
 mod hang_tests;
+#[cfg(test)]
+mod lora_tests;
 #[cfg(test)]
 mod matcher_tests;
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The run folder `runs/NAME/`: config.toml, launches.jsonl, metrics.jsonl, samples/, checkpoints/, model/.
+//! The run folder `runs/NAME/`: config.toml, launches.jsonl, metrics.jsonl, samples/, checkpoints/, model/ (or adapter/).
 
 use super::clock::rfc3339;
 use crate::{
@@ -126,9 +126,9 @@ impl RunFolder {
         self.root.join("offload").join(rank.to_string())
     }
 
-    /// The model folder.
-    pub fn model(&self) -> PathBuf {
-        self.root.join("model")
+    /// The folder of what the run trains: `model` or `adapter`.
+    pub fn output(&self, name: &str) -> PathBuf {
+        self.root.join(name)
     }
 
     /// The sample image of `step`.

@@ -15,6 +15,7 @@ mod generate;
 mod house;
 mod imports;
 mod large_data;
+mod lora_parity;
 mod markdown;
 mod matcher;
 mod matcher_data;

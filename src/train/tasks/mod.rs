@@ -110,11 +110,12 @@ pub trait TaskSpec: Debug + Sync {
         false
     }
 
-    /// Digests of what the weights of a model belong to, to compare with [`Task::fingerprint`].
+    /// Digests of what the weights of a model belong to, to compare with [`Task::fingerprint`] of a run with this
+    /// configuration.
     ///
     /// # Errors
     /// A file of the model cannot be read.
-    fn fingerprint_of(&self, _model: &Bundle) -> Result<Fingerprint> {
+    fn fingerprint_of(&self, _config: &Config, _model: &Bundle) -> Result<Fingerprint> {
         Ok(Fingerprint::new())
     }
 
@@ -205,6 +206,11 @@ pub trait Task {
         Ok(())
     }
 
-    /// Writes the model folder with these weights.
+    /// What [`Task::publish`] writes, which is the name of its folder in the run's: `model`, or `adapter`.
+    fn output(&self) -> &'static str {
+        "model"
+    }
+
+    /// Writes the folder of [`Task::output`] with these weights: of all parameters but those of a frozen base.
     fn publish(&self, weights: BTreeMap<String, Values>, folder: &Path) -> Result<()>;
 }
