@@ -7,7 +7,7 @@ use crate::{
     ops::packed::Format,
     report,
 };
-use std::time::Instant;
+use std::{path::PathBuf, time::Instant};
 
 /// Options that choose the model and the precision of its weights.
 #[derive(clap::Args)]
@@ -15,6 +15,9 @@ pub struct ModelOptions {
     /// Model folder, folder of a training run (its `model` is used), or `demo` for the built-in model
     #[arg(long, value_name = "DIR|NAME", default_value = DEMO_NAME)]
     model: String,
+    /// Folder of a low-rank adapter (LoRA) that was trained for this model, or of its training run
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// Number format of the weights during generation: bf16 is as good as f32 and faster, int8 halves the memory of
     /// bf16
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = Format::Bf16)]
@@ -25,9 +28,12 @@ impl ModelOptions {
     /// Opens the model folder and loads its generator, image tokenizer and vocabulary.
     ///
     /// # Errors
-    /// The folder is missing, incomplete or damaged.
+    /// The folder is missing, incomplete or damaged, or the adapter is of another model.
     pub fn load(&self) -> Result<(Bundle, Models)> {
-        let bundle = Bundle::open(&self.model)?;
+        let mut bundle = Bundle::open(&self.model)?;
+        if let Some(adapter) = &self.adapter {
+            bundle = bundle.with_adapter(adapter)?;
+        }
         let begun = Instant::now();
         let models = Models::load(&bundle, self.precision)?;
         report::detail(format_args!("model {} loaded in {:.1} s", self.model, begun.elapsed().as_secs_f64()));
