@@ -36,6 +36,7 @@ pub mod tasks;
 mod trainer;
 
 use crate::{
+    bundle,
     config::Config,
     dist::{Group, Ranks},
     error::Result,
@@ -142,9 +143,10 @@ fn prepare(
     Ok((task, RunFolder::open(parent, config, group.leads())?))
 }
 
-/// The model folder of a run of this configuration.
-pub fn model_folder(config: &Config) -> PathBuf {
-    Path::new("runs").join(&config.name).join("model")
+/// What a run of this configuration writes, and its folder: a model, or an adapter.
+pub fn output(config: &Config) -> (&'static str, PathBuf) {
+    let name = if config.lora.is_on() { bundle::ADAPTER } else { "model" };
+    (name, Path::new("runs").join(&config.name).join(name))
 }
 
 #[cfg(test)]

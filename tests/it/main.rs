@@ -10,6 +10,7 @@ mod faults;
 mod fid;
 mod file_systems;
 mod filter;
+mod finetune;
 mod fuzz;
 mod generate;
 mod house;
