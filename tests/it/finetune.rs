@@ -30,6 +30,7 @@ const TINY: &[&str] = &[
     "model.qk_norm=false",
     "train.init_from=demo",
     "train.steps=1",
+    "train.warmup_steps=0",
     "train.accumulation=1",
     "train.precision=f32",
     "train.sample_every=0",
@@ -47,8 +48,22 @@ fn recipes_lead_from_published_files_to_figures() {
     let (folder, golden, images) = (place.path(), ours("tests/golden/build"), ours("tests/golden/build/images"));
     for (name, file, format, split, batch, figure) in [
         ("coco", "captions_val2014.json", "coco", None, "train.batch_size=2", None),
-        ("aic-icc", "caption_train_annotations_20170902.json", "aic-icc", None, "train.caption_batch_size=2", Some("caption")),
-        ("coco-cn", "imageid.human-written-caption.txt", "coco-cn", None, "train.caption_batch_size=2", Some("caption")),
+        (
+            "aic-icc",
+            "caption_train_annotations_20170902.json",
+            "aic-icc",
+            None,
+            "train.caption_batch_size=2",
+            Some("caption"),
+        ),
+        (
+            "coco-cn",
+            "imageid.human-written-caption.txt",
+            "coco-cn",
+            None,
+            "train.caption_batch_size=2",
+            Some("caption"),
+        ),
         ("fmiqa", "FM-CH-QA.json", "fmiqa", Some("train"), "train.vqa_batch_size=2", Some("vqa")),
     ] {
         let source = format!("{golden}/{file}");
@@ -65,7 +80,13 @@ fn recipes_lead_from_published_files_to_figures() {
         let metrics = fs::read_to_string(folder.join(&model).join("metrics.jsonl")).unwrap();
         let line: Value = serde_json::from_str(metrics.lines().next().unwrap()).unwrap();
         let trained = ["image", "text", "answer"].into_iter().filter(|loss| line[loss].is_f64()).collect::<Vec<_>>();
-        let loss = if figure.is_none() { "image" } else if name == "fmiqa" { "answer" } else { "text" };
+        let loss = if figure.is_none() {
+            "image"
+        } else if name == "fmiqa" {
+            "answer"
+        } else {
+            "text"
+        };
         assert_eq!(trained, [loss], "{name}");
         match figure {
             Some("caption") => {

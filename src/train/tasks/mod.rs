@@ -128,7 +128,7 @@ pub trait TaskSpec: Debug + Sync {
 /// FLOPs of sequences in a step, forward and backward.
 fn sequences_flops(config: &Config, sequences: Vec<Sequences>) -> f64 {
     let trained = sequences.into_iter().filter(|all| all.weight > 0.0);
-    trained.map(|all| 3.0 * all.batch_size as f64 * flops::sequence(&config.model, &all.layout, all.outputs)).sum()
+    trained.map(|all| all.batch_size as f64 * flops::training(config, &all.layout, all.outputs)).sum()
 }
 
 /// Sequences of a step with the same spans.
