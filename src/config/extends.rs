@@ -154,7 +154,7 @@ mod tests {
     /// The message with paths below the folder, and the hint.
     fn complaint(files: &[(&str, &str)]) -> (String, String) {
         let (folder, loaded) = load(files, &[]);
-        let error = loaded.and_then(Loaded::validated).err().expect("an error");
+        let error = loaded.and_then(Loaded::validated).unwrap_err();
         assert_eq!(exit_of(&error), Exit::Usage);
         let message = error.to_string().replace(&format!("{}/", folder.path().display()), "");
         (message, hint_of(&error).unwrap_or_default().to_owned())
