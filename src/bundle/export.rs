@@ -46,6 +46,7 @@ impl Bundle {
         let bytes = self.place.weights()?;
         let (mut config, mut weights) =
             (self.config.clone(), weights::stored(&bytes, &self.place.file(WEIGHTS), dtype)?);
+        self.adapt_stored(&mut weights)?;
         if two_stage {
             (config.task, config.end_to_end) = (Task::Generator, EndToEnd::default());
             weights.retain(|name, _| !begins_with(name, end_to_end::SCOPE));

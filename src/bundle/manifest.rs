@@ -121,13 +121,17 @@ pub fn mismatch(what: impl std::fmt::Display) -> Error {
 
 /// Whether the folder's parts fit: `Err` unless mismatches were allowed, then a warning.
 pub fn accept(checked: Result<()>) -> Result<bool> {
+    tolerate(checked).context("the parts of the model folder do not belong together")
+}
+
+/// The same for parts of different folders.
+pub fn tolerate(checked: Result<()>) -> Result<bool> {
     match checked {
-        Ok(()) => Ok(true),
         Err(error) if ALLOWED.load(Ordering::Relaxed) => {
             report::warn(format_args!("{error:#}"));
             Ok(false)
         }
-        Err(error) => Err(error).context("the parts of the model folder do not belong together"),
+        checked => checked.map(|()| true),
     }
 }
 

@@ -19,6 +19,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+mod adapter;
 mod calibrate;
 mod changes;
 mod codes;
@@ -31,6 +32,7 @@ mod publish;
 mod tests;
 mod write;
 
+pub use adapter::{ADAPTER, write_adapter};
 #[cfg(test)]
 pub(crate) use calibrate::tests::model as tiny_matcher;
 pub use changes::Changes;
@@ -44,6 +46,9 @@ const VOCAB: &str = "vocab.txt";
 const ATTRIBUTION: &str = "ATTRIBUTION.md";
 const MANIFEST: &str = "manifest.json";
 const IMAGE_TOKENIZER: &str = "image-tokenizer";
+const ADAPTER_CONFIG: &str = "adapter_config.json";
+const ADAPTER_BASE: &str = "base.json";
+const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 
 macro_rules! demo {
     ($($path:literal),* $(,)?) => { &[$(($path, include_bytes!(concat!("../demo/", $path)))),*] };
@@ -84,6 +89,8 @@ pub struct Bundle {
     place: Place,
     /// What its parts must be like; `None` where nothing says so, or where they are not and that was allowed.
     manifest: Option<Manifest>,
+    /// Merged into its weights.
+    adapter: Option<adapter::Adapter>,
 }
 
 impl Bundle {
@@ -109,7 +116,7 @@ impl Bundle {
             String::from_utf8(place.read(CONFIG)?.into_owned()).with_context(|| format!("{name} is not text"))?;
         let config = Config::parse(&text, &name)?;
         config.validate().with_context(|| name)?;
-        let mut bundle = Self { config, place, manifest: None };
+        let mut bundle = Self { config, place, manifest: None, adapter: None };
         if let Some(manifest) = bundle.place.manifest()? {
             bundle.manifest = manifest::accept(bundle.check(&manifest))?.then_some(manifest);
         }
@@ -215,9 +222,11 @@ impl Bundle {
         built.hint(format_args!("{name} does not fit the config.toml and vocab.txt beside it"), hint)
     }
 
-    /// All weights by name, as f32.
+    /// All weights by name, as f32, with the adapter merged into them.
     pub fn weights(&self) -> Result<HashMap<String, Tensor>> {
-        weights::parse(&self.place.weights()?, &self.place.file(WEIGHTS))
+        let mut weights = weights::parse(&self.place.weights()?, &self.place.file(WEIGHTS))?;
+        self.adapt(&mut weights)?;
+        Ok(weights)
     }
 
     /// The text side.
@@ -235,7 +244,9 @@ impl Bundle {
 
     /// Where the training data came from and its licences; empty where the folder says nothing.
     pub fn attribution(&self) -> String {
-        self.place.read(ATTRIBUTION).map(|text| String::from_utf8_lossy(&text).into_owned()).unwrap_or_default()
+        let own = self.place.read(ATTRIBUTION).map(|text| String::from_utf8_lossy(&text).into_owned());
+        let all: Vec<String> = own.ok().into_iter().chain(self.adapter_attribution()).collect();
+        all.join("\n")
     }
 }
 
@@ -317,7 +328,13 @@ fn model_folder(folder: PathBuf) -> Result<PathBuf> {
     if folder.join(WEIGHTS).exists() || !folder.join("checkpoints").is_dir() && !model.join(WEIGHTS).exists() {
         return Ok(folder);
     }
-    let hint = "a run writes its model when it ends: start `vilg train` again to go on";
-    ensure!(model.is_dir(), usage(format_args!("the run {} has no model yet", folder.display()), hint));
+    let name = folder.display();
+    let (what, hint) = match folder.join(ADAPTER).is_dir() {
+        true => {
+            ("trained an adapter, not a model", format!("name its train.init_from as --model, and --adapter {name}"))
+        }
+        false => ("has no model yet", "a run writes its model when it ends: start `vilg train` again to go on".into()),
+    };
+    ensure!(model.is_dir(), usage(format_args!("the run {name} {what}"), hint));
     Ok(model)
 }

@@ -4,7 +4,9 @@
 //! one is replaced only if it is a folder in which every entry is one that this program writes, or if `force` allows it.
 //! Symbolic links and devices are never replaced.
 
-use super::{ATTRIBUTION, CONFIG, IMAGE_TOKENIZER, MANIFEST, VOCAB, WEIGHTS};
+use super::{
+    ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, ATTRIBUTION, CONFIG, IMAGE_TOKENIZER, MANIFEST, VOCAB, WEIGHTS,
+};
 use crate::{
     error::{Context, Result, bail, ensure, usage},
     eval::fid::INCEPTION_FILE,
@@ -23,6 +25,8 @@ use std::{
 
 /// The files of a model folder.
 const MODEL_FILES: [&str; 5] = [CONFIG, WEIGHTS, VOCAB, ATTRIBUTION, MANIFEST];
+/// The files of a low-rank adapter.
+const ADAPTER_FILES: [&str; 3] = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_BASE];
 /// The files of imported networks, each alone in its folder.
 const NETWORK_FILES: [&str; 2] = [perceptual::FILE, INCEPTION_FILE];
 
@@ -142,6 +146,7 @@ fn check_folder(folder: &Path, force: bool) -> Result<()> {
 /// The first entry of a folder that this program does not write, as a path below it. A folder of a few known names that
 /// is no model (a `config.toml` alone, say) is foreign as well.
 fn foreign_entry(folder: &Path) -> Result<Option<PathBuf>> {
+    let known: Vec<_> = MODEL_FILES.iter().chain(&ADAPTER_FILES).chain(&NETWORK_FILES).collect();
     let mut names = Vec::new();
     for entry in fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))? {
         let entry = entry?;
@@ -150,13 +155,14 @@ fn foreign_entry(folder: &Path) -> Result<Option<PathBuf>> {
             if let Some(foreign) = foreign_entry(&entry.path())? {
                 return Ok(Some(Path::new(&name).join(foreign)));
             }
-        } else if !kind.is_file() || !MODEL_FILES.iter().chain(&NETWORK_FILES).any(|known| name == *known) {
+        } else if !kind.is_file() || !known.iter().any(|known| name == **known) {
             return Ok(Some(name.into()));
         }
         names.push(name);
     }
     let has = |wanted: &str| names.iter().any(|name| name == wanted);
-    let whole = (has(CONFIG) && has(WEIGHTS)) || NETWORK_FILES.iter().any(|file| has(file));
+    let adapter = ADAPTER_FILES.iter().all(|file| has(file));
+    let whole = (has(CONFIG) && has(WEIGHTS)) || adapter || NETWORK_FILES.iter().any(|file| has(file));
     names.sort();
     Ok(names.into_iter().next().filter(|_| !whole).map(PathBuf::from))
 }

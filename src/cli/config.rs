@@ -2,7 +2,7 @@
 
 use super::{config_files::Found, summary::Summary};
 use crate::{
-    config::{Config, Loaded, Origin, values},
+    config::{Config, Loaded, Origin, shipped, values},
     error::{Context, Result, ensure, usage},
     report,
     train::sizes::Sizes,
@@ -71,6 +71,8 @@ enum Example {
     EmojiVqgan,
     /// DALL-E's dVAE at the size of the demo
     EmojiDvae,
+    /// Low-rank adapters (LoRA) for the demo
+    EmojiLora,
     /// The paper's image tokenizer: VQGAN, f = 8, 8192 codes
     #[value(name = "vqgan-f8-8192")]
     VqganF8,
@@ -96,26 +98,20 @@ enum Example {
     /// The paper's full model: 48 layers, hidden size 4096
     #[value(name = "10b")]
     B10,
+    /// Fine-tuning to generate images of COCO's translated captions
+    FinetuneCoco,
+    /// Fine-tuning to caption, on AIC-ICC
+    FinetuneAicIcc,
+    /// Fine-tuning to caption, on COCO-CN
+    FinetuneCocoCn,
+    /// Fine-tuning to answer questions, on FMIQA
+    FinetuneFmiqa,
 }
 
 impl Example {
     fn text(self) -> &'static str {
-        match self {
-            Self::Emoji => include_str!("../../configs/emoji.toml"),
-            Self::EmojiTokenizer => include_str!("../../configs/emoji-tokenizer.toml"),
-            Self::EmojiVqgan => include_str!("../../configs/emoji-vqgan.toml"),
-            Self::VqganF8 => include_str!("../../configs/vqgan-f8-8192.toml"),
-            Self::EmojiDvae => include_str!("../../configs/emoji-dvae.toml"),
-            Self::DvaeF8 => include_str!("../../configs/dvae-f8-8192.toml"),
-            Self::ScenesEndToEnd => include_str!("../../configs/scenes-end-to-end.toml"),
-            Self::ScenesTwoStage => include_str!("../../configs/scenes-two-stage.toml"),
-            Self::ScenesVqa => include_str!("../../configs/scenes-vqa.toml"),
-            Self::ScenesMatcher => include_str!("../../configs/scenes-matcher.toml"),
-            Self::Matcher => include_str!("../../configs/matcher.toml"),
-            Self::M300 => include_str!("../../configs/300m.toml"),
-            Self::M300EndToEnd => include_str!("../../configs/300m-end-to-end.toml"),
-            Self::B10 => include_str!("../../configs/10b.toml"),
-        }
+        let name = self.to_possible_value();
+        name.and_then(|name| shipped(name.get_name())).map_or("", |(_, text)| text)
     }
 }
 
@@ -177,6 +173,7 @@ fn show(source: &Source, json: bool) -> Result<()> {
         let from = match loaded.origin(&key) {
             Origin::Default => "default",
             Origin::File => "file",
+            Origin::Base => loaded.file(&key).unwrap_or_default(),
             Origin::Set => "--set",
         };
         (key, value, from)
@@ -196,7 +193,7 @@ fn show(source: &Source, json: bool) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Config;
+    use crate::config::{Config, SHIPPED};
     use std::collections::BTreeSet;
 
     #[test]
@@ -204,8 +201,10 @@ mod tests {
         let mut shown = BTreeSet::new();
         for example in Example::value_variants() {
             let name = example.to_possible_value().unwrap().get_name().to_owned();
-            let config = Config::parse(example.text(), &name).unwrap();
-            config.validate().unwrap_or_else(|e| panic!("{name}: {e}"));
+            let folder = tempfile::tempdir().unwrap();
+            let file = folder.path().join("config.toml");
+            init(*example, &file).unwrap();
+            let config = Config::load(Some(&file), &[]).unwrap_or_else(|e| panic!("{name}: {e}"));
             assert_eq!(config.name, name);
             for line in example.text().lines().filter(|l| l.contains(" = ")) {
                 assert!(line.contains("  # "), "{name}: no comment: {line}");
@@ -217,6 +216,8 @@ mod tests {
             });
             shown.extend(keys);
         }
+        assert!(shown.remove("extends"));
+        assert_eq!(SHIPPED.len(), Example::value_variants().len());
         let all: BTreeSet<_> = values(&Config::default()).unwrap().into_iter().map(|(key, _)| key).collect();
         assert_eq!(shown, all, "keys that no shipped configuration shows");
     }

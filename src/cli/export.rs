@@ -10,12 +10,15 @@ use safetensors::Dtype;
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Copy a model folder: in another precision, with another decoder, or under another project's tensor names
+/// Copy a model folder: in another precision, with an adapter or another decoder, or under another project's tensor names
 #[derive(clap::Args)]
 pub struct Args {
     /// Model folder, the folder of a training run, or `demo`
     #[arg(long, value_name = "DIR|NAME", default_value = crate::bundle::DEMO_NAME)]
     model: String,
+    /// Merge this low-rank adapter (LoRA) into the weights: its folder, or that of its training run
+    #[arg(long, value_name = "DIR", conflicts_with = "names")]
+    adapter: Option<PathBuf>,
     /// Folder to write; with `--names llamagen-vq` or `chinese-clip`: .safetensors file to write. An existing model folder
     /// is replaced
     #[arg(short, long, value_name = "DIR")]
@@ -61,7 +64,10 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         Precision::Bf16 => Dtype::BF16,
         Precision::F16 => Dtype::F16,
     };
-    let bundle = Bundle::open(&args.model)?;
+    let mut bundle = Bundle::open(&args.model)?;
+    if let Some(adapter) = &args.adapter {
+        bundle = bundle.with_adapter(adapter)?;
+    }
     match args.names {
         Names::Ours => {
             let tokenizer = args.image_tokenizer.as_deref().map(Bundle::open).transpose()?;

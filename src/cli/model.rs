@@ -8,7 +8,7 @@ use crate::{
     report,
 };
 use clap::ValueEnum;
-use std::time::Instant;
+use std::{path::PathBuf, time::Instant};
 
 /// Options that choose the model and the precision of its weights.
 #[derive(clap::Args)]
@@ -16,6 +16,9 @@ pub struct ModelOptions {
     /// Model folder, folder of a training run (its `model` is used), or `demo` for the built-in model
     #[arg(long, value_name = "DIR|NAME", default_value = DEMO_NAME)]
     model: String,
+    /// Folder of a low-rank adapter (LoRA) that was trained for this model, or of its training run
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// Number format of the weights during generation: bf16 is as good as f32 and faster, int8 halves the memory of
     /// bf16
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = Format::Bf16)]
@@ -26,28 +29,32 @@ impl ModelOptions {
     /// Opens the model folder and loads its generator, image tokenizer and vocabulary.
     ///
     /// # Errors
-    /// The folder is missing, incomplete or damaged.
+    /// The folder is missing, incomplete or damaged, or the adapter is of another model.
     pub fn load(&self) -> Result<(Bundle, Models)> {
-        let bundle = Bundle::open(&self.model)?;
+        let mut bundle = Bundle::open(&self.model)?;
+        if let Some(adapter) = &self.adapter {
+            bundle = bundle.with_adapter(adapter)?;
+        }
         let begun = Instant::now();
         let models = Models::load(&bundle, self.precision)?;
         report::detail(format_args!("model {} loaded in {:.1} s", self.model, begun.elapsed().as_secs_f64()));
         Ok((bundle, models))
     }
 
-    /// Whether the model is the built-in one.
+    /// Whether the model is the built-in one, without an adapter.
     pub fn is_demo(&self) -> bool {
-        self.model == DEMO_NAME
+        self.model == DEMO_NAME && self.adapter.is_none()
     }
 
-    /// Digest of what generates images: the generator, its image tokenizer and the precision.
+    /// Digest of what generates images: the generator with its adapter, its image tokenizer and the precision.
     ///
     /// # Errors
     /// A file of weights cannot be read.
     pub fn digest(&self, bundle: &Bundle) -> Result<String> {
         let precision = self.precision.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned());
         let tokenizer = bundle.image_tokenizer_folder()?.weights_digest()?;
-        Ok(format!("{} {tokenizer} {precision}", bundle.weights_digest()?))
+        let adapter = bundle.adapter_digest()?.map_or(String::new(), |digest| format!(" {digest}"));
+        Ok(format!("{}{adapter} {tokenizer} {precision}", bundle.weights_digest()?))
     }
 }
 

@@ -61,7 +61,8 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let ranks = Ranks::find(args.nproc.get())?;
     train::run(&config, &resume, &ranks, args.time_limit, json)?;
     if json && ranks.leads() {
-        report::json(&json!({ "model": report::path(&train::model_folder(&config)), "steps": config.train.steps }));
+        let (name, folder) = train::output(&config);
+        report::json(&json!({ name: report::path(&folder), "steps": config.train.steps }));
     }
     Ok(())
 }

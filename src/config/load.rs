@@ -1,10 +1,12 @@
-//! Reads a configuration: defaults < file < `--set`. Errors name the file, line and key.
+//! Reads a configuration: defaults < the files that a file extends < file < `--set`. Errors name the file, line and key.
 
-use super::{Config, Problem, flat::values, renamed::rename_keys};
-use crate::{
-    bounded_read,
-    error::{Error, Result, usage},
+use super::{
+    Config, Problem,
+    extends::{self, FileKeys},
+    parse::{parse, wrong},
+    renamed::rename_keys,
 };
+use crate::error::{Result, usage};
 use std::path::Path;
 use toml::{Table, Value};
 
@@ -12,34 +14,30 @@ use toml::{Table, Value};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
     Default,
+    /// A file that the file extends.
+    Base,
     File,
     Set,
 }
 
-/// A configuration, with the tables that remember which keys the file and the `--set` options set.
+/// A configuration, with the tables that remember which keys the files and the `--set` options set.
 pub struct Loaded {
     pub config: Config,
-    /// The file's name in error messages.
-    name: String,
-    file: Table,
+    /// The file, then those that it extends; none where there is no file.
+    files: Vec<FileKeys>,
     sets: Table,
 }
 
 impl Loaded {
-    /// Reads the file, if any, then applies `sets` (`a.b=value`). Does not validate the values.
+    /// Reads the file, if any, and those that it extends, then applies `sets` (`a.b=value`). Does not validate the values.
     ///
     /// # Errors
-    /// The file cannot be read; a key is unknown or has a value of the wrong type.
+    /// A file cannot be read or extends itself; a key is unknown or has a value of the wrong type.
     pub fn read(path: Option<&Path>, sets: &[String]) -> Result<Self> {
-        let (text, name) = match path {
-            Some(path) => (read(path)?, path.display().to_string()),
-            None => (String::new(), String::new()),
-        };
-        let mut config = Config::parse(&text, &name)?;
-        // A whole number that a key takes may still be too large for TOML.
-        let mut file: Table = parse(&text, &name)?;
-        rename_keys(&mut file, &name);
-        let (mut all, mut set) = (file.clone(), Table::new());
+        let files = path.map(extends::read).transpose()?.unwrap_or_default();
+        let (mut all, mut set) = (Table::new(), Table::new());
+        files.iter().rev().for_each(|file| merge(&mut all, &file.keys));
+        let mut config = all.clone().try_into().map_err(|e| wrong("the configuration", &e))?;
         for text in sets {
             let mut one = assignment(text)?;
             rename_keys(&mut one, &format!("--set {text}"));
@@ -62,7 +60,7 @@ impl Loaded {
             merge(&mut set, &one);
             all = with;
         }
-        let mut loaded = Self { config, name, file, sets: set };
+        let mut loaded = Self { config, files, sets: set };
         if loaded.origin("train.warmup_steps") == Origin::Default {
             let train = &mut loaded.config.train;
             train.warmup_steps = train.warmup_steps.min(train.steps / 10);
@@ -70,14 +68,16 @@ impl Loaded {
         Ok(loaded)
     }
 
-    /// All invalid values. The message of a value that the file sets names the file.
+    /// All invalid values. The message of a value that a file sets names the file.
     ///
     /// # Errors
     /// A number does not fit into TOML.
     pub fn problems(&self) -> Result<Vec<Problem>> {
         let mut problems = self.config.problems()?;
-        for problem in problems.iter_mut().filter(|problem| self.origin(&problem.key) == Origin::File) {
-            problem.message = format!("{}: {}", self.name, problem.message);
+        for problem in &mut problems {
+            if let (Origin::File | Origin::Base, Some(file)) = (self.origin(&problem.key), self.file(&problem.key)) {
+                problem.message = format!("{file}: {}", problem.message);
+            }
         }
         Ok(problems)
     }
@@ -97,9 +97,15 @@ impl Loaded {
     pub fn origin(&self, key: &str) -> Origin {
         match () {
             () if lookup(&self.sets, key).is_some() => Origin::Set,
-            () if lookup(&self.file, key).is_some() => Origin::File,
+            () if self.files.first().is_some_and(|file| lookup(&file.keys, key).is_some()) => Origin::File,
+            () if self.file(key).is_some() => Origin::Base,
             () => Origin::Default,
         }
+    }
+
+    /// The name of the file whose value of `key` counts, if any sets it.
+    pub fn file(&self, key: &str) -> Option<&str> {
+        self.files.iter().find(|file| lookup(&file.keys, key).is_some()).map(|file| file.name.as_str())
     }
 }
 
@@ -127,24 +133,6 @@ impl Config {
     pub fn to_toml(&self) -> Result<String> {
         Ok(toml::to_string(self)?)
     }
-}
-
-/// Reads TOML; errors name the place.
-fn parse<T: serde::de::DeserializeOwned>(text: &str, name: &str) -> Result<T> {
-    toml::from_str(text).map_err(|e| {
-        let line = e.span().map(|span| 1 + text[..span.start.min(text.len())].matches('\n').count());
-        let key = line.and_then(|line| text.lines().nth(line - 1)?.split_once('=')).map_or("", |(key, _)| key.trim());
-        let place = line.map_or(name.to_owned(), |line| format!("{name}:{line}"));
-        // A complaint about a value does not name its key.
-        let of_value = !key.is_empty() && e.message().starts_with("invalid");
-        wrong(&if of_value { format!("{place}: `{key}`") } else { place }, &e)
-    })
-}
-
-fn read(path: &Path) -> Result<String> {
-    let hint = "`vilg config init emoji -o emoji.toml` writes a configuration to start from";
-    let what = |e: Error| format!("cannot read the configuration {}: {}", path.display(), e.root_cause());
-    bounded_read::read_text(path, bounded_read::TEXT).map_err(|e| usage(what(e), hint))
 }
 
 /// Parses `a.b=value` as a table. A value that is not TOML is taken as a string (`--set name=first`).
@@ -182,54 +170,6 @@ fn lookup<'a>(table: &'a Table, key: &str) -> Option<&'a Value> {
     match key.split_once('.') {
         Some((section, rest)) => lookup(table.get(section)?.as_table()?, rest),
         None => table.get(key),
-    }
-}
-
-/// Converts serde's error to a usage error with the place and the nearest known key or value.
-fn wrong(place: &str, error: &toml::de::Error) -> Error {
-    let message = plain(&error.message().trim().replace('\n', ", "));
-    let unknown = message.strip_prefix("unknown field ").map(|rest| ("key", rest));
-    let unknown = unknown.or_else(|| message.strip_prefix("unknown variant ").map(|rest| ("value", rest)));
-    let Some((what, rest)) = unknown else {
-        return usage(format_args!("{place}: {message}"), "`vilg config init` prints a commented example");
-    };
-    let mut names = rest.split('`').skip(1).step_by(2);
-    let given = names.next().unwrap_or_default();
-    let known: Vec<&str> = names.collect();
-    usage(format_args!("{place}: unknown {what} `{given}`"), nearest(given, &known))
-}
-
-/// Replaces the names of Rust types in serde's messages by plain words.
-fn plain(message: &str) -> String {
-    const WORDS: [(&str, &str); 13] = [
-        ("usize", "a whole number >= 0"),
-        ("u64", "a whole number >= 0"),
-        ("u32", "a whole number >= 0"),
-        ("u8", "a whole number from 0 to 255"),
-        ("f64", "a number"),
-        ("a boolean", "true or false"),
-        ("a string", "text in quotes"),
-        ("a sequence", "a list in [ ]"),
-        ("an array of length 2", "a list of 2 values"),
-        ("a tuple of size 2", "a list of 2 values"),
-        ("struct Source", "a table like { path = \"data/train\" }"),
-        ("a map", "a table"),
-        ("string or table", "text in quotes"),
-    ];
-    let Some((what, expected)) = message.rsplit_once(", expected ") else { return message.to_owned() };
-    let section = expected.starts_with("struct ").then_some("a section of keys");
-    let known = WORDS.iter().find(|(rust, _)| *rust == expected).map(|(_, words)| *words).or(section);
-    format!("{what}, expected {}", known.unwrap_or(expected))
-}
-
-fn nearest(given: &str, known: &[&str]) -> String {
-    let closest = known.iter().map(|name| (strsim::jaro_winkler(given, name), name)).max_by(|a, b| a.0.total_cmp(&b.0));
-    let home = values(&Config::default()).unwrap_or_default().into_iter().map(|(key, _)| key);
-    let home = home.into_iter().find_map(|key| Some(key.split_once('.').filter(|(_, k)| *k == given)?.0.to_owned()));
-    match (closest, home) {
-        (Some((score, name)), _) if score > 0.8 => format!("did you mean `{name}`?"),
-        (_, Some(section)) => format!("`{given}` is a key of [{section}]"),
-        _ => format!("possible values: {}", known.join(", ")),
     }
 }
 

@@ -1,15 +1,19 @@
 //! The configuration: one file describes a run, and a copy of it is part of every model folder.
 //!
-//! Order of precedence: defaults < file < `--set key=value`. Unknown keys are errors.
+//! Order of precedence: defaults < the file that a file extends < file < `--set key=value`. Unknown keys are errors.
 
 mod check;
 mod data;
 mod end_to_end;
+mod extends;
 mod flat;
 mod load;
+mod lora;
 mod matcher;
+mod parse;
 mod renamed;
 mod resume;
+mod shipped;
 mod task;
 mod train;
 mod validate;
@@ -20,8 +24,10 @@ pub use data::{Data, Source};
 pub use end_to_end::{EndToEnd, HiddenState, ReconstructorInit};
 pub use flat::{flatten, values};
 pub use load::{Loaded, Origin};
+pub use lora::{Lora, LoraTarget};
 pub use matcher::{Activation, ContrastiveLoss, ImageEncoder, Matcher};
 pub use renamed::rename_stored_keys;
+pub use shipped::{SHIPPED, shipped};
 pub use task::Task;
 pub use train::{Decay, LossReduction, MatrixOptimizer, Offload, Precision, Spike, Train, begins_with};
 
@@ -49,6 +55,8 @@ pub struct Config {
     pub end_to_end: EndToEnd,
     /// Section `[matcher]`: the image–text matcher (paper §3.2.1).
     pub matcher: Matcher,
+    /// Section `[lora]`: low-rank adapters instead of all weights.
+    pub lora: Lora,
     /// Section `[train]`: optimizer, schedule, parallelism and checkpoints.
     pub train: Train,
     /// Section `[sample]`: defaults of `vilg t2i` and of the sample images drawn during training.
@@ -287,6 +295,7 @@ impl Default for Config {
             model: Model::default(),
             end_to_end: EndToEnd::default(),
             matcher: Matcher::default(),
+            lora: Lora::default(),
             train: Train::default(),
             sample: Sample::default(),
         }

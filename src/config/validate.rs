@@ -34,6 +34,7 @@ impl Config {
         model(&mut check, &self.model);
         self.end_to_end.check(&mut check);
         matcher(&mut check, &self.matcher, &self.text);
+        self.lora.check(&mut check, self.task, &self.train.init_from);
         train(&mut check, &self.train, self.task.is_generator());
         sample(&mut check, &self.sample);
         Ok(check.problems())

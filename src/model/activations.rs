@@ -97,14 +97,16 @@ impl Micro {
         let normed = if model.qk_norm { 3 } else { 0 };
         let branches = if model.sandwich_norm { 2 } else { 0 };
         let saved = self.block_saved(config);
+        // What an adapter adds to a layer's output, and its share of dx.
+        let (low, low_mlp) = if config.lora.is_on() { (1, ratio) } else { (0, 0) };
         // Each with the gradient of the block's output, one hidden size a position.
         let widths = [
-            (saved + (2 + normed + ratio) * stream, 0, fc1.max(fc2)), // forward (again): normed qkv, gelu, y
-            (saved + (1 + 2 * ratio) * stream, fc2, fc2),             // gelu and its gradient
-            ((8 + branches + ratio) * stream, fc2 + fc1, fc1),        // behind the second norm
+            (saved + (2 + normed + ratio + low_mlp) * stream, 0, fc1.max(fc2)), // forward (again): normed qkv, gelu, y
+            (saved + (1 + 2 * ratio + low_mlp) * stream, fc2, fc2),             // gelu and its gradient
+            ((8 + branches + ratio + low) * stream, fc2 + fc1, fc1),            // behind the second norm
             // Attention: qkv, output, dmiddle, doutput, dqkv; the norms of queries and keys want copies.
             ((10 + 2 * normed) * stream, fc2 + fc1 + proj, 0),
-            (7 * stream, u64::MAX, qkv),
+            ((7 + low) * stream, u64::MAX, qkv),
         ];
         let pass = widths.into_iter().map(|(bytes, gradients, packed)| {
             let packed = self.copied * packed;
@@ -120,7 +122,7 @@ impl Micro {
         let segment = config.model.layers + 1;
         let rows = ROWS.min(self.samples * self.layout.predicted()) as u64;
         let weights = hidden * self.outputs as u64;
-        let gradients = weights + self.outputs as u64 + 2 * hidden;
+        let gradients = if config.lora.is_on() { 0 } else { weights + self.outputs as u64 + 2 * hidden };
         let packed = self.copied * weights;
         let part = rows * (4 * hidden + self.outputs as u64) * self.bytes;
         let stream = self.stream(config);

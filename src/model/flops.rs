@@ -3,7 +3,7 @@
 
 use super::Layout;
 use crate::{
-    config::{self, Architecture, ImageEncoder, ImageTokenizer, Model},
+    config::{self, Architecture, Config, ImageEncoder, ImageTokenizer, Model},
     nn::{block::BlockLayers, pattern::Pattern},
     ops::attention::KeyRanges,
 };
@@ -21,6 +21,22 @@ pub fn sequence(model: &Model, layout: &Layout, outputs: usize) -> f64 {
     }
     let blocks: f64 = counts.iter().map(|&(pattern, count)| count as f64 * block(model, layout, pattern)).sum();
     blocks + 2.0 * (model.hidden * outputs * layout.predicted()) as f64
+}
+
+/// One sequence, forward and backward. Low-rank adapters are trained instead of the weights: these have no gradients then.
+pub fn training(config: &Config, layout: &Layout, outputs: usize) -> f64 {
+    let (model, lora, positions) = (&config.model, &config.lora, layout.positions());
+    let all = 3.0 * sequence(model, layout, outputs);
+    if !lora.is_on() {
+        return all;
+    }
+    let layers = BlockLayers::of(model);
+    let linears = || layers.linears().into_iter().zip(["qkv", "proj", "fc1", "fc2"]);
+    let weights: usize = linears().map(|(linear, _)| linear.weight()).sum();
+    let adapted = linears().filter(|(_, name)| lora.adapts(name));
+    let adapters: usize = adapted.map(|(linear, _)| lora.rank * (linear.inputs + linear.outputs)).sum();
+    let gradients = 2.0 * (model.layers * weights * positions + model.hidden * outputs * layout.predicted()) as f64;
+    all - gradients + 6.0 * (model.layers * adapters * positions) as f64
 }
 
 /// One block over one sequence, forward.
@@ -159,4 +175,26 @@ fn residual(input: usize, output: usize, side: usize) -> f64 {
 fn self_attention(channels: usize, side: usize) -> f64 {
     let positions = (side * side) as f64;
     4.0 * conv(channels, channels, 1, side) + 4.0 * positions * positions * channels as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::pattern::Grid;
+
+    #[test]
+    fn adapters_save_the_gradients_of_weights() {
+        let mut config = Config {
+            model: Model { layers: 2, hidden: 4, heads: 1, mlp_ratio: 2, ..Model::default() },
+            ..Config::default()
+        };
+        let layout = Layout::text_to_image(3, Grid { height: 2, width: 2 });
+        assert_eq!((layout.positions(), layout.predicted()), (7, 4));
+        let all = training(&config, &layout, 5);
+        assert_eq!(all, 3.0 * sequence(&config.model, &layout, 5));
+        config.lora.rank = 1;
+        // A block's weights have 48 + 16 + 32 + 32 elements, its adapters 16 + 8 + 12 + 12; the head has 4 x 5.
+        let saved = 2.0 * f64::from(2 * 128 * 7 + 20 * 4) - 6.0 * f64::from(2 * 48 * 7);
+        assert_eq!(training(&config, &layout, 5), all - saved);
+    }
 }

@@ -30,7 +30,7 @@ pub struct Generator {
 impl Generator {
     /// A generator over `vocab_size` text tokens and a (height, width) `grid` of image codes, `codebook_size` codes in
     /// all.
-    /// `scope` is the root scope.
+    /// `scope` is the root scope. With `config.lora`, all parameters are a frozen base and low-rank adapters are added.
     pub fn new(
         scope: &Scope,
         config: &Config,
@@ -39,6 +39,7 @@ impl Generator {
         grid: (usize, usize),
     ) -> Result<Self> {
         let grid = Grid { height: grid.0, width: grid.1 };
+        let scope = &scope.clone().with_lora(&config.lora);
         let model = &config.model;
         ensure!(!grid.is_empty(), "the grid of image codes is empty");
         ensure!(model.layers > 0 && model.conv_size % 2 == 1, "no layers, or an even conv_size");

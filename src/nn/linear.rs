@@ -2,6 +2,7 @@
 
 use super::{
     gradients::Gradients,
+    lora::Adapter,
     params::{Init, Scope},
 };
 use crate::{
@@ -11,12 +12,14 @@ use crate::{
 };
 use candle_core::Tensor;
 
-/// A linear layer with bias.
+/// A linear layer with bias; of a frozen base, with or without a low-rank adapter.
 #[derive(Debug, Clone)]
 pub struct Linear {
     name: String,
     weight: Tensor,
     bias: Tensor,
+    frozen: bool,
+    adapter: Option<Adapter>,
 }
 
 impl Linear {
@@ -26,15 +29,18 @@ impl Linear {
         Self::of(scope, weight, outputs)
     }
 
-    /// The same for a layer of a transformer block, whose weight is `stacked` matrices ([`Scope::block_matrices`]).
+    /// The same for a layer of a transformer block, whose weight is `stacked` matrices ([`Scope::block_matrices`]). It has
+    /// a low-rank adapter where the scope's [`Scope::lora`] targets it.
     pub fn in_block(scope: &Scope, [inputs, outputs]: [usize; 2], std: f64, stacked: usize) -> Result<Self> {
         let weight = scope.block_matrices("weight", (outputs, inputs), Init::Normal(std), stacked)?;
-        Self::of(scope, weight, outputs)
+        let adapter = scope.lora().filter(|lora| lora.adapts(scope.name()));
+        let adapter = adapter.map(|lora| Adapter::new(scope, [inputs, outputs], &lora)).transpose()?;
+        Ok(Self { adapter, ..Self::of(scope, weight, outputs)? })
     }
 
     fn of(scope: &Scope, weight: Tensor, outputs: usize) -> Result<Self> {
         let bias = scope.get("bias", outputs, Init::Zeros)?;
-        Ok(Self { name: scope.name().to_owned(), weight, bias })
+        Ok(Self { name: scope.name().to_owned(), weight, bias, frozen: scope.lora().is_some(), adapter: None })
     }
 
     /// (outputs, inputs)
@@ -59,13 +65,18 @@ impl Linear {
 
     /// The same with the matrix product in `precision`.
     pub fn forward_in(&self, precision: Precision, x: &Tensor) -> Result<Tensor> {
-        ops::linear_in(precision, x, &self.weight, &self.bias)
+        let y = ops::linear_in(precision, x, &self.weight, Some(&self.bias))?;
+        match &self.adapter {
+            Some(adapter) => Ok((y + adapter.forward_in(precision, x)?)?),
+            None => Ok(y),
+        }
     }
 
     /// `x` (rows, inputs) → (rows, outputs), plus `residual` (rows, outputs).
     pub fn manual(&self, precision: Precision, x: &[f32], residual: Option<&[f32]>) -> Result<Vec<f32>> {
         let (weight, bias) = (view(&self.weight)?, view(&self.bias)?);
-        let epilogue = Epilogue { bias: Some(&bias), residual, gelu: None };
+        let adapted = self.adapted(precision, x, residual)?;
+        let epilogue = Epilogue { bias: Some(&bias), residual: adapted.as_deref().or(residual), gelu: None };
         Ok(linear::forward_in(precision, x, &weight, self.sizes(x.len())?, epilogue))
     }
 
@@ -77,10 +88,17 @@ impl Linear {
             return Ok((y, activated));
         }
         let (weight, bias) = (view(&self.weight)?, view(&self.bias)?);
-        Ok(linear::forward_gelu(precision, x, &weight, &bias, self.sizes(x.len())?))
+        let adapted = self.adapted(precision, x, None)?;
+        Ok(linear::forward_gelu(precision, x, &weight, &bias, adapted.as_deref(), self.sizes(x.len())?))
     }
 
-    /// Adds the gradients of weight and bias for x (rows, inputs) and dy (rows, outputs); returns dx.
+    /// What the adapter, if there is one, adds to the output (rows, outputs), plus `residual`.
+    fn adapted(&self, precision: Precision, x: &[f32], residual: Option<&[f32]>) -> Result<Option<Vec<f32>>> {
+        self.adapter.as_ref().map(|adapter| adapter.manual(precision, x, residual)).transpose()
+    }
+
+    /// Adds the gradients of weight and bias, or of the adapter where they are frozen, for x (rows, inputs) and dy (rows,
+    /// outputs); returns dx.
     pub fn manual_backward(
         &self,
         precision: Precision,
@@ -89,6 +107,13 @@ impl Linear {
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
         let sizes = self.sizes(x.len())?;
+        if self.frozen {
+            let mut dx = linear::input_gradient(precision, dy, &view(&self.weight)?, sizes);
+            if let Some(adapter) = &self.adapter {
+                adapter.manual_backward(precision, x, dy, &mut dx, gradients)?;
+            }
+            return Ok(dx);
+        }
         gradients.accumulate(&format!("{}.weight", self.name), self.weight.shape(), |dw, beta| {
             linear::weight_gradient(precision, dw, beta, dy, x, sizes);
         })?;

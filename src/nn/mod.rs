@@ -10,6 +10,7 @@ pub mod features;
 pub mod gradients;
 pub mod group_norm;
 pub mod linear;
+pub mod lora;
 pub mod mlp_manual;
 pub mod norm;
 pub mod params;

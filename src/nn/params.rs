@@ -4,7 +4,7 @@
 //! numbers on a CPU; both would break exact resumption, so parameters are ours.
 
 use crate::{
-    config::Precision,
+    config::{Lora, Precision},
     error::{Result, bail, ensure},
     ops,
 };
@@ -47,6 +47,8 @@ pub struct Attributes {
     pub requires_grad: bool,
     /// Its gradient is part of the global norm and is clipped. A discriminator, which has a loss of its own, is left out.
     pub clipped: bool,
+    /// Weight of a model under low-rank adapters: it stays as it is, and checkpoints leave it out.
+    pub base: bool,
 }
 
 /// How a fresh parameter is filled.
@@ -94,6 +96,8 @@ struct Store {
     dtype: DType,
     device: Device,
     precision: Precision,
+    /// Low-rank adapters of the linear layers in transformer blocks, where these are trained and not the layers.
+    lora: Option<Lora>,
     params: Params,
 }
 
@@ -132,7 +136,7 @@ impl Scope {
 
     fn new(origin: Origin, dtype: DType, device: &Device) -> Self {
         let (device, precision) = (device.clone(), Precision::F32);
-        let store = Store { origin, dtype, device, precision, params: Params::new() };
+        let store = Store { origin, dtype, device, precision, lora: None, params: Params::new() };
         Self { store: Rc::new(RefCell::new(store)), prefix: String::new(), clipped: true }
     }
 
@@ -145,6 +149,18 @@ impl Scope {
     pub fn in_precision(self, precision: Precision) -> Self {
         self.store.borrow_mut().precision = precision;
         self
+    }
+
+    /// The same where the parameters that follow are a frozen base, to which [`Scope::adapter`] adds low-rank adapters.
+    /// Nothing changes if `lora` is off.
+    pub fn with_lora(self, lora: &Lora) -> Self {
+        self.store.borrow_mut().lora = lora.is_on().then(|| lora.clone());
+        self
+    }
+
+    /// The low-rank adapters, if the parameters are the base of any.
+    pub fn lora(&self) -> Option<Lora> {
+        self.store.borrow().lora.clone()
     }
 
     /// What layers multiply in.
@@ -210,9 +226,19 @@ impl Scope {
         self.make(name, shape.into(), init, dtype, attributes)
     }
 
+    /// A matrix of a low-rank adapter, which is trained although its scope belongs to a frozen base.
+    ///
+    /// # Errors
+    /// As [`Scope::get`].
+    pub fn adapter(&self, name: &str, shape: (usize, usize), init: Init) -> Result<Tensor> {
+        let attributes = Attributes { weight_decay: true, requires_grad: true, base: false, ..self.attributes() };
+        self.make(name, shape.into(), init, self.dtype(), attributes)
+    }
+
     /// Those of a parameter of this scope without weight decay.
     fn attributes(&self) -> Attributes {
-        Attributes { weight_decay: false, block_matrices: None, requires_grad: true, clipped: self.clipped }
+        let base = self.store.borrow().lora.is_some();
+        Attributes { weight_decay: false, block_matrices: None, requires_grad: !base, clipped: self.clipped, base }
     }
 
     fn dtype(&self) -> DType {

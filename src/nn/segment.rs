@@ -106,7 +106,7 @@ impl<B, S: Autograd<B>> Segment<B> for S {
             Some(dy) => seeded(&y, dy)?.backward()?,
         };
         drop(y);
-        for (name, var) in Autograd::params(self) {
+        for (name, var) in Autograd::params(self).iter().filter(|(_, param)| !param.attributes.base) {
             if let Some(gradient) = store.remove(var) {
                 gradients.add(name, gradient)?;
             }

@@ -5,7 +5,7 @@ use crate::{error::Result, ops::Floats};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 
-/// The averaged weights that this rank owns, by parameter name.
+/// The averages of the weights that this rank owns and trains, by parameter name.
 pub type Average = BTreeMap<String, Floats>;
 
 /// The average before the first step: the weights themselves.

@@ -60,15 +60,18 @@ pub fn held(config: &Config, sizes: &Sizes, shares: &Shares, stage: u8) -> Held 
     // One rank, or replicas of one: each rank owns everything.
     let stage = if shares.ranks == 1 { 0 } else { stage };
     let total = shares.total();
-    let (owned, muons) = if stage == 0 { (total, shares.all_muons) } else { (shares.largest, shares.muons) };
+    let (owned, trained, muons) = match stage {
+        0 => (total, shares.trained(), shares.all_muons),
+        _ => (shares.largest, shares.largest_trained, shares.muons),
+    };
     let averaged = config.train.ema_decay > 0.0;
     let mut held = Held {
         stage,
         weights: F32 * if stage == 3 { owned } else { total },
-        gradients: F32 * if stage < 2 { total } else { 0 },
-        sums: F32 * if stage == 0 { 0 } else { owned },
-        moments: F32 * (2 * owned - muons),
-        average: F32 * if averaged { owned } else { 0 },
+        gradients: F32 * if stage < 2 { shares.trained() } else { 0 },
+        sums: F32 * if stage == 0 { 0 } else { trained },
+        moments: F32 * (2 * trained - muons),
+        average: F32 * if averaged { trained } else { 0 },
         working: None,
         activations: None,
         start: 0,
@@ -94,20 +97,24 @@ pub fn held(config: &Config, sizes: &Sizes, shares: &Shares, stage: u8) -> Held 
         3 => F32 * (total + owned),
         _ => F32 * total,
     };
-    let state = F32 * owned + held.moments + held.average;
+    // The base of adapters is not in their checkpoints.
+    let stored = F32 * if config.lora.is_on() { trained } else { owned };
+    let state = stored + held.moments + held.average;
     held.checkpoint = match config.train.background_checkpoints {
         true => held.step() + state,
-        false => held.between_steps() + F32 * owned,
+        false => held.between_steps() + stored,
     };
     held
 }
 
 /// Bytes that collectives and sharded segments add to the activations of a moment.
 fn moved(moment: &Moment, shares: &Shares, stage: u8, overlap: bool) -> u64 {
-    let size = |segment: Option<usize>| segment.and_then(|i| shares.parameter_groups.get(i)).copied().unwrap_or(0);
+    let of = |sizes: &[u64], segment: Option<usize>| segment.and_then(|i| sizes.get(i)).copied().unwrap_or(0);
+    let size = |segment| of(&shares.parameter_groups, segment);
+    let trained = |segment| of(&shares.trained_groups, segment);
     let part = |elements: u64| elements.div_ceil(shares.ranks.max(1) as u64);
-    let unit = size(Some(moment.segment));
-    let gradients = moment.gradients.min(unit);
+    let (unit, learns) = (size(Some(moment.segment)), trained(Some(moment.segment)));
+    let gradients = moment.gradients.min(learns);
     let weights = if stage == 3 { unit } else { 0 };
     let here = match moment.phase {
         // The part that this rank sends, and the gathered weights.
@@ -115,19 +122,19 @@ fn moved(moment: &Moment, shares: &Shares, stage: u8, overlap: bool) -> u64 {
         Phase::Pass if stage >= 2 => weights + gradients,
         Phase::Pass => moment.aside,
         // The weights are freed. Left are the gradients, the copy that is sent and the sum of this rank's part.
-        Phase::Reduce if stage >= 2 => 2 * gradients + part(unit),
+        Phase::Reduce if stage >= 2 => 2 * gradients + part(learns),
         Phase::Reduce => 0,
     };
     // In the backward pass: the copy of the gradients of the segment after this one, and this rank's part of the weights
     // of the segment before it.
-    let last = size(moment.segment.checked_add(1));
+    let last = trained(moment.segment.checked_add(1));
     let next = if stage == 3 { part(size(moment.segment.checked_sub(1))) } else { 0 };
     let under_way = match moment.phase {
         _ if !overlap || shares.world_size == 1 => 0,
         Phase::Gather => last,
         Phase::Pass => last + next,
         // At stages 0 and 1: its own copy, in the last micro-batch of the step.
-        Phase::Reduce if stage < 2 => unit + part(unit),
+        Phase::Reduce if stage < 2 => learns + part(learns),
         Phase::Reduce => next,
     };
     F32 * (here + under_way)
@@ -135,7 +142,7 @@ fn moved(moment: &Moment, shares: &Shares, stage: u8, overlap: bool) -> u64 {
 
 /// Buffers at the end of a step: gradients that are sent once a step (stages 0 and 1), and those of Muon.
 fn update(shares: &Shares, stage: u8) -> u64 {
-    let unit = shares.largest_unit();
+    let unit = shares.largest_trained_unit();
     let sent = match stage {
         0 if shares.world_size > 1 => 2 * unit,
         1 => unit + unit.div_ceil(shares.ranks.max(1) as u64),
@@ -149,7 +156,7 @@ fn update(shares: &Shares, stage: u8) -> u64 {
 mod tests {
     use super::*;
     use crate::{
-        config::{MatrixOptimizer, Model, Train},
+        config::{Lora, MatrixOptimizer, Model, Train},
         dist::{self, Group},
         error::Result,
         model::Generator,
@@ -175,8 +182,8 @@ mod tests {
         config
     }
 
-    /// Elements of weights and moments in a real rank.
-    fn really(config: &Config, sizes: &Sizes, group: &Group) -> Result<[usize; 3]> {
+    /// Elements of all weights, and of a real rank's weights, trained weights and moments.
+    fn really(config: &Config, sizes: &Sizes, group: &Group) -> Result<[usize; 4]> {
         let scope = Scope::from_seed(0, DType::F32, &Device::Cpu);
         let grid = sizes.inputs.tokenizer.grid();
         let model =
@@ -192,35 +199,40 @@ mod tests {
             |_| Ok(None),
         )?;
         let owned: usize = shards.owned().values().map(|range| range.len()).sum();
+        let trained: usize = shards.trained().map(|(_, range)| range.len()).sum();
         let moments = Optimizer::new(&shards, &config.train)?.moments;
         let moments = moments.values().map(|moments| match moments {
             Moments::AdamW { m, v } => m.len() + v.len(),
             Moments::Muon { momentum } => momentum.len(),
         });
         let all: usize = scope.params().values().map(|var| var.elem_count()).sum();
-        Ok([all, owned, moments.sum()])
+        Ok([all, owned, trained, moments.sum()])
     }
 
     #[test]
     fn what_stays_is_what_ranks_really_keep() {
-        for (matrix_optimizer, stage) in [
-            (MatrixOptimizer::Adamw, 3),
-            (MatrixOptimizer::Muon, 3),
-            (MatrixOptimizer::Muon, 1),
-            (MatrixOptimizer::Adamw, 0),
+        for (matrix_optimizer, stage, rank) in [
+            (MatrixOptimizer::Adamw, 3, 0),
+            (MatrixOptimizer::Muon, 3, 0),
+            (MatrixOptimizer::Muon, 1, 0),
+            (MatrixOptimizer::Adamw, 0, 0),
+            (MatrixOptimizer::Muon, 0, 2),
+            (MatrixOptimizer::Muon, 3, 2),
         ] {
-            let config = config(matrix_optimizer, stage);
+            let mut config = config(matrix_optimizer, stage);
+            config.lora = Lora { rank, ..Lora::default() };
             let sizes = Sizes::of(&config).unwrap().with_vocabulary(&config, 23).unwrap();
             for ranks in [1, 3] {
                 let shares = sizes.shares(&config, ranks);
                 let held = held(&config, &sizes, &shares, stage);
                 let run = |group: &Group| really(&config, &sizes, group);
                 let really = dist::launch(ranks, Duration::from_secs(60), run).unwrap();
-                let largest = really.iter().max_by_key(|held| held[1]).unwrap();
-                let [all, owned, moments] = largest.map(|elements| F32 * elements as u64);
+                let most = |i: usize| really.iter().max_by_key(|held| held[i]).unwrap().map(|n| F32 * n as u64);
+                let ([all, owned, ..], [_, _, trained, moments]) = (most(1), most(2));
                 assert_eq!(shares.total() * F32, all);
                 assert_eq!(held.weights, if held.stage == 3 { owned } else { all }, "{ranks} {stage}");
-                assert_eq!(held.average, owned, "{ranks} {stage}");
+                assert_eq!(held.average, trained, "{ranks} {stage}");
+                assert!(rank == 0 && trained == owned || rank > 0 && trained < owned / 2, "{ranks} {stage}");
                 assert_eq!(held.moments, moments, "{ranks} {stage}");
             }
         }

@@ -47,7 +47,7 @@ pub fn take_weights(spec: &dyn TaskSpec, config: &Config, task: &dyn Task) -> Re
 /// Checks what the shapes of the weights do not show.
 fn check_meaning(spec: &dyn TaskSpec, config: &Config, task: &dyn Task, bundle: &Bundle) -> Result<()> {
     let model = &config.train.init_from;
-    let theirs = spec.fingerprint_of(bundle)?;
+    let theirs = spec.fingerprint_of(config, bundle)?;
     let hint = format!("take text.vocab and image_tokenizer.path from `{model}`, or leave train.init_from empty");
     for (name, ours) in &task.fingerprint()? {
         let what = format!("the model in train.init_from, `{model}`, was made with another {name}");

@@ -125,31 +125,34 @@ impl<'a> Memory<'a> {
         }
     }
 
-    /// Elements whose optimizer state a GPU holds, and how many of them Muon updates.
-    fn owned(&self, stage: u8) -> (u64, u64) {
-        let Shares { largest, muons, all_muons, .. } = self.shares;
-        if stage == 0 { (self.shares.total(), all_muons) } else { (largest, muons) }
+    /// Elements that a GPU owns, those of them whose optimizer state it holds, and how many of these Muon updates.
+    fn owned(&self, stage: u8) -> (u64, u64, u64) {
+        let Shares { largest, largest_trained, muons, all_muons, .. } = self.shares;
+        match stage {
+            0 => (self.shares.total(), self.shares.trained(), all_muons),
+            _ => (largest, largest_trained, muons),
+        }
     }
 
     pub fn kinds(&self, settings: Settings) -> Kinds {
-        let (total, (owned, muons)) = (self.shares.total(), self.owned(settings.stage));
-        let (weight, unit) = (self.weight(), self.shares.largest_unit());
+        let (total, (owned, trained, muons)) = (self.shares.total(), self.owned(settings.stage));
+        let (weight, unit, learns) = (self.weight(), self.shares.largest_unit(), self.shares.largest_trained_unit());
         let (split, whole) = (settings.stage, settings.stage < 3);
         // In f32 the weights are the master weights.
-        let master = if weight == 4 { 0 } else { 4 * owned };
-        let average = if self.config.train.ema_decay > 0.0 { 4 * owned } else { 0 };
+        let master = if weight == 4 { 0 } else { 4 * trained };
+        let average = if self.config.train.ema_decay > 0.0 { 4 * trained } else { 0 };
         let on_gpu = |bytes: u64| if settings.offload { 0 } else { bytes };
         let under_way = match split {
             _ if self.shares.world_size == 1 => 0,
-            0 | 1 => 2 * GRADIENT * unit,
+            0 | 1 => 2 * GRADIENT * learns,
             3 if self.config.train.overlap => weight * unit,
             _ => 0,
         };
-        let gradients_of_unit = if split >= 2 { 2 * GRADIENT * unit } else { 0 };
+        let gradients_of_unit = if split >= 2 { 2 * GRADIENT * learns } else { 0 };
         Kinds {
             weights: weight * if whole { total } else { owned },
-            gradients: GRADIENT * if split >= 2 { owned } else { total },
-            optimizer: on_gpu(master + 8 * owned - 4 * muons),
+            gradients: GRADIENT * if split >= 2 { trained } else { self.shares.trained() },
+            optimizer: on_gpu(master + 8 * trained - 4 * muons),
             working_set: gradients_of_unit + if whole { 0 } else { weight * unit },
             under_way,
             average: on_gpu(average),
@@ -169,11 +172,13 @@ impl<'a> Memory<'a> {
 
     /// Host memory per GPU: fp32 master weights, their bf16 copy, moments and moving average.
     fn host(&self, settings: Settings) -> u64 {
-        let (owned, muons) = self.owned(settings.stage);
+        let (owned, trained, muons) = self.owned(settings.stage);
         let average = if self.config.train.ema_decay > 0.0 { 4 } else { 0 };
         let rounded = self.sizes.rounds_weights() && self.config.train.precision == Precision::Bf16;
         let copy = if rounded { 2 } else { 0 };
-        if settings.offload { (12 + copy + average) * owned - 4 * muons } else { 0 }
+        // Where weights are freed after use, those of a frozen model are kept too.
+        let frozen = if settings.stage == 3 { (4 + copy) * (owned - trained) } else { 0 };
+        if settings.offload { (12 + copy + average) * trained - 4 * muons + frozen } else { 0 }
     }
 
     /// Forward and backward passes per step.
@@ -194,16 +199,19 @@ impl<'a> Memory<'a> {
             Precision::Bf16 if stage > 0 && self.sizes.rounds_weights() => 2,
             _ => 4,
         };
-        let bytes = |each: u64, elements: u64, ranks: usize| {
-            u128::from(each) * u128::from(elements) * (ranks as u128 - 1) / ranks as u128
-        };
-        let each = GRADIENT * sums + weight * weights;
-        let Shares { world_size, ranks, largest, .. } = self.shares;
+        let product = |each: u64, elements: u64| u128::from(each) * u128::from(elements);
+        let bytes = |of_all: u128, ranks: usize| of_all * (ranks as u128 - 1) / ranks as u128;
+        let Shares { world_size, ranks, largest_trained, .. } = self.shares;
         let (world_size, ranks) = (world_size.max(1), ranks.max(1));
-        let total = self.shares.total();
+        let trained = self.shares.trained();
+        let gathered = if stage == 3 { self.shares.total() } else { trained };
+        let of_all = product(GRADIENT * sums, trained) + product(weight * weights, gathered);
         let all = match stage {
-            0 => bytes(each, total, world_size),
-            _ => bytes(each, total, ranks) + bytes(2 * GRADIENT * sums, largest, (world_size / ranks).max(1)),
+            0 => bytes(of_all, world_size),
+            _ => {
+                let replicas = (world_size / ranks).max(1);
+                bytes(of_all, ranks) + bytes(product(2 * GRADIENT * sums, largest_trained), replicas)
+            }
         };
         u64::try_from(all).unwrap_or(u64::MAX)
     }

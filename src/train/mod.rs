@@ -38,6 +38,7 @@ mod tensorboard;
 mod trainer;
 
 use crate::{
+    bundle,
     config::Config,
     dist::{Group, Ranks},
     error::Result,
@@ -122,7 +123,7 @@ fn launch(
     })
 }
 
-/// The task, with initial weights unless the run resumes, and the run folder below `parent`.
+/// The task, with initial weights unless the run resumes from its own, and the run folder below `parent`.
 fn prepare(
     parent: &Path,
     spec: &dyn TaskSpec,
@@ -135,7 +136,8 @@ fn prepare(
     // The task first: a configuration that cannot be trained leaves no run folder behind.
     let task = spec.start(config, group)?;
     let resumes = matches!(resume, Resume::From(_)) || checkpoint::any(&run_folder::checkpoints(parent, config))?;
-    if !resumes {
+    // The base of adapters is not in their checkpoints.
+    if !resumes || config.lora.is_on() {
         init::take_weights(spec, config, task.as_ref())?;
     }
     group.same("configuration", &config.to_toml()?)?;
@@ -143,9 +145,10 @@ fn prepare(
     Ok((task, RunFolder::open(parent, config, group.leads())?))
 }
 
-/// The model folder of a run of this configuration.
-pub fn model_folder(config: &Config) -> PathBuf {
-    Path::new("runs").join(&config.name).join("model")
+/// What a run of this configuration writes, and its folder: a model, or an adapter.
+pub fn output(config: &Config) -> (&'static str, PathBuf) {
+    let name = if config.lora.is_on() { bundle::ADAPTER } else { "model" };
+    (name, Path::new("runs").join(&config.name).join(name))
 }
 
 #[cfg(test)]
@@ -158,6 +161,8 @@ mod end_to_end_tests;
 mod f16_tests;
 #[cfg(test)]
 mod hang_tests;
+#[cfg(test)]
+mod lora_tests;
 #[cfg(test)]
 mod matcher_tests;
 #[cfg(test)]

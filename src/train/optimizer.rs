@@ -34,7 +34,7 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// Zero moments for what this rank owns.
+    /// Zero moments for what this rank owns and trains.
     pub fn new(shards: &Shards, config: &Train) -> Result<Self> {
         let fresh = |(name, range): (&String, &Range<usize>)| {
             let zeros = || shards.store().zeros(range.len());
@@ -45,7 +45,7 @@ impl Optimizer {
             };
             Ok((name.clone(), moments))
         };
-        Ok(Self { moments: shards.owned().iter().map(fresh).collect::<Result<_>>()? })
+        Ok(Self { moments: shards.trained().map(fresh).collect::<Result<_>>()? })
     }
 
     /// One update of what this rank owns: `scale` multiplies the gradients, `rate` the peak learning rates.
@@ -108,7 +108,7 @@ impl Optimizer {
 
 /// Whether Muon updates this parameter, so that one rank must own all of it.
 pub fn uses_muon(config: &Train, attributes: Attributes) -> bool {
-    config.matrix_optimizer == MatrixOptimizer::Muon && attributes.block_matrices.is_some()
+    config.matrix_optimizer == MatrixOptimizer::Muon && attributes.block_matrices.is_some() && !attributes.base
 }
 
 /// What the shards do with a parameter; `rounded`: linear layers round their weights to bf16 on every rank.
@@ -116,7 +116,8 @@ pub fn handling(config: &Train, rounded: bool, name: &str, attributes: Attribute
     Handling {
         whole: uses_muon(config, attributes),
         rounded: rounded && attributes.block_matrices.is_some(),
-        frozen: config.freezes(name),
+        frozen: attributes.base || config.freezes(name),
+        base: attributes.base,
     }
 }
 
@@ -128,7 +129,7 @@ pub fn check_frozen(config: &Train, params: &Params) -> Result<()> {
     parts.dedup();
     let what = || format!("train.freeze: no parameter's name begins with `{}`", unknown.map_or("", String::as_str));
     ensure!(unknown.is_none(), usage(what(), format!("they begin with {}", parts.join(", "))));
-    let learns = params.keys().any(|name| !config.freezes(name));
+    let learns = params.iter().any(|(name, param)| !param.attributes.base && !config.freezes(name));
     ensure!(learns, usage("train.freeze leaves nothing to learn", "take some names off the list"));
     Ok(())
 }
@@ -225,6 +226,7 @@ mod tests {
                 block_matrices: in_block.then_some(if name.contains("qkv") { 3 } else { 1 }),
                 requires_grad: true,
                 clipped: true,
+                base: false,
             };
             assert_eq!(param.attributes, expected, "{name}");
         }

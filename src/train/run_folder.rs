@@ -1,5 +1,5 @@
-//! The run folder `runs/NAME/`: config.toml, launches.jsonl, metrics.jsonl, samples/, checkpoints/, model/, and event files of
-//! TensorBoard.
+//! The run folder `runs/NAME/`: config.toml, launches.jsonl, metrics.jsonl, samples/, checkpoints/, model/ (or adapter/), and
+//! event files of TensorBoard.
 
 use super::{clock::rfc3339, tensorboard::EventFile};
 use crate::{
@@ -177,9 +177,9 @@ impl RunFolder {
         self.root.join("offload").join(rank.to_string())
     }
 
-    /// The model folder.
-    pub fn model(&self) -> PathBuf {
-        self.root.join("model")
+    /// The folder of what the run trains: `model` or `adapter`.
+    pub fn output(&self, name: &str) -> PathBuf {
+        self.root.join(name)
     }
 
     /// The sample image of `step`.

@@ -16,6 +16,7 @@ use crate::{
     },
     ops::attention::blockwise,
 };
+use std::collections::BTreeSet;
 
 /// A part of a model and its number of parameters.
 pub type Part = (&'static str, u64);
@@ -60,17 +61,21 @@ impl Sizes {
     /// Parameters by part of what the configuration trains; parts without any are left out.
     pub fn parts(&self) -> Vec<Part> {
         let parts = self.spec.parts();
-        let mut counts = vec![0; parts.len()];
+        let (mut counts, mut adapters) = (vec![0; parts.len()], 0);
+        let adapted = self.groups.iter().flatten().any(|(_, param)| param.attributes.base);
         for (name, param) in self.groups.iter().flatten() {
             let fit = |(part, prefixes): (usize, &&[&str])| {
                 prefixes.iter().filter(|prefix| name.starts_with(**prefix)).map(|prefix| (prefix.len(), part)).max()
             };
             let prefixes = parts.iter().map(|(_, prefixes)| prefixes).enumerate();
-            if let Some((_, part)) = prefixes.filter_map(fit).max() {
+            if adapted && !param.attributes.base {
+                adapters += param.elem_count() as u64;
+            } else if let Some((_, part)) = prefixes.filter_map(fit).max() {
                 counts[part] += param.elem_count() as u64;
             }
         }
-        parts.iter().zip(counts).map(|((name, _), count)| (*name, count)).filter(|(_, count)| *count > 0).collect()
+        let parts = parts.iter().map(|(name, _)| *name).zip(counts).chain([("low-rank adapters", adapters)]);
+        parts.filter(|(_, count)| *count > 0).collect()
     }
 
     /// Whether linear layers round their weights to the compute precision.
@@ -92,26 +97,36 @@ impl Sizes {
     pub fn shares(&self, config: &Config, world_size: usize) -> Shares {
         let ranks = if config.train.hsdp_shard_size == 0 { world_size } else { config.train.hsdp_shard_size };
         let parameter_groups = self.parameter_groups(config);
-        let lengths: Vec<u64> =
-            parameter_groups.iter().map(|unit| unit.iter().map(|entry| entry.len as u64).sum()).collect();
-        let (mut owned, mut muons) = (vec![0; ranks], vec![0; ranks]);
+        let all = self.groups.iter().flatten();
+        let frozen = all.filter(|(name, p)| optimizer::handling(&config.train, false, name, p.attributes).frozen);
+        let frozen: BTreeSet<&str> = frozen.map(|(name, _)| name.as_str()).collect();
+        let lengths = |counts: &dyn Fn(&Entry) -> bool| -> Vec<u64> {
+            let length = |unit: &Vec<Entry>| unit.iter().filter(|e| counts(e)).map(|e| e.len as u64).sum();
+            parameter_groups.iter().map(length).collect()
+        };
+        let (mut owned, mut trained, mut muons) = (vec![0; ranks], vec![0; ranks], vec![0; ranks]);
         let whole = |unit: &[Entry], name: &str| unit.iter().any(|entry| entry.whole && entry.name == name);
         for (unit, pieces) in parameter_groups.iter().zip(layout(&parameter_groups, ranks)) {
             for (rank, piece) in pieces.iter().enumerate().flat_map(|(rank, p)| p.iter().map(move |p| (rank, p))) {
                 let len = piece.range.len() as u64;
                 owned[rank] += len;
-                muons[rank] += if whole(unit, &piece.name) { len } else { 0 };
+                if !frozen.contains(piece.name.as_str()) {
+                    trained[rank] += len;
+                    muons[rank] += if whole(unit, &piece.name) { len } else { 0 };
+                }
             }
         }
         let largest_whole =
             parameter_groups.iter().flatten().filter(|entry| entry.whole).map(|entry| entry.len as u64).max();
-        let most = (0..ranks).max_by_key(|&rank| owned[rank]).unwrap_or(0);
+        let most = (0..ranks).max_by_key(|&rank| trained[rank]).unwrap_or(0);
         Shares {
             world_size,
             ranks,
-            parameter_groups: lengths,
+            parameter_groups: lengths(&|_| true),
+            trained_groups: lengths(&|entry| !frozen.contains(entry.name.as_str())),
             smallest: owned.iter().copied().min().unwrap_or(0),
-            largest: owned.get(most).copied().unwrap_or(0),
+            largest: owned.iter().copied().max().unwrap_or(0),
+            largest_trained: trained.get(most).copied().unwrap_or(0),
             muons: muons.get(most).copied().unwrap_or(0),
             all_muons: muons.iter().sum(),
             largest_muon: largest_whole.unwrap_or(0),
@@ -164,10 +179,14 @@ pub struct Shares {
     pub ranks: usize,
     /// Elements of each segment.
     pub parameter_groups: Vec<u64>,
+    /// Those among them that are not frozen.
+    pub trained_groups: Vec<u64>,
     /// Elements of the rank that owns fewest, and of the one that owns most.
     pub smallest: u64,
     pub largest: u64,
-    /// Elements that Muon updates, on the rank that owns most.
+    /// Elements that are not frozen, of the rank that owns most of these.
+    pub largest_trained: u64,
+    /// Elements that Muon updates, on that rank.
     pub muons: u64,
     /// Elements that Muon updates, on all ranks.
     pub all_muons: u64,
@@ -179,6 +198,16 @@ impl Shares {
     /// All elements.
     pub fn total(&self) -> u64 {
         self.parameter_groups.iter().sum()
+    }
+
+    /// All elements that are not frozen.
+    pub fn trained(&self) -> u64 {
+        self.trained_groups.iter().sum()
+    }
+
+    /// Elements that are not frozen, of the segment that has most of these.
+    pub fn largest_trained_unit(&self) -> u64 {
+        self.trained_groups.iter().copied().max().unwrap_or(0)
     }
 
     /// Elements of the largest segment.

@@ -108,12 +108,15 @@ impl RunState {
         let stored = loaded.tensors()?;
         stored.only(|stored| {
             let Some((kind, name)) = stored.split_once('/') else { return false };
-            shards.params().get(name).is_some_and(|param| {
+            shards.params().get(name).filter(|param| !param.attributes.base).is_some_and(|param| {
                 let averaged = self.average.is_some() && kind == "average";
                 kind == "weights" || averaged || optimizer::kinds(&config.train, param.attributes).contains(&kind)
             })
         })?;
         for (name, range) in shards.owned().clone() {
+            if shards.params()[&name].attributes.base {
+                continue;
+            }
             let len = shards.params()[&name].elem_count();
             let read = |kind: &str, into: &mut [f32]| stored.read(&format!("{kind}/{name}"), len, &range, into);
             let mut weights = vec![0.0; range.len()];
@@ -154,10 +157,11 @@ impl RunState {
         Err(failed(what, "lower train.learning_rate; the older checkpoints and the model folder are kept as they were"))
     }
 
-    /// This rank's part of every tensor of a checkpoint.
+    /// This rank's part of every tensor of a checkpoint. A frozen base is not in it: the run reads that model again.
     fn parts(&self, shards: &Shards) -> Result<Parts<'_>> {
         let mut parts = Parts::new();
-        let owned = shards.owned().iter().filter(|_| shards.writes());
+        let kept = |name: &String| shards.writes() && !shards.params()[name].attributes.base;
+        let owned = shards.owned().iter().filter(|(name, _)| kept(name));
         for (name, range) in owned {
             let mut add = |kind: &str, values| {
                 let shape = shards.params()[name].dims().to_vec();

@@ -176,8 +176,9 @@ impl<'a> Trainer<'a> {
             if self.published != Some(self.run.step) {
                 self.publish(self.run.step)?;
             }
-            let (step, model) = (self.run.step, self.folder.model());
-            report::note(format_args!("{step} steps done; the model is in {}", model.display()));
+            let (step, output) = (self.run.step, self.task.output());
+            let folder = self.folder.output(output);
+            report::note(format_args!("{step} steps done; the {output} is in {}", folder.display()));
         }
         Ok(())
     }
@@ -330,16 +331,18 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Writes the model folder from the files of a checkpoint, so that no rank needs memory for the whole model: the moving
-    /// average if there is one, otherwise the weights.
+    /// Writes the model folder (or that of an adapter) from the files of a checkpoint, so that no rank needs memory for the
+    /// whole model: the moving average if there is one, otherwise the weights.
     fn publish(&mut self, step: u64) -> Result<()> {
         let stored = checkpoint::tensors(&checkpoint::at(&self.folder.checkpoints(), step))?;
-        let kind = if self.config.train.ema_decay > 0.0 { "average" } else { "weights" };
         let whole = |(name, param): (&String, &Param)| {
+            let averaged = self.config.train.ema_decay > 0.0 && !self.config.train.freezes(name);
+            let kind = if averaged { "average" } else { "weights" };
             Ok((name.clone(), stored.whole(&format!("{kind}/{name}"), param.dims(), safetensors::Dtype::F32)?))
         };
-        let weights = self.task.params().iter().map(whole).collect::<Result<_>>()?;
-        self.task.publish(weights, &self.folder.model())?;
+        let stored_params = self.task.params().iter().filter(|(_, param)| !param.attributes.base);
+        let weights = stored_params.map(whole).collect::<Result<_>>()?;
+        self.task.publish(weights, &self.folder.output(self.task.output()))?;
         self.published = Some(step);
         Ok(())
     }

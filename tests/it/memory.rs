@@ -18,8 +18,8 @@ use vilg::{
     train::{
         ema, engine,
         held::held,
-        optimizer::{GradientScale, Optimizer},
-        shards::{Handling, Shards, names},
+        optimizer::{self, GradientScale, Optimizer},
+        shards::{Shards, names},
         sizes::Sizes,
     },
 };
@@ -71,7 +71,7 @@ fn steps(config: &Config, sizes: &Sizes, group: &Group) -> Result<()> {
         Store::Memory,
         &scope.params(),
         &names(&segments),
-        |_, _| Handling::default(),
+        |name, attributes| optimizer::handling(&config.train, false, name, attributes),
         fresh,
     )?;
     group.barrier()?;
@@ -130,22 +130,26 @@ fn a_step_holds_what_the_formulas_say() {
         return;
     }
     let mut wrong = Vec::new();
-    let cases = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (4, 3)].map(|(ranks, stage)| (ranks, stage, false));
-    for (ranks, stage, overlap) in cases.into_iter().chain([(2, 0, true), (2, 1, true), (2, 2, true), (2, 3, true)]) {
+    let cases = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (4, 3)].map(|(ranks, stage)| (ranks, stage, false, 0));
+    let overlapping = [(2, 0, true, 0), (2, 1, true, 0), (2, 2, true, 0), (2, 3, true, 0)];
+    // With low-rank adapters.
+    let adapted = [(1, 0, false, 4), (2, 1, false, 4), (2, 3, true, 4)];
+    for (ranks, stage, overlap, rank) in cases.into_iter().chain(overlapping).chain(adapted) {
         for (activation_checkpointing, accumulation, qk_norm) in
             [(0, 1, true), (1, 1, true), (2, 2, true), (1, 2, false)]
         {
             // With more ranks than cores, ranks get out of step: those ahead wait with buffers that the others have not
             // taken yet.
             let bound = if ranks > 2 { 0.15 } else { 0.1 };
-            let config = config(stage, overlap, activation_checkpointing, accumulation, qk_norm);
+            let mut config = config(stage, overlap, activation_checkpointing, accumulation, qk_norm);
+            config.lora.rank = rank;
             let within = |(formula, counted): &(f64, f64)| (counted / formula - 1.0).abs() <= bound;
             // Even two ranks can, if other programs delay one of them: a count out of bounds is repeated up to two
             // times.
             let counts = (0..3).map(|_| compare(&config, ranks)).find(within);
             let (formula, counted) = counts.unwrap_or_else(|| compare(&config, ranks));
             let line = format!(
-                "{ranks} ranks, stage {stage}, overlap {overlap}, activation_checkpointing {activation_checkpointing}, {accumulation} parts: {formula:.3e} by formula, \
+                "{ranks} ranks, stage {stage}, overlap {overlap}, adapters of rank {rank}, activation_checkpointing {activation_checkpointing}, {accumulation} parts: {formula:.3e} by formula, \
                 {counted:.3e} counted, {:.3}",
                 counted / formula
             );

@@ -17,21 +17,27 @@ use vilg::{
 };
 
 /// Modality of the target.
-const TARGETS: [&str; 2] = ["image", "text"];
+pub const TARGETS: [&str; 2] = ["image", "text"];
 
-struct Golden(HashMap<String, Tensor>);
+/// The tensors of a golden file.
+pub struct Golden(pub HashMap<String, Tensor>);
 
 impl Golden {
-    fn load() -> Result<Self> {
+    pub fn load() -> Result<Self> {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/transformer.safetensors");
         Ok(Self(safetensors::load(path, &Device::Cpu)?))
     }
 
-    fn get(&self, name: &str) -> Result<&Tensor> {
+    /// The tensors whose names begin with `prefix`, without it.
+    pub fn below(&self, prefix: &str) -> HashMap<String, Tensor> {
+        self.0.iter().filter_map(|(name, t)| Some((name.strip_prefix(prefix)?.to_owned(), t.clone()))).collect()
+    }
+
+    pub fn get(&self, name: &str) -> Result<&Tensor> {
         self.0.get(name).with_context(|| format!("the golden file has no `{name}`"))
     }
 
-    fn batch(&self, target: &str) -> Result<Batch> {
+    pub fn batch(&self, target: &str) -> Result<Batch> {
         let lengths = self.get("text_lengths")?.to_vec1::<i64>()?;
         let lengths = lengths.into_iter().map(|length| length as usize).collect();
         let text = Tokens { ids: self.get("text")?.to_dtype(DType::U32)?, lengths };
@@ -45,9 +51,8 @@ impl Golden {
     }
 
     fn generator(&self, variant: &str, config: &Config) -> Result<(Generator, Params)> {
-        let prefix = format!("{variant}.weight.");
-        let weights = self.0.iter().filter_map(|(name, t)| Some((name.strip_prefix(&prefix)?.to_owned(), t.clone())));
-        let scope = Scope::from_tensors(weights.collect(), DType::F32, &Device::Cpu);
+        let weights = self.below(&format!("{variant}.weight."));
+        let scope = Scope::from_tensors(weights, DType::F32, &Device::Cpu);
         let generator = Generator::new(&scope, config, 23, 17, (3, 5))?;
         scope.finish()?;
         Ok((generator, scope.params()))
@@ -55,7 +60,7 @@ impl Golden {
 }
 
 /// The script's variants.
-fn variants() -> [(&'static str, Config); 2] {
+pub fn variants() -> [(&'static str, Config); 2] {
     let mut plain = Config::default();
     plain.text.max_tokens = 7;
     plain.model = Model { layers: 4, hidden: 32, heads: 4, mlp_ratio: 2, conv_size: 3, ..Model::default() };
@@ -76,14 +81,14 @@ fn variants() -> [(&'static str, Config); 2] {
 
 /// |a − b| relative to the largest |b|, or to 1e-3 if all values are smaller: the bias of the k-norm has no effect, so
 /// its gradient is rounding error in both implementations.
-fn error(a: &Tensor, b: &Tensor) -> Result<f64> {
+pub fn error(a: &Tensor, b: &Tensor) -> Result<f64> {
     let largest = |t: &Tensor| t.abs()?.flatten_all()?.max(0)?.to_dtype(DType::F64)?.to_scalar::<f64>();
     assert_eq!(a.dims(), b.dims());
     Ok(largest(&(a - b)?)? / largest(b)?.max(1e-3))
 }
 
 /// Gradients of the summed loss over both directions, and the loss.
-fn accumulate(golden: &Golden, chain: &Chain<Batch>, shards: &mut Shards) -> Result<f64> {
+pub fn accumulate(golden: &Golden, chain: &Chain<Batch>, shards: &mut Shards) -> Result<f64> {
     shards.begin(0);
     TARGETS.into_iter().map(|target| engine::accumulate(chain, &golden.batch(target)?, 0, shards)).sum()
 }

@@ -34,13 +34,17 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
 
 /// [`linear()`] with factors and product rounded to `precision` by stock candle ops, also in the backward pass. On a
 /// CPU candle has no bf16 product and computes in f32.
-pub fn linear_in(precision: Precision, x: &Tensor, w: &Tensor, b: &Tensor) -> Result<Tensor> {
+pub fn linear_in(precision: Precision, x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     let dtype = match matmul_weight_dtype(precision) {
         Some(dtype) if dtype == DType::F16 || !x.device().is_cpu() => dtype,
-        _ => return linear(x, w, Some(b)),
+        _ => return linear(x, w, b),
     };
     let y = composed(&x.to_dtype(dtype)?, &w.to_dtype(dtype)?, None)?;
-    Ok(y.to_dtype(x.dtype())?.broadcast_add(b)?)
+    let y = y.to_dtype(x.dtype())?;
+    Ok(match b {
+        Some(b) => y.broadcast_add(b)?,
+        None => y,
+    })
 }
 
 /// The dtype that factors are cast to for products in this precision; `None`: no cast.
@@ -120,17 +124,18 @@ pub fn forward_in(
     unsafe { fresh(rows * outputs, fill) }
 }
 
-/// `y = x · wᵀ + bias` and gelu(y), both (rows, out), computed in `precision`.
+/// `y = x · wᵀ + bias + residual` and gelu(y), both (rows, out), computed in `precision`.
 pub fn forward_gelu(
     precision: Precision,
     x: &[f32],
     w: &[f32],
     bias: &[f32],
+    residual: Option<&[f32]>,
     sizes: [usize; 3],
 ) -> (Vec<f32>, Vec<f32>) {
     let mut y = Vec::new();
     let fill = |gelu: &mut [f32]| {
-        y = forward_in(precision, x, w, sizes, Epilogue { bias: Some(bias), residual: None, gelu: Some(gelu) });
+        y = forward_in(precision, x, w, sizes, Epilogue { bias: Some(bias), residual, gelu: Some(gelu) });
     };
     // SAFETY: the epilogue writes gelu of every element.
     let gelu = unsafe { fresh(sizes[0] * sizes[2], fill) };

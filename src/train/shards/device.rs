@@ -71,8 +71,9 @@ impl Shards<'_> {
         DTYPES.into_iter().map(|dtype| self.flat(self.of_type(ours, dtype), dtype)).collect()
     }
 
+    /// The pieces of this type that travel.
     fn of_type<'a>(&'a self, pieces: &'a [Piece], dtype: DType) -> impl Iterator<Item = &'a Piece> {
-        pieces.iter().filter(move |piece| self.params[&piece.name].dtype() == dtype)
+        pieces.iter().filter(move |piece| self.params[&piece.name].dtype() == dtype && !self.stays(piece))
     }
 
     /// The weights of these pieces of this rank, concatenated, on the device.

@@ -94,13 +94,18 @@ impl Shards<'_> {
         let count = |pieces: &Vec<Piece>| pieces.iter().map(|piece| self.words(piece, rounded)).sum();
         let counts: Vec<usize> = pieces.iter().map(count).collect();
         let mut ours = Vec::with_capacity(counts[self.group.shard_rank()]);
-        pieces[self.group.shard_rank()].iter().try_for_each(|piece| put(&piece.name, &mut ours))?;
+        let mut travel = pieces[self.group.shard_rank()].iter().filter(|piece| self.words(piece, rounded) > 0);
+        travel.try_for_each(|piece| put(&piece.name, &mut ours))?;
         Ok(Words { words: self.group.all_gather(ours, &counts)?, rounded })
     }
 
-    /// How many words a piece takes on its way.
+    /// How many words a piece takes on its way; 0: it does not travel.
     fn words(&self, piece: &Piece, rounded: bool) -> usize {
-        if rounded && self.handling[&piece.name].rounded { piece.range.len().div_ceil(2) } else { piece.range.len() }
+        match rounded {
+            true if self.stays(piece) => 0,
+            true if self.handling[&piece.name].rounded => piece.range.len().div_ceil(2),
+            _ => piece.range.len(),
+        }
     }
 
     /// Every rank's part of a unit, piece by piece.
@@ -108,7 +113,7 @@ impl Shards<'_> {
         let Words { words, rounded } = words;
         for (rank, (pieces, words)) in self.parameter_groups[unit].pieces.iter().zip(words.wait()?).enumerate() {
             let mut rest = words.as_slice();
-            for piece in pieces {
+            for piece in pieces.iter().filter(|piece| self.words(piece, rounded) > 0) {
                 let (words, after) = rest.split_at(self.words(piece, rounded));
                 let rounded = rounded && self.handling[&piece.name].rounded;
                 take(Arrived { rank, piece, words, rounded })?;

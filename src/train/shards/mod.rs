@@ -52,6 +52,8 @@ pub struct Handling {
     pub rounded: bool,
     /// It is not trained.
     pub frozen: bool,
+    /// It is frozen and never changes, so that ranks that hold all weights need not exchange it.
+    pub base: bool,
 }
 
 /// This rank's weights and gradients.
@@ -111,7 +113,8 @@ impl Shards<'static> {
     /// The same of several chains: `parameter_groups` lists the names by segment.
     pub fn on_one_rank(params: &Params, parameter_groups: &[Vec<String>]) -> Result<Self> {
         static ALONE: LazyLock<Group> = LazyLock::new(Group::alone);
-        Self::new(&ALONE, 0, Store::Memory, params, parameter_groups, |_, _| Handling::default(), |_| Ok(None))
+        let handling = |_: &str, of: Attributes| Handling { frozen: of.base, base: of.base, ..Handling::default() };
+        Self::new(&ALONE, 0, Store::Memory, params, parameter_groups, handling, |_| Ok(None))
     }
 }
 
@@ -174,7 +177,8 @@ impl<'g> Shards<'g> {
             sums: Gradients::default(),
             last: false,
         };
-        let apart = if stage == 3 || shards.masters.copied { &shards.owned } else { &BTreeMap::new() };
+        let apart = |name: &str| stage == 3 || shards.masters.copied && !shards.handling[name].base;
+        let apart: Vec<_> = shards.owned.iter().filter(|(name, _)| apart(name)).collect();
         // One after the other: they may not fit together.
         for (name, range) in apart {
             let part = match fresh(name)? {
@@ -201,13 +205,13 @@ impl<'g> Shards<'g> {
         &self.store
     }
 
-    /// Copies of the weights that this rank owns, by name, in the store.
+    /// Copies of the weights that this rank owns and trains, by name, in the store.
     pub fn stored_parts(&self) -> Result<BTreeMap<String, Floats>> {
         let copy = |name: &String| {
             let stored = self.with_part(name, |weights| self.store.copy(weights))??;
             Ok((name.clone(), stored))
         };
-        self.owned.keys().map(copy).collect()
+        self.trained().map(|(name, _)| name).map(copy).collect()
     }
 
     /// All parameters; at stage 3 they are empty between uses.
@@ -218,6 +222,16 @@ impl<'g> Shards<'g> {
     /// This rank's range of every parameter of which it owns something.
     pub fn owned(&self) -> &BTreeMap<String, Range<usize>> {
         &self.owned
+    }
+
+    /// The entries of [`Shards::owned`] that are not frozen.
+    pub fn trained(&self) -> impl Iterator<Item = (&String, &Range<usize>)> {
+        self.owned.iter().filter(|(name, _)| !self.handling[*name].frozen)
+    }
+
+    /// Whether a piece never travels: where ranks keep all weights, those of a frozen base.
+    fn stays(&self, piece: &Piece) -> bool {
+        self.stage < 3 && self.handling[&piece.name].base
     }
 
     /// Whether every rank owns everything.

@@ -79,8 +79,8 @@ impl TaskSpec for Spec {
         model.config.task == config::Task::Generator && config::begins_with(name, SCOPE)
     }
 
-    fn fingerprint_of(&self, model: &Bundle) -> Result<Fingerprint> {
-        generator::Spec.fingerprint_of(model)
+    fn fingerprint_of(&self, config: &Config, model: &Bundle) -> Result<Fingerprint> {
+        generator::Spec.fingerprint_of(config, model)
     }
 
     fn meaning_keys(&self, config: &Config) -> &'static [&'static str] {

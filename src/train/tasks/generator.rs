@@ -15,6 +15,7 @@ use crate::{
     generate::{BestOf, Models, Request},
     model::{Generator, Layout, end_to_end::SCOPE},
     nn::{
+        lora,
         params::{Fresh, Params, Scope},
         pattern::Grid,
         weights::Values,
@@ -129,8 +130,17 @@ impl TaskSpec for Spec {
         Ok(model)
     }
 
-    fn fingerprint_of(&self, model: &Bundle) -> Result<Fingerprint> {
-        fingerprint(&model.text()?, model)
+    fn fingerprint_of(&self, config: &Config, model: &Bundle) -> Result<Fingerprint> {
+        let mut all = fingerprint(&model.text()?, model)?;
+        if config.lora.is_on() {
+            all.insert(BASE.into(), model.base_digest()?);
+        }
+        Ok(all)
+    }
+
+    /// Adapters, of which a model folder has none.
+    fn starts_anew(&self, name: &str, _model: &Bundle) -> bool {
+        lora::is_adapter(name)
     }
 
     fn meaning_keys(&self, config: &Config) -> &'static [&'static str] {
@@ -156,6 +166,25 @@ pub struct GeneratorTask {
     /// Encodes the images of samples without codes.
     encoder: Option<ImageTokenizer>,
     data_loader: DataLoader,
+    /// What low-rank adapters are trained for.
+    base: Option<Base>,
+}
+
+/// The model that low-rank adapters belong to.
+struct Base {
+    name: String,
+    digest: String,
+}
+
+impl Base {
+    /// Of the model in `train.init_from`, if the configuration trains adapters.
+    fn of(config: &Config) -> Result<Option<Self>> {
+        if !config.lora.is_on() {
+            return Ok(None);
+        }
+        let model = Bundle::open(&config.train.init_from).context("train.init_from")?;
+        Ok(Some(Self { digest: model.base_digest()?, name: model.config.name }))
+    }
 }
 
 impl GeneratorTask {
@@ -171,7 +200,7 @@ impl GeneratorTask {
 
     /// The same with weights of linear layers in `kept`, f32 or the precision of their products.
     pub fn kept_in(kept: Precision, config: &Config, group: &Group) -> Result<Self> {
-        let mut config = config.clone();
+        let (mut config, base) = (config.clone(), Base::of(config)?);
         let text = vocabulary::load(&config.text)?;
         let image_tokenizer = match config.image_tokenizer.path.as_str() {
             "demo" => Bundle::open("demo")?.image_tokenizer_folder()?,
@@ -208,7 +237,7 @@ impl GeneratorTask {
             reconstruction::check_images(&data_loader, kind)?;
             reconstruction::start_reconstructor(&config, &params, &image_tokenizer)?;
         }
-        Ok(Self { model, params, fresh, text, image_tokenizer, encoder, data_loader, config })
+        Ok(Self { model, params, fresh, text, image_tokenizer, encoder, data_loader, base, config })
     }
 
     /// The metrics of this rank's samples of step `step`, by objective. With `activation_checkpointing` the gradients of
@@ -252,6 +281,8 @@ fn build(scope: &Scope, config: &Config, text: &WordPiece) -> Result<Generator> 
 
 /// The name of the image tokenizer among the digests.
 const IMAGE_TOKENIZER: &str = "image tokenizer";
+/// The name of the model that adapters are trained for among the digests.
+const BASE: &str = "base model";
 
 /// Digests of what a generator's weights belong to: its vocabulary and its image tokenizer.
 fn fingerprint(text: &WordPiece, image_tokenizer: &Bundle) -> Result<Fingerprint> {
@@ -271,13 +302,14 @@ impl Task for GeneratorTask {
         self.fresh.as_ref().map(|fresh| fresh.values(name)).transpose()
     }
 
-    /// A head gets none where no sequence has its modality as target.
+    /// A head gets none where no sequence has its modality as target; A of an adapter gets none as long as B is zero.
     fn gets_gradient(&self, name: &str) -> bool {
         let train = &self.config.train;
         let images = train.image_loss_weight > 0.0 && train.batch_size > 0;
         let captions = train.text_loss_weight > 0.0 && train.caption_batch_size > 0;
         let answers = train.answer_loss_weight > 0.0 && train.vqa_batch_size > 0;
         match name.split('.').next() {
+            _ if lora::is_a(name) => false,
             Some(SCOPE) => images && self.config.end_to_end.reconstruction_weight > 0.0,
             Some("image_head" | "image_start") => images,
             Some("text_head") => captions || answers,
@@ -286,7 +318,9 @@ impl Task for GeneratorTask {
     }
 
     fn fingerprint(&self) -> Result<Fingerprint> {
-        fingerprint(&self.text, &self.image_tokenizer)
+        let mut all = fingerprint(&self.text, &self.image_tokenizer)?;
+        all.extend(self.base.iter().map(|base| (BASE.into(), base.digest.clone())));
+        Ok(all)
     }
 
     fn has_fingerprint(&self, name: &str, digest: &str) -> Result<bool> {
@@ -320,10 +354,12 @@ impl Task for GeneratorTask {
     }
 
     /// One image a prompt.
-    fn sample(&self, weights: HashMap<String, Tensor>, path: &Path) -> Result<()> {
+    fn sample(&self, mut weights: HashMap<String, Tensor>, path: &Path) -> Result<()> {
         let settings = &self.config.sample;
+        lora::merge_all(&mut weights, self.config.lora.scale())?;
+        let config = Config { lora: config::Lora::default(), ..self.config.clone() };
         let scope = Scope::from_tensors(weights, DType::F32, &runtime::device()?);
-        let generator = build(&scope, &self.config, &self.text)?;
+        let generator = build(&scope, &config, &self.text)?;
         let models = Models::new(generator, Format::F32, self.image_tokenizer.image_tokenizer()?, self.text.clone());
         let requests: Vec<Request> =
             settings.prompts.iter().map(|prompt| Request::new(prompt.as_str(), self.config.seed)).collect();
@@ -335,8 +371,15 @@ impl Task for GeneratorTask {
         image_file::write_png(path, &image_file::grid(&images, 0))
     }
 
+    fn output(&self) -> &'static str {
+        if self.base.is_some() { bundle::ADAPTER } else { "model" }
+    }
+
     fn publish(&self, weights: BTreeMap<String, Values>, folder: &Path) -> Result<()> {
         let sources = bundle::attribution_of(&self.config.data.sources);
+        if let Some(Base { name, digest }) = &self.base {
+            return bundle::write_adapter(folder, &self.config.lora, [name, digest], weights, &sources);
+        }
         let attribution = if sources.is_empty() { self.image_tokenizer.attribution() } else { sources };
         let parts = Parts {
             config: &self.config,

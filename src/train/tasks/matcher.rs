@@ -79,7 +79,7 @@ impl TaskSpec for Spec {
         Ok(model)
     }
 
-    fn fingerprint_of(&self, model: &Bundle) -> Result<Fingerprint> {
+    fn fingerprint_of(&self, _config: &Config, model: &Bundle) -> Result<Fingerprint> {
         Ok(fingerprint(&model.text()?))
     }
 

@@ -110,11 +110,12 @@ pub trait TaskSpec: Debug + Sync {
         false
     }
 
-    /// Digests of what the weights of a model belong to, to compare with [`Task::fingerprint`].
+    /// Digests of what the weights of a model belong to, to compare with [`Task::fingerprint`] of a run with this
+    /// configuration.
     ///
     /// # Errors
     /// A file of the model cannot be read.
-    fn fingerprint_of(&self, _model: &Bundle) -> Result<Fingerprint> {
+    fn fingerprint_of(&self, _config: &Config, _model: &Bundle) -> Result<Fingerprint> {
         Ok(Fingerprint::new())
     }
 
@@ -127,7 +128,7 @@ pub trait TaskSpec: Debug + Sync {
 /// FLOPs of sequences in a step, forward and backward.
 fn sequences_flops(config: &Config, sequences: Vec<Sequences>) -> f64 {
     let trained = sequences.into_iter().filter(|all| all.weight > 0.0);
-    trained.map(|all| 3.0 * all.batch_size as f64 * flops::sequence(&config.model, &all.layout, all.outputs)).sum()
+    trained.map(|all| all.batch_size as f64 * flops::training(config, &all.layout, all.outputs)).sum()
 }
 
 /// Sequences of a step with the same spans.
@@ -211,6 +212,11 @@ pub trait Task {
         Ok(())
     }
 
-    /// Writes the model folder with these weights.
+    /// What [`Task::publish`] writes, which is the name of its folder in the run's: `model`, or `adapter`.
+    fn output(&self) -> &'static str {
+        "model"
+    }
+
+    /// Writes the folder of [`Task::output`] with these weights: of all parameters but those of a frozen base.
     fn publish(&self, weights: BTreeMap<String, Values>, folder: &Path) -> Result<()>;
 }
