@@ -23,7 +23,7 @@ pub struct RankingOptions {
     #[arg(long, value_name = "DIR|NAME")]
     matcher: Option<String>,
     /// With --rank both: weight of the matcher's cosine against the generator's score
-    #[arg(long, value_name = "W", default_value_t = 10.0, value_parser = from_0_to_100, allow_negative_numbers = true)]
+    #[arg(long, value_name = "W", default_value_t = 2.0, value_parser = from_0_to_100, allow_negative_numbers = true)]
     matcher_weight: f64,
 }
 
