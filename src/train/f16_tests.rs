@@ -7,20 +7,20 @@ use super::{
     tasks::GeneratorTask,
     *,
 };
-use crate::config::{MatrixOptimizer, Precision};
+use crate::config::{MatrixOptimizer, Precision, QuantizerKind};
 use candle_core::DType;
 use std::collections::BTreeMap;
 
-/// In f16 a run resumes bit by bit, and its losses stay near those of f32.
-fn f16_is_near_f32(mut config: Config, folder: &Path, losses: [&str; 2], bound: f64) {
+/// In f16 a run resumes bit by bit, and its losses stay near those of f32 for `steps`.
+fn f16_is_near_f32(mut config: Config, folder: &Path, losses: [&str; 2], steps: usize, bound: f64) {
     config.train.decay_start = 1.0;
     let exact = lives(&folder.join("f32"), &config, &[]);
     config.train.precision = Precision::F16;
     let whole = lives(&folder.join("whole"), &config, &[]);
     assert!(whole == lives(&folder.join("cut"), &config, &[1, 3]));
     let mut farthest = 0f64;
-    for (a, b) in exact.0.iter().zip(&whole.0) {
-        assert_eq!(b["loss_scale"], 65536.0);
+    assert!(whole.0.iter().all(|line| line["loss_scale"] == 65536.0));
+    for (a, b) in exact.0.iter().zip(&whole.0).take(steps) {
         for loss in losses {
             let [a, b] = [a, b].map(|line| line[loss].as_f64().unwrap());
             farthest = farthest.max((a - b).abs() / a);
@@ -34,8 +34,14 @@ fn in_f16_runs_resume_bit_by_bit_and_stay_near_f32() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = generator_config(folder.path());
     config.train.steps = 20;
-    f16_is_near_f32(config, &folder.path().join("generator"), ["image", "text"], 2e-4);
-    f16_is_near_f32(tokenizer_config(folder.path()), &folder.path().join("tokenizer"), ["l1", "l2"], 2e-3);
+    f16_is_near_f32(config, &folder.path().join("generator"), ["image", "text"], 20, 2e-4);
+    let mut config = tokenizer_config(folder.path());
+    config.image_tokenizer.quantizer = QuantizerKind::Gumbel;
+    f16_is_near_f32(config.clone(), &folder.path().join("gumbel"), ["l1", "l2"], 5, 2e-3);
+    // An update that differs by a rounding gives some latents another nearest code, and the losses jump: on some processors
+    // in the second step.
+    config.image_tokenizer.quantizer = QuantizerKind::Nearest;
+    f16_is_near_f32(config, &folder.path().join("nearest"), ["l1", "l2"], 1, 2e-3);
 }
 
 /// Trains on `ranks` ranks with weights kept in `kept`; metrics and the last checkpoint.
