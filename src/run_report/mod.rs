@@ -1,7 +1,7 @@
 //! One self-contained HTML page about training runs and evaluations (`vilg report`): curves, samples, configuration, versions
 //! and tables. It needs no network and no scripts.
 //!
-//! Read [`page`] first: the sections from top to bottom. [`metrics`] reads a metrics.jsonl of any length through [`lines`]
+//! Read [`page`](mod@page) first: the sections from top to bottom. [`metrics`] reads a metrics.jsonl of any length through [`lines`]
 //! into [`curve`]s of bounded size; [`plot`] draws them. [`evaluation`] reads the results of `vilg eval`; [`tables`] shows
 //! them beside the figures of the [`paper`].
 
