@@ -9,6 +9,7 @@ import argparse
 import json
 import pathlib
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -141,6 +142,9 @@ def median_of(results):
 
 def main():
     args = parse()
+    for option, command in (("--python", args.python), ("--vilg", args.vilg)):
+        if not shutil.which(shlex.split(command)[0]):
+            sys.exit(f"{option} {command}: there is no such program")
     rows, raw = [], []
     for name in args.works.split(","):
         found = compare(args, name)
