@@ -104,9 +104,9 @@ pub fn run(args: Args, json: bool) -> Result<()> {
             }
         }
         let captions = models.caption(&models.encode(&pictures)?, &decoding, args.decoding.number())?;
-        for ((path, picture), captions) in read.into_iter().zip(pictures).zip(&captions) {
-            let texts: Vec<&str> = captions.iter().map(|caption| caption.text.as_str()).collect();
-            let scores = check.scores(&vec![picture; texts.len()], &texts)?;
+        let texts = |captions: &Vec<Caption>| captions.iter().map(|caption| caption.text.clone()).collect();
+        let scores = check.scores(&pictures, &captions.iter().map(texts).collect::<Vec<_>>())?;
+        for ((path, captions), scores) in read.into_iter().zip(&captions).zip(scores) {
             if !scores.is_empty() && scores.iter().all(|score| score.is_some_and(|score| score < LEAST)) {
                 let path = path.display();
                 report::warn(format_args!(

@@ -29,16 +29,23 @@ impl DemoCheck {
         Ok(Self(is_demo.then(open).transpose()?))
     }
 
-    /// The probability that each image and its text are a pair; `None`: the model is not the demo.
+    /// The probability that each image and each of its texts are a pair; `None`: the model is not the demo.
     ///
     /// # Errors
     /// The matcher is damaged.
-    pub fn scores(&self, images: &[RgbImage], texts: &[&str]) -> Result<Vec<Option<f64>>> {
+    pub fn scores(&self, images: &[RgbImage], texts: &[Vec<String>]) -> Result<Vec<Vec<Option<f64>>>> {
         let Some(matching) = self.0.as_ref().filter(|_| !images.is_empty()) else {
-            return Ok(vec![None; images.len()]);
+            return Ok(texts.iter().map(|texts| vec![None; texts.len()]).collect());
         };
-        let cosines = Matching::pair_cosines(&matching.embed_images(images)?, &matching.embed_texts(texts)?)?;
-        Ok(cosines.to_vec1::<f32>()?.into_iter().map(|cosine| matching.score(cosine.into())).collect())
+        let (images, of) = (matching.embed_images(images)?, texts.concat());
+        let cosines = Matching::cosines(&images, &matching.embed_texts(&of)?)?.to_vec2::<f32>()?;
+        let mut first = 0;
+        let scores = |(cosines, texts): (&Vec<f32>, &Vec<String>)| {
+            let own = cosines.iter().skip(first).take(texts.len());
+            first += texts.len();
+            own.map(|&cosine| matching.score(cosine.into())).collect()
+        };
+        Ok(cosines.iter().zip(texts).map(scores).collect())
     }
 }
 
@@ -70,7 +77,8 @@ impl PromptCheck {
     pub fn images(&mut self, requests: &[Request], generated: &[GeneratedImage]) -> Result<Vec<Option<f64>>> {
         let images: Vec<RgbImage> = generated.iter().map(|generated| generated.image.clone()).collect();
         let texts: Vec<&str> = requests.iter().map(|request| request.prompt.as_str()).collect();
-        let scores = self.demo.scores(&images, &texts)?;
+        let of_image: Vec<Vec<String>> = texts.iter().map(|text| vec![(*text).to_owned()]).collect();
+        let scores: Vec<Option<f64>> = self.demo.scores(&images, &of_image)?.concat();
         let shown = texts.iter().zip(&scores).filter(|(_, score)| score.is_none_or(|score| score >= LEAST));
         let shown: HashSet<&str> = shown.map(|(text, _)| *text).collect();
         for text in texts.iter().filter(|text| !shown.contains(**text)) {

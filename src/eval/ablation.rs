@@ -10,13 +10,9 @@ use super::{
 };
 use crate::{
     bundle::Bundle,
-    data::{
-        Kind, Record, image_file,
-        output::{Lock, write_whole},
-    },
-    error::{Context, Hint, Result, ensure, failed},
+    data::{Kind, Record, image_file, output::Lock},
+    error::{Context, Result, ensure, failed},
     generate::{Models, Reconstructor, Request, Sampling},
-    nn::weights,
     ops::packed::Format,
     random::Random,
     report,
@@ -160,22 +156,17 @@ impl Pair<'_> {
         let records = self.records()?;
         let bar = report::bar(records.len() as u64, "measuring");
         let mut all = Table::new();
+        let names: Vec<String> = rows().map(Row::name).chain([REAL.to_owned()]).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
         for (i, chunk) in records.chunks(CHUNK).enumerate() {
             let file = folder.join(format!("{i:05}.safetensors"));
             if !file.exists() {
-                let found = self.chunk(i * CHUNK, chunk)?;
-                let values: Result<BTreeMap<_, _>> =
-                    found.iter().map(|(name, tensor)| Ok((name.clone(), weights::of_tensor(tensor)?))).collect();
-                let values = values?;
-                write_whole(&file, |out| weights::write(out, &values).map(|()| true))
-                    .with_context(|| format!("cannot write {}", file.display()))?;
+                resume::write_part(&file, &self.chunk(i * CHUNK, chunk)?)?;
             }
-            let stored = weights::parse(&fs::read(&file)?, &file.display().to_string())?;
-            for name in rows().map(Row::name).chain([REAL.to_owned()]) {
-                let hint = "delete the file: it is measured again";
-                let lacks = format!("{} lacks `{name}`", file.display());
-                let tensor = stored.get(&name).hint(lacks, hint)?;
-                all.entry(name).or_default().extend(tensor.to_vec2::<f32>()?);
+            let mut stored = resume::read_part(&file, &names)?;
+            for name in &names {
+                let tensor = stored.remove(*name).context("a tensor was read twice")?;
+                all.entry((*name).to_owned()).or_default().extend(tensor.to_vec2::<f32>()?);
             }
             bar.inc(chunk.len() as u64);
         }

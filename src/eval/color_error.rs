@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn hues_are_told_by_their_sector() {
+    fn each_hue_has_its_sector() {
         for (rgb, hue) in [
             ([255, 0, 0], Some("red")),
             ([200, 10, 40], Some("red")),

@@ -1,18 +1,17 @@
 //! The features of images whose distributions are compared: Inception's, which give the FID, or a matcher's embeddings.
 
 use super::{
+    each_batch_of_images,
     fid::{self, Gaussian, Inception, Moments, Protocol},
-    open, tell_bad,
+    open,
 };
 use crate::{
     data::Kind,
     error::{Hint, Result, ensure, usage},
     generate::Matching,
-    report,
 };
 use candle_core::{Device, Tensor};
 use image::RgbImage;
-use rayon::prelude::*;
 use std::path::Path;
 
 /// Images that are read and compared together.
@@ -42,11 +41,8 @@ impl Features {
         ensure!(!images.is_empty(), "no images to compare");
         let features = match self {
             Self::Inception(network, protocol) => {
-                let batch = |images: &[RgbImage]| -> Result<Tensor> {
-                    let inputs = images.par_iter().map(|image| protocol.input(image)).collect::<Result<Vec<_>>>()?;
-                    network.forward(&Tensor::cat(&inputs, 0)?)
-                };
-                Tensor::cat(&images.chunks(BATCH).map(batch).collect::<Result<Vec<_>>>()?, 0)?
+                let batches = images.chunks(BATCH).map(|images| protocol.features(network, images));
+                Tensor::cat(&batches.collect::<Result<Vec<_>>>()?, 0)?
             }
             Self::Matcher(matching, _) => matching.embed_images(images)?,
         };
@@ -91,29 +87,10 @@ impl Features {
         }
         let dataset = open(data, Kind::WholeImages)?;
         let places: Vec<_> = dataset.places().collect();
-        let (mut moments, mut bad) = (None::<Moments>, dataset.bad.clone());
-        let bar = report::bar(places.len() as u64, "extracting features");
-        for places in places.chunks(BATCH) {
-            let read: Vec<_> = places.par_iter().map(|&(source, sample)| dataset.read(source, sample)).collect();
-            let mut images = Vec::with_capacity(BATCH);
-            for record in read {
-                match record {
-                    Ok(record) => images.extend(record.image),
-                    Err(error) => bad.add(error),
-                }
-            }
-            bar.inc(places.len() as u64);
-            if images.is_empty() {
-                continue;
-            }
-            let batch = Moments::of(&self.of(&images)?)?;
-            match &mut moments {
-                Some(moments) => moments.merge(&batch)?,
-                None => moments = Some(batch),
-            }
-        }
-        bar.finish_and_clear();
-        tell_bad(data, &bad, moments.as_ref().map_or(0, Moments::count))?;
+        let mut moments = None::<Moments>;
+        each_batch_of_images(data, &dataset, &places, BATCH, |images| {
+            Moments::add_to(&mut moments, &self.of(&images)?)
+        })?;
         moments.hint(format_args!("`{data}` has no images"), "`vilg data inspect PATH` shows what it contains")
     }
 

@@ -25,6 +25,7 @@ use crate::{
     random::Random,
     report,
 };
+use image::RgbImage;
 use rayon::prelude::*;
 use serde::Serialize;
 use std::fmt;
@@ -86,16 +87,56 @@ fn chosen(dataset: &Dataset, samples: usize, seed: u64, purpose: &str) -> Vec<(u
 fn read_chosen(path: &str, kind: Kind, samples: usize, seed: u64, purpose: &str) -> Result<Vec<Record>> {
     let dataset = open(path, kind)?;
     let places = chosen(&dataset, samples, seed, purpose);
-    let read: Vec<_> = places.into_par_iter().map(|(source, sample)| dataset.read(source, sample)).collect();
-    let (mut records, mut bad) = (Vec::with_capacity(read.len()), dataset.bad.clone());
-    for record in read {
-        match record {
-            Ok(record) => records.push(record),
+    read_places(path, &dataset, places, |record| record)
+}
+
+/// What `take` takes of the samples at some places, with a warning about bad ones.
+fn read_places<T: Send>(
+    path: &str,
+    dataset: &Dataset,
+    places: Vec<(usize, u64)>,
+    take: impl Fn(Record) -> T + Sync,
+) -> Result<Vec<T>> {
+    let read = |(source, sample)| dataset.read(source, sample).map(&take);
+    let read: Vec<_> = places.into_par_iter().map(read).collect();
+    let (mut found, mut bad) = (Vec::with_capacity(read.len()), dataset.bad.clone());
+    for taken in read {
+        match taken {
+            Ok(taken) => found.push(taken),
             Err(error) => bad.add(error),
         }
     }
-    tell_bad(path, &bad, records.len())?;
-    Ok(records)
+    tell_bad(path, &bad, found.len())?;
+    Ok(found)
+}
+
+/// Calls `f` with the images at some places, in batches of `size` that bad images make smaller, with a warning about these.
+fn each_batch_of_images(
+    path: &str,
+    dataset: &Dataset,
+    places: &[(usize, u64)],
+    size: usize,
+    mut f: impl FnMut(Vec<RgbImage>) -> Result<()>,
+) -> Result<()> {
+    let (mut good, mut bad) = (0, dataset.bad.clone());
+    let bar = report::bar(places.len() as u64, "extracting features");
+    for places in places.chunks(size) {
+        let read: Vec<_> = places.par_iter().map(|&(source, sample)| dataset.read(source, sample)).collect();
+        let mut images = Vec::with_capacity(size);
+        for record in read {
+            match record {
+                Ok(record) => images.extend(record.image),
+                Err(error) => bad.add(error),
+            }
+        }
+        good += images.len();
+        bar.inc(places.len() as u64);
+        if !images.is_empty() {
+            f(images)?;
+        }
+    }
+    bar.finish_and_clear();
+    tell_bad(path, &bad, good)
 }
 
 /// The first caption of each sample at `path`, with a warning about samples that have none.
@@ -105,16 +146,7 @@ fn read_chosen(path: &str, kind: Kind, samples: usize, seed: u64, purpose: &str)
 pub fn captions(path: &str) -> Result<Vec<String>> {
     let dataset = open(path, Kind::Captions)?;
     let places: Vec<_> = dataset.places().collect();
-    let read: Vec<_> = places.into_par_iter().map(|(source, sample)| dataset.read(source, sample)).collect();
-    let (mut captions, mut bad) = (Vec::with_capacity(read.len()), dataset.bad.clone());
-    for record in read {
-        match record {
-            Ok(record) => captions.push(record.caption),
-            Err(error) => bad.add(error),
-        }
-    }
-    tell_bad(path, &bad, captions.len())?;
-    Ok(captions)
+    read_places(path, &dataset, places, |record| record.caption)
 }
 
 /// A text without case and white space, for comparisons: generated texts have neither.

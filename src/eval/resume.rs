@@ -4,9 +4,16 @@ use crate::{
     bounded_read,
     data::output::write_whole,
     error::{Context, Hint, Result, ensure, failed},
+    nn::weights::{self, Values},
 };
+use candle_core::Tensor;
 use serde::{Serialize, de::DeserializeOwned};
-use std::{fs, io::Write, path::Path};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    io::Write,
+    path::Path,
+};
 
 /// Maximum size of the settings in bytes.
 const MAX_SETTINGS: u64 = 1 << 20;
@@ -33,4 +40,29 @@ pub(super) fn begin<T: Serialize + DeserializeOwned + PartialEq>(
     }
     let bytes = serde_json::to_vec_pretty(settings)?;
     write_whole(&file, |out| Ok(out.write_all(&bytes).map(|()| true)?)).with_context(cannot)
+}
+
+/// Stores the tensors of a finished part of the measurement, all or none.
+///
+/// # Errors
+/// The file cannot be written.
+pub(super) fn write_part(file: &Path, tensors: &HashMap<String, Tensor>) -> Result<()> {
+    let values = tensors.iter().map(|(name, tensor)| Ok((name.clone(), weights::of_tensor(tensor)?)));
+    let values: BTreeMap<String, Values> = values.collect::<Result<_>>()?;
+    write_whole(file, |out| weights::write(out, &values).map(|()| true))
+        .with_context(|| format!("cannot write {}", file.display()))
+}
+
+/// The tensors of a finished part.
+///
+/// # Errors
+/// The file is missing or damaged, or lacks one of `names`.
+pub(super) fn read_part(file: &Path, names: &[&str]) -> Result<HashMap<String, Tensor>> {
+    let (shown, hint) = (file.display(), "delete the file and run the same command again");
+    let bytes = fs::read(file).hint(format_args!("cannot read {shown}"), hint)?;
+    let stored = weights::parse(&bytes, &shown.to_string())?;
+    for name in names {
+        ensure!(stored.contains_key(*name), failed(format_args!("{shown} has no `{name}`"), hint));
+    }
+    Ok(stored)
 }

@@ -50,6 +50,19 @@ impl Moments {
         Ok(())
     }
 
+    /// Adds a batch of features `(count, dim)` to a total, which is `None` before the first batch.
+    ///
+    /// # Errors
+    /// The features have another shape, or another length than those before.
+    pub fn add_to(total: &mut Option<Self>, features: &Tensor) -> Result<()> {
+        let batch = Self::of(features)?;
+        match total {
+            Some(total) => total.merge(&batch)?,
+            None => *total = Some(batch),
+        }
+        Ok(())
+    }
+
     pub fn count(&self) -> usize {
         self.count
     }

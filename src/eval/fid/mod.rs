@@ -18,14 +18,12 @@ pub use precision_recall::{PrecisionRecall, precision_recall};
 pub use protocol::Protocol;
 pub use statistics::{read as read_statistics, write as write_statistics};
 
-use super::{choose, open, tell_bad};
+use super::{choose, each_batch_of_images, open};
 use crate::{
     data::Kind,
     error::{Result, ensure, failed},
-    report,
 };
 use candle_core::Tensor;
-use rayon::prelude::*;
 
 /// Number of images in one batch.
 const BATCH: usize = 32;
@@ -65,34 +63,13 @@ pub fn extract(network: &Inception, data: &str, settings: &Settings) -> Result<F
     let message = format!("the protocol {} needs at least 50 images, not {}", settings.protocol.name(), places.len());
     ensure!(used > 0, failed(message, "give more images, or choose another --protocol"));
     places.truncate(used);
-    let (mut moments, mut all, mut bad) = (None::<Moments>, Vec::new(), dataset.bad.clone());
-    let bar = report::bar(places.len() as u64, "extracting features");
-    for places in places.chunks(BATCH) {
-        let input = |&(source, sample): &(usize, u64)| {
-            let image = dataset.read(source, sample).map(|record| record.image);
-            image.map(|image| image.map(|image| settings.protocol.input(&image)))
-        };
-        let mut inputs = Vec::with_capacity(BATCH);
-        for read in places.par_iter().map(input).collect::<Vec<_>>() {
-            match read {
-                Ok(input) => inputs.extend(input.transpose()?),
-                Err(e) => bad.add(e),
-            }
-        }
-        bar.inc(places.len() as u64);
-        if inputs.is_empty() {
-            continue;
-        }
-        let features = network.forward(&Tensor::cat(&inputs, 0)?)?;
-        let batch = Moments::of(&features)?;
-        match &mut moments {
-            Some(moments) => moments.merge(&batch)?,
-            None => moments = Some(batch),
-        }
+    let (mut moments, mut all) = (None::<Moments>, Vec::new());
+    each_batch_of_images(data, &dataset, &places, BATCH, |images| {
+        let features = settings.protocol.features(network, &images)?;
+        Moments::add_to(&mut moments, &features)?;
         all.extend(settings.keep.then_some(features));
-    }
-    bar.finish_and_clear();
-    tell_bad(data, &bad, moments.as_ref().map_or(0, Moments::count))?;
+        Ok(())
+    })?;
     let none = || failed(format_args!("`{data}` has no images"), "`vilg data inspect PATH` shows what it contains");
     let all = if all.is_empty() { None } else { Some(Tensor::cat(&all, 0)?) };
     Ok(Features { moments: moments.ok_or_else(none)?, all })

@@ -2,7 +2,7 @@
 
 use super::{
     architecture::Weights,
-    inception::{self, SIDE},
+    inception::{self, Inception, SIDE},
 };
 use crate::{
     data::{self, Filter, image::to_pixels},
@@ -11,6 +11,7 @@ use crate::{
 use candle_core::{Device, Tensor};
 use clap::ValueEnum;
 use image::RgbImage;
+use rayon::prelude::*;
 
 /// torchvision's conversion of values from 0 to 1 for weights that expect TensorFlow's range: factors and offsets of the
 /// colors.
@@ -58,6 +59,15 @@ impl Protocol {
     /// How many of `count` images it uses: the first ones.
     pub fn used(self, count: usize) -> usize {
         if self == Self::DmGan { count - count % 50 } else { count }
+    }
+
+    /// The features `(images, 2048)` of images of any size.
+    ///
+    /// # Errors
+    /// There are no images, or one has no pixels.
+    pub fn features(self, network: &Inception, images: &[RgbImage]) -> Result<Tensor> {
+        let inputs = images.par_iter().map(|image| self.input(image)).collect::<Result<Vec<_>>>()?;
+        network.forward(&Tensor::cat(&inputs, 0)?)
     }
 
     /// The network's input for an image, `(1, 299, 299, 3)`.

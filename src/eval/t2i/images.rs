@@ -7,16 +7,15 @@ use crate::{
         image_file::png,
         output::{remove_leftovers, write_whole},
     },
-    error::{Context, Hint, Result},
+    error::{Context, Result},
+    eval::resume,
     generate::{GeneratedImage, Matching, Request},
-    nn::weights::{self, Values},
     report,
 };
 use candle_core::{DType, Tensor};
 use image::RgbImage;
 use serde_json::json;
 use std::{
-    collections::{BTreeMap, HashMap},
     fs,
     io::Write,
     path::{Path, PathBuf},
@@ -44,17 +43,15 @@ impl Images<'_> {
     /// # Errors
     /// A file cannot be written, or the weights are damaged.
     pub fn generate(&self, (rank, world_size): (usize, usize), estimate: impl FnOnce(f64)) -> Result<()> {
-        let chunks: Vec<usize> = (rank..self.chunks()).step_by(world_size).collect();
-        let unfinished = |&&chunk: &&usize| !self.features_file(chunk).exists();
-        let unfinished: Vec<usize> = chunks.iter().filter(unfinished).copied().collect();
+        let unfinished = (rank..self.chunks()).step_by(world_size).filter(|&chunk| !self.features_file(chunk).exists());
+        let unfinished: Vec<(usize, Vec<usize>)> = unfinished.map(|chunk| (chunk, self.missing(chunk))).collect();
         for folder in ["images", "features"].map(|name| self.folder.join(name)) {
             fs::create_dir_all(&folder).with_context(|| format!("cannot write to {}", folder.display()))?;
         }
-        let mut left: usize = unfinished.iter().map(|&chunk| self.missing(chunk).len()).sum();
+        let mut left: usize = unfinished.iter().map(|(_, missing)| missing.len()).sum();
         let bar = report::bar(left as u64, "generating images");
         let mut estimate = Some(estimate);
-        for chunk in unfinished {
-            let missing = self.missing(chunk);
+        for (chunk, missing) in unfinished {
             self.begin(chunk)?;
             for prompts in missing.chunks((CANDIDATES / self.evaluation.best_of.count.max(1)).max(1)) {
                 let begun = Instant::now();
@@ -81,13 +78,9 @@ impl Images<'_> {
     /// # Errors
     /// The file is missing or damaged.
     pub fn features(&self, chunk: usize) -> Result<[Tensor; 2]> {
-        let file = self.features_file(chunk);
-        let (name, hint) = (file.display(), "delete the file and run the same command again");
-        let bytes = fs::read(&file).hint(format_args!("cannot read {name}"), hint)?;
-        let mut stored = weights::parse(&bytes, &name.to_string())?;
-        let mut take = |tensor: &str| -> Result<Tensor> {
-            let found = stored.remove(tensor).hint(format_args!("{name} has no `{tensor}`"), hint)?;
-            Ok(found.to_dtype(DType::F32)?)
+        let mut stored = resume::read_part(&self.features_file(chunk), &[FEATURES, COSINES])?;
+        let mut take = |name: &str| -> Result<Tensor> {
+            Ok(stored.remove(name).context("a tensor was read twice")?.to_dtype(DType::F32)?)
         };
         Ok([take(FEATURES)?, take(COSINES)?])
     }
@@ -152,14 +145,10 @@ impl Images<'_> {
         let images: Vec<RgbImage> = images.collect::<Result<_>>()?;
         let texts: Vec<&str> = self.prompts(chunk).map(|prompt| prompts[prompt].as_str()).collect();
         let [image_embeddings, text_embeddings] = [matching.embed_images(&images)?, matching.embed_texts(&texts)?];
-        let tensors = HashMap::from([
+        let tensors = [
             (FEATURES, features.of(&images)?),
             (COSINES, Matching::pair_cosines(&image_embeddings, &text_embeddings)?),
-        ]);
-        let values = tensors.iter().map(|(name, tensor)| Ok(((*name).to_owned(), weights::of_tensor(tensor)?)));
-        let values: BTreeMap<String, Values> = values.collect::<Result<_>>()?;
-        let file = self.features_file(chunk);
-        write_whole(&file, |out| weights::write(out, &values).map(|()| true))
-            .with_context(|| format!("cannot write {}", file.display()))
+        ];
+        resume::write_part(&self.features_file(chunk), &tensors.map(|(name, tensor)| (name.to_owned(), tensor)).into())
     }
 }

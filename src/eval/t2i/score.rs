@@ -56,11 +56,7 @@ pub(super) fn score(evaluation: &Evaluation, folder: &Path, real: Option<&str>) 
         if count == 0 || real.is_none() {
             continue;
         }
-        let batch = fid::Moments::of(&features.narrow(0, 0, count)?)?;
-        match &mut moments {
-            Some(moments) => moments.merge(&batch)?,
-            None => moments = Some(batch),
-        }
+        fid::Moments::add_to(&mut moments, &features.narrow(0, 0, count)?)?;
     }
     ensure!(cosines.len() == prompts.len(), "the features are of {} images, not {}", cosines.len(), prompts.len());
     let distance = match real {

@@ -156,7 +156,7 @@ impl ImageTokenizerTask {
         Relaxation { temperature, kl_weight, seed: self.config.seed, step, first }
     }
 
-    /// What all ranks saw of their samples, as in step `step`. With `loss_scale` the gradients of that factor times the loss
+    /// What all ranks saw of their samples, as in step `step`. With `loss_scale`, the gradients of `loss_scale` · loss
     /// are added to those in `shards`.
     fn pass(
         &self,

@@ -149,7 +149,7 @@ impl MatcherTask {
         Ok([Input::Images(to_pixels(&images)?.to_device(&device)?), Input::Texts(texts)])
     }
 
-    /// The metrics of this rank's samples of step `step`. With `loss_scale` the gradients of that factor times the loss are added
+    /// The metrics of this rank's samples of step `step`. With `loss_scale`, the gradients of `loss_scale` · loss are added
     /// to those in `shards`.
     fn pass(
         &self,
