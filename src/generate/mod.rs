@@ -1,13 +1,14 @@
 //! Generation with a trained model: text to image and image to text.
 //!
 //! Reading order: [`sampling`] turns logits into tokens; `text_to_image` and `caption` (image to text) decode with it;
-//! `beam` is beam search for captions; `score` computes the log likelihood of a caption. All are methods of [`Models`].
+//! `running` generates images that are asked for at any time (continuous batching); `beam` is beam search for captions; `score` computes the log likelihood of a caption. All are methods of [`Models`].
 //! [`Matching`] compares images with texts by a model of its own, and `ranking` chooses among candidates with it.
 
 mod beam;
 mod caption;
 mod matching;
 mod ranking;
+mod running;
 pub mod sampling;
 mod score;
 #[cfg(test)]
@@ -17,6 +18,7 @@ mod text_to_image;
 pub use caption::{Caption, Decoding};
 pub use matching::Matching;
 pub use ranking::{BestOf, Ranking, Scores};
+pub use running::{RunningImage, RunningImages};
 pub use sampling::Sampling;
 pub use text_to_image::{GeneratedImage, Request};
 

@@ -210,6 +210,19 @@ impl Models {
     }
 }
 
+/// Logits → the code at a position of a candidate of the image with this seed.
+///
+/// # Errors
+/// A logit is not finite.
+pub(super) fn next_code(
+    logits: &[f32],
+    sampling: &Sampling,
+    seed: u64,
+    (candidate, position): (u64, u64),
+) -> Result<u32> {
+    sampling.draw(logits, Random::keyed(seed, "paint", candidate, position).unit())
+}
+
 /// Logits `(rows, vocabulary)` → the next code of each draw. With guidance, the second half of the rows is the branch that
 /// it leads away from.
 fn next_codes(values: &mut [f32], draws: &[Draw], sampling: &Sampling, position: u64) -> Result<Vec<u32>> {
@@ -220,8 +233,6 @@ fn next_codes(values: &mut [f32], draws: &[Draw], sampling: &Sampling, position:
     if guided {
         guide(conditional, unconditional, sampling.guidance);
     }
-    let draw = |(row, draw): (&[f32], &Draw)| {
-        sampling.draw(row, Random::keyed(draw.seed, "paint", draw.candidate, position).unit())
-    };
+    let draw = |(row, draw): (&[f32], &Draw)| next_code(row, sampling, draw.seed, (draw.candidate, position));
     conditional.par_chunks(vocabulary).zip(draws).map(draw).collect()
 }

@@ -133,3 +133,56 @@ fn a_sequence_does_not_depend_on_the_batch() -> Result<()> {
         Ok(())
     })
 }
+
+/// Sequences join a running batch at any step and leave it when they are complete, or earlier: bit-equal to a batch of
+/// their own.
+#[test]
+fn sequences_of_a_running_batch_do_not_depend_on_each_other() -> Result<()> {
+    for (index, fused) in (0..12).flat_map(|index| [(index, true), (index, false)]) {
+        let mut case = case(index);
+        (case.batch, case.grid) = (7, (2, 3));
+        let decoder = Decoder::new(Arc::new(case.generator(DType::F32)?.0), Format::F32);
+        let (texts, codes) = (case.texts(), case.codes());
+        let alone = |row: usize| -> Result<Vec<Vec<f32>>> {
+            let (mut state, first) = decoder.start_on(&Source::text_to_image(&texts[row..=row]), fused)?;
+            let rest = codes[row][..5].iter().map(|&code| Ok(state.logits_next(&[code])?.to_vec()));
+            std::iter::once(Ok(first)).chain(rest).collect()
+        };
+        let mut running = decoder.running_on(fused)?;
+        // The number of each sequence in the batch, and its logits so far.
+        let (mut members, mut found): (Vec<usize>, Vec<Vec<Vec<f32>>>) = (Vec::new(), vec![Vec::new(); 7]);
+        let joining = [2, 0, 1, 3, 0, 0, 0, 1];
+        let mut waiting = 0..7;
+        for step in 0..40 {
+            for row in waiting.by_ref().take(*joining.get(step).unwrap_or(&0)) {
+                running.join(&texts[row])?;
+                members.push(row);
+            }
+            // Sequence 4 is given up in the middle.
+            let goes_on = |row: usize| found[row].len() < if row == 4 { 3 } else { 6 };
+            let kept: Vec<usize> = (0..members.len()).filter(|&i| goes_on(members[i])).collect();
+            members = kept.iter().map(|&i| members[i]).collect();
+            running.keep(&kept)?;
+            assert_eq!(running.sequences(), members.len());
+            if members.is_empty() {
+                assert!(running.step(&[]).is_err());
+                continue;
+            }
+            let last = |&row: &usize| found[row].len().checked_sub(1).map_or(0, |last| codes[row][last]);
+            let tokens: Vec<u32> = members.iter().map(last).collect();
+            let logits = running.step(&tokens)?.chunks(CODEBOOK);
+            members.iter().zip(logits).for_each(|(&row, logits)| found[row].push(logits.to_vec()));
+        }
+        assert!(waiting.next().is_none());
+        for (row, found) in found.iter().enumerate() {
+            assert_eq!(found.len(), if row == 4 { 3 } else { 6 });
+            assert!(found[..] == alone(row)?[..found.len()], "sequence {row} of case {index}, fused: {fused}");
+        }
+        running.join(&texts[0])?;
+        assert!(running.join(&[]).is_err() && running.join(&[u32::MAX, 1]).is_err() && running.sequences() == 1);
+        assert!(running.keep(&[1]).is_err() && running.step(&[0, 0]).is_err());
+        (0..6).try_for_each(|_| running.step(&[0]).map(|_| ()))?;
+        assert!(running.step(&[0]).is_err(), "the sequence is complete");
+    }
+    Ok(())
+}

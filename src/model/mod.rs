@@ -15,7 +15,7 @@ mod sequence;
 mod transformer;
 
 pub use batch::{Batch, Tokens};
-pub use decode::{DecodeState, Decoder, Source};
+pub use decode::{DecodeState, Decoder, Running, Source};
 pub use matcher::Matcher;
 pub use sequence::{Layout, Modality, Role, Slot, Span};
 pub use transformer::Generator;

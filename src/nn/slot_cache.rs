@@ -79,10 +79,9 @@ impl Own {
         if fed > self.dense { self.count() } else { fed }
     }
 
-    /// Writes the slots that the newest position attends to (its own included) to `seen`, and returns its own slot.
-    /// `fed` positions precede it.
+    /// Appends the slots that the newest position of a sequence attends to (its own included) to `seen`, and returns its
+    /// own slot. `fed` positions precede it.
     pub fn see(&self, place: Place, fed: usize, seen: &mut Vec<u32>) -> usize {
-        seen.clear();
         match (place, self.image) {
             (Place::Image(code), Some((pattern, grid))) => {
                 let slot = |code| self.dense + slot_of(pattern, grid, code);
@@ -132,6 +131,18 @@ impl Lineage {
         self.blocks
     }
 
+    /// A block that no sequence has, neither for its source nor for its target.
+    pub fn free_block(&self) -> usize {
+        let is_free = |block: &usize| self.rows.iter().all(|row| row.block != *block && row.source != *block);
+        (0..).find(is_free).unwrap_or_default()
+    }
+
+    /// Appends a sequence that has `block` for its source and for its target.
+    pub fn join(&mut self, block: usize) {
+        self.rows.push(Row { source: block, block });
+        self.blocks = self.blocks.max(block + 1);
+    }
+
     /// Replaces sequence `i` by a copy of the old sequence `index[i]`. Returns the blocks to copy as (from, to); no
     /// block is both source and destination.
     pub fn reorder(&mut self, index: &[usize]) -> Vec<(usize, usize)> {
@@ -179,6 +190,20 @@ mod tests {
         }
         assert!(lineage.blocks() <= 6 + 3, "{} blocks for at most 6 sequences", lineage.blocks());
         assert!(Lineage::new(4).reorder(&[3, 1, 0]).is_empty(), "nothing to copy");
+    }
+
+    #[test]
+    fn a_sequence_that_joins_takes_a_block_that_is_free() {
+        let mut lineage = Lineage::new(0);
+        for block in 0..3 {
+            assert_eq!(lineage.free_block(), block);
+            lineage.join(block);
+        }
+        assert!(lineage.reorder(&[0, 2]).is_empty(), "leaving copies nothing");
+        assert_eq!(lineage.free_block(), 1);
+        lineage.join(1);
+        assert_eq!(lineage.rows().iter().map(|row| row.block).collect::<Vec<_>>(), [0, 2, 1]);
+        assert!(lineage.reorder(&[]).is_empty() && lineage.free_block() == 0 && lineage.blocks() == 3);
     }
 
     #[test]

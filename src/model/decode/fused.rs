@@ -6,7 +6,7 @@
 
 use super::{
     Source,
-    input::Input,
+    input::{Input, Next, place},
     packed::{PackedGenerator, PackedLayer, Table, Workspace},
 };
 use crate::{
@@ -50,8 +50,10 @@ pub struct Fused<'g> {
     lengths: Vec<usize>,
     /// 0, 1, 2 … up to the length of the longest source.
     all: Vec<u32>,
-    /// Slots that the newest position attends to in the current layer.
+    /// Slots that the newest position of each sequence attends to in the current layer.
     seen: Vec<u32>,
+    /// Where those of each sequence are.
+    lists: Vec<Range<usize>>,
     workspace: Workspace,
 }
 
@@ -80,6 +82,7 @@ impl<'g> Fused<'g> {
             all: (0..longest as u32).collect(),
             lengths: (0..source.rows()).map(|row| codes + text(row)).collect(),
             seen: Vec::new(),
+            lists: Vec::new(),
             workspace: Workspace::default(),
         };
         let together = (PREFILL_ROWS / longest.max(1)).max(1);
@@ -91,18 +94,37 @@ impl<'g> Fused<'g> {
 
     /// Runs the sources `rows` through all layers.
     fn read(&mut self, source: &Source, rows: Range<usize>) -> Result<()> {
-        let hidden = self.weights.hidden();
         let positions: Vec<(usize, usize)> =
             rows.clone().flat_map(|row| (0..self.lengths[row]).map(move |slot| (row, slot))).collect();
-        self.workspace.fit(positions.len(), hidden);
         let of_row =
             |row: usize| [Modality::Image, Modality::Text].into_iter().filter_map(move |m| source.of(m).get(row));
-        let tokens = rows.flat_map(of_row).flatten();
-        for ((x, &token), &(_, slot)) in self.workspace.x.chunks_exact_mut(hidden).zip(tokens).zip(&positions) {
+        self.read_tokens(&positions, rows.flat_map(of_row).flatten())
+    }
+
+    /// Runs tokens of sources through all layers; `positions` has the source of each and its slot in there.
+    fn read_tokens<'t>(&mut self, positions: &[(usize, usize)], tokens: impl Iterator<Item = &'t u32>) -> Result<()> {
+        let hidden = self.weights.hidden();
+        self.workspace.fit(positions.len(), hidden);
+        for ((x, &token), &(_, slot)) in self.workspace.x.chunks_exact_mut(hidden).zip(tokens).zip(positions) {
             let slot = slot.checked_sub(self.codes).map_or(Slot::Image(slot), Slot::Text);
             embed(self.weights, x, self.grid, slot, token)?;
         }
-        rayon::scope(|_| self.read_layers(&positions));
+        rayon::scope(|_| self.read_layers(positions));
+        Ok(())
+    }
+
+    /// Prefill of one more sequence, whose only source is `text`.
+    pub fn join(&mut self, text: &[u32]) -> Result<()> {
+        let block = self.lineage.free_block();
+        self.lengths.resize(self.lengths.len().max(block + 1), 0);
+        self.lengths[block] = text.len();
+        for cache in &mut self.caches {
+            cache.sources.grow(block + 1);
+            cache.own.grow(block + 1);
+        }
+        let positions: Vec<(usize, usize)> = (0..text.len()).map(|slot| (block, slot)).collect();
+        self.read_tokens(&positions, text.iter())?;
+        self.lineage.join(block);
         Ok(())
     }
 
@@ -137,31 +159,50 @@ impl<'g> Fused<'g> {
 
     /// Decodes one more position of each sequence after `fed` positions; returns the logits (sequences, vocabulary).
     pub fn step(&mut self, input: Input, fed: usize) -> Result<&mut [f32]> {
+        let next = |row| Ok(Next { slot: input.slot, fed, token: input.token(row)? });
+        let next = (0..self.lineage.rows().len()).map(next).collect::<Result<Vec<_>>>()?;
+        self.step_each(&next)
+    }
+
+    /// Decodes one more position of each sequence, each at a position of its own; returns the logits (sequences,
+    /// vocabulary).
+    pub fn step_each(&mut self, next: &[Next]) -> Result<&mut [f32]> {
         let weights = self.weights;
-        self.workspace.fit(self.lineage.rows().len(), weights.hidden());
-        for (i, x) in self.workspace.x.chunks_exact_mut(weights.hidden()).enumerate() {
-            embed(weights, x, self.grid, input.slot, input.token(i)?)?;
+        self.workspace.fit(next.len(), weights.hidden());
+        for (x, next) in self.workspace.x.chunks_exact_mut(weights.hidden()).zip(next) {
+            embed(weights, x, self.grid, next.slot, next.token)?;
         }
-        rayon::scope(|_| self.step_layers(input, fed));
+        rayon::scope(|_| self.step_layers(next));
         Ok(&mut self.workspace.logits)
     }
 
-    fn step_layers(&mut self, input: Input, fed: usize) {
-        let Self { weights, target, caches, lineage, lengths, all, seen, workspace, .. } = self;
+    fn step_layers(&mut self, next: &[Next]) {
+        let Self { weights, target, caches, lineage, lengths, all, seen, lists, workspace, .. } = self;
         let (hidden, heads, rows) = (weights.hidden(), weights.heads, lineage.rows());
         let d = hidden / heads;
         for (layer, cache) in weights.layers.iter().zip(caches) {
             layer.qkv(workspace);
-            let slot = cache.slots.see(input.place(), fed, seen);
-            for (row, qkv) in rows.iter().zip(workspace.qkv.chunks_exact(3 * hidden)) {
+            (seen.clear(), lists.clear());
+            let (mut slot, mut before) = (0, None);
+            for ((row, next), qkv) in rows.iter().zip(next).zip(workspace.qkv.chunks_exact(3 * hidden)) {
+                // Neighbors at the same position share the list.
+                if before != Some((next.slot, next.fed)) {
+                    let start = seen.len();
+                    slot = cache.slots.see(place(next.slot), next.fed, seen);
+                    lists.push(start..seen.len());
+                    before = Some((next.slot, next.fed));
+                } else {
+                    lists.extend(lists.last().cloned());
+                }
                 cache.own.write(row.block, slot, &qkv[hidden..2 * hidden], &qkv[2 * hidden..]);
             }
-            let (cache, seen) = (&*cache, &*seen);
-            for_each_head(workspace, all.len() + seen.len(), d, |unit, out, qkv, scores| {
+            let (cache, seen, lists) = (&*cache, &*seen, &*lists);
+            let longest = lists.iter().map(Range::len).max().unwrap_or(0);
+            for_each_head(workspace, all.len() + longest, d, |unit, out, qkv, scores| {
                 let (Row { source, block }, head) = (rows[unit / heads], unit % heads);
                 let before = cache.sources.part(source, head, &all[..lengths[source]]);
-                let q = &qkv[unit / heads * 3 * hidden + head * d..][..d];
-                attend(out, q, [before, cache.own.part(block, head, seen)], scores);
+                let own = cache.own.part(block, head, &seen[lists[unit / heads].clone()]);
+                attend(out, &qkv[unit / heads * 3 * hidden + head * d..][..d], [before, own], scores);
             });
             layer.finish(workspace);
         }

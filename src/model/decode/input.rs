@@ -102,10 +102,7 @@ pub(super) struct Input<'a> {
 impl Input<'_> {
     /// The slot of the cache that keeps the position.
     pub fn place(&self) -> Place {
-        match self.slot {
-            Slot::Start | Slot::Text(_) => Place::Dense,
-            Slot::Image(place) => Place::Image(place),
-        }
+        place(self.slot)
     }
 
     /// The token of sequence `row`.
@@ -114,5 +111,23 @@ impl Input<'_> {
     /// `row` is not below the number of tokens.
     pub fn token(&self, row: usize) -> Result<u32> {
         self.tokens.get(row).copied().with_context(|| format!("no token for sequence {row}"))
+    }
+}
+
+/// The input of one sequence, whose position may differ from those of others.
+#[derive(Clone, Copy)]
+pub(super) struct Next {
+    pub slot: Slot,
+    /// Number of target positions before this one.
+    pub fed: usize,
+    /// Ignored at [`Slot::Start`].
+    pub token: u32,
+}
+
+/// The slot of the cache that keeps a position.
+pub(super) fn place(slot: Slot) -> Place {
+    match slot {
+        Slot::Start | Slot::Text(_) => Place::Dense,
+        Slot::Image(place) => Place::Image(place),
     }
 }

@@ -7,8 +7,10 @@ mod composed;
 mod fused;
 mod input;
 mod packed;
+mod running;
 
 pub use input::Source;
+pub use running::Running;
 
 use super::{sequence::Span, transformer::Generator};
 use crate::{
@@ -64,9 +66,26 @@ impl Decoder {
     /// # Errors
     /// There are no rows, a row is too long, an image does not fill the grid, or a token is not in the vocabulary.
     pub fn start(&self, source: &Source) -> Result<(DecodeState<'_>, Vec<f32>)> {
+        self.start_on(source, self.is_fused())
+    }
+
+    /// A batch without sequences, which text → image sequences join and leave one by one.
+    ///
+    /// # Errors
+    /// The weights cannot be packed.
+    pub fn running(&self) -> Result<Running<'_>> {
+        self.running_on(self.is_fused())
+    }
+
+    /// [`Self::running`] with a given implementation.
+    pub(super) fn running_on(&self, fused: bool) -> Result<Running<'_>> {
+        Running::new(&self.generator, if fused { Some(self.packed()?) } else { None })
+    }
+
+    fn is_fused(&self) -> bool {
         let generator = &self.generator;
         let single = generator.params().flat_map(|params| params.values()).all(|p| p.dtype() == DType::F32);
-        self.start_on(source, single && generator.device().is_cpu())
+        single && generator.device().is_cpu()
     }
 
     /// [`Self::start`] with a given implementation.
