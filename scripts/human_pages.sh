@@ -12,8 +12,8 @@ fi
 [ -x "$vilg" ] || cargo build --locked
 
 venv=target/pages
-if ! $venv/bin/python -c 'import selenium' 2>/dev/null; then
+if ! $venv/bin/python -c 'import openai, selenium' 2>/dev/null; then
     python3 -m venv --clear $venv
-    $venv/bin/pip install --quiet --disable-pip-version-check selenium==4.51.0
+    $venv/bin/pip install --quiet --disable-pip-version-check selenium==4.51.0 openai==3.57.0
 fi
 $venv/bin/python scripts/human_pages.py "$(realpath "$vilg")" "${@:2:1}"

@@ -40,5 +40,6 @@ step ./scripts/cuda.sh
 step ./scripts/s3_server.sh
 step cargo test --locked --doc --features mpi,remote
 step cargo test --locked --features mpi,remote --lib --test it
-# The script prints why if it cannot run here.
+# The scripts print why if they cannot run here.
 step ./scripts/human_pages.sh
+step ./scripts/serve_check.sh

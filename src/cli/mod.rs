@@ -43,6 +43,7 @@ mod reconstruct;
 mod report_page;
 mod sampling;
 mod score;
+mod serve;
 mod summary;
 mod t2i;
 mod tokenize;
@@ -95,7 +96,7 @@ struct Cli {
 
 /// The commands in the order of the overview, grouped by what a user wants to do.
 const GROUPS: [(&str, &[&str]); 5] = [
-    ("Use a model", &["t2i", "caption", "vqa", "score", "tokenize", "reconstruct"]),
+    ("Use a model", &["t2i", "caption", "vqa", "score", "serve", "tokenize", "reconstruct"]),
     ("Prepare data", &["data"]),
     ("Train", &["config", "plan", "train"]),
     ("Measure", &["eval", "report", "bench"]),
@@ -109,6 +110,7 @@ enum Command {
     Caption(caption::Args),
     Vqa(vqa::Args),
     Score(score::Args),
+    Serve(serve::Args),
     Eval(eval::Args),
     Report(report_page::Args),
     Train(train::Args),
@@ -155,9 +157,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     }
     runtime::start_threads(cli.threads.map(usize::from))?;
     match cli.command {
-        // Data and training start their own threads, which hand work to the pool. Waiting for them from inside a pool
+        // Data, training and the server start their own threads, which hand work to the pool. Waiting for them from inside a pool
         // of one thread would deadlock.
-        Command::Data(_) | Command::Train(_) => dispatch(cli.command, cli.json),
+        Command::Data(_) | Command::Serve(_) | Command::Train(_) => dispatch(cli.command, cli.json),
         _ => runtime::on_threads(|| dispatch(cli.command, cli.json)),
     }
 }
@@ -168,6 +170,7 @@ fn dispatch(command: Command, json: bool) -> Result<()> {
         Command::Caption(args) => caption::run(args, json),
         Command::Vqa(args) => vqa::run(&args, json),
         Command::Score(args) => score::run(&args, json),
+        Command::Serve(args) => serve::run(args, json),
         Command::Eval(args) => eval::run(args, json),
         Command::Report(args) => report_page::run(&args, json),
         Command::Train(args) => train::run(args, json),

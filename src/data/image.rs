@@ -35,8 +35,16 @@ const PIPE_PATIENCE: Duration = Duration::from_secs(3);
 /// # Errors
 /// The image is damaged, too large or in an unsupported format.
 pub fn decode(bytes: &[u8]) -> Result<RgbImage, Bad> {
+    decode_within(bytes, MAX_PIXELS)
+}
+
+/// [`decode`] with a lower limit on the number of pixels.
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_within(bytes: &[u8], max_pixels: u64) -> Result<RgbImage, Bad> {
     // A decoder that panics on a malicious file must not end a reader thread.
-    catch_unwind(AssertUnwindSafe(|| decode_unguarded(bytes)))
+    catch_unwind(AssertUnwindSafe(|| decode_unguarded(bytes, max_pixels.min(MAX_PIXELS))))
         .unwrap_or_else(|_| Err(Bad::new(Cause::BadImage, "the decoder panicked")))
 }
 
@@ -90,7 +98,7 @@ fn read_pipe(mut pipe: File, bytes: &mut Vec<u8>) -> io::Result<()> {
     Ok(())
 }
 
-fn decode_unguarded(bytes: &[u8]) -> Result<RgbImage, Bad> {
+fn decode_unguarded(bytes: &[u8], max_pixels: u64) -> Result<RgbImage, Bad> {
     let bad = |e: ImageError| match e {
         ImageError::Limits(e) => Bad::new(Cause::HugeImage, e),
         e => Bad::new(Cause::BadImage, e),
@@ -106,7 +114,7 @@ fn decode_unguarded(bytes: &[u8]) -> Result<RgbImage, Bad> {
     let mut decoder = reader.into_decoder().map_err(bad)?;
     let (width, height) = decoder.dimensions();
     let pixels = u64::from(width) * u64::from(height);
-    if pixels > MAX_PIXELS || decoder.total_bytes() > MAX_BYTES {
+    if pixels > max_pixels || decoder.total_bytes() > MAX_BYTES {
         return Err(Bad::new(Cause::HugeImage, format_args!("{width}x{height} pixels")));
     }
     if pixels == 0 {

@@ -27,6 +27,11 @@ impl RunningImage {
         &self.codes
     }
 
+    /// Number of tokens of the prompt, `[CLS]` and `[SEP]` included.
+    pub fn prompt_tokens(&self) -> usize {
+        self.prompt.len()
+    }
+
     fn rows(&self) -> usize {
         rows(&self.sampling)
     }

@@ -30,6 +30,7 @@ mod ranks_tcp;
 #[cfg(feature = "remote")]
 mod remote;
 mod report;
+mod serve;
 mod t2i;
 mod tokenizer;
 mod train;

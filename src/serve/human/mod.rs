@@ -8,15 +8,14 @@ mod answers;
 mod html;
 mod pages;
 mod routes;
-mod signals;
 mod texts;
 
 use crate::{
-    error::{Error, Exit, Hint, Result, stopped},
+    error::{Error, Exit, Result, stopped},
     eval::human::study::Study,
+    serve::{listen, signals},
 };
 use std::{net::SocketAddr, sync::Arc, time::Duration};
-use tokio::{net::TcpListener, sync::Notify};
 
 /// How long requests in progress may take when the server stops.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -38,18 +37,16 @@ async fn serve(
     announce: impl FnOnce(&Study, SocketAddr) -> Result<()>,
 ) -> Result<()> {
     let hint = "choose another one with --address, such as 127.0.0.1:0 for any free port";
-    let listener = TcpListener::bind(address).await.hint(format_args!("cannot listen on {address}"), hint)?;
+    let listener = listen::bind(address, hint).await?;
     let signal = signals::next()?;
     announce(&study, listener.local_addr()?)?;
-    let (app, stop) = (Arc::new(routes::App::new(study)), Arc::new(Notify::new()));
-    let server = axum::serve(listener, routes::router(app.clone()));
-    let server = tokio::spawn(server.with_graceful_shutdown(stop.clone().notified_owned()).into_future());
-    let signal = signal.await.unwrap_or_default();
-    stop.notify_one();
-    // Whoever is still sending then has nothing stored.
-    let _ = tokio::time::timeout(PATIENCE, server).await;
+    let app = Arc::new(routes::App::new(study));
+    let mut came = 0;
+    let stop = async { came = signal.await.unwrap_or_default() };
+    // Whoever is still sending after that has nothing stored.
+    listen::serve(listener, routes::router(app.clone()), stop, (PATIENCE, || {}, Duration::ZERO)).await;
     app.end_serving();
-    Err(stopped_by(signal))
+    Err(stopped_by(came))
 }
 
 fn stopped_by(signal: i32) -> Error {

@@ -9,11 +9,12 @@ use crate::{
     error::{Error, Hint, Result},
     eval::human::{kind::Kind, order::Page, study::Study, summary},
     report,
+    serve::secure,
 };
 use axum::{
     Router,
     extract::{DefaultBodyLimit, Path, Request, State},
-    http::{HeaderName, HeaderValue, StatusCode, header},
+    http::{StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::get,
@@ -28,19 +29,8 @@ const MAX_FORM: usize = 16 << 10;
 /// Maximum time of a request, including that of its body.
 const MAX_TIME: Duration = Duration::from_secs(30);
 
-const SECURITY: [(&str, &str); 6] = [
-    (
-        "content-security-policy",
-        "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; form-action 'self'; base-uri 'none'; \
-         frame-ancestors 'none'",
-    ),
-    ("x-content-type-options", "nosniff"),
-    ("x-frame-options", "DENY"),
-    // A link's token must not travel to other sites, nor stay in a cache.
-    ("referrer-policy", "no-referrer"),
-    ("cross-origin-resource-policy", "same-origin"),
-    ("cache-control", "no-store"),
-];
+const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; form-action 'self'; \
+                      base-uri 'none'; frame-ancestors 'none'";
 
 /// What all requests share.
 pub struct App {
@@ -140,9 +130,7 @@ pub fn router(app: Arc<App>) -> Router {
 async fn guard(request: Request, next: Next) -> Response {
     let answered = tokio::time::timeout(MAX_TIME, next.run(request)).await;
     let mut response = answered.unwrap_or_else(|_| StatusCode::REQUEST_TIMEOUT.into_response());
-    for (name, value) in SECURITY {
-        response.headers_mut().insert(HeaderName::from_static(name), HeaderValue::from_static(value));
-    }
+    secure::add_headers(&mut response, POLICY);
     response
 }
 
