@@ -1,6 +1,12 @@
 //! The paths of the server.
 
-use super::{app::App, body::MAX_IMAGE, guard, images, refusal::Refusal, texts};
+use super::{
+    app::App,
+    body::{MAX_IMAGE, MAX_TEXTS},
+    guard, images,
+    refusal::Refusal,
+    texts,
+};
 use crate::serve::secure;
 use axum::{
     Router,
@@ -47,7 +53,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/openapi.json", get(|| async { ([(header::CONTENT_TYPE, "application/json")], OPENAPI.as_str()) }))
         .route("/v1/models", get(models))
         .route("/v1/models/{name}", get(model))
-        .route("/v1/images/generations", post(images::generate))
+        .route("/v1/images/generations", post(images::generate).layer(DefaultBodyLimit::max(MAX_TEXTS)))
         .route("/v1/captions", post(texts::captions))
         .route("/v1/answers", post(texts::answers))
         .route("/v1/scores", post(texts::scores))

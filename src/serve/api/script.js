@@ -274,7 +274,7 @@ async function score() {
 
 // History.
 
-function history() {
+function stored() {
     try {
         const found = JSON.parse(localStorage.getItem(HISTORY) || "[]");
         return Array.isArray(found) ? found : [];
@@ -284,7 +284,7 @@ function history() {
 }
 
 function remember(entry) {
-    const entries = [entry, ...history()].slice(0, KEPT);
+    const entries = [entry, ...stored()].slice(0, KEPT);
     // A browser keeps some megabytes; the oldest images go first.
     while (entries.length) {
         try {
@@ -299,7 +299,7 @@ function remember(entry) {
 }
 
 function showHistory() {
-    const entries = history();
+    const entries = stored();
     $("clear").hidden = !entries.length;
     $("history").replaceChildren(...entries.map(({ prompt, time, images }) => {
         const thumb = (image) => make("button", { type: "button", onclick: () => enlarge(image, prompt) }, make("img", { src: image.url, alt: prompt }));

@@ -87,7 +87,8 @@ impl<'m> Worker<'m> {
             }
             self.forget_unwanted()?;
             self.answer_one();
-            if let Err(error) = self.begin().and_then(|()| self.step()) {
+            self.begin();
+            if let Err(error) = self.step() {
                 report::error(&error);
                 self.give_up(Failure::Broken);
                 self.running = RunningImages::new(self.models)?;
@@ -143,20 +144,25 @@ impl<'m> Worker<'m> {
     }
 
     /// Begins images in the order of their requests while there is room.
-    fn begin(&mut self) -> Result<()> {
+    fn begin(&mut self) {
         while self.members.len() < self.room {
             let Some(waiting) = self.images.front_mut() else { break };
             let (work, number) = (waiting.work.clone(), waiting.begun);
-            (waiting.begun, _) = (number + 1, waiting.places.give_back_one());
+            waiting.begun += 1;
+            waiting.places.give_back_one();
             if waiting.begun == work.requests.len() {
                 self.images.pop_front();
             }
             let Some(request) = work.requests.get(number).cloned() else { continue };
-            self.running.join(self.next_id, request, work.sampling)?;
+            if let Err(error) = self.running.join(self.next_id, request, work.sampling) {
+                // The other images go on.
+                report::error(&error);
+                let _ = work.events.send(Event::Failed(Failure::Broken));
+                continue;
+            }
             self.members.insert(self.next_id, (work, number));
             self.next_id += 1;
         }
-        Ok(())
     }
 
     /// One more code for each image; sends what is complete.
