@@ -347,6 +347,9 @@ fn wrong_requests_are_refused_and_say_why() {
     let chunked = server
         .send(&format!("POST /v1/captions HTTP/1.1\r\n{head}\r\nTransfer-Encoding: chunked\r\n\r\n{chunk}0\r\n\r\n"));
     assert_eq!(chunked.status, 413, "{}", chunked.head);
+    let chunk = format!("{:x}\r\n{}\r\n", 70 << 10, "x".repeat(70 << 10));
+    let chunked = format!("POST {path} HTTP/1.1\r\n{head}\r\nTransfer-Encoding: chunked\r\n\r\n{chunk}0\r\n\r\n");
+    assert_eq!(server.send(&chunked).status, 413);
     assert_eq!(server.send(&Server::request(path, "", "{\"prompt\":\"\\ud800\"}")).status, 400);
     let form = server.send(&format!(
         "POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 8\r\n\r\nprompt=a"
@@ -415,9 +418,8 @@ fn other_sites_and_wrong_tokens_are_kept_out() {
     }
     // From the environment; and the warning of a server that is open to others.
     let mut command = vilg(&["serve", "--port", "0", "--host", "0.0.0.0", "--model", "model"]);
-    let mut child =
-        command.current_dir(folder.path()).env("VILG_SERVE_TOKEN", "0123456789abcdef").stderr(Stdio::piped());
-    let mut child = child.stdout(Stdio::piped()).spawn().unwrap();
+    command.current_dir(folder.path()).env("VILG_SERVE_TOKEN", "0123456789abcdef");
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut url = String::new();
     BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut url).unwrap();
     let port = url.trim().trim_end_matches('/').rsplit(':').next().unwrap().to_owned();
