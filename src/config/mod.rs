@@ -136,6 +136,9 @@ pub struct ImageTokenizer {
     pub l2_weight: f64,
     /// Steps after which an unused code is replaced by an encoder output (dead code restart). 0 (default): never.
     pub restart_after: u64,
+    /// Share of the training images whose color channels are permuted at random (augmentation): in most data some hues
+    /// are rare, and a tokenizer then shows them as gray. Default 0.
+    pub channel_permutation: f64,
     /// Weight of the KL divergence from the uniform distribution over codes (quantizer `gumbel`). Default 5e-4.
     pub kl_weight: f64,
     /// First and last temperature of the Gumbel softmax (quantizer `gumbel`). Default [1.0, 0.0625].
@@ -331,6 +334,7 @@ impl Default for ImageTokenizer {
             l1_weight: 0.0,
             l2_weight: 1.0,
             restart_after: 0,
+            channel_permutation: 0.0,
             kl_weight: 5e-4,
             temperature: [1.0, 0.0625],
             temperature_steps: 100_000,

@@ -168,6 +168,8 @@ fn image_tokenizer(check: &mut Check, t: &ImageTokenizer) {
         "be false with codebook_decay",
         "an EMA codebook has no codebook loss for beta to weight",
     );
+    let share = [("channel_permutation", t.channel_permutation)];
+    check.within("image_tokenizer", &share, 0.0, 1.0, "0.4 keeps rare hues");
     let share = [("discriminator_ceiling", t.discriminator_ceiling)];
     check.within(
         "image_tokenizer",
@@ -340,6 +342,7 @@ mod tests {
             "image_tokenizer.discriminator_channels=0",
             "image_tokenizer.discriminator_layers=9",
             "image_tokenizer.lecam_weight=nan",
+            "image_tokenizer.channel_permutation=1.5",
             "image_tokenizer.discriminator_ceiling=0.4",
             "model.layers=0",
             "model.heads=7",
