@@ -212,6 +212,13 @@ impl ImageTokenizer {
         (side, side)
     }
 
+    /// Whether a term of the loss begins at this step (counted from 1), so that losses before and after are not comparable.
+    pub fn loss_changes_at(&self, step: u64) -> bool {
+        let starts =
+            [(self.perceptual_weight, self.perceptual_start), (self.adversarial_weight, self.adversarial_start)];
+        starts.iter().any(|(weight, start)| *weight > 0.0 && *start + 1 == step)
+    }
+
     /// Whether the codebook is updated by moving averages of latents (EMA) instead of gradients.
     pub fn codebook_is_averaged(&self) -> bool {
         self.quantizer == QuantizerKind::Nearest && self.codebook_decay > 0.0

@@ -252,6 +252,10 @@ impl Task for ImageTokenizerTask {
         Ok(metrics)
     }
 
+    fn loss_changes_at(&self, step: u64) -> bool {
+        self.config.image_tokenizer.loss_changes_at(step)
+    }
+
     fn validate(&mut self, step: u64, batch: u64, shards: &mut Shards) -> Result<StepMetrics> {
         let samples = self.data_loader.validation(batch)?.swap_remove(0);
         let seen = self.pass(samples, step, None, shards)?;
