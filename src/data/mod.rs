@@ -1,7 +1,8 @@
 //! Data sets: finds samples, indexes them, reads them in a reproducible order, and delivers them in batches.
 //!
 //! Reading order: `paths` and `tar` find and index shards, [`Dataset`] holds them, [`Sampler`] gives the sample at each
-//! position, [`Record`] is one sample, [`Loader`] reads ahead in threads. A damaged sample is a [`Bad`], counted in
+//! position, [`Record`] is one sample, [`Loader`] reads ahead in threads. `remote_source` opens remote shards through a
+//! cache, and `read_ahead` downloads those that the next batches need. A damaged sample is a [`Bad`], counted in
 //! [`BadCounts`].
 
 mod bad;

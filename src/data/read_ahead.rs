@@ -23,11 +23,11 @@ const MAX_HELD: usize = 512;
 /// Source and shard, as numbers.
 type Key = (usize, usize);
 
-/// Bytes of the cache of remote shards that the shards in use take at most: all of them in random order, otherwise those
-/// in which a buffer of `data.shuffle_buffer` samples of each of `streams` streams lies. 0: there are no remote shards.
+/// Checks that the remote shards in use fit into the cache: all of them in random order, otherwise those in which a buffer
+/// of `data.shuffle_buffer` samples of each of `streams` streams lies. `ranks` share the cache.
 ///
 /// # Errors
-/// They do not fit into the cache; `ranks` is the number of ranks that share it, for the message.
+/// They do not fit.
 pub fn check_cache(dataset: &Dataset, config: &config::Data, streams: usize, ranks: usize) -> Result<()> {
     let Some(cache) = dataset.cache() else { return Ok(()) };
     let (max, gb) = (cache.max_bytes(), |bytes: u64| (bytes as f64 / 1e7).ceil() / 100.0);
@@ -77,9 +77,13 @@ fn spare(config: &config::Data) -> u64 {
     config.workers as u64 + 1
 }
 
-/// Bytes of the cache that each of `ranks` ranks may hold.
+/// Bytes of the cache that each of `ranks` ranks may hold; without limit if all shards fit.
 fn budget(dataset: &Dataset, config: &config::Data, ranks: usize) -> Option<u64> {
-    let max = dataset.cache()?.max_bytes() / ranks.max(1) as u64;
+    let max = dataset.cache()?.max_bytes();
+    if dataset.sources.iter().flat_map(|source| &source.shards).map(bytes).sum::<u64>() <= max {
+        return Some(u64::MAX);
+    }
+    let max = max / ranks.max(1) as u64;
     let largest = dataset.sources.iter().flat_map(|source| &source.shards).map(bytes).max()?;
     Some(max.saturating_sub(spare(config) * largest))
 }
