@@ -24,7 +24,7 @@ const MAX_HELD: usize = 512;
 type Key = (usize, usize);
 
 /// Checks that the remote shards in use fit into the cache: all of them in random order, otherwise those in which a buffer
-/// of `data.shuffle_buffer` samples of each of `streams` streams lies. `ranks` share the cache.
+/// of `data.shuffle_buffer` samples of each of `streams` streams is. `ranks` share the cache.
 ///
 /// # Errors
 /// They do not fit.

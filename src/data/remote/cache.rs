@@ -79,9 +79,9 @@ impl Cache {
         self.folder.get(shard, &AtomicBool::new(false), true)
     }
 
-    /// Runs `job` in a background thread of the cache, after the jobs before it. Its argument is set when the cache is closed.
-    pub(in crate::data) fn in_background(&self, job: impl FnOnce(&AtomicBool) + Send + 'static) {
-        self.prefetch.add(Box::new(job));
+    /// Runs `task` in a background thread of the cache, after the tasks before it. Its argument is set when the cache is closed.
+    pub(in crate::data) fn in_background(&self, task: impl FnOnce(&AtomicBool) + Send + 'static) {
+        self.prefetch.add(Box::new(task));
     }
 
     /// Downloads shards in the background, in this order. Errors appear when the shard is wanted. The shards may be removed

@@ -13,14 +13,14 @@ use std::{
 const THREADS: usize = 4;
 
 /// A download; its argument is set when the cache is closed.
-pub type Job = Box<dyn FnOnce(&AtomicBool) + Send>;
+pub type Task = Box<dyn FnOnce(&AtomicBool) + Send>;
 
 /// The threads of a cache; they end when this is dropped. A download that is in progress is resumed by the next process.
 #[derive(Default)]
 pub struct Prefetch {
     stop: Arc<AtomicBool>,
     /// Made at first use.
-    queue: Mutex<Option<Sender<Job>>>,
+    queue: Mutex<Option<Sender<Task>>>,
 }
 
 impl std::fmt::Debug for Prefetch {
@@ -30,14 +30,14 @@ impl std::fmt::Debug for Prefetch {
 }
 
 impl Prefetch {
-    /// Adds a job at the end of the queue.
-    pub fn add(&self, job: Job) {
+    /// Adds a task at the end of the queue.
+    pub fn add(&self, task: Task) {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         // It fails only if all threads have ended.
-        let _ = queue.get_or_insert_with(|| self.start()).send(job);
+        let _ = queue.get_or_insert_with(|| self.start()).send(task);
     }
 
-    fn start(&self) -> Sender<Job> {
+    fn start(&self) -> Sender<Task> {
         let (sender, receiver) = channel();
         let receiver = Arc::new(Mutex::new(receiver));
         for _ in 0..THREADS {
@@ -54,13 +54,13 @@ impl Drop for Prefetch {
     }
 }
 
-fn run(receiver: &Mutex<Receiver<Job>>, stop: &AtomicBool) {
+fn run(receiver: &Mutex<Receiver<Task>>, stop: &AtomicBool) {
     loop {
         let next = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(job) = next else { return };
+        let Ok(task) = next else { return };
         if stop.load(Ordering::Relaxed) {
             return;
         }
-        job(stop);
+        task(stop);
     }
 }

@@ -199,7 +199,7 @@ fn what_the_cache_cannot_do_is_refused() {
     let cases = [
         (gb(12.5), vec![], "read at random from"),
         (gb(8.5), vec!["data.shuffle_buffer=2"], "streams read shards of up to"),
-        (gb(0.5), vec!["data.shuffle_buffer=2"], "larger than the cache"),
+        (gb(0.5), vec!["data.shuffle_buffer=2", "data.cache_dir=\"fresh\""], "larger than the cache"),
         ("data.cache_gb=0".to_owned(), vec![], "cache_gb"),
     ];
     for (cache, sets, what) in cases {
@@ -235,8 +235,8 @@ fn refusals_of_a_server_end_a_run() {
         let server =
             serve(at.into(), move |request, _| request.path.starts_with("/codes/00007").then(|| Reply::status(status)));
         let url = format!("{}/codes/{{00000..{:05}}}.tar", server.url, SHARDS - 1);
-        for sets in [&["data.shuffle_buffer=2"][..], &[]] {
-            let (code, text) = refused(train(at, "refused", &url, sets));
+        for (order, sets) in [("sequential", &["data.shuffle_buffer=2"][..]), ("random", &[])] {
+            let (code, text) = refused(train(at, &format!("{order}-{status}"), &url, sets));
             let expected = format!("/codes/00007.tar: the server answered {status}");
             assert!(code == Some(1) && text.contains(&expected) && text.contains(hint), "{text}");
         }
@@ -276,7 +276,20 @@ fn other_commands_read_remote_shards_too() {
     assert_eq!((&inspected["samples"], &inspected["pictures"]), (&48.into(), &48.into()), "{inspected}");
     for (out, source) in [("encoded", url.as_str()), ("encoded-local", "pairs")] {
         run(&["data", "encode", source, "--model", "tokenizer", "-o", out]);
-        run(&["data", "filter", source, "--image-distance", "0", "--min-side", "0", "-o", &format!("{out}-kept")]);
+        run(&[
+            "data",
+            "filter",
+            source,
+            "--image-distance",
+            "0",
+            "--min-side",
+            "0",
+            "--keep-without-noun",
+            "--max-caption-repeats",
+            "0",
+            "-o",
+            &format!("{out}-kept"),
+        ]);
         run(&["data", "vocab", source, "-o", &format!("{out}.txt")]);
         run(&["data", "build", source, "-o", &format!("{out}-built")]);
     }
