@@ -96,7 +96,11 @@ impl Folder {
         let slot = slot(&self.path, &key);
         let mut renew = renew;
         let reserve = |bytes: u64| {
-            let take = || Ok(File::options().write(true).open(&slot.part)?.set_len(bytes)?);
+            let hint = "free some space on the disk, or set data.cache_dir (--cache-dir) to another folder";
+            let take = || {
+                let grown = File::options().write(true).open(&slot.part).and_then(|part| part.set_len(bytes));
+                grown.hint(format_args!("cannot write {}", slot.part.display()), hint)
+            };
             make_room(&self.path, self.max_bytes, &key, bytes, take).with_context(|| shard.url())
         };
         loop {
