@@ -73,6 +73,13 @@ fn data(check: &mut Check, data: &Data) {
         "name JSON fields of the samples, or leave the list empty",
     );
     check.within("data", &[("max_bad_ratio", data.max_bad_ratio)], 0.0, 1.0, "0.05 stops at more than 5 % bad samples");
+    let ok = data.cache_gb > 0.0 && data.cache_gb <= 1e6;
+    check.that(
+        ok,
+        "data.cache_gb",
+        "be above 0, at most 1e6",
+        "the disk space for remote shards, in GB: 100 is the default",
+    );
 }
 
 fn text(check: &mut Check, text: &Text) {

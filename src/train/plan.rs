@@ -3,7 +3,7 @@
 use super::sizes::Sizes;
 use crate::{
     config::{self, Config},
-    data::{self, Dataset, Kind},
+    data::{self, Dataset, Kind, remote::is_remote},
     error::Result,
 };
 use serde::Serialize;
@@ -46,7 +46,8 @@ pub fn plan_without(config: &Config, sizes: &Sizes) -> Result<(Plan, Vec<String>
     let mut here = config.data.clone();
     let mut missing = Vec::new();
     for source in std::mem::take(&mut here.sources) {
-        if data::is_there(&source.path)? {
+        // Remote shards would be downloaded to count their samples.
+        if !is_remote(&source.path) && data::is_there(&source.path)? {
             here.sources.push(source);
         } else {
             missing.push(source.path);
