@@ -10,7 +10,7 @@ use super::{
 use crate::{
     bounded_read,
     config::{Lora, LoraTarget, Task},
-    error::{Context, Hint, Result, ensure, failed, usage},
+    error::{Context, Hint, Result, ensure, failed, plain, usage},
     nn::{
         lora,
         weights::{self, Piece, Values},
@@ -86,7 +86,8 @@ impl Adapter {
         let path = folder.join(ADAPTER_CONFIG);
         ensure!(path.exists(), usage(format_args!("{} has no {ADAPTER_CONFIG}", folder.display()), HINT));
         let text = bounded_read::read(&path, bounded_read::TEXT)?;
-        let stored: Stored = serde_json::from_slice(&text).hint(format_args!("{} is damaged", path.display()), HINT)?;
+        let stored: Stored =
+            serde_json::from_slice(&text).map_err(plain).hint(format_args!("{} is damaged", path.display()), HINT)?;
         let lora = stored.checked().with_context(|| path.display().to_string())?;
         let base = Base::read(&folder.join(ADAPTER_BASE))?;
         let path = folder.join(ADAPTER_WEIGHTS);
@@ -174,7 +175,7 @@ impl Base {
         }
         let name = path.display();
         let text = bounded_read::read(path, bounded_read::TEXT)?;
-        let base: Self = serde_json::from_slice(&text).hint(format_args!("{name} is damaged"), HINT)?;
+        let base: Self = serde_json::from_slice(&text).map_err(plain).hint(format_args!("{name} is damaged"), HINT)?;
         let what = format!("{name}: its format is {}, this program reads {FORMAT}", base.format);
         ensure!(base.format == FORMAT, failed(what, "use a newer version of vilg"));
         Ok(Some(base))

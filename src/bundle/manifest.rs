@@ -7,7 +7,7 @@
 
 use super::{CONFIG, VOCAB, WEIGHTS};
 use crate::{
-    error::{Context, Error, Hint, Result, ensure, failed},
+    error::{Context, Error, Hint, Result, ensure, failed, plain},
     report,
 };
 use serde::{Deserialize, Serialize};
@@ -81,7 +81,8 @@ impl Manifest {
     /// # Errors
     /// It is no manifest, or of a later version.
     pub fn parse(text: &[u8], name: &str) -> Result<Self> {
-        let manifest: Self = serde_json::from_slice(text).hint(format_args!("{name} is damaged"), HINT)?;
+        let manifest: Self =
+            serde_json::from_slice(text).map_err(plain).hint(format_args!("{name} is damaged"), HINT)?;
         let what = format!("{name}: its format is {}, this program reads {FORMAT}", manifest.format);
         ensure!(manifest.format == FORMAT, failed(what, "use a newer version of vilg"));
         // Nothing outside the folder, and nothing else in it, is ever opened on a manifest's word.
