@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     bounded_read,
-    config::{Lora, LoraTarget, Task},
+    config::{Lora, LoraTarget},
     error::{Context, Hint, Result, ensure, failed, plain, usage},
     nn::{
         lora,
@@ -199,7 +199,7 @@ impl Bundle {
     pub fn with_adapter(self, folder: &Path) -> Result<Self> {
         let (task, name) = (self.config.task, self.place.name());
         let what = format!("{name} is {}; adapters are for generators of two-stage training", task.model());
-        ensure!(task == Task::Generator, usage(what, "leave out --adapter"));
+        ensure!(task.has_adapters(), usage(what, "leave out --adapter"));
         let adapter = Adapter::open(folder)?;
         let bytes = self.place.weights()?;
         let stored = weights::stored(&bytes, &self.place.file(WEIGHTS), Dtype::F32)?;
