@@ -196,6 +196,7 @@ impl<'g> Shards<'g> {
         Ok(shards)
     }
 
+    /// The ranks that the shards are distributed over.
     pub fn group(&self) -> &'g Group {
         self.group
     }
