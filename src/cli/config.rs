@@ -65,7 +65,7 @@ impl Source {
 enum Example {
     /// Generator of the demo
     Emoji,
-    /// Image tokenizer of the demo (f = 4, no discriminator)
+    /// Image tokenizer of the demo (f = 8, no discriminator)
     EmojiTokenizer,
     /// Image tokenizer of the demo with VQGAN's perceptual and adversarial losses
     EmojiVqgan,

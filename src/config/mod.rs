@@ -251,13 +251,17 @@ pub struct Model {
     pub sandwich_norm: bool,
 }
 
+/// Attention of the layers over image codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AttentionKind {
+    /// Row, column and conv layers in the paper's order (arXiv 2102.12092, appendix B.1).
     Sparse,
+    /// All earlier codes, in every layer.
     Dense,
 }
 
+/// Image codes that a row layer attends to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RowExtent {
@@ -267,6 +271,7 @@ pub enum RowExtent {
     SameRow,
 }
 
+/// The neighborhood of a conv layer at the left and right border of the grid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ConvBorder {

@@ -5,8 +5,8 @@ use super::facts::field;
 /// Keeps freed memory in the process. A training step frees and allocates the same buffers again and again; glibc would
 /// return each to the kernel, and the page faults of using it again take a third of the time of a step.
 ///
-/// One arena for all threads, because glibc unmaps the empty heaps of the others whatever the threshold is, and maps
-/// each block beyond 64 MiB there anew. Threads allocate small blocks from caches of their own.
+/// One arena for all threads, because glibc unmaps the empty heaps of the others at any threshold, and maps each
+/// block beyond 64 MiB there anew. Threads allocate small blocks from caches of their own.
 pub fn keep_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: mallopt only sets allocator parameters; it is called before any other thread starts.

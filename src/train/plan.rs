@@ -22,6 +22,7 @@ pub struct Plan {
     pub epochs: Option<f64>,
 }
 
+/// What was found of a data source.
 #[derive(Debug, Serialize)]
 pub struct SourcePlan {
     pub path: String,
