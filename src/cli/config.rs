@@ -79,6 +79,10 @@ enum Example {
     /// The paper's second image tokenizer: DALL-E's dVAE, f = 8, 8192 codes
     #[value(name = "dvae-f8-8192")]
     DvaeF8,
+    /// A generator of scenes, poems and emoji of 128 x 128 pixels
+    Scenes,
+    /// Its image tokenizer
+    ScenesTokenizer,
     /// A small generator of scenes with a reconstructor of its own, trained end to end
     ScenesEndToEnd,
     /// Its two-stage twin
