@@ -2,35 +2,62 @@
 //!
 //! A link to `/dev/zero` never ends, and opening a FIFO waits for a writer that may never come.
 
-use crate::error::{Context, Result, ensure};
+use crate::error::{Context, Result, bail, ensure};
 use std::{
     fs::{File, OpenOptions},
-    io::Read,
+    io::{ErrorKind, Read},
+    os::unix::fs::{FileTypeExt, OpenOptionsExt},
     path::Path,
+    thread,
+    time::{Duration, Instant},
 };
 
 /// Maximum size of a text that a person wrote, such as a configuration or a licence, in bytes.
 pub const TEXT: u64 = 4 << 20;
 /// Maximum size of a vocabulary in bytes; the largest published vocabularies have about 10 MB.
 pub const VOCABULARY: u64 = 64 << 20;
+/// Time that a FIFO may take to be opened for writing.
+const WRITER: Duration = Duration::from_secs(3);
 
 /// Opens a regular file for reading. Symbolic links are followed.
 ///
 /// # Errors
 /// The file is missing, or it is a folder, device, socket or FIFO.
 pub fn open(path: &Path) -> Result<File> {
-    let mut options = OpenOptions::new();
-    options.read(true);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::OpenOptionsExt;
-        // Without this flag, opening a FIFO waits for a writer. Regular files ignore the flag.
-        options.custom_flags(libc::O_NONBLOCK);
-    }
-    let file = options.open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let file = open_any(path)?;
     let meta = file.metadata().with_context(|| format!("cannot open {}", path.display()))?;
     ensure!(meta.is_file(), "{} is not a regular file", path.display());
     Ok(file)
+}
+
+fn open_any(path: &Path) -> Result<File> {
+    // Without this flag, opening a FIFO waits for a writer. Regular files ignore the flag.
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .with_context(|| format!("cannot open {}", path.display()))
+}
+
+/// Reads a file, pipe or device of at most `limit` bytes. A FIFO that nobody opens for writing within 3 seconds is empty.
+///
+/// # Errors
+/// It is a folder, longer than `limit` bytes, or cannot be read.
+pub fn read_stream(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let (mut file, opened) = (open_any(path)?, Instant::now());
+    let is_fifo = file.metadata().is_ok_and(|meta| meta.file_type().is_fifo());
+    let (mut bytes, mut chunk) = (Vec::new(), vec![0; 64 << 10]);
+    while bytes.len() as u64 <= limit {
+        match file.read(&mut chunk) {
+            Ok(0) if !is_fifo || !bytes.is_empty() || opened.elapsed() > WRITER => return Ok(bytes),
+            Ok(read) if read > 0 => bytes.extend_from_slice(&chunk[..read]),
+            Err(e) if !matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                return Err(e).with_context(|| format!("cannot read {}", path.display()));
+            }
+            _ => thread::sleep(Duration::from_millis(5)),
+        }
+    }
+    bail!("{} is longer than {limit} bytes", path.display())
 }
 
 /// Reads a regular file of at most `limit` bytes.
@@ -81,5 +108,26 @@ mod tests {
         for path in [link, fifo] {
             assert!(read(&path, 10).unwrap_err().to_string().contains("not a regular file"));
         }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn streams_are_read_to_their_end_but_not_without_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, fifo) = (folder.path().join("file"), folder.path().join("fifo"));
+        assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        assert!(read_stream(&fifo, 10).unwrap().is_empty(), "nobody writes");
+        let writer = thread::spawn({
+            let fifo = fifo.clone();
+            move || std::fs::write(fifo, "0123456789").unwrap()
+        });
+        assert_eq!(read_stream(&fifo, 10).unwrap(), b"0123456789");
+        writer.join().unwrap();
+        std::fs::write(&file, "0123456789").unwrap();
+        assert_eq!(read_stream(&file, 10).unwrap(), b"0123456789");
+        for (path, limit) in [(file.as_path(), 9), (Path::new("/dev/zero"), 1 << 20)] {
+            assert!(read_stream(path, limit).unwrap_err().to_string().contains("longer than"));
+        }
+        assert!(read_stream(folder.path(), 10).is_err());
     }
 }

@@ -107,3 +107,54 @@ pub fn hint_of(error: &Error) -> Option<&str> {
 pub fn exit_of(error: &Error) -> Exit {
     advice(error).iter().find_map(|a| a.exit).unwrap_or(Exit::Failed)
 }
+
+/// The error of a parser (serde) without names of Rust types.
+pub fn plain(error: impl fmt::Display) -> Error {
+    anyhow!("{}", plain_words(&error.to_string()))
+}
+
+/// Replaces the names of Rust types in a message of serde by plain words.
+pub fn plain_words(message: &str) -> String {
+    const WORDS: [(&str, &str); 14] = [
+        ("usize", "a whole number >= 0"),
+        ("u64", "a whole number >= 0"),
+        ("u32", "a whole number >= 0"),
+        ("u8", "a whole number from 0 to 255"),
+        ("i64", "a whole number"),
+        ("f64", "a number"),
+        ("a boolean", "true or false"),
+        ("a string", "text in quotes"),
+        ("a sequence", "a list in [ ]"),
+        ("an array of length 2", "a list of 2 values"),
+        ("a tuple of size 2", "a list of 2 values"),
+        ("struct Source", "a table like { path = \"data/train\" }"),
+        ("a map", "a table"),
+        ("string or table", "text in quotes"),
+    ];
+    let Some((what, expected)) = message.rsplit_once(", expected ") else { return message.to_owned() };
+    // JSON and YAML end with the place.
+    let (expected, place) = expected.split_at(expected.find(" at line ").unwrap_or(expected.len()));
+    let section = expected.starts_with("struct ").then_some("a section of keys");
+    let known = WORDS.iter().find(|(rust, _)| *rust == expected).map(|(_, words)| *words).or(section);
+    format!("{what}, expected {}{place}", known.unwrap_or(expected))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_of_parsers_name_no_types_of_rust() {
+        #[derive(Debug, serde::Deserialize)]
+        struct Inner {
+            #[expect(dead_code, reason = "only parsed")]
+            number: u32,
+        }
+        let message = |text: &str| plain(serde_json::from_str::<Vec<Inner>>(text).unwrap_err()).to_string();
+        let number = "invalid type: string \"x\", expected a whole number >= 0 at line 1 column 15";
+        assert_eq!(message("[{\"number\": \"x\"}]"), number);
+        assert_eq!(message("[3]"), "invalid type: integer `3`, expected a section of keys at line 1 column 2");
+        assert_eq!(message("3"), "invalid type: integer `3`, expected a list in [ ] at line 1 column 1");
+        assert_eq!(message("["), "EOF while parsing a list at line 1 column 1");
+    }
+}

@@ -20,4 +20,4 @@ pub use memory::{keep_memory, peak_bytes, resident_bytes, restart_peak};
 pub use processor::amd;
 pub use processor::{amx_bf16, want_amx};
 pub use signals::is_ignored;
-pub use threads::{on_threads, start_threads, with_threads};
+pub use threads::{allowed_processors, on_threads, start_threads, with_threads};

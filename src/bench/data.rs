@@ -2,7 +2,7 @@
 
 use crate::{
     config,
-    data::{Dataset, Kind, Loader, Sampler, are_codes},
+    data::{Dataset, Kind, Loader, Sampler, are_codes, check_cache},
     error::Result,
 };
 use serde::Serialize;
@@ -35,12 +35,13 @@ pub struct Speed {
 /// # Errors
 /// A source has no samples, or too many samples are bad.
 pub fn data(reading: &Reading) -> Result<[Speed; 2]> {
-    let kind = if reading.data.sources.iter().all(|source| are_codes(&source.path)) {
+    let kind = if reading.data.sources.iter().all(|source| are_codes(&source.path, &reading.data)) {
         Kind::Codes
     } else {
         Kind::Pairs(reading.image_size)
     };
     let dataset = Arc::new(Dataset::open(&reading.data, kind)?);
+    check_cache(&dataset, &reading.data, reading.batch, 1)?;
     let random = config::Data { shuffle_buffer: 0, ..reading.data.clone() };
     let mut speeds = [("random", Vec::new()), ("sequential", Vec::new())];
     for _ in 0..reading.repeat {
@@ -64,7 +65,7 @@ fn read(dataset: &Arc<Dataset>, data: &config::Data, reading: &Reading) -> Resul
     };
     let start = Instant::now();
     let mut loader =
-        Loader::new(dataset, data, sampler, reading.batch, std::iter::once(0..reading.batch).collect(), 0)?;
+        Loader::new(dataset, data, sampler, reading.batch, std::iter::once(0..reading.batch).collect(), 0, 1)?;
     let mut samples = 0;
     while samples < reading.samples {
         samples += loader.next_batch()?.len() as u64;

@@ -9,8 +9,8 @@ use super::{
 };
 use crate::{
     bounded_read,
-    config::{Lora, LoraTarget, Task},
-    error::{Context, Hint, Result, ensure, failed, usage},
+    config::{Lora, LoraTarget},
+    error::{Context, Hint, Result, ensure, failed, plain, usage},
     nn::{
         lora,
         weights::{self, Piece, Values},
@@ -86,7 +86,8 @@ impl Adapter {
         let path = folder.join(ADAPTER_CONFIG);
         ensure!(path.exists(), usage(format_args!("{} has no {ADAPTER_CONFIG}", folder.display()), HINT));
         let text = bounded_read::read(&path, bounded_read::TEXT)?;
-        let stored: Stored = serde_json::from_slice(&text).hint(format_args!("{} is damaged", path.display()), HINT)?;
+        let stored: Stored =
+            serde_json::from_slice(&text).map_err(plain).hint(format_args!("{} is damaged", path.display()), HINT)?;
         let lora = stored.checked().with_context(|| path.display().to_string())?;
         let base = Base::read(&folder.join(ADAPTER_BASE))?;
         let path = folder.join(ADAPTER_WEIGHTS);
@@ -174,7 +175,7 @@ impl Base {
         }
         let name = path.display();
         let text = bounded_read::read(path, bounded_read::TEXT)?;
-        let base: Self = serde_json::from_slice(&text).hint(format_args!("{name} is damaged"), HINT)?;
+        let base: Self = serde_json::from_slice(&text).map_err(plain).hint(format_args!("{name} is damaged"), HINT)?;
         let what = format!("{name}: its format is {}, this program reads {FORMAT}", base.format);
         ensure!(base.format == FORMAT, failed(what, "use a newer version of vilg"));
         Ok(Some(base))
@@ -198,7 +199,7 @@ impl Bundle {
     pub fn with_adapter(self, folder: &Path) -> Result<Self> {
         let (task, name) = (self.config.task, self.place.name());
         let what = format!("{name} is {}; adapters are for generators of two-stage training", task.model());
-        ensure!(task == Task::Generator, usage(what, "leave out --adapter"));
+        ensure!(task.has_adapters(), usage(what, "leave out --adapter"));
         let adapter = Adapter::open(folder)?;
         let bytes = self.place.weights()?;
         let stored = weights::stored(&bytes, &self.place.file(WEIGHTS), Dtype::F32)?;

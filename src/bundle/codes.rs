@@ -31,6 +31,7 @@ const TRAINING_KEYS: &[&str] = &[
     "discriminator_layers",
     "discriminator_ceiling",
     "lecam_weight",
+    "channel_permutation",
 ];
 
 /// The settings beside weights and their shapes that say what codes are, as text.

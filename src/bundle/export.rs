@@ -26,7 +26,7 @@ impl Bundle {
     pub fn export(&self, folder: &Path, dtype: Dtype, changes: &Changes, force: bool) -> Result<()> {
         let (task, Changes { tokenizer, two_stage }) = (self.config.task, *changes);
         let what = format!("{} is {}, without an end-to-end reconstructor", self.place.name(), task.model());
-        ensure!(!two_stage || task == Task::EndToEnd, usage(what, "leave out --two-stage"));
+        ensure!(!two_stage || task.has_reconstructor(), usage(what, "leave out --two-stage"));
         let hint = "name a generator's folder, or leave it out";
         let what = format_args!("{} has no image tokenizer in it", task.model());
         ensure!(task.is_generator() || tokenizer.is_none(), usage(what, hint));
@@ -54,7 +54,7 @@ impl Bundle {
         let parts = Parts {
             config: &config,
             weights,
-            vocab: if task == Task::ImageTokenizer { None } else { Some(self.vocab()?) },
+            vocab: task.has_vocabulary().then(|| self.vocab()).transpose()?,
             attribution: self.attribution(),
             image_tokenizer: tokenizer,
         };

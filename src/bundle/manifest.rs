@@ -7,7 +7,7 @@
 
 use super::{CONFIG, VOCAB, WEIGHTS};
 use crate::{
-    error::{Context, Error, Hint, Result, ensure, failed},
+    error::{Context, Error, Hint, Result, ensure, failed, plain},
     report,
 };
 use serde::{Deserialize, Serialize};
@@ -37,7 +37,7 @@ pub fn allow_mismatch() {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Manifest {
     format: u32,
-    /// Which program wrote the folder.
+    /// The program that wrote the folder, with its version and commit.
     written_by: String,
     files: BTreeMap<String, Part>,
     /// Fingerprint of the codes of the image tokenizer: this one, or the one that a generator was trained with.
@@ -73,7 +73,7 @@ impl Manifest {
     /// The manifest of a folder with these files.
     pub fn new<'a>(files: impl IntoIterator<Item = (&'a str, &'a [u8])>, codes: String) -> Self {
         let files = files.into_iter().map(|(name, bytes)| (name.to_owned(), Part::of(bytes))).collect();
-        Self { format: FORMAT, written_by: concat!("vilg ", env!("CARGO_PKG_VERSION")).into(), files, codes }
+        Self { format: FORMAT, written_by: format!("vilg {}", report::version()), files, codes }
     }
 
     /// Reads the text of a manifest; `name` is its file's name in messages.
@@ -81,7 +81,8 @@ impl Manifest {
     /// # Errors
     /// It is no manifest, or of a later version.
     pub fn parse(text: &[u8], name: &str) -> Result<Self> {
-        let manifest: Self = serde_json::from_slice(text).hint(format_args!("{name} is damaged"), HINT)?;
+        let manifest: Self =
+            serde_json::from_slice(text).map_err(plain).hint(format_args!("{name} is damaged"), HINT)?;
         let what = format!("{name}: its format is {}, this program reads {FORMAT}", manifest.format);
         ensure!(manifest.format == FORMAT, failed(what, "use a newer version of vilg"));
         // Nothing outside the folder, and nothing else in it, is ever opened on a manifest's word.
@@ -163,5 +164,13 @@ mod tests {
         }
         assert!(Manifest::parse(text.replace("\"format\":1", "\"format\":2").as_bytes(), "m").is_err());
         assert!(Manifest::parse(b"{}", "m").is_err());
+        let error = format!("{:#}", Manifest::parse(b"{\"format\": \"one\"}", "m").unwrap_err());
+        assert!(error.contains("expected a whole number"), "{error}");
+    }
+
+    #[test]
+    fn the_version_and_commit_of_the_program_are_recorded() {
+        let manifest = serde_json::to_value(Manifest::new([], String::new())).unwrap();
+        assert_eq!(manifest["written_by"], format!("vilg {}", report::version()));
     }
 }

@@ -180,8 +180,7 @@ impl Bundle {
     /// It is of another task.
     pub fn expect(&self, task: Task) -> Result<()> {
         let what = format!("{} is {}, not {}", self.place.name(), self.config.task.model(), task.model());
-        let is = self.config.task == task || task == Task::Generator && self.config.task.is_generator();
-        ensure!(is, usage(what, task.hint()));
+        ensure!(self.config.task.serves_as(task), usage(what, task.hint()));
         Ok(())
     }
 

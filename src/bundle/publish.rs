@@ -11,6 +11,7 @@ use crate::{
     error::{Context, Result, bail, ensure, usage},
     eval::fid::INCEPTION_FILE,
     nn::weights,
+    runtime::sync_folder,
     tokenizer::perceptual,
 };
 use std::{
@@ -41,15 +42,15 @@ pub(super) fn folder(folder: &Path, force: bool, write: impl FnOnce(&Path) -> Re
     if target.holds_current_folder()? {
         // Renaming the current folder away would leave the caller's shell in a deleted one.
         let place = Staging::create(&target.path, OsStr::new("new"), create_folder).with_context(cannot)?;
-        write(&place.path).with_context(cannot)?;
+        write(&place.path).and_then(|()| sync(&place.path)).with_context(cannot)?;
         return exchange_entries(&target.path, &place.path).with_context(cannot);
     }
     fs::create_dir_all(&target.parent).with_context(cannot)?;
     let place = Staging::create(&target.parent, &target.name, create_folder).with_context(cannot)?;
-    write(&place.path).with_context(cannot)?;
+    write(&place.path).and_then(|()| sync(&place.path)).with_context(cannot)?;
     // Again: writing took its time.
     target.check(|| check_folder(&target.path, force))?;
-    exchange(&target, &place.path).with_context(cannot)
+    exchange(&target, &place.path).and_then(|()| sync_folder(&target.parent)).with_context(cannot)
 }
 
 /// Has `write` fill a new file, which then takes the place of the safetensors file `file`.
@@ -198,6 +199,19 @@ fn unguessable(parent: &Path, name: &OsStr) -> PathBuf {
     hidden.push(name);
     hidden.push(format!(".{key:016x}.tmp"));
     parent.join(hidden)
+}
+
+/// Waits until a folder and all that is in it is on the disk, so that a crash of the machine leaves no name without its
+/// content.
+fn sync(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        match entry.file_type()?.is_dir() {
+            true => sync(&entry.path())?,
+            false => File::open(entry.path())?.sync_all()?,
+        }
+    }
+    sync_folder(folder)
 }
 
 /// Renames `new` to the target; what was there is renamed away first, and deleted afterwards.

@@ -1,5 +1,6 @@
 //! `vilg bench`
 
+use super::cache::CacheOptions;
 use crate::{
     bench::{self, Report, SHAPES, Shape, attention::Cost},
     config::{self, AttentionKind, Precision},
@@ -62,6 +63,8 @@ struct DataArgs {
     /// Number of timed repetitions; the median is reported
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..), allow_negative_numbers = true)]
     repeat: u16,
+    #[command(flatten)]
+    cache: CacheOptions,
 }
 
 #[derive(clap::Args)]
@@ -147,7 +150,7 @@ fn run_data(args: DataArgs, json: bool) -> Result<()> {
     let sources = args.sources.into_iter().map(|path| config::Source { path, weight: 1.0 }).collect();
     let (workers, shuffle_buffer) = (args.workers.into(), args.shuffle_buffer as usize);
     let speeds = bench::data::data(&bench::data::Reading {
-        data: config::Data { sources, workers, shuffle_buffer, ..config::Data::default() },
+        data: config::Data { sources, workers, shuffle_buffer, ..args.cache.data() },
         image_size: args.image_size,
         batch: args.batch.into(),
         samples: args.samples,

@@ -65,7 +65,7 @@ impl Source {
 enum Example {
     /// Generator of the demo
     Emoji,
-    /// Image tokenizer of the demo (f = 4, no discriminator)
+    /// Image tokenizer of the demo (f = 8, no discriminator)
     EmojiTokenizer,
     /// Image tokenizer of the demo with VQGAN's perceptual and adversarial losses
     EmojiVqgan,
@@ -79,6 +79,10 @@ enum Example {
     /// The paper's second image tokenizer: DALL-E's dVAE, f = 8, 8192 codes
     #[value(name = "dvae-f8-8192")]
     DvaeF8,
+    /// A generator of scenes, poems and emoji of 128 x 128 pixels
+    Scenes,
+    /// Its image tokenizer
+    ScenesTokenizer,
     /// A small generator of scenes with a reconstructor of its own, trained end to end
     ScenesEndToEnd,
     /// Its two-stage twin

@@ -3,7 +3,10 @@
 
 use crate::{
     config::Config,
-    data,
+    data::{
+        self,
+        remote::{self, is_remote},
+    },
     train::tasks::{self, FileKind, InputFile},
 };
 use std::path::Path;
@@ -27,6 +30,11 @@ impl Found {
         let sources = config.data.sources.iter().map(|source| ("data.sources", &source.path));
         let validation = Some(("data.validation", &config.data.validation)).filter(|(_, path)| !path.is_empty());
         for (key, path) in sources.chain(validation) {
+            if is_remote(path) {
+                // Its server is asked when the run starts.
+                found.wrong.extend(remote::check(path).err().map(|error| format!("`{key}`: {error:#}")));
+                continue;
+            }
             match data::is_there(path) {
                 Ok(true) => {}
                 Ok(false) => found.missing.push(format!("`{key}`: {path} does not exist")),

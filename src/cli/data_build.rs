@@ -1,6 +1,6 @@
 //! `vilg data build`
 
-use super::output;
+use super::{cache::CacheOptions, output};
 use crate::{
     data::{
         Cause,
@@ -54,6 +54,8 @@ pub struct Args {
     /// Number of rows of a shard
     #[arg(long, default_value_t = 10_000, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     samples_per_shard: u64,
+    #[command(flatten)]
+    cache: CacheOptions,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
@@ -64,6 +66,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         images: args.images,
         split: args.split.clone(),
         columns: columns.clone(),
+        cache: args.cache.data(),
     };
     let format = args.format.map_or_else(|| guess(&request), Ok)?;
     let message = format!("{} is not a table but has the format {format}", args.source);

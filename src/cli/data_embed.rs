@@ -1,13 +1,14 @@
 //! `vilg data embed`
 
-use super::model::MatcherOption;
+use super::{cache::CacheOptions, model::MatcherOption};
 use crate::{
     config,
     data::{Embedder, Shard, Source, embeddings::PairEmbedder},
     dist,
-    error::{Result, ensure, failed},
+    error::{Result, ensure, failed, usage},
     report,
 };
+use std::path::PathBuf;
 
 /// Embed the images and captions of shards with a matcher. Run the same command again to resume
 #[derive(clap::Args)]
@@ -24,17 +25,31 @@ pub struct Args {
     sources: Vec<String>,
     #[command(flatten)]
     matcher: MatcherOption,
+    /// Folder to write to, under the names of the shards; by default beside the shards. Remote shards need it
+    #[arg(short, long, value_name = "DIR")]
+    output: Option<PathBuf>,
     /// Batch size: number of samples that are read together
     #[arg(long, default_value_t = 128, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     batch: u16,
     /// Stop when more than this share of the samples is bad, from 0 to 1 (0: stop at the first bad sample)
     #[arg(long, default_value_t = config::Data::default().max_bad_ratio, value_name = "RATIO")]
     max_bad_ratio: f64,
+    #[command(flatten)]
+    cache: CacheOptions,
 }
 
 pub fn run(args: &Args, json: bool) -> Result<()> {
     let (bundle, matching) = args.matcher.load()?;
-    let sources = args.sources.iter().map(|path| Source::open(path, 1.0)).collect::<Result<Vec<_>>>()?;
+    let cache = args.cache.data();
+    let sources = args.sources.iter().map(|path| Source::open_with(path, 1.0, &cache)).collect::<Result<Vec<_>>>()?;
+    if let Some(source) = sources.iter().find(|source| source.shards.iter().any(|shard| shard.remote_file().is_some()))
+        && args.output.is_none()
+    {
+        return Err(usage(
+            format_args!("`{}` is remote: embeddings cannot be written there", source.path),
+            "name a folder with -o",
+        ));
+    }
     let place = dist::place()?;
     let (rank, world_size) = place.map_or((0, 1), |place| (place.rank, place.world_size));
     let embedder = Embedder {
@@ -42,6 +57,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
             digest: bundle.matcher_digest()?,
             image_size: matching.image_size(),
             embedding: matching.embedding(),
+            folder: args.output.clone(),
             embed: &|images, texts| matching.embed_pairs(images, texts),
         },
         batch_size: args.batch.into(),

@@ -1,6 +1,6 @@
 //! `vilg data encode`
 
-use super::output;
+use super::{cache::CacheOptions, output};
 use crate::{
     bundle::Bundle,
     config,
@@ -38,6 +38,8 @@ pub struct Args {
     /// Stop when more than this share of the samples is bad, from 0 to 1 (0: stop at the first bad sample)
     #[arg(long, default_value_t = config::Data::default().max_bad_ratio, value_name = "RATIO")]
     max_bad_ratio: f64,
+    #[command(flatten)]
+    cache: CacheOptions,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
@@ -46,7 +48,8 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let (height, width) = tokenizer.grid();
     let info =
         CodesInfo { tokenizer: model.digest()?, grid: [height, width], codebook_size: tokenizer.codebook_size()? };
-    let sources = args.sources.iter().map(|path| Source::open(path, 1.0)).collect::<Result<Vec<_>>>()?;
+    let cache = args.cache.data();
+    let sources = args.sources.iter().map(|path| Source::open_with(path, 1.0, &cache)).collect::<Result<Vec<_>>>()?;
     let place = dist::place()?;
     let (rank, world_size) = place.map_or((0, 1), |place| (place.rank, place.world_size));
     let encoder = Encoder {

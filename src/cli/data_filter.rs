@@ -1,6 +1,6 @@
 //! `vilg data filter`
 
-use super::{model::calibrate_command, output};
+use super::{cache::CacheOptions, model::calibrate_command, output};
 use crate::{
     bundle::Bundle,
     data::{
@@ -91,6 +91,9 @@ pub struct Args {
         allow_negative_numbers = true
     )]
     min_cosine: Option<f64>,
+    /// Folder of the embeddings that `vilg data embed -o` wrote; by default beside the shards
+    #[arg(long, value_name = "DIR", requires = "matcher")]
+    embeddings: Option<PathBuf>,
     /// Leave out captions that occur more often than this, such as 点击查看大图 (0: off)
     #[arg(long, default_value_t = 10, value_name = "N")]
     max_caption_repeats: usize,
@@ -122,11 +125,13 @@ pub struct Args {
     /// Measure the speed on the first inputs and print time and memory for the paper's data; write nothing
     #[arg(long)]
     plan: bool,
+    #[command(flatten)]
+    cache: CacheOptions,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
     let mut settings = settings(&args)?;
-    let inputs = input::find(&args.sources)?;
+    let inputs = input::find(&args.sources, &args.cache.data())?;
     let loaded = args.matcher.as_ref().map(|model| load(model, &inputs, &args)).transpose()?;
     let embed = |images: &[RgbImage], texts: &[String]| match &loaded {
         Some(loaded) => loaded.matching.embed_pairs(images, texts),
@@ -136,6 +141,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         digest: loaded.digest.clone(),
         image_size: loaded.matching.image_size(),
         embedding: loaded.matching.embedding(),
+        folder: args.embeddings.clone(),
         embed: &embed,
     });
     settings.min_similarity = match &loaded {

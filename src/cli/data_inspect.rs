@@ -1,5 +1,6 @@
 //! `vilg data inspect`
 
+use super::cache::CacheOptions;
 use crate::{
     data::{
         Source,
@@ -13,15 +14,18 @@ use crate::{
 #[derive(clap::Args)]
 #[command(after_help = "The exit code is 1 if one of the paths contains no readable image or codes.")]
 pub struct Args {
-    /// Tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), folders of shards, or folders of images
+    /// Tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), folders of shards, folders of images, or URLs of remote shards
     #[arg(required = true, value_name = "PATH")]
     paths: Vec<String>,
+    #[command(flatten)]
+    cache: CacheOptions,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
-    let sources = args.paths.iter().map(|path| Source::open(path, 1.0)).collect::<Result<Vec<_>>>()?;
+    let cache = args.cache.data();
+    let sources = args.paths.iter().map(|path| Source::open_with(path, 1.0, &cache)).collect::<Result<Vec<_>>>()?;
     let bar = report::bar(sources.iter().map(Source::len).sum(), "reading");
-    let inspections: Vec<Inspection> = sources.iter().map(|source| inspect(source, |n| bar.inc(n))).collect();
+    let inspections = sources.iter().map(|source| inspect(source, |n| bar.inc(n))).collect::<Result<Vec<_>>>()?;
     bar.finish_and_clear();
     for inspection in &inspections {
         if json { report::json(inspection) } else { print(inspection) }

@@ -1,6 +1,6 @@
 //! `vilg data translate`
 
-use super::output;
+use super::{cache::CacheOptions, output};
 use crate::{
     data::{
         filter::input,
@@ -62,10 +62,12 @@ pub struct Args {
     /// New column or JSON field for the caption before its translation
     #[arg(long, default_value = "caption_original", value_name = "NAME")]
     original_column: String,
+    #[command(flatten)]
+    shards: CacheOptions,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
-    let inputs = input::find(&args.sources)?;
+    let inputs = input::find(&args.sources, &args.shards.data())?;
     let is_file = input::is_file_output(&inputs, &args.output)?;
     let address = match (args.command, args.url) {
         (Some(command), _) => Address::Command(command),

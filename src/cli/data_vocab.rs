@@ -1,5 +1,6 @@
 //! `vilg data vocab`
 
+use super::cache::CacheOptions;
 use crate::{
     config::{self, Normalization},
     data::{BadCounts, Dataset, Kind, questions},
@@ -26,11 +27,13 @@ pub struct Args {
     /// Conversion of the captions before words are counted; train with the same `text.normalize`
     #[arg(long, value_enum, default_value_t = Normalization::None, value_name = "SCRIPT")]
     normalize: Normalization,
+    #[command(flatten)]
+    cache: CacheOptions,
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
     let source = |path: &String| config::Source { path: path.clone(), weight: 1.0 };
-    let data = config::Data { sources: args.sources.iter().map(source).collect(), ..Default::default() };
+    let data = config::Data { sources: args.sources.iter().map(source).collect(), ..args.cache.data() };
     let dataset = Dataset::open(&data, Kind::Captions)?;
     let total: u64 = dataset.shares().iter().map(|(samples, _)| samples).sum();
     let bar = report::bar(total, "reading captions");
@@ -51,6 +54,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         }
     }
     bar.finish_and_clear();
+    bad.check_fetched()?;
     if captions.is_empty() {
         return Err(failed(format_args!("no captions: {bad}"), "`vilg data inspect` shows what a source contains"));
     }

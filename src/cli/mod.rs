@@ -1,6 +1,7 @@
 //! The command line. Each command is one file with its `Args` and a `run` function.
 
 mod bench;
+mod cache;
 mod caption;
 mod captioning;
 mod completions;

@@ -49,17 +49,21 @@ pub fn check_report(path: &Path, start: &str, hint: &str) -> Result<()> {
 /// made of them.
 ///
 /// # Errors
-/// The file cannot be written.
+/// The file cannot be written, or a present one is no text that can be added to.
 pub fn add_attribution(sources: &[String], output: &Path) -> Result<()> {
     let sources: Vec<_> = sources.iter().map(|path| config::Source { path: path.clone(), weight: 1.0 }).collect();
     let text = bundle::attribution_of(&sources);
     let path = output.join("ATTRIBUTION.md");
-    let present = fs::read_to_string(&path).unwrap_or_default();
+    let (cannot, hint) = (format!("cannot add to {}", path.display()), "choose another folder with -o");
+    let present = match path.symlink_metadata() {
+        Ok(_) => bounded_read::read_text(&path, bounded_read::TEXT).hint(&cannot, hint)?,
+        Err(_) => String::new(),
+    };
     if text.is_empty() || present.contains(&text) {
         return Ok(());
     }
     let all = if present.is_empty() { text } else { format!("{present}\n{text}") };
-    fs::write(&path, all).hint(format_args!("cannot write {}", path.display()), "choose another folder with -o")
+    fs::write(&path, all).hint(cannot, hint)
 }
 
 #[cfg(test)]
@@ -80,6 +84,30 @@ mod tests {
         add_attribution(&[name(&two)], &out).unwrap();
         add_attribution(&[name(&one)], &out).unwrap();
         assert_eq!(fs::read_to_string(out.join("ATTRIBUTION.md")).unwrap(), "by A\nby B");
+    }
+
+    #[test]
+    fn an_attribution_that_cannot_be_read_is_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let (source, out) = (folder.path().join("1"), folder.path().join("out"));
+        for folder in [&source, &out] {
+            fs::create_dir(folder).unwrap();
+        }
+        fs::write(source.join("ATTRIBUTION.md"), "by A").unwrap();
+        let present = out.join("ATTRIBUTION.md");
+        let refusal = || {
+            let error = add_attribution(&[source.to_str().unwrap().to_owned()], &out).unwrap_err();
+            assert!(crate::error::hint_of(&error).is_some(), "{error:#}");
+            format!("{error:#}")
+        };
+        fs::write(&present, b"by J\xf6rg").unwrap();
+        assert!(refusal().contains("not UTF-8"));
+        assert_eq!(fs::read(&present).unwrap(), b"by J\xf6rg");
+        // Reading it would never end.
+        fs::remove_file(&present).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &present).unwrap();
+        assert!(refusal().contains("not a regular file"));
+        assert!(present.is_symlink());
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Reads the prompts of `vilg t2i` from the command line, from stdin or from a file with one prompt on each line.
 
-use crate::error::{Hint, Result, ensure, usage};
+use crate::{
+    bounded_read,
+    error::{Hint, Result, ensure, usage},
+};
 use std::{
-    fs::File,
     io::{Read, stdin},
     path::Path,
 };
@@ -28,12 +30,9 @@ pub fn collect(texts: &[String], file: Option<&Path>) -> Result<Vec<String>> {
         Some(file) if file == Path::new("-") => prompts.extend(lines(stdin().lock(), "stdin")?),
         Some(file) => {
             let name = file.display().to_string();
-            let open = || -> std::io::Result<File> {
-                let is_folder = std::fs::metadata(file)?.is_dir();
-                if is_folder { Err(std::io::ErrorKind::IsADirectory.into()) } else { File::open(file) }
-            };
-            let opened = open().hint(format_args!("cannot read {name}"), "--prompts needs a text file")?;
-            prompts.extend(lines(opened, &name)?);
+            let bytes = bounded_read::read_stream(file, MAX_BYTES)
+                .hint(format_args!("cannot read {name}"), "--prompts needs a text file of at most 16 MB")?;
+            prompts.extend(lines(&bytes[..], &name)?);
         }
         None => {}
     }

@@ -33,7 +33,7 @@ pub struct Args {
     /// PNG file to write, or folder if IMAGE is a folder
     #[arg(short, long, value_name = "FILE|DIR", default_value = "reconstruction.png")]
     output: PathBuf,
-    /// Process whole images at their own size (at most 4096x4096 pixels) in tiles, instead of their central squares
+    /// Process whole images at their own size (at most 8192x8192 pixels) in tiles, instead of their central squares
     #[arg(long)]
     whole: bool,
     /// Decode by the reconstructor of an end-to-end generator, from its hidden states over the codes and the caption

@@ -7,6 +7,7 @@ use crate::{
     data::{
         image::open_square,
         image_file::{grid, png, write_png},
+        resize_bicubic,
     },
     error::{Result, ensure, usage},
     generate::{GeneratedImage, Models, Reconstructor, Request},
@@ -51,6 +52,10 @@ pub struct Args {
     /// Write each image to its own file: FILE-1.png, FILE-2.png, …
     #[arg(long)]
     each: bool,
+    /// Enlarge the images N times (bicubic)
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8),
+        allow_negative_numbers = true)]
+    scale: u32,
     #[command(flatten)]
     ranking: RankingOptions,
     #[command(flatten)]
@@ -114,8 +119,8 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         let generated = models.generate_images(requests, &sampling, &ranker.best_of(), |codes| bar.inc(codes))?;
         seconds += begun.elapsed().as_secs_f64();
         let paths = match each {
-            true => write_each(&args.output, &generated, i * chunk)?,
-            false => write_grid(&args.output, &generated)?,
+            true => write_each(&args.output, &enlarged(&generated, args.scale), i * chunk)?,
+            false => write_grid(&args.output, &enlarged(&generated, args.scale))?,
         };
         let matches = check.images(requests, &generated)?;
         let of_image = paths.iter().zip(requests).zip(&generated).zip(matches);
@@ -155,8 +160,12 @@ fn to_stdout(output: &Path) -> bool {
 fn check_output(args: &Args, count: usize, json: bool) -> Result<()> {
     let several = args.each && count > 1;
     let hint = "--each writes each image to a file of its own";
-    let message = format!("{count} images are too many for a grid, which takes {MAX_GRID}");
-    ensure!(several || count <= MAX_GRID, usage(message, hint));
+    let most = MAX_GRID / args.scale.pow(2) as usize;
+    let message = match args.scale {
+        1 => format!("{count} images are too many for a grid, which takes {most}"),
+        scale => format!("{count} images are too many for a grid, which takes {most} with --scale {scale}"),
+    };
+    ensure!(several || count <= most, usage(message, hint));
     if to_stdout(&args.output) {
         let clash = |what| usage(format_args!("-o - and {what} both write to stdout"), "name a file with -o");
         ensure!(!json, clash("--json"));
@@ -180,25 +189,30 @@ fn image_json(path: &Path, request: &Request, generated: &GeneratedImage, matche
         "match": matches, "candidate": candidate, "candidates": scores })
 }
 
+/// The images, each side `scale` times as long.
+fn enlarged(generated: &[GeneratedImage], scale: u32) -> Vec<RgbImage> {
+    let enlarge = |image: &RgbImage| resize_bicubic(image, image.width() * scale, image.height() * scale);
+    generated.iter().map(|generated| enlarge(&generated.image)).collect()
+}
+
 /// Writes each image to its own file and returns the files. `before` images have already been written.
-fn write_each(output: &Path, generated: &[GeneratedImage], before: usize) -> Result<Vec<PathBuf>> {
+fn write_each(output: &Path, images: &[RgbImage], before: usize) -> Result<Vec<PathBuf>> {
     let paths = (before + 1..).map(|i| numbered(output, i));
-    let write = |(path, generated): (PathBuf, &GeneratedImage)| write_png(&path, &generated.image).map(|()| path);
-    paths.zip(generated).map(write).collect()
+    let write = |(path, image): (PathBuf, &RgbImage)| write_png(&path, image).map(|()| path);
+    paths.zip(images).map(write).collect()
 }
 
 /// Writes the only image, or a grid of all images; returns the file of each image.
-fn write_grid(output: &Path, generated: &[GeneratedImage]) -> Result<Vec<PathBuf>> {
-    let pictures: Vec<RgbImage> = generated.iter().map(|generated| generated.image.clone()).collect();
-    let sheet = match pictures.as_slice() {
-        [picture] => picture,
-        pictures => &grid(pictures, 0),
+fn write_grid(output: &Path, images: &[RgbImage]) -> Result<Vec<PathBuf>> {
+    let sheet = match images {
+        [image] => image,
+        images => &grid(images, 0),
     };
     match to_stdout(output) {
         true => report::bytes(&png(sheet)?),
         false => write_png(output, sheet)?,
     }
-    Ok(vec![output.to_owned(); generated.len()])
+    Ok(vec![output.to_owned(); images.len()])
 }
 
 /// `a/b.png` → `a/b-3.png`

@@ -4,6 +4,7 @@ use super::{config::Source, plan, summary::Summary};
 use crate::{
     bundle::DEMO_NAME,
     config::Config,
+    data::remote::{is_remote, shown},
     dist::Ranks,
     error::Result,
     report,
@@ -100,6 +101,10 @@ fn dry_run_of_ranks(config: &Config, ranks: usize, json: bool) -> Result<()> {
     check_ranks(sizes.spec, config, ranks)?;
     let summary = Summary::new(config, &sizes);
     let (plan, missing) = train::plan_without(config, &sizes)?;
+    let (remote, missing): (Vec<_>, Vec<_>) = missing.into_iter().partition(|path| is_remote(path));
+    remote
+        .iter()
+        .for_each(|url| report::warn(format_args!("data.sources: `{}` is remote and not opened here", shown(url))));
     let mut absent: Vec<String> = missing.iter().map(|path| format!("data.sources: `{path}`")).collect();
     let required = sizes.spec.files(config).into_iter().filter(|file| file.required);
     let missing_files = required.filter(|file| file.path != DEMO_NAME && !Path::new(file.path).exists());

@@ -25,19 +25,25 @@ pub struct Data {
     /// Maximum share of bad samples among the samples read so far, from 0 to 1; above it the run ends with an error.
     /// Default 0.05.
     pub max_bad_ratio: f64,
+    /// Folder of the local cache of remote shards; ranks and runs may share it. Empty (default): `vilg/shards` in
+    /// `$XDG_CACHE_HOME` or `~/.cache`.
+    pub cache_dir: String,
+    /// Maximum size of the shards in `cache_dir`, in GB. Default 100.
+    pub cache_gb: f64,
 }
 
 impl Data {
     /// Keys that a resumed run may change: the order of the samples does not depend on them.
-    pub(super) const FREE_AT_RESUME: &[&str] = &["validation", "prefetch", "workers", "max_bad_ratio"];
+    pub(super) const FREE_AT_RESUME: &[&str] =
+        &["validation", "prefetch", "workers", "max_bad_ratio", "cache_dir", "cache_gb"];
 }
 
 /// One source of samples.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// Tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), a folder of shards, or a folder of
-    /// image + `.txt` pairs.
+    /// Tar shards (`dir/{00000..00012}.tar`, `dir/*.tar`), a folder of shards, or a folder of image + `.txt` pairs. Remote
+    /// shards: `s3://BUCKET/PATH`, `oss://`, `hf://datasets/OWNER/NAME/PATH`, `https://` or `pipe:COMMAND`.
     pub path: String,
     /// Passes over this source per epoch, above 0. Default 1. With 0.25, each epoch uses a different quarter of its
     /// samples.
@@ -59,6 +65,8 @@ impl Default for Data {
             shuffle_buffer: 0,
             caption_keys: Vec::new(),
             max_bad_ratio: 0.05,
+            cache_dir: String::new(),
+            cache_gb: 100.0,
         }
     }
 }

@@ -80,7 +80,7 @@ impl Lora {
         );
         if self.is_on() {
             let what = "be 0 unless task is \"generator\"";
-            check.that(task == Task::Generator, "lora.rank", what, "leave out the section [lora]");
+            check.that(task.has_adapters(), "lora.rank", what, "leave out the section [lora]");
             let hint = "name the model folder that the adapters are for, or \"demo\"";
             check.that(!init_from.is_empty(), "train.init_from", "name a model where lora.rank is above 0", hint);
         }

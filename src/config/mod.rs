@@ -136,6 +136,9 @@ pub struct ImageTokenizer {
     pub l2_weight: f64,
     /// Steps after which an unused code is replaced by an encoder output (dead code restart). 0 (default): never.
     pub restart_after: u64,
+    /// Share of the training images whose color channels are permuted at random (augmentation): in most data some hues
+    /// are rare, and a tokenizer then shows them as gray. Default 0.
+    pub channel_permutation: f64,
     /// Weight of the KL divergence from the uniform distribution over codes (quantizer `gumbel`). Default 5e-4.
     pub kl_weight: f64,
     /// First and last temperature of the Gumbel softmax (quantizer `gumbel`). Default [1.0, 0.0625].
@@ -209,6 +212,13 @@ impl ImageTokenizer {
         (side, side)
     }
 
+    /// Whether a term of the loss begins at this step (counted from 1), so that losses before and after are not comparable.
+    pub fn loss_changes_at(&self, step: u64) -> bool {
+        let starts =
+            [(self.perceptual_weight, self.perceptual_start), (self.adversarial_weight, self.adversarial_start)];
+        starts.iter().any(|(weight, start)| *weight > 0.0 && *start + 1 == step)
+    }
+
     /// Whether the codebook is updated by moving averages of latents (EMA) instead of gradients.
     pub fn codebook_is_averaged(&self) -> bool {
         self.quantizer == QuantizerKind::Nearest && self.codebook_decay > 0.0
@@ -241,13 +251,17 @@ pub struct Model {
     pub sandwich_norm: bool,
 }
 
+/// Attention of the layers over image codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AttentionKind {
+    /// Row, column and conv layers in the paper's order (arXiv 2102.12092, appendix B.1).
     Sparse,
+    /// All earlier codes, in every layer.
     Dense,
 }
 
+/// Image codes that a row layer attends to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RowExtent {
@@ -257,6 +271,7 @@ pub enum RowExtent {
     SameRow,
 }
 
+/// The neighborhood of a conv layer at the left and right border of the grid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ConvBorder {
@@ -331,6 +346,7 @@ impl Default for ImageTokenizer {
             l1_weight: 0.0,
             l2_weight: 1.0,
             restart_after: 0,
+            channel_permutation: 0.0,
             kl_weight: 5e-4,
             temperature: [1.0, 0.0625],
             temperature_steps: 100_000,

@@ -1,7 +1,7 @@
 //! Parses TOML; errors name file, line and key, and the nearest known key or value.
 
 use super::{Config, flat::values};
-use crate::error::{Error, Result, usage};
+use crate::error::{Error, Result, plain_words, usage};
 
 /// Reads TOML; errors name the place.
 pub(super) fn parse<T: serde::de::DeserializeOwned>(text: &str, name: &str) -> Result<T> {
@@ -17,7 +17,7 @@ pub(super) fn parse<T: serde::de::DeserializeOwned>(text: &str, name: &str) -> R
 
 /// Converts serde's error to a usage error with the place and the nearest known key or value.
 pub(super) fn wrong(place: &str, error: &toml::de::Error) -> Error {
-    let message = plain(&error.message().trim().replace('\n', ", "));
+    let message = plain_words(&error.message().trim().replace('\n', ", "));
     let unknown = message.strip_prefix("unknown field ").map(|rest| ("key", rest));
     let unknown = unknown.or_else(|| message.strip_prefix("unknown variant ").map(|rest| ("value", rest)));
     let Some((what, rest)) = unknown else {
@@ -27,29 +27,6 @@ pub(super) fn wrong(place: &str, error: &toml::de::Error) -> Error {
     let given = names.next().unwrap_or_default();
     let known: Vec<&str> = names.collect();
     usage(format_args!("{place}: unknown {what} `{given}`"), nearest(given, &known))
-}
-
-/// Replaces the names of Rust types in serde's messages by plain words.
-fn plain(message: &str) -> String {
-    const WORDS: [(&str, &str); 13] = [
-        ("usize", "a whole number >= 0"),
-        ("u64", "a whole number >= 0"),
-        ("u32", "a whole number >= 0"),
-        ("u8", "a whole number from 0 to 255"),
-        ("f64", "a number"),
-        ("a boolean", "true or false"),
-        ("a string", "text in quotes"),
-        ("a sequence", "a list in [ ]"),
-        ("an array of length 2", "a list of 2 values"),
-        ("a tuple of size 2", "a list of 2 values"),
-        ("struct Source", "a table like { path = \"data/train\" }"),
-        ("a map", "a table"),
-        ("string or table", "text in quotes"),
-    ];
-    let Some((what, expected)) = message.rsplit_once(", expected ") else { return message.to_owned() };
-    let section = expected.starts_with("struct ").then_some("a section of keys");
-    let known = WORDS.iter().find(|(rust, _)| *rust == expected).map(|(_, words)| *words).or(section);
-    format!("{what}, expected {}", known.unwrap_or(expected))
 }
 
 pub(super) fn nearest(given: &str, known: &[&str]) -> String {

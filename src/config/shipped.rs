@@ -13,6 +13,8 @@ pub const SHIPPED: &[(&str, &str)] = shipped![
     "emoji-lora",
     "vqgan-f8-8192",
     "dvae-f8-8192",
+    "scenes",
+    "scenes-tokenizer",
     "scenes-end-to-end",
     "scenes-two-stage",
     "scenes-vqa",

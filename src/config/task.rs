@@ -19,7 +19,42 @@ pub enum Task {
 impl Task {
     /// Whether its model generates images and captions.
     pub fn is_generator(self) -> bool {
-        matches!(self, Self::Generator | Self::EndToEnd)
+        match self {
+            Self::Generator | Self::EndToEnd => true,
+            Self::ImageTokenizer | Self::Matcher => false,
+        }
+    }
+
+    /// Whether its model has a reconstructor of its own beside the image tokenizer.
+    pub fn has_reconstructor(self) -> bool {
+        match self {
+            Self::EndToEnd => true,
+            Self::Generator | Self::ImageTokenizer | Self::Matcher => false,
+        }
+    }
+
+    /// Whether low-rank adapters can be trained for its model.
+    pub fn has_adapters(self) -> bool {
+        match self {
+            Self::Generator => true,
+            Self::EndToEnd | Self::ImageTokenizer | Self::Matcher => false,
+        }
+    }
+
+    /// Whether its model reads text, so that its folder holds a vocabulary.
+    pub fn has_vocabulary(self) -> bool {
+        match self {
+            Self::Generator | Self::EndToEnd | Self::Matcher => true,
+            Self::ImageTokenizer => false,
+        }
+    }
+
+    /// Whether its model can be used where one of the task `wanted` is needed. An end-to-end generator is a generator too.
+    pub fn serves_as(self, wanted: Self) -> bool {
+        match wanted {
+            Self::Generator => self.is_generator(),
+            Self::EndToEnd | Self::ImageTokenizer | Self::Matcher => self == wanted,
+        }
     }
 
     /// What it trains, in messages.

@@ -187,14 +187,17 @@ pub enum LossReduction {
     Sum,
 }
 
+/// Optimizer of the matrices in transformer blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MatrixOptimizer {
+    /// AdamW (arXiv 1711.05101), as for all other parameters.
     Adamw,
     /// Momentum orthogonalized by Newton-Schulz iterations (Muon).
     Muon,
 }
 
+/// Where optimizer state is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Offload {
@@ -204,9 +207,11 @@ pub enum Offload {
     Disk,
 }
 
+/// What happens to a step whose loss or gradient norm is far above the recent mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Spike {
+    /// Train on it as on any other step.
     Ignore,
     /// Skip the update of this step.
     Skip,
@@ -214,10 +219,13 @@ pub enum Spike {
     RollBack,
 }
 
+/// How the learning rate falls at the end of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Decay {
+    /// As half a cosine: flat at its start and at its end.
     Cosine,
+    /// In a straight line.
     Linear,
 }
 

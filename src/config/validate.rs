@@ -73,6 +73,13 @@ fn data(check: &mut Check, data: &Data) {
         "name JSON fields of the samples, or leave the list empty",
     );
     check.within("data", &[("max_bad_ratio", data.max_bad_ratio)], 0.0, 1.0, "0.05 stops at more than 5 % bad samples");
+    let ok = data.cache_gb > 0.0 && data.cache_gb <= 1e6;
+    check.that(
+        ok,
+        "data.cache_gb",
+        "be above 0, at most 1e6",
+        "the disk space for remote shards, in GB: 100 is the default",
+    );
 }
 
 fn text(check: &mut Check, text: &Text) {
@@ -168,6 +175,8 @@ fn image_tokenizer(check: &mut Check, t: &ImageTokenizer) {
         "be false with codebook_decay",
         "an EMA codebook has no codebook loss for beta to weight",
     );
+    let share = [("channel_permutation", t.channel_permutation)];
+    check.within("image_tokenizer", &share, 0.0, 1.0, "0.4 keeps rare hues");
     let share = [("discriminator_ceiling", t.discriminator_ceiling)];
     check.within(
         "image_tokenizer",
@@ -340,6 +349,7 @@ mod tests {
             "image_tokenizer.discriminator_channels=0",
             "image_tokenizer.discriminator_layers=9",
             "image_tokenizer.lecam_weight=nan",
+            "image_tokenizer.channel_permutation=1.5",
             "image_tokenizer.discriminator_ceiling=0.4",
             "model.layers=0",
             "model.heads=7",

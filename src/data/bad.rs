@@ -10,6 +10,8 @@ use std::{collections::BTreeMap, fmt};
 pub enum Cause {
     /// The file cannot be opened or read.
     Unreadable,
+    /// The remote shard cannot be downloaded. The sample may be good, so this ends a run.
+    NotFetched,
     /// The file is not a tar archive but, for example, compressed, a table or text.
     NotATar,
     /// The tar archive is truncated or damaged.
@@ -128,12 +130,23 @@ impl BadCounts {
         self.0.values().map(|found| found.count).sum()
     }
 
-    /// Checks that at most `max_ratio` of the `read` samples were bad. A ratio above 0 is checked only after 100
-    /// samples; 0 allows no bad sample at all.
+    /// Checks that all remote shards could be downloaded.
     ///
     /// # Errors
-    /// Too many samples were bad.
+    /// One could not.
+    pub fn check_fetched(&self) -> Result<()> {
+        let Some(found) = self.0.get(&Cause::NotFetched) else { return Ok(()) };
+        let hint = "check the network and the server; run the command again to resume";
+        Err(failed(found.examples.first().map_or("a shard was not downloaded", String::as_str), hint))
+    }
+
+    /// Checks that all remote shards could be downloaded, and that at most `max_ratio` of the `read` samples were bad. A
+    /// ratio above 0 is checked only after 100 samples; 0 allows no bad sample at all.
+    ///
+    /// # Errors
+    /// A shard is missing, or too many samples were bad.
     pub fn check(&self, read: u64, max_ratio: f64) -> Result<()> {
+        self.check_fetched()?;
         let total = self.total();
         if (read < MIN_READ && max_ratio > 0.0) || total as f64 <= max_ratio * read as f64 {
             return Ok(());

@@ -1,17 +1,14 @@
 //! Blocks of shards in memory: consecutive samples of a shard that are read together, for reading in the order of storage.
 
 use super::{
-    bad::{Bad, Cause},
+    bad::Bad,
     members::Members,
     record::{Kind, wants},
     shard::Shard,
-    source_file::open_regular,
     tar::{self, Place},
 };
 use std::{
     collections::HashMap,
-    io::Result as IoResult,
-    os::unix::fs::FileExt,
     sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
@@ -109,13 +106,8 @@ impl Block {
         let end = places.iter().map(|place| place.start + place.length).max().unwrap_or(start);
         let mut block = Self { first, places, bytes: Vec::new() };
         if end - start <= MAX_BLOCK {
-            let read = || -> IoResult<Vec<u8>> {
-                let mut bytes = vec![0; (end - start) as usize];
-                open_regular(&shard.path)?.read_exact_at(&mut bytes, start)?;
-                Ok(bytes)
-            };
-            let unreadable = |e| Bad::new(Cause::Unreadable, format_args!("{}: {e}", shard.path.display()));
-            block.bytes = read().map_err(unreadable)?;
+            block.bytes = vec![0; (end - start) as usize];
+            shard.read_at(&mut block.bytes, start)?;
         }
         Ok(block)
     }

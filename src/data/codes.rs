@@ -12,12 +12,6 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// Whether a data source is a folder of code shards, or shards in one.
-pub fn are_codes(source: &str) -> bool {
-    let path = Path::new(source);
-    [Some(path), path.parent()].into_iter().flatten().any(|folder| folder.join(CODES_FILE).is_file())
-}
-
 /// Name of the file that describes a folder of code shards.
 pub const CODES_FILE: &str = "codes.json";
 
@@ -39,10 +33,17 @@ impl CodesInfo {
     /// # Errors
     /// The file is missing or damaged.
     pub fn read(folder: &Path) -> Result<Self> {
-        let path = folder.join(CODES_FILE);
+        Self::read_file(&folder.join(CODES_FILE))
+    }
+
+    /// Reads a `codes.json` that may have another name.
+    ///
+    /// # Errors
+    /// The file is missing or damaged.
+    pub fn read_file(path: &Path) -> Result<Self> {
         let hint = "code shards come from `vilg data encode --model DIR SOURCE -o FOLDER`";
         let bytes =
-            bounded_read::read(&path, bounded_read::TEXT).hint(format_args!("cannot read {}", path.display()), hint)?;
+            bounded_read::read(path, bounded_read::TEXT).hint(format_args!("cannot read {}", path.display()), hint)?;
         let info: Self = serde_json::from_slice(&bytes).hint(format_args!("bad {}", path.display()), hint)?;
         let sane =
             info.grid.iter().all(|side| (1..=4096).contains(side)) && (1..=1 << 16).contains(&info.codebook_size);

@@ -3,10 +3,12 @@
 use super::{
     bad::{Bad, BadCounts, Cause},
     blocks::{BLOCK_BYTES, BlockCache},
-    codes::CodesInfo,
+    codes::{CODES_FILE, CodesInfo},
     index::{self, Index, Stamp},
     paths,
     record::{Kind, Record},
+    remote::{Cache, Cached, is_remote, shown},
+    remote_source,
     shard::Shard,
 };
 use crate::{
@@ -18,7 +20,7 @@ use rayon::prelude::*;
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
 };
 
 /// Number of shards without a stored index from which a folder gets one.
@@ -40,7 +42,7 @@ pub struct Dataset {
 /// One source: a sequence of shards.
 #[derive(Debug)]
 pub struct Source {
-    /// The path or pattern as given by the user.
+    /// The path or pattern as given by the user; of a URL, without secrets.
     pub path: String,
     /// Passes over this source per epoch.
     pub weight: f64,
@@ -61,7 +63,8 @@ impl Dataset {
     pub fn open(config: &config::Data, kind: Kind) -> Result<Self> {
         let none = || usage("there is no data", "set data.sources, e.g. [{ path = \"data/emoji/train\" }]");
         ensure!(!config.sources.is_empty(), none());
-        let sources = config.sources.iter().map(|source| Source::open(&source.path, source.weight));
+        let cache = cache_for(config.sources.iter().map(|source| source.path.as_str()), config)?;
+        let sources = config.sources.iter().map(|source| Source::of(&source.path, source.weight, cache.as_ref()));
         let sources = sources.collect::<Result<Vec<_>>>()?;
         let mut bad = BadCounts::default();
         sources.iter().for_each(|source| bad.merge(source.damage()));
@@ -153,6 +156,26 @@ impl Dataset {
         Ok(Record { source, ..record })
     }
 
+    /// Source and shard of a sample, as numbers.
+    pub(super) fn shard_of(&self, source: usize, sample: u64) -> Option<(usize, usize)> {
+        Some((source, self.sources.get(source)?.place(sample)?.0))
+    }
+
+    /// The cache of the remote shards, if there are any.
+    pub fn cache(&self) -> Option<&Cache> {
+        let mut shards = self.sources.iter().flat_map(|source| &source.shards);
+        shards.find_map(|shard| Some(shard.remote_file()?.cache()))
+    }
+
+    /// Downloads the shard of a sample if it is remote. It stays in the cache while the result exists.
+    ///
+    /// # Errors
+    /// As [`Shard::hold`].
+    pub(super) fn hold(&self, source: usize, sample: u64, stop: &AtomicBool) -> Result<Option<Arc<Cached>>> {
+        let shard = self.sources.get(source).and_then(|source| source.place(sample));
+        shard.map_or(Ok(None), |(_, shard, _)| shard.hold(stop))
+    }
+
     /// Source and number of each sample in storage order.
     pub fn places(&self) -> impl Iterator<Item = (usize, u64)> {
         self.sources.iter().enumerate().flat_map(|(i, source)| (0..source.len()).map(move |n| (i, n)))
@@ -193,6 +216,20 @@ fn make_index(folder: &Path, shards: &[PathBuf]) -> Option<Index> {
     Index::open(folder)
 }
 
+/// Whether a data source is a folder of code shards, or shards in one. A remote source that cannot be read has none.
+pub fn are_codes(source: &str, config: &config::Data) -> bool {
+    if is_remote(source) {
+        return Cache::of(config).and_then(|cache| remote_source::codes(source, &cache)).is_ok();
+    }
+    let path = Path::new(source);
+    [Some(path), path.parent()].into_iter().flatten().any(|folder| folder.join(CODES_FILE).is_file())
+}
+
+/// The cache of remote shards, if one of the sources is remote.
+fn cache_for<'s>(mut sources: impl Iterator<Item = &'s str>, config: &config::Data) -> Result<Option<Cache>> {
+    sources.any(is_remote).then(|| Cache::of(config)).transpose()
+}
+
 /// The `codes.json` shared by all code shards.
 fn common_codes(sources: &[Source]) -> Result<CodesInfo> {
     let mut common: Option<(CodesInfo, &Path)> = None;
@@ -202,7 +239,7 @@ fn common_codes(sources: &[Source]) -> Result<CodesInfo> {
         if last.replace(folder) == Some(folder) {
             continue;
         }
-        let info = CodesInfo::read(folder)?;
+        let info = remote_source::codes_of(shard)?;
         let (first, first_folder) = common.get_or_insert_with(|| (info.clone(), folder));
         ensure!(
             *first == info,
@@ -216,21 +253,43 @@ fn common_codes(sources: &[Source]) -> Result<CodesInfo> {
 }
 
 impl Source {
-    /// Finds and indexes the samples of one source.
+    /// Finds and indexes the samples of one source; remote shards are read through the default cache.
+    ///
+    /// # Errors
+    /// As [`Source::open_with`].
     pub fn open(path: &str, weight: f64) -> Result<Self> {
+        Self::open_with(path, weight, &config::Data::default())
+    }
+
+    /// Finds and indexes the samples of one source; remote shards are read through the cache of `config`.
+    ///
+    /// # Errors
+    /// Nothing was found, a folder cannot be listed, or a remote shard cannot be downloaded.
+    pub fn open_with(path: &str, weight: f64, config: &config::Data) -> Result<Self> {
+        Self::of(path, weight, cache_for(std::iter::once(path), config)?.as_ref())
+    }
+
+    fn of(path: &str, weight: f64, cache: Option<&Cache>) -> Result<Self> {
+        if let Some(cache) = cache.filter(|_| is_remote(path)) {
+            let shards = remote_source::open(path, cache)?;
+            return Ok(Self::new(&shown(path), weight, shards, BadCounts::default(), BadCounts::default()));
+        }
         let found = paths::find(path)?;
         let mut shards = open_tars(found.tars);
         if !found.images.is_empty() {
             shards.push(Shard::folder(path, found.images));
         }
+        Ok(Self::new(path, weight, shards, found.bad, found.ignored))
+    }
+
+    fn new(path: &str, weight: f64, shards: Vec<Shard>, bad: BadCounts, ignored: BadCounts) -> Self {
         let mut end = 0;
         let ends = shards.iter().map(|shard| {
             end += shard.len();
             end
         });
         let ends = ends.collect();
-        let (bad, ignored) = (found.bad, found.ignored);
-        Ok(Self { path: path.to_owned(), weight, shards, bad, ignored, ends })
+        Self { path: path.to_owned(), weight, shards, bad, ignored, ends }
     }
 
     /// Damage of the folders and of all shards.

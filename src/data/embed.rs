@@ -12,7 +12,12 @@ use crate::error::{Context, Hint, Result, ensure, failed};
 use image::RgbImage;
 use rayon::prelude::*;
 use serde::Serialize;
-use std::{fs::File, io::BufWriter, path::Path};
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io::BufWriter,
+    path::{Path, PathBuf},
+};
 
 /// The result of a run.
 #[derive(Debug, Default, Serialize)]
@@ -49,21 +54,38 @@ impl Embedder<'_> {
     /// samples are bad, or an embedding is not finite.
     pub fn run(&self, sources: &[Source], progress: impl Fn(u64)) -> Result<Report> {
         let shards: Vec<&Shard> = sources.iter().flat_map(|source| &source.shards).collect();
-        self.own(&shards).try_for_each(check_ours)?;
+        if let Some(folder) = &self.matcher.folder {
+            let mut names = BTreeSet::new();
+            for shard in &shards {
+                let twice = || {
+                    failed(format_args!("two shards are named {}", shard.name.display()), "embed them into two folders")
+                };
+                ensure!(names.insert(&shard.name), twice());
+                let parent = folder.join(&shard.name).parent().map(Path::to_path_buf).unwrap_or_default();
+                fs::create_dir_all(&parent)
+                    .hint(format_args!("cannot create {}", parent.display()), "choose another folder with -o")?;
+            }
+        }
+        self.own(&shards).try_for_each(|shard| check_ours(self.files(shard)))?;
         let mut report = Report::default();
         for shard in self.own(&shards) {
             report.bad.merge(shard.bad.clone());
             let wanted = Record::new(shard, &self.matcher.digest, self.matcher.embedding)?;
-            let [array, record] = paths(shard);
+            let [array, record] = self.files(shard);
             if Record::read(&record).is_some_and(|record| record.is_of(&wanted)) && array.is_file() {
                 report.skipped_shards += 1;
                 progress(shard.len());
                 continue;
             }
             let _lock = lock(&array)?;
+            let _held = shard.hold_before(None)?;
             self.embed_shard(shard, wanted, &mut report, &progress)?;
         }
         Ok(report)
+    }
+
+    fn files(&self, shard: &Shard) -> [PathBuf; 2] {
+        paths(shard, self.matcher.folder.as_deref())
     }
 
     /// The shards that this rank embeds.
@@ -78,7 +100,7 @@ impl Embedder<'_> {
         report: &mut Report,
         progress: &impl Fn(u64),
     ) -> Result<()> {
-        let [array, record_path] = paths(shard);
+        let [array, record_path] = self.files(shard);
         remove_leftovers(&array);
         remove_leftovers(&record_path);
         // The record first: after an interruption it still says that the array is ours.
@@ -152,8 +174,7 @@ impl Embedder<'_> {
 }
 
 /// Refuses to replace files that this command did not write.
-fn check_ours(shard: &Shard) -> Result<()> {
-    let [array, record] = paths(shard);
+fn check_ours([array, record]: [PathBuf; 2]) -> Result<()> {
     let there = |path: &Path| path.symlink_metadata().is_ok();
     let ours = Record::read(&record).is_some() || !there(&record) && !there(&array);
     let what = if there(&record) { record } else { array };

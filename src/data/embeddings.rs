@@ -36,6 +36,8 @@ pub struct PairEmbedder<'a> {
     pub image_size: u32,
     /// Numbers of an embedding.
     pub embedding: usize,
+    /// Folder of the stored embeddings; `None`: beside the shards.
+    pub folder: Option<PathBuf>,
     pub embed: &'a Embed<'a>,
 }
 
@@ -115,9 +117,13 @@ impl Record {
     }
 }
 
-/// The files of a shard's embeddings: the array and its record.
-pub fn paths(shard: &Shard) -> [PathBuf; 2] {
-    let base = if shard.path.is_dir() { shard.path.join("images") } else { shard.path.clone() };
+/// The files of a shard's embeddings, the array and its record: in `folder`, or beside the shard.
+pub fn paths(shard: &Shard, folder: Option<&Path>) -> [PathBuf; 2] {
+    let base = match folder {
+        Some(folder) => folder.join(&shard.name),
+        None if shard.path.is_dir() => shard.path.join("images"),
+        None => shard.path.clone(),
+    };
     EMBEDDINGS.map(|ending| {
         let mut name: OsString = base.clone().into_os_string();
         name.push(ending);
@@ -171,10 +177,10 @@ pub struct StoredEmbeddings {
 
 impl StoredEmbeddings {
     /// The stored embeddings of a shard by this model; `None` if there are none, or the shard has changed since.
-    pub fn open(shard: &Shard, matcher: &str, embedding: usize) -> Option<Self> {
-        let [array, record] = paths(shard);
-        let record = Record::read(&record)?;
-        if !record.is_of(&Record::new(shard, matcher, embedding).ok()?) {
+    pub fn open(shard: &Shard, matcher: &PairEmbedder<'_>) -> Option<Self> {
+        let [array, record] = paths(shard, matcher.folder.as_deref());
+        let (record, embedding) = (Record::read(&record)?, matcher.embedding);
+        if !record.is_of(&Record::new(shard, &matcher.digest, embedding).ok()?) {
             return None;
         }
         let file = bounded_read::open(&array).ok()?;

@@ -108,6 +108,10 @@ impl Encoder<'_> {
         }
         let mut report = Report::default();
         let mut skipped = 0;
+        // Of the shards that are not finished, the next one is downloaded in the background.
+        let unfinished = work.iter().filter(|(_, standing, _)| *standing != Standing::Finished);
+        let unfinished: Vec<&Shard> = unfinished.map(|(shard, ..)| *shard).collect();
+        let mut next = unfinished.iter().skip(1);
         for (shard, standing, made_from) in work {
             report.bad.merge(shard.bad.clone());
             if lock.is_held() {
@@ -118,6 +122,7 @@ impl Encoder<'_> {
                 skipped += shard.len();
                 progress(shard.len());
             } else {
+                let _held = shard.hold_before(next.next().copied())?;
                 self.encode_shard(shard, &made_from, &mut report, &progress)?;
             }
         }
@@ -154,7 +159,7 @@ impl Encoder<'_> {
     }
 
     fn made_from(&self, shard: &Shard) -> Result<MadeFrom<Encoding>> {
-        let path = fs::canonicalize(&shard.path).with_context(|| format!("cannot find {}", shard.path.display()))?;
+        let path = shard.origin()?;
         let digest = shard.digest(true)?.to_hex().to_string();
         Ok(MadeFrom { path, digest, recipe: Encoding { codes: self.info.clone(), images: self.keep_images } })
     }

@@ -110,7 +110,7 @@ fn encoding_keeps_order_and_text_and_resumes() {
     let other = CodesInfo { tokenizer: "y".into(), ..info.clone() };
     assert!(encoder(&other).run(&sources, |_| ()).unwrap_err().to_string().contains("another tokenizer"));
 
-    let found = inspect(&Source::open(output.to_str().unwrap(), 1.0).unwrap(), |_| ()).found;
+    let found = inspect(&Source::open(output.to_str().unwrap(), 1.0).unwrap(), |_| ()).unwrap().found;
     assert_eq!((found.samples, found.codes, found.pictures, found.bad.total()), (12, 12, 0, 0));
 }
 
@@ -142,7 +142,7 @@ fn too_many_bad_images_stop_encoding_and_leave_no_shard() {
 fn inspection_counts_and_measures() {
     let dir = tempfile::tempdir().unwrap();
     pictures(dir.path());
-    let found = inspect(&Source::open(dir.path().to_str().unwrap(), 1.0).unwrap(), |_| ());
+    let found = inspect(&Source::open(dir.path().to_str().unwrap(), 1.0).unwrap(), |_| ()).unwrap();
     assert_eq!(found.shards.iter().map(|s| (s.samples, s.bad)).collect::<Vec<_>>(), [(7, 1), (7, 1)]);
     let value = serde_json::to_value(&found).unwrap();
     assert_eq!(value["widths"], serde_json::json!({"min": 9, "median": 9, "mean": 9.0, "max": 9}));

@@ -50,7 +50,7 @@ fn the_format_of_other_files_is_named() {
         fs::write(&path, content).unwrap();
         let error = Dataset::open(&config(&[(&path, 1.0)]), Kind::Captions).unwrap_err().to_string();
         assert!(error.contains("not-a-tar") && error.contains(name), "{error}");
-        assert!(!inspect(&Source::open(path.to_str().unwrap(), 1.0).unwrap(), |_| ()).found.usable());
+        assert!(!inspect(&Source::open(path.to_str().unwrap(), 1.0).unwrap(), |_| ()).unwrap().found.usable());
     }
 }
 
@@ -70,11 +70,11 @@ fn damaged_json_beside_a_good_text_is_ignored_and_counted() {
         let record = open(dir.path()).read(0, 0).unwrap();
         let ignored = record.ignored.unwrap();
         assert!(ignored.cause == Cause::BadJson && ignored.place.contains("0.tar: a"), "{}", ignored.place);
-        let found = inspect(&Source::open(dir.path().to_str().unwrap(), 1.0).unwrap(), |_| ()).found;
+        let found = inspect(&Source::open(dir.path().to_str().unwrap(), 1.0).unwrap(), |_| ()).unwrap().found;
         assert_eq!((found.ignored.total(), found.bad.total()), (1, 0));
         let dataset = Arc::new(open(dir.path()));
         let sampler = Sampler::new(1, "test", &dataset.shares());
-        let mut loader = Loader::new(&dataset, &config(&[]), sampler, 2, vec![0..2], 0).unwrap();
+        let mut loader = Loader::new(&dataset, &config(&[]), sampler, 2, vec![0..2], 0, 1).unwrap();
         assert_eq!(loader.next_batch().unwrap().len(), 2);
         assert_eq!((loader.ignored().total(), loader.bad().total()), (2, 0));
     }
@@ -94,7 +94,7 @@ fn each_line_of_a_text_is_a_caption_and_one_is_drawn() {
     assert_eq!(dataset.read(0, 1).unwrap().captions, ["一 行 字"]);
     let drawn = || {
         let sampler = Sampler::new(1, "test", &dataset.shares());
-        let mut loader = Loader::new(&dataset, &config(&[]), sampler, 2, vec![0..2], 0).unwrap();
+        let mut loader = Loader::new(&dataset, &config(&[]), sampler, 2, vec![0..2], 0, 1).unwrap();
         let batches = (0..20).flat_map(|_| loader.next_batch().unwrap());
         batches.filter(|record| record.key == "a").map(|record| record.caption).collect::<Vec<_>>()
     };
@@ -232,8 +232,8 @@ fn read_ahead_is_bounded() {
     let dataset = Arc::new(open(dir.path()));
     let data = crate::config::Data { prefetch: usize::MAX, workers: 2, ..config(&[]) };
     let sampler = Sampler::new(1, "test", &dataset.shares());
-    let mut loader = Loader::new(&dataset, &data, sampler.clone(), 1, vec![0..1], 0).unwrap();
+    let mut loader = Loader::new(&dataset, &data, sampler.clone(), 1, vec![0..1], 0, 1).unwrap();
     assert_eq!(loader.next_batch().unwrap().len(), 1);
-    let huge = Loader::new(&dataset, &data, sampler, usize::MAX, vec![0..usize::MAX], 0);
+    let huge = Loader::new(&dataset, &data, sampler, usize::MAX, vec![0..usize::MAX], 0, 1);
     assert!(huge.is_err_and(|error| error.to_string().contains("too many")));
 }

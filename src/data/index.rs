@@ -44,7 +44,8 @@ const POLL: Duration = Duration::from_millis(200);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
     pub size: u64,
-    modified: u64,
+    /// Of a remote shard, the beginning of its digest instead.
+    pub modified: u64,
 }
 
 impl Stamp {
@@ -60,10 +61,10 @@ impl Stamp {
 /// One shard of an index.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Entry {
-    name: PathBuf,
+    pub name: PathBuf,
     /// Size in bytes and modification time in nanoseconds.
-    size: u64,
-    modified: u64,
+    pub size: u64,
+    pub modified: u64,
     /// Number of samples.
     pub samples: u64,
     /// Number of samples of all shards before this one.
@@ -74,7 +75,7 @@ pub struct Entry {
 }
 
 impl Entry {
-    fn stamp(&self) -> Stamp {
+    pub fn stamp(&self) -> Stamp {
         Stamp { size: self.size, modified: self.modified }
     }
 }
@@ -89,7 +90,12 @@ pub struct Index {
 impl Index {
     /// Opens the index of a folder; `None` if there is none or it is damaged.
     pub fn open(folder: &Path) -> Option<Self> {
-        let file = open_regular(&folder.join(INDEX_FILE)).ok()?;
+        Self::open_file(&folder.join(INDEX_FILE))
+    }
+
+    /// Opens an index; `None` if there is none or it is damaged.
+    pub fn open_file(path: &Path) -> Option<Self> {
+        let file = open_regular(path).ok()?;
         let size = file.metadata().ok()?.len();
         let mut magic = [0; 8];
         file.read_exact_at(&mut magic, 0).ok()?;
@@ -114,6 +120,21 @@ impl Index {
     /// The entry of a shard, if the shard still has this stamp.
     pub fn entry(&self, shard: &Path, stamp: Stamp) -> Option<&Entry> {
         self.entries.get(Path::new(shard.file_name()?)).filter(|entry| entry.stamp() == stamp)
+    }
+
+    /// The entry of this name.
+    pub fn named(&self, name: &Path) -> Option<&Entry> {
+        self.entries.get(name)
+    }
+
+    /// The packed places of an entry.
+    ///
+    /// # Errors
+    /// The index cannot be read.
+    pub fn packed(&self, entry: &Entry) -> io::Result<Vec<u64>> {
+        let mut bytes = vec![0; 8 * entry.samples as usize];
+        self.file.read_exact_at(&mut bytes, 8 + 8 * entry.first)?;
+        Ok(bytes.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect())
     }
 
     /// The places of `count` samples, from number `first` of the index on, in a shard of `size` bytes.
@@ -177,7 +198,8 @@ pub fn update(folder: &Path, shards: &[PathBuf]) -> Result<usize> {
     Ok(missing.len())
 }
 
-fn begins_with_magic(path: &Path) -> bool {
+/// Whether a file is an index, perhaps a damaged one.
+pub fn begins_with_magic(path: &Path) -> bool {
     let mut magic = [0; 8];
     open_regular(path).is_ok_and(|file| file.read_exact_at(&mut magic, 0).is_ok() && magic == *MAGIC)
 }
@@ -193,23 +215,41 @@ fn missing(folder: &Path, shards: &[PathBuf]) -> Vec<PathBuf> {
 }
 
 fn write(folder: &Path, old: Option<&Index>, shards: &[PathBuf], file: &mut BufWriter<File>) -> Result<()> {
+    let is_valid = |entry: &Entry| Stamp::of(&folder.join(&entry.name)).is_ok_and(|stamp| stamp == entry.stamp());
+    let new = shards.chunks(CHUNK).flat_map(|chunk| {
+        let indexed: Vec<_> = chunk.par_iter().map(|path| read_headers(path)).collect();
+        indexed.into_iter().flatten()
+    });
+    write_entries(old, is_valid, new, file)
+}
+
+/// A shard's entry, whose `first` is not yet known, and its packed places.
+pub type Indexed = (Entry, Vec<u64>);
+
+/// Writes an index: the entries of an older one that `is_valid` accepts, and new ones.
+///
+/// # Errors
+/// The old index cannot be read, or the file cannot be written.
+pub fn write_entries(
+    old: Option<&Index>,
+    is_valid: impl Fn(&Entry) -> bool,
+    new: impl Iterator<Item = Indexed>,
+    file: &mut BufWriter<File>,
+) -> Result<()> {
     file.write_all(MAGIC)?;
     let (mut entries, mut first) = (Vec::new(), 0);
     for (index, entry) in old.iter().flat_map(|index| index.entries.values().map(move |entry| (index, entry))) {
-        if !Stamp::of(&folder.join(&entry.name)).is_ok_and(|stamp| stamp == entry.stamp()) {
+        if !is_valid(entry) {
             continue;
         }
         copy(&index.file, entry, file)?;
         entries.push(Entry { first, ..entry.clone() });
         first += entry.samples;
     }
-    for chunk in shards.chunks(CHUNK) {
-        let indexed: Vec<_> = chunk.par_iter().map(|path| read_headers(path)).collect();
-        for (entry, places) in indexed.into_iter().flatten() {
-            places.iter().try_for_each(|packed| file.write_all(&packed.to_le_bytes()))?;
-            first += entry.samples;
-            entries.push(Entry { first: first - entry.samples, ..entry });
-        }
+    for (entry, places) in new {
+        places.iter().try_for_each(|packed| file.write_all(&packed.to_le_bytes()))?;
+        first += entry.samples;
+        entries.push(Entry { first: first - entry.samples, ..entry });
     }
     let json = serde_json::to_vec(&entries)?;
     file.write_all(&json)?;
@@ -232,12 +272,17 @@ fn copy(from: &File, entry: &Entry, to: &mut impl Write) -> io::Result<()> {
 
 /// Indexes a shard. `None` if it changes meanwhile or has samples that an entry cannot hold; such a shard is indexed in
 /// memory when it is read.
-fn read_headers(path: &Path) -> Option<(Entry, Vec<u64>)> {
+fn read_headers(path: &Path) -> Option<Indexed> {
     let stamp = Stamp::of(path).ok()?;
-    let tar::Index { places, bad } = tar::index(path);
+    let indexed = index_file(path, path, path.file_name()?.into(), stamp)?;
+    Stamp::of(path).is_ok_and(|after| after == stamp).then_some(indexed)
+}
+
+/// Indexes the shard in a file, which messages call `shown`, under a name. `None` if it has samples that an entry cannot
+/// hold.
+pub fn index_file(path: &Path, shown: &Path, name: PathBuf, stamp: Stamp) -> Option<Indexed> {
+    let tar::Index { places, bad } = tar::index(path, shown);
     let packed = places.iter().map(|place| pack(*place, stamp.size)).collect::<Option<Vec<u64>>>()?;
-    let same = Stamp::of(path).is_ok_and(|after| after == stamp);
     let Stamp { size, modified } = stamp;
-    let entry = Entry { name: path.file_name()?.into(), size, modified, samples: packed.len() as u64, first: 0, bad };
-    same.then_some((entry, packed))
+    Some((Entry { name, size, modified, samples: packed.len() as u64, first: 0, bad }, packed))
 }

@@ -108,7 +108,7 @@ fn epoch(
     let mut loaders: Vec<Loader> = (0..ranks)
         .map(|rank| {
             let part = crate::dist::part(batch, rank, ranks);
-            Loader::new(dataset, &data, sampler.clone(), batch, std::iter::once(part.start..part.end).collect(), 0)
+            Loader::new(dataset, &data, sampler.clone(), batch, std::iter::once(part.start..part.end).collect(), 0, 1)
                 .unwrap()
         })
         .collect();

@@ -6,8 +6,10 @@ use super::{
     dataset::Source,
     image,
     record::{Kind, image_member},
+    remote_source,
     shard::Shard,
 };
+use crate::error::Result;
 use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -122,10 +124,14 @@ impl Findings {
 }
 
 /// Reads every sample of a source. `progress` is called with the number of samples of each finished shard.
-pub fn inspect(source: &Source, progress: impl Fn(u64)) -> Inspection {
+///
+/// # Errors
+/// A remote shard cannot be downloaded.
+pub fn inspect(source: &Source, progress: impl Fn(u64)) -> Result<Inspection> {
     let mut shards = Vec::new();
     let mut found = Findings { bad: source.bad.clone(), ignored: source.ignored.clone(), ..Findings::default() };
-    for shard in &source.shards {
+    for (number, shard) in source.shards.iter().enumerate() {
+        let _held = shard.hold_before(source.shards.get(number + 1))?;
         let mut of_shard = inspect_shard(shard);
         progress(shard.len());
         of_shard.bad.merge(shard.bad.clone());
@@ -133,11 +139,11 @@ pub fn inspect(source: &Source, progress: impl Fn(u64)) -> Inspection {
         shards.push(ShardCount { name: printable(&shard.path.display().to_string()), samples, bad });
         found = found.merge(of_shard);
     }
-    Inspection { path: source.path.clone(), shards, found }
+    Ok(Inspection { path: source.path.clone(), shards, found })
 }
 
 fn inspect_shard(shard: &Shard) -> Findings {
-    let info = shard.path.parent().and_then(|folder| CodesInfo::read(folder).ok());
+    let info = remote_source::codes_of(shard).ok();
     // Merged in order, so that the examples do not depend on the number of threads.
     let each: Vec<Findings> = (0..shard.len() as usize)
         .collect::<Vec<_>>()

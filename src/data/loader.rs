@@ -4,6 +4,7 @@ use super::{
     bad::{Bad, BadCounts, Cause},
     blocks::BlockCache,
     dataset::Dataset,
+    read_ahead::{Plan, ReadAhead},
     record::Record,
     sampler::Sampler,
 };
@@ -15,6 +16,7 @@ use std::{
     ops::Range,
     sync::{
         Arc,
+        atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, sync_channel},
     },
     thread::{self, JoinHandle},
@@ -35,13 +37,24 @@ const MAX_WAITING: usize = 1 << 30;
 /// gives the exact order of the sampler for any number of workers. Dropping the loader ends its threads.
 /// `data.prefetch` batches are read ahead, or fewer if they would take more than 1 GiB.
 pub struct Loader {
-    queues: Vec<Receiver<Batch>>,
+    queues: Vec<Receiver<Result<Batch>>>,
     workers: Vec<JoinHandle<()>>,
     taken: usize,
     read: u64,
     bad: BadCounts,
     ignored: BadCounts,
     max_bad_ratio: f64,
+    read_ahead: Option<ReadAhead>,
+    /// Ends downloads of remote shards.
+    stop: Arc<AtomicBool>,
+}
+
+/// What a worker reads from.
+struct Reader {
+    dataset: Arc<Dataset>,
+    cache: Option<Arc<BlockCache>>,
+    sampler: Sampler,
+    stop: Arc<AtomicBool>,
 }
 
 struct Batch {
@@ -52,6 +65,7 @@ struct Batch {
 
 impl Loader {
     /// Loads batches of `batch_size` samples, starting after `position` samples; of each batch only the samples `mine`.
+    /// `ranks` share the cache of remote shards.
     ///
     /// # Errors
     /// A batch has more than 2²⁰ samples, or a thread cannot be started.
@@ -62,6 +76,7 @@ impl Loader {
         batch_size: usize,
         mine: Vec<Range<usize>>,
         position: u64,
+        ranks: usize,
     ) -> Result<Self> {
         let hint = "lower train.batch_size";
         ensure!(batch_size <= MAX_BATCH, usage(format_args!("{batch_size} samples in a batch: too many"), hint));
@@ -71,15 +86,22 @@ impl Loader {
             .then(|| Arc::new(BlockCache::new(dataset.cache_bytes(samples, config.shuffle_buffer))));
         let count = config.workers.clamp(1, MAX_WORKERS);
         let depth = depth(config.prefetch, count, samples.saturating_mul(dataset.sample_bytes()));
+        let stop = Arc::new(AtomicBool::new(false));
+        let plan =
+            Plan { dataset: dataset.clone(), sampler: sampler.clone(), batch_size, mine: mine.clone(), position };
+        let read_ahead = ReadAhead::start(plan, config, ranks)?;
+        let reader = Arc::new(Reader { dataset: dataset.clone(), cache, sampler, stop: stop.clone() });
         let (mut queues, mut workers) = (Vec::new(), Vec::new());
         for worker in 0..count {
             let (sender, receiver) = sync_channel(depth);
-            let (dataset, sampler, mine, cache) = (dataset.clone(), sampler.clone(), mine.clone(), cache.clone());
+            let (reader, mine) = (reader.clone(), mine.clone());
             let work = move || {
                 for batch in (worker as u64..).step_by(count) {
                     let start = position.wrapping_add(batch.wrapping_mul(batch_size as u64));
+                    let read = reader.batch(start, &mine);
+                    let failed = read.is_err();
                     // The loader was dropped.
-                    if sender.send(read_batch(&dataset, cache.as_deref(), &sampler, start, &mine)).is_err() {
+                    if sender.send(read).is_err() || failed {
                         return;
                     }
                 }
@@ -89,17 +111,21 @@ impl Loader {
             queues.push(receiver);
         }
         let (bad, ignored) = Default::default();
-        Ok(Self { queues, workers, taken: 0, read: 0, bad, ignored, max_bad_ratio: config.max_bad_ratio })
+        let (taken, read, max_bad_ratio) = (0, 0, config.max_bad_ratio);
+        Ok(Self { queues, workers, taken, read, bad, ignored, max_bad_ratio, read_ahead, stop })
     }
 
     /// The next batch. Bad samples are replaced and counted.
     ///
     /// # Errors
-    /// Too many samples are bad, or a data thread ended.
+    /// Too many samples are bad, a remote shard cannot be downloaded, or a data thread ended.
     pub fn next_batch(&mut self) -> Result<Vec<Record>> {
         let queue = self.queues.get(self.taken % self.queues.len()).context("a loader without workers")?;
-        let batch = queue.recv().context("a data thread ended")?;
+        let batch = queue.recv().context("a data thread ended")??;
         self.taken += 1;
+        if let Some(read_ahead) = &self.read_ahead {
+            read_ahead.advance(self.taken as u64);
+        }
         self.read += (batch.records.len() + batch.bad.len()) as u64;
         batch.bad.into_iter().for_each(|bad| self.bad.add(bad));
         self.bad.check(self.read, self.max_bad_ratio)?;
@@ -127,6 +153,7 @@ fn depth(prefetch: usize, workers: usize, bytes: usize) -> usize {
 
 impl Drop for Loader {
     fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
         self.queues.clear();
         for worker in self.workers.drain(..) {
             // A panic of a worker has already been printed by the panic hook.
@@ -135,44 +162,36 @@ impl Drop for Loader {
     }
 }
 
-fn read_batch(
-    dataset: &Dataset,
-    cache: Option<&BlockCache>,
-    sampler: &Sampler,
-    start: u64,
-    mine: &[Range<usize>],
-) -> Batch {
-    let mut bad = Vec::new();
-    let positions = mine.iter().cloned().flatten().map(|offset| start + offset as u64);
-    let records = positions.map(|position| read_one(dataset, cache, sampler, position, &mut bad)).collect();
-    Batch { records, bad }
-}
-
-/// The sample at `position`, or the deterministic replacement of a bad one.
-fn read_one(
-    dataset: &Dataset,
-    cache: Option<&BlockCache>,
-    sampler: &Sampler,
-    position: u64,
-    bad: &mut Vec<Bad>,
-) -> Option<Record> {
-    let Some(first) = sampler.at(position) else {
-        bad.push(Bad::new(Cause::Unreadable, "no samples"));
-        return None;
-    };
-    let mut draw = first;
-    for attempt in 0..MAX_ATTEMPTS {
-        match dataset.read_with(cache, draw.source, draw.sample) {
-            Ok(mut record) => {
-                let choice = sampler.caption(draw, record.captions.len());
-                if let Some(caption) = record.captions.get(choice) {
-                    record.caption.clone_from(caption);
-                }
-                return Some(record);
-            }
-            Err(one) => bad.push(one),
-        }
-        draw = sampler.replacement(position, attempt, first);
+impl Reader {
+    fn batch(&self, start: u64, mine: &[Range<usize>]) -> Result<Batch> {
+        let mut bad = Vec::new();
+        let positions = mine.iter().cloned().flatten().map(|offset| start + offset as u64);
+        let records = positions.map(|position| self.one(position, &mut bad)).collect::<Result<_>>()?;
+        Ok(Batch { records, bad })
     }
-    None
+
+    /// The sample at `position`, or the deterministic replacement of a bad one. A shard that cannot be downloaded is an error:
+    /// its samples are not replaced.
+    fn one(&self, position: u64, bad: &mut Vec<Bad>) -> Result<Option<Record>> {
+        let Some(first) = self.sampler.at(position) else {
+            bad.push(Bad::new(Cause::Unreadable, "no samples"));
+            return Ok(None);
+        };
+        let mut draw = first;
+        for attempt in 0..MAX_ATTEMPTS {
+            let _held = self.dataset.hold(draw.source, draw.sample, &self.stop)?;
+            match self.dataset.read_with(self.cache.as_deref(), draw.source, draw.sample) {
+                Ok(mut record) => {
+                    let choice = self.sampler.caption(draw, record.captions.len());
+                    if let Some(caption) = record.captions.get(choice) {
+                        record.caption.clone_from(caption);
+                    }
+                    return Ok(Some(record));
+                }
+                Err(one) => bad.push(one),
+            }
+            draw = self.sampler.replacement(position, attempt, first);
+        }
+        Ok(None)
+    }
 }

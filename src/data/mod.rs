@@ -1,7 +1,8 @@
 //! Data sets: finds samples, indexes them, reads them in a reproducible order, and delivers them in batches.
 //!
 //! Reading order: `paths` and `tar` find and index shards, [`Dataset`] holds them, [`Sampler`] gives the sample at each
-//! position, [`Record`] is one sample, [`Loader`] reads ahead in threads. A damaged sample is a [`Bad`], counted in
+//! position, [`Record`] is one sample, [`Loader`] reads ahead in threads. `remote_source` opens remote shards through a
+//! cache, and `read_ahead` downloads those that the next batches need. A damaged sample is a [`Bad`], counted in
 //! [`BadCounts`].
 
 mod bad;
@@ -36,8 +37,10 @@ mod order;
 pub mod output;
 pub mod paths;
 mod questions;
+mod read_ahead;
 mod record;
 pub mod remote;
+mod remote_source;
 mod resample;
 mod sampler;
 mod shard;
@@ -50,8 +53,8 @@ mod tests;
 pub mod translate;
 
 pub use bad::{Bad, BadCounts, Cause, printable};
-pub use codes::{CODES_FILE, CodesInfo, are_codes, npy};
-pub use dataset::{Dataset, Source};
+pub use codes::{CODES_FILE, CodesInfo, npy};
+pub use dataset::{Dataset, Source, are_codes};
 pub use embed::{Embedder, Report as EmbeddingReport};
 pub use encode::{Encoder, Report};
 pub use keys::keys;
@@ -60,6 +63,7 @@ pub use members::Members;
 pub use order::Draw;
 pub use paths::is_there;
 pub use questions::{Question, questions};
+pub use read_ahead::check_cache;
 pub use record::{IMAGE_EXTENSIONS, Kind, Record};
 pub use resample::{Filter, resize, resize_bicubic, resize_unrounded};
 pub use sampler::Sampler;

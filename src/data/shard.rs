@@ -3,10 +3,11 @@
 use super::{
     bad::{Bad, BadCounts, Cause},
     codes::CodesInfo,
-    index::{Index, Stamp},
+    index::{Entry, Index, Stamp},
     keys::keys,
     members::Members,
     record::{Kind, Record, wants},
+    remote::{Cached, RemoteFile},
     source_file,
     tar::{self, Place},
 };
@@ -15,20 +16,39 @@ use std::{
     fs,
     io::{self, Write},
     ops::Range,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
     time::UNIX_EPOCH,
 };
 
 /// A tar shard, or the images of a folder.
 #[derive(Debug)]
 pub struct Shard {
+    /// Path, or URL without secrets.
     pub path: PathBuf,
     /// Path below the source's folder. Derived shards are written under this name.
     pub name: PathBuf,
     samples: Samples,
     /// Damage of the shard itself.
     pub bad: BadCounts,
+    remote: Option<Arc<RemoteFile>>,
+}
+
+/// The file of a shard on this machine.
+enum Local<'a> {
+    Path(&'a Path),
+    /// It stays in the cache while this exists.
+    Cached(Arc<Cached>),
+}
+
+impl Local<'_> {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Path(path) => path,
+            Self::Cached(cached) => cached.path(),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -56,8 +76,74 @@ struct ImageFile {
 impl Shard {
     /// Indexes a tar shard by reading its headers. Damage is counted in `bad`.
     pub(super) fn tar(path: PathBuf, name: PathBuf) -> Self {
-        let tar::Index { places, bad } = tar::index(&path);
-        Self { path, name, samples: Samples::Tar(places), bad }
+        let tar::Index { places, bad } = tar::index(&path, &path);
+        Self { path, name, samples: Samples::Tar(places), bad, remote: None }
+    }
+
+    /// A remote tar shard from the index of its source.
+    pub(super) fn remote(file: RemoteFile, name: PathBuf, index: &Arc<Index>, entry: &Entry) -> Self {
+        let (path, bad) = (file.url().into(), entry.bad.clone());
+        let (index, first, count, size) = (index.clone(), entry.first, entry.samples, file.size());
+        Self { path, name, samples: Samples::Indexed { index, first, count, size }, bad, remote: Some(Arc::new(file)) }
+    }
+
+    /// The remote file; `None` of a shard on this machine.
+    pub fn remote_file(&self) -> Option<&Arc<RemoteFile>> {
+        self.remote.as_ref()
+    }
+
+    /// Downloads a remote shard that is not in the cache. It is kept there while the result exists. `stop` ends the download
+    /// early.
+    ///
+    /// # Errors
+    /// The download fails, or the shard has changed.
+    pub fn hold(&self, stop: &AtomicBool) -> Result<Option<Arc<Cached>>> {
+        self.remote.as_ref().map(|file| file.get(stop)).transpose()
+    }
+
+    /// As [`Shard::hold`], before all samples of the shard are read; also downloads the next shard in the background.
+    ///
+    /// # Errors
+    /// As [`Shard::hold`].
+    pub fn hold_before(&self, next: Option<&Self>) -> Result<Option<Arc<Cached>>> {
+        let held = self.hold(&AtomicBool::new(false))?;
+        if let Some(file) = next.and_then(|next| next.remote.clone()) {
+            // The error appears when it is wanted.
+            file.cache().clone().in_background(move |stop| drop(file.get(stop)));
+        }
+        Ok(held)
+    }
+
+    /// The file on this machine, for reading.
+    ///
+    /// # Errors
+    /// It is remote and cannot be downloaded.
+    fn local(&self) -> Result<Local<'_>, Bad> {
+        match self.hold(&AtomicBool::new(false)) {
+            Ok(Some(cached)) => Ok(Local::Cached(cached)),
+            Ok(None) => Ok(Local::Path(&self.path)),
+            Err(error) => Err(Bad::new(Cause::NotFetched, format_args!("{error:#}"))),
+        }
+    }
+
+    /// Reads bytes of a tar.
+    ///
+    /// # Errors
+    /// The file cannot be read, or it is remote and cannot be downloaded.
+    pub(super) fn read_at(&self, bytes: &mut [u8], start: u64) -> Result<(), Bad> {
+        let read = source_file::open_regular(self.local()?.path()).and_then(|file| file.read_exact_at(bytes, start));
+        read.map_err(|e| Bad::new(Cause::Unreadable, format_args!("{}: {e}", self.path.display())))
+    }
+
+    /// The absolute path, or the URL.
+    ///
+    /// # Errors
+    /// The file no longer exists.
+    pub fn origin(&self) -> Result<PathBuf> {
+        match self.remote {
+            Some(_) => Ok(self.path.clone()),
+            None => fs::canonicalize(&self.path).with_context(|| format!("cannot find {}", self.path.display())),
+        }
     }
 
     /// A tar shard from the index of its folder, if that has it; otherwise as [`Shard::tar`].
@@ -69,7 +155,7 @@ impl Shard {
             Some((Samples::Indexed { index: index.clone(), first, count, size }, entry.bad.clone()))
         });
         match found {
-            Some((samples, bad)) => Self { path, name, samples, bad },
+            Some((samples, bad)) => Self { path, name, samples, bad, remote: None },
             None => Self::tar(path, name),
         }
     }
@@ -79,7 +165,7 @@ impl Shard {
         let keys = keys(images.iter().map(|(_, below)| below.as_path()));
         let images = images.into_iter().zip(keys).map(|((path, _), key)| ImageFile { path, key });
         let samples = Samples::Files(images.collect());
-        Self { path: folder.into(), name: "00000.tar".into(), samples, bad: BadCounts::default() }
+        Self { path: folder.into(), name: "00000.tar".into(), samples, bad: BadCounts::default(), remote: None }
     }
 
     /// Number of samples.
@@ -96,7 +182,8 @@ impl Shard {
         self.len() == 0
     }
 
-    /// Digest of the shard's name, its samples and file sizes; with `times` also of the modification times.
+    /// Digest of the shard's name, its samples and file sizes; with `times` also of the modification times, or the version
+    /// of a remote shard.
     ///
     /// # Errors
     /// A file can no longer be read.
@@ -114,8 +201,13 @@ impl Shard {
         hasher.update(self.name.as_os_str().as_encoded_bytes()).update(&[0]).update(&self.len().to_le_bytes());
         match &self.samples {
             Samples::Tar(_) | Samples::Indexed { .. } => {
-                file(&mut hasher, &self.path)
-                    .with_context(|| format!("cannot read the metadata of {}", self.path.display()))?;
+                if let Some(remote) = &self.remote {
+                    hasher.update(&remote.size().to_le_bytes());
+                    hasher.update(if times { remote.version() } else { String::new() }.as_bytes());
+                } else {
+                    file(&mut hasher, &self.path)
+                        .with_context(|| format!("cannot read the metadata of {}", self.path.display()))?;
+                }
                 let places = self.places(0..self.len() as usize);
                 for Place { start, length } in places.map_err(|bad| anyhow!("{}: {}", bad.cause, bad.place))? {
                     hasher.update(&start.to_le_bytes()).update(&length.to_le_bytes());
@@ -156,7 +248,8 @@ impl Shard {
     pub fn members(&self, index: usize, kind: Option<Kind>) -> Result<(String, Members), Bad> {
         match &self.samples {
             Samples::Tar(_) | Samples::Indexed { .. } => {
-                tar::read(&self.path, self.place(index)?, |extension| wants(kind, extension))
+                let (local, place) = (self.local()?, self.place(index)?);
+                tar::read(local.path(), &self.path, place, |extension| wants(kind, extension))
             }
             Samples::Files(images) => read_files(images.get(index).ok_or_else(|| self.missing(index))?, kind),
         }
@@ -207,8 +300,9 @@ impl Shard {
     pub fn copy(&self, index: usize, output: &mut impl Write) -> Result<bool> {
         match &self.samples {
             Samples::Tar(_) | Samples::Indexed { .. } => {
-                let place = self.place(index).map_err(|bad| anyhow!("{}: {}", bad.cause, bad.place))?;
-                tar::copy(&self.path, place, output).map(|()| true)
+                let error = |bad: Bad| anyhow!("{}: {}", bad.cause, bad.place);
+                let (local, place) = (self.local().map_err(error)?, self.place(index).map_err(error)?);
+                tar::copy(local.path(), place, output).map(|()| true)
             }
             Samples::Files(_) => Ok(false),
         }

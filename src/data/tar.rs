@@ -49,17 +49,17 @@ pub struct Name {
     pub extension: String,
 }
 
-/// Lists the samples of a shard. Damage is counted; the rest of the shard stays usable.
-pub fn index(path: &Path) -> Index {
+/// Lists the samples of a shard, which messages call `shown`. Damage is counted; the rest of the shard stays usable.
+pub fn index(path: &Path, shown: &Path) -> Index {
     let mut index = Index::default();
-    let shown = path.display();
-    if let Err(bad) = open_and_list(path, &mut index) {
+    let shown = shown.display().to_string();
+    if let Err(bad) = open_and_list(path, &shown, &mut index) {
         index.bad.add(Bad::new(bad.cause, format_args!("{shown}: {}", bad.place)));
     }
     index
 }
 
-fn open_and_list(path: &Path, index: &mut Index) -> Result<(), Bad> {
+fn open_and_list(path: &Path, shown: &str, index: &mut Index) -> Result<(), Bad> {
     let unreadable = |e| Bad::new(Cause::Unreadable, e);
     let mut file = open_regular(path).map_err(unreadable)?;
     let length = file.metadata().map_err(unreadable)?.len();
@@ -74,7 +74,7 @@ fn open_and_list(path: &Path, index: &mut Index) -> Result<(), Bad> {
         return Err(Bad::new(Cause::NotATar, format));
     }
     file.rewind().map_err(unreadable)?;
-    list(&mut Walker::new(BufReader::new(file), length), index, &path.display().to_string());
+    list(&mut Walker::new(BufReader::new(file), length), index, shown);
     Ok(())
 }
 
@@ -137,12 +137,13 @@ fn close(key: &str, range: Range<u64>, seen: &mut HashSet<u64>, index: &mut Inde
     }
 }
 
-/// Reads a sample: its key, and those of its members whose extension `wants` accepts. Other members are skipped.
+/// Reads a sample of a shard, which messages call `shown`: its key, and those of its members whose extension `wants`
+/// accepts. Other members are skipped.
 ///
 /// # Errors
 /// The shard cannot be read, a wanted member occurs twice, or the wanted members exceed 128 MiB.
-pub fn read(path: &Path, place: Place, wants: impl Fn(&str) -> bool) -> Result<(String, Members), Bad> {
-    let in_shard = |bad: Bad| Bad::new(bad.cause, format_args!("{}: {}", path.display(), bad.place));
+pub fn read(path: &Path, shown: &Path, place: Place, wants: impl Fn(&str) -> bool) -> Result<(String, Members), Bad> {
+    let in_shard = |bad: Bad| Bad::new(bad.cause, format_args!("{}: {}", shown.display(), bad.place));
     let opened = open_regular(path).and_then(|mut file| file.seek(SeekFrom::Start(place.start)).map(|_| file));
     let file = opened.map_err(|e| in_shard(Bad::new(Cause::Unreadable, e)))?;
     let buffer = place.length.clamp(BLOCK, READ_AHEAD) as usize;
@@ -168,10 +169,10 @@ pub fn copy(path: &Path, place: Place, output: &mut impl Write) -> Result<()> {
 ///
 /// # Errors
 /// As [`read`].
-pub fn parse(path: &Path, sample: &[u8], wants: impl Fn(&str) -> bool) -> Result<(String, Members), Bad> {
+pub fn parse(shown: &Path, sample: &[u8], wants: impl Fn(&str) -> bool) -> Result<(String, Members), Bad> {
     let mut walker = Walker::new(Cursor::new(sample), sample.len() as u64);
     read_members(&mut walker, wants)
-        .map_err(|bad| Bad::new(bad.cause, format_args!("{}: {}", path.display(), bad.place)))
+        .map_err(|bad| Bad::new(bad.cause, format_args!("{}: {}", shown.display(), bad.place)))
 }
 
 fn read_members<R: Read + Seek>(

@@ -271,7 +271,7 @@ fn loader(dataset: &Arc<Dataset>, data: &config::Data, position: u64) -> Loader 
 
 /// Loads only the samples `mine` of each batch of three.
 fn part_loader(dataset: &Arc<Dataset>, data: &config::Data, position: u64, mine: std::ops::Range<usize>) -> Loader {
-    Loader::new(dataset, data, Sampler::new(5, "test", &dataset.shares()), 3, vec![mine], position).unwrap()
+    Loader::new(dataset, data, Sampler::new(5, "test", &dataset.shares()), 3, vec![mine], position, 1).unwrap()
 }
 
 fn keys(loader: &mut Loader, batches: usize) -> Vec<String> {

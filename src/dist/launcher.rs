@@ -32,28 +32,36 @@ struct Launcher {
     local_rank: &'static str,
     /// Another variable that must be set for the three to apply to this process.
     needs: Option<&'static str>,
+    /// Variables that together show that another launcher is meant.
+    unless: &'static [&'static str],
     /// Whether it is an MPI launcher; MPI connects the ranks itself.
     mpi: bool,
 }
+
+/// Of a step of SLURM, started by srun. A plain sbatch script also has SLURM_PROCID = 0.
+const STEP: &str = "SLURM_STEP_NUM_TASKS";
 
 /// In order of precedence: under mpirun inside sbatch, the variables of both are set.
 const LAUNCHERS: [Launcher; 5] = [
     Launcher { mpi: false, ..launcher("torchrun", ["RANK", "WORLD_SIZE", "LOCAL_RANK"]) },
     launcher("Open MPI", ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"]),
     launcher("MVAPICH2", ["MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"]),
-    launcher("MPICH", ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"]),
     Launcher {
-        // A plain sbatch script also has SLURM_PROCID = 0; only srun creates steps.
-        needs: Some("SLURM_STEP_NUM_TASKS"),
+        // `srun --mpi=pmi2`, the default of many clusters, sets PMI_RANK for programs without MPI as well.
+        unless: &[STEP, "MASTER_ADDR"],
+        ..launcher("MPICH", ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"])
+    },
+    Launcher {
+        needs: Some(STEP),
         // srun can also start MPI ranks; those do not set MASTER_ADDR.
         mpi: false,
-        ..launcher("SLURM", ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"])
+        ..launcher("SLURM", ["SLURM_PROCID", STEP, "SLURM_LOCALID"])
     },
 ];
 
 const fn launcher(name: &'static str, variables: [&'static str; 3]) -> Launcher {
     let [rank, world_size, local_rank] = variables;
-    Launcher { name, rank, world_size, local_rank, needs: None, mpi: true }
+    Launcher { name, rank, world_size, local_rank, needs: None, unless: &[], mpi: true }
 }
 
 /// This process's rank from its environment; `None` if no launcher started it.
@@ -66,7 +74,8 @@ pub fn place() -> Result<Option<Place>> {
 
 fn resolve(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Place>> {
     for launcher in &LAUNCHERS {
-        if launcher.needs.is_some_and(|name| variable(name).is_none()) {
+        let others = !launcher.unless.is_empty() && launcher.unless.iter().all(|name| variable(name).is_some());
+        if others || launcher.needs.is_some_and(|name| variable(name).is_none()) {
             continue;
         }
         let (rank, world_size) = (variable(launcher.rank), variable(launcher.world_size));
@@ -150,6 +159,7 @@ mod tests {
             (torchrun.to_owned(), 7000, ""),
             (format!("{torchrun} TORCHELASTIC_USE_AGENT_STORE=True TORCHELASTIC_RUN_ID=x"), 7001, "x"),
             (srun.to_owned(), 7000, "5"),
+            (format!("{srun} PMI_RANK=3 PMI_SIZE=8"), 7000, "5"),
         ] {
             let master = Master { host: "a".into(), port, run: run.into() };
             assert_eq!(resolved(&variables).unwrap().unwrap().master, Some(master), "{variables}");

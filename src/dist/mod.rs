@@ -80,6 +80,7 @@ impl Ranks {
         }
     }
 
+    /// The number of ranks.
     pub fn world_size(&self) -> usize {
         match self {
             Self::Threads(ranks) => *ranks,
@@ -139,10 +140,12 @@ impl Group {
         }
     }
 
+    /// The number of this rank, from 0 to [`Group::world_size`] - 1.
     pub fn rank(&self) -> usize {
         self.wire.rank
     }
 
+    /// The number of ranks.
     pub fn world_size(&self) -> usize {
         self.wire.world_size
     }

@@ -4,14 +4,20 @@ use super::{
     launcher::Place,
     wait::{Lost, Wait},
 };
-use crate::error::{Exit, Result, anyhow, ensure, usage};
+use crate::{
+    error::{Exit, Result, anyhow, ensure, usage},
+    runtime,
+};
 use ::mpi::{
     Threading,
     request::{LocalScope, Request, scope},
     topology::SimpleCommunicator,
-    traits::{Communicator, Destination, Source},
+    traits::{Communicator, CommunicatorCollectives, Destination, Source},
 };
-use std::time::Instant;
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    time::Instant,
+};
 
 /// The line of `vilg doctor` about MPI.
 pub const STATE: &str = "built: mpirun and srun start ranks on any number of machines";
@@ -25,6 +31,13 @@ unsafe impl Send for Comm {}
 /// Maximum size of a message in bytes, far below MPI's limit of 2³¹ elements.
 const CHUNK: usize = 1 << 30;
 
+/// Digest of the processors that this rank may use.
+fn processors() -> u64 {
+    let mut hasher = DefaultHasher::new();
+    runtime::allowed_processors().hash(&mut hasher);
+    hasher.finish()
+}
+
 /// MPI's environment in this process.
 pub struct Universe(::mpi::environment::Universe);
 
@@ -36,7 +49,7 @@ impl Universe {
 }
 
 impl Comm {
-    /// Starts MPI in this process; also returns the number of ranks on this host.
+    /// Starts MPI in this process; also returns the number of ranks that share this rank's processors, itself included.
     ///
     /// # Errors
     /// MPI cannot be started, or is not what the launcher said.
@@ -51,7 +64,10 @@ impl Comm {
         let what = format!("{launcher} says rank {} of {}, MPI says rank {rank} of {world_size}", said.0, said.1);
         let hint = "start with the mpirun of the MPI that vilg was built with (or srun --mpi=pmix)";
         ensure!((rank, world_size) == said, usage(what, hint));
-        let neighbours = usize::try_from(comm.split_shared(comm.rank()).size())?.max(1);
+        let host = comm.split_shared(comm.rank());
+        let (own, mut all) = (processors(), vec![0; usize::try_from(host.size())?]);
+        host.all_gather_into(&own, &mut all[..]);
+        let neighbours = all.iter().filter(|processors| **processors == own).count().max(1);
         Ok((Self(comm), Universe(universe), neighbours))
     }
 

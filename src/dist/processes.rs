@@ -38,7 +38,7 @@ pub fn run_mpi(place: &Place, patience: Duration, f: impl Fn(&Group) -> Result<(
     run(place, neighbours, Carrier::Mpi(comm), patience, || universe.end(), f)
 }
 
-/// Runs `f` as this process's rank, one of `neighbours` on this host that share its compute threads; `end` is called
+/// Runs `f` as this process's rank, one of `neighbours` that share its processors; `end` is called
 /// before this process exits because of a failure.
 ///
 /// # Errors

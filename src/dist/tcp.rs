@@ -1,18 +1,25 @@
 //! Transport between processes over TCP, for ranks that were not started by MPI: torchrun, srun, or variables set by
 //! hand.
 //!
-//! Rank 0 listens on `MASTER_ADDR:MASTER_PORT`. The other ranks send it the addresses on which they listen, receive the
+//! Rank 0 listens on `MASTER_ADDR:MASTER_PORT`. The other ranks send it the ports on which they listen, receive the
 //! list of all ranks, and connect to the ranks below them. Connections that do not name this run are refused.
+//!
+//! A rank's address is the one from which it reached rank 0, so all connections use the network of `MASTER_ADDR`. Ranks on
+//! the host of rank 0 may reach it by a loopback address, as where `/etc/hosts` gives the host's own name 127.0.1.1; the
+//! others then get the address by which they reached rank 0 themselves.
 
 use super::{
     launcher::Master,
     wait::{Lost, Wait},
 };
-use crate::error::{Context, Result, ensure, failed, usage};
+use crate::{
+    error::{Context, Result, ensure, failed, usage},
+    runtime,
+};
 use std::{
     fs,
     io::{ErrorKind, Read, Write},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
     thread,
     time::{Duration, Instant},
 };
@@ -20,8 +27,8 @@ use std::{
 /// Connections to all other ranks, by rank.
 pub struct Mesh(Vec<Option<TcpStream>>);
 
-/// Start of the first message on a connection: these bytes, digests of the run and of the host, the rank, and the port
-/// on which it listens.
+/// Start of the first message on a connection: these bytes, digests of the run and of the host's processors, the rank, and
+/// the port on which it listens.
 const HELLO: Digest = *b"vilg/1\0\0";
 const GREETING: usize = 3 * size_of::<Digest>() + 4 + 2;
 
@@ -34,7 +41,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// A rank that has connected.
 struct Guest {
     rank: usize,
-    host: Digest,
+    processors: Digest,
     /// The address on which it listens.
     address: SocketAddr,
     stream: TcpStream,
@@ -46,24 +53,28 @@ struct Rendezvous {
     world_size: usize,
     /// Digest of the run's name and size.
     run: Digest,
-    host: Digest,
+    /// Digest of the host and of the processors of it that this rank may use.
+    processors: Digest,
     listener: TcpListener,
     deadline: Instant,
 }
 
 impl Mesh {
-    /// Connects to all other ranks; also returns the number of ranks on this host.
+    /// Connects to all other ranks; also returns the number of ranks that share this rank's processors, itself included:
+    /// those of this host, unless the launcher gave each its own.
     pub fn connect(rank: usize, world_size: usize, master: &Master, patience: Duration) -> Result<(Self, usize)> {
         let port = if rank == 0 { master.port } else { 0 };
         let hint = "another run may be using this port; choose another MASTER_PORT";
-        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))
+        let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
+            .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)))
             .map_err(|error| failed(format!("rank {rank} cannot listen on port {port}: {error}"), hint))?;
         listener.set_nonblocking(true)?;
         let run = digest(&format!("{}\n{world_size}", master.run));
         let kernel = |name: &str| fs::read_to_string(format!("/proc/sys/kernel/{name}")).unwrap_or_default();
-        let host = digest(&[kernel("hostname"), kernel("random/boot_id")].concat());
+        let allowed = runtime::allowed_processors();
+        let processors = digest(&[kernel("hostname"), kernel("random/boot_id"), allowed].concat());
         let deadline = Instant::now() + patience;
-        let rendezvous = Rendezvous { rank, world_size, run, host, listener, deadline };
+        let rendezvous = Rendezvous { rank, world_size, run, processors, listener, deadline };
         if rank == 0 { rendezvous.receive() } else { rendezvous.join(master) }
     }
 
@@ -143,8 +154,14 @@ impl Rendezvous {
     /// Rank 0: waits for all other ranks and sends each the list of all ranks.
     fn receive(self) -> Result<(Mesh, usize)> {
         let guests = self.guests(1..self.world_size)?;
-        let own = (self.listener.local_addr()?, self.host);
-        let told: Vec<_> = [own].into_iter().chain(guests.iter().map(|guest| (guest.address, guest.host))).collect();
+        let own = (self.listener.local_addr()?, self.processors);
+        let mut told: Vec<_> =
+            [own].into_iter().chain(guests.iter().map(|guest| (guest.address, guest.processors))).collect();
+        let outside = guests.iter().find(|guest| !guest.address.ip().is_loopback());
+        if let Some(guest) = outside {
+            let reached = guest.stream.local_addr()?.ip().to_canonical();
+            name_loopback(told.iter_mut().map(|(address, _)| address), reached);
+        }
         let text = serde_json::to_vec(&told)?;
         let mut streams = vec![None];
         for Guest { mut stream, .. } in guests {
@@ -158,7 +175,8 @@ impl Rendezvous {
     /// Other ranks: receives the list from rank 0, connects to the ranks below it and waits for those above it.
     fn join(self, master: &Master) -> Result<(Mesh, usize)> {
         const ENTRY: usize = 200;
-        let mut first = self.reach(&format!("{}:{}", master.host, master.port), 0)?;
+        let host = master.host.trim_start_matches('[').trim_end_matches(']');
+        let mut first = self.reach(&(host, master.port), &format!("{host} port {}", master.port), 0)?;
         let mut length = [0; 4];
         first
             .read_exact(&mut length)
@@ -174,21 +192,27 @@ impl Rendezvous {
         ensure!(all.len() == self.world_size, "the list of ranks from rank 0 has {} entries", all.len());
         let mut streams = vec![Some(first)];
         for (rank, (address, _)) in all.iter().enumerate().take(self.rank).skip(1) {
-            streams.push(Some(self.reach(&address.to_string(), rank)?));
+            streams.push(Some(self.reach(address, &address.to_string(), rank)?));
         }
         streams.push(None);
         streams.extend(self.guests(self.rank + 1..self.world_size)?.into_iter().map(|guest| Some(guest.stream)));
         self.mesh(streams, &all)
     }
 
-    /// Connects to a rank and sends the greeting of this one.
-    fn reach(&self, address: &str, rank: usize) -> Result<TcpStream> {
+    /// Connects to a rank by the first of its addresses that answers, and sends the greeting of this one.
+    fn reach(&self, address: &impl ToSocketAddrs, shown: &str, rank: usize) -> Result<TcpStream> {
+        let connect = || {
+            let mut last = ErrorKind::AddrNotAvailable.into();
+            for address in address.to_socket_addrs()? {
+                match TcpStream::connect_timeout(&address, INTRODUCTION) {
+                    Ok(stream) => return Ok(stream),
+                    Err(error) => last = error,
+                }
+            }
+            Err::<_, std::io::Error>(last)
+        };
         loop {
-            let connected = address.to_socket_addrs().and_then(|mut found| {
-                let address = found.find(SocketAddr::is_ipv4).ok_or(ErrorKind::AddrNotAvailable)?;
-                TcpStream::connect_timeout(&address, INTRODUCTION)
-            });
-            match connected {
+            match connect() {
                 Ok(mut stream) => {
                     stream.set_read_timeout(Some(self.left()))?;
                     stream.write_all(&self.greeting()?)?;
@@ -197,7 +221,7 @@ impl Rendezvous {
                 Err(error) if self.deadline <= Instant::now() => {
                     let hint =
                         "check that MASTER_ADDR is the host of rank 0 and that the hosts can connect to each other";
-                    let what = format!("rank {} cannot reach rank {rank} at {address}: {error}", self.rank);
+                    let what = format!("rank {} cannot reach rank {rank} at {shown}: {error}", self.rank);
                     return Err(failed(what, hint));
                 }
                 Err(_) => thread::sleep(PAUSE),
@@ -210,7 +234,7 @@ impl Rendezvous {
     }
 
     fn greeting(&self) -> Result<Vec<u8>> {
-        let mut bytes = [HELLO, self.run, self.host].concat();
+        let mut bytes = [HELLO, self.run, self.processors].concat();
         bytes.extend(u32::try_from(self.rank)?.to_le_bytes());
         bytes.extend(self.listener.local_addr()?.port().to_le_bytes());
         Ok(bytes)
@@ -247,13 +271,13 @@ impl Rendezvous {
         Ok(guests.into_iter().flatten().collect())
     }
 
-    /// The mesh of these connections, and the number of ranks on this host.
+    /// The mesh of these connections, and the number of ranks that share this rank's processors.
     fn mesh(&self, streams: Vec<Option<TcpStream>>, all: &[(SocketAddr, Digest)]) -> Result<(Mesh, usize)> {
         for stream in streams.iter().flatten() {
             stream.set_nodelay(true)?;
             stream.set_nonblocking(true)?;
         }
-        Ok((Mesh(streams), all.iter().filter(|(_, host)| *host == self.host).count().max(1)))
+        Ok((Mesh(streams), all.iter().filter(|(_, processors)| *processors == self.processors).count().max(1)))
     }
 
     /// Reads the greeting of a new connection; `None` if it is not from this run.
@@ -263,15 +287,53 @@ impl Rendezvous {
         let mut said = [0; GREETING];
         stream.read_exact(&mut said).ok()?;
         let rest = said.strip_prefix(&HELLO)?.strip_prefix(&self.run)?;
-        let (host, rest) = rest.split_first_chunk()?;
+        let (processors, rest) = rest.split_first_chunk()?;
         let (rank, port) = (rest.first_chunk()?, rest.last_chunk()?);
-        let address = SocketAddr::new(from, u16::from_le_bytes(*port));
-        Some(Guest { rank: u32::from_le_bytes(*rank) as usize, host: *host, address, stream })
+        let address = SocketAddr::new(from.to_canonical(), u16::from_le_bytes(*port));
+        Some(Guest { rank: u32::from_le_bytes(*rank) as usize, processors: *processors, address, stream })
     }
+}
+
+/// Replaces loopback addresses by `host`, keeping their ports.
+fn name_loopback<'a>(addresses: impl Iterator<Item = &'a mut SocketAddr>, host: IpAddr) {
+    addresses.filter(|address| address.ip().is_loopback()).for_each(|address| address.set_ip(host));
 }
 
 fn digest(text: &str) -> Digest {
     let mut digest = Digest::default();
     blake3::Hasher::new().update(text.as_bytes()).finalize_xof().fill(&mut digest);
     digest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_meet_by_either_version_of_ip() {
+        for host in ["127.0.0.1", "::1", "[::1]", "localhost"] {
+            if (host.trim_matches(['[', ']']), 0)
+                .to_socket_addrs()
+                .and_then(|found| TcpListener::bind(&*found.collect::<Vec<_>>()))
+                .is_err()
+            {
+                continue; // a host without IPv6
+            }
+            let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+            let master = Master { host: host.into(), port, run: "versions".into() };
+            let meet = |rank| Mesh::connect(rank, 3, &master, Duration::from_secs(20)).unwrap();
+            let sharing = thread::scope(|scope| {
+                let ranks = [0, 1, 2].map(|rank| scope.spawn(move || meet(rank)));
+                ranks.map(|rank| rank.join().unwrap().1)
+            });
+            assert_eq!(sharing, [3, 3, 3], "{host}");
+        }
+    }
+
+    #[test]
+    fn loopback_addresses_are_not_handed_to_other_hosts() {
+        let mut addresses = ["127.0.1.1:7000", "[::1]:7001", "10.0.0.2:7002"].map(|text| text.parse().unwrap());
+        name_loopback(addresses.iter_mut(), "10.0.0.1".parse().unwrap());
+        assert_eq!(addresses.map(|address| address.to_string()), ["10.0.0.1:7000", "10.0.0.1:7001", "10.0.0.2:7002"]);
+    }
 }

@@ -165,6 +165,7 @@ fn open(path: &str, kind: Kind) -> Result<Dataset> {
 /// # Errors
 /// No sample could be read.
 fn tell_bad(path: &str, bad: &BadCounts, good: usize) -> Result<()> {
+    bad.check_fetched()?;
     let hint = "`vilg data inspect PATH` shows what the source contains";
     ensure!(good > 0, failed(format_args!("nothing in `{path}` can be used: {bad}"), hint));
     if bad.total() > 0 {

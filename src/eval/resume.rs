@@ -3,7 +3,7 @@
 use crate::{
     bounded_read,
     data::output::write_whole,
-    error::{Context, Hint, Result, ensure, failed},
+    error::{Context, Hint, Result, ensure, failed, plain},
     nn::weights::{self, Values},
 };
 use candle_core::Tensor;
@@ -33,7 +33,7 @@ pub(super) fn begin<T: Serialize + DeserializeOwned + PartialEq>(
     if file.exists() {
         let damaged = || format!("{} is damaged", file.display());
         let bytes = bounded_read::read(&file, MAX_SETTINGS).hint(damaged(), hint)?;
-        let there: T = serde_json::from_slice(&bytes).hint(damaged(), hint)?;
+        let there: T = serde_json::from_slice(&bytes).map_err(plain).hint(damaged(), hint)?;
         let what = format!("{} holds another measurement", folder.display());
         ensure!(there == *settings, failed(what, hint));
         return Ok(());

@@ -65,8 +65,9 @@ impl CheckpointFile {
         let mut all = Self { files: Vec::new(), tensors: BTreeMap::new() };
         for path in paths {
             let name = path.display().to_string();
-            let bytes = Mapped::open(&path)?;
-            let stored = hint_if_none(read(&bytes, all.files.len()), format!("cannot read {name}"), REPLACE)?;
+            let cannot = format!("cannot read {name}");
+            let bytes = hint_if_none(Mapped::open(&path), &cannot, REPLACE)?;
+            let stored = hint_if_none(read(&bytes, all.files.len()), cannot, REPLACE)?;
             for (tensor, stored) in unwrapped(stored) {
                 ensure!(
                     all.tensors.insert(tensor.clone(), stored).is_none(),

@@ -64,7 +64,7 @@ pub enum Init {
 }
 
 enum Origin {
-    /// Fresh parameters; empty ones are filled by whoever wants them.
+    /// Fresh parameters. If they are empty, the caller fills them.
     Seed {
         fresh: Fresh,
         empty: bool,
@@ -72,7 +72,7 @@ enum Origin {
     Tensors(HashMap<String, Tensor>),
 }
 
-/// What fresh parameters are filled with, each on its own when it is wanted.
+/// The initial values of fresh parameters, computed one parameter at a time.
 #[derive(Clone)]
 pub struct Fresh {
     seed: u64,
@@ -115,13 +115,13 @@ impl Scope {
         Self::new(Origin::Seed { fresh: Fresh { seed, fillings: BTreeMap::new() }, empty: false }, dtype, device)
     }
 
-    /// The same parameters, f32 and empty (see [`ops::replace`]); [`Scope::fresh`] says what belongs into them. For
-    /// ranks that hold a part of a model which is too large to be whole anywhere.
+    /// The same parameters, f32 and empty (see [`ops::replace`]); [`Scope::fresh`] has their initial values. For
+    /// ranks that hold only a part of a model.
     pub fn empty_from_seed(seed: u64, device: &Device) -> Self {
         Self::new(Origin::Seed { fresh: Fresh { seed, fillings: BTreeMap::new() }, empty: true }, DType::F32, device)
     }
 
-    /// What fresh parameters are filled with, in full precision.
+    /// The initial values of fresh parameters, f32.
     pub fn fresh(&self) -> Option<Fresh> {
         match &self.store.borrow().origin {
             Origin::Seed { fresh, .. } => Some(fresh.clone()),
@@ -173,7 +173,7 @@ impl Scope {
         Self { prefix: self.full_name(name), ..self.clone() }
     }
 
-    /// Where parameters lie.
+    /// The device of the parameters.
     pub fn device(&self) -> Device {
         self.store.borrow().device.clone()
     }
@@ -235,7 +235,7 @@ impl Scope {
         self.make(name, shape.into(), init, self.dtype(), attributes)
     }
 
-    /// Those of a parameter of this scope without weight decay.
+    /// The attributes of a parameter of this scope without weight decay.
     fn attributes(&self) -> Attributes {
         let base = self.store.borrow().lora.is_some();
         Attributes { weight_decay: false, block_matrices: None, requires_grad: !base, clipped: self.clipped, base }

@@ -37,10 +37,12 @@ impl Pickle {
         self.objects.iter()
     }
 
+    /// The object at a place.
     pub fn get(&self, at: At) -> &Object {
         &self.objects[at.0]
     }
 
+    /// The text at a place; `None` if there is another kind of object.
     pub fn text(&self, at: At) -> Option<&str> {
         match self.get(at) {
             Object::Text(text) => Some(text),
@@ -48,6 +50,7 @@ impl Pickle {
         }
     }
 
+    /// The elements of the list at a place; `None` if there is another kind of object.
     pub fn list(&self, at: At) -> Option<&[At]> {
         match self.get(at) {
             Object::List(list) => Some(list),
@@ -60,6 +63,7 @@ impl Pickle {
         self.list(at)?.iter().map(|&size| self.size(size)).collect()
     }
 
+    /// The number at a place, not negative; `None` if there is another kind of object.
     pub fn size(&self, at: At) -> Option<usize> {
         match self.get(at) {
             Object::Int(size) => usize::try_from(*size).ok(),

@@ -4,12 +4,16 @@ use super::facts::field;
 
 /// Keeps freed memory in the process. A training step frees and allocates the same buffers again and again; glibc would
 /// return each to the kernel, and the page faults of using it again take a third of the time of a step.
+///
+/// One arena for all threads, because glibc unmaps the empty heaps of the others at any threshold, and maps each
+/// block beyond 64 MiB there anew. Threads allocate small blocks from caches of their own.
 pub fn keep_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: mallopt only sets allocator parameters; it is called before any other thread starts.
     unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, -1); // never
         libc::mallopt(libc::M_TOP_PAD, 64 << 20);
     }
 }

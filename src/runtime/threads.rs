@@ -1,6 +1,6 @@
 //! Compute threads: rayon's global pool, and a separate pool for each rank.
 
-use super::device;
+use super::{device, facts::field};
 use crate::error::{Context, Result};
 
 /// Starts the global thread pool of the process; `None`: one thread per core.
@@ -19,6 +19,11 @@ const STACK: usize = 8 << 20;
 /// cost more than a small matrix product.
 pub fn on_threads<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| f())
+}
+
+/// The processors that this process may use, as Linux lists them (`0-3,8`); empty where the system does not tell.
+pub fn allowed_processors() -> String {
+    field("/proc/self/status", "Cpus_allowed_list").unwrap_or_default()
 }
 
 /// Runs `f` on a separate pool of `threads` compute threads: a rank's share of the machine.

@@ -9,16 +9,16 @@
 
 use super::{Task, loss_scale::LossScale, reshard::Stored, spikes::Spikes};
 use crate::{
+    bounded_read,
     config::{Config, rename_stored_keys},
     dist::Group,
-    error::{Context, Result, bail, ensure, failed},
+    error::{Context, Result, bail, ensure, failed, plain},
     report,
 };
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::{self, File},
-    io,
+    fs, io,
     path::{Component, Path, PathBuf},
 };
 
@@ -27,6 +27,8 @@ pub(super) const MANIFEST: &str = "manifest.json";
 pub(super) const STATE: &str = "state.json";
 pub(super) const CONFIG: &str = "config.json";
 pub(super) const TENSORS: &str = ".safetensors";
+/// Maximum size of a JSON file of a checkpoint, in bytes. A manifest has about 100 bytes for each rank.
+const MAX_JSON: u64 = 64 << 20;
 
 /// Everything but tensors and configuration that a run needs to go on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -112,21 +114,22 @@ pub fn load(group: &Group, path: &Path) -> Result<Loaded> {
         ensure!(theirs.is_empty(), "{}", String::from_utf8_lossy(&theirs));
     }
     let json = |name: &str| -> Result<serde_json::Value> {
-        let bytes = fs::read(path.join(name)).with_context(|| format!("cannot read {name}"))?;
-        serde_json::from_slice(&bytes).with_context(|| name.to_owned())
+        let bytes = bounded_read::read(&path.join(name), MAX_JSON)?;
+        serde_json::from_slice(&bytes).map_err(plain).with_context(|| name.to_owned())
     };
-    let state = serde_json::from_value(json(STATE)?).context(STATE)?;
+    let state = serde_json::from_value(json(STATE)?).map_err(plain).context(STATE)?;
     Ok(Loaded { state, config: over_defaults(json(CONFIG)?)?, path: path.to_owned() })
 }
 
 /// The manifest of the checkpoint at `path`.
 fn manifest(path: &Path) -> Result<Manifest> {
-    let bytes = fs::read(path.join(MANIFEST)).with_context(|| format!("{}: no {MANIFEST}", path.display()))?;
+    let bytes = bounded_read::read(&path.join(MANIFEST), MAX_JSON)
+        .with_context(|| format!("{}: no readable {MANIFEST}", path.display()))?;
     let manifest: serde_json::Value =
         serde_json::from_slice(&bytes).with_context(|| format!("{MANIFEST} is not JSON"))?;
     let format = &manifest["format"];
     ensure!(*format == FORMAT, "{MANIFEST}: `format` is {format}, this program reads {FORMAT}");
-    let manifest: Manifest = serde_json::from_value(manifest).context(MANIFEST)?;
+    let manifest: Manifest = serde_json::from_value(manifest).map_err(plain).context(MANIFEST)?;
     let plain = |name: &&String| Path::new(name).components().eq([Component::Normal(name.as_ref())]);
     let outside = manifest.files.keys().find(|name| !plain(name)).map_or("", String::as_str);
     ensure!(outside.is_empty(), "{MANIFEST} lists `{outside}`, which is no file of the checkpoint's folder");
@@ -139,7 +142,7 @@ fn manifest(path: &Path) -> Result<Manifest> {
 /// Checks the `part`-th of `parts` shares of a checkpoint's files.
 fn check_files(path: &Path, part: usize, parts: usize) -> Result<()> {
     for (name, info) in manifest(path)?.files.iter().skip(part).step_by(parts) {
-        let mut file = File::open(path.join(name)).with_context(|| format!("{name} is missing"))?;
+        let mut file = bounded_read::open(&path.join(name))?;
         let length = file.metadata()?.len();
         ensure!(length == info.bytes, "{name} has {length} bytes, its manifest says {}", info.bytes);
         let mut hasher = blake3::Hasher::new();
@@ -312,6 +315,25 @@ fn difference(prefix: &str, was: &serde_json::Value, is: &serde_json::Value) -> 
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn endless_files_and_pipes_of_a_checkpoint_are_refused_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let refusal = || format!("{:#}", load(&Group::alone(), folder.path()).err().unwrap());
+        std::os::unix::fs::symlink("/dev/zero", at(MANIFEST)).unwrap();
+        assert!(refusal().contains("not a regular file"), "{}", refusal());
+        fs::remove_file(at(MANIFEST)).unwrap();
+        // Of holes, which take no space on the disk.
+        fs::File::create(at(MANIFEST)).unwrap().set_len(1 << 40).unwrap();
+        assert!(refusal().contains("longer than"), "{}", refusal());
+        let info = json!({ "bytes": 0, "blake3": "" });
+        let files = json!({ STATE: info, CONFIG: info, "state.safetensors": info });
+        fs::write(at(MANIFEST), json!({ "format": FORMAT, "files": files }).to_string()).unwrap();
+        assert!(refusal().contains("cannot open"), "{}", refusal());
+        assert!(std::process::Command::new("mkfifo").arg(at(CONFIG)).status().unwrap().success());
+        assert!(refusal().contains("config.json is not a regular file"), "{}", refusal());
+    }
 
     #[test]
     fn keys_younger_than_a_checkpoint_have_their_defaults() {

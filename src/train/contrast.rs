@@ -35,7 +35,7 @@ pub struct Settings {
     pub learns: bool,
 }
 
-/// What a step saw.
+/// Results of a step on this rank.
 #[derive(Debug, Clone, Copy)]
 pub struct Seen {
     /// This rank's part of the loss; the parts of all ranks add up to it.
@@ -46,7 +46,7 @@ pub struct Seen {
     pub scale: f64,
 }
 
-/// The parameter names of each unit of the shards: the image encoder's segments, the text encoder's, and the scale of the
+/// The parameter names of each parameter group of the shards: the image encoder's segments, the text encoder's, and the scale of the
 /// logits.
 pub fn parameter_groups(model: &Matcher) -> Vec<Vec<String>> {
     let mut groups = shards::names(&model.image_segments());
@@ -55,8 +55,8 @@ pub fn parameter_groups(model: &Matcher) -> Vec<Vec<String>> {
     groups
 }
 
-/// Adds the gradients of this rank's micro-batches (images and texts) to those in `shards`, whose units are
-/// [`parameter_groups`]. `captions`: equal for equal texts, of all micro-batches.
+/// Adds the gradients of this rank's micro-batches (images and texts) to those in `shards`, which has the
+/// [`parameter_groups`] of the matcher. `captions`: equal for equal texts, of all micro-batches.
 ///
 /// # Errors
 /// A segment fails, an embedding is not finite, or a rank does not come.

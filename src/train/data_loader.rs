@@ -3,12 +3,12 @@
 
 use crate::{
     config::{Config, Data, Source},
-    data::{Dataset, Kind, Loader, Record, Sampler},
+    data::{self, Dataset, Kind, Loader, Record, Sampler},
     dist::{self, Group},
     error::{Context, Result, ensure, failed},
     report,
 };
-use std::{ops::Range, sync::Arc};
+use std::{fs, ops::Range, sync::Arc};
 
 /// Prefetches the samples of a run, from any step on.
 pub struct DataLoader {
@@ -23,6 +23,8 @@ pub struct DataLoader {
     bad: u64,
     /// Samples with damaged JSON at the last warning.
     ignored: u64,
+    /// Number of ranks on this machine, which share the cache of remote shards.
+    ranks: usize,
     /// Names of the samples of the last step.
     names: Vec<String>,
     /// The same batches of `data.validation`.
@@ -74,7 +76,14 @@ impl DataLoader {
             first += size;
             mine
         });
-        let mine = mine.collect();
+        let mine: Vec<Range<usize>> = mine.collect();
+        let mut ranks = 1;
+        if dataset.cache().is_some() {
+            let own = mine.iter().map(ExactSizeIterator::len).sum::<usize>();
+            let here = on_this_machine(group, own as u64)?;
+            ranks = here.len();
+            data::check_cache(&dataset, &config.data, here.iter().sum::<u64>() as usize, ranks)?;
+        }
         Ok(Self {
             dataset,
             config: config.data.clone(),
@@ -84,6 +93,7 @@ impl DataLoader {
             loader: None,
             bad: 0,
             ignored: 0,
+            ranks,
             names: Vec::new(),
             validation: None,
         })
@@ -126,6 +136,7 @@ impl DataLoader {
                     self.samples,
                     self.mine.clone(),
                     position,
+                    self.ranks,
                 )?
             }
         };
@@ -145,4 +156,13 @@ impl DataLoader {
         let batch = |mine: &Range<usize>| (mine.start as u64, records.by_ref().take(mine.len()).collect());
         Ok(self.mine.iter().map(batch).collect())
     }
+}
+
+/// What the ranks on this machine give, this one among them.
+fn on_this_machine(group: &Group, ours: u64) -> Result<Vec<u64>> {
+    let kernel = |name: &str| fs::read_to_string(format!("/proc/sys/kernel/{name}")).unwrap_or_default();
+    let host = blake3::hash([kernel("hostname"), kernel("random/boot_id")].concat().as_bytes());
+    let host = u64::from_le_bytes(*host.as_bytes().first_chunk().context("a digest")?);
+    let all = group.gather(vec![host, ours])?;
+    Ok(all.iter().filter(|one| one.first() == Some(&host)).filter_map(|one| one.get(1).copied()).collect())
 }

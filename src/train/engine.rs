@@ -20,8 +20,8 @@ use candle_core::{DType, Device, Tensor};
 pub struct Pass<'a, B> {
     pub chain: &'a Chain<'a, B>,
     pub batch: &'a B,
-    /// Which unit of the shards is the chain's first segment; the others follow it. Chains that share shards have ranges
-    /// of units of their own.
+    /// Index of the chain's first segment among the parameter groups of the shards; the other segments follow it. Each
+    /// chain over the same shards has its own range of groups.
     pub first_unit: usize,
     /// Activation checkpointing: every k-th segment runs forward again in the backward pass (0: none, 1: all).
     pub activation_checkpointing: usize,
@@ -37,7 +37,7 @@ struct Link {
 }
 
 /// Adds the gradients of one micro-batch to those in `shards` and returns its loss, the scalar that the last segment
-/// returns. The chain's segments are the first units of `shards`; `activation_checkpointing` is that of [`Pass`].
+/// returns. The chain's segments are the first parameter groups of `shards`; `activation_checkpointing` is that of [`Pass`].
 ///
 /// # Errors
 /// A segment fails, the last one returns no scalar, or a rank does not come.
@@ -109,7 +109,7 @@ impl<B> Pass<'_, B> {
             let Some(Link { input, saved }) = links.pop() else { break };
             let unit = self.first_unit + i;
             shards.all_gather(unit, self.before(i))?;
-            // Nothing before the first segment that learns needs a gradient.
+            // Segments before the first trainable one need no gradient.
             if i >= frozen {
                 let saved = match saved {
                     Some(saved) => saved,
@@ -128,12 +128,12 @@ impl<B> Pass<'_, B> {
         Ok(())
     }
 
-    /// Whether no parameter of the chain learns.
+    /// Whether all parameters of the chain are frozen.
     pub fn is_frozen(&self, shards: &Shards) -> bool {
         (0..self.chain.len()).all(|i| shards.is_frozen(self.first_unit + i))
     }
 
-    /// The unit of the segment before the `i`-th.
+    /// The parameter group of the segment before the `i`-th.
     fn before(&self, i: usize) -> Option<usize> {
         i.checked_sub(1).map(|i| self.first_unit + i)
     }

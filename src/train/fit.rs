@@ -37,6 +37,7 @@ pub struct Fit {
 const MOST_GPUS: usize = 1 << 16;
 
 impl Fit {
+    /// Computes memory and time of a configuration of these sizes on a cluster, and looks for settings that fit.
     pub fn of(config: &Config, sizes: &Sizes, cluster: Cluster) -> Self {
         let memory = Memory::new(config, sizes, cluster.gpus);
         let own = Settings::of(config);

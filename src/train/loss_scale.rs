@@ -22,6 +22,7 @@ impl LossScale {
         scaled.then_some(Self { factor: START, finite: 0 })
     }
 
+    /// What the loss is multiplied by.
     pub fn factor(self) -> f64 {
         f64::from(self.factor)
     }

@@ -56,6 +56,7 @@ impl Kinds {
         self.weights + self.gradients + self.optimizer + self.working_set
     }
 
+    /// All of them: the states, buffers in flight, the moving average and the activations.
     pub fn total(&self) -> u64 {
         self.states() + self.under_way + self.average + self.activations.unwrap_or(0)
     }
@@ -109,10 +110,12 @@ pub struct Memory<'a> {
 }
 
 impl<'a> Memory<'a> {
+    /// A configuration on this number of GPUs, one rank each.
     pub fn new(config: &'a Config, sizes: &'a Sizes, gpus: usize) -> Self {
         Self { config, sizes, shares: sizes.shares(config, gpus) }
     }
 
+    /// How many elements each GPU owns if everything is sharded.
     pub fn shares(&self) -> &Shares {
         &self.shares
     }
@@ -134,6 +137,7 @@ impl<'a> Memory<'a> {
         }
     }
 
+    /// Bytes by kind on the GPU with the largest shard.
     pub fn kinds(&self, settings: Settings) -> Kinds {
         let (total, (owned, trained, muons)) = (self.shares.total(), self.owned(settings.stage));
         let (weight, unit, learns) = (self.weight(), self.shares.largest_unit(), self.shares.largest_trained_unit());

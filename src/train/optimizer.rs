@@ -20,7 +20,7 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use std::{collections::BTreeMap, ops::Range};
 
-/// What an optimizer remembers of one parameter.
+/// The optimizer state of one parameter.
 pub enum Moments {
     /// First and second moment.
     AdamW { m: Floats, v: Floats },
@@ -122,7 +122,7 @@ pub fn handling(config: &Train, rounded: bool, name: &str, attributes: Attribute
 }
 
 /// # Errors
-/// `train.freeze` names what is not there, or leaves nothing to learn.
+/// `train.freeze` names a parameter that does not exist, or leaves no trainable parameter.
 pub fn check_frozen(config: &Train, params: &Params) -> Result<()> {
     let unknown = config.freeze.iter().find(|part| !params.keys().any(|name| begins_with(name, part)));
     let mut parts: Vec<&str> = params.keys().filter_map(|name| name.split('.').next()).collect();
@@ -139,7 +139,8 @@ pub fn kinds(config: &Train, attributes: Attributes) -> &'static [&'static str] 
     if uses_muon(config, attributes) { &["muon"] } else { &["adamw_m", "adamw_v"] }
 }
 
-/// Elements from which a parameter has all threads for itself; below, parameters are updated side by side.
+/// Parameters with at least this many elements are updated one after the other, each by all threads; smaller ones are
+/// updated in parallel.
 const LARGE: usize = 1 << 22;
 
 /// The sum of the squares of all gradients that are clipped: f64 sums of fixed chunks, added in order of name, so that

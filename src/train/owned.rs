@@ -16,9 +16,9 @@ pub struct Owned<'a> {
     /// Summed over the ranks.
     pub gradient: &'a Tensor,
     pub(super) range: Range<usize>,
-    /// `None`: they lie in the variable.
+    /// `None`: they are in the variable.
     pub(super) weights: Option<&'a mut Floats>,
-    /// The same weights in bf16, where others want them so.
+    /// The same weights in bf16, if they are sent in bf16.
     pub(super) rounded: Option<&'a mut Vec<bf16>>,
 }
 

@@ -3,7 +3,7 @@
 use super::sizes::Sizes;
 use crate::{
     config::{self, Config},
-    data::{self, Dataset, Kind},
+    data::{self, Dataset, Kind, remote::is_remote},
     error::Result,
 };
 use serde::Serialize;
@@ -22,6 +22,7 @@ pub struct Plan {
     pub epochs: Option<f64>,
 }
 
+/// What was found of a data source.
 #[derive(Debug, Serialize)]
 pub struct SourcePlan {
     pub path: String,
@@ -46,7 +47,8 @@ pub fn plan_without(config: &Config, sizes: &Sizes) -> Result<(Plan, Vec<String>
     let mut here = config.data.clone();
     let mut missing = Vec::new();
     for source in std::mem::take(&mut here.sources) {
-        if data::is_there(&source.path)? {
+        // Remote shards would be downloaded to count their samples.
+        if !is_remote(&source.path) && data::is_there(&source.path)? {
             here.sources.push(source);
         } else {
             missing.push(source.path);

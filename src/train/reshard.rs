@@ -50,7 +50,7 @@ pub struct Stored {
 /// The elements of a tensor in one file.
 struct Interval {
     range: Range<usize>,
-    /// Whether these are all of them.
+    /// Whether the file holds all elements of the tensor.
     whole: bool,
     file: usize,
     bytes: Range<usize>,

@@ -111,8 +111,8 @@ impl RunFolder {
         Ok(Self { root, held: Some(Held { metrics, launched: false, events: None, _lock: lock }), to_stdout: false })
     }
 
-    /// Keeps the configuration beside the results, and only the metrics of steps up to `step`, so that
-    /// no step stands twice after a resume.
+    /// Writes the configuration, and removes the metrics of steps after `step`, so that no step is in the file twice after
+    /// a resume.
     pub fn begin(&mut self, config: &Config, step: u64) -> Result<()> {
         let Some(held) = &mut self.held else { return Ok(()) };
         fs::write(self.root.join("config.toml"), config.to_toml()?)?;

@@ -1,4 +1,4 @@
-//! What changes from step to step, and its way into a checkpoint and back.
+//! The state of a run that changes from step to step: saved in checkpoints and restored from them.
 
 use super::{
     Resume, Task,
@@ -212,7 +212,7 @@ impl RunState {
         saving.begin(config, &state, parts, background)
     }
 
-    /// The weights to look at, on the leading rank: the average where there is one.
+    /// The weights for sample images, on the leading rank: the moving average where there is one.
     pub fn shown(&self, shards: &Shards) -> Result<Option<HashMap<String, Tensor>>> {
         shards.collect(|shards, name| match self.average.as_ref().and_then(|average| average.get(name)) {
             Some(average) => Ok(average.to_vec()),

@@ -57,6 +57,7 @@ pub(super) fn tokenizer_config(folder: &Path) -> Config {
             l2_normalize: true,
             l1_weight: 1.0,
             restart_after: 2,
+            channel_permutation: 0.5,
             ..Default::default()
         },
         train: config::Train {

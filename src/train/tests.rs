@@ -35,6 +35,8 @@ pub(super) enum Event {
     NeverFinite,
     /// From this step to that one the loss is far out.
     Spike(u64),
+    /// From this step on the loss has another term, which makes it larger.
+    NewTerm,
     Error,
     Panic,
     /// Holds a thread of its pool for ever.
@@ -67,13 +69,13 @@ impl Task for ToyTask {
         let mut far = 1.0;
         let now = |(at, event): &&(u64, Event)| match event {
             Event::Spike(last) => (*at..=*last).contains(&step),
-            Event::NeverFinite => step >= *at,
+            Event::NeverFinite | Event::NewTerm => step >= *at,
             _ => *at == step,
         };
         match self.event.as_ref().filter(now) {
             Some((_, Event::Stop(stop))) => stop.request(),
             Some((_, Event::NotFinite | Event::NeverFinite)) => inputs = (inputs * f64::INFINITY)?,
-            Some((_, Event::Spike(_))) => far = 1e5,
+            Some((_, Event::Spike(_) | Event::NewTerm)) => far = 1e5,
             Some((_, Event::Error)) => bail!("the disk is on fire"),
             Some((_, Event::Panic)) => panic!("on purpose"),
             Some((_, Event::Hang)) => {
@@ -91,6 +93,10 @@ impl Task for ToyTask {
         let loss = shards.group().sum(&[loss])?[0];
         self.total += loss;
         Ok(StepMetrics { losses: vec![("loss", loss * far)], figures: Vec::new(), amount: 3, unit: "rows" })
+    }
+
+    fn loss_changes_at(&self, step: u64) -> bool {
+        matches!(self.event, Some((at, Event::NewTerm)) if at == step)
     }
 
     fn validate(&mut self, _step: u64, batch: u64, shards: &mut Shards) -> Result<StepMetrics> {
@@ -311,10 +317,14 @@ fn spiky(spike: Spike) -> Config {
     config
 }
 
-/// A run in which these steps' samples make a spike.
+/// A run in which these steps' samples make a spike; returns the steps whose samples were left out.
 fn with_spikes(parent: &Path, config: &Config, from: u64, to: u64) -> Result<u64> {
+    with_event(parent, config, (from, Event::Spike(to)))
+}
+
+fn with_event(parent: &Path, config: &Config, event: (u64, Event)) -> Result<u64> {
     let mut task = ToyTask::new(config);
-    task.event = Some((from, Event::Spike(to)));
+    task.event = Some(event);
     train(&Group::alone(), config, &mut task, RunFolder::open(parent, config, true)?, &Resume::Auto, &Stop::default())?;
     let state = std::fs::read(parent.join("runs/toy/checkpoints/step-80/state.json"))?;
     let state: Value = serde_json::from_slice(&state)?;
@@ -347,6 +357,22 @@ fn a_spike_is_skipped_or_taken_back_and_both_are_bounded() {
     let error = with_spikes(&at("lost"), &spiky(Spike::RollBack), 71, 1000).unwrap_err();
     let text = format!("{error:#}");
     assert!(text.contains("a spike, the 6th") && text.contains("a row"), "{text}");
+}
+
+#[test]
+fn a_term_that_begins_is_no_spike() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, spike) in [("skip", Spike::Skip), ("back", Spike::RollBack)] {
+        let event = (66, Event::NewTerm);
+        assert_eq!(with_event(&folder.path().join(name), &spiky(spike), event).unwrap(), 0, "{name}");
+    }
+    let tokenizer = config::ImageTokenizer {
+        perceptual_weight: 1.0,
+        perceptual_start: 5,
+        adversarial_start: 3,
+        ..Default::default()
+    };
+    assert_eq!((1..9).filter(|step| tokenizer.loss_changes_at(*step)).collect::<Vec<_>>(), [6]);
 }
 
 #[test]

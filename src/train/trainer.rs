@@ -10,6 +10,7 @@ use super::{
     schedule,
     shards::Shards,
     signals::Stop,
+    spikes::Spikes,
     state::RunState,
 };
 use crate::{
@@ -114,6 +115,9 @@ impl<'a> Trainer<'a> {
         let step = self.run.step;
         self.shards.begin(step);
         let factor = self.run.loss_scale.map_or(1.0, LossScale::factor);
+        if self.task.loss_changes_at(step + self.run.passed_over) {
+            self.run.spikes = Spikes::default();
+        }
         let measured = self.task.gradients(step + self.run.passed_over, factor, &mut self.shards)?;
         self.shards.finish()?;
         let Agreed { norm, signal, saved } = self.agree(factor)?;
@@ -155,6 +159,10 @@ impl<'a> Trainer<'a> {
             self.save(background)?;
             if !background {
                 self.complete()?;
+            }
+            if leave {
+                // The leader writes the model folder: who leaves before it is done ends the run.
+                self.shards.group().barrier()?;
             }
         }
         if let Some(stopped) = Stop::error(signal, step).filter(|_| !last) {

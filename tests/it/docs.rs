@@ -139,6 +139,38 @@ fn files_that_are_named_exist() {
     assert!(missing.is_empty(), "{missing:#?}");
 }
 
+/// Function names of tests that a text names, as `a_step_holds_what_the_formulas_say`.
+fn tests_named(page: &Page) -> Vec<String> {
+    let is_test = |span: &String| {
+        span.matches('_').count() > 2 && span.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+    };
+    page.code_spans().into_iter().filter(is_test).collect()
+}
+
+#[test]
+fn tests_that_are_named_exist() {
+    fn code(folder: &Path, all: &mut String) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => code(&path, all),
+                false if path.extension().is_some_and(|end| end == "rs") => *all += &fs::read_to_string(path).unwrap(),
+                false => {}
+            }
+        }
+    }
+    let mut all = String::new();
+    ["src", "tests/it"].iter().for_each(|folder| code(&root().join(folder), &mut all));
+    let mut named = 0;
+    for path in ["docs/distributed.md", "CONTRIBUTING.md"] {
+        for name in tests_named(&page(Path::new(path))) {
+            assert!(all.contains(&format!("fn {name}(")), "{path} names the test `{name}`, which does not exist");
+            named += 1;
+        }
+    }
+    assert!(named > 15, "{named} tests");
+}
+
 /// The help of a command, by the words of its name; none if there is no such command.
 fn help(command: &[String]) -> Option<String> {
     let mut asked = vilg(&["help"]);

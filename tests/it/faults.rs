@@ -56,6 +56,24 @@ fn export_into_the_working_folder_and_with_a_trailing_slash() {
     assert_eq!((names(&here), fs::read(here.join("letter.txt")).unwrap()), (count + 1, b"dear".to_vec()));
 }
 
+#[test]
+fn a_reordered_vocabulary_is_refused_unless_a_mismatch_is_allowed() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    succeeds(folder, &["export", "--model", "demo", "-o", "model"]);
+    let vocab = folder.join("model/vocab.txt");
+    let mut words: Vec<String> = fs::read_to_string(&vocab).unwrap().lines().map(str::to_owned).collect();
+    let end = words.len() - 1;
+    words.swap(end, end - 1);
+    fs::write(&vocab, words.join("\n") + "\n").unwrap();
+    let sample = concat!(env!("CARGO_MANIFEST_DIR"), "/src/demo/sample.png");
+    let args = ["tokenize", sample, "--model", "model"];
+    let (code, error) = ended(&vilg(folder, &args));
+    assert!(code == Some(1) && error.contains("vocab.txt") && error.contains("--allow-mismatch"), "{code:?} {error}");
+    let (code, error) = ended(&vilg(folder, &[&args[..], &["--allow-mismatch"]].concat()));
+    assert!(code == Some(0) && error.contains("warning: ") && error.contains("vocab.txt"), "{code:?} {error}");
+}
+
 /// The model folder of a small tokenizer all of whose weights are `weight`.
 fn constant_model(path: &Path, weight: f32) {
     let image_tokenizer = tiny();

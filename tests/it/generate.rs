@@ -104,6 +104,11 @@ fn generated() {
     assert_eq!(each["images"][2]["path"], "each-3.png");
     generate(&["-o", "fifth.png", "--seed", "5", "--best-of", "2"]);
     assert_eq!(fs::read(at.join("each-3.png")).unwrap(), fs::read(at.join("fifth.png")).unwrap());
+
+    generate(&["-o", "large.png", "--seed", "5", "--best-of", "2", "--scale", "3"]);
+    let [small, large] = ["fifth.png", "large.png"].map(|name| image::open(at.join(name)).unwrap().into_rgb8());
+    let (width, height) = small.dimensions();
+    assert_eq!(vilg::data::resize_bicubic(&small, 3 * width, 3 * height), large);
 }
 
 #[test]

@@ -227,6 +227,14 @@ fn nothing_is_left_undone_or_silenced() {
     }
 }
 
+/// A comparison with one task lets the compiler overlook a new one, a `match` does not.
+#[test]
+fn tasks_are_matched_and_not_compared() {
+    let compared = ["== Task::", "!= Task::", "== config::Task::", "!= config::Task::"];
+    let found: Vec<String> = sources().iter().flat_map(|source| source.lines_with(&compared)).collect();
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
 #[test]
 fn dependencies_are_used() {
     let manifest = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml")).unwrap();

@@ -32,6 +32,45 @@ fn shard(path: &Path, data: &Path, count: usize) {
 }
 
 #[test]
+fn embeddings_of_remote_shards_are_in_a_folder_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path());
+    let (data, ..) = data(folder.path(), &model, 4);
+    let (shards, apart) = (folder.path().join("shards"), folder.path().join("apart"));
+    fs::create_dir(&shards).unwrap();
+    shard(&shards.join("0.tar"), &data, 4);
+    let url = format!("pipe:cat {}/0.tar", shards.display());
+    let command = |args: &[&str]| {
+        let mut command = vilg(args);
+        command.arg("--matcher").arg(&model).arg("--cache-dir").arg(folder.path().join("cache"));
+        command
+    };
+    let embed = || command(&["data", "embed", "--json", "--max-bad-ratio", "0.5", &url]);
+    let output = embed().output().unwrap();
+    assert!(output.status.code() == Some(2) && said(&output).contains("name a folder with -o"), "{}", said(&output));
+    assert_eq!(json(&embed().arg("-o").arg(&apart).output().unwrap())["samples"], 3);
+    assert_eq!(json(&embed().arg("-o").arg(&apart).output().unwrap())["skipped_shards"], 1);
+    json(&run(&["data", "embed", "--json", "--max-bad-ratio", "0.5", "--matcher"], &[&model, &shards]));
+    let array = apart.join("0.tar.embeddings.npy");
+    let mut bytes = fs::read(&array).unwrap();
+    assert_eq!(bytes, fs::read(shards.join("0.tar.embeddings.npy")).unwrap());
+    // Image and caption of sample 0 become opposite, so that only a filter that reads the file leaves it out.
+    let start = bytes.len() - 4 * 32 * 4;
+    for (value, at) in [(1_f32, start), (-1.0, start + 64)] {
+        (0..16).for_each(|i| bytes[at + 4 * i..at + 4 * i + 4].copy_from_slice(&value.to_le_bytes()));
+    }
+    fs::write(&array, bytes).unwrap();
+    let filter = |out: &str, more: &[&str]| {
+        let mut command = command(&["data", "filter", "--json", "--min-cosine=-1.1", "--min-side", "0"]);
+        command.args(["--max-aspect-ratio", "0", "--keep-duplicate-images", "--keep-without-noun"]);
+        command.args(["--max-caption-repeats", "0", &url]).args(more).arg("-o").arg(folder.path().join(out));
+        json(&command.output().unwrap())["kept"].as_u64()
+    };
+    assert_eq!(filter("computed", &[]), Some(3));
+    assert_eq!(filter("stored", &["--embeddings", apart.to_str().unwrap()]), Some(2));
+}
+
+#[test]
 fn embeddings_are_stored_once_and_filters_use_them() {
     let folder = tempfile::tempdir().unwrap();
     let model = model(folder.path());

@@ -99,6 +99,35 @@ fn survives_signals_bit_by_bit() {
     }
 }
 
+/// `train.log_every` of 3 gives a line to the first step, to every third one and to the last one.
+#[test]
+fn every_nth_step_has_a_line_with_its_times_and_a_terminal_shows_a_bar_between() {
+    let folder = tempfile::tempdir().unwrap();
+    prepare(folder.path());
+    let program = format!("'{}' train --config tiny.toml --set train.steps=7", env!("CARGO_BIN_EXE_vilg"));
+    let shell = |line: &str| Command::new("sh").args(["-c", line]).current_dir(folder.path()).output().unwrap();
+    let output = shell(&format!("{program} --set train.log_every=3"));
+    let text = String::from_utf8(output.stderr).unwrap();
+    let lines: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("step ")).collect();
+    let steps: Vec<&str> = lines.iter().map(|line| line.split('/').next().unwrap()).collect();
+    assert_eq!(steps, ["1", "3", "6", "7"], "{text}");
+    for part in ["grad_norm ", "memory ", "images/s", "elapsed 0:00:", "eta 0:00:"] {
+        assert!(lines.iter().all(|line| line.contains(part)), "{part}: {text}");
+    }
+    assert!(lines[3].ends_with("eta 0:00:00") && !text.contains('\r'), "{text}");
+
+    let inner = format!("{program} --set train.log_every=3 --set name=shown").replace('\'', "\"");
+    let output =
+        shell(&format!("command -v script > /dev/null || exit 99; TERM=xterm script -qec '{inner}' /dev/null"));
+    if output.status.code() == Some(99) {
+        println!("skipped: no script");
+        return;
+    }
+    let shown = String::from_utf8(output.stdout).unwrap();
+    assert!(shown.contains("step 3/7") && shown.contains("step 7/7"), "{shown}");
+    assert!(shown.contains("loss ") && shown.contains(['█', '░']), "{shown}");
+}
+
 /// Sends these signals, a few steps apart, to a run without end; returns its output. `prefix` is shell code.
 fn hung_up(prefix: &str, signals: &[i32]) -> (Option<i32>, String) {
     let folder = tempfile::tempdir().unwrap();

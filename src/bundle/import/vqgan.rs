@@ -6,7 +6,7 @@ use crate::{
     bounded_read,
     bundle::{Parts, write::write_as},
     config::{Config, ImageTokenizer, QuantizerKind, Task},
-    error::{Context, Hint, Result, ensure, failed, usage},
+    error::{Context, Hint, Result, ensure, failed, plain, usage},
     nn::{checkpoint_file::CheckpointFile, params::Scope, weights},
     tokenizer,
 };
@@ -174,7 +174,7 @@ fn read_yaml(path: &Path) -> Result<Yaml> {
     let name = path.display();
     let text = bounded_read::read_text(path, MAX_YAML)
         .map_err(|e| usage(format_args!("{e:#}"), "name the model.yaml of the checkpoint"))?;
-    serde_yaml_ng::from_str(&text).hint(
+    serde_yaml_ng::from_str(&text).map_err(plain).hint(
         format!("{name} is not a configuration of taming-transformers"),
         "leave `--yaml` out: sizes are read from the weights",
     )
@@ -264,6 +264,11 @@ mod tests {
             fs::write(&yaml, YAML.replace(from, to))?;
             let message = import(Family::TamingVq);
             assert!(message.contains(wrong), "{message}");
+        }
+        // Nested without end, and longer than any published file.
+        for (times, wrong) in [(30_000, "not a configuration of taming"), (400_000, "longer than")] {
+            fs::write(&yaml, format!("model: {}", "[".repeat(times)))?;
+            assert!(import(Family::TamingVq).contains(wrong));
         }
         fs::write(&yaml, YAML)?;
         assert!(import(Family::TamingGumbel).contains("other kind"));

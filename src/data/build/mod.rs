@@ -33,7 +33,10 @@ use super::{
     output::{Lock, MadeFrom, remove_leftovers},
     paths,
 };
-use crate::error::{Hint, Result, ensure, failed};
+use crate::{
+    data::remote::{is_remote, shown},
+    error::{Hint, Result, ensure, failed},
+};
 use emit::{Emit, Message};
 use reader::Reader;
 use serde::Serialize;
@@ -116,7 +119,10 @@ impl Builder {
     }
 
     fn made_from(&self) -> Result<MadeFrom<Settings>> {
-        let path = fs::canonicalize(&self.source).or_else(|_| std::path::absolute(&self.source))?;
+        let path = match self.source.to_str().filter(|source| is_remote(source)) {
+            Some(url) => shown(url).into(),
+            None => fs::canonicalize(&self.source).or_else(|_| std::path::absolute(&self.source))?,
+        };
         Ok(MadeFrom { path, digest: self.reader.digest()?, recipe: self.settings.clone() })
     }
 

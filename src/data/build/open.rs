@@ -14,7 +14,8 @@ use super::{
     tables::Rows,
 };
 use crate::{
-    data::{bad::Cause, paths, source_file::foreign_format},
+    config,
+    data::{bad::Cause, paths, remote::is_remote, source_file::foreign_format},
     error::{Result, ensure, failed, usage},
 };
 use serde_json::Value;
@@ -30,6 +31,8 @@ pub struct Request {
     /// The split of a file or folder that has several.
     pub split: Option<String>,
     pub columns: Columns,
+    /// The cache of remote shards: `cache_dir` and `cache_gb`.
+    pub cache: config::Data,
 }
 
 impl Request {
@@ -66,6 +69,9 @@ pub fn guess(request: &Request) -> Result<Format> {
     let path = request.path();
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_ascii_lowercase();
     let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+    if is_remote(&request.source) {
+        return Ok(Format::Folder);
+    }
     let missing = usage(format_args!("there is no source `{}`", request.source), "name a file or a folder");
     ensure!(paths::is_there(&request.source)?, missing);
     if !path.is_file() || extension == "tar" {
@@ -134,7 +140,7 @@ fn unclear(request: &Request) -> crate::error::Error {
 pub fn open(request: &Request, format: Format) -> Result<Box<dyn Reader>> {
     let path = request.path();
     Ok(match format {
-        Format::Folder | Format::Img2dataset => Box::new(Stored::open(&request.source)?),
+        Format::Folder | Format::Img2dataset => Box::new(Stored::open(&request.source, &request.cache)?),
         Format::ChineseClip => Box::new(ChineseClip::open(path, request.split.as_deref())?),
         Format::CocoCn => {
             ensure!(guess_text(path)?.is_some(), not_this(request, format, "its lines are not `ID#N CAPTION`"));

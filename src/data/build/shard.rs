@@ -182,6 +182,8 @@ impl Shard<'_> {
                         }
                     }
                 }
+                // Rows of a shard that was not downloaded are not lost.
+                stats.bad.check_fetched()?;
                 tar.finish()?;
                 Ok(())
             })?;

@@ -6,6 +6,7 @@ use super::{
     row::{Image, Row},
 };
 use crate::{
+    config,
     data::{
         bad::{Bad, Cause},
         dataset::Source,
@@ -25,8 +26,8 @@ pub struct Stored {
 impl Stored {
     /// # Errors
     /// Nothing was found.
-    pub fn open(source: &str) -> Result<Self> {
-        Ok(Self { source: Arc::new(Source::open(source, 1.0)?) })
+    pub fn open(source: &str, cache: &config::Data) -> Result<Self> {
+        Ok(Self { source: Arc::new(Source::open_with(source, 1.0, cache)?) })
     }
 }
 

@@ -1,23 +1,27 @@
 //! What is filtered: tar shards, folders of images, and tables.
 
 use crate::{
-    data::{dataset::Source, paths, shard::Shard, table},
+    config,
+    data::{dataset::Source, paths, remote::is_remote, shard::Shard, table},
     error::{Context, Result, ensure, failed, usage},
 };
 use std::{
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
     time::UNIX_EPOCH,
 };
 
 /// One unit of work; it becomes one file of the output.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Input {
+    /// Path, or URL without secrets.
     pub path: PathBuf,
     /// Path of its output below the output folder.
     pub name: PathBuf,
     pub kind: InputKind,
+    remote: Option<Arc<Shard>>,
 }
 
 /// What an [`Input`] is.
@@ -30,12 +34,13 @@ pub enum InputKind {
 }
 
 impl Input {
-    /// The size and modification time of a file; for a folder, of all its images and captions.
+    /// The size and modification time of a file, or the version of a remote shard; for a folder, of all its images and
+    /// captions.
     ///
     /// # Errors
     /// The input cannot be read.
     pub fn stamp(&self) -> Result<String> {
-        if self.kind == InputKind::Folder {
+        if self.kind == InputKind::Folder || self.remote.is_some() {
             return Ok(self.shard()?.digest(true)?.to_hex().to_string());
         }
         let meta = fs::metadata(&self.path).with_context(|| format!("cannot read {}", self.path.display()))?;
@@ -47,26 +52,46 @@ impl Input {
     ///
     /// # Errors
     /// The folder cannot be read. A damaged tar is no error: see [`Shard::bad`].
-    pub fn shard(&self) -> Result<Shard> {
-        match self.kind {
-            InputKind::Tar => Ok(Shard::tar(self.path.clone(), self.name.clone())),
+    pub fn shard(&self) -> Result<Arc<Shard>> {
+        match (self.kind, &self.remote) {
+            (_, Some(shard)) => Ok(shard.clone()),
+            (InputKind::Tar, None) => Ok(Arc::new(Shard::tar(self.path.clone(), self.name.clone()))),
             _ => {
                 let source = Source::open(&self.path.to_string_lossy(), 1.0)?;
                 let images = source.shards.into_iter().next_back();
-                images.with_context(|| format!("no images in {}", self.path.display()))
+                images.map(Arc::new).with_context(|| format!("no images in {}", self.path.display()))
             }
+        }
+    }
+
+    /// The absolute path, or the URL.
+    ///
+    /// # Errors
+    /// The input no longer exists.
+    pub fn origin(&self) -> Result<PathBuf> {
+        match self.remote {
+            Some(_) => Ok(self.path.clone()),
+            None => fs::canonicalize(&self.path).with_context(|| format!("cannot find {}", self.path.display())),
         }
     }
 }
 
 /// Finds the inputs of all sources, in order: tables by name or pattern, and what other commands take as a source. Of a
-/// folder without shards and images, its tables are taken.
+/// folder without shards and images, its tables are taken. Remote shards are read through the cache of `cache`.
 ///
 /// # Errors
-/// A source has no input, or two inputs would be written under one name.
-pub fn find(sources: &[String]) -> Result<Vec<Input>> {
+/// A source has no input, a remote one cannot be read, or two inputs would be written under one name.
+pub fn find(sources: &[String], cache: &config::Data) -> Result<Vec<Input>> {
     let mut inputs = Vec::new();
     for source in sources {
+        if is_remote(source) {
+            let shards = Source::open_with(source, 1.0, cache)?.shards;
+            inputs.extend(shards.into_iter().map(|shard| {
+                let (path, name) = (shard.path.clone(), shard.name.clone());
+                Input { path, name, kind: InputKind::Tar, remote: Some(Arc::new(shard)) }
+            }));
+            continue;
+        }
         let expanded = paths::expand(source)?;
         let tables: Vec<PathBuf> = match expanded.iter().all(|path| is_table(path)) {
             true => expanded,
@@ -78,11 +103,12 @@ pub fn find(sources: &[String]) -> Result<Vec<Input>> {
         }
         match paths::find(source) {
             Ok(found) => {
-                let tars = found.tars.into_iter().map(|(path, name)| Input { path, name, kind: InputKind::Tar });
+                let tars =
+                    found.tars.into_iter().map(|(path, name)| Input { path, name, kind: InputKind::Tar, remote: None });
                 inputs.extend(tars);
                 if !found.images.is_empty() {
                     let (path, name) = (PathBuf::from(source), PathBuf::from("00000.tar"));
-                    inputs.push(Input { path, name, kind: InputKind::Folder });
+                    inputs.push(Input { path, name, kind: InputKind::Folder, remote: None });
                 }
             }
             Err(error) => {
@@ -136,5 +162,5 @@ fn has_table_extension(path: &Path) -> bool {
 fn of_table(path: PathBuf, root: Option<&Path>) -> Input {
     let below = root.and_then(|root| path.strip_prefix(root).ok()).map(Path::to_path_buf);
     let name = below.unwrap_or_else(|| path.file_name().map(PathBuf::from).unwrap_or_default());
-    Input { path, name, kind: InputKind::Table }
+    Input { path, name, kind: InputKind::Table, remote: None }
 }

@@ -168,7 +168,7 @@ impl Filter<'_> {
             return Ok(());
         }
         let record = read_done(&self.state_file(input, "done"));
-        let same = record.is_some_and(|done| Some(done.input) == fs::canonicalize(&input.path).ok());
+        let same = record.is_some_and(|done| Some(done.input) == input.origin().ok());
         let message = format!("{} exists and was not made from {}", path.display(), input.path.display());
         ensure!(same, failed(message, "choose another output with -o"));
         Ok(())
@@ -216,7 +216,7 @@ impl Filter<'_> {
         let keep: Vec<bool> = broken.iter().map(Option::is_none).collect();
         let bytes: Vec<u8> = keep.iter().map(|keep| u8::from(*keep)).collect();
         let done = Done {
-            input: fs::canonicalize(&input.path).with_context(|| format!("cannot find {}", input.path.display()))?,
+            input: input.origin()?,
             made_from: features.made_from.clone(),
             kept: blake3::hash(&bytes).to_hex().to_string(),
         };
@@ -236,7 +236,8 @@ impl Filter<'_> {
         } else if input.kind == InputKind::Table {
             write_table(input, &keep, &path).with_context(cannot)?;
         } else {
-            write_shard(&input.shard()?, &keep, &self.settings, &path).with_context(cannot)?;
+            let shard = input.shard()?;
+            write_shard(&shard, &keep, &self.settings, &path).with_context(cannot)?;
         }
         write_done(&record, &done).map(|()| true)
     }

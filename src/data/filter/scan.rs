@@ -40,7 +40,10 @@ pub fn scan(
 ) -> Result<Features> {
     match input.kind {
         InputKind::Table => scan_table(input, settings, progress),
-        InputKind::Tar | InputKind::Folder => scan_shard(&input.shard()?, settings, matcher, progress),
+        InputKind::Tar | InputKind::Folder => {
+            let shard = input.shard()?;
+            scan_shard(&shard, settings, matcher, progress)
+        }
     }
 }
 
@@ -102,10 +105,11 @@ fn scan_shard(
     matcher: Option<&PairEmbedder<'_>>,
     progress: &(impl Fn(u64) + Sync),
 ) -> Result<Features> {
+    let _held = shard.hold_before(None)?;
     let mut features = Features { bad: shard.bad.clone(), ..Features::default() };
     // Stored are the embeddings of the usual captions.
     let usual = matcher.filter(|_| settings.caption_keys.is_empty());
-    let stored = usual.and_then(|matcher| StoredEmbeddings::open(shard, &matcher.digest, matcher.embedding));
+    let stored = usual.and_then(|matcher| StoredEmbeddings::open(shard, matcher));
     let similarity = matcher.map(|matcher| Similarity { matcher, stored: stored.as_ref() });
     let indices: Vec<usize> = (0..shard.len() as usize).collect();
     // Only the images of a batch are in memory.

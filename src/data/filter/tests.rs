@@ -44,7 +44,7 @@ fn settings() -> Settings {
 }
 
 fn filter(source: &Path, output: &Path, settings: &Settings) -> Filter<'static> {
-    let inputs = input::find(&[source.to_str().unwrap().to_owned()]).unwrap();
+    let inputs = input::find(&[source.to_str().unwrap().to_owned()], &Default::default()).unwrap();
     let settings = settings.clone();
     Filter { settings, matcher: None, inputs, output: output.to_path_buf(), is_file: false, rank: 0, world_size: 1 }
 }
@@ -359,5 +359,5 @@ fn wrong_columns_and_tables_are_named() {
     let error = filter(&source, &folder.path().join("out"), &settings()).run(&|_| {}).unwrap_err();
     assert!(error.to_string().contains("no column `caption`"), "{error}");
     assert!(crate::error::hint_of(&error).unwrap().contains("text, url"));
-    assert!(input::find(&["/nowhere/a.csv".to_owned()]).is_err());
+    assert!(input::find(&["/nowhere/a.csv".to_owned()], &Default::default()).is_err());
 }

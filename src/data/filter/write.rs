@@ -45,6 +45,7 @@ pub fn write_table(input: &Input, keep: &[bool], path: &Path) -> Result<()> {
 pub fn write_shard(shard: &Shard, keep: &[bool], settings: &Settings, path: &Path) -> Result<()> {
     let changed = || failed(format_args!("{} changed", shard.path.display()), "run the command again");
     ensure!(shard.len() == keep.len() as u64, changed());
+    let _held = shard.hold_before(None)?;
     write_whole(path, |file| {
         let mut tar = Builder::new(file);
         for (index, _) in keep.iter().enumerate().filter(|(_, keep)| **keep) {

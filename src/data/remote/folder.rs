@@ -60,39 +60,64 @@ impl Cached {
     pub fn blake3(&self) -> &str {
         &self.blake3
     }
+
+    /// The first 8 bytes of the digest.
+    pub fn short_digest(&self) -> u64 {
+        self.blake3.get(..16).and_then(|digits| u64::from_str_radix(digits, 16).ok()).unwrap_or(0)
+    }
 }
 
 impl Folder {
-    /// The folder at `path`, which is created if needed.
+    /// The folder at `path`, which need not exist.
     ///
     /// # Errors
-    /// The folder cannot be created.
-    pub fn open(path: &Path, max_bytes: u64, limits: Limits) -> Result<Self> {
-        ensure!(max_bytes > 0, usage("a cache of 0 bytes can hold no shard", "set its size in bytes"));
-        let shown = path.display();
-        fs::create_dir_all(path).hint(format_args!("cannot create {shown}"), "choose another cache folder")?;
+    /// The size is 0.
+    pub fn new(path: &Path, max_bytes: u64, limits: Limits) -> Result<Self> {
+        ensure!(max_bytes > 0, usage("a cache of 0 bytes can hold no shard", "set data.cache_gb (--cache-gb)"));
         Ok(Self { path: path.to_owned(), max_bytes, limits, checked: Mutex::default() })
     }
 
-    /// As [`Cache::get`](super::Cache::get); `stop` ends a download early.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Maximum size of the shards in bytes.
+    pub fn max_bytes(&self) -> u64 {
+        self.max_bytes
+    }
+
+    /// As [`Cache::get`](super::Cache::get); `stop` ends a download early. With `renew`, a file that is there is first compared
+    /// with the server.
     ///
     /// # Errors
     /// As [`Cache::get`](super::Cache::get).
-    pub fn get(&self, shard: &RemoteShard, stop: &AtomicBool) -> Result<Cached> {
+    pub fn get(&self, shard: &RemoteShard, stop: &AtomicBool, renew: bool) -> Result<Cached> {
         let key = shard.key();
         let slot = slot(&self.path, &key);
+        let mut renew = renew;
         let reserve = |bytes: u64| {
-            let take = || Ok(File::options().write(true).open(&slot.part)?.set_len(bytes)?);
+            let hint = "free some space on the disk, or set data.cache_dir (--cache-dir) to another folder";
+            let take = || {
+                let grown = File::options().write(true).open(&slot.part).and_then(|part| part.set_len(bytes));
+                grown.hint(format_args!("cannot write {}", slot.part.display()), hint)
+            };
             make_room(&self.path, self.max_bytes, &key, bytes, take).with_context(|| shard.url())
         };
-        let filling = Filling { limits: self.limits, known: None, reserve: &reserve, progress: &|_| {}, stop };
         loop {
-            if let Some(cached) = self.find(&slot, &key, shard)? {
+            let found = self.find(&slot, &key, shard)?;
+            let known = found.as_ref().and_then(|_| slot.finished(shard)?.1.etag);
+            if let Some(cached) = found.filter(|_| !renew) {
                 touch(&slot.record);
                 return Ok(cached);
             }
+            let shown = self.path.display();
+            fs::create_dir_all(&self.path)
+                .hint(format_args!("cannot create {shown}"), "set data.cache_dir (--cache-dir) to another folder")?;
             // Another process may remove the shard before it is locked here: then it is downloaded again.
-            let filled = slot.fill(shard, &filling, &|| Ok(self.find(&slot, &key, shard)?.is_some()))?;
+            let known = known.as_deref();
+            let filling = Filling { limits: self.limits, known, reserve: &reserve, progress: &|_| {}, stop };
+            let filled = slot.fill(shard, &filling, &|| Ok(!renew && self.find(&slot, &key, shard)?.is_some()))?;
+            renew = false;
             if let Filled::Downloaded(record) = filled
                 && let Ok(meta) = fs::metadata(&slot.file)
             {

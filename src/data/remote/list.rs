@@ -53,6 +53,14 @@ pub fn list(source: &str) -> Result<Vec<RemoteShard>> {
     Ok(shards)
 }
 
+/// Checks that a source can be parsed, without asking its server.
+///
+/// # Errors
+/// It is not a remote URL, or a brace list stands for too many names.
+pub fn check(source: &str) -> Result<()> {
+    braces(source)?.iter().try_for_each(|url| Location::parse(url).map(drop))
+}
+
 /// The part of a source before the names of its shards: up to the last `/` before a brace or pattern. A folder is its own
 /// base.
 fn base(source: &str) -> &str {

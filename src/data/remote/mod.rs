@@ -2,7 +2,7 @@
 //!
 //! Reading order: `location` parses URLs, [`list()`] expands a source to [`RemoteShard`]s, `client` makes requests, `download`
 //! repeats and resumes them, `slot` places a file and its record on the disk, [`Cache`] keeps a bounded number of shards,
-//! [`fetch`] copies all shards to a folder.
+//! [`RemoteFile`] is a shard of a data set that is read through it, and [`fetch`] copies all shards to a folder.
 //!
 //! Whole files are downloaded, and read from the disk: a shard is read in random order, so that a slow server cannot hold up
 //! a training step that is already prepared. A file counts as downloaded only with a record of its size and digest. Without
@@ -14,6 +14,7 @@ mod cache;
 mod client;
 mod download;
 mod fetch;
+mod file;
 mod folder;
 mod list;
 mod location;
@@ -27,7 +28,8 @@ mod space;
 pub use answer::Limits;
 pub use cache::Cache;
 pub use fetch::{Fetch, Fetched, State};
+pub use file::RemoteFile;
 pub use folder::Cached;
-pub use list::list;
-pub use location::is_remote;
+pub use list::{check, list};
+pub use location::{is_remote, shown};
 pub use shard::RemoteShard;

@@ -1,7 +1,5 @@
-//! Downloads shards in background threads before they are wanted.
+//! Background threads of a cache, which download shards before they are wanted.
 
-use super::{folder::Folder, shard::RemoteShard};
-use crate::report;
 use std::{
     sync::{
         Arc, Mutex, PoisonError,
@@ -12,39 +10,39 @@ use std::{
 };
 
 /// Downloads at the same time.
-const THREADS: usize = 2;
+const THREADS: usize = 4;
+
+/// A download; its argument is set when the cache is closed.
+pub type Task = Box<dyn FnOnce(&AtomicBool) + Send>;
 
 /// The threads of a cache; they end when this is dropped. A download that is in progress is resumed by the next process.
-#[derive(Debug)]
+#[derive(Default)]
 pub struct Prefetch {
-    folder: Arc<Folder>,
     stop: Arc<AtomicBool>,
     /// Made at first use.
-    queue: Mutex<Option<Sender<RemoteShard>>>,
+    queue: Mutex<Option<Sender<Task>>>,
+}
+
+impl std::fmt::Debug for Prefetch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Prefetch")
+    }
 }
 
 impl Prefetch {
-    /// Starts no thread yet.
-    pub fn new(folder: Arc<Folder>) -> Self {
-        Self { folder, stop: Arc::default(), queue: Mutex::default() }
-    }
-
-    /// Adds shards at the end of the queue.
-    pub fn add(&self, shards: impl IntoIterator<Item = RemoteShard>) {
+    /// Adds a task at the end of the queue.
+    pub fn add(&self, task: Task) {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let queue = queue.get_or_insert_with(|| self.start());
-        for shard in shards {
-            // It fails only if all threads have ended.
-            let _ = queue.send(shard);
-        }
+        // It fails only if all threads have ended.
+        let _ = queue.get_or_insert_with(|| self.start()).send(task);
     }
 
-    fn start(&self) -> Sender<RemoteShard> {
+    fn start(&self) -> Sender<Task> {
         let (sender, receiver) = channel();
         let receiver = Arc::new(Mutex::new(receiver));
         for _ in 0..THREADS {
-            let (receiver, folder, stop) = (Arc::clone(&receiver), Arc::clone(&self.folder), Arc::clone(&self.stop));
-            thread::spawn(move || run(&receiver, &folder, &stop));
+            let (receiver, stop) = (Arc::clone(&receiver), Arc::clone(&self.stop));
+            thread::spawn(move || run(&receiver, &stop));
         }
         sender
     }
@@ -56,15 +54,13 @@ impl Drop for Prefetch {
     }
 }
 
-fn run(receiver: &Mutex<Receiver<RemoteShard>>, folder: &Folder, stop: &AtomicBool) {
+fn run(receiver: &Mutex<Receiver<Task>>, stop: &AtomicBool) {
     loop {
         let next = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(shard) = next else { return };
+        let Ok(task) = next else { return };
         if stop.load(Ordering::Relaxed) {
             return;
         }
-        if let Err(error) = folder.get(&shard, stop) {
-            report::detail(format_args!("read ahead: {error:#}"));
-        }
+        task(stop);
     }
 }

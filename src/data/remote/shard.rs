@@ -2,7 +2,7 @@
 
 use super::{
     answer::Entry,
-    location::{Location, shown},
+    location::{Location, name_of_command, shown},
 };
 use std::{fmt, path::PathBuf};
 
@@ -29,6 +29,27 @@ impl RemoteShard {
         Self { source, location, name, size: Some(entry.size), version: entry.version }
     }
 
+    /// The file `name` in the folder of the shard; for `pipe:`, the command with the shard's name replaced.
+    pub fn beside(&self, name: &str) -> Self {
+        let parent = |path: &str| path.rfind('/').and_then(|slash| path.get(..=slash)).unwrap_or_default().to_owned();
+        let (source, location) = match &self.location {
+            Location::S3 { key: path, .. } | Location::HuggingFace { path, .. } => {
+                let location = self.location.with_path(&(parent(path) + name));
+                (parent(&self.source) + name, location)
+            }
+            Location::Http { url } => {
+                let (path, query) = url.split_at(url.find(['?', '#']).unwrap_or(url.len()));
+                let url = parent(path) + name + query;
+                (url.clone(), Location::Http { url })
+            }
+            Location::Pipe { command } => {
+                let command = command.replace(&name_of_command(command), name);
+                (format!("pipe:{command}"), Location::Pipe { command })
+            }
+        };
+        Self::new(source, location, self.name.with_file_name(name))
+    }
+
     /// The URL without user name, password and query; of `pipe:`, only the first word of the command.
     pub fn url(&self) -> String {
         shown(&self.source)
@@ -46,5 +67,25 @@ impl fmt::Debug for RemoteShard {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { name, size, version, .. } = self;
         write!(f, "RemoteShard {{ url: {:?}, name: {name:?}, size: {size:?}, version: {version:?} }}", self.url())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::list;
+
+    #[test]
+    fn files_beside_a_shard_have_its_folder() {
+        for (source, expected) in [
+            ("s3://b/p/0.tar", "s3://b/p/codes.json"),
+            ("s3://b/0.tar", "s3://b/codes.json"),
+            ("hf://datasets/o/n@v/x/0.tar", "hf://datasets/o/n@v/x/codes.json"),
+            ("https://h/p/0.tar?a=/b.tar", "https://h/p/codes.json?a=/b.tar"),
+            ("pipe:ssh host cat p/0.tar", "pipe:ssh host cat p/codes.json"),
+        ] {
+            let beside = list(source).unwrap()[0].beside("codes.json");
+            assert_eq!(beside.source, expected);
+            assert_eq!(beside.name.to_str().unwrap(), "codes.json");
+        }
     }
 }

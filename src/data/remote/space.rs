@@ -45,7 +45,7 @@ pub fn make_room(
     needed: u64,
     take: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
-    let hint = "make the cache larger";
+    let hint = "raise data.cache_gb (--cache-gb)";
     let larger = || usage(format_args!("a shard of {needed} bytes is larger than the cache ({max_bytes} bytes)"), hint);
     ensure!(needed <= max_bytes, larger());
     let _lock = lock(folder)?;
@@ -71,7 +71,8 @@ pub fn make_room(
 fn lock(folder: &Path) -> Result<File> {
     let path = folder.join(LOCK);
     let opened = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
-    let file = opened.hint(format_args!("cannot write {}", path.display()), "choose another cache folder")?;
+    let file = opened
+        .hint(format_args!("cannot write {}", path.display()), "set data.cache_dir (--cache-dir) to another folder")?;
     match runtime::lock(&file)? {
         Lock::Held => {}
         Lock::Busy => file.lock().with_context(|| format!("cannot lock {}", path.display()))?,
@@ -117,7 +118,8 @@ fn remove(entry: &Entry) -> Result<bool> {
         return Ok(false);
     }
     let shown = entry.file.display();
-    fs::remove_file(&entry.file).hint(format_args!("cannot remove {shown}"), "choose another cache folder")?;
+    fs::remove_file(&entry.file)
+        .hint(format_args!("cannot remove {shown}"), "set data.cache_dir (--cache-dir) to another folder")?;
     // A record without a file has no effect.
     let _ = fs::remove_file(&entry.record);
     Ok(true)

@@ -132,8 +132,7 @@ impl Translation {
         if path.symlink_metadata().is_err() {
             return Ok(());
         }
-        let same = read_done(&self.record_of(input))
-            .is_some_and(|done| Some(done.input) == fs::canonicalize(&input.path).ok());
+        let same = read_done(&self.record_of(input)).is_some_and(|done| Some(done.input) == input.origin().ok());
         let message = format!("{} exists and was not made from {}", path.display(), input.path.display());
         ensure!(same, failed(message, "choose another output with -o"));
         Ok(())
@@ -144,7 +143,7 @@ impl Translation {
         let (path, record) = (self.output_of(input), self.record_of(input));
         let cannot = || format!("cannot translate {} to {}", input.path.display(), path.display());
         let made_from = format!("{}; settings {}", input.stamp()?, self.settings.digest());
-        let source = fs::canonicalize(&input.path).with_context(cannot)?;
+        let source = input.origin()?;
         let earlier = read_done(&record).filter(|done| done.input == source && done.made_from == made_from);
         if let Some(report) = earlier.and_then(|done| done.report)
             && path.exists() == is_written(input, &report)
@@ -213,6 +212,7 @@ impl Translation {
         file: &mut BufWriter<File>,
     ) -> Result<()> {
         let shard = input.shard()?;
+        let _held = shard.hold_before(None)?;
         report.bad.merge(shard.bad.clone());
         let mut tar = Builder::new(file);
         let indices: Vec<usize> = (0..shard.len() as usize).collect();

@@ -2,7 +2,7 @@
 
 use crate::{
     bounded_read,
-    error::{Hint, Result, ensure, failed},
+    error::{Hint, Result, ensure, failed, plain},
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{
@@ -123,7 +123,7 @@ fn references_of(path: &Path) -> Result<BTreeMap<ImageId, Vec<String>>> {
 fn parse<T: DeserializeOwned>(path: &Path, format: &str) -> Result<T> {
     let bytes = bounded_read::read(path, MAX_FILE).hint(format_args!("cannot read {}", path.display()), format)?;
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
-    serde_json::from_slice(bytes).hint(format_args!("bad {}", path.display()), format)
+    serde_json::from_slice(bytes).map_err(plain).hint(format_args!("bad {}", path.display()), format)
 }
 
 #[cfg(test)]
@@ -168,9 +168,9 @@ mod tests {
             (two, "[]", "no result for image 1 and 1 others"),
             (two, r#"[{"image_id": 3, "caption": "a"}]"#, "image 3 in "),
             (two, r#"[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]"#, "two results for image 1"),
-            (two, two, "expected a sequence"),
+            (two, two, "expected a list in [ ]"),
             (two, r#"[{"image_id": 1.5, "caption": "a"}]"#, "whole number or a text"),
-            (two, r#"[{"image_id": 1, "caption": null}]"#, "expected a string"),
+            (two, r#"[{"image_id": 1, "caption": null}]"#, "expected text in quotes"),
             (two, r#"[{"image_id": 1}]"#, "missing field `caption`"),
             (two, "[{", "bad "),
             (one, one, "bad "),

@@ -63,6 +63,7 @@ impl Moments {
         Ok(())
     }
 
+    /// Number of images that were added.
     pub fn count(&self) -> usize {
         self.count
     }

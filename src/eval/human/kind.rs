@@ -34,6 +34,7 @@ const fn question(name: &'static str, low: i64, high: i64) -> Question {
 }
 
 impl Kind {
+    /// Every kind of output that people rate.
     pub const ALL: [Self; 3] = [Self::Images, Self::Captions, Self::Answers];
 
     /// The name in the study file.

@@ -159,7 +159,8 @@ fn devices_and_fifos_are_refused() {
     let fifo = folder.path().join("a.pt");
     assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
     for path in [fifo.as_path(), Path::new("/dev/zero")] {
-        assert!(complaint(path).0.contains("not a regular file"));
+        let (error, hint) = complaint(path);
+        assert!(error.contains("not a regular file") && hint.contains("copy it again"), "{error} {hint}");
     }
 }
 

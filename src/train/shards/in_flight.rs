@@ -47,7 +47,7 @@ pub(super) enum AllGather {
 
 /// The reduce-scatter of a unit's gradients, or their all-reduce at stage 0.
 pub(super) struct Reduction {
-    /// What of the unit this rank gets the sums of.
+    /// The elements of the unit whose sums this rank receives.
     pieces: Vec<Piece>,
     sums: ReducedParts,
 }

@@ -98,9 +98,9 @@ struct ParameterGroup {
     pieces: Vec<Vec<Piece>>,
     weights: WeightState,
     gradients: GradientState,
-    /// What this rank gives of the weights, on the device, where variables are copies that are freed after use (stage 3).
+    /// This rank's shard of the weights on the device, where variables are copies that are freed after use (stage 3).
     device_part: Vec<Tensor>,
-    /// Whether none of its parameters learns.
+    /// Whether all of its parameters are frozen.
     frozen: bool,
 }
 
@@ -196,6 +196,7 @@ impl<'g> Shards<'g> {
         Ok(shards)
     }
 
+    /// The ranks that the shards are distributed over.
     pub fn group(&self) -> &'g Group {
         self.group
     }
@@ -229,7 +230,7 @@ impl<'g> Shards<'g> {
         self.owned.iter().filter(|(name, _)| !self.handling[*name].frozen)
     }
 
-    /// Whether a piece never travels: where ranks keep all weights, those of a frozen base.
+    /// Whether a piece is never sent: it belongs to a frozen base, and every rank keeps all weights.
     fn stays(&self, piece: &Piece) -> bool {
         self.stage < 3 && self.handling[&piece.name].base
     }

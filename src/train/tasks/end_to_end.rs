@@ -76,7 +76,7 @@ impl TaskSpec for Spec {
 
     /// A generator of two-stage training has neither map nor reconstructor.
     fn starts_anew(&self, name: &str, model: &Bundle) -> bool {
-        model.config.task == config::Task::Generator && config::begins_with(name, SCOPE)
+        !model.config.task.has_reconstructor() && config::begins_with(name, SCOPE)
     }
 
     fn fingerprint_of(&self, config: &Config, model: &Bundle) -> Result<Fingerprint> {

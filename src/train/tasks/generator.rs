@@ -125,7 +125,7 @@ impl TaskSpec for Spec {
     fn initial_model(&self, model: Bundle) -> Result<Bundle> {
         model.expect(config::Task::Generator)?;
         let what = "an end-to-end generator has a reconstructor, which has no place here";
-        let two_stage = model.config.task == config::Task::Generator;
+        let two_stage = !model.config.task.has_reconstructor();
         ensure!(two_stage, usage(what, "drop it with `vilg export --two-stage`, or set task = \"end-to-end\""));
         Ok(model)
     }
@@ -233,7 +233,7 @@ impl GeneratorTask {
         let scope = scope.in_precision(kept);
         let model = build(&scope, &config, &text)?;
         let (params, fresh) = (scope.params(), scope.fresh().filter(|_| config.train.init_from.is_empty()));
-        if config.task == config::Task::EndToEnd {
+        if config.task.has_reconstructor() {
             reconstruction::check_images(&data_loader, kind)?;
             reconstruction::start_reconstructor(&config, &params, &image_tokenizer)?;
         }

@@ -1,6 +1,9 @@
 //! The task `image-tokenizer`: images through encoder, quantiser and decoder (paper §2.1).
 
-use super::{FileKind, InputFile, Task, TaskSpec, pixels::pixels};
+use super::{
+    FileKind, InputFile, Task, TaskSpec,
+    pixels::{permute_channels, pixels},
+};
 use crate::{
     bundle::{self, Bundle, Parts},
     config::{self, Config, Train},
@@ -12,6 +15,7 @@ use crate::{
         params::{Params, Scope},
         weights::Values,
     },
+    random::Random,
     runtime,
     tokenizer::{
         self, ImageTokenizer, PixelBatch, Statistics,
@@ -237,11 +241,19 @@ impl Task for ImageTokenizerTask {
     }
 
     fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<StepMetrics> {
-        let samples = self.data_loader.next(step)?.swap_remove(0);
-        let seen = self.pass(samples, step, Some(loss_scale), shards)?;
+        let (first, mut records) = self.data_loader.next(step)?.swap_remove(0);
+        let (seed, share) = (self.config.seed, self.config.image_tokenizer.channel_permutation);
+        for (position, record) in (first..).zip(&mut records) {
+            permute_channels(record, share, Random::keyed(seed, "channels", step, position));
+        }
+        let seen = self.pass((first, records), step, Some(loss_scale), shards)?;
         let metrics = self.metrics(&seen);
         self.seen = Some(seen);
         Ok(metrics)
+    }
+
+    fn loss_changes_at(&self, step: u64) -> bool {
+        self.config.image_tokenizer.loss_changes_at(step)
     }
 
     fn validate(&mut self, step: u64, batch: u64, shards: &mut Shards) -> Result<StepMetrics> {

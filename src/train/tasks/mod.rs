@@ -181,6 +181,11 @@ pub trait Task {
     /// in `shards`. The metrics are of all ranks, and not scaled.
     fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<StepMetrics>;
 
+    /// Whether the loss has other terms from step `step` on: only later steps then say what a spike is.
+    fn loss_changes_at(&self, _step: u64) -> bool {
+        false
+    }
+
     /// The metrics of a batch (counted from 1) of the validation data, of all ranks, with the weights of step `step`.
     ///
     /// # Errors

@@ -13,7 +13,7 @@ use crate::{
 /// Shards of codes with their images, or images that are encoded when they are read.
 pub fn sample_kind(config: &Config, tokenizer: &config::ImageTokenizer) -> Kind {
     let side = u32::try_from(tokenizer.image_size).unwrap_or(u32::MAX);
-    match config.data.sources.iter().all(|source| data::are_codes(&source.path)) {
+    match config.data.sources.iter().all(|source| data::are_codes(&source.path, &config.data)) {
         true => Kind::CodesAndImages(side),
         false => Kind::Pairs(side),
     }

@@ -236,7 +236,7 @@ fn tar_shards() {
             }
         }
         assert!(bytes <= tar.len(), "members of {bytes} bytes");
-        let inspection = inspect::inspect(&source, |_| {});
+        let inspection = inspect::inspect(&source, |_| {}).unwrap();
         check_text(&serde_json::to_string(&inspection).unwrap());
     };
     let words: &[&[u8]] = &[

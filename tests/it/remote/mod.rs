@@ -2,6 +2,7 @@
 
 mod server;
 mod stores;
+mod train;
 
 use serde_json::Value;
 use server::{Reply, Server};
@@ -52,8 +53,8 @@ fn message(error: &vilg::error::Error) -> String {
     format!("{error:#} hint: {}", hint_of(error).unwrap())
 }
 
-/// `vilg data fetch` without the credentials and proxies of this machine.
-fn fetch(urls: &[&str], output: &Path) -> Command {
+/// `vilg` without the credentials and proxies of this machine.
+fn bare() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vilg"));
     for (name, _) in std::env::vars() {
         let upper = name.to_uppercase();
@@ -61,6 +62,11 @@ fn fetch(urls: &[&str], output: &Path) -> Command {
             command.env_remove(name);
         }
     }
+    command
+}
+
+fn fetch(urls: &[&str], output: &Path) -> Command {
+    let mut command = bare();
     command.args(["data", "fetch", "--json", "-o"]).arg(output).args(urls);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     command

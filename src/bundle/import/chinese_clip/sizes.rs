@@ -5,7 +5,7 @@ use super::layout::Layout;
 use crate::{
     bounded_read,
     config::{Activation, ImageEncoder, Matcher},
-    error::{Context, Hint, Result, ensure},
+    error::{Context, Hint, Result, ensure, plain},
     nn::checkpoint_file::CheckpointFile,
 };
 use serde::Deserialize;
@@ -129,7 +129,7 @@ fn read(path: &Path) -> Result<Settings> {
     let text = bounded_read::read_text(path, bounded_read::TEXT)?;
     let hint = "a Hugging Face folder of Chinese-CLIP has a config.json with text_config and vision_config";
     let what = || format!("{} is not the configuration of a ChineseCLIPModel", path.display());
-    let HuggingFace { text_config, vision_config } = serde_json::from_str(&text).hint(what(), hint)?;
+    let HuggingFace { text_config, vision_config } = serde_json::from_str(&text).map_err(plain).hint(what(), hint)?;
     for (encoder, eps) in [(&text_config, 1e-12), (&vision_config, 1e-5)] {
         let theirs = encoder.layer_norm_eps.unwrap_or(eps);
         ensure!(theirs == eps, "{}: layer_norm_eps is {theirs}, only {eps} is supported", path.display());

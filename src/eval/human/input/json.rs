@@ -2,7 +2,7 @@
 
 use crate::{
     bounded_read,
-    error::{Hint, Result, ensure, failed},
+    error::{Hint, Result, ensure, failed, plain},
 };
 use serde::de::DeserializeOwned;
 use std::path::Path;
@@ -19,11 +19,11 @@ pub fn objects<T: DeserializeOwned>(path: &Path, format: &str) -> Result<Vec<T>>
     let text = bounded_read::read_text(path, MAX_FILE).hint(format_args!("cannot read {name}"), format)?;
     let text = text.trim_start_matches('\u{feff}');
     let found: Vec<T> = match text.trim_start().starts_with('[') {
-        true => serde_json::from_str(text).hint(format_args!("bad {name}"), format)?,
+        true => serde_json::from_str(text).map_err(plain).hint(format_args!("bad {name}"), format)?,
         false => {
             let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
             let parse = |(at, line): (usize, &str)| {
-                serde_json::from_str(line).hint(format_args!("bad {name}, line {}", at + 1), format)
+                serde_json::from_str(line).map_err(plain).hint(format_args!("bad {name}, line {}", at + 1), format)
             };
             lines.map(parse).collect::<Result<_>>()?
         }

@@ -56,7 +56,7 @@ fn captions_that_do_not_fit_together_are_refused() {
         ("[", both, "bad "),
         (r#"[{"caption": "甲"}]"#, both, "without `image` or `image_id`"),
         (r#"[{"image_id": 1}]"#, both, "missing field `caption`"),
-        (r#"[{"image_id": 1, "caption": null}]"#, both, "expected a string"),
+        (r#"[{"image_id": 1, "caption": null}]"#, both, "expected text in quotes"),
         (r#"[{"image_id": 3, "caption": "甲"}]"#, both, "has no image `3`"),
         (r#"[{"image_id": "../1", "caption": "甲"}]"#, r#"[{"image_id": "../1", "caption": "甲"}]"#, "ok"),
         ("{\"image_id\": 1, \"caption\": \"甲\"}\nx\n", both, "line 2"),
