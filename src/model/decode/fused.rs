@@ -182,7 +182,8 @@ impl<'g> Fused<'g> {
         let d = hidden / heads;
         for (layer, cache) in weights.layers.iter().zip(caches) {
             layer.qkv(workspace);
-            (seen.clear(), lists.clear());
+            seen.clear();
+            lists.clear();
             let (mut slot, mut before) = (0, None);
             for ((row, next), qkv) in rows.iter().zip(next).zip(workspace.qkv.chunks_exact(3 * hidden)) {
                 // Neighbors at the same position share the list.
