@@ -97,6 +97,8 @@ def no_complaints(page, url):
     loaded = page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert all(name.startswith((url, "data:")) for name in loaded), loaded
     complaints = page.get_log("browser")
+    # Only this script reads the pixels of canvases.
+    complaints = [one for one in complaints if "willReadFrequently" not in one["message"]]
     assert not complaints, complaints
 
 
@@ -258,12 +260,12 @@ def stop_in_the_middle(page, server):
 def ask_on_the_page(folder):
     """A model that has learnt questions: the page offers them. Its answers are those of a model that has not really."""
     model = Path(folder) / "model"
-    subprocess.run([VILG, "export", str(model), "--model", "demo"], check=True, capture_output=True)
+    subprocess.run([VILG, "export", "-o", str(model), "--model", "demo"], check=True, capture_output=True)
     config = (model / "config.toml").read_text()
     assert "vqa_batch_size = 0" in config
     (model / "config.toml").write_text(config.replace("vqa_batch_size = 0", "vqa_batch_size = 4"))
     (Path(folder) / "token").write_text("a-token-of-enough-length")
-    server, page = Server("--model", str(model), "--matcher", "none", "--token-file", f"{folder}/token"), browser()
+    server, page = Server("--model", str(model), "--allow-mismatch", "--matcher", "none", "--token-file", f"{folder}/token"), browser()
     try:
         page.get(server.url)
         wait("the page asks for the token", lambda: find(page, "token").is_displayed())
@@ -277,7 +279,7 @@ def ask_on_the_page(folder):
         question = "图中有什么？"
         find(page, "question").send_keys(question)
         page.find_element(By.CSS_SELECTOR, "#ask-form button").click()
-        expected = subprocess.run([VILG, "vqa", SAMPLE, question, "--model", model], capture_output=True, text=True, check=True)
+        expected = subprocess.run([VILG, "vqa", SAMPLE, question, "--model", model, "--allow-mismatch"], capture_output=True, text=True, check=True)
         wait("the answer", lambda: find(page, "answers").text == f"{question} {expected.stdout.strip()}")
         shot(page, "asked")
     finally:
