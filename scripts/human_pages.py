@@ -17,7 +17,7 @@ import zlib
 from itertools import permutations
 from pathlib import Path
 
-from selenium import webdriver
+import chromium
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
@@ -67,19 +67,11 @@ class Server:
 
 
 def browser():
-    options = webdriver.ChromeOptions()
-    for option in ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1180,1060"]:
-        options.add_argument(option)
-    options.binary_location = subprocess.check_output(["which", "chromium"], text=True).strip()
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = subprocess.check_output(["which", "chromedriver"], text=True).strip()
-    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    return chromium.browser(1180, 1060)
 
 
 def shot(page, name):
-    if SHOTS:
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        page.save_screenshot(str(SHOTS / f"{name}.png"))
+    chromium.shot(page, SHOTS, name)
 
 
 def progress(page):
@@ -92,10 +84,7 @@ def check_page(page, server, secrets):
     source = page.page_source
     for secret in [*secrets, ".png", "study"]:
         assert secret not in source, f"`{secret}` is on the page"
-    loaded = page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
-    assert loaded and all(name.startswith((f"http://{server.address}/", "data:")) for name in loaded), loaded
-    complaints = page.get_log("browser")
-    assert not complaints, complaints
+    assert chromium.check_origins(page, f"http://{server.address}/")
 
 
 def pixel(page, image):

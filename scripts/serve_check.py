@@ -18,8 +18,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+import chromium
 import openai
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 
 VILG = sys.argv[1]
@@ -54,21 +54,11 @@ class Server:
 
 
 def browser(width=1100, height=1400):
-    options = webdriver.ChromeOptions()
-    for option in ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--lang=zh-CN"]:
-        options.add_argument(option)
-    options.add_argument(f"--window-size={width},{height}")
-    options.add_experimental_option("prefs", {"intl.accept_languages": "zh-CN"})
-    options.binary_location = subprocess.check_output(["which", "chromium"], text=True).strip()
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = subprocess.check_output(["which", "chromedriver"], text=True).strip()
-    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    return chromium.browser(width, height, "zh-CN")
 
 
 def shot(page, name):
-    if SHOTS:
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        page.save_screenshot(str(SHOTS / f"{name}.png"))
+    chromium.shot(page, SHOTS, name)
 
 
 def wait(what, is_true, seconds=120):
@@ -94,12 +84,8 @@ def ready(page):
 
 
 def no_complaints(page, url):
-    loaded = page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
-    assert all(name.startswith((url, "data:")) for name in loaded), loaded
-    complaints = page.get_log("browser")
     # Only this script reads the pixels of canvases.
-    complaints = [one for one in complaints if "willReadFrequently" not in one["message"]]
-    assert not complaints, complaints
+    chromium.check_origins(page, url, expected="willReadFrequently")
 
 
 def generate(page, prompt, count, seed="", size=None):

@@ -14,14 +14,6 @@ if [ "${1-}" = --requests ]; then
     shift 2
 fi
 vilg=${1:-${CARGO_TARGET_DIR:-target}/debug/vilg}
-if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then
-    ./scripts/setup.sh pages || { echo "the page of vilg serve is not checked: chromium cannot be installed here" >&2; exit 0; }
-fi
-[ -x "$vilg" ] || cargo build --locked
-
-venv=target/pages
-if ! $venv/bin/python -c 'import openai, selenium' 2>/dev/null; then
-    python3 -m venv --clear $venv
-    $venv/bin/pip install --quiet --disable-pip-version-check selenium==4.51.0 openai==3.57.0
-fi
-$venv/bin/python scripts/serve_check.py "$(realpath "$vilg")" "$requests" "${@:2:1}"
+# shellcheck source=scripts/pages.sh
+. scripts/pages.sh "the page of vilg serve is" "$vilg"
+"$python" scripts/serve_check.py "$(realpath "$vilg")" "$requests" "${@:2:1}"
