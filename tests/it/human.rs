@@ -1,14 +1,13 @@
 //! `vilg eval human`: the commands and the server, over plain HTTP.
 
-use crate::commands::vilg;
+use crate::{commands::vilg, server::Running};
 use image::{Rgb, RgbImage};
 use serde_json::Value;
 use std::{
     fs,
-    io::{BufRead, BufReader, Read, Write},
+    io::{Read, Write},
     net::TcpStream,
     path::{Path, PathBuf},
-    process::{Child, Stdio},
     thread,
     time::Duration,
 };
@@ -38,9 +37,9 @@ fn new(folder: &Path, args: &[&str]) -> std::process::Command {
     command
 }
 
-/// A running server; ended when dropped.
+/// The raters' pages.
 struct Server {
-    child: Child,
+    program: Running,
     address: String,
     /// The path of each rater's link.
     paths: Vec<String>,
@@ -49,16 +48,14 @@ struct Server {
 impl Server {
     fn start(study: &Path, address: &str) -> Self {
         let mut command = vilg(&["eval", "human", "serve", "--address", address, "--json"]);
-        let mut child = command.arg(study).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        let (program, line) = Running::start(command.arg(study));
         let started: Value = serde_json::from_str(&line).unwrap();
         let address = started["address"].as_str().unwrap().to_owned();
         let path = |rater: &Value| {
             rater["url"].as_str().unwrap().strip_prefix(&format!("http://{address}")).unwrap().to_owned()
         };
         let paths = started["raters"].as_array().unwrap().iter().map(path).collect();
-        Self { child, address, paths }
+        Self { program, address, paths }
     }
 
     /// Status and the whole response.
@@ -84,19 +81,9 @@ impl Server {
     }
 
     /// Sends a signal and returns the exit code and what was said.
-    fn stop(mut self, signal: &str) -> (Option<i32>, String) {
-        let pid = self.child.id().to_string();
-        assert!(std::process::Command::new("kill").args([signal, &pid]).status().unwrap().success());
-        let status = self.child.wait().unwrap();
-        let mut said = String::new();
-        self.child.stderr.as_mut().unwrap().read_to_string(&mut said).unwrap();
-        (status.code(), said)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        drop((self.child.kill(), self.child.wait()));
+    fn stop(self, signal: &str) -> (Option<i32>, String) {
+        self.program.signal(signal);
+        self.program.end()
     }
 }
 

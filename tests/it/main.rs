@@ -31,6 +31,7 @@ mod ranks_tcp;
 mod remote;
 mod report;
 mod serve;
+mod server;
 mod t2i;
 mod tokenizer;
 mod train;

@@ -1,6 +1,6 @@
 //! `vilg serve`: the program itself, over plain HTTP, with a small untrained model.
 
-use crate::{commands::vilg, generate::folder};
+use crate::{commands::vilg, generate::folder, server::Running};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
 use std::{
@@ -8,14 +8,13 @@ use std::{
     io::{BufRead, BufReader, ErrorKind, Read, Write},
     net::TcpStream,
     path::Path,
-    process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
-/// A running server; ended when dropped.
+/// The API of a model.
 struct Server {
-    child: Child,
+    program: Running,
     address: String,
 }
 
@@ -52,15 +51,9 @@ impl Server {
     fn start(folder: &Path, args: &[&str]) -> Self {
         let mut command = vilg(&["serve", "--port", "0", "--json", "--model", "model"]);
         command.args(args).current_dir(folder).env_remove("VILG_SERVE_TOKEN");
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-        let started: Value = serde_json::from_str(&line).unwrap_or_else(|_| {
-            let mut said = String::new();
-            child.stderr.as_mut().unwrap().read_to_string(&mut said).unwrap();
-            panic!("{line} {said}")
-        });
-        Self { child, address: started["address"].as_str().unwrap().to_owned() }
+        let (program, line) = Running::start(&mut command);
+        let started: Value = serde_json::from_str(&line).unwrap_or_else(|_| panic!("{line}"));
+        Self { program, address: started["address"].as_str().unwrap().to_owned() }
     }
 
     fn connect(&self) -> TcpStream {
@@ -118,24 +111,6 @@ impl Server {
             assert!(begun.elapsed() < Duration::from_secs(60), "{what}: {}", self.get("/metrics").body);
             thread::sleep(Duration::from_millis(20));
         }
-    }
-
-    fn kill(&self, signal: &str) {
-        assert!(Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap().success());
-    }
-
-    /// The exit code and what was said.
-    fn end(mut self) -> (Option<i32>, String) {
-        let status = self.child.wait().unwrap();
-        let mut said = String::new();
-        self.child.stderr.as_mut().unwrap().read_to_string(&mut said).unwrap();
-        (status.code(), said)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        drop((self.child.kill(), self.child.wait()));
     }
 }
 
@@ -426,14 +401,12 @@ fn other_sites_and_wrong_tokens_are_kept_out() {
     // From the environment; and the warning of a server that is open to others.
     let mut command = vilg(&["serve", "--port", "0", "--host", "0.0.0.0", "--model", "model"]);
     command.current_dir(folder.path()).env("VILG_SERVE_TOKEN", "0123456789abcdef");
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut url = String::new();
-    BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut url).unwrap();
+    let (program, url) = Running::start(&mut command);
     let port = url.trim().trim_end_matches('/').rsplit(':').next().unwrap().to_owned();
-    let server = Server { child, address: format!("127.0.0.1:{port}") };
+    let server = Server { program, address: format!("127.0.0.1:{port}") };
     assert_eq!(server.get("/v1/models").status, 401);
-    server.kill("-TERM");
-    let (code, said) = server.end();
+    server.program.signal("-TERM");
+    let (code, said) = server.program.end();
     assert!(code == Some(0) && said.contains("warning: 0.0.0.0 IS OPEN TO OTHER MACHINES"), "{said}");
 }
 
@@ -524,12 +497,12 @@ fn requests_in_progress_are_finished_when_the_server_stops() {
         let server = Server::start(folder.path(), &["--max-batch", "1"]);
         let mut stream = server.open(&ask);
         read_until(&mut stream, "partial_image_index");
-        server.kill(signal);
+        server.program.signal(signal);
         let mut rest = String::new();
         stream.read_to_string(&mut rest).unwrap();
         assert_eq!(rest.matches("event: image_generation.completed").count(), 16);
         assert!(TcpStream::connect(&server.address).is_err(), "nobody listens any more");
-        let (found, said) = server.end();
+        let (found, said) = server.program.end();
         assert_eq!(found, Some(code), "{said}");
     }
     // Without time, they get an error.
@@ -537,14 +510,14 @@ fn requests_in_progress_are_finished_when_the_server_stops() {
     let mut stream = server.open(&ask);
     let waiting = server.open(&json!({ "prompt": "星", "n": 16 }));
     read_until(&mut stream, "partial_image_index");
-    server.kill("-TERM");
+    server.program.signal("-TERM");
     let mut rest = String::new();
     stream.read_to_string(&mut rest).unwrap();
     assert!(rest.contains("event: error") && rest.contains("the server was stopped"), "{rest}");
     let mut response = Vec::new();
     waiting.into_inner().read_to_end(&mut response).unwrap();
     assert_eq!(Answer::of(&response).status, 503);
-    let (found, said) = server.end();
+    let (found, said) = server.program.end();
     assert!(found == Some(1) && said.contains("were given up") && said.contains("hint: "), "{said}");
 }
 

@@ -141,6 +141,11 @@ fn training_from_s3_gives_the_bits_of_training_from_files() {
     }
 }
 
+/// The shards of codes on a server.
+fn shards_at(url: &str) -> String {
+    format!("{url}/codes/{{00000..{:05}}}.tar", SHARDS - 1)
+}
+
 #[test]
 fn faults_of_a_server_change_no_sample() {
     let folder = prepare();
@@ -152,7 +157,7 @@ fn faults_of_a_server_change_no_sample() {
         3 if request.path.ends_with(".tar") => Some(Reply::whole(&[0; 10_000], "cut").cut(100)),
         _ => None,
     });
-    let url = format!("{}/codes/{{00000..{:05}}}.tar", server.url, SHARDS - 1);
+    let url = shards_at(&server.url);
     finish(train(at, "http", &url, &["data.shuffle_buffer=2"]));
     assert!(weights(at, "local") == weights(at, "http"));
     // Another run needs nothing but codes.json and the listing of none.
@@ -171,7 +176,7 @@ fn a_stored_index_beside_remote_shards_saves_their_download() {
     let folder = prepare();
     let at = folder.path();
     let server = serve(at.into(), |_, _| None);
-    let url = format!("{}/codes/{{00000..{:05}}}.tar", server.url, SHARDS - 1);
+    let url = shards_at(&server.url);
     let output = finish(train(at, "few", &url, &["train.steps=1", "data.shuffle_buffer=2", "train.warmup_steps=0"]));
     assert!(stderr(&output).contains("indexing 24 remote shards, once; 0 are downloaded"), "{}", stderr(&output));
     assert!(server.requests().iter().any(|request| request.path == "/codes/.shards.index"));
@@ -194,7 +199,7 @@ fn what_the_cache_cannot_do_is_refused() {
     let folder = prepare();
     let at = folder.path();
     let server = serve(at.into(), |_, _| None);
-    let url = format!("{}/codes/{{00000..{:05}}}.tar", server.url, SHARDS - 1);
+    let url = shards_at(&server.url);
     let gb = |shards: f64| format!("data.cache_gb={}", shards * shard_bytes(at) as f64 / 1e9);
     let cases = [
         (gb(12.5), vec![], "read at random from"),
@@ -234,7 +239,7 @@ fn refusals_of_a_server_end_a_run() {
     for (status, hint) in [(403, "fresh signature"), (404, "check the spelling")] {
         let server =
             serve(at.into(), move |request, _| request.path.starts_with("/codes/00007").then(|| Reply::status(status)));
-        let url = format!("{}/codes/{{00000..{:05}}}.tar", server.url, SHARDS - 1);
+        let url = shards_at(&server.url);
         for (order, sets) in [("sequential", &["data.shuffle_buffer=2"][..]), ("random", &[])] {
             let (code, text) = refused(train(at, &format!("{order}-{status}"), &url, sets));
             let expected = format!("/codes/00007.tar: the server answered {status}");
@@ -256,7 +261,7 @@ fn a_shard_that_changes_while_it_is_not_in_the_cache_ends_the_run() {
         let wanted = now.load(Ordering::Relaxed) && request.path.ends_with("0.tar");
         wanted.then(|| Reply::whole(&all, "new"))
     });
-    let url = format!("{}/codes/{{00000..{:05}}}.tar", server.url, SHARDS - 1);
+    let url = shards_at(&server.url);
     let cache = format!("data.cache_gb={}", 14.5 * shard_bytes(at) as f64 / 1e9);
     let run = |steps: &str| train(at, "changed", &url, &["data.shuffle_buffer=2", &cache, steps]);
     finish(run("train.steps=5"));
