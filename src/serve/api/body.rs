@@ -1,4 +1,4 @@
-//! Bodies of requests: JSON of limited size that arrives in limited time, and the images in it.
+//! Bodies of requests and responses: JSON of limited size that arrives in limited time, the values and images in it, and JSON.
 
 use super::{app::App, refusal::Refusal};
 use crate::data::image::decode_within;
@@ -6,16 +6,20 @@ use axum::{
     body::Bytes,
     extract::{FromRequest, Request},
     http::{StatusCode, header},
+    response::{IntoResponse, Response},
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
 use image::RgbImage;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use std::time::Duration;
 use tokio::time::timeout;
 
 /// Maximum size in bytes of a body of texts, and of one with an image.
 pub const MAX_TEXTS: usize = 64 << 10;
 pub const MAX_IMAGE: usize = 12 << 20;
+/// Maximum number of images or texts that are made for a request.
+const MAX_COUNT: u32 = 16;
 /// Maximum time until a body is complete.
 const MAX_TIME: Duration = Duration::from_secs(20);
 /// Maximum size of an image in pixels.
@@ -56,6 +60,24 @@ pub fn check_length(param: &'static str, text: &str) -> Result<(), Refusal> {
     let count = text.chars().take(MAX_CHARACTERS + 1).count();
     let message = || format!("`{param}` is longer than {MAX_CHARACTERS} characters");
     if count > MAX_CHARACTERS { Err(Refusal::param(param, message())) } else { Ok(()) }
+}
+
+/// The number of images or texts that is asked for; one where a request does not say it.
+pub fn count(asked: Option<u32>) -> Result<u32, Refusal> {
+    let count = asked.unwrap_or(1);
+    let message = || format!("`n` must be from 1 to {MAX_COUNT}");
+    if (1..=MAX_COUNT).contains(&count) { Ok(count) } else { Err(Refusal::param("n", message())) }
+}
+
+/// Checks a temperature or a guidance scale.
+pub fn check_scale(param: &'static str, value: f64) -> Result<(), Refusal> {
+    let message = || format!("`{param}` must be from 0 to 100");
+    if (0.0..=100.0).contains(&value) { Ok(()) } else { Err(Refusal::param(param, message())) }
+}
+
+/// A response of JSON.
+pub fn as_json(value: &Value) -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], value.to_string()).into_response()
 }
 
 /// Decodes an image from a data URL, or from base64 alone, in a thread that may block. `then` runs there too.

@@ -2,7 +2,7 @@
 
 use super::{
     app::{App, now},
-    body::{MAX_TEXTS, check_length, check_text, json},
+    body::{MAX_TEXTS, as_json, check_length, check_scale, check_text, count, json},
     events::{Events, event},
     refusal::Refusal,
     work::{Done, Event, Failure, ImagesWork, Work},
@@ -34,8 +34,6 @@ use tokio::{
     time::timeout,
 };
 
-/// Maximum number of images of a request.
-const MAX_COUNT: u32 = 16;
 /// Range of the side of an image in pixels.
 const SIDES: std::ops::RangeInclusive<u32> = 16..=1024;
 /// How often a stream says that it is still there.
@@ -95,9 +93,7 @@ impl Ask {
             guidance: self.guidance.unwrap_or(defaults.guidance),
         };
         for (param, value) in [("temperature", sampling.temperature), ("guidance", sampling.guidance)] {
-            if !(0.0..=100.0).contains(&value) {
-                return Err(Refusal::param(param, format!("`{param}` must be from 0 to 100")));
-            }
+            check_scale(param, value)?;
         }
         if !(sampling.top_p > 0.0 && sampling.top_p <= 1.0) {
             return Err(Refusal::param("top_p", "`top_p` must be above 0, at most 1"));
@@ -136,10 +132,7 @@ impl Ask {
         check_text("prompt", &self.prompt)?;
         check_length("negative_prompt", self.negative_prompt.as_deref().unwrap_or_default())?;
         check_model(app, self.model.as_deref())?;
-        let count = self.n.unwrap_or(1);
-        if !(1..=MAX_COUNT).contains(&count) {
-            return Err(Refusal::param("n", format!("`n` must be from 1 to {MAX_COUNT}")));
-        }
+        let count = count(self.n)?;
         if self.partial_images.is_some_and(|parts| parts > app.model.rows) {
             return Err(Refusal::param(
                 "partial_images",
@@ -222,7 +215,7 @@ async fn all(mut received: UnboundedReceiver<Event>, count: usize, format: Forma
     }
     let body = json!({ "created": now(), "data": data, "background": "opaque", "output_format": "png",
         "size": format.size(), "usage": usage(prompt_tokens, image_tokens) });
-    Ok(([(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response())
+    Ok(as_json(&body))
 }
 
 /// The events of a stream, until the last image or until the client leaves.

@@ -2,7 +2,7 @@
 
 use super::{
     app::App,
-    body::{MAX_IMAGE, MAX_TEXTS},
+    body::{MAX_IMAGE, MAX_TEXTS, as_json},
     guard, images,
     refusal::Refusal,
     texts,
@@ -76,10 +76,6 @@ async fn around(State(app): State<Arc<App>>, request: Request, next: Next) -> Re
     app.metrics.count_response(counted, response.status().as_u16());
     secure::add_headers(&mut response, POLICY);
     response
-}
-
-fn as_json(value: &Value) -> Response {
-    ([(header::CONTENT_TYPE, "application/json")], value.to_string()).into_response()
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {

@@ -2,7 +2,7 @@
 
 use super::{
     app::App,
-    body::{self, MAX_IMAGE, check_text, json},
+    body::{self, MAX_IMAGE, as_json, check_scale, check_text, count, json},
     images::check_model,
     refusal::Refusal,
     work::{Failure, Text, TextsTask, TextsWork, Work},
@@ -13,16 +13,13 @@ use crate::{
 };
 use axum::{
     extract::{Request, State},
-    http::header,
-    response::{IntoResponse, Response},
+    response::Response,
 };
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use std::{sync::Arc, time::Instant};
 use tokio::sync::oneshot;
 
-/// Maximum number of texts for an image.
-const MAX_COUNT: u32 = 16;
 /// Maximum number of texts that an image is compared with.
 const MAX_TEXTS: usize = 64;
 /// Maximum width of beam search.
@@ -63,9 +60,6 @@ struct ScoresAsk {
 
 /// How texts are decoded, as `vilg caption` decodes them: greedily, where nothing else is asked for.
 fn decoding(count: u32, beam: Option<u32>, temperature: Option<f64>, seed: Option<u64>) -> Result<Decoding, Refusal> {
-    if !(1..=MAX_COUNT).contains(&count) {
-        return Err(Refusal::param("n", format!("`n` must be from 1 to {MAX_COUNT}")));
-    }
     if let Some(width) = beam {
         if !(1..=MAX_BEAM).contains(&width) {
             return Err(Refusal::param("beam", format!("`beam` must be from 1 to {MAX_BEAM}")));
@@ -73,9 +67,7 @@ fn decoding(count: u32, beam: Option<u32>, temperature: Option<f64>, seed: Optio
         return Ok(Decoding::Beam { width: width.max(count) as usize, length_penalty: 1.0 });
     }
     let temperature = temperature.unwrap_or(if count == 1 { 0.0 } else { 1.0 });
-    if !(0.0..=100.0).contains(&temperature) {
-        return Err(Refusal::param("temperature", "`temperature` must be from 0 to 100"));
-    }
+    check_scale("temperature", temperature)?;
     let sampling = Sampling { temperature, ..Sampling::GREEDY };
     Ok(Decoding::Sample { sampling, seed: seed.unwrap_or(0) })
 }
@@ -94,14 +86,13 @@ async fn ask(app: &App, task: TextsTask) -> Result<Vec<Text>, Refusal> {
 }
 
 fn list(data: Vec<Value>, app: &App) -> Response {
-    let body = json!({ "object": "list", "model": app.model.name, "data": data });
-    ([(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response()
+    as_json(&json!({ "object": "list", "model": app.model.name, "data": data }))
 }
 
 pub async fn captions(State(app): State<Arc<App>>, request: Request) -> Result<Response, Refusal> {
     let CaptionsAsk { image, model, n, beam, temperature, seed } = read(&app, request).await?;
     check_model(&app, model.as_deref())?;
-    let (count, side) = (n.unwrap_or(1), app.model.image_size);
+    let (count, side) = (count(n)?, app.model.image_size);
     let decoding = decoding(count, beam, temperature, seed)?;
     let image = body::image(&app, image, move |image| square(image, side)).await?;
     let captions = ask(&app, TextsTask::Captions { image, decoding, count: count as usize }).await?;
@@ -117,7 +108,7 @@ pub async fn answers(State(app): State<Arc<App>>, request: Request) -> Result<Re
     let AnswersAsk { image, question, model, n, beam, temperature, seed } = read(&app, request).await?;
     check_model(&app, model.as_deref())?;
     check_text("question", &question)?;
-    let (count, side) = (n.unwrap_or(1), app.model.image_size);
+    let (count, side) = (count(n)?, app.model.image_size);
     let decoding = decoding(count, beam, temperature, seed)?;
     let image = body::image(&app, image, move |image| square(image, side)).await?;
     let answers = ask(&app, TextsTask::Answers { image, question, decoding, count: count as usize }).await?;
