@@ -2,10 +2,10 @@
 //!
 //! A link to `/dev/zero` never ends, and opening a FIFO waits for a writer that may never come.
 
-use crate::error::{Context, Result, bail, ensure};
+use crate::error::{Context, Result, ensure};
 use std::{
     fs::{File, OpenOptions},
-    io::{ErrorKind, Read},
+    io::{self, ErrorKind, Read},
     os::unix::fs::{FileTypeExt, OpenOptionsExt},
     path::Path,
     thread,
@@ -31,12 +31,16 @@ pub fn open(path: &Path) -> Result<File> {
 }
 
 fn open_any(path: &Path) -> Result<File> {
-    // Without this flag, opening a FIFO waits for a writer. Regular files ignore the flag.
-    OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
-        .with_context(|| format!("cannot open {}", path.display()))
+    open_without_waiting(path).with_context(|| format!("cannot open {}", path.display()))
+}
+
+/// Opens a file, pipe or device for reading. A FIFO without a writer does not block.
+///
+/// # Errors
+/// The file cannot be opened.
+pub fn open_without_waiting(path: &Path) -> io::Result<File> {
+    // Regular files ignore the flag.
+    OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)
 }
 
 /// Reads a file, pipe or device of at most `limit` bytes. A FIFO that nobody opens for writing within 3 seconds is empty.
@@ -44,20 +48,29 @@ fn open_any(path: &Path) -> Result<File> {
 /// # Errors
 /// It is a folder, longer than `limit` bytes, or cannot be read.
 pub fn read_stream(path: &Path, limit: u64) -> Result<Vec<u8>> {
-    let (mut file, opened) = (open_any(path)?, Instant::now());
-    let is_fifo = file.metadata().is_ok_and(|meta| meta.file_type().is_fifo());
+    let read = read_beyond(open_any(path)?, limit);
+    let bytes = read.with_context(|| format!("cannot read {}", path.display()))?;
+    ensure!(bytes.len() as u64 <= limit, "{} is longer than {limit} bytes", path.display());
+    Ok(bytes)
+}
+
+/// Reads what [`open_without_waiting`] opened to its end, or until there are more than `limit` bytes. A FIFO that nobody opens
+/// for writing within 3 seconds is empty.
+///
+/// # Errors
+/// It is a folder, or cannot be read.
+pub fn read_beyond(mut file: File, limit: u64) -> io::Result<Vec<u8>> {
+    let (is_fifo, opened) = (file.metadata()?.file_type().is_fifo(), Instant::now());
     let (mut bytes, mut chunk) = (Vec::new(), vec![0; 64 << 10]);
     while bytes.len() as u64 <= limit {
         match file.read(&mut chunk) {
-            Ok(0) if !is_fifo || !bytes.is_empty() || opened.elapsed() > WRITER => return Ok(bytes),
+            Ok(0) if !is_fifo || !bytes.is_empty() || opened.elapsed() > WRITER => break,
             Ok(read) if read > 0 => bytes.extend_from_slice(&chunk[..read]),
-            Err(e) if !matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
-                return Err(e).with_context(|| format!("cannot read {}", path.display()));
-            }
+            Err(e) if !matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => return Err(e),
             _ => thread::sleep(Duration::from_millis(5)),
         }
     }
-    bail!("{} is longer than {limit} bytes", path.display())
+    Ok(bytes)
 }
 
 /// Reads a regular file of at most `limit` bytes.

@@ -1,23 +1,19 @@
 //! Decodes image files to square RGB images, and converts between images and tensors.
 
-use super::{
-    bad::{Bad, Cause},
-    source_file::open_without_waiting,
+use super::bad::{Bad, Cause};
+use crate::{
+    bounded_read::{open_without_waiting, read_beyond},
+    error::{Context, Hint, Result, ensure, failed},
 };
-use crate::error::{Context, Hint, Result, ensure, failed};
 use candle_core::{Device, Tensor};
 use image::{
     DynamicImage, ImageDecoder, ImageError, ImageReader, Limits, RgbImage,
     imageops::{self, FilterType},
 };
 use std::{
-    fs::File,
-    io::{self, Cursor, Read},
-    os::unix::fs::FileTypeExt,
+    io::Cursor,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
-    thread,
-    time::{Duration, Instant},
 };
 
 /// Maximum size of an image in pixels.
@@ -26,9 +22,6 @@ const MAX_PIXELS: u64 = 8192 * 8192;
 const MAX_FILE: u64 = 64 << 20;
 /// Maximum memory that a decoder may allocate, in bytes.
 const MAX_BYTES: u64 = 256 << 20;
-
-/// A pipe without a writer counts as empty after this time.
-const PIPE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Decodes the first frame of an image to 8-bit RGB, with EXIF orientation applied and alpha blended onto white.
 ///
@@ -70,32 +63,13 @@ pub fn open_square(path: &Path, size: usize) -> Result<RgbImage> {
 /// The file cannot be read or is not a usable image.
 pub fn open_picture(path: &Path) -> Result<RgbImage> {
     let name = path.display();
-    let mut bytes = Vec::new();
     // The size of the file cannot be checked first: a pipe has none.
-    let read = open_without_waiting(path).and_then(|file| match file.metadata()?.file_type().is_fifo() {
-        true => read_pipe(file, &mut bytes),
-        false => file.take(MAX_FILE + 1).read_to_end(&mut bytes).map(|_| ()),
-    });
-    read.hint(format_args!("cannot read {name}"), "name an image file")?;
+    let read = open_without_waiting(path).and_then(|file| read_beyond(file, MAX_FILE));
+    let bytes = read.hint(format_args!("cannot read {name}"), "name an image file")?;
     ensure!(bytes.len() as u64 <= MAX_FILE, "{name} is larger than {} MB", MAX_FILE >> 20);
     let hint = "PNG, JPEG, WebP, GIF, BMP and TIFF are read";
     let unusable = |bad: Bad| failed(format_args!("{name} is not a usable image: {} ({})", bad.cause, bad.place), hint);
     decode(&bytes).map_err(unusable)
-}
-
-/// Reads a pipe opened without blocking. The result is empty if nobody opens the pipe for writing within 3 seconds.
-fn read_pipe(mut pipe: File, bytes: &mut Vec<u8>) -> io::Result<()> {
-    let opened = Instant::now();
-    let mut chunk = vec![0; 64 << 10];
-    while bytes.len() as u64 <= MAX_FILE {
-        match pipe.read(&mut chunk) {
-            Ok(0) if !bytes.is_empty() || opened.elapsed() > PIPE_PATIENCE => break,
-            Ok(read) if read > 0 => bytes.extend_from_slice(&chunk[..read]),
-            Err(e) if !matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => return Err(e),
-            _ => thread::sleep(Duration::from_millis(5)),
-        }
-    }
-    Ok(())
 }
 
 fn decode_unguarded(bytes: &[u8], max_pixels: u64) -> Result<RgbImage, Bad> {

@@ -2,10 +2,10 @@
 //! tar archives.
 
 use super::bad::{Bad, Cause};
+use crate::bounded_read::open_without_waiting;
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io::{self, Read},
-    os::unix::fs::OpenOptionsExt,
     path::Path,
 };
 
@@ -41,14 +41,6 @@ pub fn open_regular(path: &Path) -> io::Result<File> {
     // The file may have become a pipe in the meantime, and opening a pipe without a writer blocks.
     let file = open_without_waiting(path)?;
     if file.metadata()?.is_file() { Ok(file) } else { Err(not_regular()) }
-}
-
-/// Opens a file for reading. A pipe without a writer does not block.
-///
-/// # Errors
-/// The file cannot be opened.
-pub fn open_without_waiting(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)
 }
 
 /// Magic bytes of formats that are mistaken for tar archives, and how to convert them.
