@@ -17,7 +17,6 @@ use crate::{
     runtime,
 };
 use std::{
-    fs,
     io::{ErrorKind, Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
     thread,
@@ -70,9 +69,7 @@ impl Mesh {
             .map_err(|error| failed(format!("rank {rank} cannot listen on port {port}: {error}"), hint))?;
         listener.set_nonblocking(true)?;
         let run = digest(&format!("{}\n{world_size}", master.run));
-        let kernel = |name: &str| fs::read_to_string(format!("/proc/sys/kernel/{name}")).unwrap_or_default();
-        let allowed = runtime::allowed_processors();
-        let processors = digest(&[kernel("hostname"), kernel("random/boot_id"), allowed].concat());
+        let processors = digest(&(runtime::host_identity() + &runtime::allowed_processors()));
         let deadline = Instant::now() + patience;
         let rendezvous = Rendezvous { rank, world_size, run, processors, listener, deadline };
         if rank == 0 { rendezvous.receive() } else { rendezvous.join(master) }

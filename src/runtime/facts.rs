@@ -44,6 +44,16 @@ pub fn facts() -> Facts {
     }
 }
 
+/// The name of this machine; empty if the system does not report it.
+pub fn host_name() -> String {
+    read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
+}
+
+/// What all processes of this machine, and no others, have in common. A container is a machine of its own.
+pub fn host_identity() -> String {
+    host_name() + &read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
+}
+
 /// The value of the first line `name : value` of a Linux file such as `/proc/cpuinfo`.
 pub(super) fn field(file: &str, name: &str) -> Option<String> {
     let text = read_to_string(file).ok()?;

@@ -6,9 +6,9 @@ use crate::{
     data::{self, Dataset, Kind, Loader, Record, Sampler},
     dist::{self, Group},
     error::{Context, Result, ensure, failed},
-    report,
+    report, runtime,
 };
-use std::{fs, ops::Range, sync::Arc};
+use std::{ops::Range, sync::Arc};
 
 /// Prefetches the samples of a run, from any step on.
 pub struct DataLoader {
@@ -160,8 +160,7 @@ impl DataLoader {
 
 /// What the ranks on this machine give, this one among them.
 fn on_this_machine(group: &Group, ours: u64) -> Result<Vec<u64>> {
-    let kernel = |name: &str| fs::read_to_string(format!("/proc/sys/kernel/{name}")).unwrap_or_default();
-    let host = blake3::hash([kernel("hostname"), kernel("random/boot_id")].concat().as_bytes());
+    let host = blake3::hash(runtime::host_identity().as_bytes());
     let host = u64::from_le_bytes(*host.as_bytes().first_chunk().context("a digest")?);
     let all = group.gather(vec![host, ours])?;
     Ok(all.iter().filter(|one| one.first() == Some(&host)).filter_map(|one| one.get(1).copied()).collect())

@@ -57,14 +57,9 @@ fn launch(step: u64) -> Value {
     let facts = runtime::facts();
     json!({
         "time": rfc3339(SystemTime::now()), "step": step, "program": report::version(),
-        "command": command, "host": host(), "process": std::process::id(), "processor": facts.processor,
+        "command": command, "host": runtime::host_name(), "process": std::process::id(), "processor": facts.processor,
         "threads": facts.threads, "memory_bytes": facts.memory_bytes,
     })
-}
-
-/// The name of this machine; empty if unknown.
-fn host() -> String {
-    fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
 }
 
 /// Maximum size of a sample image in bytes that event files take.
@@ -133,8 +128,9 @@ impl RunFolder {
         fs::rename(&tmp, &path)?;
         held.metrics = OpenOptions::new().append(true).open(&path)?;
         if config.train.tensorboard {
-            held.events =
-                EventFile::create(&self.root, &host(), step).map_err(|error| tell_lost(&self.root, &error)).ok();
+            held.events = EventFile::create(&self.root, &runtime::host_name(), step)
+                .map_err(|error| tell_lost(&self.root, &error))
+                .ok();
         }
         Ok(())
     }
