@@ -12,7 +12,7 @@ mod signals;
 mod threads;
 
 pub use device::{Wanted, choose_device, cpu_only, device, set_local_rank};
-pub use facts::{Facts, facts, host_identity, host_name};
+pub use facts::{Facts, command_line, facts, host_identity, host_name};
 pub use file_sync::{Lock, lock, lock_shared, sync_folder};
 pub use mapped::Mapped;
 pub use memory::{keep_memory, peak_bytes, resident_bytes, restart_peak};

@@ -8,7 +8,7 @@
 use super::{CONFIG, VOCAB, WEIGHTS};
 use crate::{
     error::{Context, Error, Hint, Result, ensure, failed, plain},
-    report,
+    report, runtime,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -39,6 +39,11 @@ pub struct Manifest {
     format: u32,
     /// The program that wrote the folder, with its version and commit.
     written_by: String,
+    /// The command line that wrote it, and on which machine; empty in folders of older versions.
+    #[serde(default)]
+    command: Vec<String>,
+    #[serde(default)]
+    host: String,
     files: BTreeMap<String, Part>,
     /// Fingerprint of the codes of the image tokenizer: this one, or the one that a generator was trained with.
     pub codes: String,
@@ -73,7 +78,8 @@ impl Manifest {
     /// The manifest of a folder with these files.
     pub fn new<'a>(files: impl IntoIterator<Item = (&'a str, &'a [u8])>, codes: String) -> Self {
         let files = files.into_iter().map(|(name, bytes)| (name.to_owned(), Part::of(bytes))).collect();
-        Self { format: FORMAT, written_by: format!("vilg {}", report::version()), files, codes }
+        let (written_by, command) = (format!("vilg {}", report::version()), runtime::command_line());
+        Self { format: FORMAT, written_by, command, host: runtime::host_name(), files, codes }
     }
 
     /// Reads the text of a manifest; `name` is its file's name in messages.
@@ -169,8 +175,18 @@ mod tests {
     }
 
     #[test]
-    fn the_version_and_commit_of_the_program_are_recorded() {
+    fn program_command_and_host_are_recorded() {
         let manifest = serde_json::to_value(Manifest::new([], String::new())).unwrap();
         assert_eq!(manifest["written_by"], format!("vilg {}", report::version()));
+        assert_eq!(manifest["command"], serde_json::json!(runtime::command_line()));
+        assert_eq!(manifest["host"], runtime::host_name());
+    }
+
+    #[test]
+    fn manifests_of_older_versions_have_no_command() {
+        let mut manifest = serde_json::to_value(Manifest::new([], String::new())).unwrap();
+        manifest.as_object_mut().unwrap().retain(|key, _| !["command", "host"].contains(&key.as_str()));
+        let read = Manifest::parse(manifest.to_string().as_bytes(), "m").unwrap();
+        assert!(read.command.is_empty() && read.host.is_empty());
     }
 }

@@ -49,6 +49,11 @@ pub fn host_name() -> String {
     read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
 }
 
+/// The command line of this process, with the program.
+pub fn command_line() -> Vec<String> {
+    std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect()
+}
+
 /// What all processes of this machine, and no others, have in common. A container is a machine of its own.
 pub fn host_identity() -> String {
     host_name() + &read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()

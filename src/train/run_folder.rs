@@ -53,11 +53,10 @@ fn tell_lost(path: &Path, error: &std::io::Error) {
 
 /// What started this process: program, command line, machine and time; one line of launches.jsonl.
 fn launch(step: u64) -> Value {
-    let command: Vec<String> = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect();
     let facts = runtime::facts();
     json!({
         "time": rfc3339(SystemTime::now()), "step": step, "program": report::version(),
-        "command": command, "host": runtime::host_name(), "process": std::process::id(), "processor": facts.processor,
+        "command": runtime::command_line(), "host": runtime::host_name(), "process": std::process::id(), "processor": facts.processor,
         "threads": facts.threads, "memory_bytes": facts.memory_bytes,
     })
 }
