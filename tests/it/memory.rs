@@ -1,8 +1,11 @@
-//! Compares the formulas of `vilg plan --on cpu` with the bytes that real steps allocate.
+//! Compares the formulas of `vilg plan --on cpu` with the bytes that real steps allocate, and bounds those of large images.
 //!
 //! Bytes are counted for the whole process, so the test runs itself again in a separate process.
 
-use crate::counting::{LIVE, PEAK};
+use crate::{
+    counting::{LIVE, PEAK},
+    tokenizer,
+};
 use std::{
     process::Command,
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
@@ -15,6 +18,7 @@ use vilg::{
     model::{Batch, Generator, Tokens},
     nn::params::Scope,
     ops::Store,
+    tokenizer::ImageTokenizer,
     train::{
         ema, engine,
         held::held,
@@ -118,15 +122,47 @@ fn compare(config: &Config, ranks: usize) -> (f64, f64) {
     (formula.step() as f64, (PEAK.load(Relaxed) - before) as f64 / ranks as f64)
 }
 
-const ALONE: &str = "VILG_TEST_COUNTS_ALONE";
+/// Runs the test of this name in a process of its own, unless this is that process.
+fn runs_elsewhere(name: &str) -> bool {
+    const ALONE: &str = "VILG_TEST_COUNTS_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return false;
+    }
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", name, "--nocapture", "--test-threads=1"]);
+    let output = child.env(ALONE, "1").env("RAYON_NUM_THREADS", "2").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    true
+}
+
+/// The activations of one tile's batch do not grow with the image. Without tiles, a convolution of 32 channels alone takes
+/// 128 bytes a pixel.
+#[test]
+fn a_whole_image_takes_few_bytes_a_pixel() {
+    if runs_elsewhere("memory::a_whole_image_takes_few_bytes_a_pixel") {
+        return;
+    }
+    let scope = Scope::from_seed(1, candle_core::DType::F32, &candle_core::Device::Cpu);
+    let tokenizer = ImageTokenizer::new(&scope, &tokenizer::tiny()).unwrap();
+    let peak = |side: u32| {
+        let picture = image::RgbImage::from_fn(side, side, |x, y| image::Rgb([x as u8, y as u8, (x * y) as u8]));
+        let before = LIVE.load(Relaxed);
+        PEAK.store(before, Relaxed);
+        let grid = tokenizer.encode_whole(&picture).unwrap();
+        let side = side as usize;
+        tokenizer.decode_whole(&grid, side, side).unwrap();
+        PEAK.load(Relaxed) - before
+    };
+    peak(32); // what is made once
+    let (small, large) = (peak(128), peak(256));
+    let each = large.saturating_sub(small) as f64 / f64::from(256 * 256 - 128 * 128);
+    println!("{small} and {large} bytes, {each:.1} a pixel more");
+    assert!(each < 16.0, "{each} bytes a pixel");
+}
 
 #[test]
 fn a_step_holds_what_the_formulas_say() {
-    if std::env::var_os(ALONE).is_none() {
-        let mut child = Command::new(std::env::current_exe().unwrap());
-        child.args(["--exact", "memory::a_step_holds_what_the_formulas_say", "--nocapture", "--test-threads=1"]);
-        let output = child.env(ALONE, "1").env("RAYON_NUM_THREADS", "2").output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    if runs_elsewhere("memory::a_step_holds_what_the_formulas_say") {
         return;
     }
     let mut wrong = Vec::new();
