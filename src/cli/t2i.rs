@@ -7,6 +7,7 @@ use crate::{
     data::{
         image::open_square,
         image_file::{grid, png, write_png},
+        label::labelled,
         resize_bicubic,
     },
     error::{Result, ensure, usage},
@@ -56,6 +57,9 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8),
         allow_negative_numbers = true)]
     scale: u32,
+    /// Write each image's prompt below it
+    #[arg(long)]
+    labels: bool,
     #[command(flatten)]
     ranking: RankingOptions,
     #[command(flatten)]
@@ -118,9 +122,10 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         let begun = Instant::now();
         let generated = models.generate_images(requests, &sampling, &ranker.best_of(), |codes| bar.inc(codes))?;
         seconds += begun.elapsed().as_secs_f64();
+        let pictures = pictures(requests, &generated, args.scale, args.labels);
         let paths = match each {
-            true => write_each(&args.output, &enlarged(&generated, args.scale), i * chunk)?,
-            false => write_grid(&args.output, &enlarged(&generated, args.scale))?,
+            true => write_each(&args.output, &pictures, i * chunk)?,
+            false => write_grid(&args.output, &pictures)?,
         };
         let matches = check.images(requests, &generated)?;
         let of_image = paths.iter().zip(requests).zip(&generated).zip(matches);
@@ -189,10 +194,15 @@ fn image_json(path: &Path, request: &Request, generated: &GeneratedImage, matche
         "match": matches, "candidate": candidate, "candidates": scores })
 }
 
-/// The images, each side `scale` times as long.
-fn enlarged(generated: &[GeneratedImage], scale: u32) -> Vec<RgbImage> {
+/// The images as they are written: each side `scale` times as long, with `labels` the prompt below.
+fn pictures(requests: &[Request], generated: &[GeneratedImage], scale: u32, labels: bool) -> Vec<RgbImage> {
     let enlarge = |image: &RgbImage| resize_bicubic(image, image.width() * scale, image.height() * scale);
-    generated.iter().map(|generated| enlarge(&generated.image)).collect()
+    let images: Vec<RgbImage> = generated.iter().map(|generated| enlarge(&generated.image)).collect();
+    if !labels {
+        return images;
+    }
+    let prompts: Vec<&str> = requests.iter().map(|request| request.prompt.as_str()).collect();
+    labelled(&images, &prompts)
 }
 
 /// Writes each image to its own file and returns the files. `before` images have already been written.

@@ -30,6 +30,7 @@ pub mod index;
 mod index_tests;
 pub mod inspect;
 mod keys;
+pub mod label;
 mod loader;
 mod members;
 pub mod numpy;

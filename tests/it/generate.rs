@@ -109,6 +109,9 @@ fn generated() {
     let [small, large] = ["fifth.png", "large.png"].map(|name| image::open(at.join(name)).unwrap().into_rgb8());
     let (width, height) = small.dimensions();
     assert_eq!(vilg::data::resize_bicubic(&small, 3 * width, 3 * height), large);
+    generate(&["-o", "labelled.png", "--seed", "5", "--best-of", "2", "--scale", "3", "--labels"]);
+    let labelled = image::open(at.join("labelled.png")).unwrap().into_rgb8();
+    assert_eq!(vilg::data::label::labelled(&[large], &["一弯月，红"]), [labelled]);
 }
 
 #[test]
