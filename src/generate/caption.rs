@@ -67,6 +67,17 @@ struct Line {
     log_p: f64,
 }
 
+/// No sequence of this length occurs twice in a caption (`no_repeat_ngram_size` of Hugging Face), so that none goes round in
+/// circles. Names of colors and things, which may well occur twice, are shorter.
+const REPEATED: usize = 6;
+
+/// The tokens that followed the last `REPEATED − 1` tokens of `tokens` before.
+fn repetitions(tokens: &[u32]) -> impl Iterator<Item = u32> {
+    let known = tokens.len().saturating_sub(REPEATED - 1);
+    let (earlier, last) = (tokens.windows(REPEATED), &tokens[known..]);
+    earlier.filter(move |earlier| earlier.starts_with(last)).map(|earlier| earlier[REPEATED - 1])
+}
+
 /// Constraints on the next token.
 struct Allowed {
     /// For each token: whether it is a special token.
@@ -77,11 +88,14 @@ struct Allowed {
 }
 
 impl Allowed {
-    /// Sets the logits of forbidden tokens to −∞. `before` tokens precede this one. Special tokens are always
-    /// forbidden,
-    /// `[SEP]` at the first position, and everything but `[SEP]` at the last position.
-    fn mask(&self, row: &mut [f32], before: usize) {
-        let last = before + 1 >= self.longest;
+    /// Sets the logits of forbidden tokens to −∞, after the tokens `before`. Special tokens are always forbidden,
+    /// `[SEP]` at the first position, everything but `[SEP]` at the last position, and what would make the last
+    /// [`REPEATED`] tokens a repetition.
+    fn mask(&self, row: &mut [f32], before: &[u32]) {
+        for token in repetitions(before) {
+            row[token as usize] = f32::NEG_INFINITY;
+        }
+        let (before, last) = (before.len(), before.len() + 1 >= self.longest);
         for (token, value) in row.iter_mut().enumerate() {
             let allowed = match token as u32 == self.sep {
                 true => before > 0 || last,
@@ -163,9 +177,9 @@ impl Models {
                     return Ok(());
                 }
                 let row = &logits[rows[i] * vocabulary..][..vocabulary];
-                let (mut choice, position) = (row.to_vec(), line.tokens.len());
-                allowed.mask(&mut choice, position);
-                let unit = Random::keyed(seed, "caption", (i % count) as u64, position as u64).unit();
+                let mut choice = row.to_vec();
+                allowed.mask(&mut choice, &line.tokens);
+                let unit = Random::keyed(seed, "caption", (i % count) as u64, line.tokens.len() as u64).unit();
                 let token = sampling.draw(&choice, unit)?;
                 line.log_p += f64::from(row[token as usize]) - log_sum_exp(row);
                 line.tokens.push(token);
@@ -202,7 +216,7 @@ impl Models {
             for beam in &mut beams {
                 let live = beam.live().len();
                 let rows = &mut log_p[first..first + live];
-                beam.live().iter().zip(rows.iter_mut()).for_each(|(h, row)| allowed.mask(row, h.tokens.len()));
+                beam.live().iter().zip(rows.iter_mut()).for_each(|(h, row)| allowed.mask(row, &h.tokens));
                 index.extend(beam.step(rows).into_iter().map(|parent| first + parent));
                 tokens.extend(beam.live().iter().filter_map(|hypothesis| hypothesis.tokens.last().copied()));
                 first += live;
@@ -224,5 +238,26 @@ impl Models {
     fn finish(&self, tokens: &[u32], score: f64) -> Caption {
         let tokens: Vec<u32> = std::iter::once(self.text.cls()).chain(tokens.iter().copied()).collect();
         Caption { text: self.text.decode(&tokens), tokens, score }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sequences_of_six_tokens_do_not_occur_twice() {
+        let next = |tokens: &[u32]| repetitions(tokens).collect::<Vec<_>>();
+        let loops = [7, 1, 2, 3, 1, 2, 3, 1, 2];
+        assert_eq!(next(&loops), [3]);
+        assert_eq!(next(&loops[..8]), [2u32; 0], "the last five tokens are new");
+        assert_eq!(next(&[5; 5]), [5u32; 0], "no six tokens yet");
+        assert_eq!(next(&[5; 6]), [5]);
+        assert_eq!(next(&[]), [5u32; 0]);
+
+        let allowed = Allowed { special: vec![false; 4], sep: 0, longest: 20 };
+        let mut row = vec![0.0; 4];
+        allowed.mask(&mut row, &loops);
+        assert_eq!(row, [0.0, 0.0, 0.0, f32::NEG_INFINITY]);
     }
 }
