@@ -88,6 +88,7 @@ def main():
     parser.add_argument("--scenes", type=int, default=30000, help="training scenes without poems (default: 30000)")
     parser.add_argument("--poems", type=int, default=21000, help="training lines of poetry (default: 21000; 0: none)")
     parser.add_argument("--heldout", type=int, default=600, help="samples of each held-out split (default: 600)")
+    parser.add_argument("--object-scale", type=float, default=1.0, help="size of the things, as far as there is room (default: 1)")
     parser.add_argument("--shard-size", type=int, default=1000, help="samples a shard (default: 1000)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     parser.add_argument("--check", type=Path, metavar="DIR", help="verify a build instead")
@@ -99,6 +100,9 @@ def main():
         return sheet(args.out, args.sheet)
     if args.out.exists():
         parser.error(f"{args.out} exists; remove it to build it again")
+    if not 0.5 <= args.object_scale <= 3:
+        parser.error("--object-scale must be from 0.5 to 3")
+    records.OBJECT_SCALE = args.object_scale
     cache = args.cache.resolve()
     cache.mkdir(parents=True, exist_ok=True)
     part = args.out.with_name(args.out.name + ".part")

@@ -18,6 +18,7 @@ SKY = {"圆月": ("1f315", "一轮圆月", ["夜晚"]), "弯月": ("1f319", "一
        "白云": ("2601", "一朵白云", ["清晨", "白天", "黄昏"])}
 SIDES = {"左边": 23, "中间": 64, "右边": 105}
 COUNTS = {1: "一", 2: "两", 3: "三", 4: "四"}
+OBJECT_SCALE = 1.0  # times the heights of things.tsv, as far as there is room
 DEPTHS = {"近处": (1.2, 118), "中间": (1.0, 104), "远处": (0.75, 90)}
 Thing = collections.namedtuple("Thing", "name code kind measure height colours stand places")
 
@@ -63,7 +64,7 @@ def lay_out(rng, record, aspect):
         if closeup:
             height = min(96, 110 / ratio) / (1 if count == 1 else 2.1)
         else:
-            height = thing.height * scale * rng.uniform(0.94, 1.06) * (0.8 if count > 1 else 1)
+            height = thing.height * OBJECT_SCALE * scale * rng.uniform(0.94, 1.06) * (0.8 if count > 1 else 1)
         columns = count if count < 4 and (alone or count < 3) else 2
         rows = -(-count // columns)
         height = min(height, (118 if alone else 44) / columns / ratio * 0.95)
