@@ -127,11 +127,14 @@ impl<'a> Trainer<'a> {
             self.run.loss_scale.iter_mut().for_each(LossScale::grow);
             self.saving.confirm(step - 1);
         }
-        if finite && self.run.updates == 0 {
+        let learns = measured.amount > 0;
+        if finite && learns && self.run.updates == 0 {
             self.check_complete()?;
         }
         if !finite {
             self.overflow(norm)?;
+        } else if !learns {
+            report::note(format_args!("step {step} has nothing to predict: no update"));
         } else if settings.spike != Spike::Ignore && self.run.spikes.is_spike(measured.loss(), norm) {
             match settings.spike {
                 Spike::RollBack => return self.roll_back(),
@@ -199,18 +202,18 @@ impl<'a> Trainer<'a> {
         if !wanted || !(last || due(step, settings.validate_every)) {
             return Ok(Vec::new());
         }
-        let mut means: Vec<(String, f64)> = Vec::new();
+        // A batch may lack a loss: that of answers, where no sample has a question.
+        let mut sums: Vec<(&str, f64, f64)> = Vec::new();
         for batch in 1..=settings.validation_batches {
             let StepMetrics { losses, figures, .. } = self.task.validate(step, batch, &mut self.shards)?;
             for (name, value) in losses.into_iter().chain(figures) {
-                let (name, share) = (format!("validation_{name}"), value / settings.validation_batches as f64);
-                match means.iter_mut().find(|(known, _)| *known == name) {
-                    Some((_, mean)) => *mean += share,
-                    None => means.push((name, share)),
+                match sums.iter_mut().find(|(known, ..)| *known == name) {
+                    Some((_, sum, count)) => (*sum, *count) = (*sum + value, *count + 1.0),
+                    None => sums.push((name, value, 1.0)),
                 }
             }
         }
-        Ok(means)
+        Ok(sums.into_iter().map(|(name, sum, count)| (format!("validation_{name}"), sum / count)).collect())
     }
 
     /// Checks before the first update that every parameter that can have a gradient has one.

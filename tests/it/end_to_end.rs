@@ -122,3 +122,33 @@ fn questions_are_answered_and_measured() {
     let error = run(at, &["eval", "vqa", "--data", "data", "--model", "model"]).unwrap_err();
     assert!(error.contains("has questions") && error.contains("hint:"), "{error}");
 }
+
+/// One of four images has no questions: a step of one sample then has nothing to predict.
+#[test]
+fn training_goes_on_after_a_step_without_questions() {
+    let folder = folder();
+    let at = folder.path();
+    data(at);
+    let shapes = ["text.max_tokens=8", "model.layers=2", "model.hidden=8", "model.heads=2", "model.qk_norm=false"];
+    let batches = ["train.batch_size=0", "train.caption_batch_size=0", "train.vqa_batch_size=1"];
+    let others = ["name=run", "train.init_from=model", "train.sample_every=0", "train.warmup_steps=0"];
+    let inputs =
+        ["image_tokenizer.path=tokenizer", "text.vocab=model/vocab.txt", "data.sources=[{ path = \"codes\" }]"];
+    let sets = [&shapes[..], &batches, &others, &inputs].concat();
+    let train = |steps: &str| {
+        let sets = sets.iter().copied().chain([steps]).flat_map(|set| ["--set", set]);
+        run(at, &["train"].into_iter().chain(sets).collect::<Vec<_>>())
+    };
+    let encode = || run(at, &["data", "encode", "data", "--model", "tokenizer", "-o", "codes"]).unwrap();
+    encode();
+    train("train.steps=8").unwrap();
+    let metrics = lines(&fs::read_to_string(at.join("runs/run/metrics.jsonl")).unwrap());
+    let answered = metrics.iter().filter(|line| line["answer"].is_f64()).count();
+    assert!(metrics.len() == 8 && (1..8).contains(&answered), "{answered} of {}", metrics.len());
+
+    (0..3).for_each(|i| fs::remove_file(at.join(format!("data/{i}.json"))).unwrap());
+    ["codes", "runs"].map(|name| fs::remove_dir_all(at.join(name)).unwrap());
+    encode();
+    let error = train("train.steps=200").unwrap_err();
+    assert!(error.contains("no sample of 100 steps has a text to predict for the loss `answer`"), "{error}");
+}

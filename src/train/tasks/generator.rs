@@ -3,7 +3,7 @@
 
 use super::{
     FileKind, Fingerprint, InputFile, Sequences, Task, TaskSpec,
-    objectives::{BatchMaker, OBJECTIVES, Seen},
+    objectives::{BatchMaker, EmptySteps, Seen},
     reconstruction, vocabulary,
 };
 use crate::{
@@ -168,6 +168,7 @@ pub struct GeneratorTask {
     data_loader: DataLoader,
     /// What low-rank adapters are trained for.
     base: Option<Base>,
+    empty_steps: EmptySteps,
 }
 
 /// The model that low-rank adapters belong to.
@@ -237,7 +238,8 @@ impl GeneratorTask {
             reconstruction::check_images(&data_loader, kind)?;
             reconstruction::start_reconstructor(&config, &params, &image_tokenizer)?;
         }
-        Ok(Self { model, params, fresh, text, image_tokenizer, encoder, data_loader, base, config })
+        let empty_steps = EmptySteps::default();
+        Ok(Self { model, params, fresh, text, image_tokenizer, encoder, data_loader, base, config, empty_steps })
     }
 
     /// The metrics of this rank's samples of step `step`, by objective. With `activation_checkpointing` the gradients of
@@ -251,11 +253,11 @@ impl GeneratorTask {
         activation_checkpointing: Option<usize>,
         shards: &mut Shards,
     ) -> Result<StepMetrics> {
-        let maker =
-            BatchMaker { config, text: &self.text, model: &self.model, encoder: self.encoder.as_ref(), loss_scale };
+        let (text, model, encoder) = (&self.text, &self.model, self.encoder.as_ref());
+        let maker = BatchMaker { config, text, model, encoder, loss_scale, empty_steps: &self.empty_steps };
         let mut batches = Vec::new();
-        for (i, (objective, (first, records))) in OBJECTIVES.iter().zip(samples).enumerate() {
-            let parts = maker.batches(objective, *first, records, step, shards.group())?;
+        for (i, (first, records)) in samples.iter().enumerate() {
+            let parts = maker.batches(i, *first, records, step, shards.group())?;
             batches.extend(parts.into_iter().map(|batch| (i, batch)));
         }
         let segments = self.model.segments();

@@ -15,7 +15,7 @@ use crate::{
     train::StepMetrics,
 };
 use candle_core::Tensor;
-use std::rc::Rc;
+use std::{cell::Cell, rc::Rc};
 
 /// Sequences that a step learns from, with a loss of their own.
 pub struct Objective {
@@ -51,7 +51,14 @@ pub struct BatchMaker<'a> {
     /// Encodes the images of samples without codes.
     pub encoder: Option<&'a ImageTokenizer>,
     pub loss_scale: f64,
+    pub empty_steps: &'a EmptySteps,
 }
+
+/// Steps in a row that had nothing to predict, by objective.
+pub type EmptySteps = [Cell<u32>; OBJECTIVES.len()];
+
+/// After this many steps in a row without a text to predict, the data most likely has none.
+const MAX_EMPTY_STEPS: u32 = 100;
 
 impl BatchMaker<'_> {
     /// The micro-batches of one objective, whose samples start at position `first` of the step; the losses of all ranks add
@@ -59,13 +66,15 @@ impl BatchMaker<'_> {
     /// are trained end to end, `end_to_end.reconstruction_weight` · mean over all images.
     pub fn batches(
         &self,
-        objective: &Objective,
+        objective: usize,
         first: u64,
         records: &[data::Record],
         step: u64,
         group: &Group,
     ) -> Result<Vec<Batch>> {
         let settings = &self.config.train;
+        let empty_steps = &self.empty_steps[objective];
+        let objective = &OBJECTIVES[objective];
         let weight = (objective.weight)(settings);
         if records.is_empty() || weight == 0.0 {
             return Ok(Vec::new());
@@ -81,10 +90,12 @@ impl BatchMaker<'_> {
             LossReduction::Mean => sums[0],
             LossReduction::Sum => sums[1],
         };
+        let empty = if sums[0] == 0.0 { empty_steps.get() + 1 } else { 0 };
+        empty_steps.set(empty);
         let hint = "the field `questions` of a sample's JSON lists them (docs/data.md)";
-        let empty = format_args!("no sample of step {step} has a text to predict for the loss `{}`", objective.name);
-        ensure!(sums[0] > 0.0, failed(empty, hint));
-        batches.iter_mut().for_each(|batch| batch.loss_scale = weight / count * self.loss_scale);
+        let what = format_args!("no sample of {empty} steps has a text to predict for the loss `{}`", objective.name);
+        ensure!(empty < MAX_EMPTY_STEPS, failed(what, hint));
+        batches.iter_mut().for_each(|batch| batch.loss_scale = weight / count.max(1.0) * self.loss_scale);
         Ok(batches)
     }
 
