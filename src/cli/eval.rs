@@ -33,6 +33,7 @@ enum Command {
     Matcher(super::eval_matcher::Args),
     Ablation(super::eval_ablation::Args),
     T2i(super::eval_t2i::Args),
+    Faithfulness(super::eval_faithfulness::Args),
     Vqa(super::eval_vqa::Args),
     Human(super::eval_human::Args),
 }
@@ -73,6 +74,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         Command::Recon(args) => super::eval_recon::run(&args, json),
         Command::Matcher(args) => super::eval_matcher::run(&args, json),
         Command::Ablation(args) => super::eval_ablation::run(&args, json),
+        Command::Faithfulness(args) => super::eval_faithfulness::run(&args, json),
         Command::T2i(args) => super::eval_t2i::run(&args, json),
         Command::Vqa(args) => super::eval_vqa::run(&args, json),
         Command::Human(args) => super::eval_human::run(&args, json),

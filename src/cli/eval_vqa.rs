@@ -27,8 +27,8 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
             "length_penalty": args.decoding.length_penalty(), "seed": seed }));
         return Ok(());
     }
-    report::result(format_args!("right answers  {}", accuracy.all));
-    accuracy.types.iter().for_each(|(kind, rate)| report::result(format_args!("{kind}  {rate}")));
+    report::result(format_args!("right answers  {}", accuracy.right.all));
+    accuracy.right.types.iter().for_each(|(kind, rate)| report::result(format_args!("{kind}  {rate}")));
     report::result(format_args!("without the image  {}", accuracy.without_images));
     Ok(())
 }

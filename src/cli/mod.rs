@@ -21,6 +21,7 @@ mod doctor;
 mod eval;
 mod eval_ablation;
 mod eval_caption;
+mod eval_faithfulness;
 mod eval_fid;
 mod eval_human;
 mod eval_human_new;

@@ -5,6 +5,7 @@ pub mod ablation;
 pub mod caption_metrics;
 pub mod captioning;
 pub mod color_error;
+pub mod faithfulness;
 pub mod features;
 pub mod fid;
 pub mod human;

@@ -2,7 +2,7 @@
 
 use super::{Rate, chosen, open, plain, tell_bad};
 use crate::{
-    data::{Kind, questions},
+    data::{Kind, Question, questions},
     error::{Result, ensure, failed},
     generate::{Decoding, Models},
     report,
@@ -16,9 +16,8 @@ const BATCH: usize = 16;
 /// The shares of right answers.
 #[derive(Debug, Clone, Serialize)]
 pub struct Accuracy {
-    pub all: Rate,
-    /// By type of the question, where the data says.
-    pub types: BTreeMap<String, Rate>,
+    #[serde(flatten)]
+    pub right: Tally,
     /// The share of right answers if each question were given the most frequent answer to its text among the questions that
     /// are measured. It sees no image, but all answers.
     pub without_images: Rate,
@@ -55,7 +54,7 @@ pub fn run(models: &Models, data: &str, samples: usize, decoding: &Decoding, see
         let answers = models.answer(&codes, &texts, decoding, 1)?;
         for ((_, question), answers) in all.iter().zip(&answers) {
             let said = answers.first().map_or("", |answer| answer.text.as_str());
-            right.add(&question.kind, plain(said) == plain(&question.answer));
+            right.add(question, said);
             *asked.entry(question.question.clone()).or_default().entry(plain(&question.answer)).or_default() += 1;
         }
         bar.inc(chunk.len() as u64);
@@ -63,30 +62,33 @@ pub fn run(models: &Models, data: &str, samples: usize, decoding: &Decoding, see
     bar.finish_and_clear();
     tell_bad(data, &bad, read)?;
     let hint = "questions are in the field `questions` of a sample's JSON (docs/data.md)";
-    ensure!(right.of > 0, failed(format_args!("no image in `{data}` has questions"), hint));
+    ensure!(right.all.of > 0, failed(format_args!("no image in `{data}` has questions"), hint));
     let most_frequent = asked.values().filter_map(|answers| answers.values().max()).sum();
-    Ok(Accuracy {
-        all: Rate::new(right.hits, right.of),
-        types: right.types.into_iter().map(|(kind, [hits, of])| (kind, Rate::new(hits, of))).collect(),
-        without_images: Rate::new(most_frequent, right.of),
-    })
+    let without_images = Rate::new(most_frequent, right.all.of);
+    Ok(Accuracy { right, without_images })
 }
 
-#[derive(Default)]
-struct Tally {
-    hits: usize,
-    of: usize,
-    types: BTreeMap<String, [usize; 2]>,
+/// Right answers by exact match: of all questions and, where the data says, of each type.
+#[derive(Debug, Clone, Serialize)]
+pub struct Tally {
+    pub all: Rate,
+    pub types: BTreeMap<String, Rate>,
+}
+
+impl Default for Tally {
+    fn default() -> Self {
+        Self { all: Rate::new(0, 0), types: BTreeMap::new() }
+    }
 }
 
 impl Tally {
-    fn add(&mut self, kind: &str, right: bool) {
-        self.hits += usize::from(right);
-        self.of += 1;
-        if !kind.is_empty() {
-            let [hits, of] = self.types.entry(kind.to_owned()).or_default();
-            *hits += usize::from(right);
-            *of += 1;
+    /// Counts the answer `said` to a question. Case and spaces are ignored.
+    pub(super) fn add(&mut self, question: &Question, said: &str) {
+        let right = plain(said) == plain(&question.answer);
+        let add = |rate: &mut Rate| *rate = Rate::new(rate.hits + usize::from(right), rate.of + 1);
+        add(&mut self.all);
+        if !question.kind.is_empty() {
+            add(self.types.entry(question.kind.clone()).or_insert_with(|| Rate::new(0, 0)));
         }
     }
 }

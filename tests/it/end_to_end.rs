@@ -118,9 +118,24 @@ fn questions_are_answered_and_measured() {
     assert_eq!((accuracy["all"]["of"].as_u64(), accuracy["types"]["thing"]["of"].as_u64()), (Some(6), Some(3)));
     // All three of one question, and two of the other have the same answer.
     assert_eq!(accuracy["without_images"]["hits"], 5);
+
+    let faithful = ["eval", "faithfulness", "--json", "--data", "data", "--samples", "0", "--model", "model", "--vqa"];
+    let measured = run(at, &[&faithful[..], &["model"]].concat()).unwrap();
+    let measured: Value = serde_json::from_str(&measured).unwrap();
+    // Of all answers, only those to 一星 about the second and third image are in the captions 一弯月 and 红月.
+    let right = [("data/1.png", "一"), ("data/2.png", "红")].map(|(image, answer)| {
+        let said = run(at, &["vqa", image, "一星", "--model", "model"]).unwrap();
+        usize::from(said.trim() == answer)
+    });
+    let [real, generated] = ["real", "generated"].map(|which| &measured["faithfulness"][which]["all"]);
+    assert!(real["of"] == 2 && generated["of"] == 2 && real["hits"] == right[0] + right[1], "{measured}");
+    assert_eq!(measured["faithfulness"]["real"]["types"], serde_json::json!({}));
+
     (0..3).for_each(|i| fs::remove_file(at.join(format!("data/{i}.json"))).unwrap());
     let error = run(at, &["eval", "vqa", "--data", "data", "--model", "model"]).unwrap_err();
     assert!(error.contains("has questions") && error.contains("hint:"), "{error}");
+    let error = run(at, &[&faithful[..], &["model"]].concat()).unwrap_err();
+    assert!(error.contains("contains the answer") && error.contains("hint:"), "{error}");
 }
 
 /// One of four images has no questions: a step of one sample then has nothing to predict.
@@ -147,7 +162,7 @@ fn training_goes_on_after_a_step_without_questions() {
     assert!(metrics.len() == 8 && (1..8).contains(&answered), "{answered} of {}", metrics.len());
 
     (0..3).for_each(|i| fs::remove_file(at.join(format!("data/{i}.json"))).unwrap());
-    ["codes", "runs"].map(|name| fs::remove_dir_all(at.join(name)).unwrap());
+    ["codes", "runs"].iter().for_each(|name| fs::remove_dir_all(at.join(name)).unwrap());
     encode();
     let error = train("train.steps=200").unwrap_err();
     assert!(error.contains("no sample of 100 steps has a text to predict for the loss `answer`"), "{error}");
