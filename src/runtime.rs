@@ -5,15 +5,17 @@ mod cuda;
 mod device;
 mod facts;
 mod file_sync;
+mod gpu;
 mod mapped;
 mod memory;
 mod processor;
 mod signals;
 mod threads;
 
-pub use device::{Wanted, choose_device, cpu_only, device, set_local_rank};
+pub use device::{Wanted, choose_device, cpu_only, device, device_memory, device_model, set_local_rank};
 pub use facts::{Facts, command_line, facts, host_identity, host_name};
 pub use file_sync::{Lock, lock, lock_shared, sync_folder};
+pub use gpu::{DeviceMemory, Gpu};
 pub use mapped::Mapped;
 pub use memory::{keep_memory, peak_bytes, resident_bytes, restart_peak};
 #[cfg(target_arch = "x86_64")]

@@ -90,6 +90,9 @@ pub struct Train {
     pub validation_batches: u64,
     /// Print progress every this many steps; metrics.jsonl always has a line for each step. Default 1.
     pub log_every: u64,
+    /// Peak of a rank's device in TFLOP/s, for the model FLOPs utilization (MFU) in the log. 0 (default): that of the GPU's
+    /// model in `precision`; no MFU for other GPUs and on CPUs.
+    pub peak_tflops: f64,
     /// Also write the metrics of each step and the sample images to event files of TensorBoard, in the run folder. Default
     /// false.
     pub tensorboard: bool,
@@ -112,6 +115,7 @@ impl Train {
         "validate_every",
         "validation_batches",
         "log_every",
+        "peak_tflops",
         "tensorboard",
     ];
 
@@ -172,6 +176,7 @@ impl Default for Train {
             validate_every: 1000,
             validation_batches: 8,
             log_every: 1,
+            peak_tflops: 0.0,
             tensorboard: false,
         }
     }

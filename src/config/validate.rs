@@ -298,6 +298,8 @@ fn train(check: &mut Check, t: &Train, generator: bool) {
     let ok = t.validation_batches >= 1;
     check.that(ok, "train.validation_batches", "be at least 1", "leave data.validation empty for no validation");
     check.that(t.log_every >= 1, "train.log_every", "be at least 1", "metrics.jsonl has every step");
+    let ok = (0.0..=1e6).contains(&t.peak_tflops);
+    check.that(ok, "train.peak_tflops", "be from 0 to 1000000", "989 for an H100 in bf16; 0: by the GPU's model");
     check.that(t.checkpoint_every >= 1, "train.checkpoint_every", "be at least 1", hint);
     let hint = "if the newest checkpoint is damaged, a run resumes from the previous one";
     check.that(t.keep_checkpoints >= 2, "train.keep_checkpoints", "be at least 2", hint);
@@ -367,6 +369,7 @@ mod tests {
             "train.rank_timeout=9223372036854775807",
             "train.hsdp_shard_size=9223372036854775807",
             "train.log_every=0",
+            "train.peak_tflops=-1",
             "train.validation_batches=0",
             "train.accumulation=65",
             "train.condition_dropout=1.5",

@@ -65,7 +65,7 @@ impl Background {
             let _ = tasks.send(task);
         }
         let wire = self.wire.clone();
-        Pending(Box::new(move || receive(&receiver, &wire)))
+        Pending(Box::new(move || wire.waiting(|| receive(&receiver, &wire))))
     }
 }
 

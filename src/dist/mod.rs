@@ -129,8 +129,8 @@ impl Group {
     }
 
     fn new(rank: usize, world_size: usize, link: Link) -> Self {
-        let (hsdp_shard_size, nccl, events) = (OnceLock::new(), OnceLock::new(), AtomicU64::new(0));
-        let wire = Arc::new(Wire { rank, world_size, link, hsdp_shard_size, nccl, events });
+        let (hsdp_shard_size, nccl, events, waited) = Default::default();
+        let wire = Arc::new(Wire { rank, world_size, link, hsdp_shard_size, nccl, events, waited });
         Self {
             wire,
             background: OnceLock::new(),
@@ -153,6 +153,12 @@ impl Group {
     /// Whether this is rank 0, which prints and writes for all ranks.
     pub fn leads(&self) -> bool {
         self.rank() == 0
+    }
+
+    /// How long this rank's own thread has waited in collectives so far; while it computes, transfers cost nothing. What a
+    /// device waits for over NCCL is not in it.
+    pub fn waited(&self) -> Duration {
+        Duration::from_nanos(self.wire.waited.load(Ordering::Relaxed))
     }
 
     /// Sets the step shown in error messages.
@@ -312,7 +318,7 @@ impl Group {
     fn start<R: Send + 'static>(&self, f: impl FnOnce(&Wire) -> Result<R> + Send + 'static) -> Pending<R> {
         match self.background.get() {
             Some(background) => background.run(f),
-            None => Pending::done(f(&self.wire)),
+            None => Pending::done(self.wire.waiting(|| f(&self.wire))),
         }
     }
 
@@ -323,7 +329,7 @@ impl Group {
         if let Some(background) = self.background.get() {
             background.run(|_| Ok(())).wait()?;
         }
-        self.wire.to_all(self.call(op, len), ours)
+        self.wire.waiting(|| self.wire.to_all(self.call(op, len), ours))
     }
 }
 

@@ -109,6 +109,30 @@ fn many_rounds_keep_their_order() -> Result<()> {
 }
 
 #[test]
+fn the_time_that_a_rank_waits_is_counted_and_work_beside_a_transfer_is_not() -> Result<()> {
+    for overlaps in [false, true] {
+        let waited = launch(2, PATIENCE, |group| {
+            if overlaps {
+                group.overlap()?;
+            }
+            if group.rank() == 1 {
+                std::thread::sleep(Duration::from_millis(300));
+            }
+            let pending = group.all_gather(numbers(group.rank(), 2), &[2, 2])?;
+            if group.rank() == 0 {
+                std::thread::sleep(Duration::from_millis(600));
+            }
+            pending.wait()?;
+            Ok(group.waited())
+        })?;
+        // Rank 0 waits at once without overlap, and with it works until the other has come.
+        assert_eq!(waited[0] > Duration::from_millis(150), !overlaps, "{waited:?}");
+        assert!(waited[1] < Duration::from_millis(150), "{waited:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn overlapped_collectives_do_not_wait_and_keep_their_order() -> Result<()> {
     launch(3, PATIENCE, |group| {
         group.overlap()?;

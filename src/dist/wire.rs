@@ -14,7 +14,7 @@ use std::{
         Arc, Mutex, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// A rank's connection to the others.
@@ -28,6 +28,8 @@ pub struct Wire {
     pub nccl: OnceLock<Mutex<Nccl>>,
     /// Counter of begun and ended exchanges of this rank; see [`Wire::progress`].
     pub events: AtomicU64,
+    /// Nanoseconds that the rank's own thread has waited in collectives.
+    pub waited: AtomicU64,
 }
 
 /// The transport between ranks.
@@ -55,6 +57,14 @@ impl Wire {
     /// A counter that increases whenever an exchange of this rank begins or ends.
     pub fn progress(&self) -> u64 {
         self.events.load(Ordering::Relaxed)
+    }
+
+    /// Runs `f`, in which the rank's own thread waits for a collective, and counts the time.
+    pub fn waiting<R>(&self, f: impl FnOnce() -> R) -> R {
+        let begun = Instant::now();
+        let result = f();
+        self.waited.fetch_add(begun.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        result
     }
 
     /// Runs the exchange `f` and counts it as progress.

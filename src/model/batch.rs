@@ -60,6 +60,11 @@ impl Tokens {
         let (b, length) = ids.dims2()?;
         Ok(Self { ids, lengths: vec![length; b] })
     }
+
+    /// Number of tokens of each row, padding included.
+    pub fn width(&self) -> usize {
+        self.ids.dims().get(1).copied().unwrap_or(0)
+    }
 }
 
 /// Sequences that share one list of spans.

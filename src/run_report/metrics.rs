@@ -19,6 +19,13 @@ pub const LEARNING_RATE: &str = "learning_rate";
 pub const PER_SECOND: &str = "per_second";
 pub const SECONDS: &str = "seconds";
 pub const PEAK_MEMORY: &str = "peak_memory_bytes";
+pub const TFLOPS: &str = "tflops";
+pub const MFU: &str = "mfu";
+pub const DATA_WAIT: &str = "data_wait";
+pub const COMMUNICATION_WAIT: &str = "communication_wait";
+pub const DEVICE_MEMORY: &str = "device_memory_bytes";
+pub const DEVICE_PEAK_MEMORY: &str = "device_peak_memory_bytes";
+pub const DEVICE_RESERVED: &str = "device_reserved_bytes";
 
 /// What a metrics.jsonl holds.
 #[derive(Debug, Default)]

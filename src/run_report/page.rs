@@ -6,7 +6,10 @@ use super::{
     configuration,
     curve::Curve,
     html::{Cell, PAGE_START, Row, STYLE, escape, grouped, mark, short, table},
-    metrics::{GRADIENT_NORM, LEARNING_RATE, PEAK_MEMORY, PER_SECOND, SECONDS},
+    metrics::{
+        COMMUNICATION_WAIT, DATA_WAIT, DEVICE_MEMORY, DEVICE_PEAK_MEMORY, DEVICE_RESERVED, GRADIENT_NORM,
+        LEARNING_RATE, MFU, PEAK_MEMORY, PER_SECOND, SECONDS, TFLOPS,
+    },
     plot::{self, Line},
     run::Run,
     tables, versions,
@@ -15,11 +18,18 @@ use crate::{error::Result, report};
 use std::collections::BTreeSet;
 
 /// Curves that every run has, after its losses, with the title, the scale and a factor.
-const COMMON: [(&str, &str, Scale, f64); 4] = [
+const COMMON: [(&str, &str, Scale, f64); 11] = [
     (GRADIENT_NORM, "gradient norm", Scale::Auto, 1.0),
     (LEARNING_RATE, "learning rate", Scale::Linear, 1.0),
     (PER_SECOND, "throughput", Scale::Linear, 1.0),
+    (TFLOPS, "TFLOP/s of a rank", Scale::Linear, 1.0),
+    (MFU, "model FLOPs utilization (MFU), %", Scale::Linear, 100.0),
+    (DATA_WAIT, "waiting for data, % of the step", Scale::Linear, 100.0),
+    (COMMUNICATION_WAIT, "waiting for other ranks, % of the step", Scale::Linear, 100.0),
     (PEAK_MEMORY, "peak memory, GB", Scale::Linear, 1e-9),
+    (DEVICE_MEMORY, "device memory in use, GB", Scale::Linear, 1e-9),
+    (DEVICE_PEAK_MEMORY, "peak device memory in use, GB", Scale::Linear, 1e-9),
+    (DEVICE_RESERVED, "device memory held from the driver, GB", Scale::Linear, 1e-9),
 ];
 
 /// The whole page.

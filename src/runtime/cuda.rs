@@ -20,6 +20,7 @@
 //!   once per step (`train::shards::device`).
 //! - *Threads*: all threads of a rank share the handles; cudarc binds the context to the thread at every call.
 
+use super::gpu::DeviceMemory;
 use crate::error::{Result, failed, usage};
 use candle_core::{
     Device,
@@ -85,8 +86,33 @@ fn why(code: CUresult) -> String {
 }
 
 fn name(number: usize) -> String {
-    let name = result::device::get(number as i32).and_then(result::device::get_name);
-    format!("cuda:{number} {}", name.unwrap_or_else(|_| "without a name".to_owned()))
+    format!("cuda:{number} {}", model(number).unwrap_or_else(|| "without a name".to_owned()))
+}
+
+/// The name of a device.
+pub fn model(number: usize) -> Option<String> {
+    result::device::get(number as i32).and_then(result::device::get_name).ok()
+}
+
+/// The memory of a device's pool, from which candle allocates. Drivers without memory pools report none.
+pub fn memory(number: usize) -> Option<DeviceMemory> {
+    type Attribute = sys::CUmemPool_attribute;
+    let device = result::device::get(number as i32).ok()?;
+    let mut pool = std::ptr::null_mut();
+    // SAFETY: writes one handle.
+    let found = unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, device) };
+    let read = |attribute| {
+        let mut bytes = 0_u64;
+        // SAFETY: the pool exists, and the value of these attributes is a u64.
+        let code = unsafe { sys::cuMemPoolGetAttribute(pool, attribute, (&raw mut bytes).cast()) };
+        (code == CUresult::CUDA_SUCCESS).then_some(bytes)
+    };
+    (found == CUresult::CUDA_SUCCESS).then_some(())?;
+    Some(DeviceMemory {
+        allocated: read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
+        peak: read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
+        reserved: read(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
+    })
 }
 
 /// Keeps freed memory in the process. Drivers without memory pools refuse, which is harmless.

@@ -1,5 +1,6 @@
 //! The functions of `cuda.rs` in a build without CUDA.
 
+use super::gpu::DeviceMemory;
 use crate::error::{Error, Result, failed};
 use candle_core::Device;
 
@@ -11,6 +12,16 @@ pub fn count() -> Result<usize> {
 /// Opens a device.
 pub fn open(_number: usize) -> Result<Device> {
     Err(not_built())
+}
+
+/// The memory of a device; `None` in this build.
+pub fn memory(_number: usize) -> Option<DeviceMemory> {
+    None
+}
+
+/// The name of a device; `None` in this build.
+pub fn model(_number: usize) -> Option<String> {
+    None
 }
 
 /// The line of `vilg doctor` about CUDA.

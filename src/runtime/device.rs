@@ -1,6 +1,6 @@
 //! The device of a process or rank, opened at the first use and kept.
 
-use super::cuda;
+use super::{cuda, gpu::DeviceMemory};
 use crate::{
     error::{Result, usage},
     report,
@@ -107,6 +107,24 @@ fn cuda_device(number: Option<usize>) -> Result<Device> {
     let device = cuda::open(number)?;
     opened.insert(number, device.clone());
     Ok(device)
+}
+
+/// The memory of this rank's device; `None` on the CPU, or if the driver does not report it.
+pub fn device_memory() -> Option<DeviceMemory> {
+    cuda_number().and_then(cuda::memory)
+}
+
+/// The name of this rank's device, as `NVIDIA H100 80GB HBM3`; `None` on the CPU.
+pub fn device_model() -> Option<String> {
+    cuda_number().and_then(cuda::model)
+}
+
+/// The number of this rank's device, if it is one of CUDA.
+fn cuda_number() -> Option<usize> {
+    match device().ok()?.location() {
+        DeviceLocation::Cuda { gpu_id } => Some(gpu_id),
+        _ => None,
+    }
 }
 
 /// Refuses `--device cuda` for commands that run only on the CPU.

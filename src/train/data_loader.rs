@@ -8,7 +8,11 @@ use crate::{
     error::{Context, Result, ensure, failed},
     report, runtime,
 };
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// Prefetches the samples of a run, from any step on.
 pub struct DataLoader {
@@ -27,6 +31,8 @@ pub struct DataLoader {
     ranks: usize,
     /// Names of the samples of the last step.
     names: Vec<String>,
+    /// How long the last call of [`DataLoader::next`] took.
+    waited: Duration,
     /// The same batches of `data.validation`.
     validation: Option<Box<DataLoader>>,
 }
@@ -95,6 +101,7 @@ impl DataLoader {
             ignored: 0,
             ranks,
             names: Vec::new(),
+            waited: Duration::ZERO,
             validation: None,
         })
     }
@@ -117,6 +124,11 @@ impl DataLoader {
         &self.names
     }
 
+    /// How long this rank waited for the samples of the last step.
+    pub fn waited(&self) -> Duration {
+        self.waited
+    }
+
     /// The same `count` samples each time, for sample images; unreadable ones are left out.
     pub fn fixed(&self, count: usize) -> Vec<Record> {
         let draws = (0..count as u64).filter_map(|position| self.sampler.at(position));
@@ -125,6 +137,7 @@ impl DataLoader {
 
     /// This rank's samples of `step` (counted from 1), batch by batch, each with the position of its first one.
     pub fn next(&mut self, step: u64) -> Result<Vec<(u64, Vec<Record>)>> {
+        let begun = Instant::now();
         let mut loader = match self.loader.take() {
             Some((next, loader)) if next == step => loader,
             _ => {
@@ -141,6 +154,7 @@ impl DataLoader {
             }
         };
         let records = loader.next_batch()?;
+        self.waited = begun.elapsed();
         self.names = records.iter().map(|record| record.key.clone()).collect();
         let mut records = records.into_iter();
         if loader.bad().total() > self.bad {

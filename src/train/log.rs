@@ -1,7 +1,13 @@
 //! The metrics of each step: a line on stderr every `train.log_every` steps, and a line in metrics.jsonl. Between the lines
 //! on stderr, a terminal shows a progress bar.
 
-use super::{StepMetrics, clock::rfc3339, run_folder::RunFolder, state::RunState};
+use super::{
+    StepMetrics,
+    clock::rfc3339,
+    run_folder::RunFolder,
+    state::RunState,
+    utilization::{StepTimes, Utilization},
+};
 use crate::{config::Train, error::Result, report, runtime};
 use indicatif::ProgressBar;
 use serde_json::json;
@@ -17,16 +23,17 @@ pub struct StepLog {
     first: u64,
     /// Where not every step has a line.
     bar: Option<ProgressBar>,
+    utilization: Utilization,
 }
 
 impl StepLog {
-    /// Starts the clock after `step`.
-    pub fn start(settings: &Train, step: u64) -> Self {
-        Self { steps: settings.steps, every: settings.log_every, started: Instant::now(), first: step, bar: None }
+    /// Starts the clock after `step` of a run on this many ranks.
+    pub fn start(settings: &Train, step: u64, ranks: usize) -> Self {
+        let (steps, every, utilization) = (settings.steps, settings.log_every, Utilization::of(settings, ranks));
+        Self { steps, every, started: Instant::now(), first: step, bar: None, utilization }
     }
 
-    /// Reports a step that took `spent`, with the metrics of validation data where they were measured; `learning_rate` is
-    /// AdamW's.
+    /// Reports a step, with the metrics of validation data where they were measured; `learning_rate` is AdamW's.
     pub fn step(
         &mut self,
         folder: &mut RunFolder,
@@ -34,9 +41,9 @@ impl StepLog {
         (measured, validation): (&StepMetrics, &[(String, f64)]),
         norm: f64,
         learning_rate: f64,
-        spent: Duration,
+        times: StepTimes,
     ) -> Result<()> {
-        let (step, seconds) = (run.step, spent.as_secs_f64());
+        let (step, seconds) = (run.step, times.spent.as_secs_f64());
         let speed = measured.amount as f64 / seconds;
         let peak = runtime::peak_bytes().unwrap_or_else(runtime::resident_bytes);
         self.progress(step, measured.loss());
@@ -45,12 +52,13 @@ impl StepLog {
             let shown: Vec<_> = numbers().map(|(name, number)| format!("{name} {number:.4}")).collect();
             let elapsed = self.started.elapsed();
             report::note(format_args!(
-                "step {step}/{}  {}  grad_norm {norm:.3}  lr {learning_rate:.2e}  memory {:.2} GB  {speed:.0} {}/s  \
+                "step {step}/{}  {}  grad_norm {norm:.3}  lr {learning_rate:.2e}  memory {:.2} GB  {speed:.0} {}/s  {}  \
                 elapsed {}  eta {}",
                 self.steps,
                 shown.join("  "),
                 peak as f64 / 1e9,
                 measured.unit,
+                self.utilization.shown(measured.flops, times),
                 clock(elapsed),
                 clock(remaining(elapsed, step.saturating_sub(self.first), self.steps.saturating_sub(step))),
             ));
@@ -59,6 +67,7 @@ impl StepLog {
             "step": step, "time": rfc3339(SystemTime::now()), "gradient_norm": norm, "learning_rate": learning_rate,
             "seconds": seconds, "per_second": speed, "unit": measured.unit, "peak_memory_bytes": peak,
         });
+        self.utilization.log(&mut line, measured.flops, times);
         if let Some(scale) = run.loss_scale {
             line["loss_scale"] = json!(scale.factor());
         }

@@ -36,6 +36,7 @@ mod state;
 pub mod tasks;
 mod tensorboard;
 mod trainer;
+mod utilization;
 
 use crate::{
     bundle,
@@ -74,6 +75,8 @@ pub struct StepMetrics {
     /// The number of `unit` that the step processed: tokens, images.
     pub amount: usize,
     pub unit: &'static str,
+    /// Model FLOPs of the step, forward and backward, of all ranks; recomputation does not count.
+    pub flops: f64,
 }
 
 impl StepMetrics {
@@ -173,5 +176,7 @@ mod ranks_tests;
 pub(crate) mod task_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod utilization_tests;
 #[cfg(test)]
 mod validation_tests;

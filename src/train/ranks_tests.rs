@@ -4,7 +4,7 @@ use super::{
     saving::Saving,
     shards::Shards,
     state::RunState,
-    task_tests::{adversarial_config, generator_config, tokenizer_config},
+    task_tests::{TIMING, adversarial_config, generator_config, tokenizer_config},
     tests::{Event, ToyTask, config as toy_config},
     *,
 };
@@ -33,8 +33,7 @@ pub(super) fn metrics(run: &Path) -> Result<Vec<Line>> {
     let metrics = fs::read_to_string(run.join("metrics.jsonl"))?;
     let numbers = |line: &str| {
         let line: BTreeMap<String, Value> = serde_json::from_str(line).unwrap();
-        let timing = ["time", "seconds", "per_second", "peak_memory_bytes"];
-        let kept = line.into_iter().filter(|(key, _)| !timing.contains(&key.as_str()));
+        let kept = line.into_iter().filter(|(key, _)| !TIMING.contains(&key.as_str()));
         kept.filter_map(|(_, value)| value.as_f64()).collect()
     };
     Ok(metrics.lines().map(numbers).collect())

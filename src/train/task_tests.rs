@@ -21,6 +21,10 @@ use candle_core::Tensor;
 use serde_json::Value;
 use std::{collections::BTreeMap, fs};
 
+/// What differs between two runs with the same results.
+pub(super) const TIMING: [&str; 7] =
+    ["time", "seconds", "per_second", "tflops", "data_wait", "communication_wait", "peak_memory_bytes"];
+
 const CAPTIONS: [&str; 4] = ["红苹果", "一轮弯月，扁平风格", "小狗", "消防车与小狗"];
 
 /// What the images are and whether they are red: answers to two questions about each.
@@ -153,7 +157,7 @@ pub(super) fn lives(parent: &Path, config: &Config, stops: &[u64]) -> (Vec<Value
     let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let line = |line: &str| {
         let mut line: Value = serde_json::from_str(line).unwrap();
-        for timing in ["time", "seconds", "per_second", "peak_memory_bytes"] {
+        for timing in TIMING {
             line.as_object_mut().unwrap().remove(timing);
         }
         line

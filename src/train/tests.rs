@@ -92,7 +92,7 @@ impl Task for ToyTask {
         let loss = engine::accumulate(&toy::segments(&self.chain), &inputs, 0, shards)? / loss_scale;
         let loss = shards.group().sum(&[loss])?[0];
         self.total += loss;
-        Ok(StepMetrics { losses: vec![("loss", loss * far)], figures: Vec::new(), amount: 3, unit: "rows" })
+        Ok(StepMetrics { losses: vec![("loss", loss * far)], figures: Vec::new(), amount: 3, unit: "rows", flops: 6e9 })
     }
 
     fn loss_changes_at(&self, step: u64) -> bool {
@@ -101,7 +101,7 @@ impl Task for ToyTask {
 
     fn validate(&mut self, _step: u64, batch: u64, shards: &mut Shards) -> Result<StepMetrics> {
         let loss = engine::loss(&toy::segments(&self.chain), &toy::inputs(batch), shards)?;
-        Ok(StepMetrics { losses: vec![("loss", loss)], figures: Vec::new(), amount: 3, unit: "rows" })
+        Ok(StepMetrics { losses: vec![("loss", loss)], figures: Vec::new(), amount: 3, unit: "rows", flops: 6e9 })
     }
 
     fn samples(&self) -> Vec<String> {

@@ -12,6 +12,7 @@ use super::{
     signals::Stop,
     spikes::Spikes,
     state::RunState,
+    utilization::StepTimes,
 };
 use crate::{
     config::{Config, Offload, Spike},
@@ -21,7 +22,7 @@ use crate::{
     ops::{self, Store},
     report, runtime,
 };
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Maximum number of skipped updates in a row.
 const MAX_SKIPPED: u64 = 10;
@@ -66,6 +67,8 @@ struct Agreed {
     signal: i32,
     /// Whether all ranks have written their files of the current checkpoint.
     saved: bool,
+    /// The longest time that a rank waited for its samples.
+    data_wait: Duration,
 }
 
 impl<'a> Trainer<'a> {
@@ -97,7 +100,7 @@ impl<'a> Trainer<'a> {
             Shards::new(group, settings.zero_stage, store, task.params(), &task.parameter_groups(), handling, fresh)?;
         let run = RunState::start(config, task, &mut shards, &folder.checkpoints(), resume)?;
         folder.begin(config, run.step)?;
-        let log = StepLog::start(settings, run.step);
+        let log = StepLog::start(settings, run.step, group.world_size());
         let saving = Saving::new(group, folder.checkpoints(), settings.keep_checkpoints);
         let mut trainer = Self { config, task, folder, stop, shards, run, saving, log, published: None };
         if trainer.run.step == 0 || matches!(resume, Resume::From(_)) {
@@ -110,7 +113,7 @@ impl<'a> Trainer<'a> {
 
     /// One step, from the samples to the checkpoint.
     fn step(&mut self) -> Result<()> {
-        let (settings, begun) = (&self.config.train, Instant::now());
+        let (settings, begun, waited) = (&self.config.train, Instant::now(), self.shards.group().waited());
         self.run.step += 1;
         let step = self.run.step;
         self.shards.begin(step);
@@ -120,7 +123,7 @@ impl<'a> Trainer<'a> {
         }
         let measured = self.task.gradients(step + self.run.passed_over, factor, &mut self.shards)?;
         self.shards.finish()?;
-        let Agreed { norm, signal, saved } = self.agree(factor)?;
+        let Agreed { norm, signal, saved, data_wait } = self.agree(factor)?;
         let rate = schedule::rate(settings, step);
         let finite = norm.is_finite() && measured.loss().is_finite();
         if finite {
@@ -143,11 +146,13 @@ impl<'a> Trainer<'a> {
         } else {
             self.update(norm, rate, factor)?;
         }
-        let (last, spent) = (step == settings.steps, begun.elapsed());
+        let communication_wait = self.shards.group().waited().saturating_sub(waited);
+        let times = StepTimes { spent: begun.elapsed(), data_wait, communication_wait };
+        let last = step == settings.steps;
         let validation = self.validate(last)?;
         if self.shards.group().leads() {
             let rate = rate * settings.learning_rate;
-            self.log.step(&mut self.folder, &self.run, (&measured, &validation), norm, rate, spent)?;
+            self.log.step(&mut self.folder, &self.run, (&measured, &validation), norm, rate, times)?;
         }
 
         if saved {
@@ -232,11 +237,14 @@ impl<'a> Trainer<'a> {
     fn agree(&self, factor: f64) -> Result<Agreed> {
         let squares = optimizer::squares(self.shards.reduced(), self.shards.params())?;
         let saved = f64::from(u8::from(self.saving.is_written()));
-        let all = self.shards.group().gather(vec![squares, f64::from(self.stop.signal()), saved])?;
+        let ours = vec![squares, f64::from(self.stop.signal()), saved, self.task.data_wait().as_secs_f64()];
+        let all = self.shards.group().gather(ours)?;
         let replica = all.iter().take(self.shards.group().hsdp_shard_size());
         let squares = if self.shards.replicated() { squares } else { replica.map(|rank| rank[0]).sum() };
         let signal = all.iter().map(|rank| rank[1]).fold(0.0, f64::max) as i32;
-        Ok(Agreed { norm: squares.sqrt() / factor, signal, saved: all.iter().all(|rank| rank[2] > 0.0) })
+        let data_wait = Duration::from_secs_f64(all.iter().map(|rank| rank[3]).fold(0.0, f64::max));
+        let saved = all.iter().all(|rank| rank[2] > 0.0);
+        Ok(Agreed { norm: squares.sqrt() / factor, signal, saved, data_wait })
     }
 
     fn update(&mut self, norm: f64, rate: f64, factor: f64) -> Result<()> {

@@ -24,7 +24,8 @@ fn run_folder(folder: &Path, rate: f64, metrics: &str) {
 
 fn step(step: u64, image: f64) -> String {
     let line = json!({ "step": step, "image": image, "gradient_norm": 1.5, "learning_rate": 0.001, "seconds": 0.5,
-        "per_second": 100.0, "unit": "tokens", "peak_memory_bytes": 1e9, "time": "2026-11-29T00:00:00Z" });
+        "per_second": 100.0, "unit": "tokens", "peak_memory_bytes": 1e9, "tflops": 40.0, "mfu": 0.125, "data_wait": 0.5,
+        "time": "2026-11-29T00:00:00Z" });
     format!("{line}\n")
 }
 
@@ -67,7 +68,7 @@ fn two_runs_and_an_evaluation_are_one_self_contained_page() {
     // Both runs are in each plot, told apart by class and letter.
     let plots: Vec<&str> =
         page.split("<figure><figcaption>").skip(1).filter(|plot| plot.contains("<polyline")).collect();
-    assert_eq!(plots.len(), 5, "loss, gradient norm, rate, throughput, memory");
+    assert_eq!(plots.len(), 8, "loss, gradient norm, rate, throughput, TFLOP/s, MFU, waiting for data, memory");
     for plot in plots {
         let plot = plot.split("</figure>").next().unwrap();
         for part in ["class=\"stroke run-0\"", "class=\"stroke run-1\"", "\nA\n", "\nB\n"] {

@@ -36,6 +36,7 @@ use candle_core::{DType, Device, Tensor};
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
+    time::Duration,
 };
 
 /// Text → image and image → text.
@@ -270,7 +271,7 @@ impl GeneratorTask {
                 Some(every) => engine::accumulate(&segments, batch, every, shards)?,
                 None => engine::loss(&segments, batch, shards)?,
             };
-            seen.add(*objective, batch, loss / loss_scale);
+            seen.add(*objective, batch, loss / loss_scale, maker.flops(batch)?);
         }
         seen.metrics(config, shards.group())
     }
@@ -345,6 +346,10 @@ impl Task for GeneratorTask {
         let samples = self.data_loader.validation(batch)?;
         let train = config::Train { condition_dropout: 0.0, ..self.config.train.clone() };
         self.pass(&Config { train, ..self.config.clone() }, &samples, batch, 1.0, None, shards)
+    }
+
+    fn data_wait(&self) -> Duration {
+        self.data_loader.waited()
     }
 
     fn sources(&self) -> Vec<u64> {

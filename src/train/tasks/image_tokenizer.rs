@@ -35,6 +35,7 @@ use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
+    time::Duration,
 };
 
 /// Images of a sample sheet, and how many stand side by side.
@@ -197,7 +198,9 @@ impl ImageTokenizerTask {
     fn metrics(&self, seen: &Statistics) -> StepMetrics {
         let (losses, mut figures) = seen.terms.iter().partition::<Vec<_>, _>(|(name, _)| LOSSES.contains(name));
         figures.extend([("psnr", seen.psnr()), ("perplexity", seen.perplexity())]);
-        StepMetrics { losses, figures, amount: self.config.train.batch_size, unit: "images" }
+        let amount = self.config.train.batch_size;
+        let flops = flops::tokenizer(&self.config.image_tokenizer, amount);
+        StepMetrics { losses, figures, amount, unit: "images", flops }
     }
 }
 
@@ -260,6 +263,10 @@ impl Task for ImageTokenizerTask {
         let samples = self.data_loader.validation(batch)?.swap_remove(0);
         let seen = self.pass(samples, step, None, shards)?;
         Ok(self.metrics(&seen))
+    }
+
+    fn data_wait(&self) -> Duration {
+        self.data_loader.waited()
     }
 
     fn sources(&self) -> Vec<u64> {

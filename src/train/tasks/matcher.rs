@@ -33,6 +33,7 @@ use rayon::prelude::*;
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
+    time::Duration,
 };
 
 /// Images and their texts.
@@ -171,10 +172,20 @@ impl MatcherTask {
             learns: loss_scale.is_some(),
         };
         let seen = contrast::accumulate(&self.model, &inputs, &captions, settings, shards)?;
-        let sums = shards.group().sum(&[seen.loss, seen.correct as f64])?;
+        let flops: f64 = inputs.iter().map(|pair| flops_of(matcher, pair)).sum();
+        let sums = shards.group().sum(&[seen.loss, seen.correct as f64, flops])?;
         let figures = vec![("accuracy", sums[1] / (2 * batch_size) as f64), ("scale", seen.scale)];
-        Ok(StepMetrics { losses: vec![("loss", sums[0])], figures, amount: batch_size, unit: "pairs" })
+        Ok(StepMetrics { losses: vec![("loss", sums[0])], figures, amount: batch_size, unit: "pairs", flops: sums[2] })
     }
+}
+
+/// FLOPs of a micro-batch, forward and backward; its longest text decides how many positions texts have.
+fn flops_of(matcher: &config::Matcher, pair: &[Input; 2]) -> f64 {
+    let of_input = |input: &Input| match input {
+        Input::Images(pixels) => pixels.dim(0).unwrap_or(0) as f64 * flops::matcher(matcher, 0)[0],
+        Input::Texts(texts) => texts.lengths.len() as f64 * flops::matcher(matcher, texts.width())[1],
+    };
+    3.0 * pair.iter().map(of_input).sum::<f64>()
 }
 
 /// Side length of the images that the loader gives: large enough that the smallest crop is not enlarged.
@@ -235,6 +246,10 @@ impl Task for MatcherTask {
             return Ok(());
         }
         shards.edit(unit, || self.model.scale().clamp())
+    }
+
+    fn data_wait(&self) -> Duration {
+        self.data_loader.waited()
     }
 
     fn sources(&self) -> Vec<u64> {

@@ -29,6 +29,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     fmt::Debug,
     path::Path,
+    time::Duration,
 };
 
 #[cfg(test)]
@@ -191,6 +192,11 @@ pub trait Task {
     /// # Errors
     /// There is no validation data, or none of it can be used.
     fn validate(&mut self, step: u64, batch: u64, shards: &mut Shards) -> Result<StepMetrics>;
+
+    /// How long this rank waited for the samples of its last step.
+    fn data_wait(&self) -> Duration {
+        Duration::ZERO
+    }
 
     /// The names of the samples of this rank's last step.
     fn samples(&self) -> Vec<String> {

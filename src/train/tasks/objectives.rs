@@ -7,7 +7,7 @@ use crate::{
     data::{self, Question, questions},
     dist::{self, Group},
     error::{Context, Result, ensure, failed},
-    model::{Batch, Generator, Tokens},
+    model::{Batch, Generator, Modality, Tokens, flops},
     random::Random,
     runtime,
     text::WordPiece,
@@ -99,6 +99,18 @@ impl BatchMaker<'_> {
         Ok(batches)
     }
 
+    /// FLOPs of a micro-batch, forward and backward; its longest text decides how many positions it has.
+    pub fn flops(&self, batch: &Batch) -> Result<f64> {
+        let (tokenizer, samples) = (&self.config.image_tokenizer, batch.samples());
+        let outputs = match batch.target().0.modality {
+            Modality::Image => tokenizer.codebook_size,
+            Modality::Text => self.text.vocab_size(),
+        };
+        let sequence = flops::training(self.config, &batch.layout(self.model.grid())?, outputs);
+        let images = batch.pixels.as_ref().map_or(0.0, |_| flops::reconstructor(tokenizer, samples));
+        Ok(samples as f64 * sequence + images)
+    }
+
     fn batch(&self, objective: &Objective, first: u64, records: &[data::Record], step: u64) -> Result<Batch> {
         let codes = self.codes(records)?;
         match objective.sequence {
@@ -184,11 +196,14 @@ pub struct Seen {
     tokens: [[f64; 2]; OBJECTIVES.len()],
     /// Reconstruction loss and squared error, both as shares of the step's mean.
     images: [f64; 2],
+    /// Model FLOPs.
+    flops: f64,
 }
 
 impl Seen {
-    /// Adds a micro-batch of an objective with its loss, which is not scaled.
-    pub fn add(&mut self, objective: usize, batch: &Batch, mut loss: f64) {
+    /// Adds a micro-batch of an objective with its loss, which is not scaled, and its FLOPs.
+    pub fn add(&mut self, objective: usize, batch: &Batch, mut loss: f64, flops: f64) {
+        self.flops += flops;
         if let Some(pixels) = &batch.pixels
             && let Some(statistics) = pixels.statistics.take()
         {
@@ -203,14 +218,15 @@ impl Seen {
 
     /// The metrics of a step, of all ranks.
     pub fn metrics(self, config: &Config, group: &Group) -> Result<StepMetrics> {
-        let mut metrics = StepMetrics { losses: Vec::new(), figures: Vec::new(), amount: 0, unit: "tokens" };
+        let others = group.sum(&[self.images[0], self.images[1], self.flops])?;
+        let (images, flops) = (&others[..2], others[2]);
+        let mut metrics = StepMetrics { losses: Vec::new(), figures: Vec::new(), amount: 0, unit: "tokens", flops };
         for (objective, seen) in OBJECTIVES.iter().zip(group.sum(self.tokens.as_flattened())?.chunks(2)) {
             if seen[1] > 0.0 {
                 metrics.losses.push((objective.name, seen[0] / (objective.weight)(&config.train)));
                 metrics.amount += seen[1] as usize;
             }
         }
-        let images = group.sum(&self.images)?;
         if images[1] > 0.0 {
             let [reconstruction, squares] = [0, 1].map(|i| images[i] / config.end_to_end.reconstruction_weight);
             metrics.losses.push((RECONSTRUCTION, reconstruction));
