@@ -3,7 +3,7 @@
     bench_pytorch.py train|tokenizer|matcher|embed|decode|dalle-train|dalle-decode [options]
 
 Prints one JSON object: seconds of every repetition, processor seconds in it (fewer than threads x seconds where
-something else ran), what they went through, peak memory of this process. It shares no code with vilg.
+something else ran), what they went through, peak memory of this process (--device cuda: of its tensors). It shares no code with vilg.
 
 Settings that make PyTorch faster are on by default: fused AdamW, gradients set to None,
 scaled_dot_product_attention (causal, so that it skips half the blocks), denormals flushed, glibc told to keep its
@@ -38,6 +38,7 @@ def parse():
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--malloc", choices=MALLOC, default="keep")
     parser.add_argument("--compile", action="store_true", help="torch.compile (inductor; needs a C++ compiler)")
     shape = parser.add_argument_group("transformer")
@@ -66,7 +67,10 @@ def parse():
     matcher.add_argument("--patch", type=int, default=16)
     matcher.add_argument("--matcher-size", type=int, default=224, help="side length of the images in pixels")
     matcher.add_argument("--matcher-vocabulary", type=int, default=21128)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.device == "cuda" and args.precision == "int8":
+        parser.error("PyTorch's int8 products are for CPUs")
+    return args
 
 
 ARGS = parse()
@@ -286,7 +290,7 @@ class Autoencoder(nn.Module):
 
 
 def autocast(precision):
-    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    return torch.autocast(ARGS.device, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
 def training(model, inputs, a):
@@ -419,7 +423,15 @@ def dalle_decode(a):
     return picture, a.batch * a.side * a.side, "tokens", model
 
 
+def finish():
+    """Waits for a GPU, which computes while the host goes on."""
+    if ARGS.device == "cuda":
+        torch.cuda.synchronize()
+
+
 def peak_bytes():
+    if ARGS.device == "cuda":
+        return torch.cuda.max_memory_allocated()
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
@@ -428,16 +440,18 @@ def main(a):
     torch.manual_seed(1)
     torch.set_num_threads(a.threads)
     torch.set_flush_denormal(True)
+    torch.set_default_device(a.device)
     works = {"train": train, "tokenizer": tokenizer, "matcher": matcher, "embed": embed, "decode": decode, "dalle-train": dalle_train, "dalle-decode": dalle_decode}
     run, amount, unit, model = works[a.work](a)
     seconds, cpu_seconds = [], []
     for i in range(a.warmup + a.repeat):
         begun, cpu = time.perf_counter(), time.process_time()
         run()
+        finish()
         if i >= a.warmup:
             seconds.append(round(time.perf_counter() - begun, 6))
             cpu_seconds.append(round(time.process_time() - cpu, 6))
-    settings = {key: getattr(a, key) for key in ("precision", "batch", "threads", "malloc", "compile", "channels_last", "attention")}
+    settings = {key: getattr(a, key) for key in ("precision", "batch", "device", "threads", "malloc", "compile", "channels_last", "attention")}
     parameters = getattr(model, "count", None) or sum(p.numel() for p in model.parameters())
     result = {"work": a.work, "torch": torch.__version__, **settings, "parameters": parameters, "amount": amount, "unit": unit}
     print(json.dumps({**result, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_memory_bytes": peak_bytes()}))

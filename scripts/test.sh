@@ -40,6 +40,7 @@ step ./scripts/cuda.sh
 step ./scripts/s3_server.sh
 step cargo test --locked --doc --features mpi,remote
 step cargo test --locked --features mpi,remote --lib --test it
+step env VILG="${CARGO_TARGET_DIR:-target}/debug/vilg" ./scripts/gpu_check.sh --device cpu --small
 # The scripts print why if they cannot run here.
 step ./scripts/human_pages.sh
 step ./scripts/serve_check.sh

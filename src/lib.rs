@@ -10,7 +10,7 @@
 //! | 2 | [`nn`] | layers: linear, norm, attention with sparse patterns and KV cache, convolution |
 //! | 3 | [`text`] [`tokenizer`] [`data`] | WordPiece; image tokenizers; samples, shards, batches |
 //! | 4 | [`model`] | the paper's generator: sequence layout, transformer, loss of both directions, end-to-end reconstruction, decoding; the image–text matcher |
-//! | 5 | [`train`] [`generate`] [`eval`] [`run_report`] [`bench`](mod@bench) [`bundle`] | training engine; generation; metrics; the HTML page of runs and metrics; benchmarks; model folders |
+//! | 5 | [`train`] [`generate`] [`eval`] [`run_report`] [`bench`](mod@bench) [`device_check`] [`bundle`] | training engine; generation; metrics; the HTML page of runs and metrics; benchmarks; devices compared with the CPU; model folders |
 //! | 6 | [`serve`] [`cli`] | local servers and their pages; one short function per command |
 
 #![allow(rustdoc::private_intra_doc_links, reason = "read these pages with --document-private-items")]
@@ -21,6 +21,7 @@ pub mod bundle;
 pub mod cli;
 pub mod config;
 pub mod data;
+pub mod device_check;
 pub mod dist;
 pub mod error;
 pub mod eval;

@@ -12,7 +12,7 @@ use crate::{
     runtime,
     train::shards::Shards,
 };
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Tensor, Var};
 use serde::Serialize;
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ pub struct Cost {
     pub seconds: Spread,
     /// FLOPs of forward and backward, useful ones only.
     pub flops: f64,
-    /// Peak memory in bytes, beyond the memory already in use.
+    /// Peak memory in bytes, beyond the memory already in use; `None` on a GPU.
     pub memory_bytes: Option<u64>,
     /// Speed-up over `dense` at the same size.
     pub speedup: f64,
@@ -80,7 +80,7 @@ fn patterns(size: usize) -> [(&'static str, Pattern); 4] {
 fn qkv(positions: usize, heads: usize, d: usize) -> Result<Var> {
     let mut random = Random::keyed(1, "qkv", 0, 0);
     let values: Vec<f32> = (0..positions * 3 * heads * d).map(|_| random.normal() as f32).collect();
-    Ok(Var::from_vec(values, (1, positions, 3, heads, d), &Device::Cpu)?)
+    Ok(Var::from_vec(values, (1, positions, 3, heads, d), &runtime::device()?)?)
 }
 
 fn once(qkv: &Var, attend: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
@@ -123,7 +123,9 @@ impl Cost {
     ) -> Result<Self> {
         let before = runtime::restart_peak();
         let seconds = seconds(repeat, run)?;
-        let memory_bytes = before.zip(runtime::peak_bytes()).map(|(before, peak)| peak.saturating_sub(before));
+        let on_cpu = runtime::device()?.is_cpu();
+        let memory = before.zip(runtime::peak_bytes()).map(|(before, peak)| peak.saturating_sub(before));
+        let memory_bytes = memory.filter(|_| on_cpu);
         Ok(Self { pattern, codes, seconds, flops, memory_bytes, speedup: 1.0, memory_share: None })
     }
 }

@@ -32,6 +32,8 @@ pub struct Report {
     pub shape: &'static str,
     pub precision: &'static str,
     pub batch: usize,
+    /// `cpu` or `cuda:N`.
+    pub device: String,
     pub threads: usize,
     pub parameters: usize,
     /// Time of one repetition, in seconds.
@@ -44,10 +46,10 @@ pub struct Report {
     /// Useful FLOPs of one repetition.
     pub flops: f64,
     pub flops_per_second: f64,
-    /// Peak FLOP/s of multiply-adds on all threads, in the precision of the matrix products.
-    pub peak_flops_per_second: f64,
-    pub share_of_peak: f64,
-    /// Peak memory of this process so far, in bytes.
+    /// Peak FLOP/s of multiply-adds on all threads, in the precision of the matrix products; `None` on a GPU.
+    pub peak_flops_per_second: Option<f64>,
+    pub share_of_peak: Option<f64>,
+    /// Peak memory of this process so far, in bytes; `None` on a GPU, whose memory is not counted.
     pub peak_memory_bytes: Option<u64>,
 }
 
@@ -91,13 +93,15 @@ pub fn decode(shape: &Shape, format: Format, repeat: usize) -> Result<Report> {
 
 fn report(shape: &Shape, repeat: usize, mut work: Work) -> Result<Report> {
     let seconds = seconds(repeat, &mut work.run)?;
-    let peak_memory_bytes = runtime::peak_bytes();
-    let peak = ops::peak_flops(work.factors);
+    let on_cpu = runtime::device()?.is_cpu();
+    let peak_memory_bytes = runtime::peak_bytes().filter(|_| on_cpu);
+    let peak = on_cpu.then(|| ops::peak_flops(work.factors));
     Ok(Report {
         work: work.name,
         shape: shape.name,
         precision: work.precision,
         batch: shape.batch,
+        device: runtime::facts().device,
         threads: rayon::current_num_threads(),
         parameters: work.parameters,
         amount: work.amount,
@@ -106,7 +110,7 @@ fn report(shape: &Shape, repeat: usize, mut work: Work) -> Result<Report> {
         flops: work.flops,
         flops_per_second: work.flops / seconds.median,
         peak_flops_per_second: peak,
-        share_of_peak: work.flops / seconds.median / peak,
+        share_of_peak: peak.map(|peak| work.flops / seconds.median / peak),
         peak_memory_bytes,
         seconds,
     })
@@ -114,6 +118,9 @@ fn report(shape: &Shape, repeat: usize, mut work: Work) -> Result<Report> {
 
 /// Seconds of each of `repeat` repetitions, after one warm-up run that is not counted.
 fn seconds(repeat: usize, run: &mut dyn FnMut() -> Result<()>) -> Result<Spread> {
+    let device = runtime::device()?;
+    // A device computes while the host goes on.
+    let mut run = || run().and_then(|()| Ok(device.synchronize()?));
     run()?;
     let timed = |_| {
         let begun = Instant::now();

@@ -3,7 +3,7 @@
 use super::{Work, flops, shapes::Shape};
 use crate::{
     config::{self, Precision},
-    error::Result,
+    error::{Result, ensure, usage},
     generate::Sampling,
     model::{Batch, Decoder, Generator, Source, Tokens},
     nn::{
@@ -12,6 +12,7 @@ use crate::{
     },
     ops::packed::Format,
     random::Random,
+    runtime,
     tokenizer::{ImageTokenizer, PixelBatch},
     train::{
         engine,
@@ -105,7 +106,12 @@ pub fn forward_backward<B>(chain: &Chain<B>, batch: &B, shards: &mut Shards) -> 
 }
 
 /// Generates all codes of one image for each text.
+///
+/// # Errors
+/// `format` is not f32 on a GPU, where decoding computes in f32.
 pub fn decode(shape: &Shape, format: Format) -> Result<Work<'static>> {
+    let packs = runtime::device()?.is_cpu() || format == Format::F32;
+    ensure!(packs, usage("on a GPU decoding computes in f32", "leave out --precision, or use --device cpu"));
     let (generator, params) = generator(shape)?;
     let decoder = Decoder::new(Arc::new(generator), format);
     let texts = texts(shape);
@@ -140,14 +146,17 @@ fn generate(decoder: &Decoder, texts: &[Vec<u32>], codes: usize) -> Result<()> {
 
 /// A new generator and its parameters.
 pub fn generator(shape: &Shape) -> Result<(Generator, Params)> {
-    let scope = Scope::from_seed(1, DType::F32, &Device::Cpu);
+    let device = runtime::device()?;
+    // As in training: on a CPU, products round f32 weights themselves.
+    let kept = if device.is_cpu() { Precision::F32 } else { shape.config.train.precision };
+    let scope = Scope::from_seed(1, DType::F32, &device).in_precision(kept);
     let generator = Generator::new(&scope, &shape.config, shape.vocabulary, shape.codebook, shape.grid)?;
     Ok((generator, scope.params()))
 }
 
 /// Random text→image sequences.
 pub fn batch(shape: &Shape) -> Result<Batch> {
-    let device = Device::Cpu;
+    let device = runtime::device()?;
     let (texts, length, codes) = (texts(shape), shape.config.text.max_tokens, shape.grid.0 * shape.grid.1);
     let text = Tensor::from_vec(texts.concat(), (shape.batch, length), &device)?;
     let codes = Tensor::from_vec(tokens("codes", shape.codebook, shape.batch * codes), (shape.batch, codes), &device)?;

@@ -12,7 +12,7 @@ use clap::{Subcommand, ValueEnum, builder::PossibleValuesParser};
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Measure speed and memory on this machine
+/// Measure speed and memory on this machine: `train`, `decode` and `attention` on --device, the others on the CPU
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -134,7 +134,10 @@ enum Kind {
 }
 
 pub fn run(args: Args, json: bool) -> Result<()> {
-    runtime::cpu_only("`vilg bench`")?;
+    let on_devices = matches!(args.command, Command::Train(_) | Command::Decode(_) | Command::Attention(_));
+    if !on_devices {
+        runtime::cpu_only("this benchmark")?;
+    }
     match args.command {
         Command::Train(args) => show(&bench::train(&args.training()?, args.repeat())?, json),
         Command::Tokenizer(args) => show(&bench::tokenizer(&args.training()?, args.repeat())?, json),
@@ -213,14 +216,16 @@ fn rows(r: &Report) -> Vec<Vec<String>> {
     let seconds = &r.seconds;
     let giga = |x: f64| format!("{:.1}", x / 1e9);
     let spread = format!("{:.4} to {:.4}, median deviation {:.4}", seconds.min, seconds.max, seconds.mad);
+    let of_peak = r.share_of_peak.map_or(String::new(), |share| format!(", {:.0} % of the peak", 100.0 * share));
+    let peak = r.peak_flops_per_second.map_or("unknown".to_owned(), giga);
     let lines = [
-        ("work", format!("{} {}, batch {}, {} threads", r.shape, r.work, r.batch, r.threads)),
+        ("work", format!("{} {}, batch {}, {}, {} threads", r.shape, r.work, r.batch, r.device, r.threads)),
         ("parameters", format!("{:.1} M", r.parameters as f64 / 1e6)),
         ("seconds", format!("{:.4} (median of {})", seconds.median, seconds.all.len())),
         ("spread", spread),
         ("speed", format!("{:.1} {}/s", r.per_second, r.unit)),
-        ("GFLOP/s", format!("{}, {:.0} % of the peak", giga(r.flops_per_second), 100.0 * r.share_of_peak)),
-        ("peak GFLOP/s", giga(r.peak_flops_per_second)),
+        ("GFLOP/s", format!("{}{of_peak}", giga(r.flops_per_second))),
+        ("peak GFLOP/s", peak),
         ("peak memory", memory(r.peak_memory_bytes)),
     ];
     lines.map(|(name, value)| vec![name.to_owned(), value]).to_vec()
@@ -239,7 +244,7 @@ fn run_attention(args: &AttentionArgs, json: bool) -> Result<()> {
     }
     if json {
         report::json(&json!({ "work": if args.block { "block" } else { "attention" }, "shape": shape.name,
-            "threads": rayon::current_num_threads(), "costs": costs }));
+            "device": runtime::facts().device, "threads": rayon::current_num_threads(), "costs": costs }));
     } else {
         let header = ["codes", "pattern", "milliseconds", "GFLOP/s", "times faster", "memory", "of dense"];
         report::table(&header, &costs.iter().map(row).collect::<Vec<_>>());

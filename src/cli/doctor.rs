@@ -1,14 +1,35 @@
 //! `vilg doctor`
 
-use crate::{bundle::DEMO_NAME, dist, error::Result, report, runtime};
+use crate::{
+    bundle::DEMO_NAME,
+    device_check::{self, Check, Part},
+    dist,
+    error::{Result, ensure, failed},
+    report, runtime,
+};
 use serde_json::{Value, json};
 
-/// Show what this machine offers and how this program was built
+/// Show what this machine offers and how this program was built; --check: compare what a device computes with the CPU
 #[derive(clap::Args)]
-#[command(after_help = "In the JSON, sizes are numbers of bytes (`*_bytes`; null: unknown) and counts are numbers.")]
-pub struct Args {}
+#[command(
+    after_help = "In the JSON, sizes are numbers of bytes (`*_bytes`; null: unknown) and counts are numbers. With \
+    --check it is `device`, `failed` (a number) and `checks`, each with part, name, dtype, error, tolerance, passed and \
+    failure; the exit code is 1 if a check fails. On the CPU, --check compares the implementation for devices with the \
+    CPU's kernels.\n\n\
+    Examples:\n  \
+    vilg doctor\n  \
+    vilg doctor --check ops,attention,collectives --device cuda"
+)]
+pub struct Args {
+    /// Compute these parts on --device and compare the results with the CPU, in some seconds
+    #[arg(long, value_enum, value_name = "PART,..", value_delimiter = ',')]
+    check: Vec<Part>,
+}
 
-pub fn run(_args: Args, json: bool) -> Result<()> {
+pub fn run(args: Args, json: bool) -> Result<()> {
+    if !args.check.is_empty() {
+        return check(&args.check, json);
+    }
     let facts = facts();
     if json {
         report::json(&Value::Object(facts.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()));
@@ -16,6 +37,31 @@ pub fn run(_args: Args, json: bool) -> Result<()> {
         report::table(&[], &facts.iter().map(|(key, value)| row(key, value)).collect::<Vec<_>>());
     }
     Ok(())
+}
+
+/// Compares the device with the CPU.
+fn check(parts: &[Part], json: bool) -> Result<()> {
+    let device = runtime::device()?;
+    let (checks, name) = (device_check::run(parts, &device), runtime::facts().device);
+    let bad = checks.iter().filter(|check| !check.passed).count();
+    if json {
+        report::json(&json!({ "device": name, "failed": bad, "checks": checks }));
+    } else {
+        let header = ["check", "numbers", "error", "bound", "result"];
+        report::table(&header, &checks.iter().map(check_row).collect::<Vec<_>>());
+    }
+    let what = format!("{bad} of {} checks failed on {name}", checks.len());
+    ensure!(bad == 0, failed(what, "compute with --device cpu, and report the result (docs/gpu.md)"));
+    Ok(())
+}
+
+fn check_row(check: &Check) -> Vec<String> {
+    let result = match &check.failure {
+        Some(failure) => format!("failed: {failure}"),
+        None => if check.passed { "ok" } else { "failed" }.to_owned(),
+    };
+    let error = check.error.map_or(String::new(), |error| format!("{error:.1e}"));
+    vec![check.name.clone(), check.dtype.to_owned(), error, format!("{:.1e}", check.tolerance), result]
 }
 
 /// The facts as (key, value), in the order in which they are shown.

@@ -189,9 +189,9 @@ fn check_output(args: &Args, count: usize, json: bool) -> Result<()> {
 
 /// The JSON object of one image.
 fn image_json(path: &Path, request: &Request, generated: &GeneratedImage, matches: Option<f64>) -> Value {
-    let GeneratedImage { candidate, scores, .. } = generated;
+    let GeneratedImage { codes, candidate, scores, .. } = generated;
     json!({ "path": report::path(path), "prompt": request.prompt, "seed": request.seed, "score": generated.score(),
-        "match": matches, "candidate": candidate, "candidates": scores })
+        "match": matches, "candidate": candidate, "candidates": scores, "codes": codes })
 }
 
 /// The images as they are written: each side `scale` times as long, with `labels` the prompt below.

@@ -221,7 +221,15 @@ impl Group {
     /// # Errors
     /// NCCL is not built in or not available, or two ranks use the same device.
     pub fn use_device(&self, device: &Device) -> Result<()> {
-        if !device.is_cuda() || self.world_size() == 1 {
+        if self.world_size() == 1 { Ok(()) } else { self.use_nccl(device) }
+    }
+
+    /// [`Group::use_device`], also with one rank, whose collectives need no NCCL otherwise.
+    ///
+    /// # Errors
+    /// As [`Group::use_device`].
+    pub fn use_nccl(&self, device: &Device) -> Result<()> {
+        if !device.is_cuda() {
             return Ok(());
         }
         let mut nccl = Nccl::new(device, self.overlaps())?;
