@@ -3,7 +3,7 @@
 //! With one row the product is memory-bound: bf16 weights halve its time, int8 weights quarter it. With many rows it is
 //! compute-bound. Sums are in f32 for every format.
 
-use super::packed_kernel::{Bf16Line, F32Line, Int8Line, Line, PANEL, PANELS, ROWS, panels_beside, sums};
+use super::packed_kernel::{Bf16Line, DEPTH, F32Line, Group, Int8Line, Line, PANEL, PANELS, ROWS, sums};
 use crate::ops::{
     pointwise::gelu::gate,
     simd::{Real, multiversion},
@@ -54,15 +54,17 @@ pub enum Finish {
 /// A linear layer with packed weights.
 pub struct PackedLinear {
     lines: Lines,
-    /// Scales of int8 weights, by panel like `bias`.
-    scales: Vec<[f32; PANEL]>,
-    bias: Vec<[f32; PANEL]>,
+    /// Scales of int8 weights, by group like `bias`.
+    scales: Vec<Group>,
+    bias: Vec<Group>,
     inputs: usize,
     outputs: usize,
 }
 
-/// Maximum number of parts of a product, and multiply-adds below which a part does not pay for a thread.
-const PARTS: usize = 16;
+/// Number of outputs of a group.
+const GROUP: usize = PANEL * PANELS;
+
+/// Multiply-adds below which a part of a product does not pay for a thread.
 const PART_WORK: usize = 1 << 16;
 
 impl PackedLinear {
@@ -74,33 +76,41 @@ impl PackedLinear {
         let outputs = bias.len();
         let inputs = weight.len() / outputs.max(1);
         assert!(inputs > 0 && weight.len() == inputs * outputs, "weights and bias do not fit");
-        let panels = outputs.div_ceil(PANEL);
+        let (groups, depth) = (outputs.div_ceil(GROUP), inputs.div_ceil(DEPTH));
         let scale = |row: &[f32]| row.iter().fold(0f32, |largest, w| largest.max(w.abs())) / 127.0;
         let mut scales: Vec<f32> = match format {
             Format::Int8 => weight.par_chunks(inputs).map(scale).collect(),
             _ => vec![1.0; outputs],
         };
-        scales.resize(panels * PANEL, 1.0);
-        let at = |output: usize, input: usize| if output < outputs { weight[output * inputs + input] } else { 0.0 };
-        let line = |i: usize| (i / inputs * PANEL, i % inputs);
-        let all = (0..panels * inputs).into_par_iter().map(line);
+        scales.resize(groups * GROUP, 1.0);
+        let at = |output: usize, input: usize| match output < outputs && input < inputs {
+            true => weight[output * inputs + input],
+            false => 0.0,
+        };
+        // The first output and the first input of each line.
+        let start = |i: usize| (i / (depth * PANELS) * GROUP + i % PANELS * PANEL, i / PANELS % depth * DEPTH);
+        let all = (0..groups * depth * PANELS).into_par_iter().map(start);
         let lines = match format {
-            Format::F32 => Lines::F32(all.map(|(o, i)| F32Line(std::array::from_fn(|n| at(o + n, i)))).collect()),
+            Format::F32 => {
+                let of = |o, i| std::array::from_fn(|n| std::array::from_fn(|lane| at(o + lane, i + n)));
+                Lines::F32(all.map(|(o, i)| F32Line(of(o, i))).collect())
+            }
             Format::Bf16 => {
                 let bits = |output, input| u32::from(bf16::from_f32(at(output, input)).to_bits());
-                let pair = |o: usize, i, n| bits(o + n, i) | bits(o + n + PANEL / 2, i) << 16;
-                Lines::Bf16(all.map(|(o, i)| Bf16Line(std::array::from_fn(|n| pair(o, i, n)))).collect())
+                let pair = |output, input| bits(output, input) | bits(output, input + 1) << 16;
+                Lines::Bf16(all.map(|(o, i)| Bf16Line(std::array::from_fn(|lane| pair(o + lane, i)))).collect())
             }
             Format::Int8 => {
                 // A row of zeros has scale 0; its quotients are NaN, which becomes 0.
                 let unit = |output, input| (at(output, input) / scales[output]).round() as i8;
-                Lines::Int8(all.map(|(o, i)| Int8Line(std::array::from_fn(|n| unit(o + n, i)))).collect())
+                let of = |o, i| std::array::from_fn(|n| std::array::from_fn(|lane| unit(o + lane, i + n)));
+                Lines::Int8(all.map(|(o, i)| Int8Line(of(o, i))).collect())
             }
         };
-        let scales = scales.as_chunks().0.to_vec();
         let mut padded = bias.to_vec();
-        padded.resize(panels * PANEL, 0.0);
-        Self { lines, scales, bias: padded.as_chunks().0.to_vec(), inputs, outputs }
+        padded.resize(groups * GROUP, 0.0);
+        let grouped = |values: &[f32]| values.as_chunks().0.as_chunks().0.to_vec();
+        Self { lines, scales: grouped(&scales), bias: grouped(&padded), inputs, outputs }
     }
 
     /// Number of outputs.
@@ -123,40 +133,31 @@ impl PackedLinear {
         if rows == 0 {
             return;
         }
-        let panels = self.scales.len();
-        let worth = PART_WORK.div_ceil(PANEL * self.inputs * rows);
-        let part = panels.div_ceil(PARTS).max(worth).next_multiple_of(PANELS);
+        let worth = PART_WORK.div_ceil(GROUP * self.inputs * rows);
         let y = Scatter::new(y);
-        lines.par_chunks(part * self.inputs).enumerate().for_each(|(i, lines)| {
-            self.part(lines, i * part, &y, x, finish);
-        });
+        let groups = lines.par_chunks(self.inputs.div_ceil(DEPTH) * PANELS).enumerate();
+        groups.with_min_len(worth).for_each(|(group, lines)| self.group(lines, group, &y, x, finish));
     }
 
-    /// The outputs of the panels `lines`, starting with panel `first`.
-    fn part<W: Line>(&self, lines: &[W], first: usize, y: &Scatter<f32>, x: &[f32], finish: Finish) {
+    /// The outputs of one group, whose weights are `lines`.
+    fn group<W: Line>(&self, lines: &[W], group: usize, y: &Scatter<f32>, x: &[f32], finish: Finish) {
         let rows = x.len() / self.inputs;
         let blocks = rows.div_ceil(ROWS);
-        let beside = panels_beside(rows.div_ceil(blocks));
-        let mut workspace = [[0.0; PANEL]; 2 * ROWS];
-        for (i, lines) in lines.chunks(beside * self.inputs).enumerate() {
-            let (panel, panels) = (first + i * beside, lines.len() / self.inputs);
-            for block in 0..blocks {
-                let (start, end) = (block * rows / blocks, (block + 1) * rows / blocks);
-                let workspace = &mut workspace[..(end - start) * panels];
-                sums(workspace, &x[start * self.inputs..end * self.inputs], lines, self.inputs);
-                let (scales, bias) = (&self.scales[panel..panel + panels], &self.bias[panel..panel + panels]);
-                dress(workspace, scales, bias, finish == Finish::Gelu);
-                for (n, sums) in workspace.iter().enumerate() {
-                    self.write(sums, start + n / panels, panel + n % panels, y, finish);
-                }
+        let mut workspace = [[[0.0; PANEL]; PANELS]; ROWS];
+        for block in 0..blocks {
+            let (start, end) = (block * rows / blocks, (block + 1) * rows / blocks);
+            let workspace = &mut workspace[..end - start];
+            sums(workspace, &x[start * self.inputs..end * self.inputs], lines, self.inputs);
+            dress(workspace.as_flattened_mut(), &self.scales[group], &self.bias[group], finish == Finish::Gelu);
+            for (row, sums) in (start..end).zip(&*workspace) {
+                self.write(sums.as_flattened(), row, group * GROUP, y, finish);
             }
         }
     }
 
-    fn write(&self, sums: &[f32; PANEL], row: usize, panel: usize, y: &Scatter<f32>, finish: Finish) {
-        let start = panel * PANEL;
-        let width = PANEL.min(self.outputs - start);
-        // SAFETY: the outputs of a panel belong to its task alone.
+    fn write(&self, sums: &[f32], row: usize, start: usize, y: &Scatter<f32>, finish: Finish) {
+        let width = GROUP.min(self.outputs - start);
+        // SAFETY: the outputs of a group belong to its task alone.
         let y = unsafe { y.row(row * self.outputs + start, width) };
         match finish {
             Finish::Set | Finish::Gelu => y.copy_from_slice(&sums[..width]),
@@ -281,7 +282,7 @@ mod tests {
                 let linear = PackedLinear::new(&weight, &bias, format);
                 let mut all = vec![0.0; rows * outputs];
                 linear.apply(&mut all, &x, Finish::Gelu);
-                for count in [1, 2, 3, 4, 5, 9] {
+                for count in 1..=9 {
                     let mut some = vec![0.0; count * outputs];
                     linear.apply(&mut some, &x[..count * inputs], Finish::Gelu);
                     assert!(some == all[..count * outputs], "{format:?}: {count} of {rows} rows");

@@ -1,36 +1,47 @@
-//! The inner loops of a product with packed weights: a few rows of x against panels of [`PANEL`] outputs.
+//! The inner loops of a product with packed weights: a few rows of x against groups of [`PANELS`] panels of [`PANEL`]
+//! outputs.
 //!
-//! A panel stores its weights input by input: one step of the sum reads a short line of weights, converts it to f32 in
-//! registers, and multiplies it by one number of each row of x. Weights are read once for up to six rows, and a single
-//! row uses four panels side by side to hide the latency of the multiply-adds. An output is one chain of multiply-adds
-//! over the inputs in order: its bits depend neither on other rows nor on the number of threads.
+//! With few rows the product takes the time of reading the weights, so they are stored in the order in which they are read:
+//! two inputs of the first panel of a group, of the second …, then the next two inputs. The stream is prefetched, since
+//! hardware prefetchers stop at the end of each page of 4 KB. A line is converted to f32 in registers and multiplied by two
+//! numbers of each row of x; all sums of up to six rows stay in registers. An output is one chain of multiply-adds over the
+//! inputs in order: its bits depend neither on other rows nor on the number of threads.
 
 use crate::ops::simd::{Level, level};
 
 /// Number of outputs of a panel.
 pub(super) const PANEL: usize = 16;
 
+/// Number of panels of a group.
+pub(super) const PANELS: usize = 4;
+
 /// Maximum number of rows of x per call.
 pub(super) const ROWS: usize = 6;
 
-/// Maximum number of panels per call.
-pub(super) const PANELS: usize = 4;
+/// Number of inputs of a line.
+pub(super) const DEPTH: usize = 2;
 
-/// 16 weights in f32.
+/// How many bytes ahead of their use weights are fetched.
+const AHEAD: usize = 8192;
+
+/// The sums of one row of x with a group.
+pub(super) type Group = [[f32; PANEL]; PANELS];
+
+/// Weights in f32 of two inputs and 16 outputs.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct F32Line(pub [f32; PANEL]);
+pub(super) struct F32Line(pub [[f32; PANEL]; DEPTH]);
 
-/// 16 weights in bf16. Output i is the low half of lane i and output i + 8 its high half, so that a shift and a mask
-/// convert them.
+/// Weights in bf16. The first input is the low half of each lane and the second one its high half, so that a shift and a
+/// mask convert them.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Bf16Line(pub [u32; PANEL]);
+
+/// Weights in units of their output's scale.
 #[derive(Clone, Copy)]
 #[repr(C, align(32))]
-pub(super) struct Bf16Line(pub [u32; PANEL / 2]);
-
-/// 16 weights in units of their output's scale.
-#[derive(Clone, Copy)]
-#[repr(C, align(16))]
-pub(super) struct Int8Line(pub [i8; PANEL]);
+pub(super) struct Int8Line(pub [[i8; PANEL]; DEPTH]);
 
 /// 16 sums, and the conversion of weights to factors.
 ///
@@ -39,30 +50,32 @@ pub(super) struct Int8Line(pub [i8; PANEL]);
 pub(super) trait Lanes: Copy {
     /// One number in every lane.
     type Splat: Copy;
-    /// Number of panels side by side with [`ROWS`] rows, limited by the registers.
-    const WIDE: usize;
+    /// Number of panels that fit in the registers beside each other, for each number of rows from 1 on.
+    const BESIDE: [usize; ROWS];
     unsafe fn zero() -> Self;
     unsafe fn splat(x: f32) -> Self::Splat;
     /// `self * x + sum`.
     unsafe fn mul_add(self, x: Self::Splat, sum: Self) -> Self;
     unsafe fn store(self, to: &mut [f32; PANEL]);
-    unsafe fn from_f32(line: &F32Line) -> Self;
-    unsafe fn from_bf16(line: &Bf16Line) -> Self;
-    unsafe fn from_int8(line: &Int8Line) -> Self;
+    unsafe fn from_f32(line: &F32Line) -> [Self; DEPTH];
+    unsafe fn from_bf16(line: &Bf16Line) -> [Self; DEPTH];
+    unsafe fn from_int8(line: &Int8Line) -> [Self; DEPTH];
+    /// Fetches the cache line at an address, which need not be one of this process.
+    unsafe fn prefetch(address: *const i8);
 }
 
 /// A line of weights in some format.
 pub(super) trait Line: Copy + Send + Sync {
     /// # Safety
     /// Needs the instruction set of `L`.
-    unsafe fn widen<L: Lanes>(&self) -> L;
+    unsafe fn widen<L: Lanes>(&self) -> [L; DEPTH];
 }
 
 macro_rules! line {
     ($line:ty, $from:ident) => {
         impl Line for $line {
             #[inline(always)]
-            unsafe fn widen<L: Lanes>(&self) -> L {
+            unsafe fn widen<L: Lanes>(&self) -> [L; DEPTH] {
                 // SAFETY: the caller's promise.
                 unsafe { L::$from(self) }
             }
@@ -73,93 +86,99 @@ line!(F32Line, from_f32);
 line!(Bf16Line, from_bf16);
 line!(Int8Line, from_int8);
 
-/// `sums[r * panels + p]` = the products of row r of `x (rows, inputs)` with panel p of `lines (panels, inputs)`.
-pub(super) fn sums<W: Line>(sums: &mut [[f32; PANEL]], x: &[f32], lines: &[W], inputs: usize) {
-    let (rows, panels) = (x.len() / inputs, lines.len() / inputs);
-    assert!(x.len() == rows * inputs && lines.len() == panels * inputs && sums.len() == rows * panels);
+/// `sums[r]` = the products of row r of `x (rows, inputs)` with the group `lines (inputs / 2, panels)`; an odd number of
+/// inputs is rounded up.
+pub(super) fn sums<W: Line>(sums: &mut [Group], x: &[f32], lines: &[W], inputs: usize) {
+    assert!(x.len() == sums.len() * inputs && lines.len() == inputs.div_ceil(DEPTH) * PANELS);
     match level() {
         // SAFETY: `level` only returns what the processor supports.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { x86::avx512(sums, x, lines, inputs, (rows, panels)) },
+        Level::Avx512 => unsafe { x86::avx512(sums, x, lines, inputs) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => unsafe { x86::avx2(sums, x, lines, inputs, (rows, panels)) },
+        Level::Avx2 => unsafe { x86::avx2(sums, x, lines, inputs) },
         // SAFETY: portable lanes need no instruction set.
-        _ => unsafe { any_tile::<Portable, W>(sums, x, lines, inputs, (rows, panels)) },
-    }
-}
-
-/// The number of panels side by side for a number of rows.
-pub(super) fn panels_beside(rows: usize) -> usize {
-    let wide = match level() {
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => x86::Avx512::WIDE,
-        _ => 1,
-    };
-    match rows {
-        1 => PANELS,
-        2 | 3 => 2,
-        _ => wide,
+        _ => unsafe { any_rows::<Portable, W>(sums, x, lines, inputs) },
     }
 }
 
 #[inline(always)]
-unsafe fn any_tile<L: Lanes, W: Line>(
-    sums: &mut [[f32; PANEL]],
-    x: &[f32],
-    lines: &[W],
-    inputs: usize,
-    shape: (usize, usize),
-) {
+unsafe fn any_rows<L: Lanes, W: Line>(sums: &mut [Group], x: &[f32], lines: &[W], inputs: usize) {
     // SAFETY: the caller's promise.
     unsafe {
-        match shape {
-            (1, 4) => tile::<L, W, 1, 4>(sums, x, lines, inputs),
-            (1, 3) => tile::<L, W, 1, 3>(sums, x, lines, inputs),
-            (1, 2) => tile::<L, W, 1, 2>(sums, x, lines, inputs),
-            (1, 1) => tile::<L, W, 1, 1>(sums, x, lines, inputs),
-            (2, 2) => tile::<L, W, 2, 2>(sums, x, lines, inputs),
-            (2, 1) => tile::<L, W, 2, 1>(sums, x, lines, inputs),
-            (3, 2) => tile::<L, W, 3, 2>(sums, x, lines, inputs),
-            (3, 1) => tile::<L, W, 3, 1>(sums, x, lines, inputs),
-            (4, 2) if L::WIDE == 2 => tile::<L, W, 4, 2>(sums, x, lines, inputs),
-            (4, 1) => tile::<L, W, 4, 1>(sums, x, lines, inputs),
-            (5, 2) if L::WIDE == 2 => tile::<L, W, 5, 2>(sums, x, lines, inputs),
-            (5, 1) => tile::<L, W, 5, 1>(sums, x, lines, inputs),
-            (6, 2) if L::WIDE == 2 => tile::<L, W, 6, 2>(sums, x, lines, inputs),
-            (6, 1) => tile::<L, W, 6, 1>(sums, x, lines, inputs),
-            (rows, panels) => panic!("no tile of {rows} rows and {panels} panels"),
+        match sums.len() {
+            1 => group::<L, W, 1>(sums, x, lines, inputs),
+            2 => group::<L, W, 2>(sums, x, lines, inputs),
+            3 => group::<L, W, 3>(sums, x, lines, inputs),
+            4 => group::<L, W, 4>(sums, x, lines, inputs),
+            5 => group::<L, W, 5>(sums, x, lines, inputs),
+            6 => group::<L, W, 6>(sums, x, lines, inputs),
+            rows => panic!("no product for {rows} rows"),
         }
     }
 }
 
-/// `R` rows and `P` panels, with all sums in registers.
+/// `R` rows and all panels of a group, as many beside each other as the registers hold.
+#[inline(always)]
+unsafe fn group<L: Lanes, W: Line, const R: usize>(sums: &mut [Group], x: &[f32], lines: &[W], inputs: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for first in (0..PANELS).step_by(L::BESIDE[R - 1]) {
+            match L::BESIDE[R - 1] {
+                4 => tile::<L, W, R, 4>(sums, x, lines, (inputs, first)),
+                2 => tile::<L, W, R, 2>(sums, x, lines, (inputs, first)),
+                _ => tile::<L, W, R, 1>(sums, x, lines, (inputs, first)),
+            }
+        }
+    }
+}
+
+/// `R` rows and `P` panels from panel `first` on, with all sums in registers.
+#[allow(clippy::needless_range_loop, reason = "counted loops of constant length are unrolled into registers")]
 #[inline(always)]
 unsafe fn tile<L: Lanes, W: Line, const R: usize, const P: usize>(
-    out: &mut [[f32; PANEL]],
+    out: &mut [Group],
     x: &[f32],
     lines: &[W],
-    inputs: usize,
+    (inputs, first): (usize, usize),
 ) {
     // SAFETY: the caller guarantees the instruction set. Slices of equal length let the compiler drop bounds checks.
     unsafe {
         let x: [&[f32]; R] = std::array::from_fn(|r| &x[r * inputs..][..inputs]);
-        let lines: [&[W]; P] = std::array::from_fn(|p| &lines[p * inputs..][..inputs]);
         let mut sums = [[L::zero(); P]; R];
-        for i in 0..inputs {
-            let mut w = [L::zero(); P];
-            for p in 0..P {
-                w[p] = lines[p].get_unchecked(i).widen::<L>();
+        let lines = lines.as_chunks::<PANELS>().0;
+        for i in 0..inputs / DEPTH {
+            let line = lines.get_unchecked(i).as_ptr().add(first);
+            let ahead = line.cast::<i8>().wrapping_add(AHEAD);
+            for offset in (0..size_of::<[W; P]>()).step_by(64) {
+                L::prefetch(ahead.wrapping_add(offset));
             }
-            for r in 0..R {
-                let x = L::splat(*x[r].get_unchecked(i));
-                for p in 0..P {
-                    sums[r][p] = w[p].mul_add(x, sums[r][p]);
+            let mut w = [[L::zero(); DEPTH]; P];
+            for p in 0..P {
+                w[p] = (*line.add(p)).widen::<L>();
+            }
+            for n in 0..DEPTH {
+                for r in 0..R {
+                    let x = L::splat(*x[r].get_unchecked(DEPTH * i + n));
+                    for p in 0..P {
+                        sums[r][p] = w[p][n].mul_add(x, sums[r][p]);
+                    }
                 }
             }
         }
-        for (out, sum) in out.iter_mut().zip(sums.as_flattened()) {
-            sum.store(out);
+        if inputs % DEPTH > 0 {
+            for r in 0..R {
+                let x = L::splat(x[r][inputs - 1]);
+                for p in 0..P {
+                    let [w, _] = lines[inputs / DEPTH][first + p].widen::<L>();
+                    sums[r][p] = w.mul_add(x, sums[r][p]);
+                }
+            }
+        }
+        for (out, sums) in out.iter_mut().zip(&sums) {
+            for (out, sum) in out[first..].iter_mut().zip(sums) {
+                sum.store(out);
+            }
         }
     }
 }
@@ -170,7 +189,7 @@ struct Portable([f32; PANEL]);
 
 impl Lanes for Portable {
     type Splat = f32;
-    const WIDE: usize = 1;
+    const BESIDE: [usize; ROWS] = [1; ROWS];
 
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -193,20 +212,23 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    unsafe fn from_f32(line: &F32Line) -> Self {
-        Self(line.0)
+    unsafe fn from_f32(line: &F32Line) -> [Self; DEPTH] {
+        line.0.map(Self)
     }
 
     #[inline(always)]
-    unsafe fn from_bf16(line: &Bf16Line) -> Self {
-        let half = |i: usize| if i < 8 { line.0[i] << 16 } else { line.0[i - 8] & 0xffff_0000 };
-        Self(std::array::from_fn(|i| f32::from_bits(half(i))))
+    unsafe fn from_bf16(line: &Bf16Line) -> [Self; DEPTH] {
+        [line.0.map(|pair| pair << 16), line.0.map(|pair| pair & 0xffff_0000)]
+            .map(|bits| Self(bits.map(f32::from_bits)))
     }
 
     #[inline(always)]
-    unsafe fn from_int8(line: &Int8Line) -> Self {
-        Self(line.0.map(f32::from))
+    unsafe fn from_int8(line: &Int8Line) -> [Self; DEPTH] {
+        line.0.map(|line| Self(line.map(f32::from)))
     }
+
+    #[inline(always)]
+    unsafe fn prefetch(_: *const i8) {}
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -215,27 +237,15 @@ mod x86 {
     use std::arch::x86_64::*;
 
     #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn avx2<W: Line>(
-        sums: &mut [[f32; PANEL]],
-        x: &[f32],
-        lines: &[W],
-        inputs: usize,
-        shape: (usize, usize),
-    ) {
+    pub unsafe fn avx2<W: Line>(sums: &mut [Group], x: &[f32], lines: &[W], inputs: usize) {
         // SAFETY: the features are there.
-        unsafe { any_tile::<Avx2, W>(sums, x, lines, inputs, shape) }
+        unsafe { any_rows::<Avx2, W>(sums, x, lines, inputs) }
     }
 
     #[target_feature(enable = "avx512f,avx2,fma")]
-    pub unsafe fn avx512<W: Line>(
-        sums: &mut [[f32; PANEL]],
-        x: &[f32],
-        lines: &[W],
-        inputs: usize,
-        shape: (usize, usize),
-    ) {
+    pub unsafe fn avx512<W: Line>(sums: &mut [Group], x: &[f32], lines: &[W], inputs: usize) {
         // SAFETY: the features are there.
-        unsafe { any_tile::<Avx512, W>(sums, x, lines, inputs, shape) }
+        unsafe { any_rows::<Avx512, W>(sums, x, lines, inputs) }
     }
 
     /// All ones in the upper half of each lane.
@@ -248,7 +258,7 @@ mod x86 {
     // ask.
     impl Lanes for Avx2 {
         type Splat = __m256;
-        const WIDE: usize = 1;
+        const BESIDE: [usize; ROWS] = [4, 2, 1, 1, 1, 1];
 
         #[inline(always)]
         unsafe fn zero() -> Self {
@@ -274,28 +284,35 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn from_f32(line: &F32Line) -> Self {
-            let line = line.0.as_ptr();
-            unsafe { Self(_mm256_load_ps(line), _mm256_load_ps(line.add(8))) }
+        unsafe fn from_f32(line: &F32Line) -> [Self; DEPTH] {
+            let of = |line: &[f32; PANEL]| unsafe {
+                Self(_mm256_load_ps(line.as_ptr()), _mm256_load_ps(line.as_ptr().add(8)))
+            };
+            [of(&line.0[0]), of(&line.0[1])]
         }
 
         #[inline(always)]
-        unsafe fn from_bf16(line: &Bf16Line) -> Self {
+        unsafe fn from_bf16(line: &Bf16Line) -> [Self; DEPTH] {
             unsafe {
-                let both = _mm256_load_si256(line.0.as_ptr().cast());
-                let (low, high) = (_mm256_slli_epi32::<16>(both), _mm256_and_si256(both, _mm256_set1_epi32(HIGH)));
-                Self(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
+                let pairs = line.0.as_ptr().cast::<__m256i>();
+                let (a, b) = (_mm256_load_si256(pairs), _mm256_load_si256(pairs.add(1)));
+                let low = |pairs| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
+                let high = |pairs| _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(HIGH)));
+                [Self(low(a), low(b)), Self(high(a), high(b))]
             }
         }
 
         #[inline(always)]
-        unsafe fn from_int8(line: &Int8Line) -> Self {
-            let line = line.0.as_ptr();
-            unsafe {
-                let low = _mm256_cvtepi8_epi32(_mm_loadl_epi64(line.cast()));
-                let high = _mm256_cvtepi8_epi32(_mm_loadl_epi64(line.add(8).cast()));
-                Self(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
-            }
+        unsafe fn from_int8(line: &Int8Line) -> [Self; DEPTH] {
+            let eight =
+                |from: *const i8| unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) };
+            let of = |line: &[i8; PANEL]| unsafe { Self(eight(line.as_ptr()), eight(line.as_ptr().add(8))) };
+            [of(&line.0[0]), of(&line.0[1])]
+        }
+
+        #[inline(always)]
+        unsafe fn prefetch(address: *const i8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(address) }
         }
     }
 
@@ -305,7 +322,7 @@ mod x86 {
     // SAFETY of the blocks below: as above.
     impl Lanes for Avx512 {
         type Splat = __m512;
-        const WIDE: usize = 2;
+        const BESIDE: [usize; ROWS] = [PANELS; ROWS];
 
         #[inline(always)]
         unsafe fn zero() -> Self {
@@ -328,29 +345,31 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn from_f32(line: &F32Line) -> Self {
-            unsafe { Self(_mm512_load_ps(line.0.as_ptr())) }
+        unsafe fn from_f32(line: &F32Line) -> [Self; DEPTH] {
+            let of = |line: &[f32; PANEL]| unsafe { Self(_mm512_load_ps(line.as_ptr())) };
+            [of(&line.0[0]), of(&line.0[1])]
         }
 
         #[inline(always)]
-        unsafe fn from_bf16(line: &Bf16Line) -> Self {
+        unsafe fn from_bf16(line: &Bf16Line) -> [Self; DEPTH] {
             unsafe {
-                let both = _mm512_broadcast_i64x4(_mm256_load_si256(line.0.as_ptr().cast()));
-                let shifts = _mm512_set_epi64(0, 0, 0, 0, SHIFTS, SHIFTS, SHIFTS, SHIFTS);
-                let moved = _mm512_sllv_epi32(both, shifts);
-                Self(_mm512_castsi512_ps(_mm512_and_si512(moved, _mm512_set1_epi32(HIGH))))
+                let pairs = _mm512_load_si512(line.0.as_ptr().cast());
+                let high = _mm512_and_si512(pairs, _mm512_set1_epi32(HIGH));
+                [_mm512_slli_epi32::<16>(pairs), high].map(|bits| Self(_mm512_castsi512_ps(bits)))
             }
         }
 
         #[inline(always)]
-        unsafe fn from_int8(line: &Int8Line) -> Self {
-            unsafe {
-                let all = _mm512_cvtepi8_epi32(_mm_load_si128(line.0.as_ptr().cast()));
-                Self(_mm512_cvtepi32_ps(all))
-            }
+        unsafe fn from_int8(line: &Int8Line) -> [Self; DEPTH] {
+            let of = |line: &[i8; PANEL]| unsafe {
+                Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128(line.as_ptr().cast()))))
+            };
+            [of(&line.0[0]), of(&line.0[1])]
+        }
+
+        #[inline(always)]
+        unsafe fn prefetch(address: *const i8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(address) }
         }
     }
-
-    /// 16 in each of two lanes.
-    const SHIFTS: i64 = 16 << 32 | 16;
 }
