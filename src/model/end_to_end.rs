@@ -5,7 +5,7 @@
 use super::{
     batch::Batch,
     head::{AutogradHead, Head},
-    manual::{Found, ManualHead},
+    manual::{Found, ManualHead, unpack},
     sequence::Modality,
 };
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
         segment::{Autograd, Saved, Segment},
     },
     ops::{gelu, slices::view},
-    tokenizer::Reconstructor,
+    tokenizer::{Decoded, PixelBatch, Reconstructor},
 };
 use candle_core::Tensor;
 use std::ops::Range;
@@ -118,9 +118,8 @@ impl EndToEnd {
         self.reconstructor.decode(&self.code_vectors(Precision::F32, x, batch)?)
     }
 
-    /// Adds the loss of the reconstruction and its gradients to those found for hidden states `x` (b, positions, hidden).
-    fn find(&self, precision: Precision, x: &Tensor, batch: &Batch, found: &mut Found) -> Result<()> {
-        let Some(pixels) = &batch.pixels else { return Ok(()) };
+    /// The loss of the reconstruction from hidden states `x` (b, positions, hidden), and what its backward pass needs.
+    fn manual(&self, precision: Precision, x: &Tensor, batch: &Batch, pixels: &PixelBatch) -> Result<(f64, Mapped)> {
         let ((b, positions, hidden), read) = (x.dims3()?, self.positions(batch)?);
         let Map { norm, fc1, fc2 } = &self.map;
         let values = view::<f32>(x)?;
@@ -131,18 +130,42 @@ impl EndToEnd {
         let mlp = ManualMlp::new([fc1, fc2], Activation::Gelu, precision);
         let (z_emb, inner) = mlp.forward(&normed, None)?;
         let z_emb = Tensor::from_vec(z_emb, (b, self.grid.height, self.grid.width, fc2.outputs()), x.device())?;
+        let (loss, decoded) = self.reconstructor.manual_loss(&z_emb, pixels)?;
+        Ok((loss, Mapped { states, normed, inner, decoded }))
+    }
 
-        let (loss, dz) = self.reconstructor.manual_loss(&z_emb, pixels, &mut found.gradients)?;
-        found.loss += loss;
-
-        let dnormed = mlp.backward(|| Ok(normed), inner, &view(&dz)?, &mut found.gradients)?;
-        let dstates = norm.manual_backward(&states, &dnormed, &mut found.gradients)?;
-        let rows = found.dx.chunks_exact_mut(positions * hidden);
+    /// Adds the gradients of [`EndToEnd::manual`]: those of the parameters to `gradients`, those of hidden states of the
+    /// shape of `x` to `dx`.
+    fn manual_backward(
+        &self,
+        precision: Precision,
+        (x, dx): (&Tensor, &mut [f32]),
+        (batch, pixels): (&Batch, &PixelBatch),
+        mapped: Mapped,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let Mapped { states, normed, inner, decoded } = mapped;
+        let ((_, positions, hidden), read) = (x.dims3()?, self.positions(batch)?);
+        let Map { norm, fc1, fc2 } = &self.map;
+        let dz = self.reconstructor.manual_backward(decoded, pixels, gradients)?;
+        let mlp = ManualMlp::new([fc1, fc2], Activation::Gelu, precision);
+        let dnormed = mlp.backward(|| Ok(normed), inner, &view(&dz)?, gradients)?;
+        let dstates = norm.manual_backward(&states, &dnormed, gradients)?;
+        let rows = dx.chunks_exact_mut(positions * hidden);
         for (dx, dstates) in rows.zip(dstates.chunks_exact(read.len() * hidden)) {
             dx[read.start * hidden..read.end * hidden].iter_mut().zip(dstates).for_each(|(dx, d)| *dx += d);
         }
         Ok(())
     }
+}
+
+/// What the reconstruction keeps for its backward pass.
+struct Mapped {
+    /// Hidden states of the codes, (b · codes, hidden).
+    states: Vec<f32>,
+    normed: Vec<f32>,
+    inner: Vec<f32>,
+    decoded: Decoded,
 }
 
 /// The last segment of the chain: the head with the loss of the tokens and, for batches with pixels, the reconstruction
@@ -197,18 +220,26 @@ impl Segment<Batch> for ManualEndToEndHead<'_> {
     fn forward(&self, x: &Tensor, batch: &Batch) -> Result<(Tensor, Saved)> {
         let EndToEndHead { head, end_to_end, precision, .. } = &self.0;
         let mut found = ManualHead { head, precision: *precision }.find(x, batch)?;
-        end_to_end.find(*precision, x, batch, &mut found)?;
-        found.output(x)
+        let pixels = batch.pixels.as_ref();
+        let reconstruction = pixels.map(|pixels| end_to_end.manual(*precision, x, batch, pixels)).transpose()?;
+        found.loss += reconstruction.as_ref().map_or(0.0, |(loss, _)| *loss);
+        let loss = Tensor::new(found.loss as f32, x.device())?;
+        Ok((loss, Box::new((found, reconstruction.map(|(_, mapped)| mapped)))))
     }
 
     fn backward(
         &self,
         x: &Tensor,
-        _: &Batch,
+        batch: &Batch,
         saved: Saved,
         _: Option<Tensor>,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        Found::backward(saved, x, gradients)
+        let EndToEndHead { end_to_end, precision, .. } = &self.0;
+        let (mut found, mapped) = unpack::<(Found, Option<Mapped>)>(saved)?;
+        if let (Some(pixels), Some(mapped)) = (&batch.pixels, mapped) {
+            end_to_end.manual_backward(*precision, (x, &mut found.dx), (batch, pixels), mapped, gradients)?;
+        }
+        found.backward(x, gradients)
     }
 }

@@ -99,7 +99,7 @@ impl Loss {
         &self,
         output: &Tensor,
         batch: &PixelBatch,
-        last_norm: impl Fn(&Tensor) -> Result<f64>,
+        mut last_norm: impl FnMut(&Tensor) -> Result<f64>,
     ) -> Result<LossOutput> {
         let y = Var::from_tensor(output)?;
         let pixels = if self.distribution { dvae::pixels(&y)? } else { y.as_tensor().clone() };
@@ -126,7 +126,7 @@ impl Loss {
             let adversarial = gan_loss.compute(&y, &pixels, batch, logit_ema, &mut terms)?;
             // λ (eq. 7): the adversarial gradient at the decoder's last layer gets the norm of the other terms'
             // gradient.
-            let norm = |gradient: &Tensor| -> Result<f64> { Ok(last_norm(gradient)? / batch.loss_scale) };
+            let mut norm = |gradient: &Tensor| -> Result<f64> { Ok(last_norm(gradient)? / batch.loss_scale) };
             let ratio = norm(&gradient)? / (norm(&adversarial.gradient)? + 1e-4);
             let lambda = ratio.clamp(0.0, MAX_ADAPTION) * gan_loss.weight;
             terms.push(("adaptive_weight", lambda));

@@ -15,6 +15,7 @@ mod tiles;
 pub mod vqgan;
 
 pub use batch::{PixelBatch, Statistics, psnr};
+pub use manual::segments::Decoded;
 pub use reconstructor::{RECONSTRUCTION, Reconstructor};
 pub use tiles::CodeGrid;
 

@@ -4,7 +4,7 @@
 use super::{
     NO_MANUAL_PASS, PixelBatch, Statistics, check_finite, dvae,
     loss::{Loss, number},
-    manual::{self, Layer},
+    manual::{self, Layer, segments::Decoded},
     vqgan,
 };
 use crate::{
@@ -151,17 +151,23 @@ impl Reconstructor {
         Ok((loss * batch.share)?)
     }
 
-    /// The same by hand: adds the gradients of the parameters to `gradients`, and returns the loss and its gradient with
-    /// respect to `z_emb`.
+    /// The same by hand, with what [`Reconstructor::manual_backward`] needs.
     ///
     /// # Errors
     /// The shape is another, or there are no hand-written gradients.
-    pub fn manual_loss(&self, z_emb: &Tensor, batch: &PixelBatch, gradients: &mut Gradients) -> Result<(f64, Tensor)> {
+    pub fn manual_loss(&self, z_emb: &Tensor, batch: &PixelBatch) -> Result<(f64, Decoded)> {
         ensure!(self.manual, "{NO_MANUAL_PASS}");
         let (loss, mut terms, decoded) = self.body.manual_loss(z_emb, batch, &self.loss, &self.buffers)?;
         terms.push((RECONSTRUCTION, loss));
         *batch.statistics.borrow_mut() = Some(Statistics { terms, codes: Vec::new(), latents: None });
-        let dz = self.body.manual_backward(decoded, batch.share, &self.buffers, gradients)?;
-        Ok((loss * batch.share * batch.loss_scale, dz))
+        Ok((loss * batch.share * batch.loss_scale, decoded))
+    }
+
+    /// Adds the gradients of the parameters to `gradients`, and returns that of `z_emb`.
+    ///
+    /// # Errors
+    /// There are no hand-written gradients.
+    pub fn manual_backward(&self, decoded: Decoded, batch: &PixelBatch, gradients: &mut Gradients) -> Result<Tensor> {
+        self.body.manual_backward(decoded, batch.share, &self.buffers, gradients)
     }
 }

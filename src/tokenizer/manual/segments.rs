@@ -56,7 +56,7 @@ impl EncoderHalf {
 }
 
 /// What the decoder keeps for its backward pass.
-pub(in crate::tokenizer) struct Decoded {
+pub struct Decoded {
     layers: Vec<Kept>,
     /// Gradient of the loss with respect to the pixels.
     dy: Features,
@@ -81,8 +81,14 @@ impl DecoderBody {
     ) -> Result<(f64, Terms, Decoded)> {
         let (manual, head) = self.manual_layers()?;
         let (y, layers) = forward(&manual, features(z_q, buffers)?, buffers)?;
-        let input = head.input(layers.last().context("a decoder without layers")?, buffers)?;
-        let computed = loss.compute(&tensor(y)?, batch, |dy| self.last_weight_norm(&input, dy))?;
+        // Only an adversary asks for the norm, for which the largest features of the decoder are computed again.
+        let mut input = None;
+        let computed = loss.compute(&tensor(y)?, batch, |dy| {
+            if input.is_none() {
+                input = Some(head.input(layers.last().context("a decoder without layers")?, buffers)?);
+            }
+            self.last_weight_norm(input.as_ref().context("the last layer has no input")?, dy)
+        })?;
         let dy = features(&(computed.gradient * batch.share)?, buffers)?;
         Ok((computed.loss, computed.terms, Decoded { layers, dy, own: computed.own }))
     }
