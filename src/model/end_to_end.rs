@@ -9,7 +9,7 @@ use super::{
     sequence::Modality,
 };
 use crate::{
-    config::{Activation, Config, HiddenState, Precision},
+    config::{Activation, Config, HiddenState, ImageTokenizer, Precision},
     error::{Result, ensure},
     nn::{
         gradients::Gradients,
@@ -20,10 +20,10 @@ use crate::{
         pattern::Grid,
         segment::{Autograd, Saved, Segment},
     },
-    ops::{gelu, slices::view},
+    ops::{activation, gelu, slices::view},
     tokenizer::{Decoded, PixelBatch, Reconstructor},
 };
-use candle_core::Tensor;
+use candle_core::{D, DType, Tensor};
 use std::ops::Range;
 
 /// What end-to-end training adds to a generator.
@@ -59,21 +59,43 @@ impl Map {
         })
     }
 
-    /// (.., hidden) → (.., code_dim).
-    fn forward(&self, precision: Precision, x: &Tensor) -> Result<Tensor> {
-        let inner = self.fc1.forward_in(precision, &self.norm.forward(x)?)?;
-        self.fc2.forward_in(precision, &gelu(&inner)?)
+    /// (.., hidden) → (.., width), the input of the last layer.
+    fn activated(&self, precision: Precision, x: &Tensor) -> Result<Tensor> {
+        gelu(&self.fc1.forward_in(precision, &self.norm.forward(x)?)?)
     }
 }
 
+/// Norm of the gradient of the map's last weight, for its input `activated` (.., width) and the gradient of the code
+/// vectors (b, height, width, code_dim).
+fn last_weight_norm(activated: &Tensor, dz: &Tensor) -> Result<f64> {
+    let activated = activated.detach().reshape(((), activated.dim(D::Minus1)?))?;
+    let dz = dz.reshape((activated.dim(0)?, ()))?.to_dtype(activated.dtype())?;
+    let gradient = dz.t()?.matmul(&activated)?.to_dtype(DType::F64)?;
+    Ok(gradient.sqr()?.sum_all()?.sqrt()?.to_scalar()?)
+}
+
 impl EndToEnd {
+    /// Map and reconstructor of a trained model.
     pub fn new(scope: &Scope, config: &Config, grid: Grid) -> Result<Self> {
+        Self::with(Reconstructor::new, scope, config, grid)
+    }
+
+    /// The same for training, with all losses of the reconstructor.
+    pub fn in_training(scope: &Scope, config: &Config, grid: Grid) -> Result<Self> {
+        Self::with(Reconstructor::in_training, scope, config, grid)
+    }
+
+    fn with(
+        reconstructor: fn(&Scope, &ImageTokenizer) -> Result<Reconstructor>,
+        scope: &Scope,
+        config: &Config,
+        grid: Grid,
+    ) -> Result<Self> {
         let (scope, settings, tokenizer) = (scope.at(SCOPE), &config.end_to_end, &config.image_tokenizer);
         let hidden = config.model.hidden;
         let width = if settings.map_width == 0 { hidden } else { settings.map_width };
         let map = Map::new(&scope.at("map"), [hidden, width, tokenizer.code_dim])?;
-        let perceptual = !tokenizer.perceptual.is_empty();
-        let reconstructor = Reconstructor::new(&scope.at("reconstructor"), tokenizer, perceptual)?;
+        let reconstructor = reconstructor(&scope.at("reconstructor"), tokenizer)?;
         Ok(Self { hidden: settings.hidden, map, reconstructor, grid, params: scope.params() })
     }
 
@@ -104,10 +126,17 @@ impl EndToEnd {
 
     /// Hidden states (b, positions, hidden) → code vectors (b, height, width, code_dim).
     pub(super) fn code_vectors(&self, precision: Precision, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+        Ok(self.activated_and_code_vectors(precision, x, batch)?.1)
+    }
+
+    /// The same with the input of the map's last layer (b, codes, width).
+    fn activated_and_code_vectors(&self, precision: Precision, x: &Tensor, batch: &Batch) -> Result<(Tensor, Tensor)> {
         let positions = self.positions(batch)?;
         let states = x.narrow(1, positions.start, positions.len())?.contiguous()?;
         let Grid { height, width } = self.grid;
-        Ok(self.map.forward(precision, &states)?.reshape((x.dim(0)?, height, width, ()))?)
+        let activated = self.map.activated(precision, &states)?;
+        let z_emb = self.map.fc2.forward_in(precision, &activated)?.reshape((x.dim(0)?, height, width, ()))?;
+        Ok((activated, z_emb))
     }
 
     /// Hidden states (b, positions, hidden) → pixels (b, side, side, 3), about in \[-1, 1\].
@@ -130,7 +159,11 @@ impl EndToEnd {
         let mlp = ManualMlp::new([fc1, fc2], Activation::Gelu, precision);
         let (z_emb, inner) = mlp.forward(&normed, None)?;
         let z_emb = Tensor::from_vec(z_emb, (b, self.grid.height, self.grid.width, fc2.outputs()), x.device())?;
-        let (loss, decoded) = self.reconstructor.manual_loss(&z_emb, pixels)?;
+        let map_norm = |dz: &Tensor| {
+            let activated = activation::forward(Activation::Gelu, &inner);
+            last_weight_norm(&Tensor::from_vec(activated, (b * read.len(), fc1.outputs()), x.device())?, dz)
+        };
+        let (loss, decoded) = self.reconstructor.manual_loss(&z_emb, pixels, map_norm)?;
         Ok((loss, Mapped { states, normed, inner, decoded }))
     }
 
@@ -151,9 +184,10 @@ impl EndToEnd {
         let mlp = ManualMlp::new([fc1, fc2], Activation::Gelu, precision);
         let dnormed = mlp.backward(|| Ok(normed), inner, &view(&dz)?, gradients)?;
         let dstates = norm.manual_backward(&states, &dnormed, gradients)?;
+        let scale = batch.generator_gradient as f32;
         let rows = dx.chunks_exact_mut(positions * hidden);
         for (dx, dstates) in rows.zip(dstates.chunks_exact(read.len() * hidden)) {
-            dx[read.start * hidden..read.end * hidden].iter_mut().zip(dstates).for_each(|(dx, d)| *dx += d);
+            dx[read.start * hidden..read.end * hidden].iter_mut().zip(dstates).for_each(|(dx, d)| *dx += scale * d);
         }
         Ok(())
     }
@@ -199,9 +233,18 @@ impl Autograd<Batch> for EndToEndHead<'_> {
     fn autograd(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
         let of_tokens = AutogradHead { head: self.head, precision: self.precision }.autograd(x, batch)?;
         let Some(pixels) = &batch.pixels else { return Ok(of_tokens) };
-        let z_emb = self.end_to_end.code_vectors(self.precision, x, batch)?;
-        Ok((of_tokens + self.end_to_end.reconstructor.loss(&z_emb, pixels)?)?)
+        let x = with_gradient_scale(x, batch.generator_gradient)?;
+        let (activated, z_emb) = self.end_to_end.activated_and_code_vectors(self.precision, &x, batch)?;
+        let map_norm = |dz: &Tensor| last_weight_norm(&activated, dz);
+        Ok((of_tokens + self.end_to_end.reconstructor.loss(&z_emb, pixels, map_norm)?)?)
     }
+}
+
+/// `x`, whose gradient is `scale` times that of the result.
+fn with_gradient_scale(x: &Tensor, scale: f64) -> Result<Tensor> {
+    let fixed = x.detach();
+    // The difference is exactly 0, so that the values stay.
+    Ok(if scale == 1.0 { x.clone() } else { (((x - &fixed)? * scale)? + fixed)? })
 }
 
 /// [`EndToEndHead`] with hand-written gradients.

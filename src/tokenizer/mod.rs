@@ -12,9 +12,11 @@ pub mod segments;
 #[cfg(test)]
 mod tests;
 mod tiles;
+mod two_passes;
 pub mod vqgan;
 
 pub use batch::{PixelBatch, Statistics, psnr};
+pub use loss::ADVERSARIAL_TERMS;
 pub use manual::segments::Decoded;
 pub use reconstructor::{RECONSTRUCTION, Reconstructor};
 pub use tiles::CodeGrid;

@@ -8,6 +8,7 @@ mod generator;
 mod image_tokenizer;
 mod matcher;
 mod objectives;
+mod origins;
 mod pixels;
 mod reconstruction;
 mod vocabulary;
