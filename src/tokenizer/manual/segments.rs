@@ -12,9 +12,9 @@ use crate::{
     ops::with_slice,
     tokenizer::{
         EncoderHalf, PixelBatch, Statistics,
+        decoder_body::{DecoderBody, Terms},
         loss::{Loss, number},
         quantizer::Quantized,
-        reconstructor::{DecoderBody, Terms},
         segments::{Decode, Encode},
         two_passes::{self, DecoderGradients},
     },
