@@ -1,6 +1,6 @@
 //! The section `[end_to_end]` of a configuration.
 
-use super::check::Check;
+use super::{ImageTokenizer, check::Check};
 use serde::{Deserialize, Serialize};
 
 /// Section `[end_to_end]`: training of generator and reconstructor together (paper §3.1.3). Only for task `end-to-end`.
@@ -17,6 +17,11 @@ pub struct EndToEnd {
     pub reconstruction_weight: f64,
     /// Initial weights of the reconstructor: those of the image `tokenizer`'s decoder (default), or `random`.
     pub reconstructor_init: ReconstructorInit,
+    /// Scale of the gradient that the reconstruction loss, with its GAN loss, sends into the generator; map and
+    /// reconstructor always get all of it. Default 1. 0: the generator learns from its codes alone.
+    pub generator_gradient_scale: f64,
+    /// Steps over which this scale rises linearly from 0. 0 (default): it is reached at the first step.
+    pub generator_gradient_warmup: u64,
 }
 
 /// Which hidden state the reconstruction of a code reads.
@@ -44,16 +49,71 @@ impl Default for EndToEnd {
             map_width: 0,
             reconstruction_weight: 1.0,
             reconstructor_init: ReconstructorInit::Tokenizer,
+            generator_gradient_scale: 1.0,
+            generator_gradient_warmup: 0,
         }
     }
 }
 
 impl EndToEnd {
+    /// Scale of the reconstruction's gradient for the generator at this step (counted from 1).
+    pub fn generator_gradient(&self, step: u64) -> f64 {
+        let warmup = self.generator_gradient_warmup;
+        if step >= warmup {
+            return self.generator_gradient_scale;
+        }
+        self.generator_gradient_scale * (step as f64 / warmup as f64)
+    }
+
     /// Checks every value.
     pub(super) fn check(&self, check: &mut Check) {
         let weight = [("reconstruction_weight", self.reconstruction_weight)];
         check.within("end_to_end", &weight, 0.0, f64::INFINITY, "1 is the paper's; 0 trains no reconstruction");
+        let scale = [("generator_gradient_scale", self.generator_gradient_scale)];
+        check.within(
+            "end_to_end",
+            &scale,
+            0.0,
+            f64::INFINITY,
+            "1 is the gradient itself; 0 keeps it from the generator",
+        );
         let hint = "model.hidden is usual, which 0 stands for";
         check.that(self.map_width <= 65536, "end_to_end.map_width", "be at most 65536", hint);
+    }
+}
+
+impl ImageTokenizer {
+    /// The settings of a trained image tokenizer for end-to-end training with `ours`, which says whether the reconstructor
+    /// has perceptual and GAN losses.
+    pub fn with_losses_of(self, ours: &Self) -> Self {
+        Self {
+            adversarial_weight: ours.adversarial_weight,
+            adversarial_start: ours.adversarial_start,
+            adversarial_loss: ours.adversarial_loss,
+            discriminator_channels: ours.discriminator_channels,
+            discriminator_layers: ours.discriminator_layers,
+            discriminator_ceiling: ours.discriminator_ceiling,
+            lecam_weight: ours.lecam_weight,
+            perceptual: ours.perceptual.clone(),
+            // The decoder that the reconstructor starts from is past it.
+            perceptual_start: 0,
+            ..self
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_gradient_for_the_generator_is_warmed_up() {
+        let at = |scale, warmup| {
+            let settings =
+                EndToEnd { generator_gradient_scale: scale, generator_gradient_warmup: warmup, ..Default::default() };
+            [1, 2, 4, 9].map(|step| settings.generator_gradient(step))
+        };
+        assert_eq!(at(0.5, 4), [0.125, 0.25, 0.5, 0.5]);
+        assert_eq!(at(1.0, 0), [1.0; 4]);
     }
 }

@@ -91,7 +91,7 @@ pub enum Normalization {
 #[serde(deny_unknown_fields, default)]
 pub struct ImageTokenizer {
     /// Model folder of a trained tokenizer, or `demo`. Only for the tasks `generator` and `end-to-end`: the other keys are
-    /// read from that folder.
+    /// read from that folder, except, for `end-to-end`, `perceptual` and those of the GAN loss.
     pub path: String,
     /// Architecture of encoder and decoder: `vqgan` (default) or `dvae`.
     pub architecture: Architecture,
@@ -155,7 +155,7 @@ pub struct ImageTokenizer {
     /// Step after which the perceptual loss is added; steps before it are several times faster. Default 0.
     pub perceptual_start: u64,
     /// Weight of the adversarial loss before the adaptive weight (arXiv 2012.09841, eq. 7). 0 (default): no
-    /// discriminator.
+    /// discriminator. For task `end-to-end`: of the reconstructor, as are the six keys below.
     pub adversarial_weight: f64,
     /// Step after which the discriminator is trained and its loss is added. Default 0.
     pub adversarial_start: u64,

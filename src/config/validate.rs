@@ -359,6 +359,7 @@ mod tests {
             "model.conv_size=10",
             "end_to_end.map_width=65537",
             "end_to_end.reconstruction_weight=-1",
+            "end_to_end.generator_gradient_scale=nan",
             "train.steps=0",
             "train.batch_size=1048577",
             "train.batch_size=9223372036854775807",

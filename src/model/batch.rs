@@ -76,6 +76,8 @@ pub struct Batch {
     pub loss_scale: f64,
     /// The images themselves, in end-to-end training: the loss of their reconstruction is added.
     pub pixels: Option<Rc<PixelBatch>>,
+    /// Scale of the gradient that the loss of the reconstruction sends into the hidden states. 1: as it is.
+    pub generator_gradient: f64,
     /// The keys of each pattern. All layers with a pattern share them, with what a device keeps of them.
     keys: RefCell<Vec<(Grid, Pattern, Arc<KeyRanges>)>>,
 }
@@ -104,7 +106,8 @@ impl Batch {
         let mut tokens = tokens.into_iter();
         let sources = sources.iter().copied().zip(tokens.by_ref()).collect();
         let Some(tokens) = tokens.next() else { bail!("a sequence without a target") };
-        Ok(Self { sources, target: (target, tokens), loss_scale: 1.0, pixels: None, keys: RefCell::default() })
+        let target = (target, tokens);
+        Ok(Self { sources, target, loss_scale: 1.0, pixels: None, generator_gradient: 1.0, keys: RefCell::default() })
     }
 
     /// Text → image ([`Span::text_to_image`]); `codes` (b, n) u32.

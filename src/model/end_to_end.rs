@@ -5,11 +5,11 @@
 use super::{
     batch::Batch,
     head::{AutogradHead, Head},
-    manual::{Found, ManualHead},
+    manual::{Found, ManualHead, unpack},
     sequence::Modality,
 };
 use crate::{
-    config::{Activation, Config, HiddenState, Precision},
+    config::{Activation, Config, HiddenState, ImageTokenizer, Precision},
     error::{Result, ensure},
     nn::{
         gradients::Gradients,
@@ -20,10 +20,10 @@ use crate::{
         pattern::Grid,
         segment::{Autograd, Saved, Segment},
     },
-    ops::{gelu, slices::view},
-    tokenizer::Reconstructor,
+    ops::{activation, gelu, slices::view},
+    tokenizer::{Decoded, PixelBatch, Reconstructor},
 };
-use candle_core::Tensor;
+use candle_core::{D, DType, Tensor};
 use std::ops::Range;
 
 /// What end-to-end training adds to a generator.
@@ -59,21 +59,43 @@ impl Map {
         })
     }
 
-    /// (.., hidden) → (.., code_dim).
-    fn forward(&self, precision: Precision, x: &Tensor) -> Result<Tensor> {
-        let inner = self.fc1.forward_in(precision, &self.norm.forward(x)?)?;
-        self.fc2.forward_in(precision, &gelu(&inner)?)
+    /// (.., hidden) → (.., width), the input of the last layer.
+    fn activated(&self, precision: Precision, x: &Tensor) -> Result<Tensor> {
+        gelu(&self.fc1.forward_in(precision, &self.norm.forward(x)?)?)
     }
 }
 
+/// Norm of the gradient of the map's last weight, for its input `activated` (.., width) and the gradient of the code
+/// vectors (b, height, width, code_dim).
+fn last_weight_norm(activated: &Tensor, dz: &Tensor) -> Result<f64> {
+    let activated = activated.detach().reshape(((), activated.dim(D::Minus1)?))?;
+    let dz = dz.reshape((activated.dim(0)?, ()))?.to_dtype(activated.dtype())?;
+    let gradient = dz.t()?.matmul(&activated)?.to_dtype(DType::F64)?;
+    Ok(gradient.sqr()?.sum_all()?.sqrt()?.to_scalar()?)
+}
+
 impl EndToEnd {
+    /// Map and reconstructor of a trained model.
     pub fn new(scope: &Scope, config: &Config, grid: Grid) -> Result<Self> {
+        Self::with(Reconstructor::new, scope, config, grid)
+    }
+
+    /// The same for training, with all losses of the reconstructor.
+    pub fn in_training(scope: &Scope, config: &Config, grid: Grid) -> Result<Self> {
+        Self::with(Reconstructor::in_training, scope, config, grid)
+    }
+
+    fn with(
+        reconstructor: fn(&Scope, &ImageTokenizer) -> Result<Reconstructor>,
+        scope: &Scope,
+        config: &Config,
+        grid: Grid,
+    ) -> Result<Self> {
         let (scope, settings, tokenizer) = (scope.at(SCOPE), &config.end_to_end, &config.image_tokenizer);
         let hidden = config.model.hidden;
         let width = if settings.map_width == 0 { hidden } else { settings.map_width };
         let map = Map::new(&scope.at("map"), [hidden, width, tokenizer.code_dim])?;
-        let perceptual = !tokenizer.perceptual.is_empty();
-        let reconstructor = Reconstructor::new(&scope.at("reconstructor"), tokenizer, perceptual)?;
+        let reconstructor = reconstructor(&scope.at("reconstructor"), tokenizer)?;
         Ok(Self { hidden: settings.hidden, map, reconstructor, grid, params: scope.params() })
     }
 
@@ -104,10 +126,17 @@ impl EndToEnd {
 
     /// Hidden states (b, positions, hidden) → code vectors (b, height, width, code_dim).
     pub(super) fn code_vectors(&self, precision: Precision, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+        Ok(self.activated_and_code_vectors(precision, x, batch)?.1)
+    }
+
+    /// The same with the input of the map's last layer (b, codes, width).
+    fn activated_and_code_vectors(&self, precision: Precision, x: &Tensor, batch: &Batch) -> Result<(Tensor, Tensor)> {
         let positions = self.positions(batch)?;
         let states = x.narrow(1, positions.start, positions.len())?.contiguous()?;
         let Grid { height, width } = self.grid;
-        Ok(self.map.forward(precision, &states)?.reshape((x.dim(0)?, height, width, ()))?)
+        let activated = self.map.activated(precision, &states)?;
+        let z_emb = self.map.fc2.forward_in(precision, &activated)?.reshape((x.dim(0)?, height, width, ()))?;
+        Ok((activated, z_emb))
     }
 
     /// Hidden states (b, positions, hidden) → pixels (b, side, side, 3), about in \[-1, 1\].
@@ -118,9 +147,8 @@ impl EndToEnd {
         self.reconstructor.decode(&self.code_vectors(Precision::F32, x, batch)?)
     }
 
-    /// Adds the loss of the reconstruction and its gradients to those found for hidden states `x` (b, positions, hidden).
-    fn find(&self, precision: Precision, x: &Tensor, batch: &Batch, found: &mut Found) -> Result<()> {
-        let Some(pixels) = &batch.pixels else { return Ok(()) };
+    /// The loss of the reconstruction from hidden states `x` (b, positions, hidden), and what its backward pass needs.
+    fn manual(&self, precision: Precision, x: &Tensor, batch: &Batch, pixels: &PixelBatch) -> Result<(f64, Mapped)> {
         let ((b, positions, hidden), read) = (x.dims3()?, self.positions(batch)?);
         let Map { norm, fc1, fc2 } = &self.map;
         let values = view::<f32>(x)?;
@@ -131,18 +159,47 @@ impl EndToEnd {
         let mlp = ManualMlp::new([fc1, fc2], Activation::Gelu, precision);
         let (z_emb, inner) = mlp.forward(&normed, None)?;
         let z_emb = Tensor::from_vec(z_emb, (b, self.grid.height, self.grid.width, fc2.outputs()), x.device())?;
+        let map_norm = |dz: &Tensor| {
+            let activated = activation::forward(Activation::Gelu, &inner);
+            last_weight_norm(&Tensor::from_vec(activated, (b * read.len(), fc1.outputs()), x.device())?, dz)
+        };
+        let (loss, decoded) = self.reconstructor.manual_loss(&z_emb, pixels, map_norm)?;
+        Ok((loss, Mapped { states, normed, inner, decoded }))
+    }
 
-        let (loss, dz) = self.reconstructor.manual_loss(&z_emb, pixels, &mut found.gradients)?;
-        found.loss += loss;
-
-        let dnormed = mlp.backward(|| Ok(normed), inner, &view(&dz)?, &mut found.gradients)?;
-        let dstates = norm.manual_backward(&states, &dnormed, &mut found.gradients)?;
-        let rows = found.dx.chunks_exact_mut(positions * hidden);
+    /// Adds the gradients of [`EndToEnd::manual`]: those of the parameters to `gradients`, those of hidden states of the
+    /// shape of `x` to `dx`.
+    fn manual_backward(
+        &self,
+        precision: Precision,
+        (x, dx): (&Tensor, &mut [f32]),
+        (batch, pixels): (&Batch, &PixelBatch),
+        mapped: Mapped,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let Mapped { states, normed, inner, decoded } = mapped;
+        let ((_, positions, hidden), read) = (x.dims3()?, self.positions(batch)?);
+        let Map { norm, fc1, fc2 } = &self.map;
+        let dz = self.reconstructor.manual_backward(decoded, pixels, gradients)?;
+        let mlp = ManualMlp::new([fc1, fc2], Activation::Gelu, precision);
+        let dnormed = mlp.backward(|| Ok(normed), inner, &view(&dz)?, gradients)?;
+        let dstates = norm.manual_backward(&states, &dnormed, gradients)?;
+        let scale = batch.generator_gradient as f32;
+        let rows = dx.chunks_exact_mut(positions * hidden);
         for (dx, dstates) in rows.zip(dstates.chunks_exact(read.len() * hidden)) {
-            dx[read.start * hidden..read.end * hidden].iter_mut().zip(dstates).for_each(|(dx, d)| *dx += d);
+            dx[read.start * hidden..read.end * hidden].iter_mut().zip(dstates).for_each(|(dx, d)| *dx += scale * d);
         }
         Ok(())
     }
+}
+
+/// What the reconstruction keeps for its backward pass.
+struct Mapped {
+    /// Hidden states of the codes, (b · codes, hidden).
+    states: Vec<f32>,
+    normed: Vec<f32>,
+    inner: Vec<f32>,
+    decoded: Decoded,
 }
 
 /// The last segment of the chain: the head with the loss of the tokens and, for batches with pixels, the reconstruction
@@ -176,9 +233,18 @@ impl Autograd<Batch> for EndToEndHead<'_> {
     fn autograd(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
         let of_tokens = AutogradHead { head: self.head, precision: self.precision }.autograd(x, batch)?;
         let Some(pixels) = &batch.pixels else { return Ok(of_tokens) };
-        let z_emb = self.end_to_end.code_vectors(self.precision, x, batch)?;
-        Ok((of_tokens + self.end_to_end.reconstructor.loss(&z_emb, pixels)?)?)
+        let x = with_gradient_scale(x, batch.generator_gradient)?;
+        let (activated, z_emb) = self.end_to_end.activated_and_code_vectors(self.precision, &x, batch)?;
+        let map_norm = |dz: &Tensor| last_weight_norm(&activated, dz);
+        Ok((of_tokens + self.end_to_end.reconstructor.loss(&z_emb, pixels, map_norm)?)?)
     }
+}
+
+/// `x`, whose gradient is `scale` times that of the result.
+fn with_gradient_scale(x: &Tensor, scale: f64) -> Result<Tensor> {
+    let fixed = x.detach();
+    // The difference is exactly 0, so that the values stay.
+    Ok(if scale == 1.0 { x.clone() } else { (((x - &fixed)? * scale)? + fixed)? })
 }
 
 /// [`EndToEndHead`] with hand-written gradients.
@@ -197,18 +263,26 @@ impl Segment<Batch> for ManualEndToEndHead<'_> {
     fn forward(&self, x: &Tensor, batch: &Batch) -> Result<(Tensor, Saved)> {
         let EndToEndHead { head, end_to_end, precision, .. } = &self.0;
         let mut found = ManualHead { head, precision: *precision }.find(x, batch)?;
-        end_to_end.find(*precision, x, batch, &mut found)?;
-        found.output(x)
+        let pixels = batch.pixels.as_ref();
+        let reconstruction = pixels.map(|pixels| end_to_end.manual(*precision, x, batch, pixels)).transpose()?;
+        found.loss += reconstruction.as_ref().map_or(0.0, |(loss, _)| *loss);
+        let loss = Tensor::new(found.loss as f32, x.device())?;
+        Ok((loss, Box::new((found, reconstruction.map(|(_, mapped)| mapped)))))
     }
 
     fn backward(
         &self,
         x: &Tensor,
-        _: &Batch,
+        batch: &Batch,
         saved: Saved,
         _: Option<Tensor>,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        Found::backward(saved, x, gradients)
+        let EndToEndHead { end_to_end, precision, .. } = &self.0;
+        let (mut found, mapped) = unpack::<(Found, Option<Mapped>)>(saved)?;
+        if let (Some(pixels), Some(mapped)) = (&batch.pixels, mapped) {
+            end_to_end.manual_backward(*precision, (x, &mut found.dx), (batch, pixels), mapped, gradients)?;
+        }
+        found.backward(x, gradients)
     }
 }

@@ -11,7 +11,7 @@ use crate::{
     error::Result,
     nn::{gradients::Gradients, params::Scope},
     ops::testing::normal,
-    tokenizer::PixelBatch,
+    tokenizer::{PixelBatch, discriminator::LogitEma},
 };
 use candle_core::{DType, Device, Tensor};
 use std::rc::Rc;
@@ -213,6 +213,112 @@ fn the_reconstruction_reads_the_states_that_it_should() -> Result<()> {
         let pixels = generator.reconstruct(case.batch(TEXT_TO_IMAGE, &texts, &codes)?)?;
         assert_eq!(pixels.dims(), [1, 8, 8, 3]);
         assert!(generator.reconstruct(case.batch(IMAGE_TO_TEXT, &texts, &codes)?).is_err());
+    }
+    Ok(())
+}
+
+/// Weight of the GAN loss.
+const GAN_WEIGHT: f64 = 0.6;
+
+/// A case with a discriminator, and a batch that has it in its loss.
+fn adversarial(index: u64, architecture: Architecture) -> Result<(Generator, Batch)> {
+    let mut case = end_to_end(index, HiddenState::Input, architecture);
+    let settings = &mut case.config.image_tokenizer;
+    (settings.adversarial_weight, settings.lecam_weight) = (GAN_WEIGHT, 0.1);
+    (settings.discriminator_channels, settings.discriminator_layers) = (4, 1);
+    let (generator, _) = case.generator(DType::F32)?;
+    let batch = batch(&mut case, &generator, DType::F32, true)?;
+    Ok((generator, batch))
+}
+
+/// Gradients of the batch, with the discriminator in its loss or not, and the adaptive weight.
+fn gradients(
+    generator: &Generator,
+    batch: &Batch,
+    (manual, gan, scale): (bool, bool, f64),
+) -> Result<(Gradients, Option<f64>)> {
+    let (mut batch, mut gradients) = (batch.clone(), Gradients::default());
+    let mut pixels = PixelBatch::new(batch.pixels.as_ref().unwrap().pixels.clone(), SHARE);
+    pixels.logit_ema = gan.then_some(LogitEma { real: 0.3, fake: -0.2, accuracy: 0.5 });
+    (batch.pixels, batch.generator_gradient) = (Some(Rc::new(pixels)), scale);
+    let chain = if manual { generator.segments() } else { generator.autograd_segments(Precision::F32) };
+    run(&chain, &batch, &mut gradients)?;
+    let terms = batch.pixels.as_ref().unwrap().statistics.take().unwrap().terms;
+    let weight = terms.iter().find(|(name, _)| *name == "adaptive_weight").map(|(_, weight)| *weight);
+    Ok((gradients, weight))
+}
+
+/// Each architecture with the gradients that it can have.
+const WAYS: [(u64, Architecture, bool); 3] =
+    [(1, Architecture::Vqgan, true), (1, Architecture::Vqgan, false), (2, Architecture::Dvae, false)];
+
+/// The adaptive weight gives the adversarial gradient at the map's last layer the norm of that of the other terms.
+#[test]
+fn the_adaptive_weight_is_measured_at_the_last_layer_of_the_map() -> Result<()> {
+    for (index, architecture, manual) in WAYS {
+        let (generator, batch) = adversarial(index, architecture)?;
+        let (without, none) = gradients(&generator, &batch, (manual, false, 1.0))?;
+        let (with, weight) = gradients(&generator, &batch, (manual, true, 1.0))?;
+        assert!(none.is_none() && weight.is_some_and(|weight| weight > 0.0), "{weight:?}");
+        let name = "end_to_end.map.fc2.weight";
+        let (ours, plain) = (with.get(name).unwrap(), without.get(name).unwrap());
+        let ratio = norm(&(ours - plain)?)? / norm(plain)?;
+        assert!(ratio <= GAN_WEIGHT * (1.0 + 1e-4) && ratio > 0.9 * GAN_WEIGHT, "{architecture:?} {manual}: {ratio}");
+        // At the reconstructor's last layer it is another ratio: the weight is not measured there.
+        let ends = ["conv_out.weight", "blocks.output.conv.w"];
+        let is_last = |name: &&String| name.contains("reconstructor") && ends.iter().any(|end| name.ends_with(end));
+        let last = with.iter().map(|(name, _)| name).find(is_last).unwrap();
+        let (ours, plain) = (with.get(last).unwrap(), without.get(last).unwrap());
+        let ratio = norm(&(ours - plain)?)? / norm(plain)?;
+        assert!((ratio - GAN_WEIGHT).abs() > 1e-3, "{architecture:?} {manual}: {ratio}");
+        let trained =
+            |gradients: &Gradients| gradients.iter().filter(|(name, _)| name.contains("discriminator")).count();
+        assert!(trained(&with) > 0 && trained(&without) == 0);
+    }
+    Ok(())
+}
+
+#[test]
+fn manual_gradients_with_a_discriminator_equal_autograd() -> Result<()> {
+    let (generator, batch) = adversarial(1, Architecture::Vqgan)?;
+    let [(manual, ours), (autograd, theirs)] =
+        [true, false].map(|manual| gradients(&generator, &batch, (manual, true, 0.3)).unwrap());
+    assert!((ours.unwrap() / theirs.unwrap() - 1.0).abs() < 1e-3, "{ours:?} {theirs:?}");
+    assert_eq!(manual.iter().count(), autograd.iter().count());
+    for (name, theirs) in autograd.iter().filter(|(name, _)| !name.ends_with("k_norm.bias")) {
+        let distance = norm(&(manual.get(name).unwrap() - theirs)?)? / norm(theirs)?.max(1e-2);
+        assert!(distance < 2e-3, "{name}: {distance:e}");
+    }
+    Ok(())
+}
+
+/// With a scale of 0 the generator learns from its codes alone; between 0 and 1 its gradient is a straight line. Map,
+/// reconstructor and discriminator get theirs at any scale.
+#[test]
+fn the_generator_gets_the_gradient_of_the_reconstruction_only_as_scaled() -> Result<()> {
+    for (index, architecture, manual) in WAYS {
+        let (generator, batch) = adversarial(index, architecture)?;
+        let at = |scale| gradients(&generator, &batch, (manual, true, scale)).unwrap().0;
+        let [none, part, all] = [0.0, 0.25, 1.0].map(at);
+        let mut codes_alone = Gradients::default();
+        let chain = if manual { generator.segments() } else { generator.autograd_segments(Precision::F32) };
+        let mut tokens = batch.clone();
+        tokens.pixels = None;
+        run(&chain, &tokens, &mut codes_alone)?;
+        let mut of_generator = 0;
+        for (name, all) in all.iter() {
+            let [none, part] = [&none, &part].map(|gradients| gradients.get(name).unwrap());
+            if name.starts_with(end_to_end::SCOPE) {
+                assert_eq!(norm(&(none - all)?)? + norm(&(part - all)?)?, 0.0, "{name}");
+                continue;
+            }
+            assert_eq!(norm(&(none - codes_alone.get(name).unwrap())?)?, 0.0, "{name}");
+            let (whole, scaled) = ((all - none)?, (part - none)?);
+            let bound = 1e-5 * norm(all)?.max(norm(none)?);
+            assert!(norm(&(scaled - (&whole * 0.25)?)?)? <= bound, "{architecture:?} {manual} {name}");
+            of_generator += usize::from(norm(&whole)? > 10.0 * bound);
+        }
+        assert!(of_generator > 10, "{architecture:?} {manual}: the reconstruction reaches {of_generator} parameters");
     }
     Ok(())
 }

@@ -248,15 +248,14 @@ impl ManualHead<'_> {
 
 impl Found {
     /// What the last segment of the chain returns for hidden states like `x`.
-    pub(super) fn output(self, x: &Tensor) -> Result<(Tensor, Saved)> {
+    fn output(self, x: &Tensor) -> Result<(Tensor, Saved)> {
         Ok((Tensor::new(self.loss as f32, x.device())?, Box::new(self)))
     }
 
     /// The backward pass of the last segment, whose gradients are there already.
-    pub(super) fn backward(saved: Saved, x: &Tensor, gradients: &mut Gradients) -> Result<Option<Tensor>> {
-        let found = unpack::<Self>(saved)?;
-        gradients.merge(found.gradients)?;
-        Ok(Some(Tensor::from_vec(found.dx, x.shape(), x.device())?))
+    pub(super) fn backward(self, x: &Tensor, gradients: &mut Gradients) -> Result<Option<Tensor>> {
+        gradients.merge(self.gradients)?;
+        Ok(Some(Tensor::from_vec(self.dx, x.shape(), x.device())?))
     }
 }
 
@@ -282,10 +281,10 @@ impl Segment<Batch> for ManualHead<'_> {
         _: Option<Tensor>,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        Found::backward(saved, x, gradients)
+        unpack::<Found>(saved)?.backward(x, gradients)
     }
 }
 
-fn unpack<T: 'static>(saved: Saved) -> Result<T> {
+pub(super) fn unpack<T: 'static>(saved: Saved) -> Result<T> {
     saved.downcast().map(|saved| *saved).ok().context("the saved state belongs to another segment")
 }

@@ -72,7 +72,7 @@ impl Case {
     /// Random weights as after some training: biases and norms are random as well, and logits are not uniform.
     pub(super) fn generator(&self, dtype: DType) -> Result<(Generator, Params)> {
         let scope = Scope::from_seed(1, dtype, &Device::Cpu);
-        let generator = Generator::new(&scope, &self.config, VOCAB, CODEBOOK, self.grid)?;
+        let generator = Generator::in_training(&scope, &self.config, VOCAB, CODEBOOK, self.grid)?;
         for (i, var) in scope.params().values().enumerate() {
             let mut random = Random::keyed(2, "weights", 0, i as u64);
             let noise: Vec<f64> = (0..var.elem_count()).map(|_| random.normal() * 0.3).collect();

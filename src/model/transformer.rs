@@ -38,6 +38,29 @@ impl Generator {
         codebook_size: usize,
         grid: (usize, usize),
     ) -> Result<Self> {
+        Self::with(EndToEnd::new, scope, config, [vocab_size, codebook_size], grid)
+    }
+
+    /// The same for training, with all losses of an end-to-end reconstructor ([`Reconstructor::in_training`]).
+    ///
+    /// [`Reconstructor::in_training`]: crate::tokenizer::Reconstructor::in_training
+    pub fn in_training(
+        scope: &Scope,
+        config: &Config,
+        vocab_size: usize,
+        codebook_size: usize,
+        grid: (usize, usize),
+    ) -> Result<Self> {
+        Self::with(EndToEnd::in_training, scope, config, [vocab_size, codebook_size], grid)
+    }
+
+    fn with(
+        end_to_end: fn(&Scope, &Config, Grid) -> Result<EndToEnd>,
+        scope: &Scope,
+        config: &Config,
+        [vocab_size, codebook_size]: [usize; 2],
+        grid: (usize, usize),
+    ) -> Result<Self> {
         let grid = Grid { height: grid.0, width: grid.1 };
         let scope = &scope.clone().with_lora(&config.lora);
         let model = &config.model;
@@ -49,7 +72,7 @@ impl Generator {
         let layers = (0..model.layers).map(layer).collect::<Result<_>>()?;
         let head = Head::new(scope, model.hidden, vocab_size, codebook_size)?;
         let end_to_end = match config.task {
-            Task::EndToEnd => Some(EndToEnd::new(scope, config, grid)?),
+            Task::EndToEnd => Some(end_to_end(scope, config, grid)?),
             _ => None,
         };
         let table = &embedding.text;

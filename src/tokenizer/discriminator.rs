@@ -12,9 +12,9 @@ use candle_core::Tensor;
 /// The scope of the discriminator's parameters.
 pub const SCOPE: &str = "discriminator";
 
-/// Whether a parameter of a tokenizer in training belongs to the discriminator.
+/// Whether a parameter belongs to the discriminator of a tokenizer in training, or of an end-to-end reconstructor.
 pub fn is_ours(name: &str) -> bool {
-    name.strip_prefix(SCOPE).is_some_and(|rest| rest.starts_with('.'))
+    name.split('.').any(|part| part == SCOPE)
 }
 
 const KERNEL: usize = 4;

@@ -15,6 +15,10 @@ use crate::{
 use candle_core::{DType, Tensor, Var};
 use std::path::Path;
 
+/// The terms that a GAN loss adds to the log, none of which is a loss to sum up.
+pub const ADVERSARIAL_TERMS: [&str; 6] =
+    ["generator", "discriminator", "discriminator_accuracy", "logits_real", "logits_fake", "adaptive_weight"];
+
 /// Maximum adaptive weight of the adversarial loss.
 const MAX_ADAPTION: f64 = 1e4;
 
@@ -46,6 +50,8 @@ pub struct LossOutput {
     pub loss: f64,
     /// Gradient of all terms with respect to the decoder's output, times the batch's loss scale.
     pub gradient: Tensor,
+    /// Adaptive weight of the adversarial gradient in `gradient`; 0 without a discriminator.
+    pub adaptive_weight: f64,
     /// Gradients of the discriminator's own loss with respect to its parameters, times the loss scale.
     pub own: Vec<(String, Tensor)>,
 }
@@ -92,14 +98,20 @@ impl Loss {
         Ok(all)
     }
 
+    /// Whether the loss of this batch has an adversarial term.
+    pub fn is_adversarial(&self, batch: &PixelBatch) -> bool {
+        self.gan_loss.is_some() && batch.logit_ema.is_some()
+    }
+
     /// Computes the loss of the decoder's output: pixels `(batch, side, side, 3)`, or a distribution over them
-    /// `(batch, side, side, 6)`. `last_norm` returns the norm of the gradient of the decoder's last weight, for a
-    /// gradient of its output.
+    /// `(batch, side, side, 6)`. `layer_norm` returns the norm of the gradient of the layer at which the adaptive weight is
+    /// measured, for a gradient of the decoder's output. It is called only with a discriminator: for the gradient of the
+    /// pixel and perceptual terms, then for that of the adversarial term.
     pub fn compute(
         &self,
         output: &Tensor,
         batch: &PixelBatch,
-        last_norm: impl Fn(&Tensor) -> Result<f64>,
+        mut layer_norm: impl FnMut(&Tensor) -> Result<f64>,
     ) -> Result<LossOutput> {
         let y = Var::from_tensor(output)?;
         let pixels = if self.distribution { dvae::pixels(&y)? } else { y.as_tensor().clone() };
@@ -121,19 +133,18 @@ impl Loss {
         }
         let mut store = (&loss * batch.loss_scale)?.backward()?;
         let mut gradient = store.remove(&y).context("the loss does not depend on the reconstruction")?;
-        let mut own = Vec::new();
+        let (mut adaptive_weight, mut own) = (0.0, Vec::new());
         if let (Some(gan_loss), Some(logit_ema)) = (&self.gan_loss, batch.logit_ema) {
             let adversarial = gan_loss.compute(&y, &pixels, batch, logit_ema, &mut terms)?;
-            // λ (eq. 7): the adversarial gradient at the decoder's last layer gets the norm of the other terms'
-            // gradient.
-            let norm = |gradient: &Tensor| -> Result<f64> { Ok(last_norm(gradient)? / batch.loss_scale) };
+            // λ (eq. 7): the adversarial gradient at the measured layer gets the norm of the other terms' gradient.
+            let mut norm = |gradient: &Tensor| -> Result<f64> { Ok(layer_norm(gradient)? / batch.loss_scale) };
             let ratio = norm(&gradient)? / (norm(&adversarial.gradient)? + 1e-4);
-            let lambda = ratio.clamp(0.0, MAX_ADAPTION) * gan_loss.weight;
-            terms.push(("adaptive_weight", lambda));
-            gradient = (gradient + (adversarial.gradient * lambda)?)?;
+            adaptive_weight = ratio.clamp(0.0, MAX_ADAPTION) * gan_loss.weight;
+            terms.push(("adaptive_weight", adaptive_weight));
+            gradient = (gradient + (adversarial.gradient * adaptive_weight)?)?;
             own = adversarial.own;
         }
-        Ok(LossOutput { terms, loss: number(&loss)?, gradient, own })
+        Ok(LossOutput { terms, loss: number(&loss)?, gradient, adaptive_weight, own })
     }
 }
 

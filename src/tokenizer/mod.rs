@@ -1,6 +1,7 @@
 //! Image tokenizers (paper §2.1): pixels to a grid of codes and back.
 
 mod batch;
+mod decoder_body;
 pub mod discriminator;
 mod dvae;
 mod loss;
@@ -12,9 +13,12 @@ pub mod segments;
 #[cfg(test)]
 mod tests;
 mod tiles;
+mod two_passes;
 pub mod vqgan;
 
 pub use batch::{PixelBatch, Statistics, psnr};
+pub use loss::ADVERSARIAL_TERMS;
+pub use manual::segments::Decoded;
 pub use reconstructor::{RECONSTRUCTION, Reconstructor};
 pub use tiles::CodeGrid;
 
@@ -24,13 +28,13 @@ use crate::{
     nn::{conv::Conv2d, features::Buffers, params::Scope, segment::Segment},
 };
 use candle_core::{DType, Device, Tensor};
+use decoder_body::DecoderBody;
 use loss::Loss;
 use manual::{Layer, segments::Manual};
 use quantizer::{
     Quantizer,
     ema_codebook::{self, EmaCodebook},
 };
-use reconstructor::DecoderBody;
 use segments::{Decode, Encode};
 use std::rc::Rc;
 use vqgan::Encoder;

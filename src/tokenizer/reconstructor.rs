@@ -2,101 +2,25 @@
 //! tokenizer; in end-to-end training (paper §3.1.3) it is a network of its own, over vectors that are no codes.
 
 use super::{
-    NO_MANUAL_PASS, PixelBatch, Statistics, check_finite, dvae,
+    NO_MANUAL_PASS, PixelBatch, Statistics, check_finite,
+    decoder_body::{DecoderBody, Terms},
     loss::{Loss, number},
-    manual::{self, Layer},
-    vqgan,
+    manual::{self, segments::Decoded},
+    two_passes::{self, DecoderGradients},
 };
 use crate::{
-    config::{self, Architecture},
-    error::{Result, bail, ensure},
+    config,
+    error::{Context, Result, ensure},
     nn::{
-        conv::Conv2d,
         features::Buffers,
         gradients::Gradients,
-        params::{Params, Scope},
+        params::{Param, Params, Scope},
     },
 };
-use candle_core::Tensor;
-
-/// The layers after the quantizer.
-pub(super) enum DecoderBody {
-    Vqgan { post_quant_conv: Conv2d, decoder: Box<vqgan::Decoder> },
-    Dvae(dvae::Decoder),
-}
+use candle_core::{Tensor, Var};
 
 /// The name of the weighted sum of all terms.
 pub const RECONSTRUCTION: &str = "reconstruction";
-
-/// Mean values by name.
-pub(super) type Terms = Vec<(&'static str, f64)>;
-
-impl DecoderBody {
-    pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
-        let decoder = &scope.at("decoder");
-        Ok(match config.architecture {
-            Architecture::Vqgan => Self::Vqgan {
-                post_quant_conv: Conv2d::same(
-                    &scope.at("post_quant_conv"),
-                    config.code_dim,
-                    config.latent_channels,
-                    1,
-                )?,
-                decoder: Box::new(vqgan::Decoder::new(decoder, config)?),
-            },
-            Architecture::Dvae => Self::Dvae(dvae::Decoder::new(decoder, config)?),
-        })
-    }
-
-    /// Code vectors → pixels.
-    pub fn decode(&self, z_q: &Tensor) -> Result<Tensor> {
-        let output = self.decode_to_last(z_q)?.1;
-        match self {
-            Self::Vqgan { .. } => Ok(output),
-            Self::Dvae(_) => dvae::pixels(&output),
-        }
-    }
-
-    /// The input of the last convolution, and its output: pixels, or a dVAE's distribution over pixels.
-    pub fn decode_to_last(&self, z_q: &Tensor) -> Result<(Tensor, Tensor)> {
-        match self {
-            Self::Vqgan { post_quant_conv, decoder } => decoder.forward(&post_quant_conv.forward(z_q)?),
-            Self::Dvae(decoder) => decoder.forward(z_q),
-        }
-    }
-
-    /// Norm of the gradient of the last convolution's weight, from its input and the gradient of its output.
-    pub fn last_weight_norm(&self, input: &Tensor, dy: &Tensor) -> Result<f64> {
-        match self {
-            Self::Vqgan { decoder, .. } => decoder.last_weight_norm(input, dy),
-            Self::Dvae(decoder) => decoder.last_weight_norm(input, dy),
-        }
-    }
-
-    /// All layers, and the last of them.
-    pub fn manual_layers(&self) -> Result<(Vec<&dyn Layer>, &vqgan::Head)> {
-        let Self::Vqgan { post_quant_conv, decoder } = self else { bail!("{NO_MANUAL_PASS}") };
-        let mut layers: Vec<&dyn Layer> = vec![post_quant_conv];
-        layers.extend(decoder.layers());
-        Ok((layers, decoder.head()))
-    }
-
-    /// The loss of the pixels that code vectors decode to, times the batch's loss scale, and its terms. Its gradients are
-    /// those of all terms, with the adaptive weight of the adversarial one; `params` are those with a gradient.
-    pub fn loss(&self, z_q: &Tensor, batch: &PixelBatch, loss: &Loss, params: &Params) -> Result<(Tensor, Terms)> {
-        let (last, y) = self.decode_to_last(z_q)?;
-        let computed = loss.compute(&y.detach(), batch, |dy| self.last_weight_norm(&last, dy))?;
-        // Terms linear in reconstruction and discriminator parameters, so that their gradients are the computed ones.
-        let mut linear = (&y * computed.gradient.detach())?.sum_all()?;
-        for (name, gradient) in computed.own {
-            if let Some(var) = params.get(&name) {
-                linear = (linear + (var.as_tensor() * gradient.detach())?.sum_all()?)?;
-            }
-        }
-        let value = (linear.detach().neg()? + computed.loss * batch.loss_scale)?;
-        Ok(((linear + value)?, computed.terms))
-    }
-}
 
 /// The reconstructor of end-to-end training.
 pub struct Reconstructor {
@@ -109,16 +33,28 @@ pub struct Reconstructor {
 }
 
 impl Reconstructor {
-    /// A reconstructor with the architecture and the pixel losses of an image tokenizer's decoder; `perceptual`: also its
-    /// perceptual loss. Its parameters have the names that they have in the tokenizer.
+    /// A reconstructor with the architecture and the pixel losses of an image tokenizer's decoder, for inference. Its
+    /// parameters have the names that they have in the tokenizer.
     ///
     /// # Errors
-    /// The architecture is impossible, a checkpoint's tensor is missing or has another shape, or there is no perceptual
-    /// network.
-    pub fn new(scope: &Scope, config: &config::ImageTokenizer, perceptual: bool) -> Result<Self> {
-        let perceptual_weight = if perceptual { config.perceptual_weight } else { 0.0 };
-        let config = &config::ImageTokenizer { adversarial_weight: 0.0, perceptual_weight, ..config.clone() };
-        let (body, loss) = (DecoderBody::new(scope, config)?, Loss::new(scope, config)?);
+    /// The architecture is impossible, or a checkpoint's tensor is missing or has another shape.
+    pub fn new(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        Self::with_loss(scope, config, Loss::pixels(config))
+    }
+
+    /// A reconstructor for training: with the perceptual loss if its folder is given, and with the GAN loss if that has a
+    /// weight.
+    ///
+    /// # Errors
+    /// As [`Reconstructor::new`], or there is no perceptual network, or images are too small for the discriminator.
+    pub fn in_training(scope: &Scope, config: &config::ImageTokenizer) -> Result<Self> {
+        let perceptual_weight = if config.perceptual.is_empty() { 0.0 } else { config.perceptual_weight };
+        let config = &config::ImageTokenizer { perceptual_weight, ..config.clone() };
+        Self::with_loss(scope, config, Loss::new(scope, config)?)
+    }
+
+    fn with_loss(scope: &Scope, config: &config::ImageTokenizer, loss: Loss) -> Result<Self> {
+        let body = DecoderBody::new(scope, config)?;
         let params = scope.params();
         let manual = params.values().all(|var| manual::is_possible(config, var.device(), var.dtype()));
         Ok(Self { body, loss, params, buffers: Buffers::default(), manual })
@@ -140,28 +76,81 @@ impl Reconstructor {
     }
 
     /// The loss of the decoded vectors, times the batch's share and loss scale: a scalar with its gradients by autograd.
-    /// Leaves the batch's statistics.
+    /// Leaves the batch's statistics. `map_norm` returns the norm of the gradient of the last layer before the
+    /// reconstructor for a gradient of `z_emb`: the adaptive weight of the GAN loss (arXiv 2012.09841, eq. 7) is measured
+    /// there, so that behind it the adversarial gradient is never larger than `adversarial_weight` times that of the other
+    /// terms.
     ///
     /// # Errors
     /// The shape is another.
-    pub fn loss(&self, z_emb: &Tensor, batch: &PixelBatch) -> Result<Tensor> {
-        let (loss, mut terms) = self.body.loss(z_emb, batch, &self.loss, &self.params)?;
+    pub fn loss(
+        &self,
+        z_emb: &Tensor,
+        batch: &PixelBatch,
+        map_norm: impl Fn(&Tensor) -> Result<f64>,
+    ) -> Result<Tensor> {
+        let (loss, mut terms) = match self.loss.is_adversarial(batch) {
+            true => self.adversarial_loss(z_emb, batch, map_norm)?,
+            false => self.body.loss(z_emb, batch, &self.loss, &self.params)?,
+        };
         terms.push((RECONSTRUCTION, number(&loss)? / batch.loss_scale));
         *batch.statistics.borrow_mut() = Some(Statistics { terms, codes: Vec::new(), latents: None });
         Ok((loss * batch.share)?)
     }
 
-    /// The same by hand: adds the gradients of the parameters to `gradients`, and returns the loss and its gradient with
-    /// respect to `z_emb`.
+    /// As [`DecoderBody::loss`], with two backward passes at once.
+    fn adversarial_loss(
+        &self,
+        z_emb: &Tensor,
+        batch: &PixelBatch,
+        map_norm: impl Fn(&Tensor) -> Result<f64>,
+    ) -> Result<(Tensor, Terms)> {
+        let z = Var::from_tensor(&z_emb.detach())?;
+        let (_, y) = self.body.decode_to_last(&z)?;
+        let backward = |dy: &Tensor| {
+            let mut store = (&y * dy)?.sum_all()?.backward()?;
+            let input = store.remove(&z).context("the reconstruction does not depend on the code vectors")?;
+            let gradient = |(name, param): (&String, &Param)| Some((name.clone(), store.remove(param)?));
+            Ok(DecoderGradients { input, params: self.params.iter().filter_map(gradient).collect() })
+        };
+        let output = (&y.detach(), batch);
+        let (computed, gradients) = two_passes::with_weight_before(&self.loss, output, backward, map_norm)?;
+        // Linear in code vectors and parameters, so that their gradients are the computed ones.
+        let mut linear = (z_emb * gradients.input.detach())?.sum_all()?;
+        for (name, gradient) in gradients.params {
+            if let Some(var) = self.params.get(&name) {
+                linear = (linear + (var.as_tensor() * gradient.detach())?.sum_all()?)?;
+            }
+        }
+        let value = (linear.detach().neg()? + computed.loss * batch.loss_scale)?;
+        Ok(((linear + value)?, computed.terms))
+    }
+
+    /// The same as [`Reconstructor::loss`] by hand, with what [`Reconstructor::manual_backward`] needs.
     ///
     /// # Errors
     /// The shape is another, or there are no hand-written gradients.
-    pub fn manual_loss(&self, z_emb: &Tensor, batch: &PixelBatch, gradients: &mut Gradients) -> Result<(f64, Tensor)> {
+    pub fn manual_loss(
+        &self,
+        z_emb: &Tensor,
+        batch: &PixelBatch,
+        map_norm: impl Fn(&Tensor) -> Result<f64>,
+    ) -> Result<(f64, Decoded)> {
         ensure!(self.manual, "{NO_MANUAL_PASS}");
-        let (loss, mut terms, decoded) = self.body.manual_loss(z_emb, batch, &self.loss, &self.buffers)?;
+        let (loss, mut terms, decoded) = match self.loss.is_adversarial(batch) {
+            true => self.body.manual_adversarial_loss(z_emb, batch, &self.loss, &self.buffers, map_norm)?,
+            false => self.body.manual_loss(z_emb, batch, &self.loss, &self.buffers)?,
+        };
         terms.push((RECONSTRUCTION, loss));
         *batch.statistics.borrow_mut() = Some(Statistics { terms, codes: Vec::new(), latents: None });
-        let dz = self.body.manual_backward(decoded, batch.share, &self.buffers, gradients)?;
-        Ok((loss * batch.share * batch.loss_scale, dz))
+        Ok((loss * batch.share * batch.loss_scale, decoded))
+    }
+
+    /// Adds the gradients of the parameters to `gradients`, and returns that of `z_emb`.
+    ///
+    /// # Errors
+    /// There are no hand-written gradients.
+    pub fn manual_backward(&self, decoded: Decoded, batch: &PixelBatch, gradients: &mut Gradients) -> Result<Tensor> {
+        self.body.manual_backward(decoded, batch.share, &self.buffers, gradients)
     }
 }

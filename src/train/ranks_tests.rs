@@ -20,7 +20,7 @@ use std::{collections::BTreeMap, fs};
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Trains on `ranks` ranks and returns the metrics that do not depend on time.
-fn live(parent: &Path, config: &Config, ranks: usize) -> Result<Vec<Line>> {
+pub(super) fn live(parent: &Path, config: &Config, ranks: usize) -> Result<Vec<Line>> {
     run_below(parent, config, &Resume::Auto, &Ranks::Threads(ranks), &Stop::default())?;
     metrics(&parent.join("runs").join(&config.name))
 }

@@ -46,7 +46,7 @@ fn the_flops_that_are_logged_are_those_of_the_plan() {
 fn a_generator_s_flops_are_those_of_its_batches() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = generator_config(folder.path());
-    config.train.steps = 3;
+    (config.train.steps, config.train.accumulation) = (3, 1);
     let all = lines(folder.path(), &config, 2);
     assert_eq!(all.len(), 3);
     for line in all {

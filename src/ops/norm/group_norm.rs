@@ -137,6 +137,7 @@ multiversion! {
 }
 
 /// Mean and 1/sqrt(var + eps) of the group of each channel, for each image: the backward pass needs only these and x.
+#[derive(Clone)]
 pub struct Statistics<T>(Vec<[Vec<T>; 2]>);
 
 impl GroupNorm {

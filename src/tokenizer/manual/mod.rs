@@ -31,6 +31,14 @@ pub(super) struct Kept {
     statistics: Vec<Statistics<f32>>,
 }
 
+impl Kept {
+    /// The same activations for a second backward pass.
+    fn copy(&self, buffers: &Buffers) -> Self {
+        let features = self.features.iter().map(|x| buffers.copy(x.shape, &x.data)).collect();
+        Self { features, statistics: self.statistics.clone() }
+    }
+}
+
 /// A layer of the chain.
 pub(super) trait Layer {
     /// Computes the output; saves `x` or returns its buffer.

@@ -12,10 +12,11 @@ use crate::{
     ops::with_slice,
     tokenizer::{
         EncoderHalf, PixelBatch, Statistics,
+        decoder_body::{DecoderBody, Terms},
         loss::{Loss, number},
         quantizer::Quantized,
-        reconstructor::{DecoderBody, Terms},
         segments::{Decode, Encode},
+        two_passes::{self, DecoderGradients},
     },
 };
 use candle_core::{Device, Tensor, Var};
@@ -56,12 +57,18 @@ impl EncoderHalf {
 }
 
 /// What the decoder keeps for its backward pass.
-pub(in crate::tokenizer) struct Decoded {
-    layers: Vec<Kept>,
-    /// Gradient of the loss with respect to the pixels.
-    dy: Features,
-    /// Gradients of the discriminator's loss with respect to its parameters.
-    own: Vec<(String, Tensor)>,
+pub struct Decoded(Pending);
+
+enum Pending {
+    Activations {
+        layers: Vec<Kept>,
+        /// Gradient of the loss with respect to the pixels.
+        dy: Features,
+        /// Gradients of the discriminator's loss with respect to its parameters.
+        own: Vec<(String, Tensor)>,
+    },
+    /// The passes ran already.
+    Gradients(DecoderGradients),
 }
 
 impl DecoderBody {
@@ -81,10 +88,41 @@ impl DecoderBody {
     ) -> Result<(f64, Terms, Decoded)> {
         let (manual, head) = self.manual_layers()?;
         let (y, layers) = forward(&manual, features(z_q, buffers)?, buffers)?;
-        let input = head.input(layers.last().context("a decoder without layers")?, buffers)?;
-        let computed = loss.compute(&tensor(y)?, batch, |dy| self.last_weight_norm(&input, dy))?;
+        // Only a GAN loss asks for the norm, for which the largest features of the decoder are computed again.
+        let mut input = None;
+        let computed = loss.compute(&tensor(y)?, batch, |dy| {
+            if input.is_none() {
+                input = Some(head.input(layers.last().context("a decoder without layers")?, buffers)?);
+            }
+            self.last_weight_norm(input.as_ref().context("the last layer has no input")?, dy)
+        })?;
         let dy = features(&(computed.gradient * batch.share)?, buffers)?;
-        Ok((computed.loss, computed.terms, Decoded { layers, dy, own: computed.own }))
+        let pending = Pending::Activations { layers, dy, own: computed.own };
+        Ok((computed.loss, computed.terms, Decoded(pending)))
+    }
+
+    /// The same with the adaptive weight of the GAN loss measured before the decoder, by `input_norm`
+    /// ([`two_passes::with_weight_before`]). The activations exist twice until the first of two backward passes ends.
+    pub(in crate::tokenizer) fn manual_adversarial_loss(
+        &self,
+        z_q: &Tensor,
+        batch: &PixelBatch,
+        loss: &Loss,
+        buffers: &Buffers,
+        input_norm: impl Fn(&Tensor) -> Result<f64>,
+    ) -> Result<(f64, Terms, Decoded)> {
+        let manual = self.manual_layers()?.0;
+        let (y, layers) = forward(&manual, features(z_q, buffers)?, buffers)?;
+        let copy = layers.iter().map(|kept| kept.copy(buffers)).collect();
+        let mut kept = vec![layers, copy];
+        let pass = |dy: &Tensor| {
+            let (layers, mut gradients) = (kept.pop().context("a third backward pass")?, Gradients::default());
+            let input = tensor(backward(&manual, layers, features(dy, buffers)?, buffers, &mut gradients)?)?;
+            let params = gradients.iter().map(|(name, gradient)| (name.clone(), gradient.clone())).collect();
+            Ok(DecoderGradients { input, params })
+        };
+        let (computed, gradients) = two_passes::with_weight_before(loss, (&tensor(y)?, batch), pass, input_norm)?;
+        Ok((computed.loss, computed.terms, Decoded(Pending::Gradients(gradients))))
     }
 
     /// Adds the parameters' gradients; returns that of the code vectors.
@@ -95,11 +133,19 @@ impl DecoderBody {
         buffers: &Buffers,
         gradients: &mut Gradients,
     ) -> Result<Tensor> {
-        let Decoded { layers, dy, own } = decoded;
-        for (name, gradient) in own {
-            gradients.add(&name, (gradient * share)?)?;
+        let mut add = |params: Vec<(String, Tensor)>| -> Result<()> {
+            params.into_iter().try_for_each(|(name, gradient)| gradients.add(&name, (gradient * share)?))
+        };
+        match decoded.0 {
+            Pending::Activations { layers, dy, own } => {
+                add(own)?;
+                tensor(backward(&self.manual_layers()?.0, layers, dy, buffers, gradients)?)
+            }
+            Pending::Gradients(DecoderGradients { input, params }) => {
+                add(params)?;
+                Ok((input * share)?)
+            }
         }
-        tensor(backward(&self.manual_layers()?.0, layers, dy, buffers, gradients)?)
     }
 }
 

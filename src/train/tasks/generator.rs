@@ -4,15 +4,16 @@
 use super::{
     FileKind, Fingerprint, InputFile, Sequences, Task, TaskSpec,
     objectives::{BatchMaker, EmptySteps, Seen},
-    reconstruction, vocabulary,
+    origins::{BASE, Base, IMAGE_TOKENIZER, fingerprint, open_image_tokenizer},
+    reconstruction::{self, Discriminated},
+    samples, vocabulary,
 };
 use crate::{
     bundle::{self, Bundle, Parts},
     config::{self, AttentionKind, Config, Precision, Train},
-    data::{self, Kind, image_file},
+    data::{self, Kind},
     dist::Group,
-    error::{Context, Result, ensure, failed, usage},
-    generate::{BestOf, Models, Request},
+    error::{Result, ensure, failed, usage},
     model::{Generator, Layout, end_to_end::SCOPE},
     nn::{
         lora,
@@ -20,10 +21,9 @@ use crate::{
         pattern::Grid,
         weights::Values,
     },
-    ops::packed::Format,
     runtime,
     text::WordPiece,
-    tokenizer::ImageTokenizer,
+    tokenizer::{self, ImageTokenizer},
     train::{
         StepMetrics,
         data_loader::DataLoader,
@@ -33,6 +33,7 @@ use crate::{
     },
 };
 use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
@@ -67,7 +68,8 @@ impl TaskSpec for Spec {
     fn parameter_groups(&self, config: &Config, inputs: &Inputs) -> Result<Vec<Params>> {
         let (codes, grid) = (inputs.tokenizer.codebook_size, inputs.tokenizer.grid());
         let scope = Scope::empty_from_seed(config.seed, &Device::Cpu);
-        let model = Generator::new(&scope, config, inputs.vocabulary, codes, grid)?;
+        let config = &reconstruction::without_perceptual_network(config);
+        let model = Generator::in_training(&scope, config, inputs.vocabulary, codes, grid)?;
         Ok(model.segments().iter().map(|segment| segment.params().clone()).collect())
     }
 
@@ -170,23 +172,8 @@ pub struct GeneratorTask {
     /// What low-rank adapters are trained for.
     base: Option<Base>,
     empty_steps: EmptySteps,
-}
-
-/// The model that low-rank adapters belong to.
-struct Base {
-    name: String,
-    digest: String,
-}
-
-impl Base {
-    /// Of the model in `train.init_from`, if the configuration trains adapters.
-    fn of(config: &Config) -> Result<Option<Self>> {
-        if !config.lora.is_on() {
-            return Ok(None);
-        }
-        let model = Bundle::open(&config.train.init_from).context("train.init_from")?;
-        Ok(Some(Self { digest: model.base_digest()?, name: model.config.name }))
-    }
+    /// Of the discriminator in end-to-end training.
+    discriminated: Discriminated,
 }
 
 impl GeneratorTask {
@@ -204,14 +191,8 @@ impl GeneratorTask {
     pub fn kept_in(kept: Precision, config: &Config, group: &Group) -> Result<Self> {
         let (mut config, base) = (config.clone(), Base::of(config)?);
         let text = vocabulary::load(&config.text)?;
-        let image_tokenizer = match config.image_tokenizer.path.as_str() {
-            "demo" => Bundle::open("demo")?.image_tokenizer_folder()?,
-            path => Bundle::open(path).context("image_tokenizer.path")?,
-        };
-        image_tokenizer.expect(config::Task::ImageTokenizer).context("image_tokenizer.path")?;
-        let perceptual = std::mem::take(&mut config.image_tokenizer.perceptual);
-        config.image_tokenizer =
-            config::ImageTokenizer { perceptual, ..image_tokenizer.config.image_tokenizer.clone() };
+        let image_tokenizer = open_image_tokenizer(&config.image_tokenizer.path)?;
+        config.image_tokenizer = image_tokenizer.config.image_tokenizer.clone().with_losses_of(&config.image_tokenizer);
         let kind = match config.task {
             config::Task::EndToEnd => reconstruction::sample_kind(&config, &config.image_tokenizer),
             _ => Kind::Codes,
@@ -233,14 +214,25 @@ impl GeneratorTask {
             false => Scope::from_seed(seed, DType::F32, &device),
         };
         let scope = scope.in_precision(kept);
-        let model = build(&scope, &config, &text)?;
+        let model = build(Generator::in_training, &scope, &config, &text)?;
         let (params, fresh) = (scope.params(), scope.fresh().filter(|_| config.train.init_from.is_empty()));
         if config.task.has_reconstructor() {
             reconstruction::check_images(&data_loader, kind)?;
             reconstruction::start_reconstructor(&config, &params, &image_tokenizer)?;
         }
-        let empty_steps = EmptySteps::default();
-        Ok(Self { model, params, fresh, text, image_tokenizer, encoder, data_loader, base, config, empty_steps })
+        Ok(Self {
+            model,
+            params,
+            fresh,
+            text,
+            image_tokenizer,
+            encoder,
+            data_loader,
+            base,
+            empty_steps: EmptySteps::default(),
+            discriminated: Discriminated::default(),
+            config,
+        })
     }
 
     /// The metrics of this rank's samples of step `step`, by objective. With `activation_checkpointing` the gradients of
@@ -254,8 +246,11 @@ impl GeneratorTask {
         activation_checkpointing: Option<usize>,
         shards: &mut Shards,
     ) -> Result<StepMetrics> {
+        let training = activation_checkpointing.is_some();
+        let logit_ema = self.discriminated.at(config, step).filter(|_| training);
         let (text, model, encoder) = (&self.text, &self.model, self.encoder.as_ref());
-        let maker = BatchMaker { config, text, model, encoder, loss_scale, empty_steps: &self.empty_steps };
+        let empty_steps = &self.empty_steps;
+        let maker = BatchMaker { config, text, model, encoder, loss_scale, empty_steps, logit_ema };
         let mut batches = Vec::new();
         for (i, (first, records)) in samples.iter().enumerate() {
             let parts = maker.batches(i, *first, records, step, shards.group())?;
@@ -264,7 +259,7 @@ impl GeneratorTask {
         let segments = self.model.segments();
         let mut seen = Seen::default();
         for (i, (objective, batch)) in batches.iter().enumerate() {
-            if i + 1 == batches.len() && activation_checkpointing.is_some() {
+            if i + 1 == batches.len() && training {
                 shards.last_micro_batch();
             }
             let loss = match activation_checkpointing {
@@ -273,24 +268,16 @@ impl GeneratorTask {
             };
             seen.add(*objective, batch, loss / loss_scale, maker.flops(batch)?);
         }
-        seen.metrics(config, shards.group())
+        seen.metrics(config, logit_ema.is_some(), shards.group())
     }
 }
 
-fn build(scope: &Scope, config: &Config, text: &WordPiece) -> Result<Generator> {
+/// Makes a generator: [`Generator::new`] or [`Generator::in_training`].
+type Make = fn(&Scope, &Config, usize, usize, (usize, usize)) -> Result<Generator>;
+
+fn build(make: Make, scope: &Scope, config: &Config, text: &WordPiece) -> Result<Generator> {
     let tokenizer = &config.image_tokenizer;
-    Generator::new(scope, config, text.vocab_size(), tokenizer.codebook_size, tokenizer.grid())
-}
-
-/// The name of the image tokenizer among the digests.
-const IMAGE_TOKENIZER: &str = "image tokenizer";
-/// The name of the model that adapters are trained for among the digests.
-const BASE: &str = "base model";
-
-/// Digests of what a generator's weights belong to: its vocabulary and its image tokenizer.
-fn fingerprint(text: &WordPiece, image_tokenizer: &Bundle) -> Result<Fingerprint> {
-    let vocabulary = (vocabulary::NAME.into(), vocabulary::digest(text));
-    Ok(Fingerprint::from([vocabulary, (IMAGE_TOKENIZER.into(), image_tokenizer.digest()?)]))
+    make(scope, config, text.vocab_size(), tokenizer.codebook_size, tokenizer.grid())
 }
 
 impl Task for GeneratorTask {
@@ -313,7 +300,7 @@ impl Task for GeneratorTask {
         let answers = train.answer_loss_weight > 0.0 && train.vqa_batch_size > 0;
         match name.split('.').next() {
             _ if lora::is_a(name) => false,
-            Some(SCOPE) => images && self.config.end_to_end.reconstruction_weight > 0.0,
+            Some(SCOPE) => images && reconstruction::gets_gradient(&self.config, name),
             Some("image_head" | "image_start") => images,
             Some("text_head") => captions || answers,
             _ => true,
@@ -339,7 +326,28 @@ impl Task for GeneratorTask {
 
     fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<StepMetrics> {
         let samples = self.data_loader.next(step)?;
-        self.pass(&self.config, &samples, step, loss_scale, Some(self.config.train.activation_checkpointing), shards)
+        let every = Some(self.config.train.activation_checkpointing);
+        let metrics = self.pass(&self.config, &samples, step, loss_scale, every, shards)?;
+        self.discriminated.see(&metrics.figures);
+        Ok(metrics)
+    }
+
+    fn loss_changes_at(&self, step: u64) -> bool {
+        self.config.task.has_reconstructor() && self.config.image_tokenizer.loss_changes_at(step)
+    }
+
+    fn after_step(&mut self, _step: u64, _shards: &mut Shards) -> Result<()> {
+        self.discriminated.follow();
+        Ok(())
+    }
+
+    fn state(&self) -> Value {
+        self.discriminated.state()
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<()> {
+        self.discriminated.restore(state);
+        Ok(())
     }
 
     fn validate(&mut self, _step: u64, batch: u64, shards: &mut Shards) -> Result<StepMetrics> {
@@ -362,27 +370,19 @@ impl Task for GeneratorTask {
 
     /// One image a prompt.
     fn sample(&self, mut weights: HashMap<String, Tensor>, path: &Path) -> Result<()> {
-        let settings = &self.config.sample;
         lora::merge_all(&mut weights, self.config.lora.scale())?;
         let config = Config { lora: config::Lora::default(), ..self.config.clone() };
         let scope = Scope::from_tensors(weights, DType::F32, &runtime::device()?);
-        let generator = build(&scope, &config, &self.text)?;
-        let models = Models::new(generator, Format::F32, self.image_tokenizer.image_tokenizer()?, self.text.clone());
-        let requests: Vec<Request> =
-            settings.prompts.iter().map(|prompt| Request::new(prompt.as_str(), self.config.seed)).collect();
-        if requests.is_empty() {
-            return Ok(());
-        }
-        let generated = models.generate_images(&requests, &settings.into(), &BestOf::ONE, |_| {})?;
-        let images: Vec<_> = generated.into_iter().map(|generated| generated.image).collect();
-        image_file::write_png(path, &image_file::grid(&images, 0))
+        let generator = build(Generator::new, &scope, &config, &self.text)?;
+        samples::write(path, generator, &self.image_tokenizer, &self.text, &self.config)
     }
 
     fn output(&self) -> &'static str {
         if self.base.is_some() { bundle::ADAPTER } else { "model" }
     }
 
-    fn publish(&self, weights: BTreeMap<String, Values>, folder: &Path) -> Result<()> {
+    fn publish(&self, mut weights: BTreeMap<String, Values>, folder: &Path) -> Result<()> {
+        weights.retain(|name, _| !tokenizer::is_of_training(name));
         let sources = bundle::attribution_of(&self.config.data.sources);
         if let Some(Base { name, digest }) = &self.base {
             return bundle::write_adapter(folder, &self.config.lora, [name, digest], weights, &sources);

@@ -8,8 +8,10 @@ mod generator;
 mod image_tokenizer;
 mod matcher;
 mod objectives;
+mod origins;
 mod pixels;
 mod reconstruction;
+mod samples;
 mod vocabulary;
 
 pub use super::inputs::{FileKind, InputFile};

@@ -11,7 +11,7 @@ use crate::{
     random::Random,
     runtime,
     text::WordPiece,
-    tokenizer::{ImageTokenizer, PixelBatch, RECONSTRUCTION, psnr},
+    tokenizer::{ADVERSARIAL_TERMS, ImageTokenizer, PixelBatch, RECONSTRUCTION, discriminator::LogitEma, psnr},
     train::StepMetrics,
 };
 use candle_core::Tensor;
@@ -52,6 +52,8 @@ pub struct BatchMaker<'a> {
     pub encoder: Option<&'a ImageTokenizer>,
     pub loss_scale: f64,
     pub empty_steps: &'a EmptySteps,
+    /// Statistics of the discriminator, if it is trained in this step.
+    pub logit_ema: Option<LogitEma>,
 }
 
 /// Steps in a row that had nothing to predict, by objective.
@@ -131,9 +133,9 @@ impl BatchMaker<'_> {
         let Some(end_to_end) = self.model.end_to_end().filter(|_| weight > 0.0) else { return Ok(batch) };
         let share = weight * records.len() as f64 / self.config.train.batch_size as f64;
         let pixels = PixelBatch::new(pixels(records)?, share);
-        // Past all steps at which a tokenizer's training adds losses.
-        let pixels = PixelBatch { loss_scale: self.loss_scale, step: u64::MAX, ..pixels };
+        let pixels = PixelBatch { loss_scale: self.loss_scale, step, logit_ema: self.logit_ema, ..pixels };
         let mut batch = end_to_end.arrange(batch);
+        batch.generator_gradient = self.config.end_to_end.generator_gradient(step);
         batch.pixels = Some(Rc::new(pixels));
         Ok(batch)
     }
@@ -198,6 +200,8 @@ pub struct Seen {
     images: [f64; 2],
     /// Model FLOPs.
     flops: f64,
+    /// Terms of the GAN loss, as shares of the step's mean.
+    adversarial: [f64; ADVERSARIAL_TERMS.len()],
 }
 
 impl Seen {
@@ -210,14 +214,17 @@ impl Seen {
             let [reconstruction, squares] = [RECONSTRUCTION, "l2"].map(|name| pixels.share * statistics.term(name));
             self.images[0] += reconstruction;
             self.images[1] += squares;
+            for (sum, name) in self.adversarial.iter_mut().zip(ADVERSARIAL_TERMS) {
+                *sum += pixels.share * statistics.term(name);
+            }
             loss -= reconstruction;
         }
         self.tokens[objective][0] += loss;
         self.tokens[objective][1] += batch.targets() as f64;
     }
 
-    /// The metrics of a step, of all ranks.
-    pub fn metrics(self, config: &Config, group: &Group) -> Result<StepMetrics> {
+    /// The metrics of a step, of all ranks. `adversarial`: it had a GAN loss.
+    pub fn metrics(self, config: &Config, adversarial: bool, group: &Group) -> Result<StepMetrics> {
         let others = group.sum(&[self.images[0], self.images[1], self.flops])?;
         let (images, flops) = (&others[..2], others[2]);
         let mut metrics = StepMetrics { losses: Vec::new(), figures: Vec::new(), amount: 0, unit: "tokens", flops };
@@ -231,6 +238,11 @@ impl Seen {
             let [reconstruction, squares] = [0, 1].map(|i| images[i] / config.end_to_end.reconstruction_weight);
             metrics.losses.push((RECONSTRUCTION, reconstruction));
             metrics.figures.push(("psnr", psnr(squares)));
+            if adversarial {
+                let means = group.sum(&self.adversarial)?;
+                let means = means.iter().map(|sum| sum / config.end_to_end.reconstruction_weight);
+                metrics.figures.extend(ADVERSARIAL_TERMS.into_iter().zip(means));
+            }
         }
         Ok(metrics)
     }

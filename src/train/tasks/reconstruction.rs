@@ -7,8 +7,10 @@ use crate::{
     error::{Context, Result, ensure, failed},
     model::end_to_end::RECONSTRUCTOR,
     nn::params::Params,
+    tokenizer::discriminator::{self, LogitEma},
     train::data_loader::DataLoader,
 };
+use serde_json::{Value, json};
 
 /// Shards of codes with their images, or images that are encoded when they are read.
 pub fn sample_kind(config: &Config, tokenizer: &config::ImageTokenizer) -> Kind {
@@ -35,7 +37,9 @@ pub fn check_images(data_loader: &DataLoader, kind: Kind) -> Result<()> {
 
 /// Whether a parameter begins with the value that it has in the image tokenizer.
 pub fn starts_from_tokenizer(config: &Config, name: &str) -> bool {
-    config.end_to_end.reconstructor_init == ReconstructorInit::Tokenizer && config::begins_with(name, RECONSTRUCTOR)
+    config.end_to_end.reconstructor_init == ReconstructorInit::Tokenizer
+        && config::begins_with(name, RECONSTRUCTOR)
+        && !discriminator::is_ours(name)
 }
 
 /// Sets the reconstructor to the image tokenizer's decoder, if it is to start from that.
@@ -47,4 +51,57 @@ pub fn start_reconstructor(config: &Config, params: &Params, image_tokenizer: &B
         var.set(&weight.to_dtype(var.dtype())?.to_device(var.device())?)?;
     }
     Ok(())
+}
+
+/// Whether a parameter of map, reconstructor or discriminator has a gradient in the first step.
+pub fn gets_gradient(config: &Config, name: &str) -> bool {
+    let begins = !discriminator::is_ours(name) || config.image_tokenizer.adversarial_start == 0;
+    begins && config.end_to_end.reconstruction_weight > 0.0
+}
+
+/// `config` without the perceptual network, which is not trained and whose folder may be on another machine.
+pub fn without_perceptual_network(config: &Config) -> Config {
+    let image_tokenizer = config::ImageTokenizer { perceptual: String::new(), ..config.image_tokenizer.clone() };
+    Config { image_tokenizer, ..config.clone() }
+}
+
+/// Running statistics of the discriminator of a run.
+#[derive(Default)]
+pub struct Discriminated {
+    logit_ema: LogitEma,
+    /// Mean logits of real images and reconstructions, and the accuracy, in the current step.
+    seen: Option<[f64; 3]>,
+}
+
+impl Discriminated {
+    /// The statistics, if the discriminator is trained at this step.
+    pub fn at(&self, config: &Config, step: u64) -> Option<LogitEma> {
+        let settings = &config.image_tokenizer;
+        let on = config.task.has_reconstructor() && settings.adversarial_weight > 0.0;
+        (on && step > settings.adversarial_start).then_some(self.logit_ema)
+    }
+
+    /// Keeps what a step measured for [`Discriminated::follow`].
+    pub fn see(&mut self, figures: &[(&'static str, f64)]) {
+        let figure = |name| figures.iter().find(|(known, _)| *known == name).map(|(_, value)| *value);
+        let [real, fake, accuracy] = ["logits_real", "logits_fake", "discriminator_accuracy"].map(figure);
+        self.seen = real.zip(fake).zip(accuracy).map(|((real, fake), accuracy)| [real, fake, accuracy]);
+    }
+
+    /// Updates the statistics after the update of the weights.
+    pub fn follow(&mut self) {
+        if let Some([real, fake, accuracy]) = self.seen.take() {
+            self.logit_ema.follow(real, fake, accuracy);
+        }
+    }
+
+    /// The statistics in a checkpoint; null before the first step with a discriminator.
+    pub fn state(&self) -> Value {
+        if self.logit_ema == LogitEma::default() { Value::Null } else { json!({ "logits": self.logit_ema }) }
+    }
+
+    /// Restores what [`Discriminated::state`] gave. Checkpoints of runs without a discriminator have none.
+    pub fn restore(&mut self, state: &Value) {
+        self.logit_ema = serde_json::from_value(state["logits"].clone()).unwrap_or_default();
+    }
 }
