@@ -84,7 +84,11 @@ fn data_without_questions_is_refused() {
     let places: Vec<usize> = (0..changed.len() - key.len()).filter(|&i| changed[i..].starts_with(key)).collect();
     places.into_iter().for_each(|i| changed[i..i + key.len()].copy_from_slice(b"\"asnoitseq\""));
     fs::write(&shard, changed).unwrap();
-    config.train.sample_every = 0;
+    (config.train.sample_every, config.train.steps) = (0, 200);
     let error = run_below(folder.path(), &config, &Resume::Auto, &Ranks::Threads(1), &Stop::default()).unwrap_err();
-    assert!(format!("{error:#}").contains("loss `answer`") && hint_of(&error).is_some(), "{error:#}");
+    assert!(
+        format!("{error:#}").contains("no sample of 100 steps has a text to predict for the loss `answer`")
+            && hint_of(&error).is_some(),
+        "{error:#}"
+    );
 }
