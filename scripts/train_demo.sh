@@ -12,18 +12,20 @@ emoji=(other gendered toned)
 
 ./scripts/setup.sh data
 ./scripts/build_emoji.sh data/emoji-128 --size 128 --cache data/emoji.npm
-./scripts/build_scenes.sh
+./scripts/build_scenes.sh data/scenes-large --object-scale 1.7
 [ -x "$vilg" ] || cargo build --release --locked
 
 "$vilg" train --config configs/scenes-tokenizer.toml
 tokenizer=runs/scenes-tokenizer/model
 
-"$vilg" data encode data/scenes/train --model $tokenizer -o $codes/scenes
+for split in train heldout; do
+    "$vilg" data encode data/scenes-large/$split --model $tokenizer -o "$codes/${split/train/scenes}"
+done
 for part in "${emoji[@]}"; do
     "$vilg" data encode "data/emoji-128/train/$part" --model $tokenizer -o "$codes/emoji-$part"
 done
 [ -e data/scenes-vocab.txt ] ||
-    "$vilg" data vocab data/scenes/train "${emoji[@]/#/data/emoji-128/train/}" -o data/scenes-vocab.txt --normalize simplified
+    "$vilg" data vocab data/scenes-large/train "${emoji[@]/#/data/emoji-128/train/}" -o data/scenes-vocab.txt --normalize simplified
 
 "$vilg" train --config configs/scenes.toml "$@"
-"$vilg" t2i --prompts scripts/demo_prompts.txt --model runs/scenes -o runs/scenes/prompts.png
+"$vilg" t2i --prompts scripts/demo_prompts.txt --model runs/scenes -o runs/scenes/prompts.png --labels
