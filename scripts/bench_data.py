@@ -14,6 +14,7 @@ import tempfile
 import time
 
 import PIL.Image
+import PIL.ImageOps
 
 PLANTED = {  # copies of an image, by name
     "exact": lambda image: encoded(image),
@@ -21,6 +22,7 @@ PLANTED = {  # copies of an image, by name
     "JPEG, quality 30": lambda image: encoded(image, format="JPEG", quality=30),
     "70 % x 60 % size": lambda image: encoded(image.resize((image.width * 7 // 10, image.height * 6 // 10))),
 }
+MIRRORED = "mirrored"  # kept, unless --mirrored
 SCENES, COPIES = 1000, 200
 ROWS, TABLES = 1_000_000, 10
 SHARDS, SHARD_SIZE = 145_000, 512 << 10
@@ -81,27 +83,30 @@ def text_rules(vilg, scenes, work):
 
 
 def duplicates(vilg, scenes, work):
+    copies = PLANTED | {MIRRORED: lambda image: encoded(PIL.ImageOps.mirror(image))}
     found = [image for image, _ in itertools.islice(samples(scenes), SCENES)]
     with tarfile.open(work / "planted.tar", "w") as tar:
         for number, image in enumerate(found):
             add(tar, f"scene-{number}.png", image)
             add(tar, f"scene-{number}.txt", "风景".encode())
-        for kind, copy in enumerate(PLANTED.values()):
+        for kind, copy in enumerate(copies.values()):
             for number in range(COPIES):
-                data = copy(PIL.Image.open(io.BytesIO(found[number * len(PLANTED) + kind])).convert("RGB"))
+                data = copy(PIL.Image.open(io.BytesIO(found[number + kind * COPIES])).convert("RGB"))
                 extension = "jpg" if data.startswith(b"\xff\xd8") else "png"
                 add(tar, f"z{kind}-{number}.{extension}", data)
                 add(tar, f"z{kind}-{number}.txt", "风景".encode())
-    print(f"| `--image-distance` | {' | '.join(PLANTED)} | wrong, of {SCENES:,} | recall | precision |")
-    for distance in (0, 2, 4, 6):
-        output = work / f"unique-{distance}"
-        run(vilg, "data", "filter", "-q", work / "planted.tar", "-o", output, "--image-distance", distance, "--max-caption-repeats", 0)
+    print(f"| `--image-distance` | {' | '.join(copies)} | wrong, of {SCENES:,} | recall | precision |")
+    for distance, more in [(0, []), (2, []), (4, []), (6, []), (4, ["--mirrored"])]:
+        output = work / f"unique-{distance}{len(more)}"
+        run(vilg, "data", "filter", "-q", work / "planted.tar", "-o", output, "--image-distance", distance, "--max-caption-repeats", 0, *more)
         with tarfile.open(output / "planted.tar") as tar:
             kept = [name for name in tar.getnames() if name.endswith(".txt")]
-        found_copies = [COPIES - sum(name.startswith(f"z{kind}-") for name in kept) for kind in range(len(PLANTED))]
+        found_copies = [COPIES - sum(name.startswith(f"z{kind}-") for name in kept) for kind in range(len(copies))]
         wrong = SCENES - sum(name.startswith("scene-") for name in kept)
-        right = sum(found_copies)
-        print(f"| {distance} | {' | '.join(map(str, found_copies))} | {wrong} | {right / COPIES / len(PLANTED):.0%} | "
+        wanted = found_copies if more else found_copies[:-1]
+        wrong += sum(found_copies) - sum(wanted)
+        right = sum(wanted)
+        print(f"| {' '.join([str(distance), *more])} | {' | '.join(map(str, found_copies))} | {wrong} | {right / COPIES / len(wanted):.0%} | "
               f"{right / (right + wrong):.0%} |", flush=True)
 
 

@@ -10,6 +10,7 @@ import random
 import tarfile
 import tempfile
 import unittest
+import unittest.mock
 from pathlib import Path
 
 from scenes import check, poetry, records, splits
@@ -42,6 +43,19 @@ class Scenes(unittest.TestCase):
                 kind, name = meaning.split(":")
                 self.assertIn(name, known[kind], word)
         self.assertGreaterEqual(len(records.THINGS), 150)
+
+    def test_larger_things_hide_each_other_no_more(self):
+        def sizes(scale):
+            with unittest.mock.patch.object(records, "OBJECT_SCALE", scale):
+                found = [records.random_record(random.Random(f"scale {i}"), ASPECT) for i in range(1000)]
+            kept = [record for record in found if record]
+            self.assertGreater(len(kept), 950)
+            for record in kept:
+                self.assertEqual([fault for fault in check.record_faults("", record)], [])
+            return [one["size"] for record in kept for one in record["objects"] if record["kind"] == "scene"]
+
+        small, large = sizes(1.0), sizes(1.7)
+        self.assertGreater(sum(large) / len(large), 1.3 * sum(small) / len(small))
 
     def test_words_that_hide_shorter_ones(self):
         self.assertEqual(poetry.meanings("今日人家"), [])

@@ -6,10 +6,8 @@ import json
 import tarfile
 
 from scenes.poetry import is_simplified
-from scenes.records import SIZE, hides
+from scenes.records import MOST_COVERED, SIZE, hides
 from scenes.splits import HELD_OUT, SPLITS, held_out
-
-MOST_COVERED = 0.2  # of the smaller of two boxes
 
 
 def read_split(folder):

@@ -18,6 +18,7 @@ SKY = {"圆月": ("1f315", "一轮圆月", ["夜晚"]), "弯月": ("1f319", "一
        "白云": ("2601", "一朵白云", ["清晨", "白天", "黄昏"])}
 SIDES = {"左边": 23, "中间": 64, "右边": 105}
 COUNTS = {1: "一", 2: "两", 3: "三", 4: "四"}
+MOST_COVERED = 0.2  # of the smaller of two boxes
 OBJECT_SCALE = 1.0  # times the heights of things.tsv, as far as there is room
 DEPTHS = {"近处": (1.2, 118), "中间": (1.0, 104), "远处": (0.75, 90)}
 Thing = collections.namedtuple("Thing", "name code kind measure height colours stand places")
@@ -152,6 +153,8 @@ def finish(rng, record, aspect):
         one["side"] = "中间" if record["kind"] == "closeup" or (len(objects) == 1 and one["count"] > 1) else side
         one["depth"] = rng.choice(list(DEPTHS))
     lay_out(rng, record, aspect)
+    if hides(record) >= MOST_COVERED:
+        return None
     order = list(SIDES)
     if len(objects) == 2:
         a, b = sorted(objects, key=lambda o: order.index(o["side"]))
