@@ -90,12 +90,12 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let check = DemoCheck::new(args.model.is_demo())?;
     let (decoding, mut unread) = (args.decoding.decoding(), 0);
     for paths in args.images.chunks(BATCH) {
-        let (mut read, mut pictures) = (Vec::new(), Vec::new());
+        let (mut read, mut images) = (Vec::new(), Vec::new());
         for path in paths {
             match open_square(path, models.image_tokenizer.image_size()) {
-                Ok(picture) => {
+                Ok(image) => {
                     read.push(path);
-                    pictures.push(picture);
+                    images.push(image);
                 }
                 Err(e) => {
                     report::error(&e);
@@ -103,9 +103,9 @@ pub fn run(args: Args, json: bool) -> Result<()> {
                 }
             }
         }
-        let captions = models.caption(&models.encode(&pictures)?, &decoding, args.decoding.number())?;
+        let captions = models.caption(&models.encode(&images)?, &decoding, args.decoding.number())?;
         let texts = |captions: &Vec<Caption>| captions.iter().map(|caption| caption.text.clone()).collect();
-        let scores = check.scores(&pictures, &captions.iter().map(texts).collect::<Vec<_>>())?;
+        let scores = check.scores(&images, &captions.iter().map(texts).collect::<Vec<_>>())?;
         for ((path, captions), scores) in read.into_iter().zip(&captions).zip(scores) {
             if !scores.is_empty() && scores.iter().all(|score| score.is_some_and(|score| score < LEAST)) {
                 let path = path.display();

@@ -43,7 +43,7 @@ fn print(inspection: &Inspection) {
     let rows: Vec<Vec<String>> =
         shards.iter().map(|s| vec![s.name.clone(), s.samples.to_string(), s.bad.to_string()]).collect();
     report::table(&["shard", "samples", "bad"], &rows);
-    report::result(format_args!("images: {}; samples of codes: {}", found.pictures, found.codes));
+    report::result(format_args!("images: {}; samples of codes: {}", found.images, found.codes));
     for (name, spread) in spreads(found) {
         if let Some(s) = spread.summary() {
             report::result(format_args!("{name}: {} to {}, median {}, mean {:.1}", s.min, s.max, s.median, s.mean));

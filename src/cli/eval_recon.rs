@@ -94,7 +94,7 @@ fn row(model: &str, Outcome { result, .. }: &Outcome) -> Vec<String> {
     let known = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.4}"));
     vec![
         model.to_owned(),
-        result.pictures.to_string(),
+        result.images.to_string(),
         format!("{:.2} dB", result.psnr),
         known(result.ssim),
         known(result.lpips),

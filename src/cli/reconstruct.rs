@@ -3,7 +3,7 @@
 use crate::{
     bundle::{Bundle, DEMO_NAME},
     data::{
-        image::{from_pixels, open_picture, square, to_pixels},
+        image::{from_pixels, open_image, square, to_pixels},
         image_file, keys, paths,
     },
     error::{Result, ensure, failed, usage},
@@ -96,7 +96,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
 /// Reconstructs an image by an end-to-end generator, from the codes of the image itself.
 fn through_generator(bundle: &Bundle, caption: &str, image: &Path, output: &Path, json: bool) -> Result<()> {
     let models = Models::load(bundle, Format::F32)?.with_reconstructor(Reconstructor::EndToEnd)?;
-    let original = square(open_picture(image)?, models.image_tokenizer.image_size() as u32);
+    let original = square(open_image(image)?, models.image_tokenizer.image_size() as u32);
     let codes = models.encode(std::slice::from_ref(&original))?;
     let prompt = models.text.encode(caption, models.generator.max_text())?;
     let reconstructed = models.images(&[&prompt], &codes)?.swap_remove(0);
@@ -109,13 +109,13 @@ fn same_file(a: &Path, b: &Path) -> bool {
 }
 
 fn one(tokenizer: &ImageTokenizer, image: &Path, output: &Path, whole: bool, json: bool) -> Result<()> {
-    let picture = open_picture(image)?;
+    let input = open_image(image)?;
     let (original, reconstructed, codes) = if whole {
-        let grid = tokenizer.encode_whole(&picture)?;
-        let reconstructed = tokenizer.decode_whole(&grid, picture.height() as usize, picture.width() as usize)?;
-        (picture, reconstructed, grid.codes)
+        let grid = tokenizer.encode_whole(&input)?;
+        let reconstructed = tokenizer.decode_whole(&grid, input.height() as usize, input.width() as usize)?;
+        (input, reconstructed, grid.codes)
     } else {
-        let original = square(picture, tokenizer.image_size() as u32);
+        let original = square(input, tokenizer.image_size() as u32);
         let codes = tokenizer.encode(&to_pixels([&original])?)?;
         let reconstructed = from_pixels(&tokenizer.decode(&codes)?)?.swap_remove(0);
         (original, reconstructed, codes.flatten_all()?.to_vec1()?)

@@ -2,7 +2,7 @@
 
 use super::model::MatcherOption;
 use crate::{
-    data::{image::open_picture, resize_bicubic},
+    data::{image::open_image, resize_bicubic},
     error::{Result, ensure, failed, usage},
     generate::Matching,
     report,
@@ -46,7 +46,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
     for paths in args.images.chunks(BATCH) {
         let (mut read, mut images) = (Vec::new(), Vec::new());
         for path in paths {
-            match open_picture(path) {
+            match open_image(path) {
                 Ok(image) => {
                     read.push(path.as_path());
                     // Resized at once: a batch of large images would fill the memory.

@@ -122,10 +122,10 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         let begun = Instant::now();
         let generated = models.generate_images(requests, &sampling, &ranker.best_of(), |codes| bar.inc(codes))?;
         seconds += begun.elapsed().as_secs_f64();
-        let pictures = pictures(requests, &generated, args.scale, args.labels);
+        let finished = finished(requests, &generated, args.scale, args.labels);
         let paths = match each {
-            true => write_each(&args.output, &pictures, i * chunk)?,
-            false => write_grid(&args.output, &pictures)?,
+            true => write_each(&args.output, &finished, i * chunk)?,
+            false => write_grid(&args.output, &finished)?,
         };
         let matches = check.images(requests, &generated)?;
         let of_image = paths.iter().zip(requests).zip(&generated).zip(matches);
@@ -195,7 +195,7 @@ fn image_json(path: &Path, request: &Request, generated: &GeneratedImage, matche
 }
 
 /// The images as they are written: each side `scale` times as long, with `labels` the prompt below.
-fn pictures(requests: &[Request], generated: &[GeneratedImage], scale: u32, labels: bool) -> Vec<RgbImage> {
+fn finished(requests: &[Request], generated: &[GeneratedImage], scale: u32, labels: bool) -> Vec<RgbImage> {
     let enlarge = |image: &RgbImage| resize_bicubic(image, image.width() * scale, image.height() * scale);
     let images: Vec<RgbImage> = generated.iter().map(|generated| enlarge(&generated.image)).collect();
     if !labels {

@@ -32,7 +32,7 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     let mut unread = 0;
     for path in &args.images {
         let codes = match open_square(path, tokenizer.image_size()) {
-            Ok(picture) => tokenizer.encode(&to_pixels([&picture])?)?.flatten_all()?.to_vec1::<u32>()?,
+            Ok(image) => tokenizer.encode(&to_pixels([&image])?)?.flatten_all()?.to_vec1::<u32>()?,
             Err(e) => {
                 report::error(&e);
                 unread += 1;

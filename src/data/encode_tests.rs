@@ -21,13 +21,13 @@ pub(super) fn tokenizer() -> ImageTokenizer {
 }
 
 /// Two shards of 7 samples, one of them bad, in a subfolder.
-fn pictures(folder: &Path) {
+fn images(folder: &Path) {
     fs::create_dir_all(folder.join("deep")).unwrap();
     for name in ["0.tar", "deep/0.tar"] {
         let mut tar = ::tar::Builder::new(fs::File::create(folder.join(name)).unwrap());
         for i in 0..7u8 {
-            let picture = ::image::RgbImage::from_fn(9, 8, |x, y| ::image::Rgb([x as u8 * 20, y as u8 * 20, i * 30]));
-            let png = if i == 3 { b"bad".to_vec() } else { image_file::png(&picture).unwrap() };
+            let image = ::image::RgbImage::from_fn(9, 8, |x, y| ::image::Rgb([x as u8 * 20, y as u8 * 20, i * 30]));
+            let png = if i == 3 { b"bad".to_vec() } else { image_file::png(&image).unwrap() };
             let json = format!(r#"{{"captions":["第{i}张"]}}"#);
             for (extension, content) in [("png", png), ("txt", b"x".to_vec()), ("json", json.into_bytes())] {
                 let mut header = ::tar::Header::new_gnu();
@@ -56,7 +56,7 @@ pub(super) fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
 fn encoding_keeps_order_and_text_and_resumes() {
     let dir = tempfile::tempdir().unwrap();
     let (input, output) = (dir.path().join("in"), dir.path().join("out"));
-    pictures(&input);
+    images(&input);
     let tokenizer = tokenizer();
     let info = CodesInfo { tokenizer: "x".into(), grid: [4, 4], codebook_size: 16 };
     let encoder = |info: &CodesInfo| Encoder {
@@ -111,7 +111,7 @@ fn encoding_keeps_order_and_text_and_resumes() {
     assert!(encoder(&other).run(&sources, |_| ()).unwrap_err().to_string().contains("another tokenizer"));
 
     let found = inspect(&Source::open(output.to_str().unwrap(), 1.0).unwrap(), |_| ()).unwrap().found;
-    assert_eq!((found.samples, found.codes, found.pictures, found.bad.total()), (12, 12, 0, 0));
+    assert_eq!((found.samples, found.codes, found.images, found.bad.total()), (12, 12, 0, 0));
 }
 
 #[test]
@@ -141,7 +141,7 @@ fn too_many_bad_images_stop_encoding_and_leave_no_shard() {
 #[test]
 fn inspection_counts_and_measures() {
     let dir = tempfile::tempdir().unwrap();
-    pictures(dir.path());
+    images(dir.path());
     let found = inspect(&Source::open(dir.path().to_str().unwrap(), 1.0).unwrap(), |_| ()).unwrap();
     assert_eq!(found.shards.iter().map(|s| (s.samples, s.bad)).collect::<Vec<_>>(), [(7, 1), (7, 1)]);
     let value = serde_json::to_value(&found).unwrap();
@@ -155,7 +155,7 @@ fn inspection_counts_and_measures() {
 fn ranks_encode_what_one_process_encodes() {
     let dir = tempfile::tempdir().unwrap();
     let input = dir.path().join("in");
-    pictures(&input);
+    images(&input);
     let tokenizer = tokenizer();
     let sources = [Source::open(input.to_str().unwrap(), 1.0).unwrap()];
     let encode = |name: &str, rank, world_size| {

@@ -168,7 +168,7 @@ fn a_pipe_without_a_writer_does_not_block() {
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     let source = Source::open(pipe.to_str().unwrap(), 1.0).unwrap();
     assert_eq!(causes(&source.damage()), serde_json::json!({"unreadable": 1}));
-    assert!(image::open_picture(&pipe).is_err());
+    assert!(image::open_image(&pipe).is_err());
 }
 
 #[test]
@@ -180,7 +180,7 @@ fn a_pipe_with_a_writer_is_read() {
         let pipe = pipe.clone();
         move || fs::write(pipe, picture(5)).unwrap()
     });
-    assert_eq!(image::open_picture(&pipe).unwrap().as_raw(), &[5; 12]);
+    assert_eq!(image::open_image(&pipe).unwrap().as_raw(), &[5; 12]);
     writer.join().unwrap();
 }
 

@@ -54,14 +54,14 @@ pub fn decode_square(bytes: &[u8], size: u32) -> Result<RgbImage, Bad> {
 /// # Errors
 /// The file cannot be read or is not a usable image.
 pub fn open_square(path: &Path, size: usize) -> Result<RgbImage> {
-    Ok(square(open_picture(path)?, size as u32))
+    Ok(square(open_image(path)?, size as u32))
 }
 
 /// Reads the image file `path`.
 ///
 /// # Errors
 /// The file cannot be read or is not a usable image.
-pub fn open_picture(path: &Path) -> Result<RgbImage> {
+pub fn open_image(path: &Path) -> Result<RgbImage> {
     let name = path.display();
     // The size of the file cannot be checked first: a pipe has none.
     let read = open_without_waiting(path).and_then(|file| read_beyond(file, MAX_FILE));

@@ -36,7 +36,7 @@ pub struct ShardCount {
 #[derive(Debug, Default, Serialize)]
 pub struct Findings {
     pub samples: u64,
-    pub pictures: u64,
+    pub images: u64,
     pub codes: u64,
     /// Image sizes in pixels.
     pub widths: Spread,
@@ -103,7 +103,7 @@ impl Serialize for Spread {
 impl Findings {
     fn merge(mut self, other: Self) -> Self {
         self.samples += other.samples;
-        self.pictures += other.pictures;
+        self.images += other.images;
         self.codes += other.codes;
         self.widths.merge(other.widths);
         self.heights.merge(other.heights);
@@ -119,7 +119,7 @@ impl Findings {
 impl Findings {
     /// Whether any image or code could be read.
     pub fn usable(&self) -> bool {
-        self.pictures + self.codes > 0
+        self.images + self.codes > 0
     }
 }
 
@@ -171,10 +171,10 @@ fn look_at(shard: &Shard, index: usize, info: Option<&CodesInfo>, found: &mut Fi
         info.and_then(|info| info.parse(npy)).map_err(locate)?;
         found.codes += 1;
     } else {
-        let picture = image_member(&members).and_then(image::decode).map_err(locate)?;
-        found.pictures += 1;
-        found.widths.add(picture.width().into());
-        found.heights.add(picture.height().into());
+        let image = image_member(&members).and_then(image::decode).map_err(locate)?;
+        found.images += 1;
+        found.widths.add(image.width().into());
+        found.heights.add(image.height().into());
     }
     let record = shard.parse(&key, &members, Kind::Captions, None, &[])?;
     record.ignored.into_iter().for_each(|bad| found.ignored.add(bad));

@@ -39,7 +39,7 @@ pub struct Settings<'a> {
 /// Metrics, as means over all images.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Reconstruction {
-    pub pictures: usize,
+    pub images: usize,
     /// Peak signal-to-noise ratio in dB.
     pub psnr: f64,
     /// Color error of saturated pixels, by hue.
@@ -88,7 +88,7 @@ pub fn run(tokenizer: &ImageTokenizer, settings: &Settings, shown: usize) -> Res
             vgg.extend(last(&a)?, last(&b)?);
         }
         if let Some(network) = settings.inception {
-            let features = |pictures| Ok::<_, Error>(network.features(&to_pixels(pictures)?)?.to_vec2()?);
+            let features = |images| Ok::<_, Error>(network.features(&to_pixels(images)?)?.to_vec2()?);
             inception.extend(features(batch)?, features(&reconstructed)?);
         }
         pairs.extend(batch.iter().cloned().zip(reconstructed).take(shown.saturating_sub(pairs.len())));
@@ -98,7 +98,7 @@ pub fn run(tokenizer: &ImageTokenizer, settings: &Settings, shown: usize) -> Res
     let mut colors = ColorErrors::default();
     similar.iter().for_each(|(.., errors)| colors.merge(errors));
     let result = Reconstruction {
-        pictures: originals.len(),
+        images: originals.len(),
         psnr: mean(similar.iter().map(|similar| Some(similar.0))).unwrap_or_default(),
         colors: colors.sectors(),
         ssim: mean(similar.iter().map(|similar| similar.1)),
@@ -116,18 +116,18 @@ pub fn run(tokenizer: &ImageTokenizer, settings: &Settings, shown: usize) -> Res
 struct Pair([Vec<Vec<f32>>; 2]);
 
 impl Pair {
-    fn extend(&mut self, pictures: Vec<Vec<f32>>, reconstructed: Vec<Vec<f32>>) {
-        self.0.iter_mut().zip([pictures, reconstructed]).for_each(|(all, more)| all.extend(more));
+    fn extend(&mut self, images: Vec<Vec<f32>>, reconstructed: Vec<Vec<f32>>) {
+        self.0.iter_mut().zip([images, reconstructed]).for_each(|(all, more)| all.extend(more));
     }
 
     fn distance(&self) -> Result<Option<f64>> {
-        let [pictures, reconstructed] = &self.0;
+        let [images, reconstructed] = &self.0;
         let gaussian = |rows: &[Vec<f32>]| {
             let values: Vec<f32> = rows.concat();
             let dim = values.len() / rows.len().max(1);
             Moments::of(&Tensor::from_vec(values, (rows.len(), dim), &Device::Cpu)?)?.gaussian()
         };
-        (pictures.len() > 1).then(|| gaussian(pictures)?.distance(&gaussian(reconstructed)?)).transpose()
+        (images.len() > 1).then(|| gaussian(images)?.distance(&gaussian(reconstructed)?)).transpose()
     }
 }
 
@@ -160,9 +160,9 @@ fn perplexity(counts: impl Iterator<Item = usize>) -> f64 {
 /// The images, with the reconstructions of each tokenizer below; one column per image.
 pub fn sheet(outcomes: &[Outcome]) -> RgbImage {
     let pairs = outcomes.iter().map(|outcome| &outcome.pairs);
-    let side = pairs.clone().flatten().map(|(picture, _)| picture.width()).max().unwrap_or(1);
-    let resized = |picture: &RgbImage| imageops::resize(picture, side, side, imageops::FilterType::Nearest);
-    let mut rows: Vec<RgbImage> = pairs.clone().take(1).flatten().map(|(picture, _)| resized(picture)).collect();
+    let side = pairs.clone().flatten().map(|(image, _)| image.width()).max().unwrap_or(1);
+    let resized = |image: &RgbImage| imageops::resize(image, side, side, imageops::FilterType::Nearest);
+    let mut rows: Vec<RgbImage> = pairs.clone().take(1).flatten().map(|(image, _)| resized(image)).collect();
     let columns = rows.len();
     rows.extend(pairs.flatten().map(|(_, reconstructed)| resized(reconstructed)));
     crate::data::image_file::grid(&rows, columns)

@@ -67,8 +67,8 @@ struct Candidate {
 /// The captions to generate images from, each with the images to search among.
 pub(super) struct Queries {
     data: Dataset,
-    pictures: Vec<Candidate>,
-    /// For each query: its own image and the others, as indices of `pictures`.
+    images: Vec<Candidate>,
+    /// For each query: its own image and the others, as indices of `images`.
     queries: Vec<(usize, Vec<usize>)>,
 }
 
@@ -81,17 +81,17 @@ impl Queries {
         ensure!(settings.candidates >= 2, "--candidates must be at least 2");
         let (mut styles, side) = (HashMap::new(), side as u32);
         let data = open(settings.data, Kind::Pairs(side))?;
-        let mut pictures = read(&data, settings.data, &mut styles)?;
-        let of_data = pictures.len();
+        let mut images = read(&data, settings.data, &mut styles)?;
+        let of_data = images.len();
         if let Some(pool) = settings.pool {
-            pictures.extend(read(&open(pool, Kind::Pairs(side))?, pool, &mut styles)?);
+            images.extend(read(&open(pool, Kind::Pairs(side))?, pool, &mut styles)?);
         }
         let count = if settings.samples == 0 { of_data } else { settings.samples };
         let chosen = choose(count, of_data, settings.seed, "eval pairs", 0);
-        let shelf = Shelf::new(&pictures, of_data, styles.len());
+        let shelf = Shelf::new(&images, of_data, styles.len());
         let query = |own| Ok((own, shelf.others(own, settings.candidates - 1, settings.seed)?));
         let queries = chosen.into_iter().map(query).collect::<Result<_>>()?;
-        Ok(Self { data, pictures, queries })
+        Ok(Self { data, images, queries })
     }
 
     pub(super) fn len(&self) -> usize {
@@ -101,30 +101,30 @@ impl Queries {
     /// The requests for images of some queries; each has a seed of its own.
     pub(super) fn requests(&self, queries: Range<usize>, seed: u64) -> Vec<Request> {
         let request =
-            |(own, _): &(usize, _)| Request::new(self.pictures[*own].caption.as_str(), seed.wrapping_add(*own as u64));
+            |(own, _): &(usize, _)| Request::new(self.images[*own].caption.as_str(), seed.wrapping_add(*own as u64));
         self.queries[queries].iter().map(request).collect()
     }
 
     /// The rank of the query's own image among its candidates by distance from `generated`, counted from 1.
     pub(super) fn rank(&self, query: usize, generated: &RgbImage) -> usize {
         let (own, others) = &self.queries[query];
-        let others = others.iter().map(|&other| self.pictures[other].features.as_slice());
-        rank(&features(generated), &self.pictures[*own].features, others)
+        let others = others.iter().map(|&other| self.images[other].features.as_slice());
+        rank(&features(generated), &self.images[*own].features, others)
     }
 
     /// The real images of some queries after a round trip through the image tokenizer.
     fn reconstructions(&self, models: &Models, queries: Range<usize>) -> Result<Vec<RgbImage>> {
-        let picture = |(own, _): &(usize, _)| {
-            let (source, sample) = self.pictures[*own].place;
+        let image = |(own, _): &(usize, _)| {
+            let (source, sample) = self.images[*own].place;
             self.data
                 .read(source, sample)
                 .ok()
                 .and_then(|record| record.image)
                 .context("an image can no longer be read")
         };
-        let pictures = self.queries[queries].iter().map(picture).collect::<Result<Vec<_>>>()?;
+        let images = self.queries[queries].iter().map(image).collect::<Result<Vec<_>>>()?;
         let tokenizer = &models.image_tokenizer;
-        from_pixels(&tokenizer.decode(&tokenizer.encode(&to_pixels(&pictures)?)?)?)
+        from_pixels(&tokenizer.decode(&tokenizer.encode(&to_pixels(&images)?)?)?)
     }
 }
 
@@ -190,28 +190,28 @@ fn reduce(record: Record) -> (Vec<f32>, String, String) {
 
 /// Candidates grouped by style.
 struct Shelf<'a> {
-    pictures: &'a [Candidate],
+    images: &'a [Candidate],
     /// For each style: images of the data, and images of the pool.
     styles: Vec<[Vec<usize>; 2]>,
 }
 
 impl<'a> Shelf<'a> {
-    fn new(pictures: &'a [Candidate], of_data: usize, styles: usize) -> Self {
+    fn new(images: &'a [Candidate], of_data: usize, styles: usize) -> Self {
         let mut shelf = vec![[Vec::new(), Vec::new()]; styles];
-        for (i, picture) in pictures.iter().enumerate() {
-            shelf[picture.style][usize::from(i >= of_data)].push(i);
+        for (i, image) in images.iter().enumerate() {
+            shelf[image.style][usize::from(i >= of_data)].push(i);
         }
-        Self { pictures, styles: shelf }
+        Self { images, styles: shelf }
     }
 
     /// `count` other images of the same style: from the data first, then from the pool. An image with the same features
     /// counts as the same image.
     fn others(&self, own: usize, count: usize, seed: u64) -> Result<Vec<usize>> {
-        let picture = &self.pictures[own];
+        let image = &self.images[own];
         let mut others = Vec::with_capacity(count);
-        for (part, purpose) in self.styles[picture.style].iter().zip(["eval others", "eval pool"]) {
+        for (part, purpose) in self.styles[image.style].iter().zip(["eval others", "eval pool"]) {
             for i in choose(part.len(), part.len(), seed, purpose, own as u64) {
-                if others.len() < count && self.pictures[part[i]].features != picture.features {
+                if others.len() < count && self.images[part[i]].features != image.features {
                     others.push(part[i]);
                 }
             }
@@ -236,8 +236,8 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// An image box-filtered to 16×16 RGB values of 0 to 255, row by row.
-fn features(picture: &RgbImage) -> Vec<f32> {
-    let (width, height) = (picture.width() as usize, picture.height() as usize);
+fn features(image: &RgbImage) -> Vec<f32> {
+    let (width, height) = (image.width() as usize, image.height() as usize);
     let (columns, rows) = (spans(width), spans(height));
     let mut values = Vec::with_capacity(SIDE * SIDE * 3);
     for row in &rows {
@@ -245,7 +245,7 @@ fn features(picture: &RgbImage) -> Vec<f32> {
             let mut sum = [0.0; 3];
             for &(y, vertical) in row {
                 for &(x, horizontal) in column {
-                    let pixel = picture.get_pixel(x as u32, y as u32).0;
+                    let pixel = image.get_pixel(x as u32, y as u32).0;
                     sum.iter_mut().zip(pixel).for_each(|(s, c)| *s += vertical * horizontal * f64::from(c));
                 }
             }
@@ -274,8 +274,8 @@ mod tests {
 
     #[test]
     fn box_filter_averages() {
-        let picture = RgbImage::from_fn(64, 32, |x, y| Rgb([(x * 4) as u8, (y * 8) as u8, 7]));
-        let values = features(&picture);
+        let image = RgbImage::from_fn(64, 32, |x, y| Rgb([(x * 4) as u8, (y * 8) as u8, 7]));
+        let values = features(&image);
         assert_eq!(values.len(), 16 * 16 * 3);
         // Cell (row 2, column 3) covers x 12..16 and y 4..6.
         let cell = &values[(2 * 16 + 3) * 3..][..3];
@@ -310,19 +310,19 @@ mod tests {
 
     #[test]
     fn others_have_the_style_and_come_from_the_pool_only_if_needed() {
-        let mut pictures: Vec<Candidate> = (0..12).map(|i| candidate(i % 2, i as f32)).collect();
-        pictures.push(candidate(0, 4.0)); // a copy of image 4
-        let of_data = pictures.len();
-        pictures.extend((0..6).map(|i| candidate(i % 2, 100.0 + i as f32)));
-        let shelf = Shelf::new(&pictures, of_data, 2);
+        let mut images: Vec<Candidate> = (0..12).map(|i| candidate(i % 2, i as f32)).collect();
+        images.push(candidate(0, 4.0)); // a copy of image 4
+        let of_data = images.len();
+        images.extend((0..6).map(|i| candidate(i % 2, 100.0 + i as f32)));
+        let shelf = Shelf::new(&images, of_data, 2);
         for seed in 0..5 {
             for (own, count) in [(4, 5), (4, 8), (5, 3), (1, 8)] {
                 let others = shelf.others(own, count, seed).unwrap();
                 let different: std::collections::BTreeSet<_> = others.iter().collect();
                 assert_eq!(different.len(), count);
                 for &other in &others {
-                    assert!(pictures[other].style == pictures[own].style);
-                    assert!(pictures[other].features != pictures[own].features);
+                    assert!(images[other].style == images[own].style);
+                    assert!(images[other].features != images[own].features);
                     assert!(count > 5 || other < of_data);
                 }
             }

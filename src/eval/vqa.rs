@@ -34,22 +34,22 @@ pub fn run(models: &Models, data: &str, samples: usize, decoding: &Decoding, see
     let mut bad = dataset.bad.clone();
     let bar = report::bar(places.len() as u64, "answering");
     for chunk in places.chunks(BATCH) {
-        let (mut pictures, mut all) = (Vec::new(), Vec::new());
+        let (mut images, mut all) = (Vec::new(), Vec::new());
         for &(source, sample) in chunk {
             match dataset.read(source, sample) {
                 Ok(record) => {
                     read += 1;
                     let found = questions(&record.meta);
-                    if let Some(picture) = record.image.filter(|_| !found.is_empty()) {
-                        all.extend(found.into_iter().map(|question| (pictures.len(), question)));
-                        pictures.push(picture);
+                    if let Some(image) = record.image.filter(|_| !found.is_empty()) {
+                        all.extend(found.into_iter().map(|question| (images.len(), question)));
+                        images.push(image);
                     }
                 }
                 Err(error) => bad.add(error),
             }
         }
-        let codes = models.encode(&pictures)?;
-        let codes: Vec<Vec<u32>> = all.iter().map(|(picture, _)| codes[*picture].clone()).collect();
+        let codes = models.encode(&images)?;
+        let codes: Vec<Vec<u32>> = all.iter().map(|(image, _)| codes[*image].clone()).collect();
         let texts: Vec<&str> = all.iter().map(|(_, question)| question.question.as_str()).collect();
         let answers = models.answer(&codes, &texts, decoding, 1)?;
         for ((_, question), answers) in all.iter().zip(&answers) {

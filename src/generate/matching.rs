@@ -155,7 +155,7 @@ mod tests {
     use image::Rgb;
     use safetensors::Dtype;
 
-    fn picture(number: u8) -> RgbImage {
+    fn image(number: u8) -> RgbImage {
         RgbImage::from_fn(9, 7, |x, y| Rgb([number * 3, (x * 20) as u8, (y * 30) as u8]))
     }
 
@@ -163,7 +163,7 @@ mod tests {
     fn embeddings_do_not_depend_on_the_batch() {
         let folder = tempfile::tempdir().unwrap();
         let matching = Matching::open(&tiny_matcher(folder.path(), Dtype::F32, 1.0)).unwrap();
-        let images: Vec<RgbImage> = (0..40).map(picture).collect();
+        let images: Vec<RgbImage> = (0..40).map(image).collect();
         let texts: Vec<String> = (0..70).map(|n| "红苹果小狗".chars().cycle().take(1 + n % 9).collect()).collect();
         let (all, all_texts) = (matching.embed_images(&images).unwrap(), matching.embed_texts(&texts).unwrap());
         assert_eq!((all.dims(), all_texts.dims()), (&[40, 4][..], &[70, 4][..]));
@@ -203,7 +203,7 @@ mod tests {
         let matching = Matching::open(&tiny_matcher(folder.path(), Dtype::F32, 1e30)).unwrap();
         let error = matching.embed_texts(&["小狗"]).unwrap_err();
         assert!(error.to_string().contains("the text `小狗` is not finite or has no length"), "{error}");
-        let error = matching.embed_images(&[picture(1), picture(2)]).unwrap_err();
+        let error = matching.embed_images(&[image(1), image(2)]).unwrap_err();
         assert!(error.to_string().contains("image 1 of 2 is not finite or has no length"), "{error}");
     }
 }

@@ -159,7 +159,7 @@ pub fn layout(kind: Kind, all: &[&Evaluation]) -> Vec<Column> {
         Kind::Reconstruction => columns(&[
             ("tokenizer", "/model", Text),
             ("data", "/data", Text),
-            ("images", "/result/pictures", Number(0)),
+            ("images", "/result/images", Number(0)),
             ("PSNR in dB", "/result/psnr", Number(2)),
             ("SSIM", "/result/ssim", Number(4)),
             ("LPIPS", "/result/lpips", Number(4)),

@@ -130,13 +130,13 @@ impl<'a> Trainer<'a> {
             self.run.loss_scale.iter_mut().for_each(LossScale::grow);
             self.saving.confirm(step - 1);
         }
-        let learns = measured.amount > 0;
-        if finite && learns && self.run.updates == 0 {
+        let has_targets = measured.amount > 0;
+        if finite && has_targets && self.run.updates == 0 {
             self.check_complete()?;
         }
         if !finite {
             self.overflow(norm)?;
-        } else if !learns {
+        } else if !has_targets {
             report::note(format_args!("step {step} has nothing to predict: no update"));
         } else if settings.spike != Spike::Ignore && self.run.spikes.is_spike(measured.loss(), norm) {
             match settings.spike {

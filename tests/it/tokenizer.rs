@@ -163,7 +163,7 @@ fn tokenizers_are_compared_on_the_same_images() {
     assert_eq!(lines.len(), 2);
     assert_eq!(lines[0]["result"], lines[1]["result"]);
     let result = &lines[0]["result"];
-    assert!(result["pictures"] == 2 && result["lpips"].is_null() && result["psnr"].as_f64().unwrap() > 0.0);
+    assert!(result["images"] == 2 && result["lpips"].is_null() && result["psnr"].as_f64().unwrap() > 0.0);
     assert!((0.02..=1.0).contains(&result["codebook_used"].as_f64().unwrap()), "{result}");
     assert_eq!(image::image_dimensions(&sheet).unwrap(), (2 * 16 + 4, 3 * 16 + 2 * 4));
     let missing = vilg(&["eval", "recon", "--data", data, "--lpips", data], &model);

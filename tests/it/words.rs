@@ -3,8 +3,10 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 /// Names that were replaced by the terms of the field; whole words, with regard to case.
-const NAMES: [&str; 34] = [
+const NAMES: [&str; 36] = [
     "Taped",
+    "Picture",
+    "open_picture",
     "TapedLayer",
     "taped",
     "Room",

@@ -6,7 +6,7 @@ use super::{
     study::now,
 };
 use crate::{
-    data::{image::open_picture, image_file::png},
+    data::{image::open_image, image_file::png},
     error::{Hint, Result, ensure, failed},
 };
 use rusqlite::{Connection, params};
@@ -88,7 +88,7 @@ fn store(connection: &Connection, path: &Path, images: &mut HashMap<PathBuf, i64
     if let Some(number) = images.get(path) {
         return Ok(*number);
     }
-    let image = open_picture(path)?;
+    let image = open_image(path)?;
     let (width, height) = image.dimensions();
     let message = format!("{} has {width} × {height} pixels", path.display());
     let hint = format!("images have at most {MAX_SIDE} × {MAX_SIDE} pixels: make it smaller");

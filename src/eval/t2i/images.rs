@@ -3,7 +3,7 @@
 use super::Evaluation;
 use crate::{
     data::{
-        image::open_picture,
+        image::open_image,
         image_file::png,
         output::{remove_leftovers, write_whole},
     },
@@ -141,7 +141,7 @@ impl Images<'_> {
     /// Stores the features of a chunk's images, as they were written, and their cosines with their prompts.
     fn store_features(&self, chunk: usize) -> Result<()> {
         let Evaluation { prompts, features, matching, .. } = self.evaluation;
-        let images = self.prompts(chunk).map(|prompt| open_picture(&self.image_file(prompt, "png")));
+        let images = self.prompts(chunk).map(|prompt| open_image(&self.image_file(prompt, "png")));
         let images: Vec<RgbImage> = images.collect::<Result<_>>()?;
         let texts: Vec<&str> = self.prompts(chunk).map(|prompt| prompts[prompt].as_str()).collect();
         let [image_embeddings, text_embeddings] = [matching.embed_images(&images)?, matching.embed_texts(&texts)?];

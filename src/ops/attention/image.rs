@@ -21,7 +21,7 @@ pub struct Heads<'a, T> {
 }
 
 impl<'a, T: Real> Heads<'a, T> {
-    fn picture(&self, i: usize) -> [Matrix<'a, T>; 3] {
+    fn image(&self, i: usize) -> [Matrix<'a, T>; 3] {
         let size = self.positions * self.channels;
         [self.q, self.k, self.v].map(|x| Matrix::new(&x[i * size..(i + 1) * size], self.positions, self.channels))
     }
@@ -42,7 +42,7 @@ impl<'a, T: Real> Heads<'a, T> {
 /// Writes softmax(q kᵀ / √channels) v.
 pub fn forward<T: Real>(heads: Heads<T>, y: &mut [T]) {
     y.par_chunks_mut(heads.positions * heads.channels).enumerate().for_each(|(i, y)| {
-        let [q, k, v] = heads.picture(i);
+        let [q, k, v] = heads.image(i);
         let p = heads.probabilities(q, k);
         gemm_serial(y, heads.channels, Beta::Zero, 1.0, Matrix::new(&p, heads.positions, heads.positions), v);
     });
@@ -53,7 +53,7 @@ pub fn backward<T: Real>(heads: Heads<T>, dy: &[T], [dq, dk, dv]: [&mut [T]; 3])
     let (positions, channels, size) = (heads.positions, heads.channels, heads.positions * heads.channels);
     let gradients = dq.par_chunks_mut(size).zip(dk.par_chunks_mut(size)).zip(dv.par_chunks_mut(size));
     gradients.zip(dy.par_chunks(size)).enumerate().for_each(|(i, (((dq, dk), dv), dy))| {
-        let [q, k, v] = heads.picture(i);
+        let [q, k, v] = heads.image(i);
         let p = heads.probabilities(q, k);
         let dy = Matrix::new(dy, positions, channels);
         gemm_serial(dv, channels, Beta::Zero, 1.0, Matrix::new(&p, positions, positions).t(), dy);
@@ -96,8 +96,8 @@ mod tests {
     #[test]
     fn equals_stock_ops() -> Result<()> {
         at_each_level(|| {
-            for (pictures, positions, channels) in [(1, 1, 1), (2, 5, 3), (3, 33, 40)] {
-                let [q, k, v] = ["q", "k", "v"].map(|name| normal(name, &[pictures, positions, channels], DType::F64));
+            for (images, positions, channels) in [(1, 1, 1), (2, 5, 3), (3, 33, 40)] {
+                let [q, k, v] = ["q", "k", "v"].map(|name| normal(name, &[images, positions, channels], DType::F64));
                 let scores = (q.matmul(&k.t()?)? * (channels as f64).powf(-0.5))?.exp()?;
                 let y = scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?.matmul(&v)?;
                 let dy = normal("dy", y.dims(), DType::F64);

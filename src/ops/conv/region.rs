@@ -18,14 +18,14 @@ impl<T> Region<'_, T> {
 
 /// An image `(height, width, channels)`.
 #[derive(Clone, Copy)]
-pub(super) struct Picture<'a, T> {
+pub(super) struct Image<'a, T> {
     pixels: &'a [T],
     height: usize,
     width: usize,
     channels: usize,
 }
 
-impl<'a, T: Element> Picture<'a, T> {
+impl<'a, T: Element> Image<'a, T> {
     /// Image number `image` of a batch.
     pub(super) fn new(x: &'a [T], image: usize, height: usize, width: usize, channels: usize) -> Self {
         let size = height * width * channels;

@@ -329,13 +329,13 @@ impl Task for ImageTokenizerTask {
         let records = self.data_loader.fixed(SHEET.0);
         let scope = Scope::from_tensors(weights, DType::F32, &runtime::device()?);
         let model = ImageTokenizer::new(&scope, &self.config.image_tokenizer)?;
-        let mut pictures = Vec::new();
+        let mut images = Vec::new();
         for row in records.chunks(SHEET.1) {
             let original = pixels(row)?;
-            pictures.extend(from_pixels(&original)?);
-            pictures.extend(from_pixels(&model.decode(&model.encode(&original)?)?)?);
+            images.extend(from_pixels(&original)?);
+            images.extend(from_pixels(&model.decode(&model.encode(&original)?)?)?);
         }
-        image_file::write_png(path, &image_file::grid(&pictures, records.len().min(SHEET.1)))
+        image_file::write_png(path, &image_file::grid(&images, records.len().min(SHEET.1)))
     }
 
     fn publish(&self, mut weights: BTreeMap<String, Values>, folder: &Path) -> Result<()> {

@@ -271,9 +271,9 @@ impl Task for MatcherTask {
         let model = build(&scope, &self.config, self.text.vocab_size())?;
         let [images, texts] = self.inputs(&self.config.matcher, &records, 0, 0)?;
         let Input::Images(pixels) = &images else { return Ok(()) };
-        let pictures = from_pixels(pixels)?;
+        let shown = from_pixels(pixels)?;
         let cosines = model.embed(&images)?.matmul(&model.embed(&texts)?.t()?)?.to_vec2::<f32>()?;
-        image_file::write_png(path, &sheet(&pictures, &cosines))
+        image_file::write_png(path, &sheet(&shown, &cosines))
     }
 
     fn publish(&self, weights: BTreeMap<String, Values>, folder: &Path) -> Result<()> {
@@ -287,12 +287,12 @@ impl Task for MatcherTask {
 /// Side length of a cell of a sample sheet in pixels.
 const CELL: u32 = 32;
 
-fn sheet(pictures: &[RgbImage], cosines: &[Vec<f32>]) -> RgbImage {
-    let count = pictures.len() as u32;
+fn sheet(images: &[RgbImage], cosines: &[Vec<f32>]) -> RgbImage {
+    let count = images.len() as u32;
     let mut sheet = RgbImage::new(CELL * (count + 1), CELL * count);
-    for ((row, picture), cosines) in (0..).zip(pictures).zip(cosines) {
+    for ((row, image), cosines) in (0..).zip(images).zip(cosines) {
         let y = i64::from(row * CELL);
-        imageops::replace(&mut sheet, &data::resize_bicubic(picture, CELL, CELL), 0, y);
+        imageops::replace(&mut sheet, &data::resize_bicubic(image, CELL, CELL), 0, y);
         let max = cosines.iter().copied().fold(f32::MIN, f32::max);
         let min = cosines.iter().copied().fold(f32::MAX, f32::min);
         for (column, cosine) in (1..).zip(cosines) {

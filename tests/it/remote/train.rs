@@ -278,7 +278,7 @@ fn other_commands_read_remote_shards_too() {
     let url = format!("{}/pairs/{{00000..{:05}}}.tar", server.url, SHARDS - 1);
     let run = |args: &[&str]| finish(vilg(at, args)).stdout;
     let inspected: serde_json::Value = serde_json::from_slice(&run(&["--json", "data", "inspect", &url])).unwrap();
-    assert_eq!((&inspected["samples"], &inspected["pictures"]), (&48.into(), &48.into()), "{inspected}");
+    assert_eq!((&inspected["samples"], &inspected["images"]), (&48.into(), &48.into()), "{inspected}");
     for (out, source) in [("encoded", url.as_str()), ("encoded-local", "pairs")] {
         run(&["data", "encode", source, "--model", "tokenizer", "-o", out]);
         run(&[

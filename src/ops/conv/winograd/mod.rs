@@ -8,7 +8,7 @@
 use super::{
     geometry::Geometry,
     loops::{BLOCK, sum_partials},
-    region::{Picture, Region},
+    region::{Image, Region},
 };
 
 mod bf16;
@@ -119,13 +119,13 @@ pub(super) fn convolve<T: WinogradElement, M: Multiplier<T>>(
         y.par_chunks_mut(2 * strip_rows * g.out_row()).enumerate().map(move |(j, y)| (i, 2 * j * strip_rows, y))
     });
     strips.for_each_init(Scratch::new, |scratch, (i, top, y)| {
-        let picture = Picture::new(x, i, g.height, g.width, g.inputs);
+        let image = Image::new(x, i, g.height, g.width, g.inputs);
         let residual = residual.map(|r| &r[i * out_image + top * g.out_row()..][..y.len()]);
         for left in (0..g.out_width).step_by(2 * strip_columns) {
             let rows = (y.len() / g.out_row()).div_ceil(2);
             let columns = strip_columns.min((g.out_width - left).div_ceil(2));
             let corner = (top as isize - g.top, left as isize - g.left);
-            let region = picture.region(corner, (2 * rows + 2, 2 * columns + 2), &mut scratch.pixels);
+            let region = image.region(corner, (2 * rows + 2, 2 * columns + 2), &mut scratch.pixels);
             let shape = (rows, columns, g.inputs);
             transform(transforms.input, &region, 4, shape, g.inputs, &mut scratch.input);
             let Scratch { input, other, multiplier: buffer, .. } = scratch;
@@ -219,8 +219,8 @@ pub(super) fn weight_gradient<T: WinogradElement, M: Multiplier<T>>(
         let (mut scratch, mut dy_pixels) = (Scratch::new(), Vec::new());
         for strip in strips * task / tasks..strips * (task + 1) / tasks {
             let (image, top) = (strip / per_image, strip % per_image * 2 * strip_rows);
-            let x = Picture::new(x, image, g.height, g.width, g.inputs);
-            let dy = Picture::new(dy, image, g.out_height, g.out_width, g.outputs);
+            let x = Image::new(x, image, g.height, g.width, g.inputs);
+            let dy = Image::new(dy, image, g.out_height, g.out_width, g.outputs);
             let rows = strip_rows.min((g.out_height - top).div_ceil(2));
             for left in (0..g.out_width).step_by(2 * strip_columns) {
                 let columns = strip_columns.min((g.out_width - left).div_ceil(2));
