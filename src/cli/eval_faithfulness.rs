@@ -1,6 +1,6 @@
 //! `vilg eval faithfulness`
 
-use super::{eval_samples::SampleOptions, ranking::RankingOptions, sampling::Options};
+use super::{eval_samples::SampleOptions, ranking::RankingOptions, sampling::Options, vqa::warn_untrained};
 use crate::{
     bundle::Bundle,
     error::Result,
@@ -34,9 +34,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
     let SampleOptions { data, samples, seed, model } = &args.samples;
     let (bundle, models) = model.load()?;
     let vqa = Bundle::open(&args.vqa)?;
-    if vqa.config.train.vqa_batch_size == 0 {
-        report::warn(format_args!("{} has not learnt to answer questions (train.vqa_batch_size = 0)", vqa.name()));
-    }
+    warn_untrained(&vqa);
     let vqa = Models::load(&vqa, Format::Bf16)?;
     let ranker = args.ranking.load()?;
     let sampling = args.sampling.over(&bundle.config.sample);

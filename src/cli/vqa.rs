@@ -2,6 +2,7 @@
 
 use super::{caption::DecodingOptions, model::ModelOptions};
 use crate::{
+    bundle::Bundle,
     data::image::open_square,
     error::{Result, ensure, usage},
     report,
@@ -31,13 +32,18 @@ pub struct Args {
     model: ModelOptions,
 }
 
+/// Warns if a model has not learnt from questions.
+pub fn warn_untrained(bundle: &Bundle) {
+    if bundle.config.train.vqa_batch_size == 0 {
+        report::warn(format_args!("{} has not learnt to answer questions (train.vqa_batch_size = 0)", bundle.name()));
+    }
+}
+
 pub fn run(args: &Args, json: bool) -> Result<()> {
     let empty = args.questions.iter().any(|question| question.trim().is_empty());
     ensure!(!empty, usage("a question is empty", "write it in quotes, such as \"图中有什么？\""));
     let (bundle, models) = args.model.load()?;
-    if bundle.config.train.vqa_batch_size == 0 {
-        report::warn(format_args!("{} has not learnt to answer questions (train.vqa_batch_size = 0)", bundle.name()));
-    }
+    warn_untrained(&bundle);
     let image = open_square(&args.image, models.image_tokenizer.image_size())?;
     let codes = models.encode(std::slice::from_ref(&image))?.swap_remove(0);
     let questions: Vec<&str> = args.questions.iter().map(String::as_str).collect();
