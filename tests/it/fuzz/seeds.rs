@@ -246,4 +246,30 @@ pub fn yamls() -> Vec<Vec<u8>> {
     vec![right.into(), anchors.into_bytes()]
 }
 
+/// Tables of each format.
+pub fn tables() -> Vec<Vec<u8>> {
+    let mut all: Vec<Vec<u8>> =
+        ["pairs.csv", "pairs.parquet", "train_imgs.tsv", "train_texts.jsonl", "img2dataset/00000.parquet"]
+            .map(|name| read(&format!("golden/build/{name}")))
+            .into();
+    all.push("key,caption\r\n1,\"两行\n一格\"\r\n2,\"引号\"\"\"\r\n".into());
+    all.push("\u{feff}{\"caption\": [\"甲\", null, 3]}\n{\"caption\": {\"a\": 1}}\n".into());
+    all
+}
+
+/// Annotations of each format of `data build`.
+pub fn annotations() -> Vec<Vec<u8>> {
+    [
+        "captions_val2014.json",
+        "caption_train_annotations_20170902.json",
+        "FM-CH-QA.json",
+        "imageid.human-written-caption.txt",
+        "flickr-form.txt",
+        "train_imgs.tsv",
+        "pairs.csv",
+    ]
+    .map(|name| read(&format!("golden/build/{name}")))
+    .into()
+}
+
 pub fn no_repair(_: &mut Vec<u8>) {}

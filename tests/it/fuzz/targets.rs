@@ -5,7 +5,12 @@ use std::{collections::HashSet, fs, path::Path};
 use vilg::{
     bundle::{Bundle, import},
     config::{self, Config, Loaded},
-    data::{self, CodesInfo, Dataset, IMAGE_EXTENSIONS, Kind, Record, Source, image, inspect},
+    data::{
+        self, CodesInfo, Dataset, IMAGE_EXTENSIONS, Kind, Record, Source,
+        build::{self, Builder, Format, Keys, Request, Settings},
+        image, inspect,
+        table::{self, Table},
+    },
     error::{Error, Result, hint_of},
     nn::{checkpoint_file::CheckpointFile, weights},
     report,
@@ -673,4 +678,138 @@ fn model_config() {
     let (cases, seeds, repair) = (300, (|| vec![model_file("config.toml")]) as _, seeds::no_repair as _);
     let bounds = Bounds { bytes: 32 * MB, per_byte: 2000 };
     Target { name: "model_config", cases, seeds, words: TOML_WORDS, repair, bounds, check }.run();
+}
+
+/// Words of CSV, TSV and JSON lines, and of parquet's metadata.
+const TABLE_WORDS: &[&[u8]] = &[
+    b"\"caption\":",
+    b"\"",
+    b"\"\"",
+    b",",
+    b"\t",
+    b"\r\n",
+    b"\n",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b"null",
+    b"1e999",
+    b"NaN",
+    b"\\u0000",
+    b"\\ud800",
+    b"\xef\xbb\xbf",
+    b"\xff",
+    b"\xc4\xe3",
+    b"\x1b[2J",
+    b"PAR1",
+    b"\x15\x00",
+    b"\x15\xff\xff\xff\xff\x0f",
+    b"\x19\xfc\xff\xff\xff\x0f",
+    b"\x18\x07caption",
+    b"\0\0\0\0",
+];
+
+/// The same bytes as a table of each format.
+#[test]
+fn tables() {
+    let check = |bytes: &[u8], folder: &Path| {
+        for extension in table::EXTENSIONS {
+            let path = folder.join(format!("a.{extension}"));
+            write(&path, bytes);
+            let Some(mut table) = parsed(Table::open(&path)) else { continue };
+            let columns = table.columns().unwrap_or_else(|| vec!["caption".to_owned(), "key".to_owned()]);
+            let mut seen = 0;
+            while let Some(Some(rows)) = parsed(table.next_batch()) {
+                assert!(!rows.is_empty() && rows.first_row == seen, "{extension}");
+                seen += rows.len() as u64;
+                for index in 0..rows.len().min(100) {
+                    let row = match rows.get(index) {
+                        Ok(row) => row,
+                        Err(bad) => {
+                            assert!(!bad.place.contains(char::is_control), "{bad:?}");
+                            continue;
+                        }
+                    };
+                    for column in &columns {
+                        if let Err(bad) = row.texts(column) {
+                            assert!(!bad.place.contains(char::is_control), "{bad:?}");
+                        }
+                    }
+                }
+            }
+            // A row of text takes a byte at least. Those of parquet may be run-length encoded.
+            assert!(extension == "parquet" || seen <= bytes.len() as u64, "{seen} rows of {extension}");
+        }
+    };
+    let (cases, seeds, repair) = (600, seeds::tables as _, seeds::no_repair as _);
+    let bounds = Bounds { bytes: 300 * MB, per_byte: 2000 };
+    Target { name: "tables", cases, seeds, words: TABLE_WORDS, repair, bounds, check }.run();
+}
+
+/// The same bytes as the annotations of each data set that `data build` reads.
+#[test]
+fn annotations() {
+    let check = |bytes: &[u8], folder: &Path| {
+        let output = folder.join("shards");
+        let formats = [Format::Coco, Format::AicIcc, Format::Fmiqa, Format::CocoCn, Format::ChineseClip, Format::Table];
+        for (format, name) in formats.into_iter().zip(["a.json", "a.json", "a.json", "a.txt", "a_imgs.tsv", "a.csv"]) {
+            let path = folder.join(name);
+            write(&path, bytes);
+            write(folder.join("a_texts.jsonl"), "{\"text_id\": 1, \"text\": \"一只小猫\", \"image_ids\": [7]}\n");
+            let source = path.to_str().unwrap().to_owned();
+            let images = Some(seeds::file("golden/build/images"));
+            let request = Request { source: source.clone(), images, ..Request::default() };
+            let Some(reader) = parsed(build::open(&request, format)) else { continue };
+            let (split, columns) = (None, request.columns.clone());
+            let keys = Keys::Id;
+            let settings = Settings { format, samples: 1000, keys, split, columns, images: String::new() };
+            drop(fs::remove_dir_all(&output));
+            let builder = Builder { reader, source: path, output: output.clone(), settings };
+            let Some(report) = parsed(builder.run(|_| {})) else { continue };
+            check_text(&report.bad.to_string());
+            check_text(&report.ignored.to_string());
+            assert!(report.samples <= report.rows && report.rows <= bytes.len() as u64, "{format}: {report:?}");
+            if report.samples > 0 {
+                let source = Source::open(output.to_str().unwrap(), 1.0).unwrap();
+                assert_eq!((source.len(), source.damage().total()), (report.samples, 0), "{format}");
+            }
+        }
+    };
+    let words: &[&[u8]] = &[
+        b"\"images\":",
+        b"\"annotations\":",
+        b"\"image_id\":",
+        b"\"file_name\":",
+        b"\"caption\":",
+        b"\"Question\":",
+        b"\"Answer\":",
+        b"\"id\":",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b"\"",
+        b"#0\t",
+        b"\t",
+        b"\r\n",
+        b"\n",
+        b"../../etc/passwd",
+        b"/dev/zero",
+        b"COCO_val2014_000000000042.jpg",
+        b"1e999",
+        b"-1",
+        b"null",
+        b"\\u0000",
+        b"\\ud800",
+        b"\xef\xbb\xbf",
+        b"\xff",
+        b"\xc4\xe3",
+        b"\x1b[2J",
+        b"====",
+    ];
+    let (cases, seeds, repair) = (150, seeds::annotations as _, seeds::no_repair as _);
+    let bounds = Bounds { bytes: 300 * MB, per_byte: 2000 };
+    Target { name: "annotations", cases, seeds, words, repair, bounds, check }.run();
 }
