@@ -2,7 +2,7 @@
 
 use crate::{
     commands::vilg,
-    generate::{folder, picture},
+    generate::{folder, image},
 };
 use image::{Rgb, RgbImage};
 use std::{fs, path::Path};
@@ -20,7 +20,7 @@ fn generate(folder: &Path, args: &[&str]) -> Result<Vec<u8>, String> {
 fn an_image_is_completed_and_a_negative_prompt_needs_guidance() {
     let folder = folder();
     let at = folder.path();
-    picture(9).save(at.join("in.png")).unwrap();
+    image(9).save(at.join("in.png")).unwrap();
     let free = generate(at, &["--seed", "4", "--guidance", "1"]).unwrap();
     let completed = generate(at, &["--seed", "4", "--guidance", "1", "--complete", "in.png", "--rows", "2"]).unwrap();
     let half = generate(at, &["--seed", "4", "--guidance", "1", "--complete", "in.png"]).unwrap();
@@ -36,6 +36,27 @@ fn an_image_is_completed_and_a_negative_prompt_needs_guidance() {
         assert!(error.contains(what) && error.contains("hint:"), "{args:?}: {error}");
     }
     assert!(generate(at, &["--negative", "星", "--guidance", "2"]).is_ok());
+}
+
+/// `tests/golden/demo.png` is from an earlier release, with the same command on a processor with AVX-512. Other processors
+/// may round the decoder's sums differently.
+#[test]
+fn the_demo_generates_the_same_image_as_earlier_versions() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("demo.png");
+    let args =
+        ["t2i", "立体风格的红苹果", "--seed", "7", "-n", "2", "--precision", "f32", "-o", file.to_str().unwrap()];
+    let output = vilg(&args).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/demo.png");
+    #[cfg(target_arch = "x86_64")]
+    if std::is_x86_feature_detected!("avx512f") {
+        assert!(fs::read(&file).unwrap() == fs::read(&golden).unwrap(), "the PNG has other bytes");
+    }
+    let [ours, golden] = [&file, &golden].map(|path| image::open(path).unwrap().to_rgb8());
+    assert_eq!(ours.dimensions(), golden.dimensions());
+    let largest = ours.iter().zip(golden.iter()).map(|(a, b)| a.abs_diff(*b)).max();
+    assert!(largest <= Some(1), "values differ by up to {largest:?}");
 }
 
 #[test]
