@@ -51,15 +51,15 @@ def parse():
     shape.add_argument("--codebook", type=int, default=12288, help="codes")
     shape.add_argument("--attention", choices=["full", "axial"], default="full", help="of dalle-pytorch")
     shape.add_argument("--shift", action="store_true", help="dalle-pytorch's shifted tokens, its default but slower")
-    pictures = parser.add_argument_group("tokenizer")
-    pictures.add_argument("--channels", type=int, default=64)
-    pictures.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 2])
-    pictures.add_argument("--residual-blocks", type=int, default=1)
-    pictures.add_argument("--latent", type=int, default=64)
-    pictures.add_argument("--picture-codes", type=int, default=1024)
-    pictures.add_argument("--code-dim", type=int, default=64)
-    pictures.add_argument("--size", type=int, default=64, help="side length of the images in pixels")
-    pictures.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    images = parser.add_argument_group("tokenizer")
+    images.add_argument("--channels", type=int, default=64)
+    images.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 2])
+    images.add_argument("--residual-blocks", type=int, default=1)
+    images.add_argument("--latent", type=int, default=64)
+    images.add_argument("--image-codes", type=int, default=1024)
+    images.add_argument("--code-dim", type=int, default=64)
+    images.add_argument("--size", type=int, default=64, help="side length of the images in pixels")
+    images.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     matcher = parser.add_argument_group("matcher")
     matcher.add_argument("--encoder-layers", type=int, default=12, help="of the ViT and of the text encoder")
     matcher.add_argument("--encoder-hidden", type=int, default=384)
@@ -362,13 +362,13 @@ def decode(a):
     step = torch.compile(model.step, dynamic=True) if a.compile else model.step
 
     @torch.inference_mode()
-    def picture():
+    def image():
         code = model.source(text, caches).argmax(-1)
         for position in range(a.text + 1, positions):
             code = step(code, caches, position).argmax(-1)
 
     model.count = count
-    return picture, a.batch * codes, "tokens", model
+    return image, a.batch * codes, "tokens", model
 
 
 def dalle_model(a):
@@ -380,10 +380,10 @@ def dalle_model(a):
     from dalle_pytorch import DALLE, DiscreteVAE
 
     # As small as possible: only the transformer is measured.
-    pictures = DiscreteVAE(image_size=2 * a.side, num_layers=1, num_tokens=a.codebook, codebook_dim=8, hidden_dim=8)
+    images = DiscreteVAE(image_size=2 * a.side, num_layers=1, num_tokens=a.codebook, codebook_dim=8, hidden_dim=8)
     return DALLE(
         dim=a.hidden,
-        vae=pictures,
+        vae=images,
         num_text_tokens=a.vocabulary,
         text_seq_len=a.text,
         depth=a.layers,
@@ -416,11 +416,11 @@ def dalle_decode(a):
         model = model.bfloat16()
     text = torch.randint(1, a.vocabulary, (a.batch, a.text))
 
-    def picture():
+    def image():
         with torch.inference_mode():
             model.generate_images(text, use_cache=True)
 
-    return picture, a.batch * a.side * a.side, "tokens", model
+    return image, a.batch * a.side * a.side, "tokens", model
 
 
 def finish():

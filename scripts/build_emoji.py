@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Build Chinese text-image pairs from openly licensed emoji drawings.
 
-Pictures  SVG and WebP emoji sets on npm (STYLES, with their licences)
+Images  SVG and WebP emoji sets on npm (STYLES, with their licences)
 Text      Unicode CLDR annotations, zh (PACKAGES)
 Output    WebDataset shards as img2dataset writes them (00000.tar with 000000000.png, .txt, .json) in
           OUT/train/{toned,gendered,other}, OUT/heldout_{style,tone,gender,concept} and OUT/flags,
@@ -232,12 +232,12 @@ def render(job):
     """(PNG, None), or (None, error): one bad drawing must not stop the build."""
     drawing, size = job
     try:
-        picture = rasterise(drawing, size).convert("RGBA")
-        picture.thumbnail((size, size), Image.LANCZOS)
-        if picture.getchannel("A").getbbox() is None:
+        image = rasterise(drawing, size).convert("RGBA")
+        image.thumbnail((size, size), Image.LANCZOS)
+        if image.getchannel("A").getbbox() is None:
             return None, "empty"
         canvas = Image.new("RGB", (size, size), "white")
-        canvas.paste(picture, ((size - picture.width) // 2, (size - picture.height) // 2), picture)
+        canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2), image)
         png = io.BytesIO()
         canvas.save(png, "PNG", optimize=False)
         return png.getvalue(), None
@@ -345,7 +345,7 @@ def collect(styles, text, cache, limit, statistics):
     return rows
 
 
-def describe(key, style, split, names, digest, size):
+def labels_of(key, style, split, names, digest, size):
     """(caption, the sample's JSON)."""
     (short_name, keywords), (group, subgroup) = names
     name, variants = caption_variants(key, style, short_name, keywords)
@@ -391,10 +391,10 @@ def build(out, cache, args, styles):
         if gender:
             genders[role].add(gender)
     with ProcessPoolExecutor(args.jobs) as pool:
-        pictures = list(pool.map(render, [(drawing, args.size) for _, _, drawing in rows], chunksize=32))
+        images = list(pool.map(render, [(drawing, args.size) for _, _, drawing in rows], chunksize=32))
 
     made, errors = [], []
-    for (key, style, _), (png, error) in zip(rows, pictures):
+    for (key, style, _), (png, error) in zip(rows, images):
         if error:
             errors.append((style, key, error))
             statistics[style]["render_failed"] += 1
@@ -409,7 +409,7 @@ def build(out, cache, args, styles):
         if split != "train" and digest in in_train:
             statistics[style]["dropped_leak"] += 1  # the same pixels under another name in train
             continue
-        caption, meta = describe(key, style, split, (text[key], group), digest, args.size)
+        caption, meta = labels_of(key, style, split, (text[key], group), digest, args.size)
         folder = folder_of(split, key)
         if folder not in shards:
             shards[folder] = Shards(out / folder, args.shard_size)

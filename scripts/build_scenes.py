@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Build pictures of scenes with Chinese captions, lines of poetry and questions.
+"""Build images of scenes with Chinese captions, lines of poetry and questions.
 
-Pictures  openly licensed emoji drawings (STYLES of scenes/records.py) on drawn backgrounds
+Images  openly licensed emoji drawings (STYLES of scenes/records.py) on drawn backgrounds
 Text      drawn from the record of a scene; lines of poetry from npm chinese-poetry
 Output    WebDataset shards as build_emoji.py writes them, in OUT/{train,heldout,heldout_*}, beside OUT/ATTRIBUTION.md
           and OUT/dataset_stats.json
@@ -27,7 +27,7 @@ import build_emoji as emoji
 from PIL import Image
 from scenes import records
 from scenes.check import check, read_split
-from scenes.pictures import aspects, load_sprites, render
+from scenes.images import aspects, load_sprites, render
 from scenes.poetry import poem_lines
 from scenes.records import SIZE, THINGS, stable_hash
 from scenes.splits import SPLITS, ask, plan
@@ -53,7 +53,7 @@ def build(out, cache, args):
             for (_, record, texts), questions, png in zip(rows, asked, pool.map(render, [r[:2] for r in rows], chunksize=64)):
                 digest = hashlib.sha256(png).hexdigest()
                 if digests.setdefault(digest, split) != split:
-                    drops["picture of another split"] += 1
+                    drops["image of another split"] += 1
                     continue
                 shards.add(png, texts[0], {"caption": texts[0], "captions": texts, "scene": record, "questions": questions, "split": split,
                            "width": SIZE, "height": SIZE, "sha256": digest, "status": "success"})
@@ -73,7 +73,7 @@ def attribution():
 
 
 def sheet(out, path):
-    """24 scenes in a picture, with their captions on standard output."""
+    """24 scenes in an image, with their captions on standard output."""
     image = Image.new("RGB", (6 * 132 + 4, 4 * 132 + 4), "white")
     for k, (png, meta) in enumerate(row for row, _ in zip(read_split(out / "train"), range(24))):
         image.paste(Image.open(io.BytesIO(png)), (4 + k % 6 * 132, 4 + k // 6 * 132))
@@ -88,7 +88,7 @@ def main():
     parser.add_argument("--scenes", type=int, default=30000, help="training scenes without poems (default: 30000)")
     parser.add_argument("--poems", type=int, default=21000, help="training lines of poetry (default: 21000; 0: none)")
     parser.add_argument("--heldout", type=int, default=600, help="samples of each held-out split (default: 600)")
-    parser.add_argument("--object-scale", type=float, default=1.0, help="size of the things, as far as there is room (default: 1)")
+    parser.add_argument("--object-scale", type=float, default=1.0, help="size of the things, as far as the image allows (default: 1)")
     parser.add_argument("--shard-size", type=int, default=1000, help="samples a shard (default: 1000)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     parser.add_argument("--check", type=Path, metavar="DIR", help="verify a build instead")

@@ -37,7 +37,7 @@ CAPTIONS = [["一只红色的猫坐在窗台上", "窗台上有一只猫"], ["�
 IDS = [550529, 42, 1000, 7]
 
 
-def picture(index):
+def drawing(index):
     """A drawing, as JPEG, or PNG for the last one."""
     image = Image.new("RGB", (24 + 4 * index, 20), (40 * index, 90, 160))
     ImageDraw.Draw(image).ellipse([4, 4, 14, 14], fill=(240, 60 * index, 20))
@@ -46,7 +46,7 @@ def picture(index):
     return out.getvalue()
 
 
-PICTURES = [picture(index) for index in range(4)]
+IMAGES = [drawing(index) for index in range(4)]
 
 
 def coco_names():
@@ -84,7 +84,7 @@ def community(out):
 
 def chinese_clip(out):
     with open(out / "train_imgs.tsv", "w") as file:
-        for number, image in zip(IDS, PICTURES):
+        for number, image in zip(IDS, IMAGES):
             file.write(f"{number}\t{base64.urlsafe_b64encode(image).decode()}\n")
     with open(out / "train_texts.jsonl", "w") as file:
         for number, (text, images) in enumerate([(CAPTIONS[0][0], [IDS[0]]), (CAPTIONS[1][0], [IDS[1]]), (CAPTIONS[0][1], [IDS[0]]),
@@ -95,7 +95,7 @@ def chinese_clip(out):
         subprocess.run([sys.executable, script, "--data_dir", out, "--splits", "train", "--lmdb_dir", folder], check=True, capture_output=True)
         with lmdb.open(f"{folder}/train/imgs", readonly=True).begin() as images:
             assert int(images.get(b"num_images")) == 4
-            for number, image in zip(IDS, PICTURES):
+            for number, image in zip(IDS, IMAGES):
                 assert base64.urlsafe_b64decode(images.get(str(number).encode())) == image
         with lmdb.open(f"{folder}/train/pairs", readonly=True).begin() as pairs:
             assert int(pairs.get(b"num_samples")) == 5
@@ -106,7 +106,7 @@ def downloaded(out):
     with tempfile.TemporaryDirectory() as folder:
         served = Path(folder, "served")
         served.mkdir()
-        for n, image in enumerate(PICTURES):
+        for n, image in enumerate(IMAGES):
             (served / f"{n}.jpg").write_bytes(image)
 
         class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -128,8 +128,8 @@ def downloaded(out):
 
 
 def tables(out):
-    image = lambda n: {"bytes": PICTURES[n], "path": None}
-    table = pyarrow.table({"id": pyarrow.array(IDS), "image": [PICTURES[n] for n in range(4)], "picture": [image(n) for n in range(4)],
+    image = lambda n: {"bytes": IMAGES[n], "path": None}
+    table = pyarrow.table({"id": pyarrow.array(IDS), "image": [IMAGES[n] for n in range(4)], "picture": [image(n) for n in range(4)],
                            "captions": CAPTIONS, "score": [0.5, 0.25, 1.0, None]})
     pyarrow.parquet.write_table(table, out / "pairs.parquet")
     frame = pandas.DataFrame({"key": IDS, "file": coco_names(), "zh": [texts[0] for texts in CAPTIONS], "zh2": [texts[-1] for texts in CAPTIONS]})
@@ -140,12 +140,12 @@ def main():
     out = Path(sys.argv[1]).resolve()
     shutil.rmtree(out, ignore_errors=True)
     (out / "images").mkdir(parents=True)
-    for name, image in zip(coco_names(), PICTURES):
+    for name, image in zip(coco_names(), IMAGES):
         (out / "images" / name).write_bytes(image)
     for make in (coco, community, chinese_clip, downloaded, tables):
         make(out)
     images = [{"image_id": str(i), "name": name, "sha256": hashlib.sha256(image).hexdigest(), "captions": texts}
-              for i, name, image, texts in zip(IDS, coco_names(), PICTURES, CAPTIONS)]
+              for i, name, image, texts in zip(IDS, coco_names(), IMAGES, CAPTIONS)]
     tools = ["img2dataset", "pycocotools", "cn-clip", "lmdb", "pyarrow", "pandas", "webdataset", "Pillow"]
     write_json(out / "expected.json", {"images": images, "versions": {tool: version(tool) for tool in tools}})
 

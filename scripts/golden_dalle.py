@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Makes tests/golden/dalle_dvae.safetensors: a small random dVAE of OpenAI's DALL-E package, and its outputs for two
-pictures, and autograd's gradients of the logit-Laplace likelihood (arXiv 2102.12092, appendix A.3), which the package
+images, and autograd's gradients of the logit-Laplace likelihood (arXiv 2102.12092, appendix A.3), which the package
 has not: it is written here.
 
     python3 -m venv venv && venv/bin/pip install torch numpy safetensors attrs requests
@@ -31,7 +31,7 @@ def main():
         for p in [*encoder.parameters(), *decoder.parameters()]:
             p.copy_((p + 0.1 * torch.randn_like(p)).half())  # biases that are not 0; stored in two bytes
     x = torch.rand(2, 3, 32, 32)
-    with torch.no_grad():  # else one code is chosen everywhere, and the pictures hardly vary
+    with torch.no_grad():  # else one code is chosen everywhere, and the images hardly vary
         last, first = encoder.blocks.output.conv, decoder.blocks.input
         last.b.copy_((last.b - encoder(map_pixels(x)).mean((0, 2, 3))).half())
         first.w.copy_((8 * first.w).half())

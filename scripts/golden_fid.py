@@ -34,8 +34,8 @@ def formulas(random):
     out = {}
     # The first two have full rank, the others have fewer rows than columns.
     for name, rows, spread in (("a", 70, 1.0), ("b", 60, 1.2), ("c", 15, 1.0), ("d", 12, 1.5)):
-        mix = random.normal(size=(20, 20)) * 0.3 + np.eye(20)
-        out[f"features.{name}"] = (random.normal(size=(rows, 20)) @ mix * spread + spread).astype(np.float32)
+        mixing = random.normal(size=(20, 20)) * 0.3 + np.eye(20)
+        out[f"features.{name}"] = (random.normal(size=(rows, 20)) @ mixing * spread + spread).astype(np.float32)
     features = {name: torch.from_numpy(out[f"features.{name}"]) for name in "abcd"}
     for one, other in ("ab", "cd", "ad"):
         pair = [statistics(out[f"features.{name}"]) for name in (one, other)]

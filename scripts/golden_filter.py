@@ -20,9 +20,9 @@ def image(number):
         wave = (x * (3 + number) + y * (5 - number % 3) + x * y * number // 64) % 512
         level = wave if wave < 256 else 511 - wave
         return level, (level + 40 * number) % 256, 255 - level
-    picture = Image.new("RGB", (128, 96))
-    picture.putdata([pixel(x, y) for y in range(96) for x in range(128)])
-    return picture
+    image = Image.new("RGB", (128, 96))
+    image.putdata([pixel(x, y) for y in range(96) for x in range(128)])
+    return image
 
 
 def main(folder):

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Makes tests/golden/chinese_clip/: what small random models of cn_clip and of transformers' ChineseCLIPModel answer for a
-few texts and pictures.
+few texts and images.
 
     python3 -m venv venv && venv/bin/pip install torch torchvision transformers safetensors pillow==13.0.0 six timm lmdb
     venv/bin/pip install --no-deps cn_clip==1.6.0
     venv/bin/python scripts/golden_matcher.py tests/golden/chinese_clip
 
-- `answers.safetensors`: pictures, preprocessed pixels, features and logits; in its metadata the texts with their ids, and
+- `answers.safetensors`: images, preprocessed pixels, features and logits; in its metadata the texts with their ids, and
   the names and shapes of the models' tensors, which are filled by the formula of golden_weights.py
 - `tiny.pt`: a checkpoint as cn_clip's training writes it, in half precision
 - `vocab.txt`: the tokens of cn_clip's vocabulary that occur in the texts, and their single characters
@@ -110,13 +110,13 @@ def main():
     ids = all_ids[ROWS]
 
     random = np.random.default_rng(5)
-    pictures = []
+    images = []
     for width, height in ((50, 40), (32, 32), (90, 30)):
         small = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8))
-        pictures.append(small.resize((width, height), Image.Resampling.BILINEAR))
-    pixels = {side: torch.stack([utils.image_transform(side)(picture) for picture in pictures]) for side in (32, 64)}
+        images.append(small.resize((width, height), Image.Resampling.BILINEAR))
+    pixels = {side: torch.stack([utils.image_transform(side)(image) for image in images]) for side in (32, 64)}
 
-    out = {f"picture.{i}": torch.from_numpy(np.array(picture)).half() for i, picture in enumerate(pictures)}
+    out = {f"picture.{i}": torch.from_numpy(np.array(image)).half() for i, image in enumerate(images)}
     out |= {f"pixels.{side}": values for side, values in pixels.items()}
     names = {}
 

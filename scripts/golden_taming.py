@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Makes tests/golden/taming_vqgan.safetensors: a small random VQGAN of taming-transformers itself, what it
-answers for two pictures, and what PyTorch's autograd says of its losses.
+answers for two images, and what PyTorch's autograd says of its losses.
 
     python3 -m venv venv && venv/bin/pip install torch numpy safetensors einops
     venv/bin/pip install --no-deps taming-transformers-rom1504

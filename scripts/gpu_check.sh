@@ -70,12 +70,12 @@ collectives() { vilg doctor --check collectives --json --device "$DEVICE"; }
 # Sixteen copies of one image, encoded by the demo's image tokenizer.
 codes() {
     local i
-    mkdir -p pictures || return 1
+    mkdir -p images || return 1
     for i in $(seq 16); do
-        cp "$ROOT/src/demo/sample.png" "pictures/$i.png" || return 1
-        echo "一张细腻风格的图片，第$i张" >"pictures/$i.txt"
+        cp "$ROOT/src/demo/sample.png" "images/$i.png" || return 1
+        echo "一张细腻风格的图片，第$i张" >"images/$i.txt"
     done
-    vilg data encode pictures --model demo -o codes --json --device cpu
+    vilg data encode images --model demo -o codes --json --device cpu
 }
 
 # Trains three small layers for 20 steps: tiny NAME [more arguments of vilg train].
@@ -185,14 +185,14 @@ decode_speed() {
 
 # 256-pixel codes of a tokenizer that was trained for one step: only their number matters.
 large_codes() {
-    [ -d pictures ] || codes >/dev/null || return 1
+    [ -d images ] || codes >/dev/null || return 1
     awk 'BEGIN { print "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]"; for (i = 5; i < 21128; i++) print "w" i }' >vocab.txt
-    vilg train --config "$ROOT/configs/emoji-tokenizer.toml" --set 'data.sources=[{path="pictures"}]' --set name=tokenizer \
+    vilg train --config "$ROOT/configs/emoji-tokenizer.toml" --set 'data.sources=[{path="images"}]' --set name=tokenizer \
         --set image_tokenizer.image_size=256 --set 'image_tokenizer.channel_multipliers=[1,1,2,2]' \
         --set image_tokenizer.channels=32 --set 'image_tokenizer.attention_sides=[]' --set image_tokenizer.codebook_size=8192 \
         --set train.init_from='""' --set train.steps=1 --set train.warmup_steps=0 --set train.batch_size=1 \
         --set train.sample_every=0 --set image_tokenizer.restart_after=0 --device cpu >/dev/null &&
-        vilg data encode pictures --model runs/tokenizer/model -o large-codes --device cpu >/dev/null
+        vilg data encode images --model runs/tokenizer/model -o large-codes --device cpu >/dev/null
 }
 
 # Trains a shipped configuration for some steps: its last line of metrics.jsonl, the memory of the GPU and the plan.

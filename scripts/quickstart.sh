@@ -16,5 +16,5 @@ mkdir -p out
 caption=$("$vilg" caption src/demo/sample.png)
 
 printf '\ngenerated “%s”: %s\n' "$prompt" "$PWD/out/generated.png"
-printf 'described %s: %s\n' "$PWD/src/demo/sample.png" "$caption"
+printf 'captioned %s: %s\n' "$PWD/src/demo/sample.png" "$caption"
 printf 'next: %s --help\n' "$vilg"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Drives the page of `vilg serve` as a user would: generate, watch the rows appear, stop, describe, ask, compare, reload, two
+"""Drives the page of `vilg serve` as a user would: generate, watch the rows appear, stop, caption, ask, compare, reload, two
 tabs, a phone, a server that is stopped in the middle. Then the official `openai` client and curl, and at last the load of 16
 clients, some of which leave, send nonsense or are slow: no answer may be lost, and memory must stay flat. Called by
 serve_check.sh.
@@ -137,7 +137,7 @@ def use_the_page(folder):
             assert own == [k / 8 for k in range(1, 9)], own
         src = figures(page, "#images img")[1].get_attribute("src")
         assert base64.b64decode(src.split(",")[1]) == t2i(folder, "一轮弯月", 8), "not the image of vilg t2i"
-        # Enlarge it, and describe it.
+        # Enlarge it, and caption it.
         figures(page, "#images figure button")[0].click()
         assert find(page, "large").is_displayed()
         shot(page, "large")
@@ -151,7 +151,7 @@ def use_the_page(folder):
         find(page, "texts").send_keys("红苹果\n小狗\n一轮弯月")
         page.find_element(By.CSS_SELECTOR, "#score-form button").click()
         wait("the scores", lambda: len(figures(page, "#scores tr")) == 3)
-        shot(page, "described")
+        shot(page, "captioned")
         # The other language, and a reload: the history is there.
         find(page, "language").click()
         assert find(page, "go").text == "Generate"
@@ -301,8 +301,8 @@ def use_the_client(folder):
         expected = subprocess.run([VILG, "caption", SAMPLE], capture_output=True, text=True, check=True).stdout.strip()
         assert json.loads(subprocess.check_output(curl))["data"][0]["caption"] == expected
         assert json.loads(subprocess.check_output(["curl", "-sS", server.url + "healthz"])) == {"status": "ok"}
-        described = json.loads(subprocess.check_output(["curl", "-sS", server.url + "openapi.json"]))
-        assert "/v1/images/generations" in described["paths"]
+        openapi = json.loads(subprocess.check_output(["curl", "-sS", server.url + "openapi.json"]))
+        assert "/v1/images/generations" in openapi["paths"]
     finally:
         server.stop()
 

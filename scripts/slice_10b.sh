@@ -11,21 +11,21 @@ trap 'rm -rf "$work"' EXIT
 cd "$work"
 
 # Sixteen copies of one image, a tokenizer trained for one step and a vocabulary of the right size: only sizes matter here.
-mkdir pictures
+mkdir images
 for i in $(seq 16); do
-    cp "$root/src/demo/sample.png" "pictures/$i.png"
-    echo "一张细腻风格的图片" >"pictures/$i.txt"
+    cp "$root/src/demo/sample.png" "images/$i.png"
+    echo "一张细腻风格的图片" >"images/$i.txt"
 done
 python3 - <<'PY'
 words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + [chr(0x4E00 + i) for i in range(21128 - 5)]
 open("vocab.txt", "w").write("\n".join(words) + "\n")
 PY
 run() { "$vilg" "$@" >>log 2>&1 || { tail -n 5 log; exit 1; }; }
-run train --config "$root/configs/emoji-tokenizer.toml" --set 'data.sources=[{path="pictures"}]' --set name=tokenizer \
+run train --config "$root/configs/emoji-tokenizer.toml" --set 'data.sources=[{path="images"}]' --set name=tokenizer \
     --set image_tokenizer.image_size=256 --set 'image_tokenizer.channel_multipliers=[1,1,2,2]' --set image_tokenizer.channels=32 \
     --set 'image_tokenizer.attention_sides=[]' --set image_tokenizer.codebook_size=8192 --set train.init_from='""' \
     --set train.steps=1 --set train.warmup_steps=0 --set train.batch_size=1 --set train.sample_every=0 --set image_tokenizer.restart_after=0
-run data encode pictures --model runs/tokenizer/model -o codes
+run data encode images --model runs/tokenizer/model -o codes
 
 settings=(--config "$root/configs/10b.toml" --set model.layers=2 --set 'data.sources=[{path="codes"}]' --set text.vocab=vocab.txt
     --set image_tokenizer.path=runs/tokenizer/model --set train.steps=3 --set train.warmup_steps=1 --set train.sample_every=0

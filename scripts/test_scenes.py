@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tests of build_scenes.py on records and a tiny build without pictures; no network, no packages: python3 scripts/test_scenes.py"""
+"""Tests of build_scenes.py on records and a tiny build without images; no network, no packages: python3 scripts/test_scenes.py"""
 
 import argparse
 import contextlib
@@ -21,7 +21,7 @@ LINES = {"明月松间照": False, "孤帆带夕阳": False, "白马饰金羁": 
 
 
 def tiny_build():
-    """[(split, picture, JSON)] of a build whose pictures are the text of their records."""
+    """[(split, image, JSON)] of a build whose images are the text of their records."""
     lines = {line: held for line, held in LINES.items() if poetry.is_drawable(poetry.meanings(line))}
     by_split, count, _ = splits.plan(argparse.Namespace(scenes=1500, heldout=60, poems=9), lines, ASPECT)
     assert count["train"] and count["heldout_poem"], count

@@ -32,7 +32,7 @@ def answers(questions):
 
 
 def baseline(questions, learnt):
-    """Accuracy by type of the most frequent answer to each question text in `learnt`: what can be guessed without the picture."""
+    """Accuracy by type of the most frequent answer to each question text in `learnt`: what can be guessed without the image."""
     right, total = collections.Counter(), collections.Counter()
     for question, answer, kind in questions:
         total[kind] += 1

@@ -39,7 +39,7 @@ def named(found, kind):
 
 
 def is_drawable(found):
-    """At least two things, one of them more than scenery, that can be in one picture."""
+    """At least two things, one of them more than scenery, that can be in one image."""
     things, sky = named(found, "thing"), named(found, "sky")
     if len(things) + len(sky) < 2 or not things or len(things) > 3 or len(sky) > 2:
         return False

@@ -1,4 +1,4 @@
-"""Scene records: what is in a picture, the captions and questions drawn from it. No pictures here, standard library only."""
+"""Scene records: what is in an image, the captions and questions drawn from it. No images here, standard library only."""
 
 import collections
 import hashlib
@@ -19,7 +19,7 @@ SKY = {"圆月": ("1f315", "一轮圆月", ["夜晚"]), "弯月": ("1f319", "一
 SIDES = {"左边": 23, "中间": 64, "右边": 105}
 COUNTS = {1: "一", 2: "两", 3: "三", 4: "四"}
 MOST_COVERED = 0.2  # of the smaller of two boxes
-OBJECT_SCALE = 1.0  # times the heights of things.tsv, as far as there is room
+OBJECT_SCALE = 1.0  # times the heights of things.tsv, as far as the image allows
 DEPTHS = {"近处": (1.2, 118), "中间": (1.0, 104), "远处": (0.75, 90)}
 Thing = collections.namedtuple("Thing", "name code kind measure height colours stand places")
 
@@ -54,7 +54,7 @@ def place_sky(record):
 
 
 def lay_out(rng, record, aspect):
-    """Boxes [x, y, width, height]: a group stands in its third of the picture (alone: in all of it), nearer is lower and larger,
+    """Boxes [x, y, width, height]: a group stands in its third of the image (alone: in all of it), nearer is lower and larger,
     and below the sun, moon, stars and clouds above it."""
     place_sky(record)
     alone, closeup = len(record["objects"]) == 1, record["kind"] == "closeup"

@@ -27,7 +27,7 @@ pub fn train(shape: &Shape) -> Result<Work<'static>> {
     let captions: Vec<u64> = (0..shape.batch as u64).collect();
     let shards = Shards::on_one_rank(&params, &contrast::parameter_groups(&matcher))?;
     let settings =
-        Settings { loss: shape.config.matcher.loss, activation_checkpointing: 0, loss_scale: 1.0, learns: true };
+        Settings { loss: shape.config.matcher.loss, activation_checkpointing: 0, loss_scale: 1.0, requires_grad: true };
     let mut step = Step::new(shape, shards)?;
     let run = Box::new(move || {
         step.take(|shards| {

@@ -44,7 +44,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
     /// PNG file to write; `-`: stdout
-    #[arg(short, long, value_name = "FILE", default_value = "picture.png")]
+    #[arg(short, long, value_name = "FILE", default_value = "image.png")]
     output: PathBuf,
     /// Number of images for each prompt; several images form a grid
     #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024),

@@ -29,7 +29,7 @@ fn pair(folder: &Path, name: &str, shade: u8) {
     let path = folder.join(name);
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     fs::write(path.with_extension("txt"), format!("{shade}")).unwrap();
-    fs::write(path, picture(shade)).unwrap();
+    fs::write(path, image(shade)).unwrap();
 }
 
 #[test]

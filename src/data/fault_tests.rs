@@ -79,7 +79,7 @@ fn damaged_json_beside_a_good_text_is_ignored_and_counted() {
         assert_eq!((loader.ignored().total(), loader.bad().total()), (2, 0));
     }
     let dir = tempfile::tempdir().unwrap();
-    let tar = Tar::new().file("a.png", picture(1)).file("a.json", "\u{feff}{\"caption\": \"月\"}");
+    let tar = Tar::new().file("a.png", image(1)).file("a.json", "\u{feff}{\"caption\": \"月\"}");
     tar.write(&dir.path().join("0.tar"));
     assert_eq!(open(dir.path()).read(0, 0).unwrap().caption, "月");
 }
@@ -87,8 +87,8 @@ fn damaged_json_beside_a_good_text_is_ignored_and_counted() {
 #[test]
 fn each_line_of_a_text_is_a_caption_and_one_is_drawn() {
     let dir = tempfile::tempdir().unwrap();
-    let tar = Tar::new().file("a.png", picture(1)).file("a.txt", "甲 一\r\n\n 乙\n丙\n");
-    tar.file("b.png", picture(2)).file("b.txt", " 一 行\t字\n").write(&dir.path().join("0.tar"));
+    let tar = Tar::new().file("a.png", image(1)).file("a.txt", "甲 一\r\n\n 乙\n丙\n");
+    tar.file("b.png", image(2)).file("b.txt", " 一 行\t字\n").write(&dir.path().join("0.tar"));
     let dataset = Arc::new(open(dir.path()));
     assert_eq!(dataset.read(0, 0).unwrap().captions, ["甲 一", "乙", "丙"]);
     assert_eq!(dataset.read(0, 1).unwrap().captions, ["一 行 字"]);
@@ -142,9 +142,9 @@ fn many_members_of_one_key_take_linear_time() {
 fn files_of_a_folder_are_read_or_counted_by_cause() {
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str, content: &[u8]| fs::write(dir.path().join(name), content).unwrap();
-    file("IMG_1.PNG", &picture(1));
+    file("IMG_1.PNG", &image(1));
     file("IMG_1.TXT", "甲".as_bytes());
-    file("b.jfif", &picture(2));
+    file("b.jfif", &image(2));
     file("b.JSON", r#"{"caption": "乙"}"#.as_bytes());
     file("c.avif", b"");
     file("d.SVG", b"");
@@ -178,7 +178,7 @@ fn a_pipe_with_a_writer_is_read() {
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     let writer = std::thread::spawn({
         let pipe = pipe.clone();
-        move || fs::write(pipe, picture(5)).unwrap()
+        move || fs::write(pipe, image(5)).unwrap()
     });
     assert_eq!(image::open_image(&pipe).unwrap().as_raw(), &[5; 12]);
     writer.join().unwrap();
@@ -212,7 +212,7 @@ fn a_fingerprint_depends_on_samples_and_not_on_their_path() {
         fs::create_dir(&folder).unwrap();
         Tar::new().sample("a", shade).write(&folder.join("0.tar"));
         fs::create_dir(folder.join("images")).unwrap();
-        fs::write(folder.join("images/b.png"), picture(1)).unwrap();
+        fs::write(folder.join("images/b.png"), image(1)).unwrap();
         fs::write(folder.join("images/b.txt"), "x").unwrap();
         folder
     };

@@ -110,7 +110,7 @@ fn add_folder(root: &Path, folder: &Path, found: &mut Found) -> Result<()> {
                 Some((false, cause)) => found.ignored.add(Bad::new(cause, path.display())),
                 None if extension(&path) == "tar" => found.tars.push((path, below)),
                 None if is_image(&path) => found.images.push((path, below)),
-                // Captions are found from their image; other text and JSON files describe the folder.
+                // Captions are found from their image; other text and JSON files are about the folder.
                 None => {}
             }
         }
@@ -124,7 +124,7 @@ fn unusable(path: &Path, kind: FileType) -> Option<(bool, Cause)> {
     let extension = extension.as_str();
     let unsupported = UNSUPPORTED_EXTENSIONS.contains(&extension);
     let sample = unsupported || extension == "tar" || IMAGE_EXTENSIONS.contains(&extension);
-    let described = matches!(extension, "" | "txt" | "json" | "md") || is_ours(path);
+    let about_folder = matches!(extension, "" | "txt" | "json" | "md") || is_ours(path);
     if kind.is_symlink() && !path.exists() {
         Some((sample, Cause::DanglingLink))
     } else if !(kind.is_file() || kind.is_symlink() && path.is_file()) {
@@ -132,7 +132,7 @@ fn unusable(path: &Path, kind: FileType) -> Option<(bool, Cause)> {
     } else if unsupported {
         Some((true, Cause::UnsupportedImage))
     } else {
-        (!sample && !described).then_some((false, Cause::UnknownKind))
+        (!sample && !about_folder).then_some((false, Cause::UnknownKind))
     }
 }
 

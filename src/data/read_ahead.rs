@@ -154,7 +154,7 @@ impl ReadAhead {
 
     /// Notes that the loader delivered this many batches.
     pub fn advance(&self, taken: u64) {
-        self.window.release(taken);
+        self.window.free(taken);
         self.window.changed.notify_all();
     }
 }
@@ -179,7 +179,7 @@ impl Window {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// Waits until batch `batch` is due, or there is room for more shards and the batch is at most an epoch ahead; false if the
+    /// Waits until batch `batch` is due, or the window has space for more shards and the batch is at most an epoch ahead; false if the
     /// thread must end.
     fn wait(&self, batch: u64, epoch: u64) -> bool {
         let mut state = self.state();
@@ -215,7 +215,7 @@ impl Window {
     }
 
     /// Lets go of the shards that no batch after `count` batches needs. In random order all shards stay.
-    fn release(&self, count: u64) {
+    fn free(&self, count: u64) {
         let mut state = self.state();
         state.taken = count;
         if !self.sequential {

@@ -52,8 +52,8 @@ impl Sampler {
         if let Some(streams) = &self.streams {
             return streams.at(epoch, position % self.epoch_length, self.epoch_length, &self.sources);
         }
-        let mix = Permutation::new(self.epoch_length, self.seed, &format!("{} mix", self.purpose), epoch);
-        let mut slot = mix.at(position % self.epoch_length);
+        let order = Permutation::new(self.epoch_length, self.seed, &format!("{} mix", self.purpose), epoch);
+        let mut slot = order.at(position % self.epoch_length);
         for (source, share) in self.sources.iter().enumerate() {
             if slot < share.shown {
                 let nth = epoch * share.shown + slot;

@@ -34,7 +34,7 @@ impl Tar {
 
     /// Adds a sample whose image has a single color.
     pub(super) fn sample(self, key: &str, shade: u8) -> Self {
-        self.file(&format!("{key}.png"), picture(shade)).file(&format!("{key}.txt"), format!("第{shade}张"))
+        self.file(&format!("{key}.png"), image(shade)).file(&format!("{key}.txt"), format!("第{shade}张"))
     }
 
     pub(super) fn bytes(self) -> Vec<u8> {
@@ -46,7 +46,7 @@ impl Tar {
     }
 }
 
-pub(super) fn picture(shade: u8) -> Vec<u8> {
+pub(super) fn image(shade: u8) -> Vec<u8> {
     image_file::png(&::image::RgbImage::from_pixel(2, 2, ::image::Rgb([shade; 3]))).unwrap()
 }
 
@@ -99,7 +99,7 @@ pub(super) fn read_tar(tar: Vec<u8>) -> (Vec<String>, serde_json::Value) {
 fn a_good_shard_is_read() {
     let json = r#"{"caption":"一","captions":["二"," 三\n四 ",""],"style":"x"}"#;
     let tar = Tar::new().sample("a", 1).file("b.jpg", "").file("b.txt", "x").sample("dir/c.d", 3);
-    let tar = tar.file("e.png", picture(4)).file("e.json", json).file("README", "").file(".hidden", "");
+    let tar = tar.file("e.png", image(4)).file("e.json", json).file("README", "").file(".hidden", "");
     let dir = folder();
     tar.write(&dir.path().join("0.tar"));
     let dataset = open(dir.path());
@@ -128,7 +128,7 @@ fn unsafe_members_are_counted() {
 #[test]
 fn duplicates_are_counted() {
     let tar = Tar::new().sample("a", 1).sample("b", 2).sample("a", 3);
-    let tar = tar.file("c.txt", "x").file("c.txt", "y").file("c.png", picture(1));
+    let tar = tar.file("c.txt", "x").file("c.txt", "y").file("c.png", image(1));
     assert_eq!(read_tar(tar.bytes()), (vec!["a".into(), "b".into()], serde_json::json!({"duplicate": 2})));
 }
 
@@ -171,14 +171,14 @@ fn malicious_sizes_are_refused() {
 fn long_names_are_read() {
     let long = format!("{}/中文", "x".repeat(150));
     let mut tar = Builder::new(Vec::new());
-    for (extension, content) in [("png", picture(1)), ("txt", b"x".to_vec())] {
+    for (extension, content) in [("png", image(1)), ("txt", b"x".to_vec())] {
         let mut header = Header::new_gnu();
         header.set_size(content.len() as u64);
         tar.append_data(&mut header, format!("{long}.{extension}"), content.as_slice()).unwrap();
     }
     let pax = format!("path={long}b.png\n");
     let pax = format!("{} {pax}", pax.len() + 4);
-    let content = picture(2);
+    let content = image(2);
     let tar = Tar(tar).raw(b"p", EntryType::XHeader, pax.len() as u64, pax.as_bytes());
     let tar = tar.raw(b"short.png", EntryType::Regular, content.len() as u64, &content);
     let (keys, bad) = read_tar(tar.bytes());
@@ -188,7 +188,7 @@ fn long_names_are_read() {
 
 #[test]
 fn bad_text_and_json_are_counted_or_ignored() {
-    let with = |text: &[u8]| Tar::new().file("a.png", picture(1)).file("a.txt", text).bytes();
+    let with = |text: &[u8]| Tar::new().file("a.png", image(1)).file("a.txt", text).bytes();
     let only = |cause: &str| (Vec::<String>::new(), serde_json::json!({cause: 1}));
     assert_eq!(read_tar(with(b"\xff\xfe")), only("not-utf8"));
     assert_eq!(read_tar(with(b" \n\0\t")), only("no-caption"));
@@ -198,7 +198,7 @@ fn bad_text_and_json_are_counted_or_ignored() {
     let json = Tar::new().sample("a", 1).file("a.json", deep).bytes();
     // The JSON is ignored; the text is good.
     assert_eq!(read_tar(json), (vec!["a".into()], serde_json::json!({})));
-    let json = Tar::new().file("a.png", picture(1)).file("a.json", "[").bytes();
+    let json = Tar::new().file("a.png", image(1)).file("a.json", "[").bytes();
     assert_eq!(read_tar(json), only("bad-json"));
     let no_image = Tar::new().file("a.txt", "x").bytes();
     assert_eq!(read_tar(no_image), only("no-image"));
@@ -207,13 +207,13 @@ fn bad_text_and_json_are_counted_or_ignored() {
 #[test]
 fn a_folder_of_pairs_is_read() {
     let dir = folder();
-    fs::write(dir.path().join("a.png"), picture(1)).unwrap();
+    fs::write(dir.path().join("a.png"), image(1)).unwrap();
     fs::write(dir.path().join("a.txt"), "甲").unwrap();
-    fs::write(dir.path().join("b.PNG"), picture(2)).unwrap();
+    fs::write(dir.path().join("b.PNG"), image(2)).unwrap();
     fs::write(dir.path().join("b.json"), r#"{"caption":"乙"}"#).unwrap();
     fs::write(dir.path().join("c.png"), "").unwrap();
     fs::create_dir(dir.path().join(".hidden")).unwrap();
-    fs::write(dir.path().join(".hidden/d.png"), picture(3)).unwrap();
+    fs::write(dir.path().join(".hidden/d.png"), image(3)).unwrap();
     let dataset = Dataset::open(&config(&[(dir.path(), 1.0)]), Kind::Images(4)).unwrap();
     let (keys, bad) = read_all(&dataset);
     assert_eq!((keys, bad), (vec!["a".into(), "b".into()], serde_json::json!({"bad-image": 1})));

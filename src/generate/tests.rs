@@ -290,7 +290,7 @@ fn a_damaged_model_is_an_error() {
     }
 }
 
-/// How much each weight format changes the demo's output: the error of the logits in units of their standard deviation,
+/// How much each weight format changes the demo's output: the error of the logits in standard deviations,
 /// and how often the most likely token and whole greedy captions are the same as in f32.
 #[test]
 fn the_demo_gives_the_same_captions_in_every_format() {

@@ -40,7 +40,7 @@ impl Tokens {
     /// Texts `[CLS] .. [SEP]` of at most `max_tokens`, padded to the longest.
     ///
     /// # Errors
-    /// There is no text, or `max_tokens` leaves no room.
+    /// There is no text, or `max_tokens` is too small for any of it.
     pub fn of_texts<'a>(
         text: &WordPiece,
         texts: impl IntoIterator<Item = &'a str>,

@@ -66,7 +66,7 @@ impl Generator {
         let model = &config.model;
         ensure!(!grid.is_empty(), "the grid of image codes is empty");
         ensure!(model.layers > 0 && model.conv_size % 2 == 1, "no layers, or an even conv_size");
-        ensure!(config.text.max_tokens >= 2, "text.max_tokens must leave room for [CLS] and [SEP]");
+        ensure!(config.text.max_tokens >= 2, "text.max_tokens must be at least 2, for [CLS] and [SEP]");
         let embedding = Embedding::new(scope, config, vocab_size, codebook_size, grid)?;
         let layer = |i| Layer::new(scope, model, i, grid);
         let layers = (0..model.layers).map(layer).collect::<Result<_>>()?;

@@ -100,7 +100,7 @@ impl CheckpointFile {
         let width = stored.dtype.bitsize() / 8;
         let start = stored.bytes.start;
         let values = finite(&bytes[start + first * width..start + last * width], stored.dtype, name, file)?;
-        let values = if stored.strides == row_major(&stored.shape) { values } else { stored.gather(&values) };
+        let values = if stored.strides == row_major(&stored.shape) { values } else { stored.contiguous(&values) };
         Ok(Tensor::from_vec(values, stored.shape.as_slice(), &Device::Cpu)?)
     }
 }

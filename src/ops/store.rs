@@ -62,7 +62,7 @@ fn mapped(folder: &Path, bytes: usize) -> Result<MmapMut> {
     Ok(unsafe { MmapMut::map_mut(&file) }?)
 }
 
-/// Gives a file its length and the room on the disk: without it, a full disk would show as a crash in the middle of a step.
+/// Gives a file its length and its blocks on the disk: without it, a full disk would show as a crash in the middle of a step.
 fn reserve(file: &File, bytes: usize) -> Result<()> {
     // SAFETY: the descriptor is open as long as `file` is; no memory is involved.
     match unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, libc::off_t::try_from(bytes)?) } {

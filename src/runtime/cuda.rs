@@ -58,7 +58,7 @@ pub fn open(number: usize) -> Result<Device> {
 }
 
 /// The line of `vilg doctor` about CUDA.
-pub fn describe() -> String {
+pub fn summary() -> String {
     match found() {
         Ok(0) => format!("built, but {}", no_device()),
         Ok(count) => format!("built; {}", (0..count).map(name).collect::<Vec<_>>().join(", ")),

@@ -25,7 +25,7 @@ pub fn model(_number: usize) -> Option<String> {
 }
 
 /// The line of `vilg doctor` about CUDA.
-pub fn describe() -> String {
+pub fn summary() -> String {
     "not built".to_owned()
 }
 

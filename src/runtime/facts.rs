@@ -32,7 +32,7 @@ pub fn facts() -> Facts {
     Facts {
         build: if cfg!(debug_assertions) { "debug (slow: build with --release)" } else { "release" },
         device: device::name(),
-        cuda: cuda::describe(),
+        cuda: cuda::summary(),
         nccl: if cfg!(feature = "nccl") { "built" } else { "not built" },
         threads: rayon::current_num_threads(),
         processor: field("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned()),

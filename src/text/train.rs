@@ -23,7 +23,7 @@ pub fn train<'a>(captions: impl IntoIterator<Item = &'a str>, size: usize) -> Re
         }
     }
     // The trainer numbers characters in the order of a hash map and breaks ties by number. Passed as special tokens,
-    // with no room for other characters, they keep the order given here.
+    // with no space for other characters, they keep the order given here.
     let mut tokens: Vec<String> = special.map(str::to_owned).into();
     tokens.extend(alphabet(&counts, size - special.len()));
     let mut trainer = WordPieceTrainerBuilder::new()

@@ -98,7 +98,7 @@ impl WordPiece {
 
     /// `[CLS]` and at least the first `max_tokens - 1` tokens of a text, and whether these are all its tokens.
     fn pieces_of(&self, text: &str, max_tokens: usize) -> Result<(Vec<u32>, bool)> {
-        ensure!(max_tokens >= 2, "{max_tokens} tokens leave no room for [CLS] and [SEP]");
+        ensure!(max_tokens >= 2, "{max_tokens} tokens are too few for [CLS] and [SEP]");
         let end =
             text.char_indices().nth(max_tokens.saturating_mul(CHARACTERS_A_TOKEN)).map_or(text.len(), |(end, _)| end);
         let mut ids = vec![self.cls];
@@ -254,7 +254,7 @@ mod tests {
     fn a_truncated_target_has_no_sep() {
         let wordpiece = WordPiece::parse(VOCAB).unwrap();
         let target = |text: &str, max| wordpiece.encode_target(text, max).unwrap();
-        assert_eq!(target("一弯月", 5), [2, 5, 6, 7, 3], "as long as there is room");
+        assert_eq!(target("一弯月", 5), [2, 5, 6, 7, 3], "as long as it fits");
         assert_eq!(target("一弯月", 8), wordpiece.encode("一弯月", 8).unwrap());
         assert_eq!(target("一弯月", 4), [2, 5, 6, 7], "its end does not fit");
         assert_eq!(target("一弯月一弯月一弯月", 5), [2, 5, 6, 7, 5]);

@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_picture_of_the_tokenizer_s_size_is_one_tile() -> Result<()> {
+    fn an_image_of_the_tokenizer_s_size_is_one_tile() -> Result<()> {
         let (tokenizer, image) = (tokenizer()?, image(16, 16));
         let whole = tokenizer.encode_whole(&image)?;
         let plain = tokenizer.encode(&to_pixels([&image])?)?;

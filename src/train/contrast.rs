@@ -32,7 +32,7 @@ pub struct Settings {
     /// The gradients are those of this times the loss.
     pub loss_scale: f64,
     /// Whether there are gradients; otherwise only the loss is computed.
-    pub learns: bool,
+    pub requires_grad: bool,
 }
 
 /// Results of a step on this rank.
@@ -67,7 +67,7 @@ pub fn accumulate(
     settings: Settings,
     shards: &mut Shards,
 ) -> Result<Seen> {
-    let Settings { loss, activation_checkpointing, loss_scale, learns } = settings;
+    let Settings { loss, activation_checkpointing, loss_scale, requires_grad } = settings;
     let chains = [model.image_segments(), model.text_segments()];
     let first_units = [0, chains[0].len()];
     let (mut embeddings, mut branches) = ([Vec::<f32>::new(), Vec::new()], Vec::new());
@@ -79,7 +79,7 @@ pub fn accumulate(
             let first = embeddings[encoder].len();
             embeddings[encoder].extend(embedding.flatten_all()?.to_vec1::<f32>()?);
             let (range, shape) = (first..embeddings[encoder].len(), embedding.dims2()?);
-            let activations = (learns && micro_batches.len() == 1).then_some(activations);
+            let activations = (requires_grad && micro_batches.len() == 1).then_some(activations);
             branches.push(Branch { pass, activations, encoder, range, shape });
         }
     }
@@ -94,7 +94,7 @@ pub fn accumulate(
     let found = contrastive(loss, &pairs, values, shards.group())?;
 
     let seen = Seen { loss: found.loss, correct: found.correct, scale: values[0].exp() };
-    if !learns {
+    if !requires_grad {
         return Ok(seen);
     }
     let gradients = [&found.images, &found.texts];

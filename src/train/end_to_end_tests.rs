@@ -24,7 +24,7 @@ use std::fs;
 pub(super) fn end_to_end_config(folder: &Path) -> Config {
     let mut config = generator_config(folder);
     (config.name, config.task) = ("end-to-end".into(), config::Task::EndToEnd);
-    config.data.sources[0].path = folder.join("pictures").display().to_string();
+    config.data.sources[0].path = folder.join("images").display().to_string();
     config
 }
 
@@ -112,7 +112,7 @@ fn without_a_reconstruction_weight_it_is_the_training_of_a_generator() {
     assert!(without.0.iter().all(|(name, _)| !name.starts_with(SCOPE)));
 }
 
-/// Encodes the pictures of a configuration as a user does; the folder of the codes.
+/// Encodes the images of a configuration as a user does; the folder of the codes.
 fn encoded(folder: &Path, config: &Config, keep_images: bool) -> String {
     let output = folder.join(format!("encoded-{keep_images}"));
     let model = Bundle::open(&config.image_tokenizer.path).unwrap();
@@ -128,7 +128,7 @@ fn encoded(folder: &Path, config: &Config, keep_images: bool) -> String {
         rank: 0,
         world_size: 1,
     };
-    let source = data::Source::open(folder.join("pictures").to_str().unwrap(), 1.0).unwrap();
+    let source = data::Source::open(folder.join("images").to_str().unwrap(), 1.0).unwrap();
     assert_eq!(encoder.run(&[source], |_| ()).unwrap().samples, 10);
     output.display().to_string()
 }

@@ -113,8 +113,8 @@ fn moved(moment: &Moment, shares: &Shares, stage: u8, overlap: bool) -> u64 {
     let size = |segment| of(&shares.parameter_groups, segment);
     let trained = |segment| of(&shares.trained_groups, segment);
     let part = |elements: u64| elements.div_ceil(shares.ranks.max(1) as u64);
-    let (unit, learns) = (size(Some(moment.segment)), trained(Some(moment.segment)));
-    let gradients = moment.gradients.min(learns);
+    let (unit, trained_unit) = (size(Some(moment.segment)), trained(Some(moment.segment)));
+    let gradients = moment.gradients.min(trained_unit);
     let weights = if stage == 3 { unit } else { 0 };
     let here = match moment.phase {
         // The part that this rank sends, and the gathered weights.
@@ -122,7 +122,7 @@ fn moved(moment: &Moment, shares: &Shares, stage: u8, overlap: bool) -> u64 {
         Phase::Pass if stage >= 2 => weights + gradients,
         Phase::Pass => moment.aside,
         // The weights are freed. Left are the gradients, the copy that is sent and the sum of this rank's part.
-        Phase::Reduce if stage >= 2 => 2 * gradients + part(learns),
+        Phase::Reduce if stage >= 2 => 2 * gradients + part(trained_unit),
         Phase::Reduce => 0,
     };
     // In the backward pass: the copy of the gradients of the segment after this one, and this rank's part of the weights
@@ -134,7 +134,7 @@ fn moved(moment: &Moment, shares: &Shares, stage: u8, overlap: bool) -> u64 {
         Phase::Gather => last,
         Phase::Pass => last + next,
         // At stages 0 and 1: its own copy, in the last micro-batch of the step.
-        Phase::Reduce if stage < 2 => learns + part(learns),
+        Phase::Reduce if stage < 2 => trained_unit + part(trained_unit),
         Phase::Reduce => next,
     };
     F32 * (here + under_way)

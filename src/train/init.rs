@@ -128,7 +128,7 @@ mod tests {
         let settings = &mut config.image_tokenizer;
         (settings.image_size, settings.perceptual_weight, settings.adversarial_weight) = (8, 0.0, 0.0);
         config.data = generator_config(folder.path()).data;
-        config.data.sources[0].path = folder.path().join("pictures").display().to_string();
+        config.data.sources[0].path = folder.path().join("images").display().to_string();
         config.train.init_from = "demo".into();
         let (task, _) = prepare_task(folder.path(), &config, &Resume::Auto, &Group::alone()).unwrap();
         let stored = Bundle::open("demo").unwrap().image_tokenizer_folder().unwrap().weights().unwrap();

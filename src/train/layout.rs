@@ -1,6 +1,6 @@
 //! Which rank owns which elements: a pure function of the parameters' names and sizes and the number of ranks.
 //!
-//! A parameter group is the parameters of one segment of the engine's chain. They are gathered and reduced together:
+//! A parameter group (FSDP's unit) is the parameters of one segment of the engine's chain. They are communicated together:
 //! concatenated and cut into equal parts, so that every rank has the same work. A parameter that cannot be cut (Muon
 //! needs whole matrices) goes to the rank that has the fewest such elements so far.
 

@@ -140,7 +140,8 @@ impl<'a> Memory<'a> {
     /// Bytes by kind on the GPU with the largest shard.
     pub fn kinds(&self, settings: Settings) -> Kinds {
         let (total, (owned, trained, muons)) = (self.shares.total(), self.owned(settings.stage));
-        let (weight, unit, learns) = (self.weight(), self.shares.largest_unit(), self.shares.largest_trained_unit());
+        let (weight, unit, trained_unit) =
+            (self.weight(), self.shares.largest_unit(), self.shares.largest_trained_unit());
         let (split, whole) = (settings.stage, settings.stage < 3);
         // In f32 the weights are the master weights.
         let master = if weight == 4 { 0 } else { 4 * trained };
@@ -148,11 +149,11 @@ impl<'a> Memory<'a> {
         let on_gpu = |bytes: u64| if settings.offload { 0 } else { bytes };
         let under_way = match split {
             _ if self.shares.world_size == 1 => 0,
-            0 | 1 => 2 * GRADIENT * learns,
+            0 | 1 => 2 * GRADIENT * trained_unit,
             3 if self.config.train.overlap => weight * unit,
             _ => 0,
         };
-        let gradients_of_unit = if split >= 2 { 2 * GRADIENT * learns } else { 0 };
+        let gradients_of_unit = if split >= 2 { 2 * GRADIENT * trained_unit } else { 0 };
         Kinds {
             weights: weight * if whole { total } else { owned },
             gradients: GRADIENT * if split >= 2 { trained } else { self.shares.trained() },

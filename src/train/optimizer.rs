@@ -129,8 +129,8 @@ pub fn check_frozen(config: &Train, params: &Params) -> Result<()> {
     parts.dedup();
     let what = || format!("train.freeze: no parameter's name begins with `{}`", unknown.map_or("", String::as_str));
     ensure!(unknown.is_none(), usage(what(), format!("they begin with {}", parts.join(", "))));
-    let learns = params.iter().any(|(name, param)| !param.attributes.base && !config.freezes(name));
-    ensure!(learns, usage("train.freeze leaves nothing to learn", "take some names off the list"));
+    let any_trained = params.iter().any(|(name, param)| !param.attributes.base && !config.freezes(name));
+    ensure!(any_trained, usage("train.freeze leaves nothing to learn", "take some names off the list"));
     Ok(())
 }
 

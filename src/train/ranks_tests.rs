@@ -306,7 +306,7 @@ fn a_signal_to_one_rank_stops_all_after_the_same_step() {
         assert!(cut.join("runs/toy/checkpoints/step-4").exists());
         toys(&cut, &config, 3, |_| None).unwrap();
         let last = |parent: &Path| whole(&parent.join("runs/toy/checkpoints/step-9"));
-        assert!(last(&whole_run) == last(&cut), "stage {stage}: going on changes bits");
+        assert!(last(&whole_run) == last(&cut), "stage {stage}: a resume changes bits");
     }
 }
 
@@ -327,7 +327,7 @@ fn what_is_not_finite_on_one_rank_is_skipped_by_all() {
             (state["loss_scale"]["factor"].as_f64(), state["skipped"].as_u64())
         };
         let expected = match precision {
-            // Not counted as a bad step: the scale has room.
+            // Not counted as a bad step: the scale can still fall.
             Precision::F16 => [(Some(65536.0), Some(0)), (Some(32768.0), Some(0))],
             _ => [(None, Some(0)), (None, Some(1))],
         };

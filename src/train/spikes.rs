@@ -1,7 +1,7 @@
 //! Detects spikes of the loss or the gradient norm for `train.spike`.
 //!
 //! A spike is more than [`SIGMA`] standard deviations above the mean of the last steps, as in OLMo 2
-//! (arXiv 2501.00656, whose trainer skips such steps). Skipping a batch and going on from an older checkpoint is
+//! (arXiv 2501.00656, whose trainer skips such steps). Skipping a batch and continuing from an older checkpoint is
 //! PaLM's way (arXiv 2204.02311, §5.1).
 
 use serde::{Deserialize, Serialize};

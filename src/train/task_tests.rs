@@ -31,12 +31,12 @@ const CAPTIONS: [&str; 4] = ["红苹果", "一轮弯月，扁平风格", "小狗
 pub(super) const ANSWERS: [[&str; 2]; 4] = [["苹果", "是"], ["弯月", "不"], ["小狗", "不"], ["消防车", "是"]];
 
 /// Ten noisy images with captions.
-fn pictures(folder: &Path) -> Source {
+fn images(folder: &Path) -> Source {
     fs::create_dir_all(folder).unwrap();
     for i in 0..10 {
-        let mut random = Random::keyed(1, "picture", i, 0);
-        let picture = image::RgbImage::from_fn(8, 8, |_, _| image::Rgb(std::array::from_fn(|_| random.bits() as u8)));
-        picture.save(folder.join(format!("{i}.png"))).unwrap();
+        let mut random = Random::keyed(1, "image", i, 0);
+        let image = image::RgbImage::from_fn(8, 8, |_, _| image::Rgb(std::array::from_fn(|_| random.bits() as u8)));
+        image.save(folder.join(format!("{i}.png"))).unwrap();
         fs::write(folder.join(format!("{i}.txt")), CAPTIONS[i as usize % 4]).unwrap();
     }
     fs::write(folder.join("ATTRIBUTION.md"), "Drawn by chance.\n").unwrap();
@@ -48,7 +48,7 @@ pub(super) fn tokenizer_config(folder: &Path) -> Config {
         name: "tokenizer".into(),
         task: config::Task::ImageTokenizer,
         seed: 3,
-        data: config::Data { sources: vec![pictures(&folder.join("pictures"))], ..Default::default() },
+        data: config::Data { sources: vec![images(&folder.join("images"))], ..Default::default() },
         image_tokenizer: config::ImageTokenizer {
             image_size: 8,
             channels: 32,

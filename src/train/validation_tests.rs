@@ -81,7 +81,7 @@ fn every_rank_and_stage_validates_as_one_rank_does() {
 fn validation_codes_of_another_kind_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = validating(generator_config(folder.path()));
-    config.data.validation = folder.path().join("pictures").display().to_string();
+    config.data.validation = folder.path().join("images").display().to_string();
     let error = format!("{:#}", tasks::spec(config.task).start(&config, &Group::alone()).err().unwrap());
     assert!(error.contains("data.validation"), "{error}");
 }

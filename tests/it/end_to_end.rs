@@ -2,7 +2,7 @@
 
 use crate::{
     commands::vilg,
-    generate::{folder, lines, picture},
+    generate::{folder, image, lines},
 };
 use serde_json::Value;
 use std::{fs, path::Path};
@@ -19,7 +19,7 @@ fn data(folder: &Path) {
     fs::create_dir(folder.join("data")).unwrap();
     for i in 0..4u8 {
         let at = |extension: &str| folder.join(format!("data/{i}.{extension}"));
-        picture(i * 60).save(at("png")).unwrap();
+        image(i * 60).save(at("png")).unwrap();
         fs::write(at("txt"), ["月", "一弯月", "红月", "星"][usize::from(i)]).unwrap();
         if i < 3 {
             let question = serde_json::json!({ "question": "月红", "answer": "星", "type": "thing" });
@@ -49,7 +49,7 @@ fn both_reconstructors_decode_the_same_codes() {
     let error = run(at, &["export", "--model", "model", "--two-stage", "-o", "no"]).unwrap_err();
     assert!(error.contains("hint: leave out --two-stage"), "{error}");
 
-    picture(9).save(at.join("in.png")).unwrap();
+    image(9).save(at.join("in.png")).unwrap();
     let reconstruct = |more: &[&str]| run(at, &[&["reconstruct", "in.png", "--model", "end-to-end"], more].concat());
     reconstruct(&["-o", "two-stage.png"]).unwrap();
     reconstruct(&["-o", "own.png", "--through-generator", "--caption", "红月"]).unwrap();

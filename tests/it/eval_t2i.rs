@@ -2,7 +2,7 @@
 
 use crate::{
     commands::vilg,
-    generate::{folder, picture},
+    generate::{folder, image},
     ranks_tcp,
 };
 use serde_json::Value;
@@ -25,7 +25,7 @@ fn prompts(folder: &Path) {
     fs::write(folder.join("prompts.json"), serde_json::json!({ "annotations": annotations }).to_string()).unwrap();
     fs::create_dir(folder.join("real")).unwrap();
     for i in 0..6 {
-        picture(i * 40).save(folder.join(format!("real/{i}.png"))).unwrap();
+        image(i * 40).save(folder.join(format!("real/{i}.png"))).unwrap();
         fs::write(folder.join(format!("real/{i}.txt")), ["月", "一弯月", "红月", "星", "一", "红"][usize::from(i)])
             .unwrap();
     }

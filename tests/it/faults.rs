@@ -162,12 +162,12 @@ fn extreme_sizes_are_usage_errors() {
             all.push(["train", "--config", "tiny.toml", &set].map(str::to_owned).into());
         }
         for args in [
-            ["data", "vocab", "pictures", "-ov.txt", "--size"],
-            ["data", "encode", "pictures", "-mdemo", "-oout"],
+            ["data", "vocab", "images", "-ov.txt", "--size"],
+            ["data", "encode", "images", "-mdemo", "-oout"],
             ["t2i", "moon", "-oa.png", "--seed=1", "-n"],
             ["t2i", "moon", "-oa.png", "--seed=1", "--best-of"],
-            ["caption", "pictures/0.png", "--seed=1", "--temperature=1", "--beam"],
-            ["caption", "pictures/0.png", "--seed=1", "--temperature=1", "-n"],
+            ["caption", "images/0.png", "--seed=1", "--temperature=1", "--beam"],
+            ["caption", "images/0.png", "--seed=1", "--temperature=1", "-n"],
         ] {
             let mut args = args.map(str::to_owned).to_vec();
             match args[1].as_str() {

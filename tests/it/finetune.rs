@@ -106,12 +106,12 @@ fn recipes_lead_from_published_files_to_figures() {
 fn an_adapter_captions_as_its_merged_export_does() {
     let place = tempfile::tempdir().unwrap();
     let folder = place.path();
-    fs::create_dir(folder.join("pictures")).unwrap();
+    fs::create_dir(folder.join("images")).unwrap();
     for i in 0..3 {
-        fs::copy(ours("src/demo/sample.png"), folder.join(format!("pictures/{i}.png"))).unwrap();
-        fs::write(folder.join(format!("pictures/{i}.txt")), "立体风格的太阳").unwrap();
+        fs::copy(ours("src/demo/sample.png"), folder.join(format!("images/{i}.png"))).unwrap();
+        fs::write(folder.join(format!("images/{i}.txt")), "立体风格的太阳").unwrap();
     }
-    run(folder, &["data", "encode", "pictures", "--model", "demo", "-o", "data/pictures-codes"]);
+    run(folder, &["data", "encode", "images", "--model", "demo", "-o", "data/images-codes"]);
     fs::write(
         folder.join("mine.toml"),
         "extends = \"emoji-lora\"\nname = \"mine\"\n[train]\nsteps = 6\nbatch_size = 1\ncaption_batch_size = 3\n\

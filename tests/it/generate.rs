@@ -65,7 +65,7 @@ pub(crate) fn lines(stdout: &str) -> Vec<Value> {
     stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-pub(crate) fn picture(shade: u8) -> RgbImage {
+pub(crate) fn image(shade: u8) -> RgbImage {
     RgbImage::from_fn(16, 16, |x, y| Rgb([shade, x as u8 * 16, y as u8 * 16]))
 }
 
@@ -168,8 +168,8 @@ fn unusual_file_names_are_printed_safely() {
     use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
     let folder = folder();
     let at = folder.path();
-    write_png(&at.join("a\u{1b}[2J.png"), &picture(90)).unwrap();
-    write_png(&at.join(OsStr::from_bytes(b"b\xff.png")), &picture(90)).unwrap();
+    write_png(&at.join("a\u{1b}[2J.png"), &image(90)).unwrap();
+    write_png(&at.join(OsStr::from_bytes(b"b\xff.png")), &image(90)).unwrap();
     let caption = |json: bool| {
         let mut command = vilg(&["caption", "a\u{1b}[2J.png"]);
         command.arg(OsStr::from_bytes(b"b\xff.png")).arg("none\u{1b}[2J.png").args(["--model", "model"]);
@@ -231,7 +231,7 @@ fn a_vocabulary_of_both_scripts_is_that_of_one() {
     let vocabulary = |name: &str, caption: &str, normalize: &str| {
         let source = folder.path().join(name);
         fs::create_dir_all(&source).unwrap();
-        write_png(&source.join("0.png"), &picture(9)).unwrap();
+        write_png(&source.join("0.png"), &image(9)).unwrap();
         fs::write(source.join("0.txt"), caption).unwrap();
         let output = folder.path().join("vocab.txt");
         let made =
@@ -277,8 +277,8 @@ fn bad_options_are_usage_errors() {
 fn captioning_continues_after_bad_images() {
     let folder = folder();
     let at = folder.path();
-    let good = png(&picture(200)).unwrap();
-    write_png(&at.join("b.png"), &picture(90)).unwrap();
+    let good = png(&image(200)).unwrap();
+    write_png(&at.join("b.png"), &image(90)).unwrap();
     fs::write(at.join("a.png"), &good).unwrap();
     fs::write(at.join("cut.png"), &good[..good.len() / 2]).unwrap();
     fs::write(at.join("text.png"), "not an image").unwrap();
@@ -310,7 +310,7 @@ fn captioning_continues_after_bad_images() {
 fn pairs(folder: &Path, count: u8) {
     fs::create_dir(folder).unwrap();
     for i in 0..count {
-        write_png(&folder.join(format!("{i}.png")), &picture(i * 6)).unwrap();
+        write_png(&folder.join(format!("{i}.png")), &image(i * 6)).unwrap();
         let json = format!(r#"{{"caption": "一弯月", "style": "s{}", "name_zh": "月"}}"#, i % 2);
         fs::write(folder.join(format!("{i}.json")), json).unwrap();
     }
@@ -339,7 +339,7 @@ fn evaluation() {
     assert!(output.status.code() == Some(1) && stderr.contains("--pool"), "{stderr}");
     pairs(&at.join("pool"), 30);
     for i in 0..30 {
-        write_png(&at.join(format!("pool/{i}.png")), &picture(200 - i * 3)).unwrap();
+        write_png(&at.join(format!("pool/{i}.png")), &image(200 - i * 3)).unwrap();
     }
     let (output, _, stderr) = retrieval(&["--candidates", "15", "--pool", "pool"]);
     assert!(output.status.success(), "{stderr}");

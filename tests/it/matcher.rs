@@ -65,7 +65,7 @@ fn matching(model: &Path) -> Matching {
     Matching::open(&Bundle::open(model.to_str().unwrap()).unwrap()).unwrap()
 }
 
-fn picture(number: u32) -> RgbImage {
+fn image(number: u32) -> RgbImage {
     RgbImage::from_fn(20, 16, |x, y| {
         let wave = |a: u32| ((x * (a + number % 7) + y * (number % 5) + number * 37 * a) % 256) as u8;
         image::Rgb([wave(1), wave(5), wave(11)])
@@ -83,7 +83,7 @@ pub(crate) fn cosines(model: &Path, images: &[RgbImage], texts: &[String]) -> Ve
 pub(crate) fn data(folder: &Path, model: &Path, count: usize) -> (PathBuf, Vec<RgbImage>, Vec<String>) {
     let path = folder.join("data");
     fs::create_dir_all(&path).unwrap();
-    let (images, texts): (Vec<RgbImage>, Vec<String>) = ((0..count as u32).map(picture).collect(), captions());
+    let (images, texts): (Vec<RgbImage>, Vec<String>) = ((0..count as u32).map(image).collect(), captions());
     let cosines = cosines(model, &images, &texts);
     let mean = |column: usize| cosines.iter().map(|row| row[column]).sum::<f32>() / count as f32;
     let means: Vec<f32> = (0..texts.len()).map(mean).collect();
@@ -265,7 +265,7 @@ fn classes_are_found_by_their_texts() {
     let classes = folder.path().join("classes.txt");
     fs::write(&classes, WORDS.join("\n")).unwrap();
     let texts: Vec<String> = WORDS.iter().map(|word| format!("一张{word}的图片")).collect();
-    let images: Vec<RgbImage> = (0..12).map(picture).collect();
+    let images: Vec<RgbImage> = (0..12).map(image).collect();
     let mut right = 0;
     for (number, cosines) in cosines(&model, &images, &texts).iter().enumerate() {
         let best = (0..8).max_by(|a, b| cosines[*a].total_cmp(&cosines[*b])).unwrap();

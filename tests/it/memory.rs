@@ -145,10 +145,10 @@ fn a_whole_image_takes_few_bytes_a_pixel() {
     let scope = Scope::from_seed(1, candle_core::DType::F32, &candle_core::Device::Cpu);
     let tokenizer = ImageTokenizer::new(&scope, &tokenizer::tiny()).unwrap();
     let peak = |side: u32| {
-        let picture = image::RgbImage::from_fn(side, side, |x, y| image::Rgb([x as u8, y as u8, (x * y) as u8]));
+        let image = image::RgbImage::from_fn(side, side, |x, y| image::Rgb([x as u8, y as u8, (x * y) as u8]));
         let before = LIVE.load(Relaxed);
         PEAK.store(before, Relaxed);
-        let grid = tokenizer.encode_whole(&picture).unwrap();
+        let grid = tokenizer.encode_whole(&image).unwrap();
         let side = side as usize;
         tokenizer.decode_whole(&grid, side, side).unwrap();
         PEAK.load(Relaxed) - before

@@ -62,13 +62,13 @@ fn replicas_train_on_one_cpu() {
 #[test]
 fn a_matcher_trains_on_one_compute_thread() {
     let folder = tempfile::tempdir().unwrap();
-    let pictures = folder.path().join("pictures");
-    std::fs::create_dir(&pictures).unwrap();
+    let images = folder.path().join("images");
+    std::fs::create_dir(&images).unwrap();
     for i in 0..6u8 {
-        let picture = image::RgbImage::from_fn(9, 7, |x, y| image::Rgb([40 * i, 20 * x as u8, 30 * y as u8]));
-        picture.save(pictures.join(format!("{i}.png"))).unwrap();
+        let image = image::RgbImage::from_fn(9, 7, |x, y| image::Rgb([40 * i, 20 * x as u8, 30 * y as u8]));
+        image.save(images.join(format!("{i}.png"))).unwrap();
         std::fs::write(
-            pictures.join(format!("{i}.txt")),
+            images.join(format!("{i}.txt")),
             "红苹果".chars().cycle().take(1 + i as usize).collect::<String>(),
         )
         .unwrap();
@@ -76,7 +76,7 @@ fn a_matcher_trains_on_one_compute_thread() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vilg"));
     command.args(["--threads", "1", "train", "--set", "task=\"matcher\"", "--set", "text.vocab=\"demo\""]);
     for set in [
-        "data.sources=[{path=\"pictures\"}]",
+        "data.sources=[{path=\"images\"}]",
         "matcher.image_size=8",
         "matcher.patch_size=4",
         "matcher.image_layers=1",

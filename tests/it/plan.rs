@@ -44,8 +44,8 @@ fn plan_of_10_b_equals_the_formulas() {
                     let kinds = &row["kinds"];
                     let extra = ["under_way", "average", "activations"].map(|kind| kinds[kind].as_f64().unwrap() / 1e9);
                     assert!((number("total_bytes") - held - extra.iter().sum::<f64>()).abs() < 1e-6);
-                    let room = memory.parse::<f64>().unwrap() - 1.0;
-                    assert_eq!(row["fits"], number("total_bytes") <= room, "{row}");
+                    let available = memory.parse::<f64>().unwrap() - 1.0;
+                    assert_eq!(row["fits"], number("total_bytes") <= available, "{row}");
                     assert_eq!(number("host_bytes") > 0.0, offload);
                 }
             }

@@ -44,16 +44,16 @@ pub fn folder() -> TempDir {
         ..Default::default()
     };
     write_random(&at("tokenizer"), image_tokenizer);
-    fs::create_dir(at("pictures")).unwrap();
+    fs::create_dir(at("images")).unwrap();
     for i in 0..11u8 {
         let pixel = |x: u32, y: u32| image::Rgb([x as u8 * 16, y as u8 * 16, i * 23]);
-        image::RgbImage::from_fn(16, 16, pixel).save(at(&format!("pictures/{i}.png"))).unwrap();
-        fs::write(at(&format!("pictures/{i}.txt")), ["一弯月", "红苹果", "小狗的脸"][i as usize % 3]).unwrap();
+        image::RgbImage::from_fn(16, 16, pixel).save(at(&format!("images/{i}.png"))).unwrap();
+        fs::write(at(&format!("images/{i}.txt")), ["一弯月", "红苹果", "小狗的脸"][i as usize % 3]).unwrap();
     }
     fs::write(at("tiny.toml"), CONFIG).unwrap();
     for args in [
-        &["data", "encode", "pictures", "--model", "tokenizer", "-o", "codes"][..],
-        &["data", "vocab", "pictures", "-o", "vocab.txt"],
+        &["data", "encode", "images", "--model", "tokenizer", "-o", "codes"][..],
+        &["data", "vocab", "images", "-o", "vocab.txt"],
     ] {
         assert_eq!(told(&vilg(args).current_dir(folder.path()).output().unwrap()).0, Some(0));
     }

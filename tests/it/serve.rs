@@ -128,7 +128,7 @@ fn read_until(stream: &mut BufReader<TcpStream>, text: &str) -> String {
 }
 
 /// An image as a data URL.
-fn picture(side: u32) -> String {
+fn image(side: u32) -> String {
     let image = image::RgbImage::from_fn(side, side, |x, y| image::Rgb([(x * 5) as u8, (y * 3) as u8, 90]));
     format!("data:image/png;base64,{}", BASE64_STANDARD.encode(vilg::data::image_file::png(&image).unwrap()))
 }
@@ -218,7 +218,7 @@ fn a_stream_shows_the_rows_of_each_image_as_they_come() {
 fn captions_answers_and_scores() {
     let folder = folder();
     let server = Server::start(folder.path(), &["--matcher", "demo"]);
-    let image = picture(40);
+    let image = image(40);
     let captions = server.post("/v1/captions", &json!({ "image": image, "beam": 4, "n": 2 }));
     assert_eq!(captions.status, 200, "{}", captions.body);
     let found: Vec<String> =
@@ -315,8 +315,8 @@ fn wrong_requests_are_refused_and_say_why() {
         }
     }
     let many: Vec<&str> = vec!["月"; 65];
-    assert_eq!(server.post("/v1/scores", &json!({ "image": picture(8), "texts": many })).status, 400);
-    assert_eq!(server.post("/v1/captions", &json!({ "image": picture(8), "beam": 99 })).status, 400);
+    assert_eq!(server.post("/v1/scores", &json!({ "image": image(8), "texts": many })).status, 400);
+    assert_eq!(server.post("/v1/captions", &json!({ "image": image(8), "beam": 99 })).status, 400);
     // Bodies that are too large, of another type, or broken.
     let path = "/v1/images/generations";
     let large = "x".repeat(65 << 10);

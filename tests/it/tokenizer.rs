@@ -66,11 +66,11 @@ fn json_lines(output: &Output) -> Vec<Value> {
 fn images_become_codes_and_codes_images() {
     let folder = tempfile::tempdir().unwrap();
     let model = model(folder.path());
-    let picture = folder.path().join("wide.png");
-    image::RgbImage::from_fn(40, 30, |x, y| image::Rgb([x as u8 * 6, y as u8 * 8, 90])).save(&picture).unwrap();
-    let picture = picture.to_str().unwrap();
+    let image = folder.path().join("wide.png");
+    image::RgbImage::from_fn(40, 30, |x, y| image::Rgb([x as u8 * 6, y as u8 * 8, 90])).save(&image).unwrap();
+    let image = image.to_str().unwrap();
 
-    let lines = json_lines(&vilg(&["tokenize", picture, picture, "--json"], &model));
+    let lines = json_lines(&vilg(&["tokenize", image, image, "--json"], &model));
     assert_eq!(lines.len(), 2);
     assert_eq!(lines[0], lines[1]);
     assert_eq!(lines[0]["grid"], serde_json::json!([8, 8]));
@@ -79,7 +79,7 @@ fn images_become_codes_and_codes_images() {
     let distinct = codes.iter().collect::<std::collections::BTreeSet<_>>().len();
 
     let output = folder.path().join("new folder/out.png");
-    let lines = json_lines(&vilg(&["reconstruct", picture, "--json", "-o", output.to_str().unwrap()], &model));
+    let lines = json_lines(&vilg(&["reconstruct", image, "--json", "-o", output.to_str().unwrap()], &model));
     assert_eq!(lines[0]["codebook_used"], distinct);
     assert!(lines[0]["psnr"].as_f64().unwrap() > 0.0);
     assert_eq!(image::open(output).unwrap().into_rgb8().dimensions(), (16, 16));
@@ -100,8 +100,8 @@ fn a_file_that_is_not_an_image_is_named() {
 }
 
 /// A folder with two images and one file that is not an image.
-fn pictures(folder: &Path) -> PathBuf {
-    let path = folder.join("pictures");
+fn images(folder: &Path) -> PathBuf {
+    let path = folder.join("images");
     std::fs::create_dir_all(path.join("below")).unwrap();
     for (name, size) in [("a.png", (40, 30)), ("below/b.png", (16, 16))] {
         let colour = |x, y| image::Rgb([x as u8 * 6, y as u8 * 8, 90]);
@@ -114,9 +114,9 @@ fn pictures(folder: &Path) -> PathBuf {
 #[test]
 fn a_folder_is_reconstructed_and_whole_images_keep_their_size() {
     let folder = tempfile::tempdir().unwrap();
-    let (model, pictures) = (model(folder.path()), pictures(folder.path()));
+    let (model, images) = (model(folder.path()), images(folder.path()));
     let out = folder.path().join("out");
-    let args = ["reconstruct", pictures.to_str().unwrap(), "--whole", "--json", "-o", out.to_str().unwrap()];
+    let args = ["reconstruct", images.to_str().unwrap(), "--whole", "--json", "-o", out.to_str().unwrap()];
     let output = vilg(&args, &model);
     assert_eq!(output.status.code(), Some(1), "one image is bad");
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -154,10 +154,10 @@ fn images_with_the_same_name_are_both_reconstructed_and_never_overwritten() {
 #[test]
 fn tokenizers_are_compared_on_the_same_images() {
     let folder = tempfile::tempdir().unwrap();
-    let (model, pictures) = (model(folder.path()), pictures(folder.path()));
-    std::fs::remove_file(pictures.join("bad.png")).unwrap();
+    let (model, images) = (model(folder.path()), images(folder.path()));
+    std::fs::remove_file(images.join("bad.png")).unwrap();
     let sheet = folder.path().join("sheet.png");
-    let (data, other) = (pictures.to_str().unwrap(), model.to_str().unwrap());
+    let (data, other) = (images.to_str().unwrap(), model.to_str().unwrap());
     let args = ["eval", "recon", "--data", data, "--model", other, "--json", "--sheet", sheet.to_str().unwrap()];
     let lines = json_lines(&vilg(&args, &model));
     assert_eq!(lines.len(), 2);

@@ -14,7 +14,7 @@ const CONFIG: &str = r#"
 name = "tiny"
 task = "image-tokenizer"
 seed = 7
-data.sources = [{ path = "pictures" }]
+data.sources = [{ path = "images" }]
 
 [image_tokenizer]
 image_size = 8
@@ -36,11 +36,11 @@ sample_every = 0
 "#;
 
 pub fn prepare(folder: &Path) {
-    fs::create_dir_all(folder.join("pictures")).unwrap();
+    fs::create_dir_all(folder.join("images")).unwrap();
     fs::write(folder.join("tiny.toml"), CONFIG).unwrap();
     for i in 0..7u8 {
         let pixel = |x: u32, y: u32| image::Rgb([(x as u8) * 30, (y as u8) * 30, i * 36]);
-        image::RgbImage::from_fn(8, 8, pixel).save(folder.join(format!("pictures/{i}.png"))).unwrap();
+        image::RgbImage::from_fn(8, 8, pixel).save(folder.join(format!("images/{i}.png"))).unwrap();
     }
 }
 

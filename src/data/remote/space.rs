@@ -15,7 +15,7 @@ use std::{
     time::SystemTime,
 };
 
-/// Locked while a process makes room.
+/// Locked while a process frees space.
 const LOCK: &str = "cache.lock";
 /// Length of the name of a shard: hexadecimal digits.
 const KEY: usize = 32;
@@ -34,7 +34,7 @@ struct Entry {
     used: SystemTime,
 }
 
-/// Makes room for a download of `needed` bytes, and lets `take` occupy it before other processes look.
+/// Frees space for a download of `needed` bytes, and lets `take` occupy it before other processes look.
 ///
 /// # Errors
 /// The download is larger than the cache, all other shards are in use, or the folder cannot be read or written.
@@ -67,7 +67,7 @@ pub fn make_room(
     take()
 }
 
-/// Waits until no other process makes room.
+/// Waits until no other process frees space.
 fn lock(folder: &Path) -> Result<File> {
     let path = folder.join(LOCK);
     let opened = OpenOptions::new().create(true).truncate(false).write(true).open(&path);

@@ -229,9 +229,9 @@ fn for_each_head(
     one: impl Fn(usize, &mut [f32], &[f32], &mut [f32]) + Sync,
 ) {
     let Workspace { attended, qkv, scores, .. } = workspace;
-    let units = attended.len() / d;
-    let part = units.div_ceil(PARTS).max(PART_WORK.div_ceil(2 * keys * d));
-    scores.resize(scores.len().max(units.div_ceil(part) * keys), 0.0);
+    let vectors = attended.len() / d;
+    let part = vectors.div_ceil(PARTS).max(PART_WORK.div_ceil(2 * keys * d));
+    scores.resize(scores.len().max(vectors.div_ceil(part) * keys), 0.0);
     let parts = attended.par_chunks_mut(part * d).zip(scores.par_chunks_mut(keys)).enumerate();
     parts.for_each(|(i, (out, scores))| {
         for (n, out) in out.chunks_exact_mut(d).enumerate() {

@@ -44,12 +44,12 @@ impl Stored {
     }
 
     /// The elements in row-major order, from the bytes of [`Stored::extent`].
-    pub(super) fn gather(&self, values: &[f32]) -> Vec<f32> {
+    pub(super) fn contiguous(&self, values: &[f32]) -> Vec<f32> {
         let count = self.shape.iter().product();
         let (mut index, mut place) = (vec![0; self.shape.len()], 0);
-        let mut gathered = Vec::with_capacity(count);
+        let mut ordered = Vec::with_capacity(count);
         for _ in 0..count {
-            gathered.push(values[place]);
+            ordered.push(values[place]);
             // The last dimension varies fastest.
             for (dimension, at) in index.iter_mut().enumerate().rev() {
                 *at += 1;
@@ -61,7 +61,7 @@ impl Stored {
                 *at = 0;
             }
         }
-        gathered
+        ordered
     }
 }
 

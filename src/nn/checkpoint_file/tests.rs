@@ -95,8 +95,8 @@ fn a_tensor_larger_than_its_bytes_is_refused() {
 fn a_view_that_repeats_elements_is_read() {
     let stored =
         |shape: Vec<usize>, strides| Stored { file: 0, dtype: Dtype::F32, shape, strides, offset: 0, bytes: 0..16 };
-    assert_eq!(stored(vec![2, 3], vec![0, 1]).gather(&[1., 2., 3.]), [1., 2., 3., 1., 2., 3.]);
-    assert_eq!(stored(vec![2, 3], vec![1, 0]).gather(&[1., 2.]), [1., 1., 1., 2., 2., 2.]);
+    assert_eq!(stored(vec![2, 3], vec![0, 1]).contiguous(&[1., 2., 3.]), [1., 2., 3., 1., 2., 3.]);
+    assert_eq!(stored(vec![2, 3], vec![1, 0]).contiguous(&[1., 2.]), [1., 1., 1., 2., 2., 2.]);
     // The number of repeated elements is bounded per file.
     let mut left = 10;
     assert!(stored(vec![3, 4], vec![0, 1]).check(&mut left).is_ok() && left == 2);

@@ -38,7 +38,7 @@ pub(super) struct F32Line(pub [[f32; PANEL]; DEPTH]);
 #[repr(C, align(64))]
 pub(super) struct Bf16Line(pub [u32; PANEL]);
 
-/// Weights in units of their output's scale.
+/// Weights divided by their output's scale.
 #[derive(Clone, Copy)]
 #[repr(C, align(32))]
 pub(super) struct Int8Line(pub [[i8; PANEL]; DEPTH]);

@@ -65,11 +65,11 @@ pub fn run(
     let (queue, works) = Queue::new(settings.queue, metrics.clone());
     let (send_facts, facts) = oneshot::channel();
     let (send_end, ended) = oneshot::channel();
-    let (room, counted, aborted) = (settings.max_batch, metrics.clone(), abort.clone());
+    let (max_batch, counted, aborted) = (settings.max_batch, metrics.clone(), abort.clone());
     let work = move || {
         let work = move || -> Result<()> {
             let Loaded { models, matching, facts } = load()?;
-            let worker = Worker::new(&models, matching.as_ref(), room, counted, aborted)?;
+            let worker = Worker::new(&models, matching.as_ref(), max_batch, counted, aborted)?;
             // The receiver is gone only if the server has failed.
             let _ = send_facts.send(facts);
             worker.run(&works)

@@ -106,9 +106,9 @@ mod tests {
     #[test]
     fn every_path_of_the_api_is_described() {
         let openapi: Value = serde_json::from_str(&OPENAPI).unwrap();
-        let described: Vec<&String> = openapi["paths"].as_object().unwrap().keys().collect();
+        let listed: Vec<&String> = openapi["paths"].as_object().unwrap().keys().collect();
         for path in PATHS.iter().filter(|path| !["/", "/style.css", "/script.js", "/openapi.json"].contains(path)) {
-            assert!(described.iter().any(|known| known == path), "{path}");
+            assert!(listed.iter().any(|known| known == path), "{path}");
         }
         assert_eq!(openapi["info"]["version"], env!("CARGO_PKG_VERSION"));
     }

@@ -1,4 +1,4 @@
-//! The model's thread. It alone owns the model: images join the running batch as soon as there is room, texts are answered
+//! The model's thread. It alone owns the model: images join the running batch as soon as it has fewer than `max_batch` images, texts are answered
 //! between two steps.
 
 use super::{
@@ -27,7 +27,7 @@ pub struct Worker<'m> {
     models: &'m Models,
     matching: Option<&'m Matching>,
     /// Maximum number of images in the running batch.
-    room: usize,
+    max_batch: usize,
     metrics: Arc<Metrics>,
     /// Whether what is left is given up.
     abort: Arc<AtomicBool>,
@@ -66,13 +66,13 @@ impl<'m> Worker<'m> {
     pub fn new(
         models: &'m Models,
         matching: Option<&'m Matching>,
-        room: usize,
+        max_batch: usize,
         metrics: Arc<Metrics>,
         abort: Arc<AtomicBool>,
     ) -> Result<Self> {
         let running = RunningImages::new(models)?;
         let (members, images, texts) = (BTreeMap::new(), VecDeque::new(), VecDeque::new());
-        Ok(Self { models, matching, room, metrics, abort, running, members, next_id: 0, images, texts })
+        Ok(Self { models, matching, max_batch, metrics, abort, running, members, next_id: 0, images, texts })
     }
 
     /// Works until the queue is closed and empty.
@@ -143,9 +143,9 @@ impl<'m> Worker<'m> {
         self.running.leave(|image| members.contains_key(&image.id)).map(|_| ())
     }
 
-    /// Begins images in the order of their requests while there is room.
+    /// Begins images in the order of their requests while the batch is not full.
     fn begin(&mut self) {
-        while self.members.len() < self.room {
+        while self.members.len() < self.max_batch {
             let Some(waiting) = self.images.front_mut() else { break };
             let (work, number) = (waiting.work.clone(), waiting.begun);
             waiting.begun += 1;

@@ -27,7 +27,7 @@ impl Shards<'_> {
     }
 
     /// Sends this rank's weights of a unit to all ranks of its replica, on the device.
-    pub(super) fn gather_tensors(&self, unit: usize) -> Result<Tensors> {
+    pub(super) fn all_gather_tensors(&self, unit: usize) -> Result<Tensors> {
         let ours = match self.parameter_groups[unit].device_part.as_slice() {
             [] => self.own_copies(unit)?,
             part => part.to_vec(),

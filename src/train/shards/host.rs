@@ -35,7 +35,7 @@ pub(super) type Sums = Pending<Vec<f32>>;
 
 impl Shards<'_> {
     /// Sends this rank's weights of a unit to all ranks of its replica, those that every product rounds to bf16 as bf16.
-    pub(super) fn gather_words(&self, unit: usize) -> Result<Words> {
+    pub(super) fn all_gather_words(&self, unit: usize) -> Result<Words> {
         self.send(unit, true, |name, words| {
             self.with_part(name, |weights| match self.handling[name].rounded {
                 true => ops::bf16_pairs::pack(weights, words),

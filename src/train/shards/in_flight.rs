@@ -188,11 +188,11 @@ impl Shards<'_> {
 /// The transitions.
 impl Shards<'_> {
     fn start_weights(&mut self, unit: usize) -> Result<()> {
-        let gather = match self.masters.copied {
-            true => AllGather::Device(self.gather_tensors(unit)?),
-            false => AllGather::Host(self.gather_words(unit)?),
+        let all_gather = match self.masters.copied {
+            true => AllGather::Device(self.all_gather_tensors(unit)?),
+            false => AllGather::Host(self.all_gather_words(unit)?),
         };
-        self.parameter_groups[unit].weights = WeightState::InFlight(gather);
+        self.parameter_groups[unit].weights = WeightState::InFlight(all_gather);
         Ok(())
     }
 

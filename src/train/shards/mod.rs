@@ -124,7 +124,7 @@ pub fn names<B>(chain: &Chain<B>) -> Vec<Vec<String>> {
 }
 
 impl<'g> Shards<'g> {
-    /// Shards `params`; `units` lists their names by segment, and `handling` says how each is treated. The parameters must
+    /// Shards `params`; `parameter_groups` lists their names by segment, and `handling` says how each is treated. The parameters must
     /// be equal on all ranks, or empty (stage 3): then `fresh` returns all elements of one.
     ///
     /// # Errors

@@ -125,9 +125,9 @@ impl MatcherTask {
         let hint =
             "train its text encoder alone with train.freeze = [\"image\"], or take matcher.image_encoder = \"vit\"";
         ensure!(trainable, usage("a matcher's ResNet cannot be trained", hint));
-        let learns = config.train.batch_size > 1 || config.matcher.loss == ContrastiveLoss::Sigmoid;
+        let has_negatives = config.train.batch_size > 1 || config.matcher.loss == ContrastiveLoss::Sigmoid;
         let hint = "make train.batch_size at least 2, or take matcher.loss = \"sigmoid\"";
-        ensure!(learns, usage("InfoNCE learns nothing from a single pair", hint));
+        ensure!(has_negatives, usage("InfoNCE learns nothing from a single pair", hint));
         let text = vocabulary::load(&config.text)?;
         let side = loaded_side(&config.matcher);
         let data_loader = DataLoader::new(config, Kind::Resized(side), &[config.train.batch_size], group)?;
@@ -169,7 +169,7 @@ impl MatcherTask {
             loss: self.config.matcher.loss,
             activation_checkpointing,
             loss_scale: loss_scale.unwrap_or(1.0),
-            learns: loss_scale.is_some(),
+            requires_grad: loss_scale.is_some(),
         };
         let seen = contrast::accumulate(&self.model, &inputs, &captions, settings, shards)?;
         let flops: f64 = inputs.iter().map(|pair| flops_of(matcher, pair)).sum();
@@ -198,7 +198,7 @@ fn augment(image: &RgbImage, matcher: &config::Matcher, mut random: Random) -> R
     let side = f64::from(image.width());
     let size = matcher.image_size as u32;
     let area = matcher.min_crop_area + (1.0 - matcher.min_crop_area) * random.unit();
-    // Width over height between 3/4 and 4/3, as far as the area leaves room.
+    // Width over height between 3/4 and 4/3, as far as the area allows.
     let bound = (4f64 / 3.0).min(1.0 / area).ln();
     let ratio = (bound * (2.0 * random.unit() - 1.0)).exp();
     let part = |share: f64| (side * share.min(1.0)).round().max(1.0);

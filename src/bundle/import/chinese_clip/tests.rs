@@ -50,7 +50,7 @@ impl Golden {
         Ok(rows.into_iter().map(|row| texts[row].0.clone()).collect())
     }
 
-    /// Asserts what a model answers for preprocessed pixels and for pictures.
+    /// Asserts what a model answers for preprocessed pixels and for images.
     fn check(&self, folder: &Path, model: &str) -> Result<()> {
         let bundle = open(folder)?;
         let (matcher, side) = (bundle.matcher()?, bundle.config.matcher.image_size as u32);
@@ -62,13 +62,13 @@ impl Golden {
         let mean = Tensor::new(&[0.481_454_66f32, 0.457_827_5, 0.408_210_73], &Device::Cpu)?;
         let std = Tensor::new(&[0.268_629_54f32, 0.261_302_6, 0.275_777_1], &Device::Cpu)?;
         let pixels = normalized.broadcast_mul(&std)?.broadcast_add(&mean)?.affine(2.0, -1.0)?;
-        let pictures = (0..).map_while(|i| self.tensors.get(&format!("picture.{i}")));
-        let pictures = pictures.map(|tensor| Ok(resize_bicubic(&picture(tensor)?, side, side)));
-        let pictures = to_pixels(&pictures.collect::<Result<Vec<_>>>()?)?;
+        let images = (0..).map_while(|i| self.tensors.get(&format!("picture.{i}")));
+        let images = images.map(|tensor| Ok(resize_bicubic(&image(tensor)?, side, side)));
+        let images = to_pixels(&images.collect::<Result<Vec<_>>>()?)?;
         let scale = values(&bundle.weights()?["logit_scale"])[0].exp();
         let theirs = |what: &str| &self.tensors[&format!("{model}.{what}")];
         assert_close(&texts, theirs("texts"), 1e-4, model);
-        for (pixels, tolerance) in [(pixels, 1e-4), (pictures, 1e-3)] {
+        for (pixels, tolerance) in [(pixels, 1e-4), (images, 1e-3)] {
             let images = matcher.embed(&Input::Images(pixels))?;
             assert_close(&images, theirs("images"), tolerance, model);
             let logits = (images.matmul(&texts.t()?)? * scale)?;
@@ -78,10 +78,10 @@ impl Golden {
     }
 }
 
-fn picture(tensor: &Tensor) -> Result<RgbImage> {
+fn image(tensor: &Tensor) -> Result<RgbImage> {
     let (height, width, _) = tensor.dims3()?;
     let bytes = values(tensor).into_iter().map(|value| value as u8).collect();
-    RgbImage::from_raw(width as u32, height as u32, bytes).context("a picture")
+    RgbImage::from_raw(width as u32, height as u32, bytes).context("an image")
 }
 
 fn assert_close(ours: &Tensor, theirs: &Tensor, tolerance: f64, model: &str) {

@@ -1,4 +1,4 @@
-//! The layout of packed bf16 factors, common to all units.
+//! The layout of packed bf16 factors, common to all matrix units.
 
 /// Number of rows of a tile, and of bf16 pairs per row.
 pub(in crate::ops) const LINES: usize = 16;

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{config::Precision, ops::matmul::matrix::Beta};
 
-/// A unit that this processor has. The sums of different units differ in the last bits.
+/// A unit that this processor has. Their sums differ in the last bits.
 #[derive(Clone, Copy)]
 pub enum Bf16Unit {
     Amx(Amx),

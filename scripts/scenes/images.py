@@ -1,4 +1,4 @@
-"""Pictures of records: sprites rasterised from emoji drawings, recoloured and pasted on drawn backgrounds."""
+"""Images of records: sprites rasterised from emoji drawings, recoloured and pasted on drawn backgrounds."""
 
 import collections
 import colorsys
@@ -24,9 +24,9 @@ SPRITES = {}
 # ---------------------------------------------------------------- sprites
 
 
-def recolour(picture, colour):
+def recolour(figure, colour):
     """The sprite with its main colour changed; None where that colours less than a third of it."""
-    pixels = list(zip(*[iter(picture.tobytes())] * 4))
+    pixels = list(zip(*[iter(figure.tobytes())] * 4))
     solid = [p for p in pixels if p[3] > 128]
     weights = collections.Counter()
     for r, g, b, _ in solid:
@@ -51,7 +51,7 @@ def recolour(picture, colour):
         out.append((r, g, b, a))
     if changed < len(solid) / 3:
         return None
-    result = Image.new("RGBA", picture.size)
+    result = Image.new("RGBA", figure.size)
     result.putdata(out)
     return result
 
@@ -59,12 +59,12 @@ def recolour(picture, colour):
 def make_sprites(job):
     """[((style, name, colour), sprite)] of one drawing."""
     style, drawing, names = job
-    picture = emoji.rasterise(drawing, 112).convert("RGBA")
-    picture = picture.crop(picture.getchannel("A").getbbox())
+    figure = emoji.rasterise(drawing, 112).convert("RGBA")
+    figure = figure.crop(figure.getchannel("A").getbbox())
     found = []
     for name, colours in names:
-        found.append(((style, name, None), picture))
-        found += [((style, name, colour), changed) for colour in colours if (changed := recolour(picture, colour))]
+        found.append(((style, name, None), figure))
+        found += [((style, name, colour), changed) for colour in colours if (changed := recolour(figure, colour))]
     return found
 
 
@@ -82,7 +82,7 @@ def load_sprites(cache, pool):
 
 
 def aspects():
-    return {key: picture.width / picture.height for key, picture in SPRITES.items()}
+    return {key: figure.width / figure.height for key, figure in SPRITES.items()}
 
 
 @functools.lru_cache(20000)
@@ -90,15 +90,15 @@ def sprite(style, name, colour, width, height):
     return SPRITES[style, name, colour].resize((width, height), Image.LANCZOS)
 
 
-def lit(picture, light):
+def lit(figure, light):
     if light >= 1:
-        return picture
-    dark = picture.convert("RGB").point(lambda c: round(c * light))
-    dark.putalpha(picture.getchannel("A"))
+        return figure
+    dark = figure.convert("RGB").point(lambda c: round(c * light))
+    dark.putalpha(figure.getchannel("A"))
     return dark
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 def background(rng, record):
@@ -134,8 +134,8 @@ def background(rng, record):
     image.paste(bands(sky + [tuple(min(255, round(c * (1.06 - 0.2 * y / line))) for c in ground) for y in range(line)]))
     for one in record["sky"]:  # before the mountains and houses, which are low enough to leave it visible
         for x, y, w, h in one["boxes"]:
-            picture = sprite(one["style"], one["name"], None, w * 2, h * 2)
-            image.paste(picture, (x * 2, y * 2), picture)
+            figure = sprite(one["style"], one["name"], None, w * 2, h * 2)
+            image.paste(figure, (x * 2, y * 2), figure)
     far = blend(low, ground, 0.5)
     tallest = 60 if record["sky"] else 96
     if place == "山间":
@@ -178,7 +178,7 @@ def background(rng, record):
 
 
 def bands(colours):
-    """A picture 256 pixels wide with a row of each colour."""
+    """An image 256 pixels wide with a row of each colour."""
     column = Image.new("RGB", (1, len(colours)))
     column.putdata(colours)
     return column.resize((256, len(colours)), Image.NEAREST)
@@ -204,14 +204,14 @@ def draw(rng, record):
     for one in objects:
         stand = THINGS[one["name"]].stand
         for x, y, w, h in one["boxes"]:
-            picture = lit(sprite(one["style"], one["name"], one["colour"], w, h), 1.0 if one["name"] in ("灯笼", "蜡烛") else light)
+            figure = lit(sprite(one["style"], one["name"], one["colour"], w, h), 1.0 if one["name"] in ("灯笼", "蜡烛") else light)
             if stand == "float" and not closeup:
-                mirror = picture.transpose(Image.FLIP_TOP_BOTTOM).crop((0, 0, w, h // 2))
+                mirror = figure.transpose(Image.FLIP_TOP_BOTTOM).crop((0, 0, w, h // 2))
                 image.paste(mirror, (x, y + h - 2), mirror.getchannel("A").point(lambda a: a * 3 // 10))
-            mask = picture.getchannel("A")
+            mask = figure.getchannel("A")
             if stand == "swim" and record["place"] == "湖面":
                 mask = mask.point(lambda a: a * 4 // 5)
-            image.paste(picture, (x, y), mask)
+            image.paste(figure, (x, y), mask)
     pen = ImageDraw.Draw(image)
     for _ in range(70 if record["weather"] else 0):
         x, y = rng.randint(0, SIZE), rng.randint(0, SIZE)
