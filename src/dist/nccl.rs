@@ -104,9 +104,9 @@ impl Nccl {
 
     fn broadcasts_of<T: Element>(&self, among: Among, ours: &Tensor, counts: &[usize]) -> Result<Vec<Tensor>> {
         let comm = self.comm(among)?;
-        let mut rooms: Vec<CudaSlice<T>> = counts.iter().map(|count| self.workspace(*count)).collect::<Result<_>>()?;
+        let mut buffers: Vec<CudaSlice<T>> = counts.iter().map(|count| self.workspace(*count)).collect::<Result<_>>()?;
         with_view::<T>(ours, |ours| {
-            let views = rooms.iter_mut().zip(counts).map(|(workspace, count)| workspace.slice_mut(..*count));
+            let views = buffers.iter_mut().zip(counts).map(|(workspace, count)| workspace.slice_mut(..*count));
             let views: Vec<_> = views.enumerate().filter(|(_, view)| !view.is_empty()).collect();
             let mut group = comm.group();
             for (root, view) in views {
@@ -115,7 +115,7 @@ impl Nccl {
             }
             Ok(())
         })?;
-        Ok(rooms.into_iter().zip(counts).map(|(workspace, count)| self.tensor(workspace, *count)).collect())
+        Ok(buffers.into_iter().zip(counts).map(|(workspace, count)| self.tensor(workspace, *count)).collect())
     }
 
     /// This rank's part of the sum of `all` over these ranks: flat, f32, equal parts.

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 /// Names that were replaced by the terms of the field; whole words, with regard to case.
-const NAMES: [&str; 52] = [
+const NAMES: [&str; 53] = [
     "Taped",
     "Picture",
     "Pictures",
@@ -14,6 +14,7 @@ const NAMES: [&str; 52] = [
     "taped",
     "Room",
     "room",
+    "rooms",
     "mix",
     "Mix",
     "units",
