@@ -24,6 +24,7 @@ pub mod memory;
 pub mod optimizer;
 mod owned;
 mod plan;
+mod publishing;
 mod reshard;
 mod run_folder;
 mod saving;
@@ -43,7 +44,7 @@ use crate::{
     config::Config,
     dist::{Group, Ranks},
     error::Result,
-    runtime,
+    report, runtime,
 };
 pub use plan::{Plan, plan, plan_without};
 use run_folder::RunFolder;
@@ -143,6 +144,7 @@ fn prepare(
     if !resumes || config.lora.is_on() {
         init::take_weights(spec, config, task.as_ref())?;
     }
+    group.same("program", &report::version().to_string())?;
     group.same("configuration", &config.to_toml()?)?;
     group.same("vocabulary or image tokenizer", &format!("{:?}", task.fingerprint()?))?;
     Ok((task, RunFolder::open(parent, config, group.leads())?))
@@ -172,6 +174,8 @@ mod matcher_tests;
 mod normalize_tests;
 #[cfg(test)]
 mod ranks_tests;
+#[cfg(test)]
+mod resume_tests;
 #[cfg(test)]
 pub(crate) mod task_tests;
 #[cfg(test)]

@@ -112,7 +112,7 @@ pub(crate) fn generator_config(folder: &Path) -> Config {
     let tokenizer = tokenizer_config(folder);
     let task = ImageTokenizerTask::new(&tokenizer, &Group::alone()).unwrap();
     let model = folder.join("tokenizer-model");
-    task.publish(crate::nn::weights::of_params(task.params()).unwrap(), &model).unwrap();
+    task.publisher()(crate::nn::weights::of_params(task.params()).unwrap(), &model).unwrap();
     let vocab = folder.join("vocab.txt");
     let texts = CAPTIONS.into_iter().chain(ANSWERS.into_iter().flatten()).chain(["这是什么？", "它是红的吗？"]);
     fs::write(&vocab, crate::text::train(texts, 40).unwrap()).unwrap();

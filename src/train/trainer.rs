@@ -5,6 +5,7 @@ use super::{
     log::StepLog,
     loss_scale::LossScale,
     optimizer::{self, GradientScale},
+    publishing::Publishing,
     run_folder::RunFolder,
     saving::Saving,
     schedule,
@@ -18,7 +19,7 @@ use crate::{
     config::{Config, Offload, Spike},
     dist::Group,
     error::{Result, ensure, failed},
-    nn::{gradients, params::Param},
+    nn::gradients,
     ops::{self, Store},
     report, runtime,
 };
@@ -54,9 +55,8 @@ struct Trainer<'a> {
     shards: Shards<'a>,
     run: RunState,
     saving: Saving<'a>,
+    publishing: Publishing,
     log: StepLog,
-    /// The step whose model folder this process wrote last.
-    published: Option<u64>,
 }
 
 /// What all ranks agree on after the backward pass.
@@ -102,7 +102,8 @@ impl<'a> Trainer<'a> {
         folder.begin(config, run.step)?;
         let log = StepLog::start(settings, run.step, group.world_size());
         let saving = Saving::new(group, folder.checkpoints(), settings.keep_checkpoints);
-        let mut trainer = Self { config, task, folder, stop, shards, run, saving, log, published: None };
+        let publishing = Publishing::default();
+        let mut trainer = Self { config, task, folder, stop, shards, run, saving, publishing, log };
         if trainer.run.step == 0 || matches!(resume, Resume::From(_)) {
             // Before the first step, so that a full disk shows at once.
             trainer.save(false)?;
@@ -167,6 +168,7 @@ impl<'a> Trainer<'a> {
             self.save(background)?;
             if !background {
                 self.complete()?;
+                self.publishing.finish()?;
             }
             if leave {
                 // The leader writes the model folder: who leaves before it is done ends the run.
@@ -189,9 +191,10 @@ impl<'a> Trainer<'a> {
         self.complete()?;
         if self.shards.group().leads() {
             // A run that was killed between its last checkpoint and the model folder left an older folder.
-            if self.published != Some(self.run.step) {
+            if self.publishing.step() != Some(self.run.step) {
                 self.publish(self.run.step)?;
             }
+            self.publishing.finish()?;
             let (step, output) = (self.run.step, self.task.output());
             let folder = self.folder.output(output);
             report::note(format_args!("{step} steps done; the {output} is in {}", folder.display()));
@@ -341,7 +344,7 @@ impl<'a> Trainer<'a> {
         saved
     }
 
-    /// Completes the checkpoint under way, if any, and publishes it as the model folder.
+    /// Completes the checkpoint under way, if any, and begins to publish it as the model folder.
     fn complete(&mut self) -> Result<()> {
         let step = self.saving.finish()?;
         match step.filter(|_| self.shards.group().leads()) {
@@ -350,20 +353,25 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Writes the model folder (or that of an adapter) from the files of a checkpoint, so that no rank needs memory for the
-    /// whole model: the moving average if there is one, otherwise the weights.
+    /// Begins to write the model folder (or that of an adapter) from the files of a checkpoint, so that no rank needs memory
+    /// for the whole model.
     fn publish(&mut self, step: u64) -> Result<()> {
-        let stored = checkpoint::tensors(&checkpoint::at(&self.folder.checkpoints(), step))?;
-        let whole = |(name, param): (&String, &Param)| {
+        let checkpoint = checkpoint::at(&self.folder.checkpoints(), step);
+        let kind = |name: &str| {
             let averaged = self.config.train.ema_decay > 0.0 && !self.config.train.freezes(name);
-            let kind = if averaged { "average" } else { "weights" };
-            Ok((name.clone(), stored.whole(&format!("{kind}/{name}"), param.dims(), safetensors::Dtype::F32)?))
+            if averaged { "average" } else { "weights" }
         };
         let stored_params = self.task.params().iter().filter(|(_, param)| !param.attributes.base);
-        let weights = stored_params.map(whole).collect::<Result<_>>()?;
-        self.task.publish(weights, &self.folder.output(self.task.output()))?;
-        self.published = Some(step);
-        Ok(())
+        let stored_params: Vec<_> =
+            stored_params.map(|(name, param)| (name.clone(), kind(name), param.dims().to_vec())).collect();
+        let (publish, output) = (self.task.publisher(), self.folder.output(self.task.output()));
+        self.publishing.begin(step, move || {
+            let stored = checkpoint::tensors(&checkpoint)?;
+            let whole = |(name, kind, dims): &(String, &str, Vec<usize>)| {
+                Ok((name.clone(), stored.whole(&format!("{kind}/{name}"), dims, safetensors::Dtype::F32)?))
+            };
+            publish(stored_params.iter().map(whole).collect::<Result<_>>()?, &output)
+        })
     }
 }
 

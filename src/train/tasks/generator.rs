@@ -2,7 +2,7 @@
 //! with a reconstructor.
 
 use super::{
-    FileKind, Fingerprint, InputFile, Sequences, Task, TaskSpec,
+    FileKind, Fingerprint, InputFile, Publisher, Sequences, Task, TaskSpec,
     objectives::{BatchMaker, EmptySteps, Seen},
     origins::{BASE, Base, IMAGE_TOKENIZER, fingerprint, open_image_tokenizer},
     reconstruction::{self, Discriminated},
@@ -19,7 +19,6 @@ use crate::{
         lora,
         params::{Fresh, Params, Scope},
         pattern::Grid,
-        weights::Values,
     },
     runtime,
     text::WordPiece,
@@ -34,11 +33,7 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
-use std::{
-    collections::{BTreeMap, HashMap},
-    path::Path,
-    time::Duration,
-};
+use std::{collections::HashMap, path::Path, time::Duration};
 
 /// Text → image and image → text.
 #[derive(Debug)]
@@ -381,20 +376,25 @@ impl Task for GeneratorTask {
         if self.base.is_some() { bundle::ADAPTER } else { "model" }
     }
 
-    fn publish(&self, mut weights: BTreeMap<String, Values>, folder: &Path) -> Result<()> {
-        weights.retain(|name, _| !tokenizer::is_of_training(name));
-        let sources = bundle::attribution_of(&self.config.data.sources);
-        if let Some(Base { name, digest }) = &self.base {
-            return bundle::write_adapter(folder, &self.config.lora, [name, digest], weights, &sources);
-        }
-        let attribution = if sources.is_empty() { self.image_tokenizer.attribution() } else { sources };
-        let parts = Parts {
-            config: &self.config,
-            weights,
-            vocab: Some(self.text.vocab_text()),
-            attribution,
-            image_tokenizer: Some(self.image_tokenizer.clone()),
-        };
-        bundle::write(folder, &parts, safetensors::Dtype::F32)
+    fn publisher(&self) -> Publisher {
+        let (config, vocab, image_tokenizer) =
+            (self.config.clone(), self.text.vocab_text(), self.image_tokenizer.clone());
+        let base = self.base.clone();
+        Box::new(move |mut weights, folder| {
+            weights.retain(|name, _| !tokenizer::is_of_training(name));
+            let sources = bundle::attribution_of(&config.data.sources);
+            if let Some(Base { name, digest }) = &base {
+                return bundle::write_adapter(folder, &config.lora, [name, digest], weights, &sources);
+            }
+            let attribution = if sources.is_empty() { image_tokenizer.attribution() } else { sources };
+            let parts = Parts {
+                config: &config,
+                weights,
+                vocab: Some(vocab),
+                attribution,
+                image_tokenizer: Some(image_tokenizer),
+            };
+            bundle::write(folder, &parts, safetensors::Dtype::F32)
+        })
     }
 }

@@ -1,7 +1,7 @@
 //! The task `image-tokenizer`: images through encoder, quantiser and decoder (paper §2.1).
 
 use super::{
-    FileKind, InputFile, Task, TaskSpec,
+    FileKind, InputFile, Publisher, Task, TaskSpec,
     pixels::{permute_channels, pixels},
 };
 use crate::{
@@ -11,10 +11,7 @@ use crate::{
     dist::{self, Group},
     error::{Context, Result, ensure},
     model::flops,
-    nn::{
-        params::{Params, Scope},
-        weights::Values,
-    },
+    nn::params::{Params, Scope},
     random::Random,
     runtime,
     tokenizer::{
@@ -32,11 +29,7 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
-use std::{
-    collections::{BTreeMap, HashMap},
-    path::Path,
-    time::Duration,
-};
+use std::{collections::HashMap, path::Path, time::Duration};
 
 /// Images of a sample sheet, and how many stand side by side.
 const SHEET: (usize, usize) = (16, 8);
@@ -338,11 +331,14 @@ impl Task for ImageTokenizerTask {
         image_file::write_png(path, &image_file::grid(&images, records.len().min(SHEET.1)))
     }
 
-    fn publish(&self, mut weights: BTreeMap<String, Values>, folder: &Path) -> Result<()> {
-        weights.retain(|name, _| !tokenizer::is_of_training(name));
-        let attribution = bundle::attribution_of(&self.config.data.sources);
-        let parts = Parts { config: &self.config, weights, vocab: None, attribution, image_tokenizer: None };
-        bundle::write(folder, &parts, safetensors::Dtype::F32)
+    fn publisher(&self) -> Publisher {
+        let config = self.config.clone();
+        Box::new(move |mut weights, folder| {
+            weights.retain(|name, _| !tokenizer::is_of_training(name));
+            let attribution = bundle::attribution_of(&config.data.sources);
+            let parts = Parts { config: &config, weights, vocab: None, attribution, image_tokenizer: None };
+            bundle::write(folder, &parts, safetensors::Dtype::F32)
+        })
     }
 }
 

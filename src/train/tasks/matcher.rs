@@ -1,6 +1,6 @@
 //! The task `matcher`: images and texts through their encoders, the contrastive loss over the whole batch.
 
-use super::{FileKind, Fingerprint, InputFile, Task, TaskSpec, vocabulary};
+use super::{FileKind, Fingerprint, InputFile, Publisher, Task, TaskSpec, vocabulary};
 use crate::{
     bundle::{self, Bundle, Parts},
     config::{self, Config, ContrastiveLoss, ImageEncoder, Train},
@@ -12,10 +12,7 @@ use crate::{
     dist::{self, Group},
     error::{Context, Result, ensure, usage},
     model::{Matcher, Tokens, flops, matcher::Input},
-    nn::{
-        params::{Params, Scope},
-        weights::Values,
-    },
+    nn::params::{Params, Scope},
     random::Random,
     runtime,
     text::WordPiece,
@@ -30,11 +27,7 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use image::{Rgb, RgbImage, imageops};
 use rayon::prelude::*;
-use std::{
-    collections::{BTreeMap, HashMap},
-    path::Path,
-    time::Duration,
-};
+use std::{collections::HashMap, path::Path, time::Duration};
 
 /// Images and their texts.
 #[derive(Debug)]
@@ -276,11 +269,13 @@ impl Task for MatcherTask {
         image_file::write_png(path, &sheet(&shown, &cosines))
     }
 
-    fn publish(&self, weights: BTreeMap<String, Values>, folder: &Path) -> Result<()> {
-        let attribution = bundle::attribution_of(&self.config.data.sources);
-        let vocab = Some(self.text.vocab_text());
-        let parts = Parts { config: &self.config, weights, vocab, attribution, image_tokenizer: None };
-        bundle::write(folder, &parts, safetensors::Dtype::F32)
+    fn publisher(&self) -> Publisher {
+        let (config, vocab) = (self.config.clone(), Some(self.text.vocab_text()));
+        Box::new(move |weights, folder| {
+            let attribution = bundle::attribution_of(&config.data.sources);
+            let parts = Parts { config: &config, weights, vocab, attribution, image_tokenizer: None };
+            bundle::write(folder, &parts, safetensors::Dtype::F32)
+        })
     }
 }
 

@@ -225,11 +225,14 @@ pub trait Task {
         Ok(())
     }
 
-    /// What [`Task::publish`] writes, which is the name of its folder in the run's: `model`, or `adapter`.
+    /// What [`Task::publisher`] writes, which is the name of its folder in the run's: `model`, or `adapter`.
     fn output(&self) -> &'static str {
         "model"
     }
 
-    /// Writes the folder of [`Task::output`] with these weights: of all parameters but those of a frozen base.
-    fn publish(&self, weights: BTreeMap<String, Values>, folder: &Path) -> Result<()>;
+    /// Writes the folder of [`Task::output`], on another thread.
+    fn publisher(&self) -> Publisher;
 }
+
+/// Writes a folder with these weights: of all parameters but those of a frozen base.
+pub type Publisher = Box<dyn FnOnce(BTreeMap<String, Values>, &Path) -> Result<()> + Send>;

@@ -36,6 +36,7 @@ pub fn open_image_tokenizer(path: &str) -> Result<Bundle> {
 }
 
 /// The model that low-rank adapters belong to.
+#[derive(Clone)]
 pub struct Base {
     pub name: String,
     pub digest: String,
