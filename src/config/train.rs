@@ -102,6 +102,7 @@ impl Train {
     /// Keys that a resumed run may change: no result of a finished step depends on them.
     pub(super) const FREE_AT_RESUME: &[&str] = &[
         "steps",
+        "accumulation",
         "activation_checkpointing",
         "zero_stage",
         "hsdp_shard_size",

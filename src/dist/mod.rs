@@ -26,7 +26,7 @@ mod wait;
 mod wire;
 mod world;
 
-use crate::error::{Result, anyhow, ensure, usage};
+use crate::error::{Result, ensure, failed, usage};
 use background::Background;
 pub use background::Pending;
 pub use call::Number;
@@ -302,13 +302,20 @@ impl Group {
     /// Checks that all ranks have the same text.
     ///
     /// # Errors
-    /// A rank has another text; the error names the first such rank.
+    /// A rank has another text than most ranks; the error names the first such rank, and the first line that differs.
     pub fn same(&self, what: &str, ours: &str) -> Result<()> {
         let all = self.gather(ours.as_bytes().to_vec())?;
-        match all.iter().position(|text| *text != all[0]) {
-            Some(rank) => Err(anyhow!("rank {rank} has another {what} than rank 0")),
-            None => Ok(()),
-        }
+        let ranks_with = |text: &[u8]| all.iter().filter(|other| other.as_slice() == text).count();
+        // Of equally frequent texts the first rank's.
+        let usual = (0..all.len()).rev().max_by_key(|rank| ranks_with(&all[*rank])).unwrap_or(0);
+        let Some(odd) = all.iter().position(|text| *text != all[usual]) else { return Ok(()) };
+        let lines = |rank: usize| String::from_utf8_lossy(&all[rank]).into_owned();
+        let (theirs, usual_lines) = (lines(odd), lines(usual));
+        let line = |text: &str, i: usize| text.lines().nth(i).unwrap_or("nothing").to_owned();
+        let first = (0..).find(|&i| line(&theirs, i) != line(&usual_lines, i)).unwrap_or(0);
+        let (theirs, usually) = (line(&theirs, first), line(&usual_lines, first));
+        let what = format!("rank {odd} has another {what} than rank {usual}: `{theirs}` instead of `{usually}`");
+        Err(failed(what, "start all ranks with the same program, arguments and files"))
     }
 
     /// The number of elements of this rank.

@@ -104,7 +104,8 @@ impl Nccl {
 
     fn broadcasts_of<T: Element>(&self, among: Among, ours: &Tensor, counts: &[usize]) -> Result<Vec<Tensor>> {
         let comm = self.comm(among)?;
-        let mut buffers: Vec<CudaSlice<T>> = counts.iter().map(|count| self.workspace(*count)).collect::<Result<_>>()?;
+        let mut buffers: Vec<CudaSlice<T>> =
+            counts.iter().map(|count| self.workspace(*count)).collect::<Result<_>>()?;
         with_view::<T>(ours, |ours| {
             let views = buffers.iter_mut().zip(counts).map(|(workspace, count)| workspace.slice_mut(..*count));
             let views: Vec<_> = views.enumerate().filter(|(_, view)| !view.is_empty()).collect();
