@@ -255,6 +255,18 @@ impl Shard {
         }
     }
 
+    /// The key of sample `index`.
+    ///
+    /// # Errors
+    /// The shard cannot be read.
+    pub fn key(&self, index: usize) -> Result<String, Bad> {
+        if let Samples::Files(images) = &self.samples {
+            return images.get(index).map(|image| image.key.clone()).ok_or_else(|| self.missing(index));
+        }
+        let (local, place) = (self.local()?, self.place(index)?);
+        tar::read(local.path(), &self.path, place, |_| false).map(|(key, _)| key)
+    }
+
     /// The places of consecutive samples of a tar.
     ///
     /// # Errors

@@ -1,6 +1,15 @@
 //! Chinese-CLIP's pairs of files: `X_imgs.tsv` (id, tab, base64) and `X_texts.jsonl` (`text_id`, `text`, `image_ids`).
 
-use super::{coco_cn::MAX_LIST, emit::Emit, groups::Groups, json, lines::Lines, reader::Reader, row::Image, row::Row};
+use super::{
+    coco_cn::MAX_LIST,
+    emit::Emit,
+    groups::Groups,
+    json,
+    lines::Lines,
+    reader::Reader,
+    row::{Image, Row},
+    seen::Seen,
+};
 use crate::{
     data::bad::{Bad, Cause},
     error::{Hint, Result, ensure, failed, usage},
@@ -50,7 +59,7 @@ impl ChineseClip {
     }
 
     fn texts(&self, rows: &mut Emit) -> Result<Groups<Text>> {
-        let mut texts = Groups::default();
+        let (mut texts, mut seen) = (Groups::default(), Seen::default());
         let mut lines = Lines::open(&self.texts)?;
         while let Some(line) = lines.next()? {
             let line = match line {
@@ -62,11 +71,12 @@ impl ChineseClip {
             };
             let parsed = serde_json::from_str::<Value>(&line).map_err(|e| lines.bad(Cause::BadJson, e));
             let added = parsed.and_then(|value| {
-                add(&value, &mut texts)
-                    .ok_or_else(|| lines.bad(Cause::BadRow, "without text_id, text or a list of image_ids"))
+                add(&value, &mut texts, &mut seen)
+                    .ok_or_else(|| lines.bad(Cause::BadRow, "without text_id, text or image_ids"))
             });
-            if let Err(bad) = added {
-                rows.damage(bad)?;
+            match added {
+                Ok(again) => again.into_iter().try_for_each(|pair| rows.damage(lines.bad(Cause::Duplicate, pair)))?,
+                Err(bad) => rows.damage(bad)?,
             }
         }
         Ok(texts)
@@ -112,14 +122,21 @@ pub fn splits(folder: &Path) -> Result<Vec<String>> {
     Ok(splits)
 }
 
-/// Adds the text of a line to each of its images.
-fn add(value: &Value, texts: &mut Groups<Text>) -> Option<()> {
+/// Adds the text of a line to each of its images. Returns the pairs of text and image that occurred before.
+fn add(value: &Value, texts: &mut Groups<Text>, seen: &mut Seen) -> Option<Vec<String>> {
     let text = value.get("text")?.as_str()?;
-    let images = value.get("image_ids")?.as_array()?;
+    let images = value.get("image_ids")?.as_array().filter(|images| !images.is_empty())?;
     let id = value.get("text_id")?;
     let images = images.iter().map(|image| json::id_text(Some(image))).collect::<Option<Vec<_>>>()?;
-    images.iter().for_each(|image| texts.add(image, (id.clone(), text.to_owned())));
-    Some(())
+    let mut again = Vec::new();
+    for image in images {
+        let pair = format!("text_id {id} of image {image}");
+        match seen.is_new(&pair) {
+            true => texts.add(&image, (id.clone(), text.to_owned())),
+            false => again.push(pair),
+        }
+    }
+    Some(again)
 }
 
 impl Reader for ChineseClip {

@@ -1,6 +1,6 @@
 //! COCO captions: `{"images": [{"id", "file_name", ..}], "annotations": [{"image_id", "caption"}]}`.
 
-use super::{emit::Emit, groups::Groups, images::Images, json, reader::Reader, row::Row};
+use super::{emit::Emit, groups::Groups, images::Images, json, reader::Reader, row::Row, seen::Seen};
 use crate::{
     data::bad::{Bad, Cause},
     error::Result,
@@ -30,9 +30,16 @@ impl Coco {
 impl Reader for Coco {
     fn read(&self, rows: &mut Emit) -> Result<()> {
         let shown = self.annotations.display();
-        let mut captions = Groups::default();
+        let (mut captions, mut seen) = (Groups::default(), Seen::default());
         json::for_each(&self.annotations, "annotations", |annotation| {
             let id = json::id_text(annotation.get("image_id"));
+            let number = json::id_text(annotation.get("id"));
+            if let (Some(id), Some(number)) = (&id, number)
+                && !seen.is_new(&format!("{number} {id}"))
+            {
+                return rows
+                    .damage(Bad::new(Cause::Duplicate, format_args!("{shown}: annotation {number} of image {id}")));
+            }
             match (id, annotation.get("caption").and_then(Value::as_str)) {
                 (Some(id), Some(caption)) => {
                     captions.add(&id, caption.to_owned());

@@ -7,6 +7,7 @@ use super::{
     lines::Lines,
     reader::Reader,
     row::Row,
+    seen::Seen,
 };
 use crate::{
     data::bad::{Bad, Cause},
@@ -41,13 +42,22 @@ impl Reader for CocoCn {
         let message = format!("{} has {size} bytes, more than 1 GiB", self.captions.display());
         ensure!(size <= MAX_LIST, failed(message, "split it into several files"));
         let images = self.images.by_id()?;
-        let mut captions = Groups::default();
+        let (mut captions, mut seen) = (Groups::default(), Seen::default());
         let mut lines = Lines::open(&self.captions)?;
         while let Some(line) = lines.next()? {
-            match line.as_deref().map(split) {
-                Ok(Some((id, caption))) => captions.add(id, caption.to_owned()),
-                Ok(None) => rows.damage(lines.bad(Cause::BadRow, "not `ID#N CAPTION`"))?,
-                Err(bad) => rows.damage(bad.clone())?,
+            let line = match line {
+                Ok(line) => line,
+                Err(bad) => {
+                    rows.damage(bad)?;
+                    continue;
+                }
+            };
+            // With its number, the id of a caption is unique.
+            let name = line.split([' ', '\t']).next().unwrap_or_default();
+            match split(&line) {
+                Some((id, caption)) if seen.is_new(name) => captions.add(id, caption.to_owned()),
+                Some(_) => rows.damage(lines.bad(Cause::Duplicate, name))?,
+                None => rows.damage(lines.bad(Cause::BadRow, "not `ID#N CAPTION`"))?,
             }
         }
         captions.rest().try_for_each(|(id, captions)| rows.row(row(id, captions, &images)))

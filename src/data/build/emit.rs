@@ -1,15 +1,14 @@
 //! Numbers the rows of a source, and sends them in batches to the thread that writes shards.
 
-use super::row::{Image, Row};
+use super::{
+    row::{Image, Row},
+    seen::Seen,
+};
 use crate::{
     data::bad::{Bad, BadCounts, Cause},
     error::{Error, Result, anyhow},
 };
-use std::{
-    collections::HashSet,
-    hash::{DefaultHasher, Hash, Hasher},
-    sync::mpsc::SyncSender,
-};
+use std::sync::mpsc::SyncSender;
 
 /// A batch ends with this many rows.
 const BATCH_ROWS: usize = 64;
@@ -29,6 +28,8 @@ pub enum Message {
     EndOfShard,
     /// Damage that belongs to no row.
     Damage(BadCounts),
+    /// Files that belong to no row.
+    Ignored(BadCounts),
     /// The source cannot be read further.
     Failed(Error),
 }
@@ -40,13 +41,12 @@ pub struct Emit {
     next: u64,
     batch: Vec<Numbered>,
     batch_bytes: u64,
-    /// Hashes of the ids so far.
-    seen: HashSet<u64>,
+    seen: Seen,
 }
 
 impl Emit {
     pub fn new(sender: SyncSender<Message>, rows_per_shard: u64) -> Self {
-        Self { sender, rows_per_shard, next: 0, batch: Vec::new(), batch_bytes: 0, seen: HashSet::new() }
+        Self { sender, rows_per_shard, next: 0, batch: Vec::new(), batch_bytes: 0, seen: Seen::default() }
     }
 
     /// Adds the next row.
@@ -85,6 +85,14 @@ impl Emit {
         self.send(Message::Damage(counts))
     }
 
+    /// Counts files that belong to no row.
+    ///
+    /// # Errors
+    /// The writer has stopped.
+    pub fn ignored(&mut self, counts: BadCounts) -> Result<()> {
+        self.send(Message::Ignored(counts))
+    }
+
     /// Ends the last shard.
     ///
     /// # Errors
@@ -100,12 +108,8 @@ impl Emit {
     }
 
     fn check(&mut self, row: Row) -> Result<Row, Bad> {
-        if let Some(id) = &row.id {
-            let mut hasher = DefaultHasher::new();
-            id.hash(&mut hasher);
-            if !self.seen.insert(hasher.finish()) {
-                return Err(Bad::new(Cause::Duplicate, id));
-            }
+        if let Some(id) = row.id.as_ref().filter(|id| !self.seen.is_new(id)) {
+            return Err(Bad::new(Cause::Duplicate, id));
         }
         match &row.image {
             Image::File { path, .. } if !path.exists() => Err(Bad::new(Cause::NoImage, path.display())),

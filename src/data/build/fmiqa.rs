@@ -7,6 +7,7 @@ use super::{
     json,
     reader::Reader,
     row::Row,
+    seen::Seen,
 };
 use crate::{
     data::bad::{Bad, Cause},
@@ -48,16 +49,20 @@ impl Fmiqa {
 impl Reader for Fmiqa {
     fn read(&self, rows: &mut Emit) -> Result<()> {
         let images = self.images.by_id()?;
-        let mut questions = Groups::default();
-        json::for_each(&self.questions, &self.split, |entry| match question(entry) {
-            Some((id, question)) => {
-                questions.add(&id, question);
-                Ok(())
-            }
-            None => {
+        let (mut questions, mut seen) = (Groups::default(), Seen::default());
+        let shown = self.questions.display();
+        json::for_each(&self.questions, &self.split, |entry| {
+            let Some((id, question)) = question(entry) else {
                 let what = "a question without image_id, Question or Answer";
-                rows.damage(Bad::new(Cause::BadRow, format_args!("{}: {what}", self.questions.display())))
+                return rows.damage(Bad::new(Cause::BadRow, format_args!("{shown}: {what}")));
+            };
+            let number = json::id_text(question.get("question_id"));
+            if let Some(number) = number.filter(|number| !seen.is_new(&format!("{number} {id}"))) {
+                return rows
+                    .damage(Bad::new(Cause::Duplicate, format_args!("{shown}: question {number} of image {id}")));
             }
+            questions.add(&id, question);
+            Ok(())
         })?;
         questions.rest().try_for_each(|(id, questions)| rows.row(self.row(id, questions, &images)))
     }

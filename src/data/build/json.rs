@@ -92,7 +92,8 @@ fn is_utf8(file: &mut File) -> std::io::Result<bool> {
     let mut rest = Vec::new();
     loop {
         if Read::by_ref(file).take(1 << 20).read_to_end(&mut rest)? == 0 {
-            return Ok(rest.is_empty());
+            // What remains is the beginning of a character: the file was cut there.
+            return Ok(true);
         }
         match std::str::from_utf8(&rest) {
             Ok(_) => rest.clear(),

@@ -16,12 +16,17 @@ mod lines;
 mod open;
 mod reader;
 mod row;
+mod seen;
 mod settings;
 mod shard;
 mod stored;
 mod tables;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod twin_table_tests;
+#[cfg(test)]
+mod twin_tests;
 
 pub use json::ICONV;
 pub use open::{Request, guess, open};
@@ -110,6 +115,7 @@ impl Builder {
                 incoming.begin_shard();
             }
             report.bad.merge(incoming.damage);
+            report.ignored.merge(incoming.ignored);
             Ok(())
         })?;
         let shards: Vec<PathBuf> =

@@ -62,11 +62,13 @@ pub struct Incoming {
     ended: bool,
     /// Damage that belongs to no row.
     pub damage: BadCounts,
+    /// Files that belong to no row.
+    pub ignored: BadCounts,
 }
 
 impl Incoming {
     pub fn new(messages: Receiver<Message>) -> Self {
-        Self { messages, ended: false, damage: BadCounts::default() }
+        Self { messages, ended: false, damage: BadCounts::default(), ignored: BadCounts::default() }
     }
 
     /// The next batch of the current shard; `None` at its end, and at the end of the source.
@@ -78,6 +80,7 @@ impl Incoming {
             match self.messages.recv() {
                 Ok(Message::Rows(rows)) => return Ok(Some(rows)),
                 Ok(Message::Damage(counts)) => self.damage.merge(counts),
+                Ok(Message::Ignored(counts)) => self.ignored.merge(counts),
                 Ok(Message::Failed(error)) => return Err(error),
                 Ok(Message::EndOfShard) | Err(_) => self.ended = true,
             }

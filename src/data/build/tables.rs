@@ -3,18 +3,23 @@
 use super::{
     emit::Emit,
     images::Images,
+    json::ICONV,
     reader::Reader,
     row::{Image, Row},
     settings::Columns,
 };
 use crate::{
     data::{
-        bad::Bad,
+        bad::{Bad, BadCounts, Cause},
         table::{self, Table},
     },
-    error::{Result, usage},
+    error::{Result, ensure, failed, usage},
 };
-use std::{borrow::Cow, path::PathBuf};
+use std::{
+    borrow::Cow,
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 /// Usual names of the columns of images (file names or bytes) and captions, in order of preference.
 const IMAGE_COLUMNS: [&str; 6] = ["image", "file_name", "image_path", "filepath", "file", "path"];
@@ -35,19 +40,17 @@ impl Rows {
     /// The table cannot be read, or it lacks a column.
     pub fn open(path: PathBuf, images: Images, columns: &Columns) -> Result<Self> {
         let mut table = Table::open(&path)?;
+        let fixed = table.columns();
+        check_unique(fixed.as_deref().unwrap_or_default(), &path)?;
         let chosen = columns.captions.iter().map(|name| (name, "--caption-column"));
         let chosen = chosen.chain(columns.image.iter().map(|name| (name, "--image-column")));
         for (name, option) in chosen.chain(columns.key.iter().map(|name| (name, "--key-column"))) {
             table.require(name, option, &path)?;
         }
-        let fixed = table.columns();
-        let first = table.next_batch()?;
-        let first: Vec<table::Row> =
-            first.iter().flat_map(|rows| (0..rows.len()).filter_map(|n| rows.get(n).ok())).collect();
-        let names = fixed.unwrap_or_else(|| match first.first() {
-            Some(table::Row::Json(object)) => object.keys().cloned().collect(),
-            _ => Vec::new(),
-        });
+        let (batch, mut damage) = (table.next_batch()?, BadCounts::default());
+        let rows = batch.iter().flat_map(|rows| (0..rows.len()).map(|n| rows.get(n)));
+        let first: Vec<table::Row> = rows.filter_map(|row| row.map_err(|bad| damage.add(bad)).ok()).collect();
+        let names = fixed.map_or_else(|| fields(&first, &damage, columns, &path), Ok)?;
         let usual = |usual: &[&str], option: &str| {
             let found = usual.iter().find(|name| names.iter().any(|other| other == *name));
             let message = format!("{} has none of the columns {}", path.display(), usual.join(", "));
@@ -90,6 +93,43 @@ impl Rows {
             name => self.images.file(name),
         }
     }
+}
+
+/// Refuses a header that names a column twice: only one of them could be read.
+fn check_unique(names: &[String], path: &Path) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    let twice = names.iter().find(|name| !name.is_empty() && !seen.insert(*name));
+    twice.map_or(Ok(()), |name| {
+        let message = format!("{} has two columns `{name}`", path.display());
+        Err(failed(message, "give each column a name of its own in the first line"))
+    })
+}
+
+/// The fields of the first rows of JSON lines. Only those that occur can be meant.
+///
+/// # Errors
+/// No row can be read, or no row has a field that the user named.
+fn fields(first: &[table::Row], damage: &BadCounts, columns: &Columns, path: &Path) -> Result<Vec<String>> {
+    let shown = path.display();
+    let hint = if damage.has(Cause::NotUtf8) { ICONV } else { "write one JSON object on each line" };
+    let found = if damage.is_empty() { "it is empty".to_owned() } else { damage.to_string() };
+    ensure!(!first.is_empty(), failed(format_args!("no row of {shown} can be read: {found}"), hint));
+    let objects = first.iter().filter_map(|row| if let table::Row::Json(object) = row { Some(object) } else { None });
+    let names: BTreeSet<&String> = objects.flat_map(serde_json::Map::keys).collect();
+    let missing = |names_of: &[&String]| names_of.iter().all(|name| !names.contains(name));
+    let captions: Vec<&String> = columns.captions.iter().collect();
+    let (image, key) = (columns.image.as_ref(), columns.key.as_ref());
+    let named =
+        [(&captions[..], "--caption-column"), (image.as_slice(), "--image-column"), (key.as_slice(), "--key-column")];
+    for (wanted, option) in named {
+        let (Some(name), true) = (wanted.first(), missing(wanted)) else { continue };
+        let listed = names.iter().take(20).map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
+        return Err(usage(
+            format_args!("none of the first {} rows of {shown} has the field `{name}`", first.len()),
+            format_args!("they have {listed}; choose with {option}"),
+        ));
+    }
+    Ok(names.into_iter().cloned().collect())
 }
 
 impl Reader for Rows {

@@ -1,7 +1,7 @@
 use super::*;
 use crate::data::{Cause, Source};
 use serde_json::Value;
-use sha2_of::sha256;
+pub(super) use sha2_of::sha256;
 use std::{collections::BTreeMap, fs};
 
 /// SHA-256 by the system's tool, as in the golden file.
@@ -19,11 +19,11 @@ mod sha2_of {
     }
 }
 
-fn golden(name: &str) -> PathBuf {
+pub(super) fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/build").join(name)
 }
 
-fn request(source: &Path) -> Request {
+pub(super) fn request(source: &Path) -> Request {
     Request { source: source.to_str().unwrap().to_owned(), images: Some(golden("images")), ..Request::default() }
 }
 
@@ -38,29 +38,29 @@ fn builder(request: &Request, output: &Path, samples: u64, keys: Keys) -> Result
     })
 }
 
-fn build(request: &Request, output: &Path) -> Result<Report> {
+pub(super) fn build(request: &Request, output: &Path) -> Result<Report> {
     builder(request, output, 3, Keys::Number)?.run(|_| {})
 }
 
-fn with_hint(error: &crate::error::Error) -> String {
+pub(super) fn with_hint(error: &crate::error::Error) -> String {
     format!("{error:#} {}", crate::error::hint_of(error).unwrap_or_default())
 }
 
 /// One sample that was read back.
 #[derive(Debug, Clone, PartialEq)]
-struct Stored {
-    image: Vec<u8>,
-    text: String,
-    json: Value,
+pub(super) struct Stored {
+    pub image: Vec<u8>,
+    pub text: String,
+    pub json: Value,
 }
 
 impl Stored {
-    fn captions(&self) -> Vec<&str> {
+    pub fn captions(&self) -> Vec<&str> {
         self.json["captions"].as_array().unwrap().iter().map(|caption| caption.as_str().unwrap()).collect()
     }
 }
 
-fn read(output: &Path) -> BTreeMap<String, Stored> {
+pub(super) fn read(output: &Path) -> BTreeMap<String, Stored> {
     let source = Source::open(output.to_str().unwrap(), 1.0).unwrap();
     assert_eq!(source.damage().total(), 0);
     let samples =
@@ -74,7 +74,7 @@ fn read(output: &Path) -> BTreeMap<String, Stored> {
 }
 
 /// Image digests and captions by image id.
-fn expected() -> BTreeMap<String, (String, Vec<String>)> {
+pub(super) fn expected() -> BTreeMap<String, (String, Vec<String>)> {
     let value: Value = serde_json::from_slice(&fs::read(golden("expected.json")).unwrap()).unwrap();
     let image = |image: &Value| {
         let text = |name: &str| image[name].as_str().unwrap().to_owned();
@@ -85,7 +85,7 @@ fn expected() -> BTreeMap<String, (String, Vec<String>)> {
 }
 
 /// Builds `request` and compares all samples with the golden file.
-fn check_all(request: &Request, id: impl Fn(&Stored) -> String) {
+pub(super) fn check_all(request: &Request, id: impl Fn(&Stored) -> String) {
     let output = tempfile::tempdir().unwrap();
     let report = build(request, output.path()).unwrap();
     assert_eq!((report.rows, report.samples, report.shards, report.bad.total()), (4, 4, 2, 0), "{}", report.bad);
@@ -185,7 +185,7 @@ fn shards_of_img2dataset_keep_their_bytes_and_count_failed_downloads() {
 }
 
 /// A folder with a copy of the images, and `name` with the content `text`.
-fn twin(name: &str, text: &[u8]) -> (tempfile::TempDir, Request) {
+pub(super) fn twin(name: &str, text: &[u8]) -> (tempfile::TempDir, Request) {
     let folder = tempfile::tempdir().unwrap();
     fs::create_dir(folder.path().join("images")).unwrap();
     for entry in fs::read_dir(golden("images")).unwrap() {
@@ -197,12 +197,12 @@ fn twin(name: &str, text: &[u8]) -> (tempfile::TempDir, Request) {
     (folder, request)
 }
 
-fn golden_text(name: &str) -> String {
+pub(super) fn golden_text(name: &str) -> String {
     fs::read_to_string(golden(name)).unwrap()
 }
 
 /// Builds a broken twin: its samples, and the causes with their counts.
-fn broken(name: &str, text: &[u8], break_images: impl Fn(&Path)) -> (u64, String) {
+pub(super) fn broken(name: &str, text: &[u8], break_images: impl Fn(&Path)) -> (u64, String) {
     let (folder, request) = twin(name, text);
     break_images(&folder.path().join("images"));
     let report = build(&request, &folder.path().join("out")).unwrap();
@@ -288,7 +288,7 @@ fn damaged_files_are_refused_before_anything_is_written() {
 }
 
 /// Names and contents of the shards.
-fn shards(folder: &Path) -> Vec<(String, Vec<u8>)> {
+pub(super) fn shards(folder: &Path) -> Vec<(String, Vec<u8>)> {
     let paths = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let named = paths
         .filter(|path| path.is_file() && !path.ends_with(index::INDEX_FILE))
