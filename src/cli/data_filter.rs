@@ -6,8 +6,8 @@ use crate::{
     data::{
         embeddings::PairEmbedder,
         filter::{
-            BlockedWords, DuplicateRules, Filter, Outcome, PAGE_START, Rule, Settings, TextRules, Unit, input, measure,
-            page,
+            BlockedWords, DuplicateRules, Filter, Outcome, PAGE_START, Rule, Settings, TextRules, Unit, disk_bytes,
+            input, page, sample,
         },
     },
     dist,
@@ -296,28 +296,36 @@ fn print(outcome: &Outcome) {
 
 /// Prints the cost of filtering the paper's data on machines like this one.
 fn plan(inputs: &[input::Input], settings: &Settings, matcher: Option<&PairEmbedder<'_>>, json: bool) -> Result<()> {
-    let (per_second, rows) = measure(inputs, settings, matcher, PLAN_SECONDS)?;
-    let hours = |rows: f64| rows / per_second / 3600.0;
-    // 16 bytes for a caption or image in comparison, 1 byte for the verdict of a row, 40 for its stored features.
-    let (memory, disk) = (PAPER_PAIRS * 17.0 / 1e9, PAPER_ROWS * 40.0 / 1e9);
+    let sampled = sample(inputs, settings, matcher, PLAN_SECONDS)?;
+    let hours = |rows: f64| rows / sampled.rows_per_second / 3600.0;
+    let share = sampled.passed as f64 / sampled.rows as f64;
+    // The paper's pairs are those that pass.
+    let [rows_memory, pairs_memory] = [(PAPER_ROWS, share * PAPER_ROWS), (PAPER_PAIRS, PAPER_PAIRS)]
+        .map(|(rows, passed)| settings.memory_bytes(rows, passed));
+    let disk = disk_bytes(PAPER_ROWS);
     if json {
         report::json(&json!({
-            "rows_scanned": rows,
-            "rows_per_second": per_second,
+            "rows_scanned": sampled.rows,
+            "rows_per_second": sampled.rows_per_second,
+            "share_passed": share,
             "hours_800m_rows": hours(PAPER_ROWS),
             "hours_145m_pairs": hours(PAPER_PAIRS),
-            "memory_bytes_145m_pairs": PAPER_PAIRS * 17.0,
-            "disk_bytes_800m_rows": PAPER_ROWS * 40.0,
+            "memory_bytes_800m_rows": rows_memory,
+            "memory_bytes_145m_pairs": pairs_memory,
+            "disk_bytes_800m_rows": disk,
         }));
         return Ok(());
     }
+    let gigabytes = |bytes: f64| format!("{:.1} GB", bytes / 1e9);
     let lines = [
-        ["rows scanned", &rows.to_string()],
-        ["rows/s in this process", &format!("{per_second:.0}")],
+        ["rows scanned", &sampled.rows.to_string()],
+        ["rows that pass, before duplicates", &format!("{:.0} %", 100.0 * share)],
+        ["rows/s in this process", &format!("{:.0}", sampled.rows_per_second)],
         ["800 million rows, first pass", &format!("{:.1} h / number of ranks", hours(PAPER_ROWS))],
         ["145 million pairs, first pass", &format!("{:.1} h / number of ranks", hours(PAPER_PAIRS))],
-        ["memory of each rank to compare 145 million pairs", &format!("{memory:.1} GB")],
-        ["features of 800 million rows on disk", &format!("{disk:.1} GB")],
+        ["memory of each rank to compare 800 million rows", &gigabytes(rows_memory)],
+        ["memory of each rank to compare 145 million pairs", &gigabytes(pairs_memory)],
+        ["features of 800 million rows on disk", &gigabytes(disk)],
     ];
     report::table(&[], &lines.map(|line| line.map(str::to_owned).to_vec()));
     Ok(())

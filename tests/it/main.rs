@@ -11,6 +11,7 @@ mod faults;
 mod fid;
 mod file_systems;
 mod filter;
+mod filter_memory;
 mod finetune;
 mod fuzz;
 mod generate;

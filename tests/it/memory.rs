@@ -123,7 +123,7 @@ fn compare(config: &Config, ranks: usize) -> (f64, f64) {
 }
 
 /// Runs the test of this name in a process of its own, unless this is that process.
-fn runs_elsewhere(name: &str) -> bool {
+pub(crate) fn runs_elsewhere(name: &str) -> bool {
     const ALONE: &str = "VILG_TEST_COUNTS_ALONE";
     if std::env::var_os(ALONE).is_some() {
         return false;

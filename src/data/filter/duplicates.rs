@@ -33,6 +33,19 @@ struct Entry {
     row: u32,
 }
 
+impl DuplicateRules {
+    /// Bytes that a row occupies while rows are compared.
+    pub fn bytes(&self) -> usize {
+        let captions = usize::from(self.compares_captions());
+        let images = self.image_distance.map_or(0, |_| 1 + usize::from(self.mirrored));
+        captions.max(images) * size_of::<Entry>()
+    }
+
+    fn compares_captions(&self) -> bool {
+        self.max_caption_repeats.is_some() || self.unique_captions
+    }
+}
+
 /// Calls a function with the number and the feature of each row, in order.
 pub type EachRow<'a> = dyn Fn(&mut dyn FnMut(u32, &Feature)) -> Result<()> + 'a;
 
@@ -53,6 +66,10 @@ fn is_kept(broken: &[Option<Rule>], row: u32) -> bool {
     broken.get(row as usize).is_some_and(Option::is_none)
 }
 
+fn count_kept(broken: &[Option<Rule>]) -> usize {
+    broken.iter().filter(|broken| broken.is_none()).count()
+}
+
 fn leave_out(broken: &mut [Option<Rule>], row: u32, rule: Rule) {
     if let Some(broken) = broken.get_mut(row as usize) {
         *broken = broken.or(Some(rule));
@@ -60,10 +77,10 @@ fn leave_out(broken: &mut [Option<Rule>], row: u32, rule: Rule) {
 }
 
 fn mark_captions(broken: &mut [Option<Rule>], rules: &DuplicateRules, each_row: &EachRow<'_>) -> Result<()> {
-    if rules.max_caption_repeats.is_none() && !rules.unique_captions {
+    if !rules.compares_captions() {
         return Ok(());
     }
-    let mut entries = Vec::new();
+    let mut entries = Vec::with_capacity(count_kept(broken));
     each_row(&mut |row, feature| {
         if is_kept(broken, row) {
             entries.push(Entry { hash: feature.caption, colors: 0, row });
@@ -81,7 +98,8 @@ fn mark_captions(broken: &mut [Option<Rule>], rules: &DuplicateRules, each_row: 
 }
 
 fn mark_images(broken: &mut [Option<Rule>], distance: u32, mirrored: bool, each_row: &EachRow<'_>) -> Result<()> {
-    let mut entries = Vec::new();
+    // Exactly as many as there can be: a growing list would take up to three times as much.
+    let mut entries = Vec::with_capacity(count_kept(broken) * if mirrored { 2 } else { 1 });
     each_row(&mut |row, feature| {
         if let Some(image) = feature.image.filter(|_| is_kept(broken, row)) {
             entries.push(Entry { hash: image.bits, colors: image.colors, row });

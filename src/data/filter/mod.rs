@@ -2,8 +2,8 @@
 //! anything is downloaded.
 //!
 //! Reading order: [`Rule`] lists the rules, `text` and `characters` check captions, `scan` finds the features of all rows
-//! (first pass), `duplicates` compares them, `write` copies the rows that are kept (second pass), [`Report`] counts.
-//! Ranks share the inputs; each of them compares all features.
+//! (first pass) and `feature` stores them, `duplicates` compares them, `write` copies the rows that are kept (second pass),
+//! [`Report`] counts. Ranks share the inputs; each of them compares all features.
 
 mod characters;
 mod duplicates;
@@ -11,6 +11,7 @@ mod feature;
 mod image_hash;
 pub mod input;
 mod page;
+mod plan;
 mod report;
 mod rule;
 mod run;
@@ -22,9 +23,10 @@ mod write;
 
 pub use duplicates::DuplicateRules;
 pub use page::{PAGE_START, page};
+pub use plan::{Sampled, disk_bytes, sample};
 pub use report::Report;
 pub use rule::Rule;
-pub use run::{Filter, Outcome, measure};
+pub use run::{Filter, Outcome};
 pub use text::{BlockedWords, TextRules, Unit};
 
 use super::record::TEXT_FILE;

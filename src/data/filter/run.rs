@@ -2,12 +2,11 @@
 
 use super::{
     Settings, duplicates,
-    feature::{Feature, Features},
+    feature::{self, Feature},
     input::{Input, InputKind},
     report::Report,
     rule::Rule,
     scan::scan,
-    text::load_dictionary,
     write::{write_shard, write_table},
 };
 use crate::{
@@ -26,7 +25,7 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// Time between two looks for the features of other ranks.
@@ -57,7 +56,7 @@ struct InputFeatures<'a> {
 
 impl InputFeatures<'_> {
     fn stored(&self) -> Option<(u64, BadCounts)> {
-        Features::stored(&self.path, &self.made_from)
+        feature::stored(&self.path, &self.made_from)
     }
 
     fn changed(&self) -> Error {
@@ -158,7 +157,9 @@ impl Filter<'_> {
         let path = &features.path;
         remove_leftovers(path);
         create_parent(path)?;
-        scan(features.input, &self.settings, self.matcher, progress)?.write(path, &features.made_from)
+        feature::write(path, &features.made_from, |writer| {
+            scan(features.input, &self.settings, self.matcher, progress, &mut |rows| writer.add(rows).map(|()| true))
+        })
     }
 
     /// Refuses to replace a file that an earlier run did not make from the same input.
@@ -213,15 +214,9 @@ impl Filter<'_> {
         ensure!(self.made_from(input)? == features.made_from, features.changed());
         let path = self.output_of(input);
         let cannot = || format!("cannot write {}", path.display());
-        let keep: Vec<bool> = broken.iter().map(Option::is_none).collect();
-        let bytes: Vec<u8> = keep.iter().map(|keep| u8::from(*keep)).collect();
-        let done = Done {
-            input: input.origin()?,
-            made_from: features.made_from.clone(),
-            kept: blake3::hash(&bytes).to_hex().to_string(),
-        };
+        let done = Done { input: input.origin()?, made_from: features.made_from.clone(), kept: digest(broken) };
         let record = self.state_file(input, "done");
-        let none = input.kind != InputKind::Table && !keep.contains(&true);
+        let none = input.kind != InputKind::Table && !broken.contains(&None);
         if read_done(&record).is_some_and(|earlier| earlier == done) && path.exists() != none {
             return Ok(false);
         }
@@ -234,20 +229,29 @@ impl Filter<'_> {
                 fs::remove_file(&path).with_context(cannot)?;
             }
         } else if input.kind == InputKind::Table {
-            write_table(input, &keep, &path).with_context(cannot)?;
+            write_table(input, broken, &path).with_context(cannot)?;
         } else {
             let shard = input.shard()?;
-            write_shard(&shard, &keep, &self.settings, &path).with_context(cannot)?;
+            write_shard(&shard, broken, &self.settings, &path).with_context(cannot)?;
         }
         write_done(&record, &done).map(|()| true)
     }
+}
+
+/// Digest of which rows are kept.
+fn digest(broken: &[Option<Rule>]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for rows in broken.chunks(1 << 16) {
+        hasher.update(&rows.iter().map(|broken| u8::from(broken.is_none())).collect::<Vec<u8>>());
+    }
+    hasher.finalize().to_hex().to_string()
 }
 
 /// Calls `each` with the feature of each row of all inputs.
 fn each_row(inputs: &[InputFeatures<'_>], each: &mut dyn FnMut(u32, &Feature)) -> Result<()> {
     let mut row = 0_u32;
     for features in inputs {
-        Features::for_each(&features.path, &features.made_from, |feature| {
+        feature::for_each(&features.path, &features.made_from, |feature| {
             each(row, feature);
             row = row.saturating_add(1);
         })?;
@@ -277,26 +281,4 @@ fn write_done(path: &Path, done: &Done) -> Result<()> {
 fn create_parent(path: &Path) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))
-}
-
-/// Rows per second of the first pass over the first inputs, for about `seconds` seconds, and the number of rows scanned.
-///
-/// # Errors
-/// An input cannot be read.
-pub fn measure(
-    inputs: &[Input],
-    settings: &Settings,
-    matcher: Option<&PairEmbedder<'_>>,
-    seconds: f64,
-) -> Result<(f64, usize)> {
-    load_dictionary();
-    let (start, mut rows) = (Instant::now(), 0);
-    for input in inputs {
-        rows += scan(input, settings, matcher, &|_| {})?.rows.len();
-        if start.elapsed().as_secs_f64() > seconds {
-            break;
-        }
-    }
-    ensure!(rows > 0, failed("the inputs have no rows", "`vilg data inspect PATH` shows what a source contains"));
-    Ok((rows as f64 / start.elapsed().as_secs_f64(), rows))
 }

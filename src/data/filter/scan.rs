@@ -2,15 +2,14 @@
 
 use super::{
     Settings,
-    feature::{Feature, Features},
+    feature::{Feature, Scanned},
     image_hash::ImageHash,
     input::{Input, InputKind},
-    rule::Rule,
     text::TextRules,
 };
 use crate::{
     data::{
-        bad::Bad,
+        bad::{Bad, BadCounts},
         embeddings::{PairEmbedder, StoredEmbeddings},
         image,
         record::{Kind, image_member},
@@ -25,35 +24,46 @@ use rayon::prelude::*;
 
 /// Rows that one task checks; few enough to share small inputs among the threads.
 const TASK: usize = 64;
-/// Samples that a matcher compares together.
+/// Samples that a matcher compares together; their images are in memory.
 const BATCH: usize = 256;
+/// Samples that are scanned together without a matcher.
+const CHUNK: usize = 4096;
 
-/// Scans an input; `progress` is called with numbers of finished rows.
+/// Receives consecutive rows; false ends the scan.
+pub type Each<'a> = dyn FnMut(Vec<Scanned>) -> Result<bool> + 'a;
+
+/// Scans an input, whose rows `each` receives in order, a few thousand at a time. `progress` is called with numbers of
+/// finished rows. Returns the damage that belongs to no row.
 ///
 /// # Errors
-/// The input cannot be read, or an embedding is not finite. Damaged rows are counted in the features.
+/// The input cannot be read, an embedding is not finite, or `each` fails.
 pub fn scan(
     input: &Input,
     settings: &Settings,
     matcher: Option<&PairEmbedder<'_>>,
     progress: &(impl Fn(u64) + Sync),
-) -> Result<Features> {
+    each: &mut Each<'_>,
+) -> Result<BadCounts> {
     match input.kind {
-        InputKind::Table => scan_table(input, settings, progress),
+        InputKind::Table => scan_table(input, settings, progress, each),
         InputKind::Tar | InputKind::Folder => {
             let shard = input.shard()?;
-            scan_shard(&shard, settings, matcher, progress)
+            scan_shard(&shard, settings, matcher, progress, each)
         }
     }
 }
 
-fn scan_table(input: &Input, settings: &Settings, progress: &(impl Fn(u64) + Sync)) -> Result<Features> {
+fn scan_table(
+    input: &Input,
+    settings: &Settings,
+    progress: &(impl Fn(u64) + Sync),
+    each: &mut Each<'_>,
+) -> Result<BadCounts> {
     let mut table = Table::open(&input.path)?;
     table.require(&settings.caption_column, "--caption-column", &input.path)?;
     if let Some(column) = &settings.similarity_column {
         table.require(column, "--similarity-column", &input.path)?;
     }
-    let mut features = Features::default();
     while let Some(rows) = table.next_batch()? {
         let indices: Vec<usize> = (0..rows.len()).collect();
         let scanned = indices.par_iter().with_min_len(TASK).map(|index| {
@@ -61,19 +71,13 @@ fn scan_table(input: &Input, settings: &Settings, progress: &(impl Fn(u64) + Syn
             let row = rows.get(*index).map_err(locate)?;
             scan_row(&row, settings).map_err(|bad| locate(rows.locate(*index, bad)))
         });
-        add(scanned.collect(), &mut features);
+        let goes_on = each(scanned.collect())?;
         progress(rows.len() as u64);
+        if !goes_on {
+            break;
+        }
     }
-    Ok(features)
-}
-
-fn add(scanned: Vec<Result<Feature, Bad>>, features: &mut Features) {
-    for row in scanned {
-        features.rows.push(row.unwrap_or_else(|bad| {
-            features.bad.add(bad);
-            Feature { broken: Some(Rule::Bad), ..Feature::default() }
-        }));
-    }
+    Ok(BadCounts::default())
 }
 
 fn scan_row(row: &Row<'_>, settings: &Settings) -> Result<Feature, Bad> {
@@ -87,7 +91,7 @@ fn scan_row(row: &Row<'_>, settings: &Settings) -> Result<Feature, Bad> {
 }
 
 /// A sample, with its image and caption if their similarity must still be computed.
-struct Scanned {
+struct Sample {
     feature: Feature,
     pair: Option<(RgbImage, String)>,
 }
@@ -104,19 +108,17 @@ fn scan_shard(
     settings: &Settings,
     matcher: Option<&PairEmbedder<'_>>,
     progress: &(impl Fn(u64) + Sync),
-) -> Result<Features> {
+    each: &mut Each<'_>,
+) -> Result<BadCounts> {
     let _held = shard.hold_before(None)?;
-    let mut features = Features { bad: shard.bad.clone(), ..Features::default() };
     // Stored are the embeddings of the usual captions.
     let usual = matcher.filter(|_| settings.caption_keys.is_empty());
     let stored = usual.and_then(|matcher| StoredEmbeddings::open(shard, matcher));
     let similarity = matcher.map(|matcher| Similarity { matcher, stored: stored.as_ref() });
-    let indices: Vec<usize> = (0..shard.len() as usize).collect();
-    // Only the images of a batch are in memory.
-    let batch_size = if matcher.is_some() { BATCH } else { indices.len().max(1) };
-    for batch in indices.chunks(batch_size) {
-        let scanned = batch.par_iter().map(|index| {
-            let scanned = scan_sample(shard, *index, settings, similarity);
+    let (samples, chunk) = (shard.len() as usize, if matcher.is_some() { BATCH } else { CHUNK });
+    for start in (0..samples).step_by(chunk) {
+        let scanned = (start..samples.min(start + chunk)).into_par_iter().map(|index| {
+            let scanned = scan_sample(shard, index, settings, similarity);
             progress(1);
             scanned
         });
@@ -124,15 +126,17 @@ fn scan_shard(
         if let Some(matcher) = matcher {
             compare(&mut scanned, matcher)?;
         }
-        add(scanned.into_iter().map(|sample| sample.map(|sample| sample.feature)).collect(), &mut features);
+        if !each(scanned.into_iter().map(|sample| sample.map(|sample| sample.feature)).collect())? {
+            break;
+        }
     }
-    Ok(features)
+    Ok(shard.bad.clone())
 }
 
 /// Computes the similarities that are missing.
-fn compare(scanned: &mut [Result<Scanned, Bad>], matcher: &PairEmbedder<'_>) -> Result<()> {
+fn compare(scanned: &mut [Result<Sample, Bad>], matcher: &PairEmbedder<'_>) -> Result<()> {
     let (mut images, mut texts, mut features) = (Vec::new(), Vec::new(), Vec::new());
-    for Scanned { feature, pair } in scanned.iter_mut().flatten() {
+    for Sample { feature, pair } in scanned.iter_mut().flatten() {
         if let Some((image, text)) = pair.take() {
             images.push(image);
             texts.push(text);
@@ -151,7 +155,7 @@ fn scan_sample(
     index: usize,
     settings: &Settings,
     similarity: Option<Similarity<'_>>,
-) -> Result<Scanned, Bad> {
+) -> Result<Sample, Bad> {
     let embeds = similarity.is_some_and(|similarity| similarity.stored.is_none());
     let reads = if settings.reads_images() || embeds { None } else { Some(Kind::Captions) };
     let (key, members) = shard.members(index, reads)?;
@@ -169,13 +173,13 @@ fn scan_sample(
         feature.similarity = record.meta.get(column).and_then(serde_json::Value::as_f64);
     }
     let Some(Similarity { matcher, stored }) = similarity.filter(|_| feature.broken.is_none()) else {
-        return Ok(Scanned { feature, pair: None });
+        return Ok(Sample { feature, pair: None });
     };
     // Of several captions, they are those of the first.
     let stored = stored.filter(|_| record.captions.first().is_some_and(|first| first == caption));
     feature.similarity = stored.and_then(|stored| stored.cosine(index));
     if feature.similarity.is_some() {
-        return Ok(Scanned { feature, pair: None });
+        return Ok(Sample { feature, pair: None });
     }
     let image = match image {
         Some(image) => image,
@@ -183,7 +187,7 @@ fn scan_sample(
         None => decode(&shard.members(index, None)?.1)?,
     };
     let image = resize_bicubic(&image, matcher.image_size, matcher.image_size);
-    Ok(Scanned { feature, pair: Some((image, caption.to_owned())) })
+    Ok(Sample { feature, pair: Some((image, caption.to_owned())) })
 }
 
 /// The first caption that breaks no rule, with its feature; without one, the first caption.

@@ -1,6 +1,6 @@
 //! The second pass: copies the rows that are kept.
 
-use super::{Settings, input::Input};
+use super::{Settings, input::Input, rule::Rule};
 use crate::{
     data::{
         clean::clean,
@@ -20,15 +20,15 @@ use tar::Builder;
 ///
 /// # Errors
 /// The table changed since the first pass, or a file cannot be read or written.
-pub fn write_table(input: &Input, keep: &[bool], path: &Path) -> Result<()> {
+pub fn write_table(input: &Input, broken: &[Option<Rule>], path: &Path) -> Result<()> {
     write_whole(path, |file| {
         let mut table = Table::open(&input.path)?;
         let mut writer = table.writer(file)?;
-        let mut rest = keep;
+        let mut rest = broken;
         let changed = || failed(format_args!("{} changed", input.path.display()), "run the command again");
         while let Some(rows) = table.next_batch()? {
             let (of_rows, after) = rest.split_at_checked(rows.len()).ok_or_else(changed)?;
-            writer.write(&rows, of_rows)?;
+            writer.write(&rows, &of_rows.iter().map(Option::is_none).collect::<Vec<_>>())?;
             rest = after;
         }
         ensure!(rest.is_empty(), changed());
@@ -42,13 +42,13 @@ pub fn write_table(input: &Input, keep: &[bool], path: &Path) -> Result<()> {
 ///
 /// # Errors
 /// The shard changed since the first pass, or a file cannot be read or written.
-pub fn write_shard(shard: &Shard, keep: &[bool], settings: &Settings, path: &Path) -> Result<()> {
+pub fn write_shard(shard: &Shard, broken: &[Option<Rule>], settings: &Settings, path: &Path) -> Result<()> {
     let changed = || failed(format_args!("{} changed", shard.path.display()), "run the command again");
-    ensure!(shard.len() == keep.len() as u64, changed());
+    ensure!(shard.len() == broken.len() as u64, changed());
     let _held = shard.hold_before(None)?;
     write_whole(path, |file| {
         let mut tar = Builder::new(file);
-        for (index, _) in keep.iter().enumerate().filter(|(_, keep)| **keep) {
+        for (index, _) in broken.iter().enumerate().filter(|(_, broken)| broken.is_none()) {
             write_sample(shard, index, settings, &mut tar).map_err(|e| e.context(shard.path.display().to_string()))?;
         }
         tar.finish()?;
