@@ -10,6 +10,8 @@ mod duplicates;
 mod feature;
 mod image_hash;
 pub mod input;
+#[cfg(test)]
+mod label_tests;
 mod page;
 mod plan;
 mod report;

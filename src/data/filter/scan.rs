@@ -5,7 +5,7 @@ use super::{
     feature::{Feature, Scanned},
     image_hash::ImageHash,
     input::{Input, InputKind},
-    text::TextRules,
+    text::{TextRules, half_width},
 };
 use crate::{
     data::{
@@ -207,11 +207,7 @@ fn of_captions<'a>(captions: impl Iterator<Item = &'a str>, rules: &TextRules) -
 
 /// Hash of a caption without case, spaces and punctuation; full-width letters and digits equal half-width ones.
 fn hash(caption: &str) -> u64 {
-    let fold = |c: char| match c {
-        '\u{ff01}'..='\u{ff5e}' => char::from_u32(c as u32 - 0xfee0).unwrap_or(c),
-        c => c,
-    };
-    let plain = caption.chars().map(fold).filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase);
+    let plain = caption.chars().map(half_width).filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase);
     let digest = blake3::hash(plain.collect::<String>().as_bytes());
     digest.as_bytes().iter().take(8).fold(0, |hash, byte| hash << 8 | u64::from(*byte))
 }

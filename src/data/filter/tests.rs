@@ -17,13 +17,13 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/filter").join(name)
 }
 
-fn lines(name: &str) -> Vec<Vec<String>> {
+pub(super) fn lines(name: &str) -> Vec<Vec<String>> {
     let text = fs::read_to_string(golden(name)).unwrap();
     let lines = text.lines().filter(|line| !line.starts_with('#'));
     lines.map(|line| line.split('\t').map(str::to_owned).collect()).collect()
 }
 
-fn settings() -> Settings {
+pub(super) fn settings() -> Settings {
     let blocked = Some(BlockedWords::read(&golden("blocked.txt")).unwrap());
     let text = TextRules { max_length: Some(14), unit: Unit::Words, noun: true, no_special_characters: true, blocked };
     let duplicates =
@@ -43,14 +43,14 @@ fn settings() -> Settings {
     }
 }
 
-fn filter(source: &Path, output: &Path, settings: &Settings) -> Filter<'static> {
+pub(super) fn filter(source: &Path, output: &Path, settings: &Settings) -> Filter<'static> {
     let inputs = input::find(&[source.to_str().unwrap().to_owned()], &Default::default()).unwrap();
     let settings = settings.clone();
     Filter { settings, matcher: None, inputs, output: output.to_path_buf(), is_file: false, rank: 0, world_size: 1 }
 }
 
 /// Name and content of all visible files of a folder.
-fn contents(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+pub(super) fn contents(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let files = crate::data::paths::files(folder).unwrap();
     files.into_iter().map(|path| (path.strip_prefix(folder).unwrap().to_owned(), fs::read(&path).unwrap())).collect()
 }
@@ -103,7 +103,7 @@ fn each_text_rule_can_be_off() {
 }
 
 /// An image of 128 x 96 pixels with slow waves; scripts/golden_filter.py has the same formula.
-fn waves(number: u32) -> RgbImage {
+pub(super) fn waves(number: u32) -> RgbImage {
     RgbImage::from_fn(128, 96, |x, y| {
         let wave = (x * (3 + number) + y * (5 - number % 3) + x * y * number / 64) % 512;
         let level = if wave < 256 { wave } else { 511 - wave };
@@ -121,7 +121,7 @@ fn the_hash_is_that_of_pythons_imagehash() {
     }
 }
 
-fn encoded(image: &RgbImage, format: ImageFormat) -> Vec<u8> {
+pub(super) fn encoded(image: &RgbImage, format: ImageFormat) -> Vec<u8> {
     let mut bytes = Cursor::new(Vec::new());
     image.write_to(&mut bytes, format).unwrap();
     bytes.into_inner()
@@ -149,7 +149,7 @@ fn planted(folder: &Path, count: u32) {
 }
 
 /// The keys of the samples of all shards.
-fn keys(folder: &Path) -> Vec<String> {
+pub(super) fn keys(folder: &Path) -> Vec<String> {
     let source = Source::open(folder.to_str().unwrap(), 1.0).unwrap();
     let shards = source.shards.iter();
     shards

@@ -42,7 +42,7 @@ pub struct TextRules {
     pub blocked: Option<BlockedWords>,
 }
 
-/// Words that no caption may contain, compared without case.
+/// Words that no caption may contain, compared without case; full-width letters and digits equal half-width ones.
 #[derive(Debug, Clone)]
 pub struct BlockedWords {
     search: AhoCorasick,
@@ -58,13 +58,27 @@ impl BlockedWords {
     pub fn read(path: &Path) -> Result<Self> {
         let text = bounded_read::read_text(path, bounded_read::VOCABULARY)
             .hint(format_args!("cannot read {}", path.display()), "name a UTF-8 file with one word on each line")?;
-        let lines = text.trim_start_matches('\u{feff}').lines().map(|line| line.trim().to_lowercase());
+        let lines = text.trim_start_matches('\u{feff}').lines().map(|line| plain(line.trim()));
         let words: Vec<String> = lines.filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
         let empty = || failed(format_args!("{} contains no word", path.display()), "write one word on each line");
         ensure!(!words.is_empty(), empty());
-        let digest = blake3::hash(words.join("\n").as_bytes());
+        // Features of versions that compared full-width letters as they are must not be used.
+        let digest = blake3::hash(format!("half-width\n{}", words.join("\n")).as_bytes());
         let search = AhoCorasick::new(&words).hint("too many blocked words", "write fewer of them")?;
         Ok(Self { search, digest })
+    }
+}
+
+/// Text in lower case and half width.
+fn plain(text: &str) -> String {
+    text.chars().map(half_width).flat_map(char::to_lowercase).collect()
+}
+
+/// The half-width form of a full-width letter, digit or mark.
+pub fn half_width(c: char) -> char {
+    match c {
+        '\u{ff01}'..='\u{ff5e}' => char::from_u32(c as u32 - 0xfee0).unwrap_or(c),
+        c => c,
     }
 }
 
@@ -95,7 +109,7 @@ impl TextRules {
         if self.no_special_characters && caption.chars().any(is_special) {
             return Some(Rule::SpecialCharacters);
         }
-        let blocked = |words: &BlockedWords| words.search.is_match(&caption.to_lowercase());
+        let blocked = |words: &BlockedWords| words.search.is_match(&plain(caption));
         self.blocked.as_ref().is_some_and(blocked).then_some(Rule::BlockedWord)
     }
 }
