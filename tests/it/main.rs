@@ -3,6 +3,7 @@
 mod bench;
 mod commands;
 mod counting;
+mod data_build;
 mod docs;
 mod end_to_end;
 mod end_to_end_parity;
