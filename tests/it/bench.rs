@@ -2,6 +2,7 @@
 
 use crate::commands::vilg;
 use serde_json::Value;
+use std::{fs, path::Path};
 
 fn measured(args: &[&str]) -> Value {
     let output = vilg(args).output().unwrap();
@@ -42,4 +43,46 @@ fn attention_is_compared_with_dense_and_plotted() {
     assert!(std::fs::read_to_string(plot).unwrap().contains("<svg"));
     let block = measured(&["bench", "attention", "--block", "--shape", "tiny", "--repeat", "1", "--json"]);
     assert_eq!(block["costs"].as_array().unwrap().len(), 4);
+}
+
+/// A folder of one shard with 40 samples of codes.
+fn codes(folder: &Path) {
+    fs::write(folder.join("codes.json"), r#"{"tokenizer":"0","grid":[2,3],"codebook_size":8}"#).unwrap();
+    let mut tar = tar::Builder::new(fs::File::create(folder.join("00000.tar")).unwrap());
+    for sample in 0..40_u16 {
+        let codes: Vec<u16> = (0..6).map(|code| (code + sample) % 8).collect();
+        for (extension, content) in [("npy", vilg::data::npy([2, 3], &codes)), ("txt", "小猫".into())] {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(content.len() as u64);
+            tar.append_data(&mut header, format!("{sample}.{extension}"), &content[..]).unwrap();
+        }
+    }
+    tar.finish().unwrap();
+}
+
+#[test]
+fn reading_data_is_timed_in_both_orders() {
+    let folder = tempfile::tempdir().unwrap();
+    codes(folder.path());
+    let images = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/build/img2dataset");
+    for source in [folder.path().to_str().unwrap(), images] {
+        let args =
+            ["bench", "data", source, "--samples", "6", "--batch", "2", "--repeat", "3", "--workers", "1", "--json"];
+        let value = measured(&[&args[..], &["--shuffle-buffer", "2", "--image-size", "16"]].concat());
+        assert_eq!((&value["batch"], &value["workers"], &value["shuffle_buffer"]), (&2.into(), &1.into(), &2.into()));
+        let orders = value["orders"].as_array().unwrap();
+        assert_eq!(
+            orders.iter().map(|order| order["order"].as_str().unwrap()).collect::<Vec<_>>(),
+            ["random", "sequential"]
+        );
+        for order in orders {
+            let mut all: Vec<f64> =
+                order["all"].as_array().unwrap().iter().map(|speed| speed.as_f64().unwrap()).collect();
+            all.sort_by(f64::total_cmp);
+            assert!(all.len() == 3 && all[0] > 0.0 && all[2].is_finite(), "{value}");
+            assert_eq!(order["samples_per_second"].as_f64(), Some(all[1]), "the median");
+        }
+    }
+    let none = vilg(&["bench", "data", "no-such-folder"]).output().unwrap();
+    assert_eq!(none.status.code(), Some(2));
 }

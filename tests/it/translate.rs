@@ -1,6 +1,6 @@
 //! `vilg data translate` with a program and with a service, both with faults.
 
-use crate::commands::vilg;
+use crate::commands::{as_rank_of_two, vilg};
 use serde_json::{Value, json};
 use std::{
     fs,
@@ -170,6 +170,43 @@ fn a_killed_run_resumes_to_the_same_tables_and_asks_for_nothing_twice() {
     // What was in flight when the process was killed is asked again: at most two batches each time.
     assert!(asked("killed.log") <= asked("whole.log") + 2 * 2 * 16, "{} {}", asked("killed.log"), asked("whole.log"));
     assert_eq!(report(run().output().unwrap()).0["finished_before"], json!(3));
+}
+
+#[test]
+fn processes_of_a_launcher_translate_what_one_process_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::create_dir(at("in")).unwrap();
+    for (table, captions) in
+        [["a cat", "refuse", "red car"], ["a dog", "a cat", "on the grass"], ["red dog", " ", "a car"]]
+            .iter()
+            .enumerate()
+    {
+        write_rows(&at(&format!("in/{table}.jsonl")), captions);
+    }
+    let command = program("", &at("alone.log"));
+    let (alone, _) = report(translate(&at("in"), &at("alone"), ["--command", &command], &[]).output().unwrap());
+    let ranks = ["0", "1"].map(|rank| {
+        let command = program("", &at(&format!("rank{rank}.log")));
+        let command = translate(&at("in"), &at("shared"), ["--command", &command], &[]);
+        as_rank_of_two(command, rank).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    });
+    let counts = ranks.map(|rank| report(rank.wait_with_output().unwrap()).0);
+    for table in 0..3 {
+        let name = format!("{table}.jsonl");
+        assert_eq!(fs::read(at("shared").join(&name)).unwrap(), fs::read(at("alone").join(&name)).unwrap(), "{name}");
+    }
+    assert_eq!(counts.each_ref().map(|counts| counts["inputs"].as_u64().unwrap()), [2, 1]);
+    for name in ["rows", "translated", "written"] {
+        let sum: u64 = counts.iter().map(|counts| counts[name].as_u64().unwrap()).sum();
+        assert!(sum > 0 && Some(sum) == alone[name].as_u64(), "{name}: {sum}");
+    }
+    // Each rank has a report, a cache and a lock of its own.
+    for name in ["translate.json", "translate.rank1.json", ".translate/cache.jsonl", ".translate/cache.jsonl.rank1"] {
+        assert!(at("shared").join(name).exists(), "{name}");
+    }
+    let asked = |log: &str| fs::read_to_string(at(log)).unwrap().lines().count();
+    assert_eq!((asked("rank0.log"), asked("rank1.log")), (4, 3));
 }
 
 #[test]
