@@ -2,6 +2,7 @@
 
 use super::{
     ranks_tests::{distance, live, stages_equal_one_rank, whole},
+    sizes::Sizes,
     task_tests::{generator_config, resumes_bit_by_bit, step_in_parts, unsharded},
     tasks::GeneratorTask,
     *,
@@ -231,6 +232,21 @@ fn with_a_discriminator_it_resumes_bit_by_bit_and_publishes_none() {
         .filter(|(name, var)| weights.get(name.as_str()).is_none_or(|theirs| bits(theirs) != bits(var)));
     let anew: Vec<&String> = anew.map(|(name, _)| name).collect();
     assert!(!anew.is_empty() && anew.iter().all(|name| name.contains("reconstructor.discriminator.")), "{anew:?}");
+}
+
+/// The configuration says nothing of the image tokenizer but its folder and the discriminator.
+#[test]
+fn it_is_planned_with_the_sizes_in_the_tokenizer_s_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = adversarial_config(folder.path());
+    let of_run = config.image_tokenizer.clone();
+    config.image_tokenizer =
+        config::ImageTokenizer { path: of_run.path.clone(), ..Default::default() }.with_losses_of(&of_run);
+    let sizes = Sizes::of(&config).unwrap();
+    let planned: u64 = sizes.parts().iter().map(|(_, count)| count).sum();
+    let task = GeneratorTask::new(&config, &Group::alone()).unwrap();
+    let trained: usize = task.params().values().map(|param| param.elem_count()).sum();
+    assert_eq!(planned, trained as u64);
 }
 
 /// Norms and adaptive weight are those of a micro-batch: two ranks equal one rank with two micro-batches.

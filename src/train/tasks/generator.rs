@@ -68,8 +68,8 @@ impl TaskSpec for Spec {
     fn parameter_groups(&self, config: &Config, inputs: &Inputs) -> Result<Vec<Params>> {
         let (codes, grid) = (inputs.tokenizer.codebook_size, inputs.tokenizer.grid());
         let scope = Scope::empty_from_seed(config.seed, &Device::Cpu);
-        let config = &reconstruction::without_perceptual_network(config);
-        let model = Generator::in_training(&scope, config, inputs.vocabulary, codes, grid)?;
+        let config = reconstruction::of_sizes(config, &inputs.tokenizer);
+        let model = Generator::in_training(&scope, &config, inputs.vocabulary, codes, grid)?;
         Ok(model.segments().iter().map(|segment| segment.params().clone()).collect())
     }
 

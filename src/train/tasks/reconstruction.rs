@@ -59,9 +59,11 @@ pub fn gets_gradient(config: &Config, name: &str) -> bool {
     begins && config.end_to_end.reconstruction_weight > 0.0
 }
 
-/// `config` without the perceptual network, which is not trained and whose folder may be on another machine.
-pub fn without_perceptual_network(config: &Config) -> Config {
-    let image_tokenizer = config::ImageTokenizer { perceptual: String::new(), ..config.image_tokenizer.clone() };
+/// `config` with the sizes of its image tokenizer, for a reconstructor without the perceptual network, which is not trained
+/// and whose folder may be on another machine.
+pub fn of_sizes(config: &Config, tokenizer: &config::ImageTokenizer) -> Config {
+    let image_tokenizer = tokenizer.clone().with_losses_of(&config.image_tokenizer);
+    let image_tokenizer = config::ImageTokenizer { perceptual: String::new(), ..image_tokenizer };
     Config { image_tokenizer, ..config.clone() }
 }
 
