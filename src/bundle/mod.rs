@@ -37,7 +37,7 @@ pub use adapter::{ADAPTER, write_adapter};
 pub(crate) use calibrate::tests::model as tiny_matcher;
 pub use changes::Changes;
 use manifest::Manifest;
-pub use manifest::allow_mismatch;
+pub use manifest::{allow_mismatch, tolerate};
 pub use write::{Parts, attribution_of, write};
 
 const CONFIG: &str = "config.toml";
