@@ -353,6 +353,8 @@ mod tests {
             "end_to_end.map_width=65537",
             "end_to_end.reconstruction_weight=-1",
             "end_to_end.generator_gradient_scale=nan",
+            "end_to_end.tokenizer_gradient_scale=-1",
+            "end_to_end.tokenizer_temperature=0",
             "train.steps=0",
             "train.batch_size=1048577",
             "train.batch_size=9223372036854775807",

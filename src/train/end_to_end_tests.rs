@@ -29,19 +29,19 @@ pub(super) fn end_to_end_config(folder: &Path) -> Config {
     config
 }
 
-fn bits(tensor: &Tensor) -> Vec<u32> {
+pub(super) fn bits(tensor: &Tensor) -> Vec<u32> {
     tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
 }
 
 /// The bits of each gradient.
-type Bits = Vec<(String, Vec<u32>)>;
+pub(super) type Bits = Vec<(String, Vec<u32>)>;
 
 fn all_bits(gradients: &Gradients) -> Bits {
     gradients.iter().map(|(name, gradient)| (name.clone(), bits(gradient))).collect()
 }
 
 /// Gradients and losses of the first step.
-fn first_step(config: &Config) -> (Bits, Vec<(&'static str, f64)>) {
+pub(super) fn first_step(config: &Config) -> (Bits, Vec<(&'static str, f64)>) {
     let (group, mut task) = (Group::alone(), tasks::spec(config.task).start(config, &Group::alone()).unwrap());
     let mut shards = unsharded(&group, task.as_ref());
     let measured = task.gradients(1, 1.0, &mut shards).unwrap();
