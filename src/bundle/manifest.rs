@@ -131,7 +131,10 @@ pub fn accept(checked: Result<()>) -> Result<bool> {
     tolerate(checked).context("the parts of the model folder do not belong together")
 }
 
-/// The same for parts of different folders.
+/// Whether parts of different folders fit, as [`accept`] has it.
+///
+/// # Errors
+/// That of `checked`, unless mismatches were allowed.
 pub fn tolerate(checked: Result<()>) -> Result<bool> {
     match checked {
         Err(error) if ALLOWED.load(Ordering::Relaxed) => {

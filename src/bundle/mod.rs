@@ -37,8 +37,8 @@ pub use adapter::{ADAPTER, write_adapter};
 pub(crate) use calibrate::tests::model as tiny_matcher;
 pub use changes::Changes;
 use manifest::Manifest;
-pub use manifest::allow_mismatch;
-pub use write::{Parts, attribution_of, write};
+pub use manifest::{allow_mismatch, tolerate};
+pub use write::{Parts, attribution_of, write, write_with_tokenizer};
 
 const CONFIG: &str = "config.toml";
 const WEIGHTS: &str = "model.safetensors";

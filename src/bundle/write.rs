@@ -35,6 +35,20 @@ pub fn write(folder: &Path, parts: &Parts, dtype: Dtype) -> Result<()> {
     write_as(folder, parts, dtype, None, false)
 }
 
+/// The same for a generator whose image tokenizer was trained with it and consists of the parts `tokenizer`.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_with_tokenizer(folder: &Path, parts: &Parts, tokenizer: &Parts, dtype: Dtype) -> Result<()> {
+    publish::folder(folder, false, |new| {
+        let inside = new.join(IMAGE_TOKENIZER);
+        write(&inside, tokenizer, dtype)?;
+        let weights = weights::map(&inside.join(WEIGHTS))?;
+        let codes = codes::fingerprint(&tokenizer.config.image_tokenizer, &weights, WEIGHTS)?;
+        write_around(new, parts, Some(codes))
+    })
+}
+
 /// The same, where the image tokenizer's codes have the fingerprint `codes`, otherwise computed from its weights; with
 /// `force` any folder is replaced.
 pub(super) fn write_as(folder: &Path, parts: &Parts, dtype: Dtype, codes: Option<String>, force: bool) -> Result<()> {
@@ -54,6 +68,14 @@ pub(super) fn write_weights_to(file: File, values: &BTreeMap<String, Values>) ->
 }
 
 fn write_parts(folder: &Path, parts: &Parts, dtype: Dtype, codes: Option<String>) -> Result<()> {
+    let Some(tokenizer) = &parts.image_tokenizer else { return write_around(folder, parts, codes) };
+    tokenizer.export(&folder.join(IMAGE_TOKENIZER), dtype, &Changes::default(), false)?;
+    write_around(folder, parts, Some(codes.map_or_else(|| tokenizer.digest(), Ok)?))
+}
+
+/// Writes all but the image tokenizer's folder. `codes` is the fingerprint of its codes, if it is not computed from the
+/// weights of `parts`.
+fn write_around(folder: &Path, parts: &Parts, codes: Option<String>) -> Result<()> {
     // Paths of the training machine mean nothing elsewhere.
     let mut config = parts.config.clone();
     config.data.sources.clear();
@@ -70,17 +92,11 @@ fn write_parts(folder: &Path, parts: &Parts, dtype: Dtype, codes: Option<String>
     if !parts.attribution.is_empty() {
         fs::write(folder.join(ATTRIBUTION), &parts.attribution)?;
     }
-    if let Some(tokenizer) = &parts.image_tokenizer {
-        tokenizer.export(&folder.join(IMAGE_TOKENIZER), dtype, &Changes::default(), false)?;
-    }
     let written = weights::map(&folder.join(WEIGHTS))?;
-    let codes = match (codes, &parts.image_tokenizer) {
+    let codes = match (codes, config.task) {
         (Some(codes), _) => codes,
-        (None, Some(tokenizer)) => tokenizer.digest()?,
-        (None, None) => match config.task {
-            Task::ImageTokenizer => codes::fingerprint(&config.image_tokenizer, &written, WEIGHTS)?,
-            Task::Generator | Task::EndToEnd | Task::Matcher => String::new(),
-        },
+        (None, Task::ImageTokenizer) => codes::fingerprint(&config.image_tokenizer, &written, WEIGHTS)?,
+        (None, Task::Generator | Task::EndToEnd | Task::Matcher) => String::new(),
     };
     let mut files = vec![(CONFIG, toml.as_bytes()), (WEIGHTS, &written[..])];
     files.extend(parts.vocab.as_ref().map(|vocab| (VOCAB, vocab.as_bytes())));

@@ -80,7 +80,7 @@ impl DecodingOptions {
             return Decoding::Beam { width: width.max(self.number) as usize, length_penalty: self.length_penalty };
         }
         let temperature = self.temperature.unwrap_or(if self.number == 1 { 0.0 } else { 1.0 });
-        let sampling = Sampling { temperature, top_k: self.top_k, top_p: self.top_p, guidance: 1.0 };
+        let sampling = Sampling { temperature, top_k: self.top_k, top_p: self.top_p, ..Sampling::GREEDY };
         Decoding::Sample { sampling, seed: self.seed }
     }
 }

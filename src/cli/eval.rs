@@ -9,7 +9,6 @@ use super::{
 use crate::{
     error::Result,
     eval::{captioning::Settings, naming, retrieval},
-    generate::Sampling,
     report,
 };
 use clap::Subcommand;
@@ -85,7 +84,7 @@ fn run_retrieval(args: &RetrievalArgs, json: bool) -> Result<()> {
     let common = &args.data.common;
     let (bundle, models) = common.model.load()?;
     let ranker = args.ranking.load()?;
-    let sampling = args.sampling.over(&bundle.config.sample);
+    let sampling = args.sampling.over(&bundle.config.sample)?;
     let settings = retrieval::Settings {
         data: &common.data,
         pool: args.data.pool.as_deref(),
@@ -97,9 +96,10 @@ fn run_retrieval(args: &RetrievalArgs, json: bool) -> Result<()> {
     };
     let result = retrieval::run(&models, &settings)?;
     if json {
-        let Sampling { temperature, top_k, top_p, guidance } = sampling;
-        let drawn = json!({ "temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance,
-            "best_of": args.ranking.best_of, "rank": ranker.name(), "seed": common.seed });
+        let mut drawn = json!(sampling);
+        drawn["best_of"] = json!(args.ranking.best_of);
+        drawn["rank"] = json!(ranker.name());
+        drawn["seed"] = json!(common.seed);
         report::json(&json!({ "data": common.data, "result": result, "sampling": drawn }));
         return Ok(());
     }

@@ -63,7 +63,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
         samples: args.samples,
         seed: args.seed,
         features: features.name(),
-        sampling: args.sampling.over(&defaults),
+        sampling: args.sampling.over(&defaults)?,
     };
     let table = ablation::run(&settings, &features, args.bootstrap, &args.output)?;
     if json {

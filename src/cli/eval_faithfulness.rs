@@ -37,7 +37,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
     warn_untrained(&vqa);
     let vqa = Models::load(&vqa, Format::Bf16)?;
     let ranker = args.ranking.load()?;
-    let sampling = args.sampling.over(&bundle.config.sample);
+    let sampling = args.sampling.over(&bundle.config.sample)?;
     let settings = Settings { data, samples: *samples, sampling, best_of: ranker.best_of(), seed: *seed };
     let found = measure(&models, &vqa, &settings)?;
     if json {

@@ -43,7 +43,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
     let common = &args.data.common;
     let (bundle, models) = common.model.load()?;
     let matching = Matching::open(&Bundle::open(&args.matcher)?.matcher_folder()?)?;
-    let sampling = args.sampling.over(&bundle.config.sample);
+    let sampling = args.sampling.over(&bundle.config.sample)?;
     let ranking = Ranking::Both { matching: &matching, weight: 1.0 };
     let settings = Settings {
         data: &common.data,

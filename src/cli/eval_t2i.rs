@@ -74,7 +74,7 @@ fn run_rank(args: &Args, (prompts, digest): (Vec<String>, String), group: &Group
         samples: prompts.len(),
         seed: args.seed,
         model: args.model.digest(&bundle)?,
-        sampling: args.sampling.over(&bundle.config.sample),
+        sampling: args.sampling.over(&bundle.config.sample)?,
         best_of: ranker.best_of().count,
         rank: ranker.description(),
         features: features.name(),

@@ -91,7 +91,8 @@ struct Cli {
     /// Multiply bf16 on the AMX units of the processor; so far tested only in an emulator [default: off]
     #[arg(long, global = true)]
     amx: bool,
-    /// Use a model folder although its parts do not belong together (manifest.json), with a warning
+    /// Use a model although its parts do not belong together, with a warning: the files of its folder (manifest.json), it
+    /// and an adapter, or it (train.init_from) and the vocabulary or image tokenizer of a new run
     #[arg(long, global = true)]
     allow_mismatch: bool,
 }

@@ -1,6 +1,10 @@
 //! Options shared by the commands that sample tokens.
 
-use crate::{config, generate::Sampling};
+use crate::{
+    config::{self, Schedule},
+    error::{Result, ensure, usage},
+    generate::Sampling,
+};
 
 /// How image codes are sampled. Options that are not given come from the model's configuration.
 #[derive(clap::Args)]
@@ -9,6 +13,13 @@ pub struct Options {
     /// the most likely code [default: the model's]
     #[arg(long, value_name = "T", value_parser = from_0_to_100, allow_negative_numbers = true)]
     pub temperature: Option<f64>,
+    /// How the temperature changes from the first code of an image (in its upper left corner) to the last, where it is
+    /// that of --temperature [default: the model's]
+    #[arg(long, value_enum, value_name = "WHICH")]
+    pub temperature_schedule: Option<Schedule>,
+    /// With a temperature schedule: temperature of the first code, from 0 to 100 [default: the model's, usually 1]
+    #[arg(long, value_name = "T", value_parser = from_0_to_100, allow_negative_numbers = true)]
+    pub temperature_start: Option<f64>,
     /// Top-k sampling: sample only from the K most likely codes; 0: from all [default: the model's]
     #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<usize>,
@@ -20,17 +31,40 @@ pub struct Options {
     /// closely. Any value but 1 doubles the cost [default: the model's]
     #[arg(long, value_name = "S", value_parser = from_0_to_100, allow_negative_numbers = true)]
     pub guidance: Option<f64>,
+    /// How the guidance scale changes from the first code of an image (in its upper left corner) to the last, where it is
+    /// that of --guidance [default: the model's]
+    #[arg(long, value_enum, value_name = "WHICH")]
+    pub guidance_schedule: Option<Schedule>,
+    /// With a guidance schedule: guidance scale of the first code, from 0 to 100 [default: the model's, usually 1]
+    #[arg(long, value_name = "S", value_parser = from_0_to_100, allow_negative_numbers = true)]
+    pub guidance_start: Option<f64>,
 }
 
 impl Options {
     /// The sampling settings: these options where given, else `defaults`.
-    pub fn over(&self, defaults: &config::Sample) -> Sampling {
-        Sampling {
+    ///
+    /// # Errors
+    /// A start is given for a setting that is constant.
+    pub fn over(&self, defaults: &config::Sample) -> Result<Sampling> {
+        let sampling = Sampling {
             temperature: self.temperature.unwrap_or(defaults.temperature),
+            temperature_schedule: self.temperature_schedule.unwrap_or(defaults.temperature_schedule),
+            temperature_start: self.temperature_start.unwrap_or(defaults.temperature_start),
             top_k: self.top_k.unwrap_or(defaults.top_k),
             top_p: self.top_p.unwrap_or(defaults.top_p),
             guidance: self.guidance.unwrap_or(defaults.guidance),
+            guidance_schedule: self.guidance_schedule.unwrap_or(defaults.guidance_schedule),
+            guidance_start: self.guidance_start.unwrap_or(defaults.guidance_start),
+        };
+        for (name, start, schedule) in [
+            ("temperature", self.temperature_start, sampling.temperature_schedule),
+            ("guidance", self.guidance_start, sampling.guidance_schedule),
+        ] {
+            let what = format!("--{name}-start has no effect on a constant {name}");
+            let hint = format!("add a schedule, such as --{name}-schedule linear");
+            ensure!(start.is_none() || schedule != Schedule::Constant, usage(what, hint));
         }
+        Ok(sampling)
     }
 }
 

@@ -104,12 +104,9 @@ pub fn run(args: Args, json: bool) -> Result<()> {
         given: given.clone(),
     };
     let requests: Vec<Request> = texts.iter().flat_map(|text| seeds().map(move |seed| request(text, seed))).collect();
-    let sampling = args.sampling.over(&bundle.config.sample);
+    let sampling = args.sampling.over(&bundle.config.sample)?;
     let hint = "set a guidance scale above 1, such as --guidance 2";
-    ensure!(
-        args.negative.is_none() || sampling.guidance != 1.0,
-        usage("--negative has no effect without guidance", hint)
-    );
+    ensure!(args.negative.is_none() || sampling.is_guided(), usage("--negative has no effect without guidance", hint));
     report::detail(format_args!("{} images, best of {}, {sampling:?}", requests.len(), args.ranking.best_of));
     let codes = models.generator.grid().len() as u64 * requests.len() as u64 * u64::from(args.ranking.best_of);
     let bar = report::bar(codes, "generating");

@@ -22,6 +22,14 @@ pub struct EndToEnd {
     pub generator_gradient_scale: f64,
     /// Steps over which this scale rises linearly from 0. 0 (default): it is reached at the first step.
     pub generator_gradient_warmup: u64,
+    /// Joint update: scale of the gradient that the losses of image → text send into the image tokenizer's encoder. Above 0
+    /// the image tokenizer is trained too, with its own losses as well. 0 (default): it is frozen.
+    pub tokenizer_gradient_scale: f64,
+    /// Steps over which this scale rises linearly from 0. 0 (default): it is reached at the first step.
+    pub tokenizer_gradient_warmup: u64,
+    /// Temperature of the soft codes whose gradient stands for that of the codes: of squared distances to the code vectors,
+    /// or of the Gumbel softmax. Default 1.
+    pub tokenizer_temperature: f64,
 }
 
 /// Which hidden state the reconstruction of a code reads.
@@ -51,18 +59,32 @@ impl Default for EndToEnd {
             reconstructor_init: ReconstructorInit::Tokenizer,
             generator_gradient_scale: 1.0,
             generator_gradient_warmup: 0,
+            tokenizer_gradient_scale: 0.0,
+            tokenizer_gradient_warmup: 0,
+            tokenizer_temperature: 1.0,
         }
     }
+}
+
+/// A scale that rises linearly from 0 over `warmup` steps, at a step (counted from 1).
+fn warmed_up(scale: f64, warmup: u64, step: u64) -> f64 {
+    if step >= warmup { scale } else { scale * (step as f64 / warmup as f64) }
 }
 
 impl EndToEnd {
     /// Scale of the reconstruction's gradient for the generator at this step (counted from 1).
     pub fn generator_gradient(&self, step: u64) -> f64 {
-        let warmup = self.generator_gradient_warmup;
-        if step >= warmup {
-            return self.generator_gradient_scale;
-        }
-        self.generator_gradient_scale * (step as f64 / warmup as f64)
+        warmed_up(self.generator_gradient_scale, self.generator_gradient_warmup, step)
+    }
+
+    /// Whether the image tokenizer is trained too.
+    pub fn trains_tokenizer(&self) -> bool {
+        self.tokenizer_gradient_scale > 0.0
+    }
+
+    /// Scale of the gradient of image → text for the image tokenizer at this step (counted from 1).
+    pub fn tokenizer_gradient(&self, step: u64) -> f64 {
+        warmed_up(self.tokenizer_gradient_scale, self.tokenizer_gradient_warmup, step)
     }
 
     /// Checks every value.
@@ -77,6 +99,11 @@ impl EndToEnd {
             f64::INFINITY,
             "1 is the gradient itself; 0 keeps it from the generator",
         );
+        let scale = [("tokenizer_gradient_scale", self.tokenizer_gradient_scale)];
+        check.within("end_to_end", &scale, 0.0, f64::INFINITY, "0 freezes the image tokenizer");
+        let ok = self.tokenizer_temperature.is_finite() && self.tokenizer_temperature > 0.0;
+        let hint = "about the squared distance between neighboring code vectors";
+        check.that(ok, "end_to_end.tokenizer_temperature", "be above 0", hint);
         let hint = "model.hidden is usual, which 0 stands for";
         check.that(self.map_width <= 65536, "end_to_end.map_width", "be at most 65536", hint);
     }

@@ -13,6 +13,7 @@ mod matcher;
 mod parse;
 mod renamed;
 mod resume;
+mod sample;
 mod shipped;
 mod task;
 mod train;
@@ -27,6 +28,7 @@ pub use load::{Loaded, Origin};
 pub use lora::{Lora, LoraTarget};
 pub use matcher::{Activation, ContrastiveLoss, ImageEncoder, Matcher};
 pub use renamed::rename_stored_keys;
+pub use sample::{Sample, Schedule};
 pub use shipped::{SHIPPED, shipped};
 pub use task::Task;
 pub use train::{Decay, LossReduction, MatrixOptimizer, Offload, Precision, Spike, Train, begins_with};
@@ -281,23 +283,6 @@ pub enum ConvBorder {
     RasterWrap,
 }
 
-/// Section `[sample]`: sampling defaults.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Sample {
-    /// Prompts of the sample images. Default: none.
-    pub prompts: Vec<String>,
-    /// Sampling temperature: divides the logits. Lower values give more typical images. Default 1.
-    pub temperature: f64,
-    /// Top-k sampling: sample only from the K most likely codes. 0 (default): from all.
-    pub top_k: usize,
-    /// Nucleus sampling: sample only from the most likely codes whose probabilities add up to this. 1 (default): from
-    /// all.
-    pub top_p: f64,
-    /// Classifier-free guidance scale. 1 (default): no guidance.
-    pub guidance: f64,
-}
-
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -379,11 +364,5 @@ impl Default for Model {
             qk_norm: false,
             sandwich_norm: false,
         }
-    }
-}
-
-impl Default for Sample {
-    fn default() -> Self {
-        Self { prompts: Vec::new(), temperature: 1.0, top_k: 0, top_p: 1.0, guidance: 1.0 }
     }
 }

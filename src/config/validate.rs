@@ -1,7 +1,7 @@
 //! Checks the values of a configuration, alone and together.
 
 use super::{
-    Architecture, Config, Data, ImageTokenizer, Model, QuantizerKind, Sample, Text, Train,
+    Architecture, Config, Data, ImageTokenizer, Model, QuantizerKind, Text, Train,
     check::{Check, Problem},
     flat::values,
     validate_matcher::matcher,
@@ -36,7 +36,7 @@ impl Config {
         matcher(&mut check, &self.matcher, &self.text);
         self.lora.check(&mut check, self.task, &self.train.init_from);
         train(&mut check, &self.train, self.task.is_generator());
-        sample(&mut check, &self.sample);
+        self.sample.check(&mut check);
         Ok(check.problems())
     }
 }
@@ -305,13 +305,6 @@ fn train(check: &mut Check, t: &Train, generator: bool) {
     check.that(t.keep_checkpoints >= 2, "train.keep_checkpoints", "be at least 2", hint);
 }
 
-fn sample(check: &mut Check, sample: &Sample) {
-    let keys = [("temperature", sample.temperature), ("guidance", sample.guidance)];
-    check.within("sample", &keys, 0.0, 100.0, "1 leaves the model's distribution unchanged");
-    let ok = sample.top_p > 0.0 && sample.top_p <= 1.0;
-    check.that(ok, "sample.top_p", "be above 0, at most 1", "1 turns it off");
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -360,6 +353,8 @@ mod tests {
             "end_to_end.map_width=65537",
             "end_to_end.reconstruction_weight=-1",
             "end_to_end.generator_gradient_scale=nan",
+            "end_to_end.tokenizer_gradient_scale=-1",
+            "end_to_end.tokenizer_temperature=0",
             "train.steps=0",
             "train.batch_size=1048577",
             "train.batch_size=9223372036854775807",
@@ -386,6 +381,8 @@ mod tests {
             "train.keep_checkpoints=1",
             "sample.temperature=-0.5",
             "sample.top_p=0",
+            "sample.guidance_start=-1",
+            "sample.temperature_start=101",
         ];
         for set in bad {
             let problems = Loaded::read(None, &[set.to_owned()]).unwrap().config.problems().unwrap();

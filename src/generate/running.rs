@@ -36,14 +36,15 @@ impl RunningImage {
         rows(&self.sampling)
     }
 
-    /// Logits `(rows, vocabulary)` → one more code.
-    fn advance(&mut self, logits: &mut [f32], vocabulary: usize) -> Result<()> {
+    /// Logits `(rows, vocabulary)` → one more of the image's `count` codes.
+    fn advance(&mut self, logits: &mut [f32], vocabulary: usize, count: usize) -> Result<()> {
+        let position = self.codes.len();
+        let sampling = self.sampling.at(position, count);
         let (conditional, unconditional) = logits.split_at_mut(vocabulary);
         if !unconditional.is_empty() {
-            guide(conditional, unconditional, self.sampling.guidance);
+            guide(conditional, unconditional, sampling.guidance);
         }
-        let position = self.codes.len();
-        let drawn = next_code(conditional, &self.sampling, self.request.seed, (0, position as u64))?;
+        let drawn = next_code(conditional, &sampling, self.request.seed, (0, position as u64))?;
         self.codes.push(self.request.given.get(position).copied().unwrap_or(drawn));
         Ok(())
     }
@@ -51,7 +52,7 @@ impl RunningImage {
 
 /// Number of sequences that an image needs.
 fn rows(sampling: &Sampling) -> usize {
-    if sampling.guidance == 1.0 { 1 } else { 2 }
+    if sampling.is_guided() { 2 } else { 1 }
 }
 
 /// The images that are being generated. Each is the one that [`Models::generate_images`] makes of its request, bit for bit
@@ -108,7 +109,7 @@ impl<'m> RunningImages<'m> {
         let last = |image: &RunningImage| vec![image.codes.last().copied().unwrap_or(0); image.rows()];
         let tokens: Vec<u32> = self.images.iter().flat_map(last).collect();
         let mut logits = self.running.step(&tokens)?;
-        let vocabulary = logits.len() / tokens.len();
+        let (vocabulary, count) = (logits.len() / tokens.len(), self.models.generator.grid().len());
         ensure!(vocabulary > 0, "the model has an empty vocabulary");
         let mut of_image = Vec::with_capacity(self.images.len());
         for image in &self.images {
@@ -116,7 +117,7 @@ impl<'m> RunningImages<'m> {
             of_image.push(own);
             logits = rest;
         }
-        let advance = |(image, logits): (&mut RunningImage, &mut [f32])| image.advance(logits, vocabulary);
+        let advance = |(image, logits): (&mut RunningImage, &mut [f32])| image.advance(logits, vocabulary, count);
         self.images.par_iter_mut().zip(of_image).try_for_each(advance)
     }
 
@@ -176,7 +177,10 @@ impl Models {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::generate::{BestOf, tests::tiny};
+    use crate::{
+        config::Schedule,
+        generate::{BestOf, tests::tiny},
+    };
 
     /// With and without guidance, sampled in different ways, begun at different steps, among images that are given up.
     #[test]
@@ -187,6 +191,10 @@ mod tests {
             top_k: [0, 5][i % 2],
             top_p: [1.0, 0.9][i % 2],
             guidance: [1.0, 3.0][i / 2 % 2],
+            guidance_schedule: [Schedule::Constant, Schedule::Linear][i / 4 % 2],
+            temperature_schedule: [Schedule::Cosine, Schedule::Constant][i / 3 % 2],
+            temperature_start: 1.5,
+            ..Sampling::GREEDY
         };
         let count = models.generator.grid().len();
         let request = |i: usize| Request {

@@ -1,7 +1,7 @@
 //! From logits to a token: guidance, temperature, top-k and top-p. Pure functions over one row of logits.
 
 use crate::{
-    config,
+    config::{self, Schedule},
     error::{Result, ensure},
     ops::softmax::{BLOCK, exp_sums, greatest, log_sum_exp, term},
 };
@@ -13,24 +13,76 @@ use std::cmp::Ordering;
 pub struct Sampling {
     /// Sampling temperature: divides the logits; 0 takes the most likely token.
     pub temperature: f64,
+    /// How the temperature changes from the first code of an image to the last, where it is `temperature`.
+    #[serde(default)]
+    pub temperature_schedule: Schedule,
+    /// Temperature of the first code with a schedule.
+    #[serde(default = "one")]
+    pub temperature_start: f64,
     /// Top-k sampling: sample only from the K most likely tokens; 0: from all.
     pub top_k: usize,
     /// Nucleus sampling: sample only from the most likely tokens whose probabilities add up to this; 1: from all.
     pub top_p: f64,
     /// Classifier-free guidance scale; 1: no guidance.
     pub guidance: f64,
+    /// How the guidance scale changes from the first code of an image to the last, where it is `guidance`.
+    #[serde(default)]
+    pub guidance_schedule: Schedule,
+    /// Guidance scale of the first code with a schedule.
+    #[serde(default = "one")]
+    pub guidance_start: f64,
+}
+
+/// What a schedule starts from unless something else is given: the model's own distribution.
+fn one() -> f64 {
+    1.0
 }
 
 impl From<&config::Sample> for Sampling {
     fn from(sample: &config::Sample) -> Self {
-        let config::Sample { temperature, top_k, top_p, guidance, .. } = *sample;
-        Self { temperature, top_k, top_p, guidance }
+        Self {
+            temperature: sample.temperature,
+            temperature_schedule: sample.temperature_schedule,
+            temperature_start: sample.temperature_start,
+            top_k: sample.top_k,
+            top_p: sample.top_p,
+            guidance: sample.guidance,
+            guidance_schedule: sample.guidance_schedule,
+            guidance_start: sample.guidance_start,
+        }
     }
 }
 
 impl Sampling {
     /// Greedy decoding: always the most likely token.
-    pub const GREEDY: Self = Self { temperature: 0.0, top_k: 0, top_p: 1.0, guidance: 1.0 };
+    pub const GREEDY: Self = Self {
+        temperature: 0.0,
+        temperature_schedule: Schedule::Constant,
+        temperature_start: 1.0,
+        top_k: 0,
+        top_p: 1.0,
+        guidance: 1.0,
+        guidance_schedule: Schedule::Constant,
+        guidance_start: 1.0,
+    };
+
+    /// Whether any code of an image is drawn with guidance.
+    pub fn is_guided(&self) -> bool {
+        self.guidance != 1.0 || (self.guidance_schedule != Schedule::Constant && self.guidance_start != 1.0)
+    }
+
+    /// The settings of the code at `position` of the `count` codes of an image, without schedules. They are the same in
+    /// any batch, and constant settings stay as they are.
+    pub fn at(&self, position: usize, count: usize) -> Self {
+        let progress = position as f64 / count.saturating_sub(1).max(1) as f64;
+        Self {
+            temperature: self.temperature_schedule.value(self.temperature_start, self.temperature, progress),
+            temperature_schedule: Schedule::Constant,
+            guidance: self.guidance_schedule.value(self.guidance_start, self.guidance, progress),
+            guidance_schedule: Schedule::Constant,
+            ..*self
+        }
+    }
 
     /// Samples a token; `unit` in `0..1` is the random number. Tokens at −∞ are never sampled, and ties go to the lower
     /// id.
@@ -141,7 +193,7 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 
-    const ALL: Sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, guidance: 1.0 };
+    const ALL: Sampling = Sampling { temperature: 1.0, ..Sampling::GREEDY };
 
     /// Every token that is sampled for `steps` evenly spaced values of `unit`.
     fn drawn(sampling: Sampling, logits: &[f32], steps: usize) -> BTreeSet<u32> {
@@ -262,6 +314,30 @@ mod tests {
         for broken in [&[f32::NEG_INFINITY; 3][..], &[], &[0.0, f32::NAN], &[0.0, f32::INFINITY]] {
             assert!(ALL.draw(broken, 0.5).is_err() && Sampling::GREEDY.draw(broken, 0.5).is_err(), "{broken:?}");
         }
+    }
+
+    #[test]
+    fn schedules_change_from_the_first_code_to_the_last() {
+        let linear = Sampling {
+            guidance: 4.0,
+            guidance_schedule: Schedule::Linear,
+            temperature: 0.5,
+            temperature_schedule: Schedule::Linear,
+            temperature_start: 1.5,
+            top_k: 7,
+            ..ALL
+        };
+        let of = |position| linear.at(position, 5);
+        assert_eq!([0, 1, 4].map(|i| of(i).guidance), [1.0, 1.75, 4.0]);
+        assert_eq!([0, 2, 4].map(|i| of(i).temperature), [1.5, 1.0, 0.5]);
+        assert_eq!((of(3).at(0, 5), of(3).top_k), (of(3), 7), "the settings of a position are constant");
+        let constant = Sampling { guidance: 0.1 + 0.2, temperature: 0.7, guidance_start: 9.0, ..ALL };
+        assert_eq!((constant.at(2, 9).guidance, constant.at(2, 9).temperature), (0.1 + 0.2, 0.7));
+        // An image of one code.
+        assert_eq!(linear.at(0, 1).guidance, 1.0);
+        let start = Sampling { guidance_start: 3.0, ..ALL };
+        let down = Sampling { guidance_schedule: Schedule::Cosine, ..start };
+        assert_eq!([ALL, start, down, linear].map(|sampling| sampling.is_guided()), [false, false, true, true]);
     }
 
     #[test]

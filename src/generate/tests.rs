@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    config::Config,
+    config::{Config, Schedule},
     model::{Batch, Source, Tokens},
     nn::params::Scope,
     runtime,
@@ -45,19 +45,21 @@ fn requests(prompts: &[&str], seed: u64) -> Vec<Request> {
     prompts.iter().zip(seed..).map(|(prompt, seed)| Request::new(*prompt, seed)).collect()
 }
 
-const SAMPLING: Sampling = Sampling { temperature: 0.8, top_k: 9, top_p: 0.95, guidance: 1.5 };
+const SAMPLING: Sampling = Sampling { temperature: 0.8, top_k: 9, top_p: 0.95, guidance: 1.5, ..Sampling::GREEDY };
 
 #[test]
 fn an_image_depends_only_on_its_own_prompt_and_seed() {
     let models = tiny();
     let prompts = ["一弯月", "月", "星，一弯月星月", "", "月"];
-    let generate = |requests: &[Request], best_of| {
-        models.generate_images(requests, &SAMPLING, &BestOf::own(best_of), |_| {}).unwrap()
+    let generate = |requests: &[Request], best_of, sampling: Sampling| {
+        models.generate_images(requests, &sampling, &BestOf::own(best_of), |_| {}).unwrap()
     };
-    for best_of in [1, 3] {
-        let together = generate(&requests(&prompts, 3), best_of);
+    let scheduled =
+        Sampling { guidance_schedule: Schedule::Linear, temperature_schedule: Schedule::Cosine, ..SAMPLING };
+    for (best_of, sampling) in [(1, SAMPLING), (3, SAMPLING), (1, scheduled)] {
+        let together = generate(&requests(&prompts, 3), best_of, sampling);
         for (i, request) in requests(&prompts, 3).into_iter().enumerate() {
-            let alone = generate(&[request], best_of).remove(0);
+            let alone = generate(&[request], best_of, sampling).remove(0);
             assert_eq!((&alone.codes, &alone.image), (&together[i].codes, &together[i].image), "{i} {best_of}");
             assert!((alone.score() - together[i].score()).abs() < 1e-4);
         }
@@ -78,11 +80,23 @@ fn more_images_than_fit_in_a_batch() {
     );
 }
 
-/// Cached, guided, greedy decoding against full forward passes.
+/// Cached, guided, greedy decoding against full forward passes, with a guidance that changes from code to code.
 #[test]
 fn greedy_guided_generation_follows_the_logits() {
+    let schedule = |guidance_schedule, guidance_start| Sampling {
+        guidance: 2.0,
+        guidance_schedule,
+        guidance_start,
+        ..Sampling::GREEDY
+    };
+    follows_the_logits(schedule(Schedule::Constant, 1.0), |_| 2.0);
+    follows_the_logits(schedule(Schedule::Linear, 10.0), |position| 10.0 - f64::from(position));
+    // The first code is drawn without guidance.
+    follows_the_logits(schedule(Schedule::Linear, 1.0), |position| 1.0 + f64::from(position) / 8.0);
+}
+
+fn follows_the_logits(sampling: Sampling, guidance: impl Fn(u32) -> f64) {
     let models = tiny();
-    let sampling = Sampling { guidance: 2.0, ..Sampling::GREEDY };
     let generated = models.generate_images(&requests(&["弯月"], 0), &sampling, &BestOf::ONE, |_| {}).unwrap().remove(0);
     let logits = |prompt: &str| -> Vec<Vec<f32>> {
         let text = models.text.encode(prompt, 6).unwrap();
@@ -92,9 +106,10 @@ fn greedy_guided_generation_follows_the_logits() {
         let batch = Batch::text_to_image(text, codes).unwrap();
         models.generator.logits(&batch).unwrap().squeeze(0).unwrap().to_vec2().unwrap()
     };
-    for (position, (mut row, without)) in logits("弯月").into_iter().zip(logits("")).enumerate() {
-        sampling::guide(&mut row, &without, 2.0);
-        assert_eq!(Sampling::GREEDY.draw(&row, 0.0).unwrap(), generated.codes[position], "position {position}");
+    for (position, (mut row, without)) in (0..).zip(logits("弯月").into_iter().zip(logits(""))) {
+        sampling::guide(&mut row, &without, guidance(position));
+        let code = generated.codes[position as usize];
+        assert_eq!(Sampling::GREEDY.draw(&row, 0.0).unwrap(), code, "position {position}");
     }
 }
 

@@ -170,7 +170,7 @@ impl Models {
         let (first, last) = (draws.first().map_or(0, |d| d.request), draws.last().map_or(0, |d| d.request));
         let mut sources = prompts[first..=last].to_vec();
         let mut rows: Vec<usize> = draws.iter().map(|draw| draw.request - first).collect();
-        let guided = sampling.guidance != 1.0;
+        let guided = sampling.is_guided();
         if guided {
             // The second half of the rows is the branch that classifier-free guidance leads away from.
             let mut negatives: Vec<&str> = Vec::new();
@@ -196,7 +196,7 @@ impl Models {
         let count = self.generator.grid().len();
         let mut codes: Vec<Vec<u32>> = vec![Vec::with_capacity(count); draws.len()];
         for position in 0..count {
-            let mut next = next_codes(logits, draws, sampling, position as u64)?;
+            let mut next = next_codes(logits, draws, (sampling, count), position)?;
             for (code, draw) in next.iter_mut().zip(draws) {
                 *code = requests[draw.request].given.get(position).copied().unwrap_or(*code);
             }
@@ -210,7 +210,7 @@ impl Models {
     }
 }
 
-/// Logits → the code at a position of a candidate of the image with this seed.
+/// Logits → the code at a position of a candidate of the image with this seed. `sampling` is that of the position.
 ///
 /// # Errors
 /// A logit is not finite.
@@ -223,16 +223,21 @@ pub(super) fn next_code(
     sampling.draw(logits, Random::keyed(seed, "paint", candidate, position).unit())
 }
 
-/// Logits `(rows, vocabulary)` → the next code of each draw. With guidance, the second half of the rows is the branch that
+/// Logits `(rows, vocabulary)` → the next code of each draw, at `position` of `count` codes. With guidance, the second half of the rows is the branch that
 /// it leads away from.
-fn next_codes(values: &mut [f32], draws: &[Draw], sampling: &Sampling, position: u64) -> Result<Vec<u32>> {
-    let guided = sampling.guidance != 1.0;
+fn next_codes(
+    values: &mut [f32],
+    draws: &[Draw],
+    (sampling, count): (&Sampling, usize),
+    position: usize,
+) -> Result<Vec<u32>> {
+    let (guided, sampling) = (sampling.is_guided(), &sampling.at(position, count));
     let vocabulary = values.len() / draws.len() / if guided { 2 } else { 1 };
     ensure!(vocabulary > 0, "the model has an empty vocabulary");
     let (conditional, unconditional) = values.split_at_mut(draws.len() * vocabulary);
     if guided {
         guide(conditional, unconditional, sampling.guidance);
     }
-    let draw = |(row, draw): (&[f32], &Draw)| next_code(row, sampling, draw.seed, (draw.candidate, position));
+    let draw = |(row, draw): (&[f32], &Draw)| next_code(row, sampling, draw.seed, (draw.candidate, position as u64));
     conditional.par_chunks(vocabulary).zip(draws).map(draw).collect()
 }

@@ -78,6 +78,10 @@ pub struct Batch {
     pub pixels: Option<Rc<PixelBatch>>,
     /// Scale of the gradient that the loss of the reconstruction sends into the hidden states. 1: as it is.
     pub generator_gradient: f64,
+    /// The images of the source, where the image tokenizer is trained with image → text.
+    pub source_pixels: Option<Rc<PixelBatch>>,
+    /// Scale of the gradient that the image tokenizer then gets. 1: as it is.
+    pub tokenizer_gradient: f64,
     /// The keys of each pattern. All layers with a pattern share them, with what a device keeps of them.
     keys: RefCell<Vec<(Grid, Pattern, Arc<KeyRanges>)>>,
 }
@@ -107,7 +111,16 @@ impl Batch {
         let sources = sources.iter().copied().zip(tokens.by_ref()).collect();
         let Some(tokens) = tokens.next() else { bail!("a sequence without a target") };
         let target = (target, tokens);
-        Ok(Self { sources, target, loss_scale: 1.0, pixels: None, generator_gradient: 1.0, keys: RefCell::default() })
+        Ok(Self {
+            sources,
+            target,
+            loss_scale: 1.0,
+            pixels: None,
+            generator_gradient: 1.0,
+            source_pixels: None,
+            tokenizer_gradient: 1.0,
+            keys: RefCell::default(),
+        })
     }
 
     /// Text → image ([`Span::text_to_image`]); `codes` (b, n) u32.

@@ -3,6 +3,7 @@
 use super::{
     batch::Batch,
     sequence::{Modality, Role, Span},
+    straight_through::{straight_through, with_gradient_scale},
 };
 use crate::{
     config::Config,
@@ -109,12 +110,19 @@ impl Autograd<Batch> for Embedding {
         &self.params
     }
 
-    /// Token ids of `batch` → (b, positions, hidden).
-    fn autograd(&self, _: &Tensor, batch: &Batch) -> Result<Tensor> {
+    /// Token ids of `batch` → (b, positions, hidden). If the batch has the images of its source, `x` are the soft codes
+    /// (b, n, codes) of the image tokenizer that is trained with them.
+    fn autograd(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
         self.check(batch)?;
         let mut parts = Vec::new();
         for (span, tokens) in batch.parts() {
             self.push_span(*span, &tokens.ids, &mut parts)?;
+            if batch.source_pixels.is_some()
+                && span.is_source_image()
+                && let Some(image) = parts.last_mut()
+            {
+                *image = straight_through(image, &with_gradient_scale(x, batch.tokenizer_gradient)?, &self.image)?;
+            }
         }
         Ok(Tensor::cat(&parts, 1)?)
     }

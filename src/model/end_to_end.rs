@@ -7,6 +7,7 @@ use super::{
     head::{AutogradHead, Head},
     manual::{Found, ManualHead, unpack},
     sequence::Modality,
+    straight_through::with_gradient_scale,
 };
 use crate::{
     config::{Activation, Config, HiddenState, ImageTokenizer, Precision},
@@ -238,13 +239,6 @@ impl Autograd<Batch> for EndToEndHead<'_> {
         let map_norm = |dz: &Tensor| last_weight_norm(&activated, dz);
         Ok((of_tokens + self.end_to_end.reconstructor.loss(&z_emb, pixels, map_norm)?)?)
     }
-}
-
-/// `x`, whose gradient is `scale` times that of the result.
-fn with_gradient_scale(x: &Tensor, scale: f64) -> Result<Tensor> {
-    let fixed = x.detach();
-    // The difference is exactly 0, so that the values stay.
-    Ok(if scale == 1.0 { x.clone() } else { (((x - &fixed)? * scale)? + fixed)? })
 }
 
 /// [`EndToEndHead`] with hand-written gradients.

@@ -20,7 +20,7 @@ use std::rc::Rc;
 const SHARE: f64 = 0.7;
 
 /// Case `index` as an end-to-end generator over a grid of 4 x 4 codes and images of 8 x 8 pixels.
-fn end_to_end(index: u64, hidden: HiddenState, architecture: Architecture) -> Case {
+pub(super) fn end_to_end(index: u64, hidden: HiddenState, architecture: Architecture) -> Case {
     let mut case = case(index);
     (case.grid, case.config.task, case.config.end_to_end.hidden) = ((4, 4), Task::EndToEnd, hidden);
     case.config.end_to_end.map_width = if index.is_multiple_of(2) { 0 } else { 6 };

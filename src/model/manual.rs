@@ -110,18 +110,31 @@ impl Segment<Batch> for ManualEmbedding<'_> {
     fn backward(
         &self,
         _: &Tensor,
-        _: &Batch,
+        batch: &Batch,
         saved: Saved,
         dy: Option<Tensor>,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let (lookups, dy) = (unpack::<Lookups>(saved)?, dy.context("the embedding is not the last segment")?);
-        let hidden = dy.dim(2)?;
-        let dy = view::<f32>(&dy)?;
+        let (hidden, values) = (dy.dim(2)?, view::<f32>(&dy)?);
         for (name, table, lookups) in lookups.tables(self.0).into_iter().filter(|(_, _, lookups)| !lookups.is_empty()) {
-            gradients.accumulate(name, table.shape(), |sum, onto| scatter_add(sum, onto, hidden, &dy, lookups))?;
+            gradients.accumulate(name, table.shape(), |sum, onto| scatter_add(sum, onto, hidden, &values, lookups))?;
         }
-        Ok(None)
+        batch.source_pixels.as_ref().map(|_| self.soft_codes_gradient(batch, &dy)).transpose()
+    }
+}
+
+impl ManualEmbedding<'_> {
+    /// The gradient of the source image's soft codes (b, n, codes) from that of all positions (b, positions, hidden), as
+    /// [`straight_through`](super::straight_through::straight_through) has it.
+    fn soft_codes_gradient(&self, batch: &Batch, dy: &Tensor) -> Result<Tensor> {
+        let layout = batch.layout(self.0.grid)?;
+        let image = layout.spans().find(|(_, span)| span.is_source_image());
+        let (start, span) = image.context("a sequence without a source image")?;
+        let dy = dy.narrow(1, start, span.positions())?.contiguous()?;
+        let (b, n, hidden) = dy.dims3()?;
+        let soft = dy.reshape((b * n, hidden))?.matmul(&self.0.image.detach().t()?)?.reshape((b, n, ()))?;
+        Ok((soft * batch.tokenizer_gradient)?)
     }
 }
 

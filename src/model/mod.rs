@@ -7,15 +7,18 @@ mod embedding;
 pub mod end_to_end;
 pub mod flops;
 mod head;
+mod joint_tokenizer;
 mod layer;
 mod manual;
 pub mod matcher;
 mod segments;
 mod sequence;
+mod straight_through;
 mod transformer;
 
 pub use batch::{Batch, Tokens};
 pub use decode::{DecodeState, Decoder, Running, Source};
+pub use joint_tokenizer::JointTokenizer;
 pub use matcher::Matcher;
 pub use sequence::{Layout, Modality, Role, Slot, Span};
 pub use transformer::Generator;
@@ -26,6 +29,8 @@ mod blockwise_tests;
 mod decode_tests;
 #[cfg(test)]
 mod end_to_end_tests;
+#[cfg(test)]
+mod joint_tokenizer_tests;
 #[cfg(test)]
 mod manual_tests;
 #[cfg(test)]

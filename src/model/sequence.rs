@@ -76,6 +76,11 @@ impl Span {
         Self { modality: Modality::Image, role, length, reads_last: false }
     }
 
+    /// Whether it is an image that is given.
+    pub fn is_source_image(&self) -> bool {
+        self.modality == Modality::Image && self.role == Role::Source
+    }
+
     /// Text → image: `text` tokens, then `image` codes.
     pub const fn text_to_image(text: usize, image: usize) -> [Self; 2] {
         [Self::text(Role::Source, text), Self::image(Role::Target, image)]

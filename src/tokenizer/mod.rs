@@ -34,6 +34,7 @@ use manual::{Layer, segments::Manual};
 use quantizer::{
     Quantizer,
     ema_codebook::{self, EmaCodebook},
+    gumbel::Relaxation,
 };
 use segments::{Decode, Encode};
 use std::rc::Rc;
@@ -162,17 +163,20 @@ impl ImageTokenizer {
 
     /// The chain of segments for training.
     pub fn segments(&self) -> Vec<Box<dyn Segment<PixelBatch> + '_>> {
-        let (encode, decode) = &self.segments;
-        if self.manual {
-            let buffers = &self.buffers;
-            let manual = Manual { segment: encode, buffers };
-            vec![Box::new(manual), Box::new(Manual { segment: decode, buffers })]
-        } else {
-            self.autograd_segments()
+        self.halves().into()
+    }
+
+    /// Its two segments: the encoder, then quantizer and decoder with the loss.
+    pub fn halves(&self) -> [Box<dyn Segment<PixelBatch> + '_>; 2] {
+        let ((encode, decode), buffers) = (&self.segments, &self.buffers);
+        match self.manual {
+            true => [Box::new(Manual { segment: encode, buffers }), Box::new(Manual { segment: decode, buffers })],
+            false => [Box::new(encode), Box::new(decode)],
         }
     }
 
     /// The chain with autograd.
+    #[cfg(test)]
     fn autograd_segments(&self) -> Vec<Box<dyn Segment<PixelBatch> + '_>> {
         vec![Box::new(&self.segments.0), Box::new(&self.segments.1)]
     }
@@ -206,6 +210,16 @@ impl ImageTokenizer {
         let z = self.latents(pixels)?;
         check_finite(&z, "latents")?;
         Ok(self.decoder.quantize.encode(&z)?.reshape((pixels.dim(0)?, ()))?)
+    }
+
+    /// The same as codes are chosen in training ([`Quantizer::draw`]).
+    ///
+    /// # Errors
+    /// As [`ImageTokenizer::encode`].
+    pub fn draw(&self, pixels: &Tensor, relaxation: Relaxation) -> Result<Tensor> {
+        let z = self.latents(pixels)?;
+        check_finite(&z, "latents")?;
+        Ok(self.decoder.quantize.draw(&z, relaxation)?.reshape((pixels.dim(0)?, ()))?)
     }
 
     /// Decodes codes `(batch, h·w)` → pixels `(batch, side, side, 3)`, about in \[-1, 1\].

@@ -2,6 +2,7 @@
 
 use super::{
     ranks_tests::{distance, live, stages_equal_one_rank, whole},
+    sizes::Sizes,
     task_tests::{generator_config, resumes_bit_by_bit, step_in_parts, unsharded},
     tasks::GeneratorTask,
     *,
@@ -28,19 +29,19 @@ pub(super) fn end_to_end_config(folder: &Path) -> Config {
     config
 }
 
-fn bits(tensor: &Tensor) -> Vec<u32> {
+pub(super) fn bits(tensor: &Tensor) -> Vec<u32> {
     tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
 }
 
 /// The bits of each gradient.
-type Bits = Vec<(String, Vec<u32>)>;
+pub(super) type Bits = Vec<(String, Vec<u32>)>;
 
 fn all_bits(gradients: &Gradients) -> Bits {
     gradients.iter().map(|(name, gradient)| (name.clone(), bits(gradient))).collect()
 }
 
 /// Gradients and losses of the first step.
-fn first_step(config: &Config) -> (Bits, Vec<(&'static str, f64)>) {
+pub(super) fn first_step(config: &Config) -> (Bits, Vec<(&'static str, f64)>) {
     let (group, mut task) = (Group::alone(), tasks::spec(config.task).start(config, &Group::alone()).unwrap());
     let mut shards = unsharded(&group, task.as_ref());
     let measured = task.gradients(1, 1.0, &mut shards).unwrap();
@@ -231,6 +232,21 @@ fn with_a_discriminator_it_resumes_bit_by_bit_and_publishes_none() {
         .filter(|(name, var)| weights.get(name.as_str()).is_none_or(|theirs| bits(theirs) != bits(var)));
     let anew: Vec<&String> = anew.map(|(name, _)| name).collect();
     assert!(!anew.is_empty() && anew.iter().all(|name| name.contains("reconstructor.discriminator.")), "{anew:?}");
+}
+
+/// The configuration says nothing of the image tokenizer but its folder and the discriminator.
+#[test]
+fn it_is_planned_with_the_sizes_in_the_tokenizer_s_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = adversarial_config(folder.path());
+    let of_run = config.image_tokenizer.clone();
+    config.image_tokenizer =
+        config::ImageTokenizer { path: of_run.path.clone(), ..Default::default() }.with_losses_of(&of_run);
+    let sizes = Sizes::of(&config).unwrap();
+    let planned: u64 = sizes.parts().iter().map(|(_, count)| count).sum();
+    let task = GeneratorTask::new(&config, &Group::alone()).unwrap();
+    let trained: usize = task.params().values().map(|param| param.elem_count()).sum();
+    assert_eq!(planned, trained as u64);
 }
 
 /// Norms and adaptive weight are those of a micro-batch: two ranks equal one rank with two micro-batches.

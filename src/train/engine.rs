@@ -120,7 +120,8 @@ impl<B> Pass<'_, B> {
             shards.reshard(unit)?;
             shards.reduce_scatter(unit)?;
             ensure!(
-                dy.is_some() || links.is_empty(),
+                // An empty input, as that of the first segment, needs none.
+                dy.is_some() || links.is_empty() || input.elem_count() == 0,
                 "segment `{}` passes no gradient on to the one before it",
                 segment.name()
             );

@@ -4,7 +4,7 @@
 
 use super::tasks::{Task, TaskSpec};
 use crate::{
-    bundle::Bundle,
+    bundle::{self, Bundle},
     config::{Config, values},
     error::{Context, Result, ensure, usage},
     tokenizer,
@@ -13,7 +13,8 @@ use crate::{
 /// Sets the task's parameters to the weights of the model folder that `train.init_from` names, if any.
 ///
 /// # Errors
-/// There is no such model; its weights mean something else (vocabulary, image tokenizer, heads); a
+/// There is no such model; its weights mean something else (heads; vocabulary or image tokenizer, unless mismatches are
+/// allowed); a
 /// parameter is missing, left over or of another shape. The parameters are then as they were.
 pub fn take_weights(spec: &dyn TaskSpec, config: &Config, task: &dyn Task) -> Result<()> {
     let model = &config.train.init_from;
@@ -48,10 +49,14 @@ pub fn take_weights(spec: &dyn TaskSpec, config: &Config, task: &dyn Task) -> Re
 fn check_meaning(spec: &dyn TaskSpec, config: &Config, task: &dyn Task, bundle: &Bundle) -> Result<()> {
     let model = &config.train.init_from;
     let theirs = spec.fingerprint_of(config, bundle)?;
-    let hint = format!("take text.vocab and image_tokenizer.path from `{model}`, or leave train.init_from empty");
+    let hint = format!(
+        "take text.vocab and image_tokenizer.path from `{model}`, or leave train.init_from empty; if the other one is only \
+        trained further, --allow-mismatch starts from the weights all the same"
+    );
     for (name, ours) in &task.fingerprint()? {
         let what = format!("the model in train.init_from, `{model}`, was made with another {name}");
-        ensure!(theirs.get(name) == Some(ours), usage(what, &hint));
+        let fits = theirs.get(name) == Some(ours);
+        bundle::tolerate(if fits { Ok(()) } else { Err(usage(what, &hint)) })?;
     }
     for key in spec.meaning_keys(config) {
         let of = |config: &Config| -> Result<Option<toml::Value>> {

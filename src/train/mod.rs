@@ -167,6 +167,8 @@ mod f16_tests;
 #[cfg(test)]
 mod hang_tests;
 #[cfg(test)]
+mod joint_tests;
+#[cfg(test)]
 mod lora_tests;
 #[cfg(test)]
 mod matcher_tests;

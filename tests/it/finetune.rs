@@ -1,7 +1,10 @@
 //! The recipes of docs/evaluation.md on tiny data, from the published files to the figure: `vilg data build`, `data encode`,
 //! `train` with the shipped configurations at the size of the demo, `eval`. And adapters through the command line.
 
-use crate::commands::vilg;
+use crate::{
+    commands::vilg,
+    generate::{folder, image},
+};
 use serde_json::Value;
 use std::{fs, path::Path, process::Command};
 
@@ -149,4 +152,53 @@ fn an_adapter_captions_as_its_merged_export_does() {
     assert!(code == Some(0) && said.contains("warning: "), "{said}");
     let (code, said) = refused(&["--model", "runs/mine"]);
     assert!(code == Some(2) && said.contains("trained an adapter, not a model"), "{said}");
+}
+
+#[test]
+fn a_run_starts_from_a_model_whose_tokenizer_was_trained_further_only_if_that_is_allowed() {
+    let folder = folder();
+    let at = folder.path();
+    fs::create_dir(at.join("data")).unwrap();
+    for i in 0..4u8 {
+        image(i * 60).save(at.join(format!("data/{i}.png"))).unwrap();
+        fs::write(at.join(format!("data/{i}.txt")), "红月").unwrap();
+    }
+    let steps = ["train.steps=1", "train.warmup_steps=0", "train.batch_size=2", "train.caption_batch_size=2"];
+    let train = |config: &str, sets: &[&str], more: &[&str]| -> Command {
+        let sets = sets.iter().chain(&steps).flat_map(|set| ["--set", set]);
+        let mut command = vilg(&["train", "--config", config, "--set", "train.ema_decay=0"]);
+        command.args(sets).args(more).current_dir(at);
+        command
+    };
+    let further = ["name=further", "train.init_from=tokenizer", "data.sources=[{path=\"data\"}]"];
+    assert!(train("tokenizer/config.toml", &further, &[]).output().unwrap().status.success());
+    run(at, &["data", "encode", "data", "--model", "runs/further", "-o", "codes"]);
+
+    let next = [
+        "name=next",
+        "train.init_from=model",
+        "text.vocab=model/vocab.txt",
+        "image_tokenizer.path=runs/further/model",
+        "data.sources=[{path=\"codes\"}]",
+    ];
+    let start = |more: &[&str]| -> (Option<i32>, String) {
+        let output = train("model/config.toml", &next, more).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let message = "the model in train.init_from, `model`, was made with another image tokenizer";
+    let (code, said) = start(&[]);
+    assert!(
+        code == Some(2) && said.contains(&format!("error: {message}")) && said.contains("--allow-mismatch"),
+        "{said}"
+    );
+    assert!(!at.join("runs/next").exists());
+    let (code, said) = start(&["--allow-mismatch"]);
+    assert!(code == Some(0) && said.contains(&format!("warning: {message}")), "{said}");
+    // What comes out belongs to the tokenizer of the new run.
+    let codes = |folder: &str| -> Value {
+        let text = fs::read(at.join(folder).join("manifest.json")).unwrap();
+        serde_json::from_slice::<Value>(&text).unwrap()["codes"].clone()
+    };
+    assert_eq!(codes("runs/next/model"), codes("runs/further/model"));
+    assert_ne!(codes("runs/next/model"), codes("model"));
 }

@@ -140,22 +140,25 @@ fn images_are_those_of_t2i_in_any_company() {
     let folder = folder();
     let server = Server::start(folder.path(), &["--max-batch", "5"]);
     let cases = [
-        ("一弯月", 3, 1, ["1", "0", "1"]),
-        ("红月，星", 0, 4, ["0.8", "6", "2.5"]),
-        ("星", 7, 2, ["0", "0", "3"]),
-        ("一红月", 1 << 40, 7, ["1.3", "0", "1"]),
-        ("月", 3, 3, ["1", "3", "1"]),
+        ("一弯月", 3, 1, ["1", "0", "1", "constant"]),
+        ("红月，星", 0, 4, ["0.8", "6", "2.5", "linear"]),
+        ("星", 7, 2, ["0", "0", "3", "cosine"]),
+        ("一红月", 1 << 40, 7, ["1.3", "0", "1", "linear"]),
+        ("月", 3, 3, ["1", "3", "1", "constant"]),
     ];
-    let check = |round: usize, (prompt, seed, count, [temperature, top_k, guidance]): (&str, u64, usize, [&str; 3])| {
+    let check = |round: usize, (prompt, seed, count, sampling): (&str, u64, usize, [&str; 4])| {
+        let [temperature, top_k, guidance, schedule] = sampling;
         let number = |text: &str| text.parse::<f64>().unwrap();
         let found = server.generate(&json!({ "prompt": prompt, "seed": seed, "n": count, "guidance": number(guidance),
-            "temperature": number(temperature), "top_k": top_k.parse::<u32>().unwrap() }));
+            "temperature": number(temperature), "top_k": top_k.parse::<u32>().unwrap(), "guidance_schedule": schedule,
+            "temperature_schedule": schedule }));
         let seeds: Vec<u64> =
             found.json()["data"].as_array().unwrap().iter().map(|i| i["seed"].as_u64().unwrap()).collect();
         assert_eq!(seeds, (seed..).take(count).collect::<Vec<_>>());
         let name = format!("{prompt}-{seed}-{round}");
         let mut t2i = vilg(&["t2i", prompt, "--model", "model", "--each", "-n"]);
         t2i.args([&count.to_string(), "--seed", &seed.to_string(), "--temperature", temperature, "--top-k", top_k]);
+        t2i.args(["--guidance-schedule", schedule, "--temperature-schedule", schedule]);
         t2i.args(["--guidance", guidance, "-o", &format!("{name}.png")]).current_dir(folder.path());
         assert!(t2i.output().unwrap().status.success());
         for (i, image) in found.images().into_iter().enumerate() {
@@ -282,6 +285,8 @@ fn wrong_requests_are_refused_and_say_why() {
         (json!({ "prompt": "月", "temperature": -1 }), 400, "`temperature` must be from 0 to 100"),
         (json!({ "prompt": "月", "top_p": 0 }), 400, "`top_p` must be above 0"),
         (json!({ "prompt": "月", "negative_prompt": "星" }), 400, "no effect without guidance"),
+        (json!({ "prompt": "月", "guidance_start": 2 }), 400, "`guidance_start` has no effect without a schedule"),
+        (json!({ "prompt": "月", "guidance_schedule": "steep" }), 400, "unknown variant `steep`"),
         (json!({ "prompt": "月", "partial_images": 99 }), 400, "`partial_images` must be from 0 to 4"),
         (json!({ "prompt": "月", "output_format": "webp" }), 400, "`output_format` must be `png`"),
         (json!({ "prompt": "月", "background": "transparent" }), 400, "`background` must be"),

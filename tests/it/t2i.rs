@@ -60,6 +60,34 @@ fn the_demo_generates_the_same_image_as_earlier_versions() {
 }
 
 #[test]
+fn guidance_and_temperature_may_change_from_code_to_code() {
+    let folder = folder();
+    let at = folder.path();
+    let drawn = |args: &[&str]| generate(at, &[&["--seed", "4"], args].concat()).unwrap();
+    let warm = drawn(&["--guidance", "90", "--temperature", "1"]);
+    let constant = ["--guidance-schedule", "constant", "--temperature-schedule", "constant"];
+    assert!(drawn(&[&["--guidance", "90", "--temperature", "1"], &constant[..]].concat()) == warm);
+    // From 90 to 90 is no change; from 1 to 90 is one.
+    let ramp = ["--guidance", "90", "--temperature", "1", "--guidance-schedule", "linear"];
+    assert!(drawn(&[&ramp[..], &["--guidance-start", "90"]].concat()) == warm);
+    assert!(drawn(&ramp) != warm);
+    let cooled = ["--guidance", "3", "--temperature", "0", "--temperature-schedule", "cosine"];
+    assert!(drawn(&cooled) != drawn(&cooled[..4]), "the first codes are drawn at temperature 1");
+    // Guidance at the beginning alone is guidance too.
+    let early = ["--negative", "星", "--guidance", "1", "--guidance-schedule", "linear", "--guidance-start", "4"];
+    assert!(generate(at, &early).is_ok());
+    for (args, what) in [
+        (&["--guidance-start", "2"][..], "--guidance-start has no effect on a constant guidance"),
+        (&["--temperature-start", "2"], "--temperature-schedule linear"),
+        (&["--guidance-schedule", "quadratic"], "linear"),
+        (&["--guidance-schedule", "linear", "--guidance-start", "101"], "from 0 to 100"),
+    ] {
+        let error = generate(at, args).unwrap_err();
+        assert!(error.contains(what) && error.starts_with("Some(2)"), "{args:?}: {error}");
+    }
+}
+
+#[test]
 fn the_demo_says_what_it_does_not_know() {
     let folder = folder();
     let at = folder.path();

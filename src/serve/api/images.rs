@@ -8,6 +8,7 @@ use super::{
     work::{Done, Event, Failure, ImagesWork, Work},
 };
 use crate::{
+    config::Schedule,
     data::image_file::png,
     generate::{Request, Sampling},
 };
@@ -68,9 +69,13 @@ struct Ask {
     seed: Option<u64>,
     negative_prompt: Option<String>,
     temperature: Option<f64>,
+    temperature_schedule: Option<Schedule>,
+    temperature_start: Option<f64>,
     top_k: Option<usize>,
     top_p: Option<f64>,
     guidance: Option<f64>,
+    guidance_schedule: Option<Schedule>,
+    guidance_start: Option<f64>,
 }
 
 /// What is made of the images of a request.
@@ -88,17 +93,35 @@ impl Ask {
     fn sampling(&self, defaults: &Sampling) -> Result<Sampling, Refusal> {
         let sampling = Sampling {
             temperature: self.temperature.unwrap_or(defaults.temperature),
+            temperature_schedule: self.temperature_schedule.unwrap_or(defaults.temperature_schedule),
+            temperature_start: self.temperature_start.unwrap_or(defaults.temperature_start),
             top_k: self.top_k.unwrap_or(defaults.top_k),
             top_p: self.top_p.unwrap_or(defaults.top_p),
             guidance: self.guidance.unwrap_or(defaults.guidance),
+            guidance_schedule: self.guidance_schedule.unwrap_or(defaults.guidance_schedule),
+            guidance_start: self.guidance_start.unwrap_or(defaults.guidance_start),
         };
-        for (param, value) in [("temperature", sampling.temperature), ("guidance", sampling.guidance)] {
+        for (param, value) in [
+            ("temperature", sampling.temperature),
+            ("temperature_start", sampling.temperature_start),
+            ("guidance", sampling.guidance),
+            ("guidance_start", sampling.guidance_start),
+        ] {
             check_scale(param, value)?;
+        }
+        for (param, start, schedule) in [
+            ("temperature_start", self.temperature_start, sampling.temperature_schedule),
+            ("guidance_start", self.guidance_start, sampling.guidance_schedule),
+        ] {
+            if start.is_some() && schedule == Schedule::Constant {
+                let message = format!("`{param}` has no effect without a schedule, such as `linear`");
+                return Err(Refusal::param(param, message));
+            }
         }
         if !(sampling.top_p > 0.0 && sampling.top_p <= 1.0) {
             return Err(Refusal::param("top_p", "`top_p` must be above 0, at most 1"));
         }
-        if self.negative_prompt.is_some() && sampling.guidance == 1.0 {
+        if self.negative_prompt.is_some() && !sampling.is_guided() {
             let message = "`negative_prompt` has no effect without guidance; set `guidance` above 1";
             return Err(Refusal::param("negative_prompt", message));
         }

@@ -93,6 +93,24 @@ impl Gumbel {
         Ok(self.logits(&z.detach())?.argmax(D::Minus1)?)
     }
 
+    /// Codes `(rows)` drawn for latents `(.., dim)`: the most likely ones of noisy logits.
+    pub fn draw(&self, z: &Tensor, relaxation: Relaxation) -> Result<Tensor> {
+        Ok(self.noisy(&z.detach(), relaxation)?.argmax(D::Minus1)?)
+    }
+
+    /// Soft codes `(rows, codes)` of latents `(.., dim)`: the Gumbel softmax at `temperature`, with the noise of
+    /// [`Gumbel::draw`].
+    pub fn soft_codes(&self, z: &Tensor, temperature: f64, relaxation: Relaxation) -> Result<Tensor> {
+        softmax(&(self.noisy(z, relaxation)? / temperature)?)
+    }
+
+    /// Logits `(rows, codes)` of latents `(.., dim)` with noise.
+    fn noisy(&self, z: &Tensor, relaxation: Relaxation) -> Result<Tensor> {
+        let logits = self.logits(z)?;
+        let noise = noise(&logits, images(z)?, relaxation)?;
+        Ok((logits + noise)?)
+    }
+
     /// Vectors `(rows, dim)` of codes `(rows)`.
     pub fn lookup(&self, codes: &Tensor) -> Result<Tensor> {
         self.with_offset(self.vectors()?.index_select(codes, 0)?)
@@ -101,8 +119,7 @@ impl Gumbel {
     /// Samples codes for latents `(.., dim)`. The gradient is that of the softmax.
     pub fn forward(&self, z: &Tensor, relaxation: Relaxation) -> Result<Quantized> {
         let logits = self.logits(z)?;
-        let images = if z.rank() == 4 { z.dim(0)? } else { 1 };
-        self.relaxed(z, &logits, &noise(&logits, images, relaxation)?, relaxation)
+        self.relaxed(z, &logits, &noise(&logits, images(z)?, relaxation)?, relaxation)
     }
 
     fn relaxed(&self, z: &Tensor, logits: &Tensor, noise: &Tensor, relaxation: Relaxation) -> Result<Quantized> {
@@ -132,6 +149,11 @@ impl Gumbel {
         let hits = codes.unsqueeze(1)?.broadcast_as(shape)?.eq(&all.broadcast_as(shape)?)?;
         Ok(hits.to_dtype(self.codebook.dtype())?)
     }
+}
+
+/// Number of images of latents `(.., dim)`.
+fn images(z: &Tensor) -> Result<usize> {
+    Ok(if z.rank() == 4 { z.dim(0)? } else { 1 })
 }
 
 /// Gumbel noise for the logits of a number of images.

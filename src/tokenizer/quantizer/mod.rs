@@ -8,7 +8,7 @@ pub mod vector_quantizer;
 
 use crate::{
     config::{self, QuantizerKind},
-    error::{Result, ensure},
+    error::{Result, bail, ensure},
     nn::params::Scope,
 };
 use candle_core::{D, DType, Device, Tensor};
@@ -81,6 +81,33 @@ impl Quantizer {
             Self::Vector(nearest) => nearest.encode(z),
             Self::Gumbel(gumbel) => gumbel.encode(z),
             Self::Fsq(fsq) => fsq.encode(z),
+        }
+    }
+
+    /// Codes `(rows)` of latents `(.., dim)` in training: those of [`Quantizer::encode`], but a Gumbel softmax draws them.
+    pub fn draw(&self, z: &Tensor, relaxation: Relaxation) -> Result<Tensor> {
+        match self {
+            Self::Vector(nearest) => nearest.encode(z),
+            Self::Gumbel(gumbel) => gumbel.draw(z, relaxation),
+            Self::Fsq(fsq) => fsq.encode(z),
+        }
+    }
+
+    /// Whether it has [`Quantizer::soft_codes`].
+    pub fn has_soft_codes(&self) -> bool {
+        matches!(self, Self::Vector(_) | Self::Gumbel(_))
+    }
+
+    /// Soft codes `(rows, codes)` of latents `(.., dim)`, each row a distribution over the codes that the code of
+    /// [`Quantizer::draw`] is the most likely of. The gradient flows to the latents, not to the codebook.
+    ///
+    /// # Errors
+    /// The quantizer has none.
+    pub fn soft_codes(&self, z: &Tensor, temperature: f64, relaxation: Relaxation) -> Result<Tensor> {
+        match self {
+            Self::Vector(nearest) => nearest.soft_codes(z, temperature),
+            Self::Gumbel(gumbel) => gumbel.soft_codes(z, temperature, relaxation),
+            Self::Fsq(_) => bail!("codes of fixed levels have no soft codes"),
         }
     }
 

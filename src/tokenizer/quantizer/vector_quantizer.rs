@@ -85,6 +85,12 @@ impl VectorQuantizer {
         self.normalized(&self.codebook.index_select(codes, 0)?)
     }
 
+    /// Soft codes `(rows, codes)` of latents `(.., dim)`: softmax(−distance² / `temperature`).
+    pub fn soft_codes(&self, z: &Tensor, temperature: f64) -> Result<Tensor> {
+        let z = self.normalized(&z.reshape(((), z.dim(D::Minus1)?))?)?;
+        likelihoods(&z, &self.normalized(&self.codebook.detach())?, temperature)
+    }
+
     /// Quantizes latents `(.., dim)` with gradients and losses.
     pub fn forward(&self, z: &Tensor) -> Result<Quantized> {
         let z = self.normalized(z)?;
@@ -131,14 +137,18 @@ pub fn dead_codes(last_used: &mut [u64], chosen: &[u32], after: u64, step: u64) 
     dead
 }
 
+/// Likelihoods `(rows, codes)` of codes `(codes, dim)` for latents `(rows, dim)`: softmax(−distance² / `temperature`).
+fn likelihoods(z: &Tensor, codes: &Tensor, temperature: f64) -> Result<Tensor> {
+    // |z|² is the same for all codes and cancels in the softmax.
+    let near = ((z.matmul(&codes.t()?)? * 2.0)?.broadcast_sub(&codes.sqr()?.sum(D::Minus1)?)? / temperature)?;
+    softmax(&near)
+}
+
 /// Entropy loss of latents `(.., dim)` over codes `(codes, dim)`, in nats: the mean entropy of each latent's code
 /// distribution minus the entropy of the mean distribution (arXiv 2310.05737, eq. 4). Likelihoods fall with the squared
 /// distance.
 fn entropy_loss(z: &Tensor, codes: &Tensor) -> Result<Tensor> {
-    let z = z.reshape(((), z.dim(D::Minus1)?))?;
-    // |z|² is the same for all codes and cancels in the softmax.
-    let near = ((z.matmul(&codes.t()?)? * 2.0)?.broadcast_sub(&codes.sqr()?.sum(D::Minus1)?)? / TEMPERATURE)?;
-    let likely = softmax(&near)?;
+    let likely = likelihoods(&z.reshape(((), z.dim(D::Minus1)?))?, codes, TEMPERATURE)?;
     let negative = |p: &Tensor| -> Result<Tensor> { Ok((p * (p + LOG_EPS)?.log()?)?.sum(D::Minus1)?) };
     Ok((negative(&likely.mean(0)?)? - negative(&likely)?.mean_all()?)?)
 }

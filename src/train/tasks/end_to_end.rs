@@ -3,7 +3,7 @@
 //! loss in addition.
 
 use super::{
-    Fingerprint, InputFile, Sequences, Task, TaskSpec, generator, generator::GeneratorTask, reconstruction,
+    Fingerprint, InputFile, Sequences, Task, TaskSpec, generator::GeneratorTask, generator_spec, joint, reconstruction,
     sequences_flops,
 };
 use crate::{
@@ -36,15 +36,15 @@ impl TaskSpec for Spec {
     }
 
     fn batch_sizes(&self, train: &Train) -> Vec<(&'static str, usize)> {
-        generator::Spec.batch_sizes(train)
+        generator_spec::Spec.batch_sizes(train)
     }
 
     fn parameter_groups(&self, config: &Config, inputs: &Inputs) -> Result<Vec<Params>> {
-        generator::Spec.parameter_groups(config, inputs)
+        generator_spec::Spec.parameter_groups(config, inputs)
     }
 
     fn parts(&self) -> &'static [(&'static str, &'static [&'static str])] {
-        generator::Spec.parts()
+        generator_spec::Spec.parts()
     }
 
     fn sequences(&self, config: &Config, inputs: &Inputs) -> Vec<Sequences> {
@@ -54,7 +54,7 @@ impl TaskSpec for Spec {
             Modality::Image if reads => Sequences { layout: sequences.layout.reading_last(), ..sequences },
             _ => sequences,
         };
-        generator::Spec.sequences(config, inputs).into_iter().map(arrange).collect()
+        generator_spec::Spec.sequences(config, inputs).into_iter().map(arrange).collect()
     }
 
     fn flops(&self, config: &Config, inputs: &Inputs) -> f64 {
@@ -62,11 +62,13 @@ impl TaskSpec for Spec {
             true => flops::reconstructor(&inputs.tokenizer, config.train.batch_size),
             false => 0.0,
         };
-        sequences_flops(config, self.sequences(config, inputs)) + reconstruction
+        let texts = if joint::is_on(config) { joint::images(&config.train) } else { 0 };
+        let joint = flops::tokenizer(&inputs.tokenizer, texts);
+        sequences_flops(config, self.sequences(config, inputs)) + reconstruction + joint
     }
 
     fn files<'a>(&self, config: &'a Config) -> Vec<InputFile<'a>> {
-        generator::Spec.files(config)
+        generator_spec::Spec.files(config)
     }
 
     fn initial_model(&self, model: Bundle) -> Result<Bundle> {
@@ -74,16 +76,18 @@ impl TaskSpec for Spec {
         Ok(model)
     }
 
-    /// A generator of two-stage training has neither map nor reconstructor.
+    /// A generator of two-stage training has neither map nor reconstructor; the image tokenizer is always that of
+    /// `image_tokenizer.path`.
     fn starts_anew(&self, name: &str, model: &Bundle) -> bool {
         !model.config.task.has_reconstructor() && config::begins_with(name, SCOPE)
+            || config::begins_with(name, joint::SCOPE)
     }
 
     fn fingerprint_of(&self, config: &Config, model: &Bundle) -> Result<Fingerprint> {
-        generator::Spec.fingerprint_of(config, model)
+        generator_spec::Spec.fingerprint_of(config, model)
     }
 
     fn meaning_keys(&self, config: &Config) -> &'static [&'static str] {
-        generator::Spec.meaning_keys(config)
+        generator_spec::Spec.meaning_keys(config)
     }
 }

@@ -1,8 +1,8 @@
 //! The task `generator`: both directions in every step, the summed loss (paper §2.2). The task `end-to-end` is the same
-//! with a reconstructor.
+//! with a reconstructor. What is known of it without running it is in `generator_spec`.
 
 use super::{
-    FileKind, Fingerprint, InputFile, Publisher, Sequences, Task, TaskSpec,
+    Fingerprint, Publisher, Task, joint,
     objectives::{BatchMaker, EmptySteps, Seen},
     origins::{BASE, Base, IMAGE_TOKENIZER, fingerprint, open_image_tokenizer},
     reconstruction::{self, Discriminated},
@@ -10,146 +10,29 @@ use super::{
 };
 use crate::{
     bundle::{self, Bundle, Parts},
-    config::{self, AttentionKind, Config, Precision, Train},
+    config::{self, Config, Precision},
     data::{self, Kind},
     dist::Group,
-    error::{Result, ensure, failed, usage},
-    model::{Generator, Layout, end_to_end::SCOPE},
+    error::{Result, ensure, failed},
+    model::{Batch, Generator, end_to_end::SCOPE},
     nn::{
         lora,
         params::{Fresh, Params, Scope},
-        pattern::Grid,
+        segment::Segment,
     },
     runtime,
     text::WordPiece,
-    tokenizer::{self, ImageTokenizer},
+    tokenizer::{self, ImageTokenizer, Statistics},
     train::{
         StepMetrics,
         data_loader::DataLoader,
         engine,
-        inputs::Inputs,
         shards::{Shards, names},
     },
 };
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use serde_json::Value;
 use std::{collections::HashMap, path::Path, time::Duration};
-
-/// Text → image and image → text.
-#[derive(Debug)]
-pub struct Spec;
-
-impl TaskSpec for Spec {
-    fn start(&self, config: &Config, group: &Group) -> Result<Box<dyn Task>> {
-        Ok(Box::new(GeneratorTask::new(config, group)?))
-    }
-
-    /// Where the weights are random and sharded, a rank need not hold them all at any time.
-    fn starts_empty(&self, config: &Config, world_size: usize) -> bool {
-        let train = &config.train;
-        let sharded = world_size > 1 && train.hsdp_shard_size != 1 && train.zero_stage == 3;
-        sharded && train.init_from.is_empty()
-    }
-
-    fn sample_kind(&self, _config: &Config, _inputs: &Inputs) -> Kind {
-        Kind::Codes
-    }
-
-    fn batch_sizes(&self, train: &Train) -> Vec<(&'static str, usize)> {
-        let keys = ["train.batch_size", "train.caption_batch_size", "train.vqa_batch_size"];
-        keys.into_iter().zip(train.generator_batches()).collect()
-    }
-
-    fn parameter_groups(&self, config: &Config, inputs: &Inputs) -> Result<Vec<Params>> {
-        let (codes, grid) = (inputs.tokenizer.codebook_size, inputs.tokenizer.grid());
-        let scope = Scope::empty_from_seed(config.seed, &Device::Cpu);
-        let config = &reconstruction::without_perceptual_network(config);
-        let model = Generator::in_training(&scope, config, inputs.vocabulary, codes, grid)?;
-        Ok(model.segments().iter().map(|segment| segment.params().clone()).collect())
-    }
-
-    fn parts(&self) -> &'static [(&'static str, &'static [&'static str])] {
-        &[
-            ("text embedding", &["text_embedding."]),
-            ("text positions", &["text_position."]),
-            ("image embedding", &["image_embedding."]),
-            ("image positions", &["image_row.", "image_column.", "image_start"]),
-            ("blocks", &["blocks."]),
-            ("final norm", &["norm."]),
-            ("text head", &["text_head."]),
-            ("image head", &["image_head."]),
-            ("map to code vectors", &["end_to_end.map."]),
-            ("reconstructor", &["end_to_end.reconstructor."]),
-        ]
-    }
-
-    fn sequences(&self, config: &Config, inputs: &Inputs) -> Vec<Sequences> {
-        let (height, width) = inputs.tokenizer.grid();
-        let (train, grid, text) = (&config.train, Grid { height, width }, config.text.max_tokens);
-        let mut all = vec![
-            Sequences {
-                name: "text to image",
-                layout: Layout::text_to_image(text, grid),
-                outputs: inputs.tokenizer.codebook_size,
-                batch_size: train.batch_size,
-                weight: train.image_loss_weight,
-            },
-            Sequences {
-                name: "image to text",
-                layout: Layout::image_to_text(grid, text),
-                outputs: inputs.vocabulary,
-                batch_size: train.caption_batch_size,
-                weight: train.text_loss_weight,
-            },
-        ];
-        all.extend((train.vqa_batch_size > 0).then(|| Sequences {
-            name: "image and question to answer",
-            layout: Layout::visual_question(grid, text, text),
-            outputs: inputs.vocabulary,
-            batch_size: train.vqa_batch_size,
-            weight: train.answer_loss_weight,
-        }));
-        all
-    }
-
-    fn files<'a>(&self, config: &'a Config) -> Vec<InputFile<'a>> {
-        let file = |key, path, kind| InputFile { key, path, kind, required: true };
-        vec![
-            file("text.vocab", &config.text.vocab, FileKind::File),
-            file("image_tokenizer.path", &config.image_tokenizer.path, FileKind::Model),
-        ]
-    }
-
-    fn initial_model(&self, model: Bundle) -> Result<Bundle> {
-        model.expect(config::Task::Generator)?;
-        let what = "an end-to-end generator has a reconstructor, which has no place here";
-        let two_stage = !model.config.task.has_reconstructor();
-        ensure!(two_stage, usage(what, "drop it with `vilg export --two-stage`, or set task = \"end-to-end\""));
-        Ok(model)
-    }
-
-    fn fingerprint_of(&self, config: &Config, model: &Bundle) -> Result<Fingerprint> {
-        let mut all = fingerprint(&model.text()?, model)?;
-        if config.lora.is_on() {
-            all.insert(BASE.into(), model.base_digest()?);
-        }
-        Ok(all)
-    }
-
-    /// Adapters, of which a model folder has none.
-    fn starts_anew(&self, name: &str, _model: &Bundle) -> bool {
-        lora::is_adapter(name)
-    }
-
-    fn meaning_keys(&self, config: &Config) -> &'static [&'static str] {
-        match config.model.attention {
-            AttentionKind::Sparse => {
-                &["model.heads", "model.attention", "model.row_extent", "model.conv_border", "model.conv_size"]
-            }
-            AttentionKind::Dense => &["model.heads", "model.attention"],
-        }
-    }
-}
 
 /// The generator in training.
 pub struct GeneratorTask {
@@ -161,7 +44,7 @@ pub struct GeneratorTask {
     fresh: Option<Fresh>,
     text: WordPiece,
     image_tokenizer: Bundle,
-    /// Encodes the images of samples without codes.
+    /// Encodes the images of samples, where these have no codes or where it is trained too.
     encoder: Option<ImageTokenizer>,
     data_loader: DataLoader,
     /// What low-rank adapters are trained for.
@@ -169,6 +52,8 @@ pub struct GeneratorTask {
     empty_steps: EmptySteps,
     /// Of the discriminator in end-to-end training.
     discriminated: Discriminated,
+    /// What the current step saw of an image tokenizer that is trained too.
+    seen_images: Option<Statistics>,
 }
 
 impl GeneratorTask {
@@ -192,12 +77,13 @@ impl GeneratorTask {
             config::Task::EndToEnd => reconstruction::sample_kind(&config, &config.image_tokenizer),
             _ => Kind::Codes,
         };
-        let encoder = if kind.has_codes() { None } else { Some(image_tokenizer.image_tokenizer()?) };
+        let encodes = !kind.has_codes() && !joint::is_on(&config);
+        let mut encoder = encodes.then(|| image_tokenizer.image_tokenizer()).transpose()?;
         let batches = config.train.generator_batches();
         let data_loader = DataLoader::new(&config, kind, &batches, group)?;
         let ours = match data_loader.dataset().codes() {
             Some(codes) => image_tokenizer.makes_codes_of(&codes.tokenizer)?,
-            None => encoder.is_some(),
+            None => !kind.has_codes(),
         };
         let hint = "encode the images again with `vilg data encode`, or name the tokenizer that made the codes";
         ensure!(ours, failed("the codes in data.sources are not of the tokenizer in image_tokenizer.path", hint));
@@ -210,10 +96,17 @@ impl GeneratorTask {
         };
         let scope = scope.in_precision(kept);
         let model = build(Generator::in_training, &scope, &config, &text)?;
+        // After the generator, whose segments take the parameters that are there.
+        if joint::is_on(&config) {
+            encoder = Some(joint::image_tokenizer(&scope, &config)?);
+        }
         let (params, fresh) = (scope.params(), scope.fresh().filter(|_| config.train.init_from.is_empty()));
         if config.task.has_reconstructor() {
             reconstruction::check_images(&data_loader, kind)?;
-            reconstruction::start_reconstructor(&config, &params, &image_tokenizer)?;
+            reconstruction::start(&config, &params, &image_tokenizer)?;
+        }
+        if let Some(trained) = encoder.as_ref().filter(|_| joint::is_on(&config)) {
+            joint::start(trained, &config)?;
         }
         Ok(Self {
             model,
@@ -226,12 +119,18 @@ impl GeneratorTask {
             base,
             empty_steps: EmptySteps::default(),
             discriminated: Discriminated::default(),
+            seen_images: None,
             config,
         })
     }
 
-    /// The metrics of this rank's samples of step `step`, by objective. With `activation_checkpointing` the gradients of
-    /// `loss_scale` times the loss are added to those in `shards`.
+    /// The chain in training.
+    fn segments(&self) -> Vec<Box<dyn Segment<Batch> + '_>> {
+        joint::chain(&self.config, &self.model, self.encoder.as_ref())
+    }
+
+    /// The metrics of this rank's samples of step `step`, by objective, and what it saw of an image tokenizer that is trained
+    /// too. With `activation_checkpointing` the gradients of `loss_scale` times the loss are added to those in `shards`.
     fn pass(
         &self,
         config: &Config,
@@ -240,19 +139,28 @@ impl GeneratorTask {
         loss_scale: f64,
         activation_checkpointing: Option<usize>,
         shards: &mut Shards,
-    ) -> Result<StepMetrics> {
+    ) -> Result<(StepMetrics, Option<Statistics>)> {
         let training = activation_checkpointing.is_some();
         let logit_ema = self.discriminated.at(config, step).filter(|_| training);
         let (text, model, encoder) = (&self.text, &self.model, self.encoder.as_ref());
         let empty_steps = &self.empty_steps;
-        let maker = BatchMaker { config, text, model, encoder, loss_scale, empty_steps, logit_ema };
+        let joint = joint::is_on(config);
+        let trains_encoder = joint && training;
+        let maker = BatchMaker { config, text, model, encoder, trains_encoder, loss_scale, empty_steps, logit_ema };
         let mut batches = Vec::new();
+        if joint {
+            // The images are encoded before the passes begin.
+            shards.all_gather(joint::SEGMENT, None)?;
+        }
         for (i, (first, records)) in samples.iter().enumerate() {
             let parts = maker.batches(i, *first, records, step, shards.group())?;
             batches.extend(parts.into_iter().map(|batch| (i, batch)));
         }
-        let segments = self.model.segments();
-        let mut seen = Seen::default();
+        if joint {
+            shards.reshard(joint::SEGMENT)?;
+        }
+        let segments = self.segments();
+        let (mut seen, mut images) = (Seen::default(), joint::Seen::default());
         for (i, (objective, batch)) in batches.iter().enumerate() {
             if i + 1 == batches.len() && training {
                 shards.last_micro_batch();
@@ -262,8 +170,14 @@ impl GeneratorTask {
                 None => engine::loss(&segments, batch, shards)?,
             };
             seen.add(*objective, batch, loss / loss_scale, maker.flops(batch)?);
+            images.add(encoder, batch)?;
         }
-        seen.metrics(config, logit_ema.is_some(), shards.group())
+        let mut metrics = seen.metrics(config, logit_ema.is_some(), shards.group())?;
+        let images = trains_encoder.then(|| images.gather(config, shards.group())).transpose()?;
+        if let Some(images) = &images {
+            metrics.figures.extend([("tokenizer_psnr", images.psnr()), ("perplexity", images.perplexity())]);
+        }
+        Ok((metrics, images))
     }
 }
 
@@ -281,7 +195,7 @@ impl Task for GeneratorTask {
     }
 
     fn fresh(&self, name: &str) -> Result<Option<Vec<f32>>> {
-        if reconstruction::starts_from_tokenizer(&self.config, name) {
+        if reconstruction::is_started(&self.config, name) {
             return Ok(None);
         }
         self.fresh.as_ref().map(|fresh| fresh.values(name)).transpose()
@@ -297,7 +211,7 @@ impl Task for GeneratorTask {
             _ if lora::is_a(name) => false,
             Some(SCOPE) => images && reconstruction::gets_gradient(&self.config, name),
             Some("image_head" | "image_start") => images,
-            Some("text_head") => captions || answers,
+            Some("text_head" | joint::SCOPE) => captions || answers,
             _ => true,
         }
     }
@@ -316,14 +230,15 @@ impl Task for GeneratorTask {
     }
 
     fn parameter_groups(&self) -> Vec<Vec<String>> {
-        names(&self.model.segments())
+        names(&self.segments())
     }
 
     fn gradients(&mut self, step: u64, loss_scale: f64, shards: &mut Shards) -> Result<StepMetrics> {
         let samples = self.data_loader.next(step)?;
         let every = Some(self.config.train.activation_checkpointing);
-        let metrics = self.pass(&self.config, &samples, step, loss_scale, every, shards)?;
+        let (metrics, images) = self.pass(&self.config, &samples, step, loss_scale, every, shards)?;
         self.discriminated.see(&metrics.figures);
+        self.seen_images = images;
         Ok(metrics)
     }
 
@@ -331,9 +246,12 @@ impl Task for GeneratorTask {
         self.config.task.has_reconstructor() && self.config.image_tokenizer.loss_changes_at(step)
     }
 
-    fn after_step(&mut self, _step: u64, _shards: &mut Shards) -> Result<()> {
+    fn after_step(&mut self, _step: u64, shards: &mut Shards) -> Result<()> {
         self.discriminated.follow();
-        Ok(())
+        match (&self.encoder, self.seen_images.take()) {
+            (Some(trained), Some(seen)) => joint::follow(trained, &self.config.train, &seen, shards),
+            _ => Ok(()),
+        }
     }
 
     fn state(&self) -> Value {
@@ -348,7 +266,7 @@ impl Task for GeneratorTask {
     fn validate(&mut self, _step: u64, batch: u64, shards: &mut Shards) -> Result<StepMetrics> {
         let samples = self.data_loader.validation(batch)?;
         let train = config::Train { condition_dropout: 0.0, ..self.config.train.clone() };
-        self.pass(&Config { train, ..self.config.clone() }, &samples, batch, 1.0, None, shards)
+        Ok(self.pass(&Config { train, ..self.config.clone() }, &samples, batch, 1.0, None, shards)?.0)
     }
 
     fn data_wait(&self) -> Duration {
@@ -377,11 +295,11 @@ impl Task for GeneratorTask {
     }
 
     fn publisher(&self) -> Publisher {
-        let (config, vocab, image_tokenizer) =
-            (self.config.clone(), self.text.vocab_text(), self.image_tokenizer.clone());
-        let base = self.base.clone();
+        let (config, vocab, base) = (self.config.clone(), self.text.vocab_text(), self.base.clone());
+        let image_tokenizer = self.image_tokenizer.clone();
         Box::new(move |mut weights, folder| {
             weights.retain(|name, _| !tokenizer::is_of_training(name));
+            let trained = joint::take_weights(&mut weights)?;
             let sources = bundle::attribution_of(&config.data.sources);
             if let Some(Base { name, digest }) = &base {
                 return bundle::write_adapter(folder, &config.lora, [name, digest], weights, &sources);
@@ -391,10 +309,15 @@ impl Task for GeneratorTask {
                 config: &config,
                 weights,
                 vocab: Some(vocab),
-                attribution,
-                image_tokenizer: Some(image_tokenizer),
+                attribution: attribution.clone(),
+                image_tokenizer: Some(image_tokenizer.clone()),
             };
-            bundle::write(folder, &parts, safetensors::Dtype::F32)
+            if trained.is_empty() {
+                return bundle::write(folder, &parts, safetensors::Dtype::F32);
+            }
+            let config = &image_tokenizer.image_tokenizer_folder()?.config;
+            let tokenizer = Parts { config, weights: trained, vocab: None, attribution, image_tokenizer: None };
+            bundle::write_with_tokenizer(folder, &parts, &tokenizer, safetensors::Dtype::F32)
         })
     }
 }

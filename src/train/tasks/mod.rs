@@ -1,11 +1,14 @@
-//! The tasks, one file each. [`spec`] is the only function that lists them all.
+//! The tasks, one file each (the generator, with which others share much, has two). [`spec`] is the only function that lists
+//! them all.
 //!
 //! A [`TaskSpec`] says what is known of a task without running it: what a step reads, how large the model is, and where
 //! a run may start. [`TaskSpec::start`] makes the [`Task`] that the training loop drives on a rank.
 
 mod end_to_end;
 mod generator;
+mod generator_spec;
 mod image_tokenizer;
+mod joint;
 mod matcher;
 mod objectives;
 mod origins;
@@ -40,7 +43,7 @@ pub(super) use {generator::GeneratorTask, image_tokenizer::ImageTokenizerTask};
 /// The task that a configuration names.
 pub fn spec(task: config::Task) -> &'static dyn TaskSpec {
     match task {
-        config::Task::Generator => &generator::Spec,
+        config::Task::Generator => &generator_spec::Spec,
         config::Task::EndToEnd => &end_to_end::Spec,
         config::Task::ImageTokenizer => &image_tokenizer::Spec,
         config::Task::Matcher => &matcher::Spec,

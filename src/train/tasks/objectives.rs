@@ -1,7 +1,7 @@
 //! What a generator learns from in a step: sequences of both directions (paper §2.2) and, in end-to-end training, the images
 //! that they are made of.
 
-use super::pixels::pixels;
+use super::{joint, pixels::pixels};
 use crate::{
     config::{Config, LossReduction, Train},
     data::{self, Question, questions},
@@ -48,8 +48,10 @@ pub struct BatchMaker<'a> {
     pub config: &'a Config,
     pub text: &'a WordPiece,
     pub model: &'a Generator,
-    /// Encodes the images of samples without codes.
+    /// Encodes the images of samples, where these have no codes or where it is trained too.
     pub encoder: Option<&'a ImageTokenizer>,
+    /// Whether the sequences of image → text train the encoder.
+    pub trains_encoder: bool,
     pub loss_scale: f64,
     pub empty_steps: &'a EmptySteps,
     /// Statistics of the discriminator, if it is trained in this step.
@@ -110,16 +112,27 @@ impl BatchMaker<'_> {
         };
         let sequence = flops::training(self.config, &batch.layout(self.model.grid())?, outputs);
         let images = batch.pixels.as_ref().map_or(0.0, |_| flops::reconstructor(tokenizer, samples));
-        Ok(samples as f64 * sequence + images)
+        let sources = batch.source_pixels.as_ref().map_or(0.0, |_| flops::tokenizer(tokenizer, samples));
+        Ok(samples as f64 * sequence + images + sources)
     }
 
     fn batch(&self, objective: &Objective, first: u64, records: &[data::Record], step: u64) -> Result<Batch> {
-        let codes = self.codes(records)?;
-        match objective.sequence {
+        let of_text = !matches!(objective.sequence, Sequence::Image);
+        let trained = self.encoder.filter(|_| self.trains_encoder && of_text);
+        let sources =
+            trained.map(|_| joint::batch(self.config, records, (step, first), self.loss_scale)).transpose()?;
+        let codes = match trained.zip(sources.as_ref()) {
+            Some((encoder, sources)) => encoder.draw(&sources.pixels, sources.relaxation)?,
+            None => self.codes(records)?,
+        };
+        let mut batch = match objective.sequence {
             Sequence::Image => self.image_batch(codes, first, records, step),
             Sequence::Caption => Batch::image_to_text(codes, self.targets(records.iter().map(|r| r.caption.as_str()))?),
             Sequence::Answer => self.answer_batch(codes, first, records, step),
-        }
+        }?;
+        batch.source_pixels = sources.map(Rc::new);
+        batch.tokenizer_gradient = self.config.end_to_end.tokenizer_gradient(step);
+        Ok(batch)
     }
 
     fn image_batch(&self, codes: Tensor, first: u64, records: &[data::Record], step: u64) -> Result<Batch> {

@@ -1,5 +1,6 @@
 //! What end-to-end training needs beside a generator's samples and weights: images, and a reconstructor to start from.
 
+use super::joint;
 use crate::{
     bundle::Bundle,
     config::{self, Config, ReconstructorInit},
@@ -7,14 +8,17 @@ use crate::{
     error::{Context, Result, ensure, failed},
     model::end_to_end::RECONSTRUCTOR,
     nn::params::Params,
-    tokenizer::discriminator::{self, LogitEma},
+    tokenizer::{
+        self,
+        discriminator::{self, LogitEma},
+    },
     train::data_loader::DataLoader,
 };
 use serde_json::{Value, json};
 
 /// Shards of codes with their images, or images that are encoded when they are read.
-pub fn sample_kind(config: &Config, tokenizer: &config::ImageTokenizer) -> Kind {
-    let side = u32::try_from(tokenizer.image_size).unwrap_or(u32::MAX);
+pub fn sample_kind(config: &Config, settings: &config::ImageTokenizer) -> Kind {
+    let side = u32::try_from(settings.image_size).unwrap_or(u32::MAX);
     match config.data.sources.iter().all(|source| data::are_codes(&source.path, &config.data)) {
         true => Kind::CodesAndImages(side),
         false => Kind::Pairs(side),
@@ -36,17 +40,24 @@ pub fn check_images(data_loader: &DataLoader, kind: Kind) -> Result<()> {
 }
 
 /// Whether a parameter begins with the value that it has in the image tokenizer.
-pub fn starts_from_tokenizer(config: &Config, name: &str) -> bool {
-    config.end_to_end.reconstructor_init == ReconstructorInit::Tokenizer
-        && config::begins_with(name, RECONSTRUCTOR)
-        && !discriminator::is_ours(name)
+fn starts_from_tokenizer(config: &Config, name: &str) -> bool {
+    let decoder = config.end_to_end.reconstructor_init == ReconstructorInit::Tokenizer
+        && config::begins_with(name, RECONSTRUCTOR);
+    (decoder || config::begins_with(name, joint::SCOPE)) && !tokenizer::is_of_training(name)
 }
 
-/// Sets the reconstructor to the image tokenizer's decoder, if it is to start from that.
-pub fn start_reconstructor(config: &Config, params: &Params, image_tokenizer: &Bundle) -> Result<()> {
+/// Whether a parameter has its first value already, and no random one.
+pub fn is_started(config: &Config, name: &str) -> bool {
+    starts_from_tokenizer(config, name) || config::begins_with(name, joint::SCOPE)
+}
+
+/// Sets the reconstructor to the image tokenizer's decoder, if it is to start from that, and the tokenizer that is trained
+/// too to the image tokenizer.
+pub fn start(config: &Config, params: &Params, image_tokenizer: &Bundle) -> Result<()> {
     let weights = image_tokenizer.weights()?;
     for (name, var) in params.iter().filter(|(name, _)| starts_from_tokenizer(config, name)) {
-        let theirs = name.strip_prefix(RECONSTRUCTOR).and_then(|rest| rest.strip_prefix('.')).unwrap_or_default();
+        let scopes = [RECONSTRUCTOR, joint::SCOPE];
+        let theirs = scopes.iter().find_map(|scope| name.strip_prefix(*scope)?.strip_prefix('.')).unwrap_or_default();
         let weight = weights.get(theirs).with_context(|| format!("the image tokenizer lacks `{theirs}`"))?;
         var.set(&weight.to_dtype(var.dtype())?.to_device(var.device())?)?;
     }
@@ -59,9 +70,11 @@ pub fn gets_gradient(config: &Config, name: &str) -> bool {
     begins && config.end_to_end.reconstruction_weight > 0.0
 }
 
-/// `config` without the perceptual network, which is not trained and whose folder may be on another machine.
-pub fn without_perceptual_network(config: &Config) -> Config {
-    let image_tokenizer = config::ImageTokenizer { perceptual: String::new(), ..config.image_tokenizer.clone() };
+/// `config` with the sizes of its image tokenizer, for a reconstructor without the perceptual network, which is not trained
+/// and whose folder may be on another machine.
+pub fn of_sizes(config: &Config, settings: &config::ImageTokenizer) -> Config {
+    let image_tokenizer = settings.clone().with_losses_of(&config.image_tokenizer);
+    let image_tokenizer = config::ImageTokenizer { perceptual: String::new(), ..image_tokenizer };
     Config { image_tokenizer, ..config.clone() }
 }
 
