@@ -101,7 +101,8 @@ mod tests {
 
     #[test]
     fn rows_are_divided_into_at_most_1024_blocks() {
-        for (rows, expected) in [(1, (16, 1)), (16, (16, 1)), (17, (16, 2)), (16_384, (16, 1024)), (16_385, (17, 964))] {
+        for (rows, expected) in [(1, (16, 1)), (16, (16, 1)), (17, (16, 2)), (16_384, (16, 1024)), (16_385, (17, 964))]
+        {
             assert_eq!(row_blocks(rows), expected, "{rows}");
         }
     }

@@ -53,10 +53,8 @@ pub fn run(
             launch(device, &call)?;
         }
     }
-    let computed = |(storage, output): (_, &Output)| Computed {
-        storage: Storage::Cuda(storage),
-        shape: output.shape.clone(),
-    };
+    let computed =
+        |(storage, output): (_, &Output)| Computed { storage: Storage::Cuda(storage), shape: output.shape.clone() };
     Ok(written.into_iter().zip(outputs).map(computed).collect())
 }
 

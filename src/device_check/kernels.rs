@@ -1,0 +1,69 @@
+//! The kernels of [`ops::cuda`] against the CPU's, on CUDA devices with any value of `--kernels`; in tests on the emulator.
+
+use super::{
+    case::Case,
+    ops::{Op, loss},
+    tolerance,
+};
+use crate::{
+    config::{Activation, Precision},
+    ops::{
+        self,
+        matmul::linear_activated,
+        norm::layer_norm,
+        pointwise::{cross_entropy, gelu, gelu_cuda},
+    },
+    runtime::Kernels::Fused,
+};
+use candle_core::DType;
+
+/// Each kernel in f32 and bf16, of sizes that no block divides.
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for dtype in [DType::F32, DType::BF16] {
+        let case = |name: &str, inputs: &[&[usize]], tested: Op, reference: Op| Case {
+            name: format!("{name}, fused kernel"),
+            inputs: inputs.iter().map(|shape| shape.to_vec()).collect(),
+            dtype,
+            tested: Box::new(tested),
+            reference: Box::new(reference),
+            tolerance: tolerance(dtype),
+        };
+        for shape in [&[3, 29, 70][..], &[19, 300], &[2, 1500]] {
+            let channels = &shape[shape.len() - 1..];
+            cases.push(case(
+                &format!("layer norm of {} channels", channels[0]),
+                &[shape, channels, channels],
+                |v| layer_norm::on_device(Fused, &v[0], &v[1], &v[2], 1e-5),
+                |v| ops::layer_norm(&v[0], &v[1], &v[2], 1e-5),
+            ));
+        }
+        cases.push(case("gelu", &[&[5, 333]], |v| gelu::on_device(Fused, &v[0]), |v| ops::gelu(&v[0])));
+        cases.push(case(
+            "bias and gelu",
+            &[&[37, 130], &[130]],
+            |v| Ok(gelu_cuda::bias_gelu(&v[0], &v[1])?),
+            |v| ops::gelu(&v[0].broadcast_add(&v[1])?),
+        ));
+        cases.push(case(
+            "cross-entropy",
+            &[&[13, 211]],
+            |v| loss(&v[0], |logits, targets, weights| cross_entropy::on_device(Fused, logits, targets, weights)),
+            |v| loss(&v[0], ops::cross_entropy),
+        ));
+    }
+    cases.push(mlp(Precision::F32, DType::F32));
+    cases
+}
+
+/// A linear layer with GELU in `precision`; what comes in and out is f32.
+pub fn mlp(precision: Precision, rounds: DType) -> Case {
+    Case {
+        name: format!("linear and gelu, factors in {}, fused kernel", rounds.as_str()),
+        inputs: vec![vec![3, 37, 96], vec![130, 96], vec![130]],
+        dtype: DType::F32,
+        tested: Box::new(move |v| linear_activated::on_device(Fused, Activation::Gelu, precision, &v[0], &v[1], &v[2])),
+        reference: Box::new(|v| ops::linear_activated(Activation::Gelu, Precision::F32, &v[0], &v[1], &v[2])),
+        tolerance: tolerance(rounds),
+    }
+}
