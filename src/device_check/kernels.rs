@@ -7,15 +7,16 @@ use super::{
 };
 use crate::{
     config::{Activation, Precision},
+    error::Result,
     ops::{
-        self,
+        self, embedding,
         matmul::linear_activated,
         norm::layer_norm,
         pointwise::{cross_entropy, gelu, gelu_cuda},
     },
     runtime::Kernels::Fused,
 };
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 
 /// Each kernel in f32 and bf16, of sizes that no block divides.
 pub fn cases() -> Vec<Case> {
@@ -52,8 +53,25 @@ pub fn cases() -> Vec<Case> {
             |v| loss(&v[0], ops::cross_entropy),
         ));
     }
+    cases.push(rows());
     cases.push(mlp(Precision::F32, DType::F32));
     cases
+}
+
+/// Rows of a table, some of them more than once.
+fn rows() -> Case {
+    let ids = |table: &Tensor| -> Result<Tensor> {
+        let ids: Vec<u32> = (0..600).map(|i| i * i % 50).collect();
+        Ok(Tensor::from_vec(ids, (2, 300), table.device())?)
+    };
+    Case {
+        name: "embedding, fused kernel".to_owned(),
+        inputs: vec![vec![50, 24]],
+        dtype: DType::F32,
+        tested: Box::new(move |v| embedding::by(Fused, &v[0], &ids(&v[0])?)),
+        reference: Box::new(move |v| ops::embedding(&v[0], &ids(&v[0])?)),
+        tolerance: tolerance(DType::F32),
+    }
 }
 
 /// A linear layer with GELU in `precision`; what comes in and out is f32.

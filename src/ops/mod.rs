@@ -8,6 +8,7 @@
 pub mod attention;
 pub mod conv;
 pub mod cuda;
+pub mod embedding;
 pub mod matmul;
 pub mod nearest_code;
 pub mod norm;
@@ -28,6 +29,7 @@ pub use matmul::bf16::amx_emulator;
 // Higher floors name an op without its folder.
 pub use attention::{attention, cached as cached_attention, image as image_attention};
 pub use conv::{Padding, conv2d, conv2d_in, upsample as conv_upsample};
+pub use embedding::embedding;
 pub use matmul::{epilogue, gemm, linear, linear_activated, linear_in, matmul_weight_dtype, packed, rounds_to_bf16};
 pub use nearest_code::nearest_code;
 pub use norm::{group_norm, layer_norm};

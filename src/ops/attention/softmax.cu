@@ -4,7 +4,7 @@
 // The trick: rows are short (a text and a few rows or one column of codes), so a warp has a row and needs no barrier. Largest
 // score and sum are found in one pass; the second pass finds the row in the L1 cache. Bias and hiding cost no pass of their own.
 //
-// Bytes a score, of s bytes: forward 2s, backward 3s (stock ops: about 40 and 60). The bias is f32, the same for all heads, and
+// Bytes a score, of s bytes: forward 2s (stock ops: 40 in f32), backward 3s. The bias is f32, the same for all heads, and
 // mostly found in the L2 cache.
 
 #include "../cuda/device.cuh"

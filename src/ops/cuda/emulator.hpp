@@ -59,7 +59,7 @@ struct Launch {
     ucontext_t scheduler;
     std::vector<std::unique_ptr<Thread>> threads;
     std::map<const void *, Memory> shared; // by the declaration in the kernel
-    std::uint64_t exchanged[2][1024];      // values of shuffles; one may still be read while the next is written
+    std::uint64_t exchanged[2][1024];      // values of shuffles and votes; one may still be read while the next is written
     std::function<void()> kernel;
     std::string error;
     unsigned current = 0, size = 0, epoch = 0, dynamic_bytes = 0;
@@ -106,6 +106,17 @@ T shuffle(T value, unsigned other_lane, unsigned mask, int line) {
     wait(State::AtShuffle, line);
     if (other_lane < LANES) std::memcpy(&value, slots + other_lane, sizeof(T));
     return value;
+}
+
+inline unsigned ballot(bool vote, unsigned mask, int line) {
+    if (mask != 0xffffffffu) fail("line " + std::to_string(line) + ": a vote of some lanes is not emulated");
+    Launch &now = launch();
+    std::uint64_t *slots = now.exchanged[current().shuffles++ % 2] + now.current / LANES * LANES;
+    slots[now.current % LANES] = vote;
+    wait(State::AtShuffle, line);
+    unsigned bits = 0;
+    for (unsigned i = 0; i < LANES; i++) bits |= static_cast<unsigned>(slots[i]) << i;
+    return bits;
 }
 
 inline unsigned lane() { return launch().current % LANES; }
@@ -328,6 +339,9 @@ inline std::string run(const Kernel &kernel, Index grid, unsigned threads, unsig
     emulator::shuffle(value, emulator::lane() ^ static_cast<unsigned>(step), mask, __LINE__)
 #define __shfl_down_sync(mask, value, step) \
     emulator::shuffle(value, emulator::lane() + static_cast<unsigned>(step), mask, __LINE__)
+#define __ballot_sync(mask, vote) emulator::ballot(vote, mask, __LINE__)
+
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 inline float __uint_as_float(unsigned bits) {
     float x;

@@ -69,8 +69,8 @@ mod tests {
         if !emulator::available() {
             return Ok(());
         }
-        // Widths that need one warp, several and, by far, no whole block; one row, a part of a block of rows and several blocks.
-        for shape in [&[1, 1][..], &[2, 3, 33], &[37, 64], &[3, 300], &[2, 1100]] {
+        // Widths of one warp and of several; rows of one block, and of more blocks than the sum of columns has warps.
+        for shape in [&[1, 1][..], &[2, 3, 33], &[200, 5], &[37, 64], &[3, 300], &[2, 1100]] {
             let channels = &shape[shape.len() - 1..];
             let vars = |dtype| [normal("x", shape, dtype), normal("w", channels, dtype), normal("b", channels, dtype)];
             let fused = |v: &[Tensor]| Ok(layer_norm(&v[0], &v[1], &v[2], 1e-5)?);

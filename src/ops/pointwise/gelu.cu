@@ -1,11 +1,12 @@
 // y = gelu(x + bias) of x (rows, columns), the bias of a linear layer before its activation; without a bias, gelu(x).
 //
-// The trick: one pass instead of the eleven of stock ops (cast, bias, eight for GELU, cast), and the backward pass computes
-// x + bias again instead of keeping it. A thread has one column of several rows: neighbours read neighbours, the bias is
+// The trick: one pass instead of the eleven of stock ops (cast, bias, nine for GELU), and the backward pass computes x + bias
+// again instead of keeping it. A thread has one column of several rows: neighbours read neighbours, the bias is
 // read once, and the gradient of the bias is summed in a register; `column_sums` then adds the blocks in order. x may be
 // stored in another type than y: products in bf16, the rest in f32.
 //
-// Bytes an element, of s bytes in x and t in y: forward s + t, backward 2s + t.
+// Bytes an element, of s bytes in x and t in y: forward s + t (stock ops, for a product in bf16 and f32 after it: 98), backward
+// 2s + t.
 
 #include "../cuda/device.cuh"
 

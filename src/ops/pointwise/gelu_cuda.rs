@@ -89,7 +89,8 @@ mod tests {
         }
         for shape in SHAPES {
             let x = [normal("x", shape, DType::F32)];
-            assert_same(&x, 2e-6, &|v| Ok(gelu(&v[0])?), &|v| composed(&v[0]))?;
+            // Stock ops lose digits in 1 + tanh(u).
+            assert_same(&x, 1e-5, &|v| Ok(gelu(&v[0])?), &|v| composed(&v[0]))?;
             let wide = |v: &[Tensor]| Ok(composed(&v[0].to_dtype(DType::F32)?)?.to_dtype(DType::BF16)?);
             assert_same(&[normal("x", shape, DType::BF16)], 1e-2, &|v| Ok(gelu(&v[0])?), &wide)?;
         }
@@ -105,7 +106,7 @@ mod tests {
         let fused = |v: &[Tensor]| Ok(bias_gelu(&v[0], &v[1])?);
         for shape in SHAPES {
             for (x, bias, tolerance) in
-                [(DType::F32, DType::F32, 2e-6), (DType::BF16, DType::F32, 1e-2), (DType::BF16, DType::BF16, 1e-2)]
+                [(DType::F32, DType::F32, 1e-5), (DType::BF16, DType::F32, 1e-2), (DType::BF16, DType::BF16, 1e-2)]
             {
                 let vars = [normal("x", shape, x), normal("bias", &shape[shape.len() - 1..], bias)];
                 let stock = |v: &[Tensor]| {
