@@ -1,8 +1,9 @@
 //! `vilg doctor --check`: what a device computes, compared with the CPU.
 //!
 //! Each check computes an op in the numbers of the device and again in f64 on the CPU, forward and backward, from the same
-//! inputs. On a GPU the op runs from stock tensor ops, and where there is a kernel of ours, also by that. On the CPU the implementation for devices (stock tensor ops) is
-//! compared with the CPU's own kernels, so that the checks themselves are tested where there is no GPU.
+//! inputs. On a GPU the op runs from stock tensor ops, and where there is a kernel of ours, also by that. On the CPU the
+//! implementation for devices (stock tensor ops) is compared with the CPU's own kernels, so that the checks themselves are
+//! tested where there is no GPU.
 
 mod attention;
 mod case;
@@ -77,6 +78,7 @@ fn tolerance(dtype: DType) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::cuda::emulator;
 
     fn all() -> Vec<Check> {
         run(Part::value_variants(), &Device::Cpu)
@@ -97,12 +99,17 @@ mod tests {
     /// What a CUDA device would be asked, computed by the emulator.
     #[test]
     fn the_kernels_of_devices_equal_the_kernels_of_the_cpu() {
-        if !crate::ops::cuda::emulator::available() {
+        if !emulator::available() {
             return;
         }
         for part in [Part::Ops, Part::Attention] {
-            let cases = fused(part, &Device::Cpu);
-            let checks: Vec<_> = cases.iter().map(|case| case.check(part, &Device::Cpu)).collect();
+            let mut checks = Vec::new();
+            for case in fused(part, &Device::Cpu) {
+                let before = emulator::launches();
+                checks.push(case.check(part, &Device::Cpu));
+                // Forward and backward.
+                assert!(emulator::launches() >= before + 8, "{} is computed by stock ops", case.name);
+            }
             let failed: Vec<_> = checks.iter().filter(|check| !check.passed).collect();
             assert!(checks.len() >= 6 && failed.is_empty(), "{failed:#?}");
         }

@@ -10,16 +10,17 @@ namespace {
 const std::map<std::string, emulator::Kernel> &kernels() {
     static const std::map<std::string, emulator::Kernel> kernels{
         KERNEL(bias_gelu_backward_bf16_bf16), KERNEL(bias_gelu_backward_bf16_f32), KERNEL(bias_gelu_backward_f32_f32),
-        KERNEL(bias_gelu_forward_bf16_bf16),  KERNEL(bias_gelu_forward_bf16_f32),  KERNEL(bias_gelu_forward_f32_f32),
-        KERNEL(column_sums_bf16),             KERNEL(column_sums_f32),             KERNEL(cross_entropy_backward_bf16),
-        KERNEL(cross_entropy_backward_f32),   KERNEL(cross_entropy_forward_bf16),  KERNEL(cross_entropy_forward_f32),
-        KERNEL(cross_entropy_total_bf16),     KERNEL(cross_entropy_total_f32),     KERNEL(layer_norm_backward_bf16),
-        KERNEL(layer_norm_backward_f32),      KERNEL(layer_norm_forward_bf16),     KERNEL(layer_norm_forward_f32),
-        KERNEL(softmax_backward_bf16),        KERNEL(softmax_backward_f32),        KERNEL(softmax_forward_bf16),
-        KERNEL(embedding_backward_bf16),      KERNEL(embedding_backward_f32),      KERNEL(embedding_forward_bf16),
-        KERNEL(embedding_forward_f32),        KERNEL(softmax_forward_f32),         KERNEL(faulty_barrier),              KERNEL(faulty_blocks),
-        KERNEL(faulty_global),                KERNEL(faulty_index),                KERNEL(faulty_overrun),
-        KERNEL(faulty_shared),                KERNEL(faulty_shuffle),              KERNEL(faulty_unwritten),
+        KERNEL(bias_gelu_forward_bf16_bf16), KERNEL(bias_gelu_forward_bf16_f32), KERNEL(bias_gelu_forward_f32_f32),
+        KERNEL(column_sums_bf16), KERNEL(column_sums_f32), KERNEL(cross_entropy_backward_bf16),
+        KERNEL(cross_entropy_backward_f32), KERNEL(cross_entropy_forward_bf16), KERNEL(cross_entropy_forward_f32),
+        KERNEL(cross_entropy_total_bf16), KERNEL(cross_entropy_total_f32), KERNEL(embedding_backward_bf16),
+        KERNEL(embedding_backward_f32), KERNEL(embedding_forward_bf16), KERNEL(embedding_forward_f32),
+        KERNEL(layer_norm_backward_bf16), KERNEL(layer_norm_backward_f32), KERNEL(layer_norm_forward_bf16),
+        KERNEL(layer_norm_forward_f32), KERNEL(softmax_backward_bf16), KERNEL(softmax_backward_f32),
+        KERNEL(softmax_forward_bf16), KERNEL(softmax_forward_f32),
+        // Of faulty.cu.
+        KERNEL(faulty_barrier), KERNEL(faulty_blocks), KERNEL(faulty_global), KERNEL(faulty_index),
+        KERNEL(faulty_overrun), KERNEL(faulty_shared), KERNEL(faulty_shuffle), KERNEL(faulty_unwritten),
         KERNEL(reversed),
     };
     return kernels;

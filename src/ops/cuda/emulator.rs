@@ -15,6 +15,7 @@ use crate::{
 use candle_core::{CpuStorage, DType, Error, Result, Storage, Tensor, bail};
 use half::bf16;
 use std::{
+    cell::Cell,
     ffi::{CStr, CString, c_char, c_void},
     path::Path,
     process::Command,
@@ -39,6 +40,15 @@ type Emulate = unsafe extern "C" fn(
     count: usize,
     order: u64,
 ) -> *const c_char;
+
+thread_local! {
+    static LAUNCHES: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Launches on this thread so far: what a test asks that must not fall back to stock ops.
+pub fn launches() -> usize {
+    LAUNCHES.get()
+}
 
 /// Whether there is a C++ compiler; a test without one says so and ends.
 pub fn available() -> bool {
@@ -144,6 +154,7 @@ fn launch(call: &Call, order: u64) -> crate::error::Result<()> {
         (!error.is_null()).then(|| CStr::from_ptr(error).to_string_lossy().into_owned())
     };
     ensure!(error.is_none(), "{}", error.unwrap_or_default());
+    LAUNCHES.set(LAUNCHES.get() + 1);
     Ok(())
 }
 
@@ -228,6 +239,27 @@ mod tests {
         let found = faulty("reversed")?;
         let expected: Vec<f32> = (0..256).map(|i| (i / 64 * 64 + 63 - i % 64) as f32 + 0.1).collect();
         assert_eq!(found, expected);
+        Ok(())
+    }
+
+    /// As `half` does it, ties to even, infinities and not-a-number included.
+    #[test]
+    fn kernels_round_to_bf16_as_the_cpu() -> Result<()> {
+        if !available() {
+            return Ok(());
+        }
+        let bits = (0..4000_u32).map(|i| i.wrapping_mul(2_654_435_761)).chain([0x3f80_8000, 0x3f81_8000, 0x3f80_8001]);
+        let special = [f32::INFINITY, f32::NEG_INFINITY, f32::MAX, -0.0, f32::MIN_POSITIVE, f32::NAN, 1e-45];
+        let numbers: Vec<f32> = bits.map(f32::from_bits).chain(special).collect();
+        let from = Tensor::new(numbers.as_slice(), &Device::Cpu)?;
+        // The sum of one row is the row.
+        let [to] = run(&[&from], [Output::new(numbers.len(), DType::BF16)], &|from, to| {
+            vec![Call::column_sums(DType::BF16, from[0], to[0], [1, numbers.len()])]
+        })?;
+        for (x, found) in numbers.iter().zip(to.tensor().to_vec1::<bf16>()?) {
+            let expected = bf16::from_f32(x + 0.0);
+            assert!(found == expected || (found.is_nan() && expected.is_nan()), "{x:e}: {found} instead of {expected}");
+        }
         Ok(())
     }
 
