@@ -75,6 +75,9 @@ impl Call {
     }
 }
 
+/// The addresses of inputs and outputs → the launches, in order.
+pub type Calls<'a> = &'a dyn Fn(&[Address], &[Address]) -> Vec<Call>;
+
 /// A tensor that kernels write.
 #[derive(Debug, Clone)]
 pub struct Output {

@@ -20,16 +20,16 @@ const std::map<std::string, emulator::Kernel> &kernels() {
         KERNEL(softmax_forward_bf16), KERNEL(softmax_forward_f32),
         // Of faulty.cu.
         KERNEL(faulty_barrier), KERNEL(faulty_blocks), KERNEL(faulty_global), KERNEL(faulty_index),
-        KERNEL(faulty_overrun), KERNEL(faulty_shared), KERNEL(faulty_shuffle), KERNEL(faulty_unwritten),
-        KERNEL(reversed),
+        KERNEL(faulty_overrun), KERNEL(faulty_read), KERNEL(faulty_shared), KERNEL(faulty_shuffle),
+        KERNEL(faulty_unwritten), KERNEL(reversed),
     };
     return kernels;
 }
 
 } // namespace
 
-// Runs a kernel in one order (see emulator::Order). sizes: the bytes of each argument. Returns what went wrong, or null; the text
-// is valid until the next call of this thread.
+// Runs a kernel in one order (see emulator::Order). sizes: the bytes of each argument. Returns what went wrong, or null; the
+// text is valid until the next call of this thread.
 extern "C" const char *vilg_emulate(const char *name, unsigned grid_x, unsigned grid_y, unsigned threads,
                                     unsigned dynamic_bytes, void *const *arguments, const std::size_t *sizes,
                                     std::size_t count, std::uint64_t order) {

@@ -1,11 +1,11 @@
 //! Runs kernels on the CPU, as emulator.hpp does it: compiles them as C++ with `c++`, and calls them in several orders of blocks
 //! and threads, which must all give the same bits.
 //!
-//! Each run has its own copies of inputs and outputs, with bytes around them that no kernel may change, and of which reading gives
-//! not-a-number. Outputs are first filled with bytes that differ from run to run, so that an element that is not written shows.
+//! Each run has its own copies of inputs and outputs, with bytes around them that no kernel may change. These bytes, and those
+//! that outputs are first filled with, differ from run to run: what is read outside of a tensor, or not written, shows.
 
 use super::{
-    call::{Address, Arg, Call, Output},
+    call::{Address, Arg, Call, Calls, Output},
     computed::Computed,
 };
 use crate::{
@@ -63,11 +63,7 @@ pub fn available() -> bool {
 }
 
 /// As [`super::run`].
-pub fn run(
-    inputs: &[&Tensor],
-    outputs: &[Output],
-    calls: &dyn Fn(&[Address], &[Address]) -> Vec<Call>,
-) -> Result<Vec<Computed>> {
+pub fn run(inputs: &[&Tensor], outputs: &[Output], calls: Calls) -> Result<Vec<Computed>> {
     let given = inputs.iter().map(|input| bytes(input)).collect::<Result<Vec<_>>>()?;
     let sizes: Vec<usize> = outputs.iter().map(|o| o.shape.elem_count() * o.dtype.size_in_bytes()).collect();
     let results = in_all_orders(&given, &sizes, calls).map_err(|error| Error::msg(format!("{error:#}")))?;
@@ -104,11 +100,7 @@ fn halves(bytes: &[u8]) -> Vec<bf16> {
 }
 
 /// The outputs, of `sizes` bytes each, if they are the same in every order.
-fn in_all_orders(
-    inputs: &[Vec<u8>],
-    sizes: &[usize],
-    calls: &dyn Fn(&[Address], &[Address]) -> Vec<Call>,
-) -> crate::error::Result<Vec<Vec<u8>>> {
+fn in_all_orders(inputs: &[Vec<u8>], sizes: &[usize], calls: Calls) -> crate::error::Result<Vec<Vec<u8>>> {
     let first = once(inputs, sizes, calls, ORDERS[0])?;
     for order in &ORDERS[1..] {
         let other = once(inputs, sizes, calls, *order)?;
@@ -116,21 +108,18 @@ fn in_all_orders(
             let at = a.iter().zip(b).position(|(a, b)| a != b);
             ensure!(
                 at.is_none(),
-                "output {i} depends on the order of blocks and threads, or is not written: byte {at:?}"
+                "byte {at:?} of output {i} depends on the order of blocks and threads, is not written, or depends on what is \
+                 outside of the inputs"
             );
         }
     }
     Ok(first)
 }
 
-fn once(
-    inputs: &[Vec<u8>],
-    sizes: &[usize],
-    calls: &dyn Fn(&[Address], &[Address]) -> Vec<Call>,
-    order: u64,
-) -> crate::error::Result<Vec<Vec<u8>>> {
-    let mut from: Vec<Guarded> = inputs.iter().map(|bytes| Guarded::of(bytes)).collect();
-    let mut to: Vec<Guarded> = sizes.iter().map(|size| Guarded::of(&vec![(order % 2) as u8; *size])).collect();
+fn once(inputs: &[Vec<u8>], sizes: &[usize], calls: Calls, order: u64) -> crate::error::Result<Vec<Vec<u8>>> {
+    let guard = if order.is_multiple_of(2) { u8::MAX } else { 1 };
+    let mut from: Vec<Guarded> = inputs.iter().map(|bytes| Guarded::of(bytes, guard)).collect();
+    let mut to: Vec<Guarded> = sizes.iter().map(|size| Guarded::of(&vec![!guard; *size], guard)).collect();
     let addresses = |all: &mut [Guarded]| all.iter_mut().map(Guarded::address).collect::<Vec<_>>();
     for call in calls(&addresses(&mut from), &addresses(&mut to)) {
         launch(&call, order).with_context(|| format!("{} in order {order}", call.kernel))?;
@@ -194,13 +183,14 @@ fn compile() -> crate::error::Result<Emulate> {
 struct Guarded {
     words: Vec<u64>,
     size: usize,
+    guard: u8,
 }
 
 impl Guarded {
-    fn of(inner: &[u8]) -> Self {
-        let mut words = vec![u64::MAX; (inner.len() + 2 * GUARD).div_ceil(size_of::<u64>())];
+    fn of(inner: &[u8], guard: u8) -> Self {
+        let mut words = vec![u64::from_ne_bytes([guard; 8]); (inner.len() + 2 * GUARD).div_ceil(size_of::<u64>())];
         bytemuck::cast_slice_mut::<u64, u8>(&mut words)[GUARD..][..inner.len()].copy_from_slice(inner);
-        Self { words, size: inner.len() }
+        Self { words, size: inner.len(), guard }
     }
 
     fn address(&mut self) -> Address {
@@ -213,7 +203,7 @@ impl Guarded {
 
     fn is_intact(&self) -> bool {
         let bytes: &[u8] = bytemuck::cast_slice(&self.words);
-        bytes[..GUARD].iter().chain(&bytes[GUARD + self.size..]).all(|byte| *byte == u8::MAX)
+        bytes[..GUARD].iter().chain(&bytes[GUARD + self.size..]).all(|byte| *byte == self.guard)
     }
 }
 
@@ -248,8 +238,14 @@ mod tests {
         if !available() {
             return Ok(());
         }
-        let bits = (0..4000_u32).map(|i| i.wrapping_mul(2_654_435_761)).chain([0x3f80_8000, 0x3f81_8000, 0x3f80_8001]);
-        let special = [f32::INFINITY, f32::NEG_INFINITY, f32::MAX, -0.0, f32::MIN_POSITIVE, f32::NAN, 1e-45];
+        let bits = (0..4000_u32).map(|i| i.wrapping_mul(2_654_435_761)).chain([
+            0x3f80_8000,
+            0x3f81_8000,
+            0x3f80_8001,
+            0x7fff_ffff,
+            0x7f80_0001,
+        ]);
+        let special = [f32::INFINITY, f32::NEG_INFINITY, f32::MAX, -0.0, f32::MIN_POSITIVE, f32::NAN, -f32::NAN, 1e-45];
         let numbers: Vec<f32> = bits.map(f32::from_bits).chain(special).collect();
         let from = Tensor::new(numbers.as_slice(), &Device::Cpu)?;
         // The sum of one row is the row.
@@ -277,7 +273,8 @@ mod tests {
             ("faulty_shuffle", "waits for others at a shuffle"),
             ("faulty_index", "index 16 of 16 shared elements"),
             ("faulty_overrun", "writes outside of its output"),
-            ("faulty_unwritten", "or is not written"),
+            ("faulty_read", "or depends on what is outside of the inputs"),
+            ("faulty_unwritten", "is not written"),
             ("faulty_nothing", "there is no such kernel"),
         ] {
             let error = faulty(name).expect_err(name).to_string();

@@ -59,6 +59,12 @@ extern "C" __global__ void faulty_overrun(const float *from, float *to) {
     to[i + 1] = from[i];
 }
 
+// Reads one element behind the input.
+extern "C" __global__ void faulty_read(const float *from, float *to) {
+    Size i = static_cast<Size>(blockIdx.x) * blockDim.x + threadIdx.x;
+    to[i] = from[i + 1];
+}
+
 // Leaves one element as it was.
 extern "C" __global__ void faulty_unwritten(const float *from, float *to) {
     Size i = static_cast<Size>(blockIdx.x) * blockDim.x + threadIdx.x;

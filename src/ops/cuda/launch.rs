@@ -5,7 +5,7 @@
 //! compiles the PTX for its GPU when the first kernel is called, and keeps the result on disk.
 
 use super::{
-    call::{Address, Arg, Call, Output},
+    call::{Address, Arg, Call, Calls, Output},
     computed::Computed,
 };
 use candle_core::{
@@ -22,11 +22,7 @@ use half::bf16;
 const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
 
 /// As [`super::run`]; the launches are queued on the device's stream.
-pub fn run(
-    inputs: &[&Tensor],
-    outputs: &[Output],
-    calls: &dyn Fn(&[Address], &[Address]) -> Vec<Call>,
-) -> Result<Vec<Computed>> {
+pub fn run(inputs: &[&Tensor], outputs: &[Output], calls: Calls) -> Result<Vec<Computed>> {
     let Some(Device::Cuda(device)) = inputs.first().map(|input| input.device()) else {
         bail!("kernels need tensors on a CUDA device")
     };

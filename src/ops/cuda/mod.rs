@@ -15,7 +15,7 @@ pub mod emulator;
 #[cfg_attr(not(feature = "cuda"), path = "launch_disabled.rs")]
 mod launch;
 
-pub use call::{Address, Call, Output, row_blocks};
+pub use call::{Address, Call, Calls, Output, row_blocks};
 pub use computed::Computed;
 
 use crate::runtime::Kernels;
@@ -39,22 +39,14 @@ pub fn takes(kernels: Kernels, args: &[&Tensor]) -> bool {
 ///
 /// # Errors
 /// The device is out of memory, or this build has no CUDA.
-pub fn run<const N: usize>(
-    inputs: &[&Tensor],
-    outputs: [Output; N],
-    calls: &dyn Fn(&[Address], &[Address]) -> Vec<Call>,
-) -> Result<[Computed; N]> {
+pub fn run<const N: usize>(inputs: &[&Tensor], outputs: [Output; N], calls: Calls) -> Result<[Computed; N]> {
     match all(inputs, &outputs, calls)?.try_into() {
         Ok(results) => Ok(results),
         Err(results) => bail!("{} results instead of {N}", results.len()),
     }
 }
 
-fn all(
-    inputs: &[&Tensor],
-    outputs: &[Output],
-    calls: &dyn Fn(&[Address], &[Address]) -> Vec<Call>,
-) -> Result<Vec<Computed>> {
+fn all(inputs: &[&Tensor], outputs: &[Output], calls: Calls) -> Result<Vec<Computed>> {
     #[cfg(test)]
     if inputs.iter().all(|input| input.device().is_cpu()) {
         return emulator::run(inputs, outputs, calls);

@@ -50,8 +50,8 @@ fn backward(x: &Tensor, weight: &Tensor, dy: &Tensor, eps: f64) -> Result<Vec<Te
 /// Threads of the block of a row: a warp for the norms of heads, several for hidden states.
 fn threads(channels: usize) -> usize {
     match channels {
-        ..=256 => 32,
-        ..=1024 => 128,
+        0..=256 => 32,
+        257..=1024 => 128,
         _ => 256,
     }
 }
