@@ -88,8 +88,8 @@ struct Cli {
     /// Device to compute on. auto: the first CUDA device where this build and this machine have one, else the CPU
     #[arg(long, global = true, value_name = "auto|cpu|cuda|cuda:N", default_value = "auto")]
     device: Wanted,
-    /// Kernels on CUDA devices. stock: candle's ops; fused: kernels of this program for norms, GELU, softmax and loss, so far tested
-    /// only in an emulator
+    /// Kernels on CUDA devices. stock: candle's ops; fused: kernels of this program for norms, GELU, softmax, loss and
+    /// embeddings, so far tested only in an emulator
     #[arg(
         long,
         global = true,

@@ -53,16 +53,25 @@ pub fn cases(device: &Device) -> Vec<Case> {
     cases
 }
 
-/// Each pattern with the kernel of the softmax, in these types.
-pub fn fused_cases(dtypes: &[DType]) -> Vec<Case> {
-    let layout = Layout::text_to_image(5, Grid { height: 4, width: 7 });
-    let of_type = |dtype: &DType| {
-        let (layout, dtype) = (layout.clone(), *dtype);
-        PATTERNS.map(|(name, pattern)| {
-            case(&format!("{name}, fused kernel"), layout.clone(), pattern, &[5, 1, 0], dtype, Kernels::Fused)
-        })
+/// Each pattern with the kernel of the softmax; on a GPU also in bf16 and with 32 × 32 codes.
+pub fn fused_cases(device: &Device) -> Vec<Case> {
+    let small = Layout::text_to_image(5, Grid { height: 4, width: 7 });
+    let paper = Layout::text_to_image(64, Grid { height: 32, width: 32 });
+    let fused = |name: &str, layout: &Layout, pattern: Pattern, lengths: &'static [usize], dtype: DType| {
+        case(&format!("{name}, fused kernel"), layout.clone(), pattern, lengths, dtype, Kernels::Fused)
     };
-    dtypes.iter().flat_map(of_type).collect()
+    let mut cases: Vec<Case> =
+        PATTERNS.map(|(name, pattern)| fused(name, &small, pattern, &[5, 1, 0], DType::F32)).into();
+    if device.is_cuda() {
+        cases.extend(PATTERNS.map(|(name, pattern)| fused(name, &small, pattern, &[5, 1, 0], DType::BF16)));
+        for dtype in [DType::F32, DType::BF16] {
+            cases.extend(
+                [PATTERNS[1], PATTERNS[3], PATTERNS[4]]
+                    .map(|(name, pattern)| fused(&format!("{name}, 32 x 32 codes"), &paper, pattern, &[40], dtype)),
+            );
+        }
+    }
+    cases
 }
 
 /// `lengths`: tokens of the source text of each sample.

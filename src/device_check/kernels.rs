@@ -16,11 +16,14 @@ use crate::{
     },
     runtime::Kernels::Fused,
 };
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
-/// Each kernel in f32 and bf16, of sizes that no block divides.
-pub fn cases() -> Vec<Case> {
-    let mut cases = Vec::new();
+/// Each kernel in f32 and bf16, of sizes that no block divides; on a GPU also of the sizes of large models.
+pub fn cases(device: &Device) -> Vec<Case> {
+    let (mut cases, large) = (vec![rows(), mlp(Precision::F32, DType::F32)], device.is_cuda());
+    if large {
+        cases.push(mlp(Precision::Bf16, DType::BF16));
+    }
     for dtype in [DType::F32, DType::BF16] {
         let case = |name: &str, inputs: &[&[usize]], tested: Op, reference: Op| Case {
             name: format!("{name}, fused kernel"),
@@ -30,7 +33,8 @@ pub fn cases() -> Vec<Case> {
             reference: Box::new(reference),
             tolerance: tolerance(dtype),
         };
-        for shape in [&[3, 29, 70][..], &[19, 300], &[2, 1500]] {
+        let widest: &[usize] = if large { &[1100, 4096] } else { &[2, 1500] };
+        for shape in [&[3, 29, 70][..], &[19, 300], widest] {
             let channels = &shape[shape.len() - 1..];
             cases.push(case(
                 &format!("layer norm of {} channels", channels[0]),
@@ -48,13 +52,11 @@ pub fn cases() -> Vec<Case> {
         ));
         cases.push(case(
             "cross-entropy",
-            &[&[13, 211]],
+            &[if large { &[300, 21_128] } else { &[13, 211] }],
             |v| loss(&v[0], |logits, targets, weights| cross_entropy::on_device(Fused, logits, targets, weights)),
             |v| loss(&v[0], ops::cross_entropy),
         ));
     }
-    cases.push(rows());
-    cases.push(mlp(Precision::F32, DType::F32));
     cases
 }
 
@@ -75,7 +77,7 @@ fn rows() -> Case {
 }
 
 /// A linear layer with GELU in `precision`; what comes in and out is f32.
-pub fn mlp(precision: Precision, rounds: DType) -> Case {
+fn mlp(precision: Precision, rounds: DType) -> Case {
     Case {
         name: format!("linear and gelu, factors in {}, fused kernel", rounds.as_str()),
         inputs: vec![vec![3, 37, 96], vec![130, 96], vec![130]],

@@ -13,7 +13,6 @@ mod ops;
 
 pub use case::Check;
 
-use crate::config::Precision;
 use candle_core::{DType, Device};
 use case::Case;
 use clap::ValueEnum;
@@ -49,14 +48,9 @@ pub fn run(parts: &[Part], device: &Device) -> Vec<Check> {
 
 /// Checks of the kernels of ours, for a CUDA device (in tests: for the emulator).
 fn fused(part: Part, device: &Device) -> Vec<Case> {
-    let products_in_bf16 = halves(device).contains(&DType::BF16);
     match part {
-        Part::Ops if products_in_bf16 => {
-            kernels::cases().into_iter().chain([kernels::mlp(Precision::Bf16, DType::BF16)]).collect()
-        }
-        Part::Ops => kernels::cases(),
-        Part::Attention if products_in_bf16 => attention::fused_cases(&[DType::F32, DType::BF16]),
-        Part::Attention => attention::fused_cases(&[DType::F32]),
+        Part::Ops => kernels::cases(device),
+        Part::Attention => attention::fused_cases(device),
         Part::Collectives => Vec::new(),
     }
 }

@@ -2,7 +2,7 @@
 // and, for the tests, as C++ under emulator.hpp.
 //
 // Arithmetic is f32 for every element type. Sums run in an order that depends on the sizes only: no atomics, and the same
-// bits in every run and on every GPU.
+// bits in every run.
 #pragma once
 
 #ifdef __CUDACC__
