@@ -2,8 +2,8 @@
 # Installs the build dependencies of vilg on a fresh Debian machine: a linker and Rust.
 # `scripts/setup.sh data` adds the dependencies of the emoji data: npm and Python's venv; `scripts/setup.sh cuda` only venv;
 # `scripts/setup.sh mpi` those of the feature `mpi`: Open MPI and libclang, which reads its headers; `scripts/setup.sh test`
-# those of the tests: all of these, a C++ compiler, and `ip` for two hosts on one machine. `scripts/setup.sh pages` adds a browser and its
-# driver, for scripts/human_pages.sh and scripts/serve_check.sh alone.
+# those of the tests: all of these, a C++ compiler, and `ip` for two hosts on one machine. `scripts/setup.sh pages` adds a
+# browser and its driver, for scripts/human_pages.sh and scripts/serve_check.sh alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
