@@ -3,10 +3,13 @@
 //!
 //! Reads `.git` with the standard library alone, so that a build needs no git. `VILG_COMMIT` in the environment wins:
 //! packagers who build from an archive set it.
+//!
+//! With the feature `cuda`, nvcc also compiles the kernels of `src/ops/cuda`. Without it, no compiler is called.
 
 use std::{
     env, fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 fn main() {
@@ -19,6 +22,47 @@ fn main() {
     }
     println!("cargo::rustc-env=VILG_FEATURES={}", features().join(" "));
     println!("cargo::rustc-env=VILG_TARGET={}", env::var("TARGET").unwrap_or_default());
+    if env::var_os("CARGO_FEATURE_CUDA").is_some() {
+        compile_kernels(&root);
+    }
+}
+
+/// The sources of the kernels: the first one includes the others.
+const KERNELS: [&str; 7] = [
+    "src/ops/cuda/kernels.cu",
+    "src/ops/cuda/device.cuh",
+    "src/ops/attention/softmax.cu",
+    "src/ops/embedding/embedding.cu",
+    "src/ops/norm/layer_norm.cu",
+    "src/ops/pointwise/cross_entropy.cu",
+    "src/ops/pointwise/gelu.cu",
+];
+
+/// Writes `kernels.ptx`, for all GPUs of compute capability 8.0 or more: a driver compiles it for its own.
+fn compile_kernels(root: &Path) {
+    KERNELS.iter().for_each(|file| println!("cargo::rerun-if-changed={file}"));
+    let ptx = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join("kernels.ptx");
+    let flags = ["--ptx", "-std=c++17", "-O3", "-arch=compute_80", "-o"];
+    for nvcc in compilers() {
+        match Command::new(&nvcc).args(flags).arg(&ptx).arg(root.join(KERNELS[0])).status() {
+            Ok(status) if status.success() => return,
+            Ok(status) => panic!("{} cannot compile the CUDA kernels: {status}", nvcc.display()),
+            Err(_) => {} // there is none
+        }
+    }
+    panic!("the feature `cuda` needs nvcc, NVIDIA's compiler (docs/gpu.md)");
+}
+
+/// Where nvcc may be, in the order in which candle's build looks for it.
+fn compilers() -> Vec<PathBuf> {
+    let variable = |name: &str| {
+        println!("cargo::rerun-if-env-changed={name}");
+        env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+    };
+    let in_folder = |folder: PathBuf| folder.join("bin/nvcc");
+    let named = [variable("NVCC"), Some("nvcc".into()), variable("CUDA_HOME").map(in_folder)];
+    let usual = [variable("CUDA_PATH"), Some("/usr/local/cuda".into()), Some("/opt/cuda".into())];
+    named.into_iter().chain(usual.map(|folder| folder.map(in_folder))).flatten().collect()
 }
 
 /// The features that this build has switched on, by name.

@@ -79,6 +79,7 @@ else
     grep -q '^device  *cpu$' "$home/doctor" || broken "the CPU is not the default"
     refuses t2i 红苹果 -o "$home/never.png" --device cuda
     refuses train --config configs/emoji.toml --device cuda:1
+    refuses t2i 红苹果 -o "$home/never.png" --device cpu --kernels fused
     [ ! -e "$home/never.png" ] || broken "an image was generated"
     # The same program must call the real driver if there is one. This fake driver has a device that cannot be opened.
     echo 'int cuInit(unsigned flags) { return flags; } int cuDeviceGetCount(int *n) { *n = 1; return 0; }' |
@@ -93,14 +94,20 @@ caption=$(step "$vilg" caption src/demo/sample.png)
 [ -n "$caption" ] && [ "$caption" = "$("$vilg" caption src/demo/sample.png --device cpu)" ] || broken "no caption on the CPU"
 say "$caption"
 
-# Above, candle's kernels are built for sm_80. The kernels of tensors must also assemble for newer GPUs, which are not
-# available here.
+# Above, candle's kernels are built for sm_80, and ours to PTX. The kernels of tensors and ours must also assemble for newer
+# GPUs, which are not available here; ours without a warning.
 kernels=$(source_of candle-kernels)/src
 assemble() {
     for kernel in affine binary cast conv fill indexing reduce sort ternary unary; do
         nvcc -cubin -std=c++17 -arch="$1" -I"$kernels" "$kernels/$kernel.cu" -o "$home/$kernel.$1.cubin"
     done
 }
+ours() {
+    nvcc -cubin -std=c++17 -arch="$1" -Werror all-warnings src/ops/cuda/kernels.cu -o "$home/ours.$1.cubin"
+}
+for architecture in sm_80 sm_90a sm_100; do
+    step ours $architecture
+done
 step assemble sm_90a
 step assemble sm_100
 say "CUDA: builds, links, starts and falls back; nothing was computed on a GPU"

@@ -125,6 +125,13 @@ losses() {
     tiny cpu --device cpu && tiny device --device "$DEVICE" --nproc $ranks && same_losses cpu device
 }
 
+# The same losses with the kernels of the program, which stock ops are compared with above.
+kernels() {
+    [ "$DEVICE" != cpu ] || skip "the kernels are for CUDA devices"
+    [ -f runs/cpu/metrics.jsonl ] || tiny cpu --device cpu || return 1
+    tiny fused --device "$DEVICE" --kernels fused && same_losses cpu fused
+}
+
 # ZeRO stages shard over two ranks if there are two GPUs (or on the CPU). With one GPU, a single rank owns everything.
 stages() {
     local ranks=1 device=$DEVICE stage figures=()
@@ -175,6 +182,21 @@ layer_speed() {
     local size=(--shape 10b-layer --batch 4 --repeat 3)
     [ -z "$SMALL" ] || size=(--shape tiny --repeat 1)
     vilg bench train "${size[@]}" --precision bf16 --json --device "$DEVICE"
+}
+
+# A step of the same layer with stock ops and with the kernels of the program.
+kernels_speed() {
+    [ "$DEVICE" != cpu ] || skip "the kernels are for CUDA devices"
+    local size=(--shape 10b-layer --batch 4 --repeat 3) precision kernels figures=() found
+    [ -z "$SMALL" ] || size=(--shape tiny --repeat 1)
+    for precision in bf16 f32; do
+        for kernels in stock fused; do
+            found=$(vilg bench train "${size[@]}" --precision $precision --json --device "$DEVICE" --kernels $kernels) || return 1
+            figures+=("\"$precision $kernels\":$found")
+        done
+    done
+    local IFS=,
+    printf '{%s}' "${figures[*]}"
 }
 
 decode_speed() {
@@ -319,11 +341,13 @@ part device 30 device_open
 part ops 60 ops
 part attention 60 attention
 part losses 60 losses
+part kernels 30 kernels
 part collectives 30 collectives
 part stages 60 stages
 part demo 40 demo
 part attention-speed 40 attention_speed
 part layer-speed 45 layer_speed
+part kernels-speed 45 kernels_speed
 part 300m 75 small_model
 part 10b-slice 75 slice_10b
 part decode-speed 30 decode_speed

@@ -2,8 +2,8 @@
 # Installs the build dependencies of vilg on a fresh Debian machine: a linker and Rust.
 # `scripts/setup.sh data` adds the dependencies of the emoji data: npm and Python's venv; `scripts/setup.sh cuda` only venv;
 # `scripts/setup.sh mpi` those of the feature `mpi`: Open MPI and libclang, which reads its headers; `scripts/setup.sh test`
-# those of the tests: all of these, and `ip` for two hosts on one machine. `scripts/setup.sh pages` adds a browser and its
-# driver, for scripts/human_pages.sh and scripts/serve_check.sh alone.
+# those of the tests: all of these, a C++ compiler, and `ip` for two hosts on one machine. `scripts/setup.sh pages` adds a
+# browser and its driver, for scripts/human_pages.sh and scripts/serve_check.sh alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,6 +23,8 @@ if [ "${1-}" = mpi ] || [ "${1-}" = test ]; then
 fi
 if [ "${1-}" = test ]; then
     command -v ip >/dev/null || missing+=(iproute2)
+    # The tests of the CUDA kernels compile them as C++.
+    command -v c++ >/dev/null || missing+=(g++)
 fi
 if [ "${1-}" = pages ]; then
     command -v chromium >/dev/null || missing+=(chromium)

@@ -6,6 +6,7 @@ mod device;
 mod facts;
 mod file_sync;
 mod gpu;
+mod kernels;
 mod mapped;
 mod memory;
 mod processor;
@@ -16,6 +17,7 @@ pub use device::{Wanted, choose_device, cpu_only, device, device_memory, device_
 pub use facts::{Facts, command_line, facts, host_identity, host_name};
 pub use file_sync::{Lock, lock, lock_shared, sync_folder};
 pub use gpu::{DeviceMemory, Gpu};
+pub use kernels::{Kernels, choose_kernels, kernels};
 pub use mapped::Mapped;
 pub use memory::{keep_memory, peak_bytes, resident_bytes, restart_peak};
 #[cfg(target_arch = "x86_64")]

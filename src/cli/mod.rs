@@ -56,7 +56,7 @@ use crate::{
     bundle,
     error::{Error, Result, usage},
     report::{self, Verbosity},
-    runtime::{self, Wanted},
+    runtime::{self, Kernels, Wanted},
 };
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind};
 use std::{ffi::OsString, sync::LazyLock};
@@ -88,6 +88,17 @@ struct Cli {
     /// Device to compute on. auto: the first CUDA device where this build and this machine have one, else the CPU
     #[arg(long, global = true, value_name = "auto|cpu|cuda|cuda:N", default_value = "auto")]
     device: Wanted,
+    /// Kernels on CUDA devices. stock: candle's ops; fused: kernels of this program for norms, GELU, softmax, loss and
+    /// embeddings, so far tested only in an emulator
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        hide_possible_values = true,
+        value_name = "stock|fused",
+        default_value = "stock"
+    )]
+    kernels: Kernels,
     /// Multiply bf16 on the AMX units of the processor; so far tested only in an emulator [default: off]
     #[arg(long, global = true)]
     amx: bool,
@@ -152,6 +163,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     });
     report::detail(format_args!("vilg {}", report::version()));
     runtime::choose_device(cli.device);
+    runtime::choose_kernels(cli.kernels, cli.device)?;
     if cli.amx {
         runtime::want_amx();
     }

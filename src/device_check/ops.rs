@@ -14,7 +14,7 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 
-type Op = fn(&[Tensor]) -> Result<Tensor>;
+pub type Op = fn(&[Tensor]) -> Result<Tensor>;
 
 /// All cases, of odd sizes.
 pub fn cases(device: &Device) -> Vec<Case> {
@@ -144,7 +144,7 @@ fn copies() -> Vec<Case> {
 }
 
 /// The weighted loss of fixed targets; some rows have no weight.
-fn loss(logits: &Tensor, op: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
+pub fn loss(logits: &Tensor, op: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
     let (count, vocabulary) = logits.dims2()?;
     let targets: Vec<u32> = (0..count).map(|row| (row * 97 % vocabulary) as u32).collect();
     let weights: Vec<f32> = (0..count).map(|row| (row % 4) as f32).collect();

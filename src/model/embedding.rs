@@ -13,6 +13,7 @@ use crate::{
         pattern::Grid,
         segment::Autograd,
     },
+    ops,
 };
 use candle_core::{Device, Tensor};
 
@@ -63,7 +64,7 @@ impl Embedding {
     /// Embeds text: `ids` (b, l) at positions `first..first + l` → (b, l, hidden).
     pub fn text(&self, ids: &Tensor, first: usize) -> Result<Tensor> {
         let length = ids.dim(1)?;
-        Ok(lookup(&self.text, ids)?.broadcast_add(&self.text_position.narrow(0, first, length)?)?)
+        Ok(ops::embedding(&self.text, ids)?.broadcast_add(&self.text_position.narrow(0, first, length)?)?)
     }
 
     /// Embeds image codes: `codes` (b, l) at grid positions `first..first + l` → (b, l, hidden).
@@ -74,7 +75,7 @@ impl Embedding {
         let columns: Vec<u32> = places.map(|place| place % width).collect();
         let select = |table: &Tensor, rows: Vec<u32>| table.index_select(&Tensor::new(rows, codes.device())?, 0);
         let position = (select(&self.image_row, rows)? + select(&self.image_column, columns)?)?;
-        Ok(lookup(&self.image, codes)?.broadcast_add(&position)?)
+        Ok(ops::embedding(&self.image, codes)?.broadcast_add(&position)?)
     }
 
     /// Embeds a span with token ids (b, length): appends tensors (b, ·, hidden) to `parts` that, concatenated, are the
@@ -126,10 +127,4 @@ impl Autograd<Batch> for Embedding {
         }
         Ok(Tensor::cat(&parts, 1)?)
     }
-}
-
-/// table (vocabulary, hidden), ids (b, l) → (b, l, hidden).
-fn lookup(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
-    let (b, l) = ids.dims2()?;
-    Ok(table.index_select(&ids.contiguous()?.flatten_all()?, 0)?.reshape((b, l, table.dim(1)?))?)
 }

@@ -21,7 +21,7 @@ use crate::{
         pattern::Grid,
         segment::{Autograd, Saved, Segment},
     },
-    ops::{activation, gelu, slices::view},
+    ops::{activation, slices::view},
     tokenizer::{Decoded, PixelBatch, Reconstructor},
 };
 use candle_core::{D, DType, Tensor};
@@ -62,7 +62,7 @@ impl Map {
 
     /// (.., hidden) → (.., width), the input of the last layer.
     fn activated(&self, precision: Precision, x: &Tensor) -> Result<Tensor> {
-        gelu(&self.fc1.forward_in(precision, &self.norm.forward(x)?)?)
+        self.fc1.forward_activated(precision, Activation::Gelu, &self.norm.forward(x)?)
     }
 }
 

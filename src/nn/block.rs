@@ -174,8 +174,8 @@ impl Block {
             branch = post.forward(&branch)?;
         }
         let x = (x + branch)?;
-        let mut branch = self.layers.fc1.forward_in(precision, &self.layers.norm2.forward(&x)?)?;
-        branch = self.layers.fc2.forward_in(precision, &ops::activation(self.activation, &branch)?)?;
+        let inner = self.layers.fc1.forward_activated(precision, self.activation, &self.layers.norm2.forward(&x)?)?;
+        let mut branch = self.layers.fc2.forward_in(precision, &inner)?;
         if let Some((_, post)) = &self.layers.post {
             branch = post.forward(&branch)?;
         }

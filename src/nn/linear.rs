@@ -72,6 +72,14 @@ impl Linear {
         }
     }
 
+    /// The activation of [`Linear::forward_in`].
+    pub fn forward_activated(&self, precision: Precision, kind: Activation, x: &Tensor) -> Result<Tensor> {
+        match &self.adapter {
+            None => ops::linear_activated(kind, precision, x, &self.weight, &self.bias),
+            Some(_) => ops::activation(kind, &self.forward_in(precision, x)?),
+        }
+    }
+
     /// `x` (rows, inputs) → (rows, outputs), plus `residual` (rows, outputs).
     pub fn manual(&self, precision: Precision, x: &[f32], residual: Option<&[f32]>) -> Result<Vec<f32>> {
         let (weight, bias) = (view(&self.weight)?, view(&self.bias)?);

@@ -69,8 +69,8 @@ impl PostNormBlock {
         let qkv = self.layers.qkv.forward_in(precision, x)?.reshape((b, l, 3, self.heads, hidden / self.heads))?;
         let branch = self.layers.proj.forward_in(precision, &ops::attention(&qkv, keys)?)?;
         let x = self.layers.norm1.forward(&(x + branch)?)?;
-        let inner = self.layers.fc1.forward_in(precision, &x)?;
-        let branch = self.layers.fc2.forward_in(precision, &ops::activation(self.activation, &inner)?)?;
+        let inner = self.layers.fc1.forward_activated(precision, self.activation, &x)?;
+        let branch = self.layers.fc2.forward_in(precision, &inner)?;
         self.layers.norm2.forward(&(x + branch)?)
     }
 

@@ -2,11 +2,13 @@
 //! kind of op. `simd`, `slices`, `store` and `scatter` are shared by all.
 //!
 //! On a CPU each op runs a kernel of this module; on other devices, and as the reference in tests, it is composed of
-//! stock candle ops. Kernels are generic over `f32` and `f64`, so that gradients can be checked against finite
+//! stock candle ops, or on CUDA runs a kernel of [`cuda`] where `--kernels fused` asks for it. Kernels are generic over `f32` and `f64`, so that gradients can be checked against finite
 //! differences in double precision. Results do not depend on the number of threads.
 
 pub mod attention;
 pub mod conv;
+pub mod cuda;
+pub mod embedding;
 pub mod matmul;
 pub mod nearest_code;
 pub mod norm;
@@ -27,7 +29,8 @@ pub use matmul::bf16::amx_emulator;
 // Higher floors name an op without its folder.
 pub use attention::{attention, cached as cached_attention, image as image_attention};
 pub use conv::{Padding, conv2d, conv2d_in, upsample as conv_upsample};
-pub use matmul::{epilogue, gemm, linear, linear_in, matmul_weight_dtype, packed, rounds_to_bf16};
+pub use embedding::embedding;
+pub use matmul::{epilogue, gemm, linear, linear_activated, linear_in, matmul_weight_dtype, packed, rounds_to_bf16};
 pub use nearest_code::nearest_code;
 pub use norm::{group_norm, layer_norm};
 pub use optim::{AdamW, Muon, adamw_step, muon_step};

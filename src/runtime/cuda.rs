@@ -13,8 +13,8 @@
 //! - *Numbers*: f32, except for the products of linear layers and convolutions: their factors are cast to
 //!   `train.precision`, in which the generator's linear layers are stored. Packed weights exist only on the CPU; candle
 //!   leaves TF32 off. candle's kernels use 32-bit indices in places, so one tensor must have fewer than 2³² elements.
-//! - *Segments*: the autograd segments, from stock ops only; there are no custom kernels. Attention is blockwise
-//!   (`ops::attention::blockwise`) and never builds the n×n scores.
+//! - *Segments*: the autograd segments, from stock ops, or with the kernels of `ops::cuda` (`--kernels fused`). Attention is
+//!   blockwise (`ops::attention::blockwise`) and never builds the n×n scores.
 //! - *Optimizer*: optimizer state and master weights are in host memory. Variables are copies: gradients accumulate on
 //!   the device and are copied to the host once per step; weights are copied to the device before each use (stage 3) or
 //!   once per step (`train::shards::device`).
@@ -55,6 +55,11 @@ pub fn open(number: usize) -> Result<Device> {
     })?;
     keep_memory(number);
     Ok(device)
+}
+
+/// Whether this build has kernels of our own; here it has.
+pub fn fused_kernels() -> Result<()> {
+    Ok(())
 }
 
 /// The line of `vilg doctor` about CUDA.

@@ -1,7 +1,7 @@
 //! The functions of `cuda.rs` in a build without CUDA.
 
 use super::gpu::DeviceMemory;
-use crate::error::{Error, Result, failed};
+use crate::error::{Error, Result, failed, usage};
 use candle_core::Device;
 
 /// Number of devices; always an error in this build.
@@ -22,6 +22,14 @@ pub fn memory(_number: usize) -> Option<DeviceMemory> {
 /// The name of a device; `None` in this build.
 pub fn model(_number: usize) -> Option<String> {
     None
+}
+
+/// Whether this build has kernels of our own; always an error in this build.
+pub fn fused_kernels() -> Result<()> {
+    Err(usage(
+        "--kernels fused: this program was built without `cuda`",
+        "rebuild with --features cuda, or leave out --kernels",
+    ))
 }
 
 /// The line of `vilg doctor` about CUDA.

@@ -11,7 +11,7 @@ use crate::{
         params::{Init, Params, Scope},
         segment::{Autograd, Saved, Segment},
     },
-    ops::{scatter::scatter_add, slices::view},
+    ops::{self, scatter::scatter_add, slices::view},
 };
 use candle_core::Tensor;
 
@@ -61,8 +61,8 @@ impl Autograd<Input> for TextEmbedding {
 
     /// (b, length) → (b, length, hidden).
     fn autograd(&self, _: &Tensor, input: &Input) -> Result<Tensor> {
-        let (texts, b, length) = self.texts(input)?;
-        let tokens = self.token.index_select(&texts.ids.flatten_all()?, 0)?.reshape((b, length, ()))?;
+        let (texts, _, length) = self.texts(input)?;
+        let tokens = ops::embedding(&self.token, &texts.ids)?;
         self.norm.forward(&tokens.broadcast_add(&self.position.narrow(0, 0, length)?)?)
     }
 }

@@ -10,8 +10,13 @@ use super::{
     blocks::{Biases, Blocks, Shape},
     grouping::{HIDDEN, biases, blocks, grouped},
     key_ranges::{KeyLists, KeyRanges},
+    softmax_cuda,
 };
-use crate::error::Result;
+use crate::{
+    error::Result,
+    ops::cuda,
+    runtime::{self, Kernels},
+};
 use candle_core::{D, DType, Tensor};
 use std::ops::Range;
 
@@ -21,6 +26,14 @@ use std::ops::Range;
 /// # Errors
 /// The device is out of memory.
 pub fn attention(qkv: &Tensor, keys: &KeyRanges) -> Result<Tensor> {
+    attention_by(runtime::kernels(), qkv, keys)
+}
+
+/// [`attention`] with the softmax from stock ops or by a kernel of ours.
+///
+/// # Errors
+/// The device is out of memory.
+pub fn attention_by(kernels: Kernels, qkv: &Tensor, keys: &KeyRanges) -> Result<Tensor> {
     let (b, l, _, heads, d) = qkv.dims5()?;
     let blocks = blocks(&keys.lists, l, qkv.device())?;
     let biases = biases(keys, blocks, qkv.device())?;
@@ -28,12 +41,12 @@ pub fn attention(qkv: &Tensor, keys: &KeyRanges) -> Result<Tensor> {
     let (q, k, v) = ((part(0)? * (d as f64).powf(-0.5))?, part(1)?, part(2)?);
     let codes = &blocks.codes;
     let mut parts = Vec::with_capacity(3);
-    let others = others(&q, &k, &v, blocks, biases)?;
+    let others = others(kernels, &q, &k, &v, blocks, biases)?;
     if let Some(others) = &others {
         parts.extend((codes.start > 0).then(|| others.narrow(2, 0, codes.start)).transpose()?);
     }
     if !codes.is_empty() {
-        parts.push(of_codes(&q, &k, &v, blocks, biases)?);
+        parts.push(of_codes(kernels, &q, &k, &v, blocks, biases)?);
     }
     if let Some(others) = &others {
         let behind = l - codes.end;
@@ -51,19 +64,26 @@ pub fn scores(lists: &KeyLists, positions: usize) -> usize {
 }
 
 /// The positions that are no codes (b, heads, others, d), in order; `None`: there are none.
-fn others(q: &Tensor, k: &Tensor, v: &Tensor, blocks: &Blocks, biases: &Biases) -> Result<Option<Tensor>> {
+fn others(
+    kernels: Kernels,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    blocks: &Blocks,
+    biases: &Biases,
+) -> Result<Option<Tensor>> {
     let q = outside(q, &blocks.codes)?;
     let Some(q) = q else { return Ok(None) };
     if blocks.reach == 0 {
         return Ok(Some(q.zeros_like()?));
     }
     let (k, v) = (k.narrow(2, 0, blocks.reach)?.contiguous()?, v.narrow(2, 0, blocks.reach)?.contiguous()?);
-    let weights = softmax(&q.matmul(&k.t()?)?, biases.others.as_ref(), biases.has_empty)?;
+    let weights = softmax(kernels, &q.matmul(&k.t()?)?, biases.others.as_ref(), biases.has_empty)?;
     Ok(Some(weights.matmul(&v)?))
 }
 
 /// The codes (b, heads, codes, d): each group against the positions around the image and the keys of its group.
-fn of_codes(q: &Tensor, k: &Tensor, v: &Tensor, blocks: &Blocks, biases: &Biases) -> Result<Tensor> {
+fn of_codes(kernels: Kernels, q: &Tensor, k: &Tensor, v: &Tensor, blocks: &Blocks, biases: &Biases) -> Result<Tensor> {
     let (b, heads, _, d) = q.dims4()?;
     let (groups, size) = blocks.groups();
     let batched = b * heads * groups;
@@ -77,7 +97,7 @@ fn of_codes(q: &Tensor, k: &Tensor, v: &Tensor, blocks: &Blocks, biases: &Biases
         let of_around = q.reshape((b, heads, groups * size, d))?.matmul(&around.t()?)?;
         scores = Tensor::cat(&[&of_around.reshape((b, heads, groups, size, ()))?, &scores], D::Minus1)?;
     }
-    let weights = softmax(&scores, biases.codes.as_ref(), biases.has_empty)?;
+    let weights = softmax(kernels, &scores, biases.codes.as_ref(), biases.has_empty)?;
     let around = weights.dim(D::Minus1)? - width;
     let own = weights.narrow(D::Minus1, around, width)?.contiguous()?.reshape((batched, size, width))?;
     let mut out = own.matmul(&flat(&values)?)?.reshape((b, heads, groups * size, d))?;
@@ -90,7 +110,17 @@ fn of_codes(q: &Tensor, k: &Tensor, v: &Tensor, blocks: &Blocks, biases: &Biases
 
 /// Softmax of the scores plus the bias over the last dimension, computed in f32 and returned in the type of the scores. If
 /// `has_empty`, rows in which everything is hidden become zero.
-fn softmax(scores: &Tensor, bias: Option<&Tensor>, has_empty: bool) -> Result<Tensor> {
+fn softmax(kernels: Kernels, scores: &Tensor, bias: Option<&Tensor>, has_empty: bool) -> Result<Tensor> {
+    if cuda::takes(kernels, &[scores])
+        && let Some(weights) = softmax_cuda::softmax(scores, bias, HIDDEN / 2.0)?
+    {
+        return Ok(weights);
+    }
+    stock_softmax(scores, bias, has_empty)
+}
+
+/// [`softmax`] from stock candle ops.
+pub(super) fn stock_softmax(scores: &Tensor, bias: Option<&Tensor>, has_empty: bool) -> Result<Tensor> {
     let (dtype, wide) = (scores.dtype(), if scores.dtype() == DType::F64 { DType::F64 } else { DType::F32 });
     let mut scores = scores.to_dtype(wide)?;
     let bias = bias.map(|bias| bias.to_dtype(wide)).transpose()?;
@@ -245,6 +275,27 @@ mod tests {
                     assert_same(&qkv, tolerance, &|v| attention(&v[0], &keys), &|v| composed(&v[0], &keys))
                         .map_err(|e| e.context(format!("{i} {kind}")))?;
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// The same with the softmax by its kernel, on the emulator: every shape of scores and biases that blocks have.
+    #[test]
+    fn the_kernel_of_the_softmax_fits_in() -> Result<()> {
+        if !cuda::emulator::available() {
+            return Ok(());
+        }
+        let mut random = Random::keyed(3, "lists", 0, 0);
+        for (front, codes, width, behind) in [(3, 11, 4, 2), (0, 6, 3, 0), (2, 5, 1, 0)] {
+            for kind in 0..3 {
+                let positions = front + codes + behind;
+                let codes = Codes { positions: front..front + codes, width };
+                let lists = Arc::new(random_lists(positions, codes, kind, &mut random));
+                let keys = KeyRanges::new(lists, (front > 0).then(|| vec![front, 0]));
+                let qkv = qkv([2, positions, 2, 4], DType::F32);
+                let fused = |v: &[Tensor]| attention_by(Kernels::Fused, &v[0], &keys);
+                assert_same(&qkv, 1e-5, &fused, &|v| composed(&v[0], &keys))?;
             }
         }
         Ok(())

@@ -16,6 +16,7 @@ pub mod key_ranges;
 mod plan;
 mod products;
 mod sizes;
+mod softmax_cuda;
 
 use crate::{
     error::{Result, ensure},

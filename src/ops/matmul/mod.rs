@@ -4,8 +4,10 @@ pub mod bf16;
 pub mod epilogue;
 pub mod gemm;
 pub mod linear;
+pub mod linear_activated;
 pub mod matrix;
 pub mod packed;
 mod packed_kernel;
 
 pub use linear::{linear, linear_in, matmul_weight_dtype, rounds_to_bf16};
+pub use linear_activated::linear_activated;

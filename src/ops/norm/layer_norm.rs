@@ -2,13 +2,16 @@
 //!
 //! The backward pass recomputes mean and variance while the row is in cache, so the forward pass saves nothing.
 
+use super::layer_norm_cuda;
 use crate::{
     error::Result,
     ops::{
+        cuda,
         matmul::linear::column_sums,
         simd::{Real, dot, multiversion, sum},
         slices::{by_dtype, fresh, slice, storage, tensor, view},
     },
+    runtime::{self, Kernels},
 };
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
@@ -17,9 +20,17 @@ use rayon::prelude::*;
 /// of x.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     if !x.device().is_cpu() {
-        return composed(x, weight, bias, eps);
+        return on_device(runtime::kernels(), x, weight, bias, eps);
     }
     Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, LayerNorm { eps })?)
+}
+
+/// [`layer_norm()`] on other devices than CPUs.
+pub(crate) fn on_device(kernels: Kernels, x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    if cuda::takes(kernels, &[x, weight, bias]) && weight.elem_count() <= layer_norm_cuda::MAX_CHANNELS {
+        return Ok(layer_norm_cuda::layer_norm(x, weight, bias, eps)?);
+    }
+    composed(x, weight, bias, eps)
 }
 
 /// [`layer_norm()`] from stock candle ops.

@@ -9,6 +9,7 @@ use crate::{
         simd::{Real, multiversion},
         slices::{CHUNK, by_dtype, fresh, slice, storage, tensor, view},
     },
+    runtime::Kernels,
 };
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
@@ -18,6 +19,14 @@ pub fn activation(kind: Activation, x: &Tensor) -> Result<Tensor> {
     match kind {
         Activation::Gelu => gelu::gelu(x),
         _ if x.device().is_cpu() => Ok(x.contiguous()?.apply_op1(Activated(kind))?),
+        _ => composed(kind, x),
+    }
+}
+
+/// [`activation()`] on other devices than CPUs.
+pub(crate) fn on_device(kernels: Kernels, kind: Activation, x: &Tensor) -> Result<Tensor> {
+    match kind {
+        Activation::Gelu => gelu::on_device(kernels, x),
         _ => composed(kind, x),
     }
 }

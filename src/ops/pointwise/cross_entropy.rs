@@ -1,11 +1,14 @@
 //! Weighted cross-entropy of rows of logits: `Σᵢ weightᵢ · (log Σⱼ e^logitᵢⱼ − logitᵢ,targetᵢ)`.
 
+use super::cross_entropy_cuda;
 use crate::{
     error::{Result, ensure},
     ops::{
+        cuda,
         simd::{self, Real, multiversion, sum},
         slices::{by_dtype, fresh, slice, storage, tensor, view},
     },
+    runtime::{self, Kernels},
 };
 use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Shape, Tensor, WithDType, backend::BackendStorage};
 use rayon::prelude::*;
@@ -15,7 +18,7 @@ use std::sync::OnceLock;
 /// logits. A row of weight 0 is skipped and has no gradient.
 ///
 /// # Errors
-/// A target is outside the vocabulary, or shapes do not match.
+/// Shapes do not match, or (on a CPU) a target is outside the vocabulary.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Result<Tensor> {
     let (rows, vocabulary) = logits.dims2()?;
     ensure!(
@@ -25,7 +28,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Res
         weights.dims()
     );
     if !logits.device().is_cpu() {
-        return composed(logits, targets, weights);
+        return on_device(runtime::kernels(), logits, targets, weights);
     }
     let targets: Vec<u32> = targets.to_vec1()?;
     if let Some(target) = targets.iter().find(|&&t| t as usize >= vocabulary) {
@@ -33,6 +36,14 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Res
     }
     let weights = weights.to_dtype(DType::F64)?.to_vec1()?;
     Ok(logits.contiguous()?.apply_op1(CrossEntropy { targets, weights, log_sums: OnceLock::new() })?)
+}
+
+/// [`cross_entropy()`] on other devices than CPUs.
+pub(crate) fn on_device(kernels: Kernels, logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Result<Tensor> {
+    if cuda::takes(kernels, &[logits]) {
+        return Ok(cross_entropy_cuda::cross_entropy(logits, targets, weights)?);
+    }
+    composed(logits, targets, weights)
 }
 
 /// [`cross_entropy()`] from stock candle ops.

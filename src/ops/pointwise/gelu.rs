@@ -1,12 +1,15 @@
 //! GELU in its tanh approximation: `x · ½ (1 + tanh(√(2/π) (x + 0.044715 x³)))` = `x · σ(2u)`, where u is the argument
 //! of tanh.
 
+use super::gelu_cuda;
 use crate::{
     error::Result,
     ops::{
+        cuda,
         simd::{Real, multiversion},
         slices::{CHUNK, by_dtype, fresh, slice, storage, tensor, view},
     },
+    runtime::{self, Kernels},
 };
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
@@ -14,9 +17,14 @@ use rayon::prelude::*;
 /// GELU of each element of a tensor of any shape.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
     if !x.device().is_cpu() {
-        return composed(x);
+        return on_device(runtime::kernels(), x);
     }
     Ok(x.contiguous()?.apply_op1(Gelu)?)
+}
+
+/// [`gelu()`] on other devices than CPUs.
+pub(crate) fn on_device(kernels: Kernels, x: &Tensor) -> Result<Tensor> {
+    if cuda::takes(kernels, &[x]) { Ok(gelu_cuda::gelu(x)?) } else { composed(x) }
 }
 
 /// [`gelu()`] from stock candle ops; candle's own `gelu` rounds its constants to six digits in the gradient.

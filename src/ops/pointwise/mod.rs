@@ -3,7 +3,9 @@
 pub mod activation;
 pub mod bf16_pairs;
 pub mod cross_entropy;
+pub mod cross_entropy_cuda;
 pub mod gelu;
+pub mod gelu_cuda;
 pub mod softmax;
 
 pub use activation::activation;
