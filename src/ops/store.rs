@@ -34,7 +34,7 @@ impl Store {
     pub fn zeros(&self, len: usize) -> Result<Floats> {
         match self {
             Self::Disk(folder) if len > 0 => {
-                let hint = "free some workspace there, or set train.offload to `cpu`";
+                let hint = "free some space there, or set train.offload to `cpu`";
                 let what = || format!("cannot lay {} bytes down in {}", 4 * len, folder.display());
                 mapped(folder, 4 * len).map(Floats::Disk).hint(what(), hint)
             }
