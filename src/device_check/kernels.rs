@@ -39,7 +39,8 @@ pub fn cases(device: &Device) -> Vec<Case> {
             cases.push(case(
                 &format!("layer norm of {} channels", channels[0]),
                 &[shape, channels, channels],
-                |v| layer_norm::on_device(Fused, &v[0], &v[1], &v[2], 1e-5),
+                // Parameters are f32.
+                |v| layer_norm::on_device(Fused, &v[0], &v[1].to_dtype(DType::F32)?, &v[2].to_dtype(DType::F32)?, 1e-5),
                 |v| ops::layer_norm(&v[0], &v[1], &v[2], 1e-5),
             ));
         }

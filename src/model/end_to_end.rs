@@ -5,7 +5,7 @@
 use super::{
     batch::Batch,
     head::{AutogradHead, Head},
-    manual::{Found, ManualHead, unpack},
+    manual::{Found, ManualHead},
     sequence::Modality,
     straight_through::with_gradient_scale,
 };
@@ -19,7 +19,7 @@ use crate::{
         norm::LayerNorm,
         params::{Params, Scope},
         pattern::Grid,
-        segment::{Autograd, Saved, Segment},
+        segment::{Autograd, Saved, Segment, unpack},
     },
     ops::{activation, slices::view},
     tokenizer::{Decoded, PixelBatch, Reconstructor},
@@ -232,9 +232,11 @@ impl Autograd<Batch> for EndToEndHead<'_> {
 
     /// (b, positions, hidden) → the loss, a scalar.
     fn autograd(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
-        let of_tokens = AutogradHead { head: self.head, precision: self.precision }.autograd(x, batch)?;
+        let of_tokens = AutogradHead { head: self.head, precision: self.precision }.loss(x, batch)?;
         let Some(pixels) = &batch.pixels else { return Ok(of_tokens) };
-        let x = with_gradient_scale(x, batch.generator_gradient)?;
+        // The reconstruction does not follow the transformer into half precision.
+        let x = x.to_dtype(self.end_to_end.map.norm.weight().dtype())?;
+        let x = with_gradient_scale(&x, batch.generator_gradient)?;
         let (activated, z_emb) = self.end_to_end.activated_and_code_vectors(self.precision, &x, batch)?;
         let map_norm = |dz: &Tensor| last_weight_norm(&activated, dz);
         Ok((of_tokens + self.end_to_end.reconstructor.loss(&z_emb, pixels, map_norm)?)?)

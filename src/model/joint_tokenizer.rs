@@ -9,13 +9,13 @@
 //!
 //! The tokenizer keeps its own losses: its decoder reconstructs the same images, so that codes stay those of pixels.
 
-use super::{batch::Batch, manual::unpack};
+use super::batch::Batch;
 use crate::{
     error::{Context, Result},
     nn::{
         gradients::Gradients,
         params::Params,
-        segment::{Saved, Segment},
+        segment::{Saved, Segment, unpack},
     },
     tokenizer::{ImageTokenizer, PixelBatch},
 };

@@ -15,7 +15,7 @@ use crate::{
         block_manual::Activations,
         gradients::Gradients,
         params::Params,
-        segment::{Saved, Segment},
+        segment::{Saved, Segment, unpack},
     },
     ops::{attention::Sizes, cross_entropy, scatter::scatter_add, slices::view},
 };
@@ -296,8 +296,4 @@ impl Segment<Batch> for ManualHead<'_> {
     ) -> Result<Option<Tensor>> {
         unpack::<Found>(saved)?.backward(x, gradients)
     }
-}
-
-pub(super) fn unpack<T: 'static>(saved: Saved) -> Result<T> {
-    saved.downcast().map(|saved| *saved).ok().context("the saved state belongs to another segment")
 }

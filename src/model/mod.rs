@@ -28,6 +28,8 @@ mod blockwise_tests;
 #[cfg(test)]
 mod decode_tests;
 #[cfg(test)]
+mod device_tests;
+#[cfg(test)]
 mod end_to_end_tests;
 #[cfg(test)]
 mod joint_tokenizer_tests;

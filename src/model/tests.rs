@@ -127,7 +127,7 @@ fn loss(generator: &Generator, batch: &Batch) -> Result<Tensor> {
     for layer in &generator.layers {
         x = AutogradLayer { layer, precision: Precision::F32 }.autograd(&x, batch)?;
     }
-    AutogradHead { head: &generator.head, precision: Precision::F32 }.autograd(&x, batch)
+    AutogradHead { head: &generator.head, precision: Precision::F32 }.loss(&x, batch)
 }
 
 /// The loss with dense attention under full masks.
@@ -142,7 +142,7 @@ fn dense_loss(generator: &Generator, batch: &Batch) -> Result<Tensor> {
         let mask = layout.mask(layer.pattern, &lengths, x.device())?;
         x = layer.block.forward_with(Precision::F32, &x, |qkv| dense_masked(qkv, &mask))?;
     }
-    AutogradHead { head: &generator.head, precision: Precision::F32 }.autograd(&x, batch)
+    AutogradHead { head: &generator.head, precision: Precision::F32 }.loss(&x, batch)
 }
 
 pub(super) fn max_difference(a: &Tensor, b: &Tensor) -> Result<f64> {

@@ -47,6 +47,14 @@ pub trait Segment<B> {
     ) -> Result<Option<Tensor>>;
 }
 
+/// What a segment saved, as the type that it has.
+///
+/// # Errors
+/// It has another type: another segment saved it.
+pub fn unpack<T: 'static>(saved: Saved) -> Result<T> {
+    saved.downcast().map(|saved| *saved).ok().context("the saved state belongs to another segment")
+}
+
 /// Segments that run in order, each on the output of the previous one. In training the last one returns the loss, or an
 /// output whose gradient is given from outside.
 pub type Chain<'a, B> = [Box<dyn Segment<B> + 'a>];
@@ -100,7 +108,7 @@ impl<B, S: Autograd<B>> Segment<B> for S {
         dy: Option<Tensor>,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let (input, y) = *saved.downcast::<(Var, Tensor)>().ok().context("the tape of another segment")?;
+        let (input, y) = unpack::<(Var, Tensor)>(saved)?;
         let mut store = match dy {
             None => y.backward()?,
             Some(dy) => seeded(&y, dy)?.backward()?,

@@ -14,6 +14,21 @@ use std::{cell::RefCell, marker::PhantomData, ops::Deref, ops::Range};
 /// Number of elements per task of a parallel elementwise loop.
 pub(super) const CHUNK: usize = 1 << 14;
 
+/// Whether our kernels for CPUs compute with this tensor: it is on a CPU, and in f32 or f64.
+pub fn has_cpu_kernels(x: &Tensor) -> bool {
+    x.device().is_cpu() && !is_half(x.dtype())
+}
+
+/// Whether this is a floating-point type of 16 bits.
+pub fn is_half(dtype: DType) -> bool {
+    matches!(dtype, DType::BF16 | DType::F16)
+}
+
+/// `f` of x, computed in f32 where x is in half precision; the result is in the type of x.
+pub fn in_f32(x: &Tensor, f: impl FnOnce(&Tensor) -> crate::error::Result<Tensor>) -> crate::error::Result<Tensor> {
+    if is_half(x.dtype()) { Ok(f(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?) } else { f(x) }
+}
+
 /// Runs `$body` with `$T` as the element type of `$dtype` (`F32` or `F64`).
 macro_rules! by_dtype {
     ($dtype:expr, $op:expr, $T:ident => $body:expr) => {

@@ -20,7 +20,7 @@ mod softmax_cuda;
 
 use crate::{
     error::{Result, ensure},
-    ops::slices::{Scatter, by_dtype, fresh, slice, storage, tensor, view},
+    ops::slices::{Scatter, by_dtype, fresh, has_cpu_kernels, slice, storage, tensor, view},
 };
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Shape, Tensor, backend::BackendStorage};
 use heads::{Head, Inputs, Scratch, backward_head, forward_head};
@@ -37,7 +37,7 @@ pub fn attention(qkv: &Tensor, keys: &Arc<KeyRanges>) -> Result<Tensor> {
     let (samples, positions, three, _, _) = qkv.dims5()?;
     ensure!(three == 3, "attention: expected queries, keys and values, got {three} parts");
     keys.check(samples, positions)?;
-    if !qkv.device().is_cpu() {
+    if !has_cpu_kernels(qkv) {
         return blockwise::attention(qkv, keys);
     }
     Ok(qkv.contiguous()?.apply_op1(Attention { keys: keys.clone() })?)

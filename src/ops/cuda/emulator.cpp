@@ -13,7 +13,7 @@ const std::map<std::string, emulator::Kernel> &kernels() {
         KERNEL(bias_gelu_forward_bf16_bf16), KERNEL(bias_gelu_forward_bf16_f32), KERNEL(bias_gelu_forward_f32_f32),
         KERNEL(column_sums_bf16), KERNEL(column_sums_f32), KERNEL(cross_entropy_backward_bf16),
         KERNEL(cross_entropy_backward_f32), KERNEL(cross_entropy_forward_bf16), KERNEL(cross_entropy_forward_f32),
-        KERNEL(cross_entropy_total_bf16), KERNEL(cross_entropy_total_f32), KERNEL(embedding_backward_bf16),
+        KERNEL(cross_entropy_total), KERNEL(embedding_backward_bf16),
         KERNEL(embedding_backward_f32), KERNEL(embedding_forward_bf16), KERNEL(embedding_forward_f32),
         KERNEL(layer_norm_backward_bf16), KERNEL(layer_norm_backward_f32), KERNEL(layer_norm_forward_bf16),
         KERNEL(layer_norm_forward_f32), KERNEL(softmax_backward_bf16), KERNEL(softmax_backward_f32),

@@ -32,8 +32,8 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     })
 }
 
-/// [`linear()`] with factors and product rounded to `precision` by stock candle ops, also in the backward pass. On a
-/// CPU candle has no bf16 product and computes in f32.
+/// [`linear()`] with factors and product rounded to `precision` by stock candle ops, also in the backward pass, in the type
+/// of x. On a CPU candle has no bf16 product and computes in f32.
 pub fn linear_in(precision: Precision, x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     let dtype = match matmul_weight_dtype(precision) {
         Some(dtype) if dtype == DType::F16 || !x.device().is_cpu() => dtype,
@@ -42,7 +42,7 @@ pub fn linear_in(precision: Precision, x: &Tensor, w: &Tensor, b: Option<&Tensor
     let y = composed(&x.to_dtype(dtype)?, &w.to_dtype(dtype)?, None)?;
     let y = y.to_dtype(x.dtype())?;
     Ok(match b {
-        Some(b) => y.broadcast_add(b)?,
+        Some(b) => y.broadcast_add(&b.to_dtype(x.dtype())?)?,
         None => y,
     })
 }

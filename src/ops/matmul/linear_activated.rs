@@ -33,6 +33,7 @@ pub(crate) fn on_device(
     w: &Tensor,
     b: &Tensor,
 ) -> Result<Tensor> {
+    let b = &b.to_dtype(x.dtype())?;
     if kind != Activation::Gelu || !cuda::takes(kernels, &[x, b]) {
         return activation::on_device(kernels, kind, &linear_in(precision, x, w, Some(b))?);
     }

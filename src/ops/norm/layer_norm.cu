@@ -5,6 +5,8 @@
 // backward pass has several rows and sums their gradients of weight and bias in shared memory, where each thread owns its
 // channels; `column_sums` then adds the blocks in order.
 //
+// Weight and bias are f32 for every type of x, as parameters are.
+//
 // Bytes an element of x, of s bytes: forward 2s (stock ops: 12s), backward 3s, and 8 bytes for each channel and block.
 
 #include "../cuda/device.cuh"
@@ -28,19 +30,19 @@ __device__ Moments moments(const T *x, Size channels, float eps) {
 
 // One block a row.
 template <class T>
-__device__ void layer_norm_forward(const T *x, const T *weight, const T *bias, T *y, Size channels, float eps) {
+__device__ void layer_norm_forward(const T *x, const float *weight, const float *bias, T *y, Size channels, float eps) {
     x += blockIdx.x * channels;
     y += blockIdx.x * channels;
     Moments row = moments(x, channels, eps);
     for (Size c = threadIdx.x; c < channels; c += blockDim.x)
-        store(y + c, (to_float(x[c]) - row.mean) * row.scale * to_float(weight[c]) + to_float(bias[c]));
+        store(y + c, (to_float(x[c]) - row.mean) * row.scale * weight[c] + bias[c]);
 }
 
 // With x̂ the normalized row and g = dy·weight: dx = (g − mean(g) − x̂·mean(g·x̂)) / standard deviation. partial (blocks, 2,
 // channels): the sums of dy·x̂ and dy over the rows of each block. Shared memory: 2 · channels floats.
 template <class T>
-__device__ void layer_norm_backward(const T *x, const T *weight, const T *dy, T *dx, float *partial, Size rows, Size channels,
-                                    Size rows_per_block, float eps) {
+__device__ void layer_norm_backward(const T *x, const float *weight, const T *dy, T *dx, float *partial, Size rows,
+                                    Size channels, Size rows_per_block, float eps) {
     DYNAMIC_SHARED(float, sums);
     for (Size c = threadIdx.x; c < 2 * channels; c += blockDim.x) sums[c] = 0.0f;
     __syncthreads(); // the second half belongs to other threads than the first
@@ -50,7 +52,7 @@ __device__ void layer_norm_backward(const T *x, const T *weight, const T *dy, T 
         Moments row = moments(x_row, channels, eps);
         float sum = 0.0f, slope = 0.0f;
         for (Size c = threadIdx.x; c < channels; c += blockDim.x) {
-            float d = to_float(dy_row[c]), g = d * to_float(weight[c]);
+            float d = to_float(dy_row[c]), g = d * weight[c];
             float normed = (to_float(x_row[c]) - row.mean) * row.scale;
             sums[c] += d * normed;
             sums[channels + c] += d;
@@ -60,7 +62,7 @@ __device__ void layer_norm_backward(const T *x, const T *weight, const T *dy, T 
         sum = block_sum(sum) / channels;
         slope = block_sum(slope) / channels;
         for (Size c = threadIdx.x; c < channels; c += blockDim.x) {
-            float g = to_float(dy_row[c]) * to_float(weight[c]);
+            float g = to_float(dy_row[c]) * weight[c];
             float normed = (to_float(x_row[c]) - row.mean) * row.scale;
             store(dx + r * channels + c, (g - sum - normed * slope) * row.scale);
         }
@@ -74,7 +76,7 @@ extern "C" __global__ void layer_norm_forward_f32(const float *x, const float *w
     layer_norm_forward(x, weight, bias, y, channels, eps);
 }
 
-extern "C" __global__ void layer_norm_forward_bf16(const Bf16 *x, const Bf16 *weight, const Bf16 *bias, Bf16 *y,
+extern "C" __global__ void layer_norm_forward_bf16(const Bf16 *x, const float *weight, const float *bias, Bf16 *y,
                                                    Size channels, float eps) {
     layer_norm_forward(x, weight, bias, y, channels, eps);
 }
@@ -85,7 +87,7 @@ extern "C" __global__ void layer_norm_backward_f32(const float *x, const float *
     layer_norm_backward(x, weight, dy, dx, partial, rows, channels, rows_per_block, eps);
 }
 
-extern "C" __global__ void layer_norm_backward_bf16(const Bf16 *x, const Bf16 *weight, const Bf16 *dy, Bf16 *dx,
+extern "C" __global__ void layer_norm_backward_bf16(const Bf16 *x, const float *weight, const Bf16 *dy, Bf16 *dx,
                                                     float *partial, Size rows, Size channels, Size rows_per_block,
                                                     float eps) {
     layer_norm_backward(x, weight, dy, dx, partial, rows, channels, rows_per_block, eps);

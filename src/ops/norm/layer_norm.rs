@@ -9,28 +9,29 @@ use crate::{
         cuda,
         matmul::linear::column_sums,
         simd::{Real, dot, multiversion, sum},
-        slices::{by_dtype, fresh, slice, storage, tensor, view},
+        slices::{by_dtype, fresh, has_cpu_kernels, in_f32, slice, storage, tensor, view},
     },
     runtime::{self, Kernels},
 };
-use candle_core::{CpuStorage, CustomOp3, D, Layout, Shape, Tensor, backend::BackendStorage};
+use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
 /// Layer normalization of `x (.., channels)` with `weight (channels)` and `bias (channels)`; the output has the shape
-/// of x.
+/// and type of x. The arithmetic is in the type of the weight: x may have a shorter one.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
-    if !x.device().is_cpu() {
+    if !has_cpu_kernels(x) {
         return on_device(runtime::kernels(), x, weight, bias, eps);
     }
     Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, LayerNorm { eps })?)
 }
 
-/// [`layer_norm()`] on other devices than CPUs.
+/// [`layer_norm()`] on other devices than CPUs, and for half precision.
 pub(crate) fn on_device(kernels: Kernels, x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
-    if cuda::takes(kernels, &[x, weight, bias]) && weight.elem_count() <= layer_norm_cuda::MAX_CHANNELS {
+    let of_kernel = weight.dtype() == DType::F32 && weight.elem_count() <= layer_norm_cuda::MAX_CHANNELS;
+    if of_kernel && cuda::takes(kernels, &[x]) && cuda::takes(kernels, &[weight, bias]) {
         return Ok(layer_norm_cuda::layer_norm(x, weight, bias, eps)?);
     }
-    composed(x, weight, bias, eps)
+    in_f32(x, |x| composed(x, weight, bias, eps))
 }
 
 /// [`layer_norm()`] from stock candle ops.

@@ -6,7 +6,7 @@ use candle_core::{DType, Result, Tensor, bail};
 /// The channels whose sums fit into the shared memory of a block (48 KB).
 pub const MAX_CHANNELS: usize = 6144;
 
-/// As [`layer_norm`](super::layer_norm()), for tensors that [`takes`](crate::ops::cuda::takes) accepts.
+/// As [`layer_norm`](super::layer_norm()), for x that [`takes`](crate::ops::cuda::takes) accepts; weight and bias are f32.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let channels = weight.elem_count();
     if channels > MAX_CHANNELS || x.dims().last() != Some(&channels) || bias.dims() != weight.dims() {
@@ -32,7 +32,7 @@ fn backward(x: &Tensor, weight: &Tensor, dy: &Tensor, eps: f64) -> Result<Vec<Te
     let outputs = [
         Output::new(x.shape(), x.dtype()),
         Output::new((blocks, 2 * channels), DType::F32),
-        Output::new((2, channels), x.dtype()),
+        Output::new((2, channels), DType::F32),
     ];
     let [dx, _, sums] = run(&[x, weight, dy], outputs, &|from, to| {
         let call = Call::new("layer_norm_backward", &[x.dtype()], [blocks, 1], threads(channels));
@@ -40,7 +40,7 @@ fn backward(x: &Tensor, weight: &Tensor, dy: &Tensor, eps: f64) -> Result<Vec<Te
         let call = call.with(rows).with(channels).with(rows_per_block).with(eps as f32);
         vec![
             call.with_shared(2 * channels * size_of::<f32>()),
-            Call::column_sums(x.dtype(), to[1], to[2], [blocks, 2 * channels]),
+            Call::column_sums(DType::F32, to[1], to[2], [blocks, 2 * channels]),
         ]
     })?;
     let sums = sums.tensor();
@@ -72,7 +72,9 @@ mod tests {
         // Widths of one warp and of several; rows of one block, and of more blocks than the sum of columns has warps.
         for shape in [&[1, 1][..], &[2, 3, 33], &[200, 5], &[37, 64], &[3, 300], &[2, 1100]] {
             let channels = &shape[shape.len() - 1..];
-            let vars = |dtype| [normal("x", shape, dtype), normal("w", channels, dtype), normal("b", channels, dtype)];
+            let vars = |dtype| {
+                [normal("x", shape, dtype), normal("w", channels, DType::F32), normal("b", channels, DType::F32)]
+            };
             let fused = |v: &[Tensor]| Ok(layer_norm(&v[0], &v[1], &v[2], 1e-5)?);
             let stock = |v: &[Tensor]| composed(&v[0], &v[1], &v[2], 1e-5);
             assert_same(&vars(DType::F32), 2e-5, &fused, &stock)?;

@@ -7,7 +7,7 @@ use crate::{
     error::Result,
     ops::{
         simd::{Real, multiversion},
-        slices::{CHUNK, by_dtype, fresh, slice, storage, tensor, view},
+        slices::{CHUNK, by_dtype, fresh, has_cpu_kernels, in_f32, slice, storage, tensor, view},
     },
     runtime::Kernels,
 };
@@ -18,16 +18,16 @@ use rayon::prelude::*;
 pub fn activation(kind: Activation, x: &Tensor) -> Result<Tensor> {
     match kind {
         Activation::Gelu => gelu::gelu(x),
-        _ if x.device().is_cpu() => Ok(x.contiguous()?.apply_op1(Activated(kind))?),
-        _ => composed(kind, x),
+        _ if has_cpu_kernels(x) => Ok(x.contiguous()?.apply_op1(Activated(kind))?),
+        _ => in_f32(x, |x| composed(kind, x)),
     }
 }
 
-/// [`activation()`] on other devices than CPUs.
+/// [`activation()`] on other devices than CPUs, and for half precision.
 pub(crate) fn on_device(kernels: Kernels, kind: Activation, x: &Tensor) -> Result<Tensor> {
     match kind {
         Activation::Gelu => gelu::on_device(kernels, x),
-        _ => composed(kind, x),
+        _ => in_f32(x, |x| composed(kind, x)),
     }
 }
 

@@ -33,18 +33,17 @@ __device__ void cross_entropy_forward(const T *logits, const unsigned *targets, 
 }
 
 // The sum of the losses, by one block.
-template <class T>
-__device__ void cross_entropy_total(const float *losses, T *total, Size rows) {
+extern "C" __global__ void cross_entropy_total(const float *losses, float *total, Size rows) {
     float sum = 0.0f;
     for (Size row = threadIdx.x; row < rows; row += blockDim.x) sum += losses[row];
     sum = block_sum(sum);
-    if (threadIdx.x == 0) store(total, sum);
+    if (threadIdx.x == 0) *total = sum;
 }
 
 // dlogits = gradient · weight · (softmax − one-hot target). One block a row.
 template <class T>
 __device__ void cross_entropy_backward(const T *logits, const unsigned *targets, const float *weights,
-                                       const float *statistics, const T *gradient, T *dlogits, Size vocabulary) {
+                                       const float *statistics, const float *gradient, T *dlogits, Size vocabulary) {
     Size row = blockIdx.x;
     logits += row * vocabulary;
     dlogits += row * vocabulary;
@@ -54,7 +53,7 @@ __device__ void cross_entropy_backward(const T *logits, const unsigned *targets,
         return;
     }
     Size target = targets[row];
-    float largest = statistics[2 * row], inverse = statistics[2 * row + 1], scale = to_float(*gradient) * weight;
+    float largest = statistics[2 * row], inverse = statistics[2 * row + 1], scale = *gradient * weight;
     for (Size c = threadIdx.x; c < vocabulary; c += blockDim.x) {
         float probability = expf(to_float(logits[c]) - largest) * inverse;
         store(dlogits + c, scale * (c == target ? probability - 1.0f : probability));
@@ -71,14 +70,6 @@ extern "C" __global__ void cross_entropy_forward_bf16(const Bf16 *logits, const 
     cross_entropy_forward(logits, targets, weights, statistics, losses, vocabulary);
 }
 
-extern "C" __global__ void cross_entropy_total_f32(const float *losses, float *total, Size rows) {
-    cross_entropy_total(losses, total, rows);
-}
-
-extern "C" __global__ void cross_entropy_total_bf16(const float *losses, Bf16 *total, Size rows) {
-    cross_entropy_total(losses, total, rows);
-}
-
 extern "C" __global__ void cross_entropy_backward_f32(const float *logits, const unsigned *targets, const float *weights,
                                                       const float *statistics, const float *gradient, float *dlogits,
                                                       Size vocabulary) {
@@ -86,7 +77,7 @@ extern "C" __global__ void cross_entropy_backward_f32(const float *logits, const
 }
 
 extern "C" __global__ void cross_entropy_backward_bf16(const Bf16 *logits, const unsigned *targets, const float *weights,
-                                                       const float *statistics, const Bf16 *gradient, Bf16 *dlogits,
+                                                       const float *statistics, const float *gradient, Bf16 *dlogits,
                                                        Size vocabulary) {
     cross_entropy_backward(logits, targets, weights, statistics, gradient, dlogits, vocabulary);
 }

@@ -6,7 +6,7 @@ use crate::{
     ops::{
         cuda,
         simd::{self, Real, multiversion, sum},
-        slices::{by_dtype, fresh, slice, storage, tensor, view},
+        slices::{by_dtype, fresh, has_cpu_kernels, is_half, slice, storage, tensor, view},
     },
     runtime::{self, Kernels},
 };
@@ -14,8 +14,8 @@ use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Shape, Tensor, WithDT
 use rayon::prelude::*;
 use std::sync::OnceLock;
 
-/// `logits (rows, vocabulary)`, `targets (rows)` u32, `weights (rows)` → scalar, differentiable with respect to the
-/// logits. A row of weight 0 is skipped and has no gradient.
+/// `logits (rows, vocabulary)`, `targets (rows)` u32, `weights (rows)` → scalar, f32 for logits in half precision,
+/// differentiable with respect to the logits. A row of weight 0 is skipped and has no gradient.
 ///
 /// # Errors
 /// Shapes do not match, or (on a CPU) a target is outside the vocabulary.
@@ -27,7 +27,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Res
         targets.dims(),
         weights.dims()
     );
-    if !logits.device().is_cpu() {
+    if !has_cpu_kernels(logits) {
         return on_device(runtime::kernels(), logits, targets, weights);
     }
     let targets: Vec<u32> = targets.to_vec1()?;
@@ -38,12 +38,15 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Res
     Ok(logits.contiguous()?.apply_op1(CrossEntropy { targets, weights, log_sums: OnceLock::new() })?)
 }
 
-/// [`cross_entropy()`] on other devices than CPUs.
+/// [`cross_entropy()`] on other devices than CPUs, and for half precision.
 pub(crate) fn on_device(kernels: Kernels, logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Result<Tensor> {
     if cuda::takes(kernels, &[logits]) {
         return Ok(cross_entropy_cuda::cross_entropy(logits, targets, weights)?);
     }
-    composed(logits, targets, weights)
+    match is_half(logits.dtype()) {
+        true => composed(&logits.to_dtype(DType::F32)?, targets, weights),
+        false => composed(logits, targets, weights),
+    }
 }
 
 /// [`cross_entropy()`] from stock candle ops.

@@ -6,8 +6,8 @@ use candle_core::{DType, Result, Tensor, bail};
 /// Threads of the block of a row.
 const THREADS: usize = 256;
 
-/// As [`cross_entropy`](super::cross_entropy()), for logits that [`takes`](crate::ops::cuda::takes) accepts. The loss of a
-/// target outside of the vocabulary is not a number: the host does not read the targets.
+/// As [`cross_entropy`](super::cross_entropy()), for logits that [`takes`](crate::ops::cuda::takes) accepts; the loss is f32. That
+/// of a target outside of the vocabulary is not a number: the host does not read the targets.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Result<Tensor> {
     let (rows, vocabulary) = logits.dims2()?;
     if targets.dims() != [rows] || weights.dims() != [rows] || targets.dtype() != DType::U32 {
@@ -16,11 +16,11 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Res
     let (logits, targets) = (logits.contiguous()?, targets.contiguous()?);
     let weights = weights.to_dtype(DType::F32)?.contiguous()?.detach();
     let dtype = logits.dtype();
-    let outputs = [Output::new((rows, 2), DType::F32), Output::new(rows, DType::F32), Output::new((), dtype)];
+    let outputs = [Output::new((rows, 2), DType::F32), Output::new(rows, DType::F32), Output::new((), DType::F32)];
     let [statistics, _, total] = run(&[&logits, &targets, &weights], outputs, &|from, to| {
         let call = Call::new("cross_entropy_forward", &[dtype], [rows, 1], THREADS);
         let call = from.iter().chain(&to[..2]).fold(call, |call, &address| call.with(address));
-        let total = Call::new("cross_entropy_total", &[dtype], [1, 1], THREADS);
+        let total = Call::new("cross_entropy_total", &[], [1, 1], THREADS);
         vec![call.with(vocabulary), total.with(to[1]).with(to[2]).with(rows)]
     })?;
     let statistics = statistics.tensor();
@@ -59,7 +59,7 @@ mod tests {
             let fused = |v: &[Tensor]| Ok((cross_entropy(&v[0], &targets, &weights)? * 3.0)?);
             let stock = |v: &[Tensor]| Ok((composed(&v[0], &targets, &weights)? * 3.0)?);
             assert_same(&[normal("logits", &[rows, vocabulary], DType::F32)], 1e-5, &fused, &stock)?;
-            let wide = |v: &[Tensor]| Ok(stock(&[v[0].to_dtype(DType::F32)?])?.to_dtype(DType::BF16)?);
+            let wide = |v: &[Tensor]| stock(&[v[0].to_dtype(DType::F32)?]);
             assert_same(&[normal("logits", &[rows, vocabulary], DType::BF16)], 2e-2, &fused, &wide)?;
         }
         Ok(())

@@ -7,7 +7,7 @@ use crate::{
     ops::{
         cuda,
         simd::{Real, multiversion},
-        slices::{CHUNK, by_dtype, fresh, slice, storage, tensor, view},
+        slices::{CHUNK, by_dtype, fresh, has_cpu_kernels, in_f32, slice, storage, tensor, view},
     },
     runtime::{self, Kernels},
 };
@@ -16,15 +16,15 @@ use rayon::prelude::*;
 
 /// GELU of each element of a tensor of any shape.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() {
+    if !has_cpu_kernels(x) {
         return on_device(runtime::kernels(), x);
     }
     Ok(x.contiguous()?.apply_op1(Gelu)?)
 }
 
-/// [`gelu()`] on other devices than CPUs.
+/// [`gelu()`] on other devices than CPUs, and for half precision.
 pub(crate) fn on_device(kernels: Kernels, x: &Tensor) -> Result<Tensor> {
-    if cuda::takes(kernels, &[x]) { Ok(gelu_cuda::gelu(x)?) } else { composed(x) }
+    if cuda::takes(kernels, &[x]) { Ok(gelu_cuda::gelu(x)?) } else { in_f32(x, composed) }
 }
 
 /// [`gelu()`] from stock candle ops; candle's own `gelu` rounds its constants to six digits in the gradient.
