@@ -55,7 +55,7 @@ impl Head {
 }
 
 /// Rows of logits that autograd computes together: of 8,192 codes they take 134 MB in f32.
-const ROWS: usize = 4096;
+pub(super) const ROWS: usize = 4096;
 
 /// The head with autograd, computed in `precision`. It is the last segment, so the gradient of the loss is known as soon as
 /// the logits are: the forward pass also computes the gradients, some rows at a time.

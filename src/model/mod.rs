@@ -3,6 +3,7 @@
 pub mod activations;
 mod batch;
 mod decode;
+pub mod device_activations;
 mod embedding;
 pub mod end_to_end;
 pub mod flops;

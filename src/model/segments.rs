@@ -91,11 +91,7 @@ impl Generator {
     }
 
     /// The same with hidden states of the type `stream`, or of that of the tables.
-    pub(super) fn autograd_chain(
-        &self,
-        precision: Precision,
-        stream: Option<DType>,
-    ) -> Vec<Box<dyn Segment<Batch> + '_>> {
+    pub fn autograd_chain(&self, precision: Precision, stream: Option<DType>) -> Vec<Box<dyn Segment<Batch> + '_>> {
         let mut chain = self.autograd_body(precision, stream);
         let head = &self.head;
         chain.push(match &self.end_to_end {

@@ -2,8 +2,9 @@
 //! kind of op. `simd`, `slices`, `store` and `scatter` are shared by all.
 //!
 //! On a CPU each op runs a kernel of this module; on other devices, and as the reference in tests, it is composed of
-//! stock candle ops, or on CUDA runs a kernel of [`cuda`] where `--kernels fused` asks for it. Kernels are generic over `f32` and `f64`, so that gradients can be checked against finite
-//! differences in double precision. Results do not depend on the number of threads.
+//! stock candle ops, or on CUDA runs a kernel of [`cuda`] where `--kernels fused` asks for it. Kernels are generic over
+//! `f32` and `f64`, so that gradients can be checked against finite differences in double precision. Results do not depend
+//! on the number of threads.
 
 pub mod attention;
 pub mod conv;
@@ -20,6 +21,7 @@ pub mod scatter;
 pub mod simd;
 pub mod slices;
 mod store;
+pub mod tape;
 #[cfg(test)]
 pub mod testing;
 

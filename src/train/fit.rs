@@ -4,7 +4,7 @@ use super::{
     memory::{Cluster, Memory, Row, Settings},
     sizes::Sizes,
 };
-use crate::config::Config;
+use crate::{config::Config, runtime::Kernels};
 use serde::Serialize;
 
 /// A configuration on a cluster.
@@ -25,6 +25,9 @@ pub struct Fit {
     /// Bytes of activations without and with full activation checkpointing.
     pub activations_kept: Option<u64>,
     pub activations_recomputed: Option<u64>,
+    /// The same with `--kernels fused`.
+    pub activations_kept_fused: Option<u64>,
+    pub activations_recomputed_fused: Option<u64>,
     /// Whether the settings of the configuration fit.
     pub fits: bool,
     /// Keys to change if they do not; empty if no settings fit.
@@ -44,6 +47,9 @@ impl Fit {
         let row = |(stage, offload)| memory.row(Settings { stage, offload, ..own }, cluster.memory_bytes);
         let seconds = memory.seconds(&cluster);
         let fits = memory.row(own, cluster.memory_bytes).fits;
+        let activations = |activation_checkpointing, kernels| {
+            memory.activations(Settings { activation_checkpointing, ..own }, kernels)
+        };
         let change = if fits { None } else { change(config, &memory, &cluster) };
         Self {
             parameters: memory.shares().total(),
@@ -52,8 +58,10 @@ impl Fit {
             days: seconds * config.train.steps as f64 / 86_400.0,
             micro_steps: memory.micro_steps(),
             rows: (0..=3).flat_map(|stage| [(stage, false), (stage, true)]).map(row).collect(),
-            activations_kept: memory.activations(Settings { activation_checkpointing: 0, ..own }),
-            activations_recomputed: memory.activations(Settings { activation_checkpointing: 1, ..own }),
+            activations_kept: activations(0, Kernels::Stock),
+            activations_recomputed: activations(1, Kernels::Stock),
+            activations_kept_fused: activations(0, Kernels::Fused),
+            activations_recomputed_fused: activations(1, Kernels::Fused),
             fits,
             gpus_needed: if fits || change.is_some() { None } else { gpus_needed(config, sizes, &cluster) },
             change: change.map(|settings| keys(own, settings)).unwrap_or_default(),
@@ -120,9 +128,10 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_told_what_to_change() {
         assert!(fit(&[], 8, 80).fits && fit(&[], 64, 40).fits);
-        let stage_1 = fit(&["train.zero_stage=1"], 8, 60);
-        assert!(!stage_1.fits, "59 GB and activations");
+        let stage_1 = fit(&["train.zero_stage=1", "train.accumulation=128"], 8, 60);
+        assert!(!stage_1.fits, "61 GB and activations");
         assert_eq!(stage_1.change, ["train.zero_stage = 2"]);
+        assert_eq!(fit(&["train.zero_stage=1"], 8, 70).change, ["train.accumulation = 128"], "33 GB of activations");
         assert!(fit(&["train.accumulation=128"], 8, 24).fits);
         let kept = fit(&["train.activation_checkpointing=0", "train.accumulation=16"], 8, 24);
         assert!(!kept.fits && kept.change.contains(&"train.accumulation = 128".to_owned()), "{:?}", kept.change);

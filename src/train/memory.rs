@@ -9,7 +9,7 @@
 use super::sizes::{Shares, Sizes};
 use crate::{
     config::{Config, Precision},
-    model::activations::Micro,
+    runtime::Kernels,
 };
 use serde::Serialize;
 
@@ -161,18 +161,17 @@ impl<'a> Memory<'a> {
             working_set: gradients_of_unit + if whole { 0 } else { weight * unit },
             under_way,
             average: on_gpu(average),
-            activations: self.activations(settings),
+            // The default: the others have not run on a GPU yet.
+            activations: self.activations(settings, Kernels::Stock),
         }
     }
 
-    /// Of the largest micro-batch of any GPU.
-    pub fn activations(&self, settings: Settings) -> Option<u64> {
+    /// Of the largest micro-batch of any GPU, with these kernels.
+    pub fn activations(&self, settings: Settings, kernels: Kernels) -> Option<u64> {
         let mut config = self.config.clone();
         config.train.accumulation = settings.accumulation;
-        let micro = self.sizes.micro_batches(&config, self.shares.world_size).into_iter();
-        micro
-            .map(|micro| Micro { bytes: self.weight(), ..micro }.most(&config, settings.activation_checkpointing))
-            .max()
+        let all = self.sizes.micro_batches(&config, self.shares.world_size);
+        all.iter().map(|micro| micro.most_on_device(&config, kernels, settings.activation_checkpointing)).max()
     }
 
     /// Host memory per GPU: fp32 master weights, their bf16 copy, moments and moving average.

@@ -35,6 +35,7 @@ mod report;
 mod serve;
 mod server;
 mod t2i;
+mod tape;
 mod tokenizer;
 mod train;
 mod transformer_parity;

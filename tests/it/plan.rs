@@ -49,7 +49,8 @@ fn plan_of_10_b_equals_the_formulas() {
                     assert_eq!(number("host_bytes") > 0.0, offload);
                 }
             }
-            assert_eq!(value["fits"], true, "stage 3 is the configuration's own");
+            // Stage 3 is the configuration's own: with eight samples a micro-step, activations alone take 33 GB.
+            assert_eq!(value["fits"], (gpus, memory) != ("8", "40"));
         }
     }
 }

@@ -130,7 +130,6 @@ const ALLOWED: &[(&str, &str, &str)] = &[
     ("src/cli/doctor.rs", "units", "units of a processor"),
     ("src/cli/mod.rs", "units", "units of a processor"),
     ("src/ops/matmul/bf16/tile.rs", "units", "units of a processor"),
-    ("tests/cmd/import.trycmd", "units", "units of a processor"),
     ("docs/faq.md", "units", "units of a processor"),
     ("CONTRIBUTING.md", "units", "units of measurement"),
     ("src/run_report/page.rs", "units", "units of measurement"),

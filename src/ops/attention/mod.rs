@@ -7,6 +7,7 @@
 
 mod blocks;
 pub mod blockwise;
+pub mod blockwise_tape;
 pub mod cached;
 mod grouping;
 mod heads;

@@ -1,0 +1,179 @@
+//! What candle's autograd keeps and allocates, without numbers: the ops of a forward pass as sizes.
+//!
+//! A [`Tape`] is built by functions that follow the stock ops of devices one by one: [`Layers`] and
+//! [`blockwise_tape`](super::attention::blockwise_tape). It knows which results a forward pass keeps for the backward pass,
+//! which is every result that an op made (candle frees none before the end), and how much the backward pass allocates beside
+//! them. `tests/it/tape.rs` compares both with the bytes that a pass allocates.
+
+mod gradients;
+mod layers;
+
+use gradients::{Gradient, Gradients};
+pub use layers::Layers;
+
+/// A result on a [`Tape`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Id(usize);
+
+struct Node {
+    elements: u64,
+    /// Bytes of an element.
+    width: u64,
+    /// Whether it has memory of its own that the tape keeps; a view has none, and leaves do not count.
+    stored: bool,
+    args: Vec<(Id, Gradient)>,
+}
+
+/// The ops of a forward pass.
+#[derive(Default)]
+pub struct Tape {
+    nodes: Vec<Node>,
+}
+
+impl Tape {
+    fn push(&mut self, elements: u64, width: u64, stored: bool, args: Vec<(Id, Gradient)>) -> Id {
+        self.nodes.push(Node { elements, width, stored, args });
+        Id(self.nodes.len() - 1)
+    }
+
+    /// A parameter, an input or a constant. Its memory does not count. Its gradient does, even that of a constant, which candle
+    /// computes all the same.
+    pub fn leaf(&mut self, elements: u64, width: u64) -> Id {
+        self.push(elements, width, false, Vec::new())
+    }
+
+    fn bytes(&self, Id(id): Id) -> u64 {
+        self.nodes[id].elements * self.nodes[id].width
+    }
+
+    pub(in crate::ops) fn elements(&self, Id(id): Id) -> u64 {
+        self.nodes[id].elements
+    }
+
+    fn width(&self, Id(id): Id) -> u64 {
+        self.nodes[id].width
+    }
+
+    /// A result of the size of `like`.
+    fn alike(&mut self, like: Id, stored: bool, args: Vec<(Id, Gradient)>) -> Id {
+        self.push(self.elements(like), self.width(like), stored, args)
+    }
+
+    /// Another shape or order of the same memory.
+    pub(in crate::ops) fn view(&mut self, x: Id) -> Id {
+        self.alike(x, false, vec![(x, Gradient::Passed)])
+    }
+
+    /// The same as a contiguous tensor.
+    pub(in crate::ops) fn copy(&mut self, x: Id) -> Id {
+        self.alike(x, true, vec![(x, Gradient::Passed)])
+    }
+
+    /// A part. Its gradient is filled up with zeros on both sides.
+    pub(in crate::ops) fn narrow(&mut self, x: Id, elements: u64) -> Id {
+        match elements == self.elements(x) {
+            true => x,
+            false => self.push(elements, self.width(x), false, vec![(x, Gradient::Filled)]),
+        }
+    }
+
+    /// The same elements repeated.
+    pub(in crate::ops) fn broadcast(&mut self, x: Id, elements: u64) -> Id {
+        self.push(elements, self.width(x), false, vec![(x, Gradient::Computed)])
+    }
+
+    /// The multiple of x, plus a number.
+    pub(in crate::ops) fn affine(&mut self, x: Id) -> Id {
+        self.alike(x, true, vec![(x, Gradient::Computed)])
+    }
+
+    /// A function of each element, whose gradient is `results` ops after another, the first of which reads x or the result.
+    pub(in crate::ops) fn function(&mut self, x: Id, results: usize) -> Id {
+        self.alike(x, true, vec![(x, Gradient::Tracked(results))])
+    }
+
+    /// In another type.
+    pub(in crate::ops) fn to_width(&mut self, x: Id, width: u64) -> Id {
+        match width == self.width(x) {
+            true => x,
+            false => self.push(self.elements(x), width, true, vec![(x, Gradient::Computed)]),
+        }
+    }
+
+    /// Sum or difference.
+    pub(in crate::ops) fn add(&mut self, a: Id, b: Id) -> Id {
+        self.alike(a, true, vec![(a, Gradient::Passed), (b, Gradient::Passed)])
+    }
+
+    /// Sum or difference of `a` and a constant that is broadcast to its shape.
+    pub(in crate::ops) fn add_constant(&mut self, a: Id) -> Id {
+        let constant = self.leaf(self.elements(a), self.width(a));
+        self.add(a, constant)
+    }
+
+    pub(in crate::ops) fn mul(&mut self, a: Id, b: Id) -> Id {
+        self.alike(a, true, vec![(a, Gradient::Tracked(1)), (b, Gradient::Tracked(1))])
+    }
+
+    pub(in crate::ops) fn div(&mut self, a: Id, b: Id) -> Id {
+        self.alike(a, true, vec![(a, Gradient::Tracked(1)), (b, Gradient::Tracked(3))])
+    }
+
+    /// Sums of groups of elements, or one element of each.
+    pub(in crate::ops) fn sums(&mut self, x: Id, groups: u64) -> Id {
+        self.push(groups, self.width(x), true, vec![(x, Gradient::Passed)])
+    }
+
+    pub(in crate::ops) fn matmul(&mut self, a: Id, b: Id, elements: u64) -> Id {
+        self.push(elements, self.width(a), true, vec![(a, Gradient::Tracked(1)), (b, Gradient::Tracked(1))])
+    }
+
+    /// Parts after one another.
+    pub(in crate::ops) fn cat(&mut self, parts: &[Id]) -> Id {
+        let elements = parts.iter().map(|part| self.elements(*part)).sum();
+        let width = parts.first().map_or(0, |part| self.width(*part));
+        self.push(elements, width, true, parts.iter().map(|part| (*part, Gradient::Passed)).collect())
+    }
+
+    /// x with zeros before and behind it, which the tape keeps, too.
+    pub(in crate::ops) fn pad(&mut self, x: Id, zeros: [u64; 2]) -> Id {
+        let [before, behind] = zeros.map(|zeros| self.push(zeros, self.width(x), true, Vec::new()));
+        self.cat(&[before, x, behind])
+    }
+
+    /// A kernel of ours that computes the gradients of all arguments together.
+    pub(in crate::ops) fn kernel(&mut self, elements: u64, width: u64, args: &[Id]) -> Id {
+        self.push(elements, width, true, args.iter().map(|arg| (*arg, Gradient::Computed)).collect())
+    }
+
+    /// Bytes that the forward pass keeps, beside leaves.
+    pub fn kept(&self) -> u64 {
+        self.nodes.iter().filter(|node| node.stored).map(|node| node.elements * node.width).sum()
+    }
+
+    /// Bytes that the backward pass from the last result allocates at its peak, beside what the forward pass has kept and
+    /// the gradient of that result.
+    pub fn backward_peak(&self) -> u64 {
+        let mut gradients = Gradients::new(self.nodes.len());
+        let Some(last) = self.nodes.len().checked_sub(1) else { return 0 };
+        gradients.add(last, self.bytes(Id(last)), None, Gradient::Passed);
+        let mut order = Vec::with_capacity(self.nodes.len());
+        self.visit(last, &mut vec![false; self.nodes.len()], &mut order);
+        for i in order.into_iter().rev().filter(|i| !self.nodes[*i].args.is_empty()) {
+            let Some(gradient) = gradients.take(i) else { continue };
+            for &(arg, kind) in &self.nodes[i].args {
+                gradients.add(arg.0, self.bytes(arg), Some(gradient), kind);
+            }
+            gradients.end(gradient);
+        }
+        gradients.peak()
+    }
+
+    /// Appends a result and all that it depends on, in candle's order: the arguments of an op before its result.
+    fn visit(&self, node: usize, seen: &mut [bool], order: &mut Vec<usize>) {
+        if !std::mem::replace(&mut seen[node], true) {
+            self.nodes[node].args.iter().for_each(|(Id(arg), _)| self.visit(*arg, seen, order));
+            order.push(node);
+        }
+    }
+}
