@@ -39,6 +39,7 @@ mod man;
 mod model;
 mod output;
 mod plan;
+mod plan_roofline;
 mod prompts;
 mod ranking;
 mod reconstruct;

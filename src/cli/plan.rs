@@ -2,17 +2,20 @@
 
 use super::{
     config::Source,
+    plan_roofline,
     summary::{grouped, rounded},
 };
 use crate::{
     config::Config,
     error::{Error, Result, ensure, hint_of, usage},
     report,
+    runtime::Kernels,
     train::{
         decoding_time::{DecodingTime, Generation},
         fit::Fit,
         held::{Held, held},
         memory::{Cluster, Row},
+        roofline::{Bandwidths, Roofline},
         sizes::{Shares, Sizes, check_ranks},
     },
 };
@@ -51,9 +54,18 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=65536),
         requires = "generate", allow_negative_numbers = true)]
     generate_batch: u32,
-    /// With --generate: memory bandwidth of one GPU in TB/s (an A100 of 80 GB has 2.0)
-    #[arg(long, value_name = "N", default_value_t = 2.0, requires = "generate")]
+    /// With --generate or --roofline: memory bandwidth of one GPU in TB/s (an A100 of 80 GB has 2.0, an H100 3.35)
+    #[arg(long, value_name = "N", default_value_t = 2.0)]
     gpu_bandwidth: f64,
+    /// Also compute the least time of a step from the FLOPs, bytes and launches of each op, with and without fused kernels
+    #[arg(long, conflicts_with = "on")]
+    roofline: bool,
+    /// With --roofline: bandwidth from one GPU to the others in GB/s
+    #[arg(long, value_name = "N", default_value_t = 50.0, requires = "roofline")]
+    gpu_network: f64,
+    /// With --roofline: bandwidth from one GPU to its host in GB/s
+    #[arg(long, value_name = "N", default_value_t = 25.0, requires = "roofline")]
+    gpu_host: f64,
     /// Hardware that the ranks run on
     #[arg(long, value_enum, default_value = "gpu")]
     on: Device,
@@ -79,6 +91,8 @@ pub fn run(args: Args, json: bool) -> Result<()> {
     positive("mfu", args.mfu, 1.0)?;
     positive("gpu-tflops", args.gpu_tflops, 1e6)?;
     positive("gpu-bandwidth", args.gpu_bandwidth, 1e3)?;
+    positive("gpu-network", args.gpu_network, 1e5)?;
+    positive("gpu-host", args.gpu_host, 1e5)?;
     let sizes = Sizes::of(&config)?;
     let (gpus, memory_bytes) = (args.gpus as usize, (args.gpu_memory.unwrap_or(0.0) * 1e9) as u64);
     match args.on {
@@ -93,7 +107,12 @@ pub fn run(args: Args, json: bool) -> Result<()> {
             let none = || usage(format_args!("{} generates no images", config.name), "leave out --generate");
             let time = |wanted| DecodingTime::of(&config, &sizes, &cluster, wanted).ok_or_else(none);
             let generation = wanted.map(|wanted| Ok::<_, Error>((wanted, time(wanted)?))).transpose()?;
-            on_gpus(&config, &sizes, cluster, generation, json);
+            let bandwidths = Bandwidths { memory: args.gpu_bandwidth, network: args.gpu_network, host: args.gpu_host };
+            let with = |kernels| Roofline::of(&config, &sizes, &cluster, bandwidths, kernels);
+            let wanted = [Kernels::Stock, Kernels::Fused].into_iter().filter(|_| args.roofline);
+            let rooflines: Option<Vec<Roofline>> = wanted.map(with).collect();
+            let none = || usage(format_args!("{} is no generator", config.name), "leave out --roofline");
+            on_gpus(&config, &sizes, cluster, generation, &rooflines.ok_or_else(none)?, json);
         }
         Device::Cpu => on_cpus(&config, &sizes, gpus, args.gpu_memory.map(|_| memory_bytes), json),
     }
@@ -105,6 +124,7 @@ fn on_gpus(
     sizes: &Sizes,
     cluster: Cluster,
     generation: Option<(Generation, DecodingTime)>,
+    rooflines: &[Roofline],
     json: bool,
 ) {
     let fit = Fit::of(config, sizes, cluster);
@@ -113,7 +133,7 @@ fn on_gpus(
         let refusal = refusal.as_ref().map(ToString::to_string);
         let generation = generation.map(|(wanted, time)| json!({ "images": wanted, "time": time }));
         return report::json(&json!({ "plan": fit, "vocabulary": sizes.inputs.vocabulary, "refused": refusal,
-            "generation": generation, "attention_scores_bytes": sizes.attention_scores(config, cluster.gpus) }));
+            "generation": generation, "rooflines": rooflines, "attention_scores_bytes": sizes.attention_scores(config, cluster.gpus) }));
     }
     let gpus = if cluster.gpus == 1 { "GPU" } else { "GPUs" };
     report::result(format_args!(
@@ -141,6 +161,9 @@ fn on_gpus(
             gb(scores),
             gb(matrix)
         ));
+    }
+    if !rooflines.is_empty() {
+        plan_roofline::print(rooflines);
     }
     verdict(config, &fit);
     print_refusal(config, cluster.gpus, refusal);

@@ -1,4 +1,5 @@
-//! What a micro-batch of the generator keeps of its activations on a device, whose segments are those of candle's autograd.
+//! What a micro-batch of the generator keeps of its activations on a device, whose segments are those of candle's autograd,
+//! and what it computes there.
 //!
 //! It follows `nn::block`, `head` and `embedding` op by op ([`Tape`]) and the engine. A change there wants the same change
 //! here.
@@ -9,7 +10,7 @@ use crate::{
     nn::{block::BlockLayers, pattern::Pattern},
     ops::{
         attention::blockwise_tape,
-        tape::{Layers, Tape},
+        tape::{Layers, Tape, Work},
     },
     runtime::Kernels,
 };
@@ -106,11 +107,51 @@ impl Micro {
         most
     }
 
+    /// Calls `each` with the launches of the micro-batch on a device and how often they occur, forward, recomputed and backward:
+    /// those of all blocks and the head, not of the embedding.
+    pub fn work_on_device(
+        &self,
+        config: &Config,
+        kernels: Kernels,
+        activation_checkpointing: usize,
+        mut each: impl FnMut(f64, &Work),
+    ) {
+        let (layers, model) = (layers_of(config.train.precision, kernels), &config.model);
+        let forgets =
+            |segment: usize| activation_checkpointing > 0 && (segment + 1).is_multiple_of(activation_checkpointing);
+        let mut counts: Vec<(Pattern, [usize; 2])> = Vec::new();
+        for layer in 1..=model.layers {
+            let (pattern, passes) = (Pattern::of_layer(layer, model), 1 + usize::from(forgets(layer)));
+            match counts.iter_mut().find(|(known, _)| *known == pattern) {
+                Some((_, [forward, backward])) => (*forward, *backward) = (*forward + passes, *backward + 1),
+                None => counts.push((pattern, [passes, 1])),
+            }
+        }
+        for (pattern, [forward, backward]) in counts {
+            let tape = block(&layers, model, &self.layout, pattern, self.samples);
+            tape.forward_work().iter().for_each(|work| each(forward as f64, work));
+            tape.backward_work().iter().for_each(|work| each(backward as f64, work));
+        }
+        let rows = (self.samples * self.layout.predicted()) as f64;
+        let (tape, part) = self.head_tape(config, &layers);
+        for work in tape.forward_work().iter().chain(&tape.backward_work()) {
+            each(rows / part.max(1) as f64, work);
+        }
+    }
+
     /// The head computes some rows at a time, forward and backward.
     fn head_on_device(&self, config: &Config, layers: &Layers) -> u64 {
-        let (hidden, outputs) = (config.model.hidden as u64, self.outputs as u64);
+        let hidden = config.model.hidden as u64;
         let rows = (self.samples * self.layout.predicted()) as u64;
-        let part = rows.min(ROWS as u64);
+        let (tape, part) = self.head_tape(config, layers);
+        // The states and their gradients, and a copy of those of a part.
+        (2 * rows + part) * hidden * layers.stream + tape.kept() + tape.backward_peak()
+    }
+
+    /// The head over a part of the rows, and their number.
+    fn head_tape(&self, config: &Config, layers: &Layers) -> (Tape, u64) {
+        let (hidden, outputs) = (config.model.hidden as u64, self.outputs as u64);
+        let part = ((self.samples * self.layout.predicted()) as u64).min(ROWS as u64);
         // The head's weights stay f32.
         let layers = Layers { weight: 4, ..*layers };
         let mut tape = Tape::default();
@@ -118,7 +159,6 @@ impl Micro {
         let normed = layers.layer_norm(&mut tape, states, hidden);
         let logits = layers.linear(&mut tape, normed, hidden, outputs);
         layers.cross_entropy(&mut tape, logits, part);
-        // The states and their gradients, and a copy of those of a part.
-        (2 * rows + part) * hidden * layers.stream + tape.kept() + tape.backward_peak()
+        (tape, part)
     }
 }

@@ -4,7 +4,7 @@
 //! [`optimizer`], [`schedule`], [`ema`], [`checkpoint`]. [`tasks`] has a file for each task: what a batch is, and which
 //! segments it runs through.
 //!
-//! Planning without training: [`plan()`] (data), [`memory`] and [`fit`] (GPUs), [`held`] (ranks on a CPU).
+//! Planning without training: [`plan()`] (data), [`memory`], [`fit`] and [`roofline`] (GPUs), [`held`] (ranks on a CPU).
 
 pub mod checkpoint;
 mod clock;
@@ -26,6 +26,7 @@ mod owned;
 mod plan;
 mod publishing;
 mod reshard;
+pub mod roofline;
 mod run_folder;
 mod saving;
 pub mod schedule;

@@ -56,6 +56,24 @@ fn plan_of_10_b_equals_the_formulas() {
 }
 
 #[test]
+fn a_roofline_names_what_bounds_a_step() {
+    let args = ["plan", "--config", "configs/10b.toml", "--gpus", "64", "--gpu-memory", "80", "--gpu-tflops", "989"];
+    let of = |more: &[&str]| json(&[&args, more].concat())["rooflines"].take();
+    let found = of(&["--gpu-bandwidth", "3.35", "--roofline"]);
+    let [stock, fused] = found.as_array().unwrap().as_slice() else { panic!("{found}") };
+    let number = |value: &Value, key: &str| value[key].as_f64().unwrap();
+    for roofline in [stock, fused] {
+        // 32 micro-steps gather all weights: the network is slower than all ops.
+        assert!(number(roofline, "network_seconds") > number(roofline, "compute_seconds"));
+        assert_eq!(roofline["ops"][0][0], "zeros and sums of gradients", "the slowest is first");
+    }
+    assert!(number(fused, "compute_seconds") < number(stock, "compute_seconds"));
+    let fast = of(&["--gpu-bandwidth", "3.35", "--gpu-network", "450", "--roofline"]);
+    assert!(number(&fast[1], "mfu") > 3.0 * number(fused, "mfu"));
+    assert_eq!(of(&[]), Value::Array(Vec::new()));
+}
+
+#[test]
 fn a_dry_run_of_64_ranks_needs_neither_data_nor_vocabulary_nor_tokenizer() {
     let config = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/10b.toml");
     let nowhere = tempfile::tempdir().unwrap();

@@ -40,8 +40,8 @@ fn compare() -> Result<()> {
     let samples = 3;
     let mut wrong = Vec::new();
     for (hidden, heads, side, text, norms) in [(64, 2, 12, 16, false), (32, 4, 16, 8, true), (96, 3, 8, 40, false)] {
-        let mut config = Config::default();
-        config.model = Model { layers: 4, hidden, heads, qk_norm: norms, sandwich_norm: norms, ..Model::default() };
+        let model = Model { layers: 4, hidden, heads, qk_norm: norms, sandwich_norm: norms, ..Model::default() };
+        let mut config = Config { model, ..Config::default() };
         config.text.max_tokens = text;
         let model = Generator::new(&Scope::from_seed(1, DType::F32, &Device::Cpu), &config, 40, 48, (side, side))?;
         let zeros = |length| Tensor::zeros((samples, length), DType::U32, &Device::Cpu);
@@ -53,8 +53,7 @@ fn compare() -> Result<()> {
         ] {
             let chain = model.autograd_chain(Precision::F16, Some(DType::F16));
             let mut x = chain[0].forward(&Tensor::zeros(0, DType::F32, &Device::Cpu)?, &batch)?.0;
-            for layer in 1..=config.model.layers {
-                let segment = &chain[layer];
+            for (layer, segment) in chain.iter().enumerate().skip(1).take(config.model.layers) {
                 // Masks are made at the first use.
                 let warm = segment.forward(&x, &batch)?;
                 drop(warm);

@@ -72,9 +72,9 @@ impl Sizes {
         };
         let [k, v] = [k, v].map(|x| self.copied(tape, x, blocks.reach));
         let k = tape.view(k);
-        let scores = tape.matmul(q, k, self.rows * ((before + behind) * blocks.reach) as u64);
+        let scores = tape.matmul(q, k, self.rows * ((before + behind) * blocks.reach) as u64, self.d);
         let weights = softmax(layers, tape, scores, self.rows * (before + behind) as u64);
-        tape.matmul(weights, v, self.of(before + behind))
+        tape.matmul(weights, v, self.of(before + behind), blocks.reach as u64)
     }
 
     /// Each group of codes against the positions around the image and the keys of its group.
@@ -85,7 +85,7 @@ impl Sizes {
         let q = self.queries(tape, q, blocks);
         let [keys, values] = [k, v].map(|x| self.keys(tape, x, blocks));
         let turned = tape.view(keys);
-        let mut scores = tape.matmul(q, turned, scores_of(width));
+        let mut scores = tape.matmul(q, turned, scores_of(width), self.d);
         let ranges = blocks.around.iter().filter(|range| !range.is_empty()).count();
         let of_around = |tape: &mut Tape, x: Id| match ranges {
             1 => self.copied(tape, x, around),
@@ -102,16 +102,16 @@ impl Sizes {
         let values_around = (around > 0).then(|| {
             let [keys, values] = [k, v].map(|x| of_around(tape, x));
             let keys = tape.view(keys);
-            let around = tape.matmul(q, keys, scores_of(around));
+            let around = tape.matmul(q, keys, scores_of(around), self.d);
             scores = tape.cat(&[around, scores]);
             values
         });
         let weights = softmax(layers, tape, scores, self.rows * (groups * size) as u64);
         let own = self.taken(tape, weights, scores_of(width));
-        let mut out = tape.matmul(own, values, self.of(groups * size));
+        let mut out = tape.matmul(own, values, self.of(groups * size), width as u64);
         if let Some(values) = values_around {
             let weights = self.taken(tape, weights, scores_of(around));
-            let more = tape.matmul(weights, values, self.of(groups * size));
+            let more = tape.matmul(weights, values, self.of(groups * size), around as u64);
             out = tape.add(out, more);
         }
         if blocks.shape == Shape::Columns {
@@ -173,12 +173,12 @@ fn softmax(layers: &Layers, tape: &mut Tape, scores: Id, rows: u64) -> Id {
     if layers.fused() {
         return tape.kernel(tape.elements(scores), layers.stream, &[scores]);
     }
-    let wide = tape.to_width(scores, 4);
+    let wide = tape.cast(scores, 4);
     let biased = tape.add_constant(wide);
     let shifted = tape.add_constant(biased);
     let exponentials = tape.function(shifted, 1);
     let sums = tape.sums(exponentials, rows);
     let sums = tape.broadcast(sums, tape.elements(exponentials));
     let weights = tape.div(exponentials, sums);
-    tape.to_width(weights, layers.stream)
+    tape.cast(weights, layers.stream)
 }

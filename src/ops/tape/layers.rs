@@ -29,7 +29,7 @@ impl Layers {
         if self.fused() {
             return tape.kernel(elements, self.stream, &[x, weight, bias]);
         }
-        let wide = tape.to_width(x, F32);
+        let wide = tape.cast(x, F32);
         let mean = tape.sums(wide, rows);
         let mean = tape.affine(mean);
         let mean = tape.broadcast(mean, elements);
@@ -45,31 +45,31 @@ impl Layers {
         let scaled = tape.mul(normed, weight);
         let bias = tape.broadcast(bias, elements);
         let y = tape.add(scaled, bias);
-        tape.to_width(y, self.stream)
+        tape.cast(y, self.stream)
     }
 
     /// x (rows, inputs) → (rows, outputs).
     pub fn linear(&self, tape: &mut Tape, x: Id, inputs: u64, outputs: u64) -> Id {
         let y = self.product(tape, x, inputs, outputs);
-        let y = tape.to_width(y, self.stream);
+        let y = tape.cast(y, self.stream);
         let bias = tape.leaf(outputs, F32);
         self.add_bias(tape, y, bias)
     }
 
     fn add_bias(&self, tape: &mut Tape, y: Id, bias: Id) -> Id {
-        let bias = tape.to_width(bias, self.stream);
+        let bias = tape.cast(bias, self.stream);
         let bias = tape.broadcast(bias, tape.elements(y));
         tape.add(y, bias)
     }
 
     fn product(&self, tape: &mut Tape, x: Id, inputs: u64, outputs: u64) -> Id {
-        let x = tape.to_width(x, self.factor);
+        let x = tape.cast(x, self.factor);
         let x = tape.view(x);
         let weight = tape.leaf(inputs * outputs, self.weight);
-        let weight = tape.to_width(weight, self.factor);
+        let weight = tape.cast(weight, self.factor);
         let weight = tape.view(weight);
         let rows = tape.elements(x) / inputs.max(1);
-        let y = tape.matmul(x, weight, rows * outputs);
+        let y = tape.matmul(x, weight, rows * outputs, inputs);
         tape.view(y)
     }
 
@@ -78,12 +78,12 @@ impl Layers {
         let y = self.product(tape, x, inputs, outputs);
         let bias = tape.leaf(outputs, F32);
         if self.fused() {
-            let bias = tape.to_width(bias, self.stream);
+            let bias = tape.cast(bias, self.stream);
             return tape.kernel(tape.elements(y), self.stream, &[y, bias]);
         }
-        let y = tape.to_width(y, self.stream);
+        let y = tape.cast(y, self.stream);
         let y = self.add_bias(tape, y, bias);
-        let x = tape.to_width(y, F32);
+        let x = tape.cast(y, F32);
         let square = tape.function(x, 2);
         let square = tape.affine(square);
         let cube = tape.mul(x, square);
@@ -93,7 +93,7 @@ impl Layers {
         let gate = tape.affine(tanh);
         let product = tape.mul(x, gate);
         let half = tape.affine(product);
-        tape.to_width(half, self.stream)
+        tape.cast(half, self.stream)
     }
 
     /// The residual stream plus a branch.
@@ -118,7 +118,7 @@ impl Layers {
             // With the largest logit, the sum of exponentials and the loss of each row.
             return tape.kernel(1 + 3 * rows, F32, &[logits]);
         }
-        let wide = tape.to_width(logits, F32);
+        let wide = tape.cast(logits, F32);
         let shifted = tape.add_constant(wide);
         let exponentials = tape.function(shifted, 1);
         let sums = tape.sums(exponentials, rows);

@@ -6,9 +6,12 @@
 //! them. `tests/it/tape.rs` compares both with the bytes that a pass allocates.
 
 mod gradients;
+mod kind;
 mod layers;
+mod work;
 
 use gradients::{Gradient, Gradients};
+pub use kind::{Kind, Work};
 pub use layers::Layers;
 
 /// A result on a [`Tape`].
@@ -16,11 +19,14 @@ pub use layers::Layers;
 pub struct Id(usize);
 
 struct Node {
+    kind: Kind,
     elements: u64,
     /// Bytes of an element.
     width: u64,
     /// Whether it has memory of its own that the tape keeps; a view has none, and leaves do not count.
     stored: bool,
+    /// Of a product, forward.
+    flops: u64,
     args: Vec<(Id, Gradient)>,
 }
 
@@ -31,15 +37,15 @@ pub struct Tape {
 }
 
 impl Tape {
-    fn push(&mut self, elements: u64, width: u64, stored: bool, args: Vec<(Id, Gradient)>) -> Id {
-        self.nodes.push(Node { elements, width, stored, args });
+    fn push(&mut self, kind: Kind, elements: u64, width: u64, stored: bool, args: Vec<(Id, Gradient)>) -> Id {
+        self.nodes.push(Node { kind, elements, width, stored, flops: 0, args });
         Id(self.nodes.len() - 1)
     }
 
     /// A parameter, an input or a constant. Its memory does not count. Its gradient does, even that of a constant, which candle
     /// computes all the same.
     pub fn leaf(&mut self, elements: u64, width: u64) -> Id {
-        self.push(elements, width, false, Vec::new())
+        self.push(Kind::View, elements, width, false, Vec::new())
     }
 
     fn bytes(&self, Id(id): Id) -> u64 {
@@ -55,54 +61,54 @@ impl Tape {
     }
 
     /// A result of the size of `like`.
-    fn alike(&mut self, like: Id, stored: bool, args: Vec<(Id, Gradient)>) -> Id {
-        self.push(self.elements(like), self.width(like), stored, args)
+    fn alike(&mut self, kind: Kind, like: Id, args: Vec<(Id, Gradient)>) -> Id {
+        self.push(kind, self.elements(like), self.width(like), kind != Kind::View, args)
     }
 
     /// Another shape or order of the same memory.
     pub(in crate::ops) fn view(&mut self, x: Id) -> Id {
-        self.alike(x, false, vec![(x, Gradient::Passed)])
+        self.alike(Kind::View, x, vec![(x, Gradient::Passed)])
     }
 
     /// The same as a contiguous tensor.
     pub(in crate::ops) fn copy(&mut self, x: Id) -> Id {
-        self.alike(x, true, vec![(x, Gradient::Passed)])
+        self.alike(Kind::Copy, x, vec![(x, Gradient::Passed)])
     }
 
     /// A part. Its gradient is filled up with zeros on both sides.
     pub(in crate::ops) fn narrow(&mut self, x: Id, elements: u64) -> Id {
         match elements == self.elements(x) {
             true => x,
-            false => self.push(elements, self.width(x), false, vec![(x, Gradient::Filled)]),
+            false => self.push(Kind::View, elements, self.width(x), false, vec![(x, Gradient::Filled)]),
         }
     }
 
     /// The same elements repeated.
     pub(in crate::ops) fn broadcast(&mut self, x: Id, elements: u64) -> Id {
-        self.push(elements, self.width(x), false, vec![(x, Gradient::Computed)])
+        self.push(Kind::View, elements, self.width(x), false, vec![(x, Gradient::Computed)])
     }
 
     /// The multiple of x, plus a number.
     pub(in crate::ops) fn affine(&mut self, x: Id) -> Id {
-        self.alike(x, true, vec![(x, Gradient::Computed)])
+        self.alike(Kind::ElementWise, x, vec![(x, Gradient::Computed)])
     }
 
     /// A function of each element, whose gradient is `results` ops after another, the first of which reads x or the result.
     pub(in crate::ops) fn function(&mut self, x: Id, results: usize) -> Id {
-        self.alike(x, true, vec![(x, Gradient::Tracked(results))])
+        self.alike(Kind::ElementWise, x, vec![(x, Gradient::Tracked(results))])
     }
 
     /// In another type.
-    pub(in crate::ops) fn to_width(&mut self, x: Id, width: u64) -> Id {
+    pub(in crate::ops) fn cast(&mut self, x: Id, width: u64) -> Id {
         match width == self.width(x) {
             true => x,
-            false => self.push(self.elements(x), width, true, vec![(x, Gradient::Computed)]),
+            false => self.push(Kind::Cast, self.elements(x), width, true, vec![(x, Gradient::Computed)]),
         }
     }
 
     /// Sum or difference.
     pub(in crate::ops) fn add(&mut self, a: Id, b: Id) -> Id {
-        self.alike(a, true, vec![(a, Gradient::Passed), (b, Gradient::Passed)])
+        self.alike(Kind::ElementWise, a, vec![(a, Gradient::Passed), (b, Gradient::Passed)])
     }
 
     /// Sum or difference of `a` and a constant that is broadcast to its shape.
@@ -112,38 +118,42 @@ impl Tape {
     }
 
     pub(in crate::ops) fn mul(&mut self, a: Id, b: Id) -> Id {
-        self.alike(a, true, vec![(a, Gradient::Tracked(1)), (b, Gradient::Tracked(1))])
+        self.alike(Kind::ElementWise, a, vec![(a, Gradient::Tracked(1)), (b, Gradient::Tracked(1))])
     }
 
     pub(in crate::ops) fn div(&mut self, a: Id, b: Id) -> Id {
-        self.alike(a, true, vec![(a, Gradient::Tracked(1)), (b, Gradient::Tracked(3))])
+        self.alike(Kind::ElementWise, a, vec![(a, Gradient::Tracked(1)), (b, Gradient::Tracked(3))])
     }
 
     /// Sums of groups of elements, or one element of each.
     pub(in crate::ops) fn sums(&mut self, x: Id, groups: u64) -> Id {
-        self.push(groups, self.width(x), true, vec![(x, Gradient::Passed)])
+        self.push(Kind::Sum, groups, self.width(x), true, vec![(x, Gradient::Passed)])
     }
 
-    pub(in crate::ops) fn matmul(&mut self, a: Id, b: Id, elements: u64) -> Id {
-        self.push(elements, self.width(a), true, vec![(a, Gradient::Tracked(1)), (b, Gradient::Tracked(1))])
+    /// A product with sums of `depth` terms.
+    pub(in crate::ops) fn matmul(&mut self, a: Id, b: Id, elements: u64, depth: u64) -> Id {
+        let args = vec![(a, Gradient::Tracked(1)), (b, Gradient::Tracked(1))];
+        let product = self.push(Kind::Product, elements, self.width(a), true, args);
+        self.nodes[product.0].flops = 2 * elements * depth;
+        product
     }
 
     /// Parts after one another.
     pub(in crate::ops) fn cat(&mut self, parts: &[Id]) -> Id {
         let elements = parts.iter().map(|part| self.elements(*part)).sum();
         let width = parts.first().map_or(0, |part| self.width(*part));
-        self.push(elements, width, true, parts.iter().map(|part| (*part, Gradient::Passed)).collect())
+        self.push(Kind::Copy, elements, width, true, parts.iter().map(|part| (*part, Gradient::Passed)).collect())
     }
 
     /// x with zeros before and behind it, which the tape keeps, too.
     pub(in crate::ops) fn pad(&mut self, x: Id, zeros: [u64; 2]) -> Id {
-        let [before, behind] = zeros.map(|zeros| self.push(zeros, self.width(x), true, Vec::new()));
+        let [before, behind] = zeros.map(|zeros| self.push(Kind::Copy, zeros, self.width(x), true, Vec::new()));
         self.cat(&[before, x, behind])
     }
 
     /// A kernel of ours that computes the gradients of all arguments together.
     pub(in crate::ops) fn kernel(&mut self, elements: u64, width: u64, args: &[Id]) -> Id {
-        self.push(elements, width, true, args.iter().map(|arg| (*arg, Gradient::Computed)).collect())
+        self.push(Kind::Kernel, elements, width, true, args.iter().map(|arg| (*arg, Gradient::Computed)).collect())
     }
 
     /// Bytes that the forward pass keeps, beside leaves.
