@@ -38,7 +38,7 @@ pub fn write(folder: &Path, parts: &Parts, dtype: Dtype) -> Result<()> {
 /// The same for a generator whose image tokenizer was trained with it and consists of the parts `tokenizer`.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn write_with_tokenizer(folder: &Path, parts: &Parts, tokenizer: &Parts, dtype: Dtype) -> Result<()> {
     publish::folder(folder, false, |new| {
         let inside = new.join(IMAGE_TOKENIZER);
