@@ -34,7 +34,7 @@ pub(super) const ANSWERS: [[&str; 2]; 4] = [["苹果", "是"], ["弯月", "不"]
 fn images(folder: &Path) -> Source {
     fs::create_dir_all(folder).unwrap();
     for i in 0..10 {
-        let mut random = Random::keyed(1, "image", i, 0);
+        let mut random = Random::keyed(1, "picture", i, 0);
         let image = image::RgbImage::from_fn(8, 8, |_, _| image::Rgb(std::array::from_fn(|_| random.bits() as u8)));
         image.save(folder.join(format!("{i}.png"))).unwrap();
         fs::write(folder.join(format!("{i}.txt")), CAPTIONS[i as usize % 4]).unwrap();

@@ -123,6 +123,7 @@ const ALLOWED: &[(&str, &str, &str)] = &[
     ("src/data/build/tests.rs", "picture", "name in a golden file"),
     ("scripts/golden_build.py", "picture", "name in a golden file"),
     ("scripts/golden_matcher.py", "picture", "name in a golden file"),
+    ("src/train/task_tests.rs", "picture", "key of random numbers: bounds were measured with these images"),
     ("src/data/sampler.rs", "mix", "key of the random numbers: another key would give another order"),
     ("src/random.rs", "mix", "mixing of bits"),
     ("src/eval/matcher/reliability.rs", "mix", "method of a library"),
