@@ -46,14 +46,14 @@ pub fn block(layers: &Layers, model: &Model, layout: &Layout, pattern: Pattern, 
     if sizes.post.is_some() {
         branch = layers.layer_norm(&mut tape, branch, hidden);
     }
-    let x = layers.residual(&mut tape, x, branch);
+    let x = tape.add(x, branch);
     let normed = layers.layer_norm(&mut tape, x, hidden);
     let inner = layers.linear_gelu(&mut tape, normed, sizes.fc1.inputs as u64, sizes.fc1.outputs as u64);
     let mut branch = linear(&mut tape, inner, &sizes.fc2);
     if sizes.post.is_some() {
         branch = layers.layer_norm(&mut tape, branch, hidden);
     }
-    layers.residual(&mut tape, x, branch);
+    tape.add(x, branch);
     tape
 }
 

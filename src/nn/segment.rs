@@ -6,8 +6,11 @@
 //! forward again.
 
 use super::{gradients::Gradients, params::Params};
-use crate::error::{Context, Result};
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, Var};
+use crate::{
+    error::{Context, Result},
+    ops::custom_gradient::custom_gradient,
+};
+use candle_core::{DType, Tensor, Var};
 use std::any::Any;
 
 /// State that a forward pass saves for its backward pass. Only the segment knows its type.
@@ -123,28 +126,8 @@ impl<B, S: Autograd<B>> Segment<B> for S {
     }
 }
 
-/// A scalar whose gradient with respect to `y` is `dy`.
+/// A scalar whose gradient with respect to `y` is `dy`: a sum of their product would read both several times.
 fn seeded(y: &Tensor, dy: Tensor) -> Result<Tensor> {
-    if y.device().is_cpu() {
-        // The op passes `dy` on directly; a sum of the product would read it six times.
-        Ok(y.apply_op1(Seed(dy))?)
-    } else {
-        Ok((y * dy)?.sum_all()?)
-    }
-}
-
-struct Seed(Tensor);
-
-impl CustomOp1 for Seed {
-    fn name(&self) -> &'static str {
-        "seed"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
-    }
-
-    fn bwd(&self, _arg: &Tensor, _res: &Tensor, _grad_res: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(self.0.clone()))
-    }
+    let scalar = |args: &[Tensor]| Ok(Tensor::zeros((), DType::F32, args[0].device())?);
+    custom_gradient("seed", &[y], scalar, move |_, _, _| Ok(vec![dy.clone()]))
 }

@@ -1,5 +1,5 @@
 //! Kernels that candle lacks or runs slowly: forward and backward over slices, wrapped as candle ops, in one folder per
-//! kind of op. `simd`, `slices`, `store` and `scatter` are shared by all.
+//! kind of op. `simd`, `slices`, `store`, `scatter` and `custom_gradient` are shared by all.
 //!
 //! On a CPU each op runs a kernel of this module; on other devices, and as the reference in tests, it is composed of
 //! stock candle ops, or on CUDA runs a kernel of [`cuda`] where `--kernels fused` asks for it. Kernels are generic over
@@ -9,6 +9,7 @@
 pub mod attention;
 pub mod conv;
 pub mod cuda;
+pub mod custom_gradient;
 pub mod embedding;
 pub mod matmul;
 pub mod nearest_code;

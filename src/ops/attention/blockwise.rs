@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     error::Result,
-    ops::cuda,
+    ops::{cuda, custom_gradient::custom_gradient, slices::is_half},
     runtime::{self, Kernels},
 };
 use candle_core::{D, DType, Tensor};
@@ -116,7 +116,18 @@ fn softmax(kernels: Kernels, scores: &Tensor, bias: Option<&Tensor>, has_empty: 
     {
         return Ok(weights);
     }
-    stock_softmax(scores, bias, has_empty)
+    let forward = |args: &[Tensor]| stock_softmax(&args[0], bias, has_empty);
+    custom_gradient("softmax", &[scores], forward, |_, y, dy| stock_softmax_backward(y, dy))
+}
+
+/// The gradient of the scores, y · (dy − Σ y · dy).
+fn stock_softmax_backward(y: &Tensor, dy: &Tensor) -> candle_core::Result<Vec<Tensor>> {
+    let wide = if is_half(y.dtype()) { DType::F32 } else { y.dtype() };
+    let (weights, dy) = (y.to_dtype(wide)?, dy.to_dtype(wide)?);
+    let sums = (&weights * &dy)?.sum_keepdim(D::Minus1)?;
+    let centred = dy.broadcast_sub(&sums)?;
+    drop(dy);
+    Ok(vec![(weights * centred)?.to_dtype(y.dtype())?])
 }
 
 /// [`softmax`] from stock candle ops.

@@ -84,8 +84,9 @@ impl Sizes {
         let scores_of = |keys: usize| self.rows * (groups * size * keys) as u64;
         let q = self.queries(tape, q, blocks);
         let [keys, values] = [k, v].map(|x| self.keys(tape, x, blocks));
-        let turned = tape.view(keys);
-        let mut scores = tape.matmul(q, turned, scores_of(width), self.d);
+        let (flat, turned) = (tape.view(q), tape.view(keys));
+        let mut scores = tape.matmul(flat, turned, scores_of(width), self.d);
+        scores = tape.view(scores);
         let ranges = blocks.around.iter().filter(|range| !range.is_empty()).count();
         let of_around = |tape: &mut Tape, x: Id| match ranges {
             1 => self.copied(tape, x, around),
@@ -101,14 +102,17 @@ impl Sizes {
         };
         let values_around = (around > 0).then(|| {
             let [keys, values] = [k, v].map(|x| of_around(tape, x));
-            let keys = tape.view(keys);
-            let around = tape.matmul(q, keys, scores_of(around), self.d);
+            let (flat, keys) = (tape.view(q), tape.view(keys));
+            let around = tape.matmul(flat, keys, scores_of(around), self.d);
+            let around = tape.view(around);
             scores = tape.cat(&[around, scores]);
             values
         });
         let weights = softmax(layers, tape, scores, self.rows * (groups * size) as u64);
         let own = self.taken(tape, weights, scores_of(width));
+        let values = tape.view(values);
         let mut out = tape.matmul(own, values, self.of(groups * size), width as u64);
+        out = tape.view(out);
         if let Some(values) = values_around {
             let weights = self.taken(tape, weights, scores_of(around));
             let more = tape.matmul(weights, values, self.of(groups * size), around as u64);
@@ -124,7 +128,8 @@ impl Sizes {
     /// A part of the weights as a tensor of its own.
     fn taken(&self, tape: &mut Tape, weights: Id, elements: u64) -> Id {
         let part = tape.narrow(weights, elements);
-        if part == weights { part } else { tape.copy(part) }
+        let part = if part == weights { part } else { tape.copy(part) };
+        tape.view(part)
     }
 
     /// The first positions of x; all of them are x itself.
@@ -173,12 +178,29 @@ fn softmax(layers: &Layers, tape: &mut Tape, scores: Id, rows: u64) -> Id {
     if layers.fused() {
         return tape.kernel(tape.elements(scores), layers.stream, &[scores]);
     }
-    let wide = tape.cast(scores, 4);
-    let biased = tape.add_constant(wide);
-    let shifted = tape.add_constant(biased);
-    let exponentials = tape.function(shifted, 1);
-    let sums = tape.sums(exponentials, rows);
-    let sums = tape.broadcast(sums, tape.elements(exponentials));
-    let weights = tape.div(exponentials, sums);
-    tape.cast(weights, layers.stream)
+    let elements = tape.elements(scores);
+    let input = |tape: &mut Tape| {
+        let x = tape.leaf(elements, layers.stream);
+        tape.cast(x, 4)
+    };
+    let mut forward = Tape::default();
+    let wide = input(&mut forward);
+    let biased = forward.add_constant(wide);
+    let largest = forward.sums(biased, rows);
+    let shifted = forward.add(biased, largest);
+    let exponentials = forward.affine(shifted);
+    let sums = forward.sums(exponentials, rows);
+    let weights = forward.div(exponentials, sums);
+    forward.cast(weights, layers.stream);
+
+    let mut backward = Tape::default();
+    let (weights, dy) = (input(&mut backward), input(&mut backward));
+    let products = backward.mul(weights, dy);
+    let sums = backward.sums(products, rows);
+    let centred = backward.add(dy, sums);
+    let dx = backward.mul(weights, centred);
+    backward.cast(dx, layers.stream);
+    // Weights and their gradients where they are cast, and one or two others.
+    let held = if layers.stream == 4 { 2 } else { 3 };
+    tape.composed(&[scores], &forward, &backward, held * 4 * elements)
 }

@@ -4,12 +4,10 @@
 //! Each run has its own copies of inputs and outputs, with bytes around them that no kernel may change. These bytes, and those
 //! that outputs are first filled with, differ from run to run: what is read outside of a tensor, or not written, shows.
 
-use super::{
-    call::{Address, Arg, Call, Calls, Output},
-    computed::Computed,
-};
+use super::call::{Address, Arg, Call, Calls, Output};
 use crate::{
     error::{Context, ensure},
+    ops::custom_gradient::Computed,
     report,
 };
 use candle_core::{CpuStorage, DType, Error, Result, Storage, Tensor, bail};

@@ -4,10 +4,8 @@
 //! need as well: an error of a kernel fails the build and not a run, and no compiler is needed where the program runs. The driver
 //! compiles the PTX for its GPU when the first kernel is called, and keeps the result on disk.
 
-use super::{
-    call::{Address, Arg, Call, Calls, Output},
-    computed::Computed,
-};
+use super::call::{Address, Arg, Call, Calls, Output};
+use crate::ops::custom_gradient::Computed;
 use candle_core::{
     CudaDevice, CudaStorage, DType, Device, Layout, Result, Storage, Tensor,
     backend::{BackendDevice, BackendStorage},

@@ -1,9 +1,7 @@
 //! The function of `launch.rs` in a build without CUDA.
 
-use super::{
-    call::{Calls, Output},
-    computed::Computed,
-};
+use super::call::{Calls, Output};
+use crate::ops::custom_gradient::Computed;
 use candle_core::{Result, Tensor, bail};
 
 /// Always an error in this build.

@@ -9,15 +9,14 @@
 //! elsewhere stock ops compute the same.
 
 mod call;
-mod computed;
 #[cfg(test)]
 pub mod emulator;
 #[cfg_attr(not(feature = "cuda"), path = "launch_disabled.rs")]
 mod launch;
 
 pub use call::{Address, Call, Calls, Output, row_blocks};
-pub use computed::Computed;
 
+use super::custom_gradient::Computed;
 use crate::runtime::Kernels;
 use candle_core::{DType, Device, Result, Tensor, bail};
 

@@ -12,6 +12,7 @@ use crate::{
     config::Precision,
     error::Result,
     ops::{
+        custom_gradient::custom_gradient,
         pointwise::gelu,
         simd::{Real, multiversion},
         slices::{by_dtype, fresh, slice, storage, tensor, view},
@@ -23,7 +24,7 @@ use rayon::prelude::*;
 /// `x (.., in)`, `w (out, in)`, `b (out)` → `(.., out)`.
 pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     if !x.device().is_cpu() {
-        return composed(x, w, b);
+        return on_device(x, w, b, [x.dtype(); 2]);
     }
     let (x, w) = (x.contiguous()?, w.contiguous()?);
     Ok(match b {
@@ -39,12 +40,37 @@ pub fn linear_in(precision: Precision, x: &Tensor, w: &Tensor, b: Option<&Tensor
         Some(dtype) if dtype == DType::F16 || !x.device().is_cpu() => dtype,
         _ => return linear(x, w, b),
     };
-    let y = composed(&x.to_dtype(dtype)?, &w.to_dtype(dtype)?, None)?;
-    let y = y.to_dtype(x.dtype())?;
-    Ok(match b {
-        Some(b) => y.broadcast_add(&b.to_dtype(x.dtype())?)?,
-        None => y,
-    })
+    on_device(x, w, b, [dtype, x.dtype()])
+}
+
+/// [`linear()`] from stock candle ops, with factors of the type `factor` and the bias and output in the type `output`.
+pub(super) fn on_device(x: &Tensor, w: &Tensor, b: Option<&Tensor>, [factor, output]: [DType; 2]) -> Result<Tensor> {
+    let forward = |args: &[Tensor]| {
+        let y = composed(&args[0].to_dtype(factor)?, &args[1].to_dtype(factor)?, None)?.to_dtype(output)?;
+        Ok(match args.get(2) {
+            Some(b) => y.broadcast_add(&b.to_dtype(output)?)?,
+            None => y,
+        })
+    };
+    let args: Vec<&Tensor> = [x, w].into_iter().chain(b).collect();
+    custom_gradient("linear", &args, forward, move |args, _, dy| composed_backward(args, dy, factor))
+}
+
+/// The gradients of x, w and, where there is one, b; the products are in the type `factor`.
+fn composed_backward(args: &[&Tensor], dy: &Tensor, factor: DType) -> candle_core::Result<Vec<Tensor>> {
+    let (x, w) = (args[0], args[1]);
+    let (outputs, inputs) = w.dims2()?;
+    let dy = dy.reshape(((), outputs))?;
+    let rounded = dy.to_dtype(factor)?;
+    let dx = rounded.matmul(&w.to_dtype(factor)?)?.reshape(x.shape())?.to_dtype(x.dtype())?;
+    let dw = rounded.t()?.matmul(&x.to_dtype(factor)?.reshape(((), inputs))?)?.to_dtype(w.dtype())?;
+    let mut gradients = vec![dx, dw];
+    if let Some(b) = args.get(2) {
+        // A product sums in f32 also in half precision.
+        let ones = Tensor::ones((1, dy.dim(0)?), dy.dtype(), dy.device())?;
+        gradients.push(ones.matmul(&dy)?.reshape(b.shape())?.to_dtype(b.dtype())?);
+    }
+    Ok(gradients)
 }
 
 /// The dtype that factors are cast to for products in this precision; `None`: no cast.
@@ -341,7 +367,23 @@ mod tests {
 
     #[test]
     fn gradients_equal_finite_differences() -> Result<()> {
-        assert_gradients(&vars(&[3, 2, 5], 4, DType::F64), &|v| linear(&v[0], &v[1], Some(&v[2])))
+        assert_gradients(&vars(&[3, 2, 5], 4, DType::F64), &|v| linear(&v[0], &v[1], Some(&v[2])))?;
+        let device = |v: &[Tensor]| on_device(&v[0], &v[1], v.get(2), [DType::F64; 2]);
+        assert_gradients(&vars(&[3, 2, 5], 4, DType::F64), &device)?;
+        assert_gradients(&vars(&[3, 2, 5], 4, DType::F64)[..2], &device)
+    }
+
+    #[test]
+    fn the_gradient_of_devices_equals_autograd() -> Result<()> {
+        for (factor, tolerance) in [(DType::F32, 1e-5), (DType::F16, 2e-3)] {
+            let device = |v: &[Tensor]| on_device(&v[0], &v[1], Some(&v[2]), [factor, DType::F32]);
+            let recorded = |v: &[Tensor]| {
+                let y = composed(&v[0].to_dtype(factor)?, &v[1].to_dtype(factor)?, None)?;
+                Ok(y.to_dtype(DType::F32)?.broadcast_add(&v[2])?)
+            };
+            assert_same(&vars(&[2, 9, 33], 7, DType::F32), tolerance, &device, &recorded)?;
+        }
+        Ok(())
     }
 
     #[test]

@@ -7,6 +7,7 @@ use crate::{
     error::Result,
     ops::{
         cuda,
+        custom_gradient::custom_gradient,
         matmul::linear::column_sums,
         simd::{Real, dot, multiversion, sum},
         slices::{by_dtype, fresh, has_cpu_kernels, in_f32, slice, storage, tensor, view},
@@ -31,14 +32,39 @@ pub(crate) fn on_device(kernels: Kernels, x: &Tensor, weight: &Tensor, bias: &Te
     if of_kernel && cuda::takes(kernels, &[x]) && cuda::takes(kernels, &[weight, bias]) {
         return Ok(layer_norm_cuda::layer_norm(x, weight, bias, eps)?);
     }
-    in_f32(x, |x| composed(x, weight, bias, eps))
+    let forward = |args: &[Tensor]| in_f32(&args[0], |x| composed(x, &args[1], &args[2], eps));
+    let backward = move |args: &[&Tensor], _: &Tensor, dy: &Tensor| composed_backward(args[0], args[1], dy, eps);
+    custom_gradient("layer norm", &[x, weight, bias], forward, backward)
 }
 
 /// [`layer_norm()`] from stock candle ops.
 pub(crate) fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    Ok(normalized(x, eps)?.0.broadcast_mul(weight)?.broadcast_add(bias)?)
+}
+
+/// The normalized rows, and the standard deviation of each.
+fn normalized(x: &Tensor, eps: f64) -> candle_core::Result<(Tensor, Tensor)> {
     let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let deviation = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
-    Ok(centred.broadcast_div(&deviation)?.broadcast_mul(weight)?.broadcast_add(bias)?)
+    Ok((centred.broadcast_div(&deviation)?, deviation))
+}
+
+/// dx, dweight and dbias as [`backward`], in the type of the weight; dx in that of x.
+fn composed_backward(x: &Tensor, weight: &Tensor, dy: &Tensor, eps: f64) -> candle_core::Result<Vec<Tensor>> {
+    let (dtype, columns) = (weight.dtype(), weight.elem_count());
+    let sums = |x: &Tensor| x.reshape(((), columns))?.sum(0);
+    let dy = dy.to_dtype(dtype)?;
+    let (normed, deviation) = normalized(&x.to_dtype(dtype)?, eps)?;
+    let (dweight, dbias) = (sums(&(&dy * &normed)?)?, sums(&dy)?);
+    let g = dy.broadcast_mul(weight)?;
+    drop(dy);
+    let slope = (&g * &normed)?.mean_keepdim(D::Minus1)?;
+    let along = normed.broadcast_mul(&slope)?;
+    drop(normed);
+    let across = g.broadcast_sub(&g.mean_keepdim(D::Minus1)?)?;
+    drop(g);
+    let dx = (across - along)?.broadcast_div(&deviation)?;
+    Ok(vec![dx.to_dtype(x.dtype())?, dweight, dbias])
 }
 
 /// Number of rows per task; fixed, so that the result does not depend on the number of threads.
@@ -205,9 +231,19 @@ mod tests {
         Ok(())
     }
 
+    fn stock(v: &[Tensor]) -> Result<Tensor> {
+        on_device(Kernels::Stock, &v[0], &v[1], &v[2], 1e-5)
+    }
+
     #[test]
     fn gradients_equal_finite_differences() -> Result<()> {
-        assert_gradients(&vars(&[2, 3, 5], DType::F64), &fused)
+        assert_gradients(&vars(&[2, 3, 5], DType::F64), &fused)?;
+        assert_gradients(&vars(&[2, 3, 5], DType::F64), &stock)
+    }
+
+    #[test]
+    fn the_gradient_of_devices_equals_autograd() -> Result<()> {
+        assert_same(&vars(&[7, 33], DType::F32), 2e-5, &stock, &|v| composed(&v[0], &v[1], &v[2], 1e-5))
     }
 
     #[test]

@@ -5,6 +5,7 @@ use crate::{
     error::{Result, ensure},
     ops::{
         cuda,
+        custom_gradient::custom_gradient,
         simd::{self, Real, multiversion, sum},
         slices::{by_dtype, fresh, has_cpu_kernels, is_half, slice, storage, tensor, view},
     },
@@ -43,10 +44,21 @@ pub(crate) fn on_device(kernels: Kernels, logits: &Tensor, targets: &Tensor, wei
     if cuda::takes(kernels, &[logits]) {
         return Ok(cross_entropy_cuda::cross_entropy(logits, targets, weights)?);
     }
-    match is_half(logits.dtype()) {
-        true => composed(&logits.to_dtype(DType::F32)?, targets, weights),
-        false => composed(logits, targets, weights),
-    }
+    let wide = if is_half(logits.dtype()) { DType::F32 } else { logits.dtype() };
+    let forward = |args: &[Tensor]| composed(&args[0].to_dtype(wide)?, targets, weights);
+    let (targets, weights) = (targets.unsqueeze(1)?, weights.to_dtype(wide)?.unsqueeze(1)?.detach());
+    let backward = move |args: &[&Tensor], _: &Tensor, dy: &Tensor| {
+        let scales = weights.broadcast_mul(dy)?;
+        Ok(vec![composed_backward(&args[0].to_dtype(wide)?, &targets, &scales)?.to_dtype(args[0].dtype())?])
+    };
+    custom_gradient("cross-entropy", &[logits], forward, backward)
+}
+
+/// scale · (softmax − one-hot target) of logits (rows, vocabulary), with targets and scales (rows, 1).
+fn composed_backward(logits: &Tensor, targets: &Tensor, scales: &Tensor) -> candle_core::Result<Tensor> {
+    let exponentials = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?.exp()?;
+    let factors = (scales / exponentials.sum_keepdim(D::Minus1)?)?;
+    exponentials.broadcast_mul(&factors)?.scatter_add(targets, &scales.neg()?, 1)
 }
 
 /// [`cross_entropy()`] from stock candle ops.
@@ -225,7 +237,17 @@ mod tests {
     #[test]
     fn gradients_equal_finite_differences() -> Result<()> {
         let (logits, targets, weights) = case(4, 6, DType::F64)?;
-        assert_gradients(&[logits], &|v| Ok((cross_entropy(&v[0], &targets, &weights)? * 3.0)?))
+        let logits = [logits];
+        assert_gradients(&logits, &|v| Ok((cross_entropy(&v[0], &targets, &weights)? * 3.0)?))?;
+        let device = |v: &[Tensor]| Ok((on_device(Kernels::Stock, &v[0], &targets, &weights)? * 3.0)?);
+        assert_gradients(&logits, &device)
+    }
+
+    #[test]
+    fn the_gradient_of_devices_equals_autograd() -> Result<()> {
+        let (logits, targets, weights) = case(40, 257, DType::F32)?;
+        let device = |v: &[Tensor]| on_device(Kernels::Stock, &v[0], &targets, &weights);
+        assert_same(&[logits], 1e-5, &device, &|v| composed(&v[0], &targets, &weights))
     }
 
     #[test]

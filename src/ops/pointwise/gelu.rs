@@ -6,12 +6,13 @@ use crate::{
     error::Result,
     ops::{
         cuda,
+        custom_gradient::custom_gradient,
         simd::{Real, multiversion},
-        slices::{CHUNK, by_dtype, fresh, has_cpu_kernels, in_f32, slice, storage, tensor, view},
+        slices::{CHUNK, by_dtype, fresh, has_cpu_kernels, in_f32, is_half, slice, storage, tensor, view},
     },
     runtime::{self, Kernels},
 };
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, backend::BackendStorage};
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
 /// GELU of each element of a tensor of any shape.
@@ -24,13 +25,34 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 
 /// [`gelu()`] on other devices than CPUs, and for half precision.
 pub(crate) fn on_device(kernels: Kernels, x: &Tensor) -> Result<Tensor> {
-    if cuda::takes(kernels, &[x]) { Ok(gelu_cuda::gelu(x)?) } else { in_f32(x, composed) }
+    if cuda::takes(kernels, &[x]) {
+        return Ok(gelu_cuda::gelu(x)?);
+    }
+    custom_gradient("gelu", &[x], |args| in_f32(&args[0], composed), |args, _, dy| composed_backward(args[0], dy))
 }
 
 /// [`gelu()`] from stock candle ops; candle's own `gelu` rounds its constants to six digits in the gradient.
 pub(crate) fn composed(x: &Tensor) -> Result<Tensor> {
     let u = ((x * &(x.sqr()? * CUBIC)?)? + x)?;
     Ok((x * ((u * SLOPE)?.tanh()? + 1.0)?)?.affine(0.5, 0.0)?)
+}
+
+/// dx as [`backward`], computed in f32 for x in half precision, and in the type of x.
+fn composed_backward(x: &Tensor, dy: &Tensor) -> candle_core::Result<Vec<Tensor>> {
+    let wide = if is_half(x.dtype()) { DType::F32 } else { x.dtype() };
+    let slope = composed_slope(&x.to_dtype(wide)?)?;
+    Ok(vec![(dy.to_dtype(wide)? * slope)?.to_dtype(x.dtype())?])
+}
+
+/// d gelu(x) / dx = ½ (1 + tanh u + x (1 − tanh² u) u′).
+fn composed_slope(x: &Tensor) -> candle_core::Result<Tensor> {
+    let square = x.sqr()?;
+    let tanh = (x * square.affine(SLOPE * CUBIC, SLOPE)?)?.tanh()?;
+    let rise = (x * square.affine(3.0 * SLOPE * CUBIC, SLOPE)?)?;
+    drop(square);
+    let flat = tanh.sqr()?.affine(-1.0, 1.0)?;
+    let inner = (rise * flat)?;
+    (tanh + inner)?.affine(0.5, 0.5)
 }
 
 /// √(2/π)
@@ -104,7 +126,7 @@ impl CustomOp1 for Gelu {
 mod tests {
     use super::*;
     use crate::ops::testing::*;
-    use candle_core::{DType, Device};
+    use candle_core::Device;
 
     #[test]
     fn fused_equals_composed() -> Result<()> {
@@ -139,7 +161,15 @@ mod tests {
 
     #[test]
     fn gradients_equal_finite_differences() -> Result<()> {
-        assert_gradients(&[normal("x", &[5, 4], DType::F64)], &|v| gelu(&v[0]))
+        assert_gradients(&[normal("x", &[5, 4], DType::F64)], &|v| gelu(&v[0]))?;
+        assert_gradients(&[normal("x", &[5, 4], DType::F64)], &|v| on_device(Kernels::Stock, &v[0]))
+    }
+
+    #[test]
+    fn the_gradient_of_devices_equals_autograd() -> Result<()> {
+        assert_same(&[normal("x", &[3, 50], DType::F32)], 1e-5, &|v| on_device(Kernels::Stock, &v[0]), &|v| {
+            composed(&v[0])
+        })
     }
 
     #[test]

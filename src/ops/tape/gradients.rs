@@ -60,6 +60,11 @@ impl Gradients {
         }
     }
 
+    /// The op whose turn it is holds this many bytes for a while.
+    pub fn pass(&mut self, bytes: u64) {
+        self.peak = self.peak.max(self.live + bytes);
+    }
+
     /// Adds to the gradient of `argument`, which has this many bytes, what comes from the gradient of the result whose turn it is
     /// (`None`: from outside).
     pub fn add(&mut self, argument: usize, bytes: u64, gradient: Option<usize>, kind: Gradient) {

@@ -28,6 +28,16 @@ struct Node {
     /// Of a product, forward.
     flops: u64,
     args: Vec<(Id, Gradient)>,
+    /// Of an op that is composed of others.
+    composed: Option<Composed>,
+}
+
+/// What an op with a gradient written by hand computes.
+struct Composed {
+    forward: Vec<Work>,
+    backward: Vec<Work>,
+    /// Bytes that the backward pass holds at its peak, with the gradients of the arguments.
+    backward_peak: u64,
 }
 
 /// The ops of a forward pass.
@@ -38,7 +48,7 @@ pub struct Tape {
 
 impl Tape {
     fn push(&mut self, kind: Kind, elements: u64, width: u64, stored: bool, args: Vec<(Id, Gradient)>) -> Id {
-        self.nodes.push(Node { kind, elements, width, stored, flops: 0, args });
+        self.nodes.push(Node { kind, elements, width, stored, flops: 0, args, composed: None });
         Id(self.nodes.len() - 1)
     }
 
@@ -107,7 +117,7 @@ impl Tape {
     }
 
     /// Sum or difference.
-    pub(in crate::ops) fn add(&mut self, a: Id, b: Id) -> Id {
+    pub fn add(&mut self, a: Id, b: Id) -> Id {
         self.alike(Kind::ElementWise, a, vec![(a, Gradient::Passed), (b, Gradient::Passed)])
     }
 
@@ -156,6 +166,16 @@ impl Tape {
         self.push(Kind::Kernel, elements, width, true, args.iter().map(|arg| (*arg, Gradient::Computed)).collect())
     }
 
+    /// An op of the arguments whose gradient is written by hand: the ops of its passes, of which the forward pass ends with the
+    /// result, and the bytes that the backward pass holds at its peak.
+    pub(in crate::ops) fn composed(&mut self, args: &[Id], forward: &Self, backward: &Self, backward_peak: u64) -> Id {
+        let (elements, width) = forward.nodes.last().map_or((0, 0), |node| (node.elements, node.width));
+        let id = self.kernel(elements, width, args);
+        let [forward, backward] = [forward, backward].map(Self::forward_work);
+        self.nodes[id.0].composed = Some(Composed { forward, backward, backward_peak });
+        id
+    }
+
     /// Bytes that the forward pass keeps, beside leaves.
     pub fn kept(&self) -> u64 {
         self.nodes.iter().filter(|node| node.stored).map(|node| node.elements * node.width).sum()
@@ -171,6 +191,9 @@ impl Tape {
         self.visit(last, &mut vec![false; self.nodes.len()], &mut order);
         for i in order.into_iter().rev().filter(|i| !self.nodes[*i].args.is_empty()) {
             let Some(gradient) = gradients.take(i) else { continue };
+            if let Some(composed) = &self.nodes[i].composed {
+                gradients.pass(composed.backward_peak);
+            }
             for &(arg, kind) in &self.nodes[i].args {
                 gradients.add(arg.0, self.bytes(arg), Some(gradient), kind);
             }

@@ -9,11 +9,14 @@ use super::{
 impl Tape {
     /// The launches of the forward pass.
     pub fn forward_work(&self) -> Vec<Work> {
-        let work = |node: &Node| {
-            let read: u64 = node.args.iter().map(|(arg, _)| self.memory(*arg)).sum();
-            Work { kind: node.kind, flops: node.flops, bytes: read + node.elements * node.width }
+        let work = |node: &Node| match &node.composed {
+            Some(composed) => composed.forward.clone(),
+            None => {
+                let read: u64 = node.args.iter().map(|(arg, _)| self.memory(*arg)).sum();
+                vec![Work { kind: node.kind, flops: node.flops, bytes: read + node.elements * node.width }]
+            }
         };
-        self.nodes.iter().filter(|node| node.kind != Kind::View).map(work).collect()
+        self.nodes.iter().filter(|node| node.kind != Kind::View).flat_map(work).collect()
     }
 
     /// The launches of the backward pass.
@@ -21,6 +24,7 @@ impl Tape {
         let (mut all, mut begun) = (Vec::new(), vec![false; self.nodes.len()]);
         for node in self.nodes.iter().rev() {
             let own = node.elements * node.width;
+            all.extend(node.composed.iter().flat_map(|composed| composed.backward.iter().copied()));
             for (i, &(arg, gradient)) in node.args.iter().enumerate() {
                 let bytes = self.bytes(arg);
                 let others: u64 =
@@ -28,6 +32,7 @@ impl Tape {
                 match gradient {
                     Gradient::Passed => {}
                     Gradient::Filled => all.push(Work { kind: Kind::Copy, flops: 0, bytes: 2 * bytes }),
+                    Gradient::Computed if node.composed.is_some() => {}
                     Gradient::Computed => {
                         let kind = if node.kind == Kind::View { Kind::Sum } else { node.kind };
                         all.push(Work { kind, flops: 0, bytes: own + bytes });
