@@ -6,11 +6,12 @@ use crate::{
     error::Result,
     ops::{
         self, Padding, conv,
-        matmul::linear,
+        matmul::linear_on_device,
         norm::{group_norm, layer_norm},
         pointwise::{activation, cross_entropy, gelu},
         pool::{max_pool, upsample},
     },
+    runtime::Kernels,
 };
 use candle_core::{DType, Device, Tensor};
 
@@ -45,26 +46,26 @@ fn singles(device: &Device) -> Vec<Case> {
             "linear",
             &[&[3, 37, 96], &[130, 96], &[130]],
             |v| ops::linear(&v[0], &v[1], Some(&v[2])),
-            |v| linear::composed(&v[0], &v[1], Some(&v[2])),
+            |v| linear_on_device::on_device(&v[0], &v[1], Some(&v[2]), [DType::F32; 2]),
         ),
-        case("gelu", &[&[5, 333]], |v| ops::gelu(&v[0]), |v| gelu::composed(&v[0])),
+        case("gelu", &[&[5, 333]], |v| ops::gelu(&v[0]), |v| gelu::on_device(Kernels::Stock, &v[0])),
         case(
             "gelu by erf",
             &[&[5, 333]],
             |v| ops::activation(Activation::GeluErf, &v[0]),
-            |v| activation::composed(Activation::GeluErf, &v[0]),
+            |v| activation::on_device(Kernels::Stock, Activation::GeluErf, &v[0]),
         ),
         case(
             "quick gelu",
             &[&[5, 333]],
             |v| ops::activation(Activation::QuickGelu, &v[0]),
-            |v| activation::composed(Activation::QuickGelu, &v[0]),
+            |v| activation::on_device(Kernels::Stock, Activation::QuickGelu, &v[0]),
         ),
         case(
             "layer norm",
             &[&[3, 29, 70], &[70], &[70]],
             |v| ops::layer_norm(&v[0], &v[1], &v[2], 1e-5),
-            |v| layer_norm::composed(&v[0], &v[1], &v[2], 1e-5),
+            |v| layer_norm::on_device(Kernels::Stock, &v[0], &v[1], &v[2], 1e-5),
         ),
         case(
             "group norm and silu",
@@ -76,7 +77,7 @@ fn singles(device: &Device) -> Vec<Case> {
             "cross-entropy",
             &[&[13, 211]],
             |v| loss(&v[0], ops::cross_entropy),
-            |v| loss(&v[0], cross_entropy::composed),
+            |v| loss(&v[0], |x, t, w| cross_entropy::on_device(Kernels::Stock, x, t, w)),
         ),
         case("embedding", &[&[50, 24]], |v| rows(&v[0]), |v| rows(&v[0])),
         convolution(device, "convolution 3 x 3", 3, 1, Padding::same(1)),

@@ -29,7 +29,7 @@ const BY_HAND: [(&str, u64, f64, f64); 9] = [
 
 #[test]
 fn plan_of_10_b_equals_the_formulas() {
-    for memory in ["40", "80"] {
+    for memory in ["24", "80"] {
         for gpus in ["8", "16", "64"] {
             let value =
                 json(&["plan", "--config", "configs/10b.toml", "--gpus", gpus, "--gpu-memory", memory])["plan"].take();
@@ -49,8 +49,8 @@ fn plan_of_10_b_equals_the_formulas() {
                     assert_eq!(number("host_bytes") > 0.0, offload);
                 }
             }
-            // Stage 3 is the configuration's own: with eight samples a micro-step, activations alone take 33 GB.
-            assert_eq!(value["fits"], (gpus, memory) != ("8", "40"));
+            // Stage 3 with offload is the configuration's own: with eight samples a micro-step, activations alone take 16 GB.
+            assert_eq!(value["fits"], (gpus, memory) != ("8", "24"));
         }
     }
 }
@@ -62,10 +62,10 @@ fn a_roofline_names_what_bounds_a_step() {
     let found = of(&["--gpu-bandwidth", "3.35", "--roofline"]);
     let [stock, fused] = found.as_array().unwrap().as_slice() else { panic!("{found}") };
     let number = |value: &Value, key: &str| value[key].as_f64().unwrap();
-    for roofline in [stock, fused] {
+    for (roofline, slowest) in [(stock, "element-wise ops"), (fused, "matrix products")] {
         // 32 micro-steps gather all weights: the network is slower than all ops.
         assert!(number(roofline, "network_seconds") > number(roofline, "compute_seconds"));
-        assert_eq!(roofline["ops"][0][0], "zeros and sums of gradients", "the slowest is first");
+        assert_eq!(roofline["ops"][0][0], slowest, "the slowest is first");
     }
     assert!(number(fused, "compute_seconds") < number(stock, "compute_seconds"));
     let fast = of(&["--gpu-bandwidth", "3.35", "--gpu-network", "450", "--roofline"]);

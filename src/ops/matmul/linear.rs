@@ -1,18 +1,18 @@
 //! `y = x·Wᵀ + b`. Also the example of how an op is written: kernels on slices, a candle `CustomOp` around them with
-//! its `bwd`,
-//! `composed` from stock ops for other devices and as the reference, and a function that chooses.
+//! its `bwd`, the same from stock ops for other devices and as the reference (`linear_on_device`), and a function that
+//! chooses.
 
 use super::{
     bf16::{gemm::gemm_bf16, unit::Bf16Unit},
     epilogue::Epilogue,
     gemm::{gemm, gemm_in},
+    linear_on_device::on_device,
     matrix::{Beta, Matrix},
 };
 use crate::{
     config::Precision,
     error::Result,
     ops::{
-        custom_gradient::custom_gradient,
         pointwise::gelu,
         simd::{Real, multiversion},
         slices::{by_dtype, fresh, slice, storage, tensor, view},
@@ -43,36 +43,6 @@ pub fn linear_in(precision: Precision, x: &Tensor, w: &Tensor, b: Option<&Tensor
     on_device(x, w, b, [dtype, x.dtype()])
 }
 
-/// [`linear()`] from stock candle ops, with factors of the type `factor` and the bias and output in the type `output`.
-pub(super) fn on_device(x: &Tensor, w: &Tensor, b: Option<&Tensor>, [factor, output]: [DType; 2]) -> Result<Tensor> {
-    let forward = |args: &[Tensor]| {
-        let y = composed(&args[0].to_dtype(factor)?, &args[1].to_dtype(factor)?, None)?.to_dtype(output)?;
-        Ok(match args.get(2) {
-            Some(b) => y.broadcast_add(&b.to_dtype(output)?)?,
-            None => y,
-        })
-    };
-    let args: Vec<&Tensor> = [x, w].into_iter().chain(b).collect();
-    custom_gradient("linear", &args, forward, move |args, _, dy| composed_backward(args, dy, factor))
-}
-
-/// The gradients of x, w and, where there is one, b; the products are in the type `factor`.
-fn composed_backward(args: &[&Tensor], dy: &Tensor, factor: DType) -> candle_core::Result<Vec<Tensor>> {
-    let (x, w) = (args[0], args[1]);
-    let (outputs, inputs) = w.dims2()?;
-    let dy = dy.reshape(((), outputs))?;
-    let rounded = dy.to_dtype(factor)?;
-    let dx = rounded.matmul(&w.to_dtype(factor)?)?.reshape(x.shape())?.to_dtype(x.dtype())?;
-    let dw = rounded.t()?.matmul(&x.to_dtype(factor)?.reshape(((), inputs))?)?.to_dtype(w.dtype())?;
-    let mut gradients = vec![dx, dw];
-    if let Some(b) = args.get(2) {
-        // A product sums in f32 also in half precision.
-        let ones = Tensor::ones((1, dy.dim(0)?), dy.dtype(), dy.device())?;
-        gradients.push(ones.matmul(&dy)?.reshape(b.shape())?.to_dtype(b.dtype())?);
-    }
-    Ok(gradients)
-}
-
 /// The dtype that factors are cast to for products in this precision; `None`: no cast.
 pub fn matmul_weight_dtype(precision: Precision) -> Option<DType> {
     match precision {
@@ -86,21 +56,6 @@ pub fn matmul_weight_dtype(precision: Precision) -> Option<DType> {
 /// nothing.
 pub fn rounds_to_bf16(precision: Precision, device: &Device) -> bool {
     precision == Precision::Bf16 && (!device.is_cpu() || Bf16Unit::get().is_some())
-}
-
-/// [`linear()`] from stock candle ops.
-pub(crate) fn composed(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
-    let (outputs, inputs) = w.dims2()?;
-    let rows = x.elem_count() / inputs;
-    let mut y = x.reshape((rows, inputs))?.matmul(&w.t()?)?;
-    if let Some(b) = b {
-        y = y.broadcast_add(b)?;
-    }
-    let mut shape = x.dims().to_vec();
-    if let Some(last) = shape.last_mut() {
-        *last = outputs;
-    }
-    Ok(y.reshape(shape)?)
 }
 
 /// `y (rows, out) = x (rows, in) · w (out, in)ᵀ + b`.
@@ -335,7 +290,7 @@ impl CustomOp3 for Linear {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::linear_on_device::composed, *};
     use crate::ops::testing::*;
 
     const SHAPES: [(&[usize], usize); 5] =
@@ -367,23 +322,7 @@ mod tests {
 
     #[test]
     fn gradients_equal_finite_differences() -> Result<()> {
-        assert_gradients(&vars(&[3, 2, 5], 4, DType::F64), &|v| linear(&v[0], &v[1], Some(&v[2])))?;
-        let device = |v: &[Tensor]| on_device(&v[0], &v[1], v.get(2), [DType::F64; 2]);
-        assert_gradients(&vars(&[3, 2, 5], 4, DType::F64), &device)?;
-        assert_gradients(&vars(&[3, 2, 5], 4, DType::F64)[..2], &device)
-    }
-
-    #[test]
-    fn the_gradient_of_devices_equals_autograd() -> Result<()> {
-        for (factor, tolerance) in [(DType::F32, 1e-5), (DType::F16, 2e-3)] {
-            let device = |v: &[Tensor]| on_device(&v[0], &v[1], Some(&v[2]), [factor, DType::F32]);
-            let recorded = |v: &[Tensor]| {
-                let y = composed(&v[0].to_dtype(factor)?, &v[1].to_dtype(factor)?, None)?;
-                Ok(y.to_dtype(DType::F32)?.broadcast_add(&v[2])?)
-            };
-            assert_same(&vars(&[2, 9, 33], 7, DType::F32), tolerance, &device, &recorded)?;
-        }
-        Ok(())
+        assert_gradients(&vars(&[3, 2, 5], 4, DType::F64), &|v| linear(&v[0], &v[1], Some(&v[2])))
     }
 
     #[test]

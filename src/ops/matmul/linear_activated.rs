@@ -1,6 +1,9 @@
 //! `activation(x·Wᵀ + b)`. On CUDA, a kernel of ours adds the bias and applies GELU in one pass over the product.
 
-use super::linear::{self, linear_in, matmul_weight_dtype};
+use super::{
+    linear::{linear_in, matmul_weight_dtype},
+    linear_on_device,
+};
 use crate::{
     config::{Activation, Precision},
     error::Result,
@@ -39,7 +42,7 @@ pub(crate) fn on_device(
     }
     let product = match matmul_weight_dtype(precision) {
         // The kernel reads the product as it is: no cast.
-        Some(DType::BF16) => linear::on_device(x, w, None, [DType::BF16; 2])?,
+        Some(DType::BF16) => linear_on_device::on_device(x, w, None, [DType::BF16; 2])?,
         _ => linear_in(precision, x, w, None)?,
     };
     Ok(gelu_cuda::bias_gelu(&product, b)?)

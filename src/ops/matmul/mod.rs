@@ -5,6 +5,7 @@ pub mod epilogue;
 pub mod gemm;
 pub mod linear;
 pub mod linear_activated;
+pub mod linear_on_device;
 pub mod matrix;
 pub mod packed;
 mod packed_kernel;
