@@ -81,7 +81,8 @@ impl Case {
         // A sum in which each element has its own weight.
         let sum_type = if dtype == DType::F64 { dtype } else { DType::F32 };
         let weights = numbers("weights", 0, y.dims(), device)?.to_dtype(sum_type)?;
-        let gradients = (y.to_dtype(sum_type)? * weights)?.sum_all()?.backward()?;
+        // Flat, because candle's sum of a scalar asks a driver for no bytes.
+        let gradients = (y.to_dtype(sum_type)? * weights)?.flatten_all()?.sum_all()?.backward()?;
         let mut all = vec![values(&y)?];
         for (i, var) in vars.iter().enumerate() {
             let gradient = gradients.get(var);

@@ -15,7 +15,7 @@ use crate::{
     },
     ops::{self, Floats},
 };
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use std::{collections::BTreeMap, ops::Range};
@@ -144,26 +144,44 @@ pub fn kinds(config: &Train, attributes: Attributes) -> &'static [&'static str] 
 const LARGE: usize = 1 << 22;
 
 /// The sum of the squares of all gradients that are clipped: f64 sums of fixed chunks, added in order of name, so that
-/// the number of threads changes no bit. On other devices than the CPU only one f32 sum a gradient comes to the host.
+/// the number of threads changes no bit. On other devices than the CPU sums are in f32, and come to the host together.
 /// Gradients that are not clipped count only if they are not finite.
 pub fn squares(gradients: &Gradients, params: &Params) -> Result<f64> {
-    let mut sum = 0.0;
+    let (mut sum, mut weights, mut sums) = (0.0, Vec::new(), Vec::new());
     for (name, gradient) in gradients.iter() {
         let weight = if params.get(name).is_none_or(|param| param.attributes.clipped) { 1.0 } else { 0.0 };
-        let squares = match gradient.device().is_cpu() {
-            true => ops::with_slice(gradient, |gradient: &[f32]| {
-                gradient.par_chunks(1 << 14).map(sum_of_squares).collect::<Vec<f64>>().iter().sum()
-            })?,
-            false => squares_there(gradient)?,
-        };
-        sum += weight * squares;
+        if gradient.device().is_cpu() {
+            sum += weight
+                * ops::with_slice(gradient, |gradient: &[f32]| {
+                    gradient.par_chunks(1 << 14).map(sum_of_squares).collect::<Vec<f64>>().iter().sum::<f64>()
+                })?;
+        } else {
+            let parts = squares_there(gradient)?;
+            weights.resize(weights.len() + parts.len(), weight);
+            sums.extend(parts);
+        }
+    }
+    if !sums.is_empty() {
+        let sums: Vec<f32> = Tensor::stack(&sums, 0)?.to_vec1()?;
+        sum += weights.iter().zip(sums).map(|(weight, sum)| weight * f64::from(sum)).sum::<f64>();
     }
     Ok(sum)
 }
 
-/// The sum of squares by stock ops. By rows first: candle's sum over everything keeps a single block of a GPU busy.
-fn squares_there(gradient: &Tensor) -> Result<f64> {
-    Ok(f64::from(gradient.sqr()?.sum(D::Minus1)?.sum_all()?.to_scalar::<f32>()?))
+/// The sum of squares by stock ops, as scalars to be added. Of long gradients rows are summed first: candle's sum over
+/// everything keeps a single block of a GPU busy.
+fn squares_there(gradient: &Tensor) -> Result<Vec<Tensor>> {
+    const ROW: usize = 4096;
+    let (flat, rows) = (gradient.flatten_all()?, gradient.elem_count() / ROW);
+    let rest = flat.elem_count() - rows * ROW;
+    let mut sums = Vec::new();
+    if rows > 0 {
+        sums.push(flat.narrow(0, 0, rows * ROW)?.reshape((rows, ROW))?.sqr()?.sum(1)?.sum_all()?);
+    }
+    if rest > 0 {
+        sums.push(flat.narrow(0, rows * ROW, rest)?.sqr()?.sum_all()?);
+    }
+    Ok(sums)
 }
 
 fn sum_of_squares(chunk: &[f32]) -> f64 {
@@ -318,9 +336,13 @@ mod tests {
         let sum = |(_, g): (&String, &Tensor)| g.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
         let expected = f64::from(gradients.iter().map(sum).sum::<f32>());
         assert!((squares(gradients, &params).unwrap() - expected).abs() < 1e-6 * expected);
-        let there: f64 = gradients.iter().map(|(_, gradient)| squares_there(gradient).unwrap()).sum();
-        assert!((there - expected).abs() < 1e-6 * expected);
-        assert_eq!(squares_there(&Tensor::new(&[3f32, 4.0], &Device::Cpu).unwrap()).unwrap(), 25.0);
+        let there = |gradient: &Tensor| -> f32 {
+            squares_there(gradient).unwrap().iter().map(|sum| sum.to_scalar::<f32>().unwrap()).sum()
+        };
+        let sum: f32 = gradients.iter().map(|(_, gradient)| there(gradient)).sum();
+        assert!((f64::from(sum) - expected).abs() < 1e-6 * expected);
+        assert_eq!(there(&Tensor::new(&[3f32, 4.0], &Device::Cpu).unwrap()), 25.0);
+        assert_eq!(there(&Tensor::ones(2 * 4096 + 5, DType::F32, &Device::Cpu).unwrap()), 8197.0);
         let clip = |norm, most| GradientScale::new(norm, most, 1.0).clip;
         assert_eq!([clip(8.0, 2.0), clip(1.0, 2.0), clip(8.0, 0.0)], [0.25, 1.0, 1.0]);
     }
