@@ -43,10 +43,10 @@ struct Link {
 /// A segment fails, the last one returns no scalar, or a rank does not come.
 pub fn accumulate<B>(chain: &Chain<B>, batch: &B, activation_checkpointing: usize, shards: &mut Shards) -> Result<f64> {
     let pass = Pass { chain, batch, first_unit: 0, activation_checkpointing };
-    let (loss, activations) = pass.run(true, shards)?;
-    let loss = loss.to_dtype(DType::F64)?.to_scalar::<f64>().context("the last segment must return a scalar")?;
+    let (loss, activations) = pass.run(true, shards).map(|(loss, activations)| (loss.detach(), activations))?;
     pass.backward(activations, None, shards)?;
-    Ok(loss)
+    // Read last: a device would have nothing to do while the host waits for the loss.
+    scalar(&loss)
 }
 
 /// The loss of one micro-batch, the scalar that the last segment returns, without gradients.
@@ -57,6 +57,10 @@ pub fn loss<B>(chain: &Chain<B>, batch: &B, shards: &mut Shards) -> Result<f64> 
     // Nothing is kept for a backward pass.
     let pass = Pass { chain, batch, first_unit: 0, activation_checkpointing: 1 };
     let (loss, _) = pass.run(false, shards)?;
+    scalar(&loss)
+}
+
+fn scalar(loss: &Tensor) -> Result<f64> {
     loss.to_dtype(DType::F64)?.to_scalar::<f64>().context("the last segment must return a scalar")
 }
 
