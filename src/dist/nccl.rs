@@ -2,10 +2,11 @@
 //!
 //! Each rank (a process or a thread) has its own device and its own communicator.
 //!
-//! Collectives that overlap computation use a separate CUDA stream, others the compute stream. cudarc keeps two events
-//! for each buffer, of its last read and its last write: a collective waits for the kernels that write its input,
-//! kernels that read its output wait for it, and memory is freed after both. Because there is only one read event,
-//! nothing else may read a collective's input. NCCL adds floats in its own order, not in rank order as on the CPU. If a
+//! Collectives that overlap computation use a separate CUDA stream, others the compute stream. A collective waits for all
+//! that has been queued on the compute stream: cudarc keeps an event of the last write of each buffer, but candle notes
+//! some of its writes as reads (`copy2d`, in candle-core 0.11.1). Kernels that read a collective's output wait for that
+//! event, and memory is freed after the last read and write. Because there is only one event of reads, nothing else may
+//! read a collective's input. NCCL adds floats in its own order, not in rank order as on the CPU. If a
 //! rank dies, the others would wait forever on the device; therefore a control message with a time limit precedes each
 //! collective.
 
@@ -88,7 +89,7 @@ impl Nccl {
         let comm = self.comm(among)?;
         let len = ours.elem_count() * comm.world_size();
         let mut all = self.workspace::<T>(len)?;
-        with_view::<T>(ours, |ours| done("all_gather", comm.all_gather(ours, &mut all)))?;
+        self.with_view::<T>(ours, |ours| done("all_gather", comm.all_gather(ours, &mut all)))?;
         Ok(self.tensor(all, len))
     }
 
@@ -106,7 +107,7 @@ impl Nccl {
         let comm = self.comm(among)?;
         let mut buffers: Vec<CudaSlice<T>> =
             counts.iter().map(|count| self.workspace(*count)).collect::<Result<_>>()?;
-        with_view::<T>(ours, |ours| {
+        self.with_view::<T>(ours, |ours| {
             let views = buffers.iter_mut().zip(counts).map(|(workspace, count)| workspace.slice_mut(..*count));
             let views: Vec<_> = views.enumerate().filter(|(_, view)| !view.is_empty()).collect();
             let mut group = comm.group();
@@ -124,7 +125,7 @@ impl Nccl {
         let comm = self.comm(among)?;
         let len = all.elem_count() / comm.world_size();
         let mut ours = self.workspace::<f32>(len)?;
-        with_view::<f32>(all, |all| done("reduce_scatter", comm.reduce_scatter(all, &mut ours, &ReduceOp::Sum)))?;
+        self.with_view::<f32>(all, |all| done("reduce_scatter", comm.reduce_scatter(all, &mut ours, &ReduceOp::Sum)))?;
         Ok(self.tensor(ours, len))
     }
 
@@ -133,7 +134,7 @@ impl Nccl {
         let (comm, mut at) = (self.comm(among)?, 0);
         let count = counts[comm.rank()];
         let mut ours = self.workspace::<f32>(count)?;
-        with_view::<f32>(all, |all| {
+        self.with_view::<f32>(all, |all| {
             let part = |count: &usize| {
                 at += count;
                 all.slice(at - count..at)
@@ -155,7 +156,7 @@ impl Nccl {
         let (comm, len) = (self.comm(among)?, ours.elem_count());
         let mut sum = self.workspace::<f32>(len)?;
         if len > 0 {
-            with_view::<f32>(ours, |ours| done("all_reduce", comm.all_reduce(ours, &mut sum, &ReduceOp::Sum)))?;
+            self.with_view::<f32>(ours, |ours| done("all_reduce", comm.all_reduce(ours, &mut sum, &ReduceOp::Sum)))?;
         }
         Ok(self.tensor(sum, len))
     }
@@ -170,6 +171,19 @@ impl Nccl {
         Ok(self.device.alloc_zeros(len.max(1))?)
     }
 
+    /// Calls `f` with the elements of a tensor, which the stream of collectives may read from now on.
+    fn with_view<T: Element>(&self, tensor: &Tensor, f: impl FnOnce(&CudaView<T>) -> Result<()>) -> Result<()> {
+        let tensor = tensor.contiguous()?;
+        let (storage, layout) = tensor.storage_and_layout();
+        let Storage::Cuda(storage) = &*storage else { bail!("NCCL only supports tensors on CUDA devices") };
+        let (start, end) = layout.contiguous_offsets().context("the tensor is not contiguous")?;
+        let computing = self.device.cuda_stream();
+        if self.stream != computing {
+            self.stream.join(&computing).context("the streams of computation and NCCL")?;
+        }
+        f(&storage.as_cuda_slice::<T>()?.slice(start..end))
+    }
+
     fn tensor<T: Element>(&self, elements: CudaSlice<T>, len: usize) -> Tensor {
         let storage = CudaStorage::wrap_cuda_slice(elements, self.device.clone());
         Tensor::from_storage(Storage::Cuda(storage), len, BackpropOp::none(), false)
@@ -180,15 +194,6 @@ impl Nccl {
 trait Element: NcclType + CudaDType + DeviceRepr + ValidAsZeroBits {}
 
 impl<T: NcclType + CudaDType + DeviceRepr + ValidAsZeroBits> Element for T {}
-
-/// Calls `f` with the elements of a tensor on a CUDA device.
-fn with_view<T: Element>(tensor: &Tensor, f: impl FnOnce(&CudaView<T>) -> Result<()>) -> Result<()> {
-    let tensor = tensor.contiguous()?;
-    let (storage, layout) = tensor.storage_and_layout();
-    let Storage::Cuda(storage) = &*storage else { bail!("NCCL only supports tensors on CUDA devices") };
-    let (start, end) = layout.contiguous_offsets().context("the tensor is not contiguous")?;
-    f(&storage.as_cuda_slice::<T>()?.slice(start..end))
-}
 
 fn done(what: &'static str, result: Result<NcclStatus, NcclError>) -> Result<()> {
     result.map(drop).map_err(explain(what))
