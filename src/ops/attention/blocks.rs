@@ -93,7 +93,7 @@ impl Blocks {
 }
 
 /// The biases of a batch: those of its [`Blocks`] and of the padding of its texts, broadcastable to the scores.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Biases {
     /// (b or 1, 1, groups, codes of a group, keys).
     pub codes: Option<Tensor>,

@@ -1,24 +1,27 @@
-//! Sparse attention from stock tensor ops, on any device, with autograd: no n×n matrix is built.
+//! Sparse attention from stock tensor ops, on any device: no n×n matrix is built.
 //!
 //! The trick: codes are grouped by rows or columns of the grid, so that all keys of a group are one contiguous list.
 //! Row and conv layers multiply a row of codes with a band of rows, which are shifted copies of all keys; column layers
 //! multiply columns, which are a transposition. So scores are (b, heads, groups, codes of a group, keys) with a few rows or
 //! one column of keys. The few other positions (text, start of image) are multiplied with all keys they can see. What a list
 //! does not name is hidden by a bias, which is made once for each list and stays on the device.
+//!
+//! It is one op for autograd: of a forward pass only the input and the output stay, and the backward pass computes the scores
+//! again, as FlashAttention does (arXiv 2205.14135).
 
 use super::{
-    blocks::{Biases, Blocks, Shape},
-    grouping::{HIDDEN, biases, blocks, grouped},
+    blocks::{Biases, Blocks},
+    blockwise_parts::{Codes, Others, Placed, split},
+    grouping::{biases, blocks, grouped},
     key_ranges::{KeyLists, KeyRanges},
-    softmax_cuda,
 };
 use crate::{
     error::Result,
-    ops::{cuda, custom_gradient::custom_gradient, slices::is_half},
+    ops::custom_gradient::custom_gradient,
     runtime::{self, Kernels},
 };
-use candle_core::{D, DType, Tensor};
-use std::ops::Range;
+use candle_core::{Result as CandleResult, Tensor};
+use std::sync::Arc;
 
 /// `qkv (b, l, 3, heads, d)` → `(b, l, heads·d)`, as [`attention`](super::attention()); the softmax is computed in f32 (f64
 /// for f64).
@@ -34,25 +37,12 @@ pub fn attention(qkv: &Tensor, keys: &KeyRanges) -> Result<Tensor> {
 /// # Errors
 /// The device is out of memory.
 pub fn attention_by(kernels: Kernels, qkv: &Tensor, keys: &KeyRanges) -> Result<Tensor> {
-    let (b, l, _, heads, d) = qkv.dims5()?;
-    let blocks = blocks(&keys.lists, l, qkv.device())?;
-    let biases = biases(keys, blocks, qkv.device())?;
-    let part = |i: usize| qkv.narrow(2, i, 1)?.squeeze(2)?.transpose(1, 2)?.contiguous();
-    let (q, k, v) = ((part(0)? * (d as f64).powf(-0.5))?, part(1)?, part(2)?);
-    let codes = &blocks.codes;
-    let mut parts = Vec::with_capacity(3);
-    let others = others(kernels, &q, &k, &v, blocks, biases)?;
-    if let Some(others) = &others {
-        parts.extend((codes.start > 0).then(|| others.narrow(2, 0, codes.start)).transpose()?);
-    }
-    if !codes.is_empty() {
-        parts.push(of_codes(kernels, &q, &k, &v, blocks, biases)?);
-    }
-    if let Some(others) = &others {
-        let behind = l - codes.end;
-        parts.extend((behind > 0).then(|| others.narrow(2, codes.start, behind)).transpose()?);
-    }
-    Ok(Tensor::cat(&parts, 2)?.transpose(1, 2)?.reshape((b, l, heads * d))?)
+    let blocks = blocks(&keys.lists, qkv.dim(1)?, qkv.device())?;
+    let biases = biases(keys, &blocks, qkv.device())?.clone();
+    let attention = Blockwise { kernels, blocks, biases };
+    let again = attention.clone();
+    let forward = |args: &[Tensor]| Ok(attention.forward(&args[0])?);
+    custom_gradient("attention", &[qkv], forward, move |args, _, dy| Ok(vec![again.backward(args[0], dy)?]))
 }
 
 /// The scores of a sample and head in the largest tensor of [`attention`].
@@ -63,173 +53,79 @@ pub fn scores(lists: &KeyLists, positions: usize) -> usize {
     (groups * size * (blocks.around_len() + blocks.width())).max(others * blocks.reach)
 }
 
-/// The positions that are no codes (b, heads, others, d), in order; `None`: there are none.
-fn others(
+/// Attention of one batch.
+#[derive(Clone)]
+struct Blockwise {
     kernels: Kernels,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    blocks: &Blocks,
-    biases: &Biases,
-) -> Result<Option<Tensor>> {
-    let q = outside(q, &blocks.codes)?;
-    let Some(q) = q else { return Ok(None) };
-    if blocks.reach == 0 {
-        return Ok(Some(q.zeros_like()?));
-    }
-    let (k, v) = (k.narrow(2, 0, blocks.reach)?.contiguous()?, v.narrow(2, 0, blocks.reach)?.contiguous()?);
-    let weights = softmax(kernels, &q.matmul(&k.t()?)?, biases.others.as_ref(), biases.has_empty)?;
-    Ok(Some(weights.matmul(&v)?))
+    blocks: Arc<Blocks>,
+    biases: Biases,
 }
 
-/// The codes (b, heads, codes, d): each group against the positions around the image and the keys of its group.
-fn of_codes(kernels: Kernels, q: &Tensor, k: &Tensor, v: &Tensor, blocks: &Blocks, biases: &Biases) -> Result<Tensor> {
-    let (b, heads, _, d) = q.dims4()?;
-    let (groups, size) = blocks.groups();
-    let batched = b * heads * groups;
-    let q = blocks.queries(q)?;
-    let (keys, values) = (blocks.keys(k)?, blocks.keys(v)?);
-    let width = keys.dim(3)?;
-    let flat = |x: &Tensor| x.reshape((batched, (), d));
-    let mut scores = flat(&q)?.matmul(&flat(&keys)?.t()?)?.reshape((b, heads, groups, size, width))?;
-    let (around_k, around_v) = (blocks.around(k)?, blocks.around(v)?);
-    if let Some(around) = &around_k {
-        let of_around = q.reshape((b, heads, groups * size, d))?.matmul(&around.t()?)?;
-        scores = Tensor::cat(&[&of_around.reshape((b, heads, groups, size, ()))?, &scores], D::Minus1)?;
-    }
-    let weights = softmax(kernels, &scores, biases.codes.as_ref(), biases.has_empty)?;
-    let around = weights.dim(D::Minus1)? - width;
-    let own = weights.narrow(D::Minus1, around, width)?.contiguous()?.reshape((batched, size, width))?;
-    let mut out = own.matmul(&flat(&values)?)?.reshape((b, heads, groups * size, d))?;
-    if let Some(values) = &around_v {
-        let weights = weights.narrow(D::Minus1, 0, around)?.contiguous()?.reshape((b, heads, groups * size, around))?;
-        out = (out + weights.matmul(values)?)?;
-    }
-    blocks.raster(&out)
-}
-
-/// Softmax of the scores plus the bias over the last dimension, computed in f32 and returned in the type of the scores. If
-/// `has_empty`, rows in which everything is hidden become zero.
-fn softmax(kernels: Kernels, scores: &Tensor, bias: Option<&Tensor>, has_empty: bool) -> Result<Tensor> {
-    if cuda::takes(kernels, &[scores])
-        && let Some(weights) = softmax_cuda::softmax(scores, bias, HIDDEN / 2.0)?
-    {
-        return Ok(weights);
-    }
-    let forward = |args: &[Tensor]| stock_softmax(&args[0], bias, has_empty);
-    custom_gradient("softmax", &[scores], forward, |_, y, dy| stock_softmax_backward(y, dy))
-}
-
-/// The gradient of the scores, y · (dy − Σ y · dy).
-fn stock_softmax_backward(y: &Tensor, dy: &Tensor) -> candle_core::Result<Vec<Tensor>> {
-    let wide = if is_half(y.dtype()) { DType::F32 } else { y.dtype() };
-    let (weights, dy) = (y.to_dtype(wide)?, dy.to_dtype(wide)?);
-    let sums = (&weights * &dy)?.sum_keepdim(D::Minus1)?;
-    let centred = dy.broadcast_sub(&sums)?;
-    drop(dy);
-    Ok(vec![(weights * centred)?.to_dtype(y.dtype())?])
-}
-
-/// [`softmax`] from stock candle ops.
-pub(super) fn stock_softmax(scores: &Tensor, bias: Option<&Tensor>, has_empty: bool) -> Result<Tensor> {
-    let (dtype, wide) = (scores.dtype(), if scores.dtype() == DType::F64 { DType::F64 } else { DType::F32 });
-    let mut scores = scores.to_dtype(wide)?;
-    let bias = bias.map(|bias| bias.to_dtype(wide)).transpose()?;
-    if let Some(bias) = &bias {
-        scores = scores.broadcast_add(bias)?;
-    }
-    let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
-    let mut weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
-    if let Some(bias) = bias.filter(|_| has_empty) {
-        let visible = bias.max_keepdim(D::Minus1)?.gt(f64::from(HIDDEN) / 2.0)?;
-        weights = weights.broadcast_mul(&visible.to_dtype(wide)?)?;
-    }
-    Ok(weights.to_dtype(dtype)?)
-}
-
-/// The positions of dimension 2 outside of a range; `None`: there are none.
-fn outside(x: &Tensor, range: &Range<usize>) -> Result<Option<Tensor>> {
-    let l = x.dim(2)?;
-    Ok(match (range.start, l - range.end) {
-        (0, 0) => None,
-        (0, behind) => Some(x.narrow(2, range.end, behind)?.contiguous()?),
-        (before, 0) => Some(x.narrow(2, 0, before)?.contiguous()?),
-        (before, behind) => Some(Tensor::cat(&[x.narrow(2, 0, before)?, x.narrow(2, range.end, behind)?], 2)?),
-    })
-}
-
-impl Blocks {
-    /// The codes (b, heads, l, d) in the order of the groups, (b, heads, groups, codes of a group, d). Cells without a code
-    /// are zero.
-    fn queries(&self, x: &Tensor) -> Result<Tensor> {
-        let x = self.cells(x)?;
-        Ok(match self.shape {
-            Shape::Band { .. } => x,
-            Shape::Columns => x.transpose(2, 3)?.contiguous()?,
-            Shape::All => x.flatten(2, 3)?.unsqueeze(2)?,
-        })
+impl Blockwise {
+    fn forward(&self, qkv: &Tensor) -> CandleResult<Tensor> {
+        let (b, l, _, heads, d) = qkv.dims5()?;
+        let [q, k, v] = split(qkv)?;
+        let others = self.others(&q, &k, &v)?.map(|others| others.output()).transpose()?;
+        let codes = self.codes(&q, &k, &v)?.map(|codes| codes.output(&self.blocks)).transpose()?;
+        self.joined(others, codes)?.transpose(1, 2)?.reshape((b, l, heads * d))
     }
 
-    /// The keys or values of each group, (b, heads, groups, keys, d).
-    fn keys(&self, x: &Tensor) -> Result<Tensor> {
-        let Shape::Band { before, after } = self.shape else { return self.queries(x) };
-        let cells = self.cells(x)?;
-        if before + after == 0 {
-            return Ok(cells);
-        }
-        let height = self.grid.0;
-        let padded = cells.pad_with_zeros(2, before, after)?;
-        let shifted = (0..=before + after).map(|shift| padded.narrow(2, shift, height));
-        Ok(Tensor::cat(&shifted.collect::<candle_core::Result<Vec<_>>>()?, 3)?)
+    /// The gradient of qkv.
+    fn backward(&self, qkv: &Tensor, dy: &Tensor) -> CandleResult<Tensor> {
+        let (b, l, _, heads, d) = qkv.dims5()?;
+        let dy = dy.reshape((b, l, heads, d))?.transpose(1, 2)?.contiguous()?;
+        let [q, k, v] = split(qkv)?;
+        let (mut dk, mut dv) = (Placed::new(l), Placed::new(l));
+        let others = self.others(&q, &k, &v)?;
+        let others =
+            others.map(|others| others.backward(self.kernels, &self.blocks, &dy, &mut dk, &mut dv)).transpose()?;
+        let codes = self.codes(&q, &k, &v)?;
+        drop((q, k, v));
+        let codes = codes.map(|codes| codes.backward(self.kernels, &self.blocks, &dy, &mut dk, &mut dv)).transpose()?;
+        let dq = (self.joined(others, codes)? * (d as f64).powf(-0.5))?;
+        // (3, b, heads, l, d)
+        let [dk, dv] = [dk, dv].map(|placed| placed.sum.map_or_else(|| dq.zeros_like(), Ok));
+        Tensor::stack(&[dq, dk?, dv?], 0)?.permute((1, 3, 0, 2, 4))
     }
 
-    /// (b, heads, l, d) → (b, heads, height, width, d).
-    fn cells(&self, x: &Tensor) -> Result<Tensor> {
-        let (b, heads, _, d) = x.dims4()?;
-        let (height, width) = self.grid;
-        let codes = x.narrow(2, self.codes.start, self.codes.len())?;
-        let missing = height * width - self.codes.len();
-        let all = if missing > 0 { codes.pad_with_zeros(2, 0, missing)? } else { codes.contiguous()? };
-        Ok(all.reshape((b, heads, height, width, d))?)
+    fn others(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> CandleResult<Option<Others>> {
+        Others::new(self.kernels, [q, k, v], &self.blocks, &self.biases)
     }
 
-    /// The keys or values around the codes, (b, heads, keys, d); `None`: codes attend to none of them.
-    fn around(&self, x: &Tensor) -> Result<Option<Tensor>> {
-        let ranges = self.around.iter().filter(|range| !range.is_empty());
-        let parts =
-            ranges.map(|range| x.narrow(2, range.start, range.len())).collect::<candle_core::Result<Vec<_>>>()?;
-        Ok(match &parts[..] {
-            [] => None,
-            [one] => Some(one.contiguous()?),
-            parts => Some(Tensor::cat(parts, 2)?),
-        })
+    fn codes(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> CandleResult<Option<Codes>> {
+        let some = !self.blocks.codes.is_empty();
+        some.then(|| Codes::new(self.kernels, [q, k, v], &self.blocks, &self.biases)).transpose()
     }
 
-    /// The inverse of [`Blocks::queries`]: (b, heads, groups · codes of a group, d) → (b, heads, codes, d).
-    fn raster(&self, x: &Tensor) -> Result<Tensor> {
-        let (b, heads, cells, d) = x.dims4()?;
-        let x = match self.shape {
-            Shape::Band { .. } | Shape::All => x.clone(),
-            Shape::Columns => {
-                let (groups, size) = self.groups();
-                x.reshape((b, heads, groups, size, d))?.transpose(2, 3)?.contiguous()?.reshape((b, heads, cells, d))?
-            }
+    /// All positions (b, heads, l, d) in order, from those that are no codes and from the codes.
+    fn joined(&self, others: Option<Tensor>, codes: Option<Tensor>) -> CandleResult<Tensor> {
+        let Some(others) = others else {
+            return codes.map_or_else(|| candle_core::bail!("attention of no positions"), Ok);
         };
-        Ok(x.narrow(2, 0, self.codes.len())?)
+        let (before, count) = (self.blocks.codes.start, others.dim(2)?);
+        let mut parts = Vec::with_capacity(3);
+        parts.extend((before > 0).then(|| others.narrow(2, 0, before)).transpose()?);
+        parts.extend(codes);
+        parts.extend((count > before).then(|| others.narrow(2, before, count - before)).transpose()?);
+        Tensor::cat(&parts, 2)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{super::composed, *};
+    use super::{
+        super::{blocks::Shape, composed},
+        *,
+    };
     use crate::{
         ops::{
             attention::{Codes, Run},
+            cuda,
             testing::*,
         },
         random::Random,
     };
-    use candle_core::Var;
+    use candle_core::{DType, Var};
     use std::sync::Arc;
 
     fn qkv(shape: [usize; 4], dtype: DType) -> [Var; 1] {

@@ -6,17 +6,20 @@ use super::{
 };
 use crate::error::{Context, Result};
 use candle_core::{D, Device, Tensor};
+use std::sync::{Arc, PoisonError};
 
 /// Hides a key. It is finite, because a row of infinities would become NaN.
 pub(super) const HIDDEN: f32 = -1e30;
 
-/// The blocks of a list, made at its first use.
-pub(super) fn blocks<'a>(lists: &'a KeyLists, positions: usize, device: &Device) -> Result<&'a Blocks> {
-    if lists.blocks.get().is_none() {
-        // Another thread may have been faster; its blocks are the same.
-        let _ = lists.blocks.set(build(lists, positions, device)?);
+/// The blocks of a list on a device, made at their first use.
+pub(super) fn blocks(lists: &KeyLists, positions: usize, device: &Device) -> Result<Arc<Blocks>> {
+    let mut made = lists.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, blocks)) = made.iter().find(|(location, _)| *location == device.location()) {
+        return Ok(blocks.clone());
     }
-    lists.blocks.get().context("blockwise attention has no blocks")
+    let blocks = Arc::new(build(lists, positions, device)?);
+    made.push((device.location(), blocks.clone()));
+    Ok(blocks)
 }
 
 /// The blocks of a list with the biases that hide what it does not name.

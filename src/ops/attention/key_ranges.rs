@@ -2,9 +2,10 @@
 
 use super::blocks::{Biases, Blocks};
 use crate::error::{Result, ensure};
+use candle_core::DeviceLocation;
 use std::{
     ops::Range,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock},
 };
 
 /// The key positions `start`, `start + stride`, …; `len` positions in all.
@@ -34,7 +35,8 @@ pub struct KeyLists {
     pub text: Range<usize>,
     /// The image codes, for [`blockwise`](super::blockwise).
     pub codes: Option<Codes>,
-    pub(super) blocks: OnceLock<Blocks>,
+    /// Of each device that has used the lists: ranks of one process share them.
+    pub(super) blocks: Mutex<Vec<(DeviceLocation, Arc<Blocks>)>>,
 }
 
 /// The keys that each query of a batch attends to.
@@ -48,7 +50,7 @@ pub struct KeyRanges {
 
 impl KeyLists {
     pub fn new(offsets: Vec<usize>, runs: Vec<Run>, text: Range<usize>, codes: Option<Codes>) -> Self {
-        Self { offsets, runs, text, codes, blocks: OnceLock::new() }
+        Self { offsets, runs, text, codes, blocks: Mutex::default() }
     }
 
     /// All keys for each of `positions` queries; all positions are of one source text.

@@ -7,6 +7,8 @@
 
 mod blocks;
 pub mod blockwise;
+mod blockwise_parts;
+mod blockwise_softmax;
 pub mod blockwise_tape;
 pub mod cached;
 mod grouping;

@@ -23,14 +23,22 @@ pub fn softmax(scores: &Tensor, bias: Option<&Tensor>, hidden: f32) -> Result<Op
         let call = call.with(from[0]).with(from.get(1).copied().unwrap_or(Address::NULL)).with(to[0]);
         vec![call.with(rows).with(keys).with(rows / samples).with(bias_rows).with(bias_step).with(hidden)]
     })?;
-    let backward = move |_: &[&Tensor], y: &Tensor, dy: &Tensor| {
-        let [dx] = run(&[y, dy], [Output::new(y.shape(), dtype)], &|from, to| {
-            let call = call("softmax_backward", y, rows);
-            vec![from.iter().chain(to).fold(call, |call, &address| call.with(address)).with(rows).with(keys)]
-        })?;
-        Ok(vec![dx.tensor()])
-    };
-    y.differentiable("softmax", &[&scores], backward).map(Some)
+    Ok(Some(y.tensor()))
+}
+
+/// The gradient of the scores, from the softmax and its gradient.
+///
+/// # Errors
+/// The device is out of memory.
+pub fn backward(y: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    let dy = dy.contiguous()?;
+    let keys = y.dims().last().copied().unwrap_or(1);
+    let rows = y.elem_count() / keys;
+    let [dx] = run(&[y, &dy], [Output::new(y.shape(), y.dtype())], &|from, to| {
+        let call = call("softmax_backward", y, rows);
+        vec![from.iter().chain(to).fold(call, |call, &address| call.with(address)).with(rows).with(keys)]
+    })?;
+    Ok(dx.tensor())
 }
 
 fn call(name: &str, rows_of: &Tensor, rows: usize) -> Call {
@@ -55,7 +63,9 @@ mod tests {
     use super::*;
     use crate::{
         error::{Context, Result},
-        ops::{attention::blockwise::stock_softmax, cuda::emulator, testing::*},
+        ops::{
+            attention::blockwise_softmax::stock_softmax, cuda::emulator, custom_gradient::custom_gradient, testing::*,
+        },
     };
     use candle_core::{DType, Device};
 
@@ -97,8 +107,12 @@ mod tests {
             (&[2, 2, 3, 2, 40], Some(&[2, 1, 1, 1, 40])),
         ] {
             let bias = biased.map(bias).transpose()?;
-            let fused = |v: &[Tensor]| softmax(&v[0], bias.as_ref(), -5e29)?.context("a bias of the kernel");
-            let stock = |v: &[Tensor]| stock_softmax(&v[0], bias.as_ref(), true);
+            let fused = |v: &[Tensor]| {
+                let bias = bias.clone();
+                let forward = |v: &[Tensor]| softmax(&v[0], bias.as_ref(), -5e29)?.context("a bias of the kernel");
+                custom_gradient("softmax", &[&v[0]], forward, |_, y, dy| Ok(vec![backward(y, dy)?]))
+            };
+            let stock = |v: &[Tensor]| Ok(stock_softmax(&v[0], bias.as_ref(), true)?);
             for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::BF16, 2e-2)] {
                 assert_same(&[normal("scores", shape, dtype)], tolerance, &fused, &stock)
                     .map_err(|e| e.context(format!("{shape:?}")))?;

@@ -1,4 +1,4 @@
-//! Launches kernels on a CUDA device. **This has never run on a GPU.**
+//! Launches kernels on a CUDA device. **This has never run on a GPU**, only on an emulated one.
 //!
 //! The kernels are one module of PTX for compute capability 8.0, which build.rs makes with the nvcc that candle's own kernels
 //! need as well: an error of a kernel fails the build and not a run, and no compiler is needed where the program runs. The driver

@@ -1,5 +1,5 @@
-//! Kernels of our own for CUDA, in place of chains of stock ops. **They have never run on a GPU**: they compile, and the tests
-//! run them on the CPU.
+//! Kernels of our own for CUDA, in place of chains of stock ops. **They have never run on a GPU**: the tests run them on the CPU,
+//! from their source and as PTX on an emulated GPU.
 //!
 //! A kernel is written once, in a `.cu` file beside its CPU twin. `launch` runs it on a device; `emulator` runs the same source
 //! on the CPU, in the tests: with several orders of blocks and threads, which must give the same bits. What launches a kernel

@@ -92,8 +92,12 @@ impl Layers {
         let (x_factor, w_factor) = (factor(&mut forward, of_x, self.stream), factor(&mut forward, of_w, self.weight));
         let y = forward.matmul(x_factor, w_factor, of_y, inputs);
         let y = forward.cast(y, self.stream);
-        if bias.is_some() {
-            forward.add_constant(y);
+        let bias_width = bias.map(|bias| tape.width(bias));
+        if let Some(width) = bias_width {
+            let bias = forward.leaf(outputs, width);
+            let bias = forward.cast(bias, self.stream);
+            let bias = forward.broadcast(bias, of_y);
+            forward.add(y, bias);
         }
 
         let mut backward = Tape::default();
@@ -103,10 +107,11 @@ impl Layers {
         let x_factor = factor(&mut backward, of_x, self.stream);
         let dw = backward.matmul(dy, x_factor, of_w, rows);
         backward.cast(dw, self.weight);
-        if bias.is_some() {
+        if let Some(width) = bias_width {
             let ones = backward.leaf(rows, self.stream);
             let dy = backward.leaf(of_y, self.stream);
-            backward.matmul(ones, dy, outputs, rows);
+            let db = backward.matmul(ones, dy, outputs, rows);
+            backward.cast(db, width);
         }
         // Of what is cast, both types: first with dx, then with dw.
         let cast = |elements: u64, width: u64| if width == self.factor { 0 } else { elements * self.factor };

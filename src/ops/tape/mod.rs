@@ -40,16 +40,58 @@ struct Composed {
     backward_peak: u64,
 }
 
-/// The ops of a forward pass.
+/// The ops of a forward pass, or of a pass that is written by hand.
 #[derive(Default)]
 pub struct Tape {
     nodes: Vec<Node>,
+    /// Results that have been freed, by number.
+    freed: Vec<bool>,
+    /// Bytes of the results that have not been freed, now and at most.
+    held: u64,
+    peak: u64,
 }
 
 impl Tape {
     fn push(&mut self, kind: Kind, elements: u64, width: u64, stored: bool, args: Vec<(Id, Gradient)>) -> Id {
         self.nodes.push(Node { kind, elements, width, stored, flops: 0, args, composed: None });
+        self.freed.push(!stored);
+        if stored {
+            self.held += elements * width;
+            self.peak = self.peak.max(self.held);
+        }
         Id(self.nodes.len() - 1)
+    }
+
+    /// Frees results, in a pass that is written by hand; those that have no memory of their own do not count.
+    pub(in crate::ops) fn free(&mut self, ids: &[Id]) {
+        for &Id(id) in ids {
+            if !std::mem::replace(&mut self.freed[id], true) {
+                self.held -= self.bytes(Id(id));
+            }
+        }
+    }
+
+    /// What a function computes, which frees all but its result as it returns.
+    pub(in crate::ops) fn function_of(&mut self, f: impl FnOnce(&mut Self) -> Id) -> Id {
+        let first = self.nodes.len();
+        let result = f(self);
+        let owner = self.owner(result);
+        let others: Vec<Id> = (first..self.nodes.len()).map(Id).filter(|id| *id != owner).collect();
+        self.free(&others);
+        result
+    }
+
+    /// The result whose memory this one is.
+    pub(in crate::ops) fn owner(&self, Id(id): Id) -> Id {
+        match (self.nodes[id].kind, self.nodes[id].args.first()) {
+            (Kind::View, Some((arg, _))) => self.owner(*arg),
+            _ => Id(id),
+        }
+    }
+
+    /// Bytes that a pass written by hand holds at its peak.
+    pub(in crate::ops) fn peak(&self) -> u64 {
+        self.peak
     }
 
     /// A parameter, an input or a constant. Its memory does not count. Its gradient does, even that of a constant, which candle
@@ -73,11 +115,6 @@ impl Tape {
     /// A result of the size of `like`.
     fn alike(&mut self, kind: Kind, like: Id, args: Vec<(Id, Gradient)>) -> Id {
         self.push(kind, self.elements(like), self.width(like), kind != Kind::View, args)
-    }
-
-    /// Another shape or order of the same memory.
-    pub(in crate::ops) fn view(&mut self, x: Id) -> Id {
-        self.alike(Kind::View, x, vec![(x, Gradient::Passed)])
     }
 
     /// The same as a contiguous tensor.
@@ -155,10 +192,15 @@ impl Tape {
         self.push(Kind::Copy, elements, width, true, parts.iter().map(|part| (*part, Gradient::Passed)).collect())
     }
 
-    /// x with zeros before and behind it, which the tape keeps, too.
+    /// x with zeros before and behind it, which autograd keeps, too.
     pub(in crate::ops) fn pad(&mut self, x: Id, zeros: [u64; 2]) -> Id {
-        let [before, behind] = zeros.map(|zeros| self.push(Kind::Copy, zeros, self.width(x), true, Vec::new()));
-        self.cat(&[before, x, behind])
+        let width = self.width(x);
+        let [before, behind] =
+            zeros.map(|zeros| (zeros > 0).then(|| self.push(Kind::Copy, zeros, width, true, Vec::new())));
+        match before.is_none() && behind.is_none() {
+            true => x,
+            false => self.cat(&before.into_iter().chain([x]).chain(behind).collect::<Vec<_>>()),
+        }
     }
 
     /// A kernel of ours that computes the gradients of all arguments together.

@@ -11,6 +11,11 @@ impl Tape {
     pub fn forward_work(&self) -> Vec<Work> {
         let work = |node: &Node| match &node.composed {
             Some(composed) => composed.forward.clone(),
+            // Each of the parts is copied by itself.
+            None if node.kind == Kind::Copy && node.args.len() > 1 => {
+                let copy = |(arg, _): &(Id, Gradient)| Work { kind: Kind::Copy, flops: 0, bytes: 2 * self.bytes(*arg) };
+                node.args.iter().map(copy).collect()
+            }
             None => {
                 let read: u64 = node.args.iter().map(|(arg, _)| self.memory(*arg)).sum();
                 vec![Work { kind: node.kind, flops: node.flops, bytes: read + node.elements * node.width }]
@@ -31,7 +36,11 @@ impl Tape {
                     node.args.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, (arg, _))| self.memory(*arg)).sum();
                 match gradient {
                     Gradient::Passed => {}
-                    Gradient::Filled => all.push(Work { kind: Kind::Copy, flops: 0, bytes: 2 * bytes }),
+                    // The zeros, the zeros as a part of the result, and the gradient.
+                    Gradient::Filled => {
+                        let zeros = bytes.saturating_sub(own);
+                        all.extend([zeros, 2 * zeros, 2 * own].map(|bytes| Work { kind: Kind::Copy, flops: 0, bytes }));
+                    }
                     Gradient::Computed if node.composed.is_some() => {}
                     Gradient::Computed => {
                         let kind = if node.kind == Kind::View { Kind::Sum } else { node.kind };
