@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds vilg with CUDA and NCCL on a machine that has neither, and checks that the program starts, reports
-# what is missing and computes on the CPU. It proves nothing about a GPU. x86-64 Linux only.
+# what is missing, and computes on the CPU and on an emulated GPU. It says nothing about the speed of a GPU. x86-64 Linux only.
 #
 # nvcc comes as PyPI wheels; in place of the libraries, stand-ins are linked that open the real ones when they are called
 # (scripts/cuda_shims.py). To build a program for use, see docs/gpu.md.
@@ -40,7 +40,7 @@ if [ "$(cat "$home/wheels" 2>/dev/null)" != "${wheels[*]}" ]; then
 fi
 export CUDA_HOME=$home/wheels.d/nvidia/cu13
 export CUDA_PATH=$CUDA_HOME PATH=$CUDA_HOME/bin:$PATH
-# Kernels for one GPU architecture, without optimization: they are only compiled here, never run.
+# Kernels for one GPU architecture, without optimization: only the emulated GPU runs them.
 export CUDA_COMPUTE_CAP=80 CUDAFORGE_THREADS=2 NVCC_APPEND_FLAGS="-Ofc max"
 
 source_of() { # source folder of a dependency
@@ -94,6 +94,9 @@ caption=$(step "$vilg" caption src/demo/sample.png)
 [ -n "$caption" ] && [ "$caption" = "$("$vilg" caption src/demo/sample.png --device cpu)" ] || broken "no caption on the CPU"
 say "$caption"
 
+# What the program computes on a GPU, on an emulated one.
+step ./scripts/emulated_gpu.sh "$vilg" "$home/emulated"
+
 # Above, candle's kernels are built for sm_80, and ours to PTX. The kernels of tensors and ours must also assemble for newer
 # GPUs, which are not available here; ours without a warning.
 kernels=$(source_of candle-kernels)/src
@@ -110,4 +113,4 @@ for architecture in sm_80 sm_90a sm_100; do
 done
 step assemble sm_90a
 step assemble sm_100
-say "CUDA: builds, links, starts and falls back; nothing was computed on a GPU"
+say "CUDA: builds, links, starts, falls back, and computes on an emulated GPU; no real one was used"

@@ -78,17 +78,17 @@ codes() {
     vilg data encode images --model demo -o codes --json --device cpu
 }
 
-# Trains three small layers for 20 steps: tiny NAME [more arguments of vilg train].
+# Trains three small layers for STEPS steps: tiny NAME [more arguments of vilg train].
+STEPS=$((SMALL ? 6 : 20))
 tiny() {
-    local name=$1 hidden=64
+    local name=$1 hidden=$((SMALL ? 32 : 64))
     shift
-    [ -z "$SMALL" ] || hidden=32
     [ -d codes ] || codes >/dev/null || return 1
     rm -rf "runs/$name"
     vilg train --config "$ROOT/configs/emoji.toml" --set name="$name" --set 'data.sources=[{path="codes"}]' \
         --set text.vocab=demo --set image_tokenizer.path=demo --set model.layers=3 --set "model.hidden=$hidden" \
-        --set model.heads=2 --set train.batch_size=4 --set train.caption_batch_size=4 --set train.warmup_steps=5 \
-        --set train.steps=20 --set train.sample_every=0 --set train.precision=f32 "$@" >/dev/null
+        --set model.heads=2 --set train.batch_size=4 --set train.caption_batch_size=4 --set train.warmup_steps=3 \
+        --set train.steps=$STEPS --set train.sample_every=0 --set train.precision=f32 "$@" >/dev/null
 }
 
 # The value of a key in each line of JSON.
@@ -101,7 +101,7 @@ same_losses() {
         for run in "$1" "$2"; do
             values $key "runs/$run/metrics.jsonl" >"$key.$run"
         done
-        losses+=("$(paste "$key.$1" "$key.$2" | awk -v key=$key '
+        losses+=("$(paste "$key.$1" "$key.$2" | awk -v key=$key -v steps=$STEPS '
             { difference = $1 - $2; if (difference < 0) difference = -difference; share = difference / ($1 > 0 ? $1 : 1e-9) }
             # What is not a number is null in the log.
             $1 !~ /^[0-9]/ || $2 !~ /^[0-9]/ || !(share <= (NR == 1 ? 1e-4 : 0.02)) { bad = bad ? bad : NR }
@@ -110,7 +110,7 @@ same_losses() {
             { last = $2 }
             END {
                 printf "\"%s\":{\"steps\":%d,\"first_difference\":%.3g,\"largest_difference\":%.3g,\"last\":%.6g}", key, NR, first, most, last
-                if (NR != 20 || NF != 2) bad = NR + 1
+                if (NR != steps || NF != 2) bad = NR + 1
                 if (bad) { print key ": the losses differ at step " bad >"/dev/stderr"; exit 1 }
             }')") || return 1
     done
