@@ -1,4 +1,4 @@
-//! Collectives between CUDA devices over NCCL. **They have never run on a GPU.**
+//! Collectives between CUDA devices over NCCL. **They have never run on a GPU**, only on emulated ones.
 //!
 //! Each rank (a process or a thread) has its own device and its own communicator.
 //!

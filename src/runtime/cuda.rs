@@ -1,4 +1,4 @@
-//! CUDA devices. **This has never run on a GPU**: it compiles, links, starts and fails cleanly on machines without one.
+//! CUDA devices. **This has never run on a GPU**, only on an emulated one (`scripts/emulated_gpu.sh`).
 //! The following was found by reading candle-core 0.11.1 and cudarc 0.19.10.
 //!
 //! - *Device*: one per rank. candle's `cuda_is_available` only reports how it was built, so the driver is asked and a
