@@ -79,7 +79,7 @@ codes() {
 }
 
 # Trains three small layers for STEPS steps: tiny NAME [more arguments of vilg train].
-STEPS=$((SMALL ? 6 : 20))
+STEPS=$((SMALL ? 4 : 20))
 tiny() {
     local name=$1 hidden=$((SMALL ? 32 : 64))
     shift
@@ -87,7 +87,7 @@ tiny() {
     rm -rf "runs/$name"
     vilg train --config "$ROOT/configs/emoji.toml" --set name="$name" --set 'data.sources=[{path="codes"}]' \
         --set text.vocab=demo --set image_tokenizer.path=demo --set model.layers=3 --set "model.hidden=$hidden" \
-        --set model.heads=2 --set train.batch_size=4 --set train.caption_batch_size=4 --set train.warmup_steps=3 \
+        --set model.heads=2 --set train.batch_size=4 --set train.caption_batch_size=4 --set train.warmup_steps=2 \
         --set train.steps=$STEPS --set train.sample_every=0 --set train.precision=f32 "$@" >/dev/null
 }
 
