@@ -33,5 +33,5 @@ if [ $# -gt 2 ]; then
 fi
 
 "$root/scripts/gpu_check.sh" --vilg "$vilg" --device cuda:0 --small \
-    --only device,ops,losses,kernels,collectives,stages,demo,layer-speed,10b-slice,decode-speed
+    --only device,ops,losses,kernels,collectives,stages,demo,10b-slice
 python3 "$sources/count_step.py" "$vilg"

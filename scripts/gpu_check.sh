@@ -134,14 +134,15 @@ kernels() {
 
 # ZeRO stages shard over two ranks if there are two GPUs (or on the CPU). With one GPU, a single rank owns everything.
 stages() {
-    local ranks=1 device=$DEVICE stage figures=()
+    local ranks=1 device=$DEVICE stage figures=() all=(0 1 2 3 3,disk)
+    [ -z "$SMALL" ] || all=(0 3)
     [ -f runs/cpu/metrics.jsonl ] || tiny cpu --device cpu || return 1
     if [ "$DEVICE" = cpu ]; then
         ranks=2
     elif [ "$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" -gt 1 ]; then
         ranks=2 device=cuda
     fi
-    for stage in 0 1 2 3 3,disk; do
+    for stage in "${all[@]}"; do
         local more=(--set "train.zero_stage=${stage%,disk}")
         [ "$stage" = 3,disk ] && more+=(--set train.offload=disk)
         tiny stage --device "$device" --nproc $ranks "${more[@]}" || return 1

@@ -48,9 +48,9 @@ std::uint16_t to_f16(float x) {
     if (x != x) return 0x7e00;
     if (size >= 65520) return sign | 0x7c00;
     int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
-    // In units of the last place, to nearest, ties to even; a carry raises the exponent by itself.
-    long units = std::lrint(std::ldexp(size, 10 - exponent));
-    return sign | static_cast<std::uint16_t>(units + (size < 0x1p-14f ? 0 : ((exponent + 14) << 10)));
+    // Steps of the last place, to nearest, ties to even; a carry raises the exponent by itself.
+    long steps = std::lrint(std::ldexp(size, 10 - exponent));
+    return sign | static_cast<std::uint16_t>(steps + (size < 0x1p-14f ? 0 : ((exponent + 14) << 10)));
 }
 
 // Numbers of cuBLAS's types as f32.

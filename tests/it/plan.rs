@@ -29,7 +29,7 @@ const BY_HAND: [(&str, u64, f64, f64); 9] = [
 
 #[test]
 fn plan_of_10_b_equals_the_formulas() {
-    for memory in ["24", "80"] {
+    for memory in ["16", "80"] {
         for gpus in ["8", "16", "64"] {
             let value =
                 json(&["plan", "--config", "configs/10b.toml", "--gpus", gpus, "--gpu-memory", memory])["plan"].take();
@@ -49,8 +49,8 @@ fn plan_of_10_b_equals_the_formulas() {
                     assert_eq!(number("host_bytes") > 0.0, offload);
                 }
             }
-            // Stage 3 with offload is the configuration's own: with eight samples a micro-step, activations alone take 16 GB.
-            assert_eq!(value["fits"], (gpus, memory) != ("8", "24"));
+            // Stage 3 with offload is the configuration's own: with eight samples a micro-step, activations alone take 10 GB.
+            assert_eq!(value["fits"], (gpus, memory) != ("8", "16"));
         }
     }
 }

@@ -8,6 +8,7 @@
 mod blocks;
 pub mod blockwise;
 mod blockwise_parts;
+mod blockwise_parts_tape;
 mod blockwise_softmax;
 pub mod blockwise_tape;
 pub mod cached;
