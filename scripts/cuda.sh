@@ -56,8 +56,8 @@ export LIBRARY_PATH=$home/shims
 
 CUDARC_CUDA_VERSION=12040 step cargo check --locked --features $features
 step cargo clippy --locked --all-targets --features $features -- -D warnings
-# It only starts and computes for a moment: full optimization would take minutes.
-step cargo build --locked --features $features --config profile.dev.package.vilg.opt-level=1
+# It only starts and computes for a moment: optimization would take minutes.
+step cargo build --locked --features $features --config profile.dev.package.vilg.opt-level=0
 vilg=$target/debug/vilg
 
 broken() { say "CUDA: $*"; exit 1; }
