@@ -28,12 +28,13 @@ fn main() {
 }
 
 /// The sources of the kernels: the first one includes the others.
-const KERNELS: [&str; 7] = [
+const KERNELS: [&str; 8] = [
     "src/ops/cuda/kernels.cu",
     "src/ops/cuda/device.cuh",
     "src/ops/attention/softmax.cu",
     "src/ops/embedding/embedding.cu",
     "src/ops/norm/layer_norm.cu",
+    "src/ops/optim/adamw.cu",
     "src/ops/pointwise/cross_entropy.cu",
     "src/ops/pointwise/gelu.cu",
 ];

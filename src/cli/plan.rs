@@ -6,7 +6,7 @@ use super::{
     summary::{grouped, rounded},
 };
 use crate::{
-    config::Config,
+    config::{Config, Offload},
     error::{Error, Result, ensure, hint_of, usage},
     report,
     runtime::Kernels,
@@ -226,7 +226,8 @@ fn rows(config: &Config, fit: &Fit) {
     ];
     let row = |row: &Row| {
         let kinds = row.kinds;
-        let own = if row.stage == config.train.zero_stage { "*" } else { " " };
+        let same = (row.stage, row.offload) == (config.train.zero_stage, config.train.offload != Offload::None);
+        let own = if same { "*" } else { " " };
         vec![
             format!(" {own}{}", row.stage),
             if row.offload { "cpu" } else { "none" }.into(),
@@ -266,7 +267,8 @@ fn activations(fit: &Fit) {
 }
 
 fn verdict(config: &Config, fit: &Fit) {
-    let own = format!("train.zero_stage = {}, optimizer state on the host", config.train.zero_stage);
+    let place = if config.train.offload == Offload::None { "on the GPU" } else { "on the host" };
+    let own = format!("train.zero_stage = {}, optimizer state {place}", config.train.zero_stage);
     if fit.fits {
         return report::result(format_args!("\nthe configuration fits ({own})"));
     }

@@ -67,7 +67,8 @@ pub struct Train {
     pub hsdp_shard_size: usize,
     /// Overlap communication with computation. Results are bit-equal either way. Default true.
     pub overlap: bool,
-    /// Where optimizer state (moments, EMA and, at stage 3, master weights) is stored: `cpu` (default) or `disk`.
+    /// Where optimizer state (moments, EMA and, on GPUs and at stage 3, master weights) is stored and updated: `none` (on
+    /// the device), `cpu` (default) or `disk`.
     pub offload: Offload,
     /// Timeout of collectives: seconds that a rank waits for the others before the run ends with an error. Default 600.
     pub rank_timeout: u64,
@@ -207,6 +208,8 @@ pub enum MatrixOptimizer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Offload {
+    /// In the memory of the device that computes: on a GPU, where it also updates the weights. On a CPU as `cpu`.
+    None,
     /// In RAM.
     Cpu,
     /// In memory-mapped files in the run folder.

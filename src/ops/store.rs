@@ -1,8 +1,11 @@
-//! Vectors that only the optimizer touches, in memory or on a disk: what `train.offload` decides (ZeRO-Infinity, arXiv 2104.07857).
+//! Vectors that only the optimizer touches, on the device, in memory or on a disk: what `train.offload` decides
+//! (ZeRO-Infinity, arXiv 2104.07857).
 
-use crate::error::{Context, Hint, Result};
+use crate::error::{Context, Hint, Result, bail};
+use candle_core::{DType, Device, Tensor};
 use memmap2::MmapMut;
 use std::{
+    borrow::Cow,
     fs::{self, File},
     io,
     ops::{Deref, DerefMut},
@@ -18,6 +21,14 @@ pub enum Store {
     Memory,
     /// In files of this folder. They have no name once they are open, so nothing is left behind, however the program ends.
     Disk(PathBuf),
+    /// In the memory of a device, where the optimizer updates them.
+    Device(Device),
+}
+
+/// What the optimizer keeps of a parameter, flat and in f32: weights, a moment, an average.
+pub enum Buffer {
+    Host(Floats),
+    Device(Tensor),
 }
 
 /// f32 numbers in memory, or in a mapped file whose pages the system can evict when memory is short.
@@ -30,23 +41,76 @@ impl Store {
     /// `len` zeros.
     ///
     /// # Errors
-    /// The disk is full.
-    pub fn zeros(&self, len: usize) -> Result<Floats> {
-        match self {
+    /// The disk is full, or the device is out of memory.
+    pub fn zeros(&self, len: usize) -> Result<Buffer> {
+        Ok(match self {
             Self::Disk(folder) if len > 0 => {
                 let hint = "free some space there, or set train.offload to `cpu`";
                 let what = || format!("cannot lay {} bytes down in {}", 4 * len, folder.display());
-                mapped(folder, 4 * len).map(Floats::Disk).hint(what(), hint)
+                Buffer::Host(Floats::Disk(mapped(folder, 4 * len).hint(what(), hint)?))
             }
-            _ => Ok(Floats::Memory(vec![0.0; len])),
-        }
+            // A driver has no memory of length zero.
+            Self::Device(device) => Buffer::Device(Tensor::zeros(len.max(1), DType::F32, device)?.narrow(0, 0, len)?),
+            _ => Buffer::Host(Floats::Memory(vec![0.0; len])),
+        })
     }
 
     /// A copy of `values`.
-    pub fn copy(&self, values: &[f32]) -> Result<Floats> {
-        let mut floats = self.zeros(values.len())?;
-        floats.copy_from_slice(values);
-        Ok(floats)
+    ///
+    /// # Errors
+    /// As [`Store::zeros`].
+    pub fn copy(&self, values: &[f32]) -> Result<Buffer> {
+        let mut buffer = self.zeros(values.len())?;
+        buffer.set(values)?;
+        Ok(buffer)
+    }
+}
+
+impl Buffer {
+    /// The numbers, copied to the host if they are not there.
+    pub fn values(&self) -> Result<Cow<'_, [f32]>> {
+        Ok(match self {
+            Self::Host(floats) => Cow::Borrowed(floats),
+            Self::Device(tensor) => Cow::Owned(tensor.to_vec1()?),
+        })
+    }
+
+    /// Replaces the numbers.
+    pub fn set(&mut self, values: &[f32]) -> Result<()> {
+        self.fill(|floats| {
+            floats.copy_from_slice(values);
+            Ok(())
+        })
+    }
+
+    /// Has `f` write the numbers.
+    pub fn fill(&mut self, f: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
+        match self {
+            Self::Host(floats) => f(floats),
+            Self::Device(tensor) if tensor.elem_count() == 0 => f(&mut []),
+            Self::Device(tensor) => {
+                let mut floats = vec![0.0; tensor.elem_count()];
+                f(&mut floats)?;
+                *tensor = Tensor::from_vec(floats, tensor.shape(), tensor.device())?;
+                Ok(())
+            }
+        }
+    }
+
+    /// The numbers, if they are on the host.
+    pub fn on_host(&mut self) -> Result<&mut Floats> {
+        match self {
+            Self::Host(floats) => Ok(floats),
+            Self::Device(_) => bail!("optimizer state on a device, of weights on the host"),
+        }
+    }
+
+    /// The numbers, if they are on a device.
+    pub fn on_device(&mut self) -> Result<&mut Tensor> {
+        match self {
+            Self::Device(tensor) => Ok(tensor),
+            Self::Host(_) => bail!("optimizer state on the host, of weights on a device"),
+        }
     }
 }
 
@@ -96,15 +160,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_disk_holds_what_memory_holds_and_leaves_nothing() {
+    fn every_store_holds_what_memory_holds_and_a_disk_keeps_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let disk = Store::Disk(folder.path().join("offload"));
-        for store in [Store::Memory, disk.clone()] {
-            let mut floats = store.copy(&[1.0, -2.0, 3.5]).unwrap();
-            floats[1] = 7.0;
-            assert_eq!(*floats, [1.0, 7.0, 3.5]);
-            assert_eq!(*store.zeros(5000).unwrap(), [0.0; 5000]);
-            assert!(store.zeros(0).unwrap().is_empty());
+        for store in [Store::Memory, disk.clone(), Store::Device(Device::Cpu)] {
+            let mut buffer = store.copy(&[1.0, -2.0, 3.5]).unwrap();
+            assert_eq!(*buffer.values().unwrap(), [1.0, -2.0, 3.5]);
+            buffer.set(&[1.0, 7.0, 3.5]).unwrap();
+            assert_eq!(*buffer.values().unwrap(), [1.0, 7.0, 3.5]);
+            assert_eq!(*store.zeros(5000).unwrap().values().unwrap(), [0.0; 5000]);
+            assert!(store.copy(&[]).unwrap().values().unwrap().is_empty());
+            assert_eq!(buffer.on_device().is_ok(), matches!(store, Store::Device(_)));
+            assert_ne!(buffer.on_host().is_ok(), matches!(store, Store::Device(_)));
         }
         assert_eq!(fs::read_dir(folder.path().join("offload")).unwrap().count(), 0);
         let error = disk.zeros(1 << 52).err().unwrap();

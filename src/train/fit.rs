@@ -82,10 +82,13 @@ fn candidates(config: &Config, gpus: usize) -> Vec<Settings> {
     // At most as many micro-batches as each GPU has samples.
     let most = batches.min().map_or(own.accumulation, |size| size / gpus.max(1)).max(own.accumulation);
     let mut all = Vec::new();
-    for stage in own.stage..=3 {
-        for activation_checkpointing in [own.activation_checkpointing, 1] {
-            for accumulation in [own.accumulation, most] {
-                all.push(Settings { stage, activation_checkpointing, accumulation, ..own });
+    // The optimizer on the host last: it makes each step wait for the bus.
+    for offload in [own.offload, true] {
+        for stage in own.stage..=3 {
+            for activation_checkpointing in [own.activation_checkpointing, 1] {
+                for accumulation in [own.accumulation, most] {
+                    all.push(Settings { stage, offload, activation_checkpointing, accumulation });
+                }
             }
         }
     }
@@ -110,6 +113,7 @@ fn keys(own: Settings, new: Settings) -> Vec<String> {
         own.activation_checkpointing != new.activation_checkpointing,
         format!("train.activation_checkpointing = {}", new.activation_checkpointing),
     );
+    differs(own.offload != new.offload, "train.offload = \"cpu\"".to_owned());
     keys
 }
 
@@ -133,6 +137,9 @@ mod tests {
         assert_eq!(stage_1.change, ["train.zero_stage = 2"]);
         assert_eq!(fit(&["train.zero_stage=1"], 8, 70).change, ["train.accumulation = 128"], "33 GB of activations");
         assert!(fit(&["train.accumulation=128"], 8, 24).fits);
+        let on_gpus = fit(&["train.accumulation=128", "train.offload=none"], 8, 24);
+        assert!(!on_gpus.fits, "18 GB of optimizer state");
+        assert_eq!(on_gpus.change, ["train.offload = \"cpu\""]);
         let kept = fit(&["train.activation_checkpointing=0", "train.accumulation=16"], 8, 24);
         assert!(!kept.fits && kept.change.contains(&"train.accumulation = 128".to_owned()), "{:?}", kept.change);
     }

@@ -161,7 +161,7 @@ mod tests {
         error::Result,
         model::Generator,
         nn::params::Scope,
-        ops::Store,
+        ops::{Buffer, Store},
         train::{
             optimizer::{self, Moments, Optimizer},
             shards::{Shards, names},
@@ -201,9 +201,10 @@ mod tests {
         let owned: usize = shards.owned().values().map(|range| range.len()).sum();
         let trained: usize = shards.trained().map(|(_, range)| range.len()).sum();
         let moments = Optimizer::new(&shards, &config.train)?.moments;
+        let len = |buffer: &Buffer| buffer.values().map_or(0, |values| values.len());
         let moments = moments.values().map(|moments| match moments {
-            Moments::AdamW { m, v } => m.len() + v.len(),
-            Moments::Muon { momentum } => momentum.len(),
+            Moments::AdamW { m, v } => len(m) + len(v),
+            Moments::Muon { momentum } => len(momentum),
         });
         let all: usize = scope.params().values().map(|var| var.elem_count()).sum();
         Ok([all, owned, trained, moments.sum()])

@@ -8,7 +8,7 @@
 
 use super::sizes::{Shares, Sizes};
 use crate::{
-    config::{Config, Precision},
+    config::{Config, Offload, Precision},
     runtime::Kernels,
 };
 use serde::Serialize;
@@ -90,12 +90,12 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Those of the configuration. Optimizer state is always on the host.
+    /// Those of the configuration.
     pub fn of(config: &Config) -> Self {
         let train = &config.train;
         Self {
             stage: train.zero_stage,
-            offload: true,
+            offload: train.offload != Offload::None,
             activation_checkpointing: train.activation_checkpointing,
             accumulation: train.accumulation,
         }
@@ -143,8 +143,8 @@ impl<'a> Memory<'a> {
         let (weight, unit, trained_unit) =
             (self.weight(), self.shares.largest_unit(), self.shares.largest_trained_unit());
         let (split, whole) = (settings.stage, settings.stage < 3);
-        // In f32 the weights are the master weights.
-        let master = if weight == 4 { 0 } else { 4 * trained };
+        // Variables are copies of them, in f32 too.
+        let master = 4 * trained;
         let average = if self.config.train.ema_decay > 0.0 { 4 * trained } else { 0 };
         let on_gpu = |bytes: u64| if settings.offload { 0 } else { bytes };
         let under_way = match split {

@@ -123,7 +123,7 @@ fn other_settings_change_their_kind_only() {
     config.train.matrix_optimizer = MatrixOptimizer::Adamw;
     config.train.precision = Precision::F32;
     let exact = kinds(&config, settings);
-    assert_eq!((exact.weights, exact.optimizer), (2 * before.weights, before.optimizer / 3 * 2));
+    assert_eq!((exact.weights, exact.optimizer), (2 * before.weights, before.optimizer));
     config.train.overlap = false;
     assert_eq!(kinds(&config, settings), Kinds { under_way: 0, ..exact });
 }

@@ -1,6 +1,7 @@
 //! AdamW, and Muon for the transformer's matrices. The [`Attributes`] of a parameter say which, and whether it decays.
 //!
-//! Moments are f32 on the host, in order of name, for weights of any dtype and device; `train.offload` says where.
+//! Moments are f32, in order of name, for weights of any dtype and device; `train.offload` says where they are. The update
+//! is computed there.
 
 use super::{
     owned::Owned,
@@ -13,7 +14,8 @@ use crate::{
         gradients::Gradients,
         params::{Attributes, Params},
     },
-    ops::{self, Floats},
+    ops::{self, Buffer},
+    runtime,
 };
 use candle_core::Tensor;
 use half::slice::HalfFloatSliceExt;
@@ -23,9 +25,9 @@ use std::{collections::BTreeMap, ops::Range};
 /// The optimizer state of one parameter.
 pub enum Moments {
     /// First and second moment.
-    AdamW { m: Floats, v: Floats },
+    AdamW { m: Buffer, v: Buffer },
     /// Momentum.
-    Muon { momentum: Floats },
+    Muon { momentum: Buffer },
 }
 
 /// The optimizer's state of what this rank owns, by parameter name.
@@ -82,6 +84,13 @@ impl Optimizer {
                         weight_decay,
                         step,
                     };
+                    if owned.is_on_device() {
+                        let (m, v) = (m.on_device()?, v.on_device()?);
+                        let kernels = runtime::kernels();
+                        return owned
+                            .update_on_device(|w, g| ops::adamw_step_on_device(w, g, [m, v], &hyper, scale, kernels));
+                    }
+                    let (m, v) = (m.on_host()?, v.on_host()?);
                     owned.update(|w, rounded, g| ops::adamw_step(w, g, [m, v], rounded, &hyper, scale))
                 }
                 Moments::Muon { momentum } => {
@@ -92,6 +101,12 @@ impl Optimizer {
                         precision: config.precision,
                     };
                     let size = owned.param.dims2()?;
+                    if owned.is_on_device() {
+                        let momentum = momentum.on_device()?;
+                        return owned
+                            .update_on_device(|w, g| ops::muon_step_on_device(w, g, momentum, size, &hyper, scale));
+                    }
+                    let momentum = momentum.on_host()?;
                     owned.update(|w, rounded, g| {
                         ops::muon_step(w, g, momentum, size, &hyper, scale)?;
                         rounded.into_iter().for_each(|rounded| rounded.convert_from_f32_slice(w));
@@ -100,7 +115,9 @@ impl Optimizer {
                 }
             }
         };
-        let (small, large): (Vec<_>, Vec<_>) = updates.into_iter().partition(|(owned, _)| owned.elements() < LARGE);
+        // A device computes one update after the other.
+        let alone = |owned: &Owned| owned.elements() >= LARGE || owned.is_on_device();
+        let (large, small): (Vec<_>, Vec<_>) = updates.into_iter().partition(|(owned, _)| alone(owned));
         small.into_par_iter().try_for_each(update)?;
         large.into_iter().try_for_each(update)
     }
@@ -223,6 +240,7 @@ mod tests {
         config::{Architecture, Config, ImageTokenizer, Model, QuantizerKind},
         model::Generator,
         nn::params::{Init, Scope},
+        ops::Store,
         tokenizer,
         train::engine::tests as toy,
     };
@@ -305,15 +323,20 @@ mod tests {
 
     #[test]
     fn a_step_moves_every_parameter_by_its_own_rule() {
-        for kind in [MatrixOptimizer::Adamw, MatrixOptimizer::Muon] {
+        let group = crate::dist::Group::alone();
+        let kinds = [MatrixOptimizer::Adamw, MatrixOptimizer::Muon];
+        let stores = [Store::Memory, Store::Device(Device::Cpu)];
+        for (kind, store) in kinds.into_iter().flat_map(|kind| stores.clone().map(|store| (kind, store))) {
             let (params, chain) = toy::chain(1, 2);
             let before: Vec<Vec<f32>> = params.values().map(|v| rows(v, 0, 4)).collect();
-            let mut shards = Shards::alone(&toy::segments(&chain)).unwrap();
             let segments = toy::segments(&chain);
+            let (names, handling) = (toy::parameter_groups(&chain), |_: &str, _: Attributes| Handling::default());
+            let mut shards = Shards::new(&group, 0, store, &params, &names, handling, |_| Ok(None)).unwrap();
             super::super::engine::accumulate(&segments, &toy::inputs(1), 0, &mut shards).unwrap();
             let config = Train { matrix_optimizer: kind, weight_decay: 0.0, learning_rate: 0.1, ..Train::default() };
             let mut optimizer = Optimizer::new(&shards, &config).unwrap();
             optimizer.step(&mut shards, &config, 1, 0.5, GradientScale::new(1.0, 0.0, 1.0)).unwrap();
+            shards.refresh().unwrap();
             for (var, before) in params.values().zip(&before) {
                 let moved: Vec<f32> = rows(var, 0, 4).iter().zip(before).map(|(a, b)| (a - b).abs()).collect();
                 let (least, most) = moved.iter().fold((1f32, 0f32), |(l, m), x| (l.min(*x), m.max(*x)));

@@ -209,7 +209,7 @@ fn any_number_of_ranks_goes_on_from_any_other_s_checkpoint() {
                 let mut shards = Shards::new(
                     group,
                     stage,
-                    Store::Memory,
+                    if to == 3 { Store::Device(candle_core::Device::Cpu) } else { Store::Memory },
                     task.params(),
                     &task.parameter_groups(),
                     handling,

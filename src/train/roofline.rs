@@ -84,7 +84,7 @@ impl Roofline {
         let compute_seconds: f64 = ops.iter().map(|(_, share)| share.seconds).sum();
         let network_seconds = row.traffic_bytes as f64 / (bandwidths.network * 1e9);
         // Gradients in f32, and what products read of the weights.
-        let moved = row.kinds.gradients.max(1) + row.kinds.weights;
+        let moved = if row.offload { row.kinds.gradients + row.kinds.weights } else { 0 };
         let host_seconds = moved as f64 / (bandwidths.host * 1e9);
         let seconds = compute_seconds.max(network_seconds) + host_seconds;
         let mfu = memory.flops() / (cluster.gpus as f64 * cluster.tflops * 1e12 * seconds);

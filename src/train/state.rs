@@ -14,6 +14,7 @@ use super::{
 use crate::{
     config::Config,
     error::{Context, Result, ensure, failed},
+    ops::Buffer,
     report,
 };
 use candle_core::Tensor;
@@ -118,9 +119,10 @@ impl RunState {
                 continue;
             }
             let len = shards.params()[&name].elem_count();
-            let read = |kind: &str, into: &mut [f32]| stored.read(&format!("{kind}/{name}"), len, &range, into);
+            let numbers = |kind: &str, into: &mut [f32]| stored.read(&format!("{kind}/{name}"), len, &range, into);
+            let read = |kind: &str, into: &mut Buffer| into.fill(|into| numbers(kind, into));
             let mut weights = vec![0.0; range.len()];
-            read("weights", &mut weights)?;
+            numbers("weights", &mut weights)?;
             shards.set_part(&name, &weights)?;
             match self.optimizer.moments.get_mut(&name) {
                 Some(Moments::AdamW { m, v }) => read("adamw_m", m).and_then(|()| read("adamw_v", v))?,
@@ -170,14 +172,14 @@ impl RunState {
             add("weights", Cow::Owned(shards.part(name)?));
             match self.optimizer.moments.get(name) {
                 Some(Moments::AdamW { m, v }) => {
-                    add("adamw_m", Cow::Borrowed(m));
-                    add("adamw_v", Cow::Borrowed(v));
+                    add("adamw_m", m.values()?);
+                    add("adamw_v", v.values()?);
                 }
-                Some(Moments::Muon { momentum }) => add("muon", Cow::Borrowed(momentum)),
+                Some(Moments::Muon { momentum }) => add("muon", momentum.values()?),
                 None => {}
             }
             if let Some(average) = self.average.as_ref().and_then(|average| average.get(name)) {
-                add("average", Cow::Borrowed(average));
+                add("average", average.values()?);
             }
         }
         Ok(parts)
@@ -215,7 +217,7 @@ impl RunState {
     /// The weights for sample images, on the leading rank: the moving average where there is one.
     pub fn shown(&self, shards: &Shards) -> Result<Option<HashMap<String, Tensor>>> {
         shards.collect(|shards, name| match self.average.as_ref().and_then(|average| average.get(name)) {
-            Some(average) => Ok(average.to_vec()),
+            Some(average) => Ok(average.values()?.into_owned()),
             None => shards.part(name),
         })
     }

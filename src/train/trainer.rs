@@ -92,7 +92,8 @@ impl<'a> Trainer<'a> {
         optimizer::check_frozen(settings, task.params())?;
         let handling = |name: &str, attributes| optimizer::handling(settings, rounded, name, attributes);
         let store = match settings.offload {
-            Offload::Cpu => Store::Memory,
+            Offload::None if !runtime::device()?.is_cpu() => Store::Device(runtime::device()?),
+            Offload::None | Offload::Cpu => Store::Memory,
             Offload::Disk => Store::Disk(folder.offload(group.rank())),
         };
         let fresh = |name: &str| task.fresh(name);

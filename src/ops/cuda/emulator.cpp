@@ -9,6 +9,7 @@ namespace {
 
 const std::map<std::string, emulator::Kernel> &kernels() {
     static const std::map<std::string, emulator::Kernel> kernels{
+        KERNEL(adamw_f32),
         KERNEL(bias_gelu_backward_bf16_bf16), KERNEL(bias_gelu_backward_bf16_f32), KERNEL(bias_gelu_backward_f32_f32),
         KERNEL(bias_gelu_forward_bf16_bf16), KERNEL(bias_gelu_forward_bf16_f32), KERNEL(bias_gelu_forward_f32_f32),
         KERNEL(column_sums_bf16), KERNEL(column_sums_f32), KERNEL(cross_entropy_backward_bf16),

@@ -3,5 +3,6 @@
 #include "../attention/softmax.cu"
 #include "../embedding/embedding.cu"
 #include "../norm/layer_norm.cu"
+#include "../optim/adamw.cu"
 #include "../pointwise/cross_entropy.cu"
 #include "../pointwise/gelu.cu"

@@ -24,20 +24,20 @@ pub struct AdamW {
 }
 
 /// The factors of the inner loop, in the kernel's precision.
-struct Factors<T> {
-    keep: T,
-    rate: T,
-    beta1: T,
-    one_minus_beta1: T,
-    beta2: T,
-    one_minus_beta2: T,
-    scale: T,
-    eps: T,
-    root_correction2: T,
+pub(super) struct Factors<T> {
+    pub keep: T,
+    pub rate: T,
+    pub beta1: T,
+    pub one_minus_beta1: T,
+    pub beta2: T,
+    pub one_minus_beta2: T,
+    pub scale: T,
+    pub eps: T,
+    pub root_correction2: T,
 }
 
 impl<T: Real> Factors<T> {
-    fn of(hyper: &AdamW, scale: f64) -> Self {
+    pub fn of(hyper: &AdamW, scale: f64) -> Self {
         let AdamW { learning_rate, beta1, beta2, eps, weight_decay, step } = *hyper;
         let steps = i32::try_from(step).unwrap_or(i32::MAX);
         Self {

@@ -9,7 +9,7 @@ use crate::{
 use rayon::prelude::*;
 
 /// Decay of the Nesterov momentum.
-const MOMENTUM: f32 = 0.95;
+pub(super) const MOMENTUM: f32 = 0.95;
 
 /// Hyperparameters of one step.
 #[derive(Debug, Clone, Copy)]

@@ -14,8 +14,8 @@ use crate::{
 };
 use rayon::prelude::*;
 
-const STEPS: usize = 5;
-const COEFFICIENTS: (f32, f32, f32) = (3.4445, -4.7750, 2.0315);
+pub(super) const STEPS: usize = 5;
+pub(super) const COEFFICIENTS: (f32, f32, f32) = (3.4445, -4.7750, 2.0315);
 
 /// Replaces X (rows, columns) by an approximately orthogonal matrix with the same singular vectors; singular values are
 /// within about 0.7..1.2. Products are in `precision`: the iteration corrects its own rounding errors.

@@ -1,11 +1,14 @@
 //! Variables that are copies of the weights: those on a GPU, and rounded ones. They travel as tensors on their device.
 //!
-//! The weights that the optimizer updates (master weights) are f32 on the host, beside its moments. A rank's own go to its
-//! device after each update, rounded to the type of the variable; gradients add up on the device and come to the host once
-//! a step, for the update.
+//! The weights that the optimizer updates (master weights) are f32, beside its moments: on the host, or with
+//! `train.offload = "none"` on the device. After an update, a rank's own are rounded to the type of the variable, on their way
+//! to the device or there. Gradients add up on the device; for an update on the host they go there once a step.
 
 use super::{super::layout::length, Piece, Shards};
-use crate::{error::Result, ops};
+use crate::{
+    error::Result,
+    ops::{self, Buffer},
+};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 
@@ -78,12 +81,16 @@ impl Shards<'_> {
 
     /// The weights of these pieces of this rank, concatenated, on the device.
     fn flat<'a>(&self, pieces: impl Iterator<Item = &'a Piece>, dtype: DType) -> Result<Tensor> {
-        let (mut floats, mut halves) = (Vec::new(), Vec::new());
+        let (mut floats, mut halves, mut there) = (Vec::new(), Vec::new(), Vec::new());
         for Piece { name, .. } in pieces {
-            match self.masters.rounded.get(name) {
-                Some(rounded) => halves.extend_from_slice(rounded),
-                None => self.with_part(name, |weights| floats.extend_from_slice(weights))?,
+            match (self.masters.weights.get(name), self.masters.rounded.get(name)) {
+                (Some(Buffer::Device(weights)), _) => there.push(weights.to_dtype(dtype)?),
+                (_, Some(rounded)) => halves.extend_from_slice(rounded),
+                _ => self.with_part(name, |weights| floats.extend_from_slice(weights))?,
             }
+        }
+        if !there.is_empty() {
+            return Ok(Tensor::cat(&there, 0)?);
         }
         let flat = match (floats.len(), halves.len()) {
             // A driver has no memory of length zero.

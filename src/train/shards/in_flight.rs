@@ -101,7 +101,7 @@ impl Shards<'_> {
         edit()?;
         for Piece { name, .. } in self.parameter_groups[unit].pieces.iter().flatten() {
             if let (Some(range), Some(weights)) = (self.owned.get(name), self.masters.weights.get_mut(name)) {
-                ops::with_slice(&self.params[name], |all: &[f32]| weights.copy_from_slice(&all[range.clone()]))?;
+                ops::with_slice(&self.params[name], |all: &[f32]| weights.set(&all[range.clone()]))??;
             }
         }
         self.reshard(unit)?;

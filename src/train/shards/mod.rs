@@ -14,7 +14,7 @@
 //! transfers.
 //!
 //! In bf16, weights that products round before use are sent rounded (see [`Handling`]): half the traffic, the same bits.
-//! On GPUs variables are copies of the weights: see [`device`]. [`in_flight`] says what travels when.
+//! On devices variables are copies of the weights: see [`device`]. [`in_flight`] says what travels when.
 
 mod device;
 mod host;
@@ -32,7 +32,7 @@ use crate::{
         params::{Attributes, Params},
         segment::Chain,
     },
-    ops::{self, Floats, Store},
+    ops::{self, Buffer, Store},
 };
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, slice::HalfFloatSliceExt, vec::HalfFloatVecExt};
@@ -87,8 +87,8 @@ struct Masters {
     /// Whether variables are copies of the weights.
     copied: bool,
     /// The weights in [`Shards::owned`] where variables are copies, or freed between uses (stage 3).
-    weights: BTreeMap<String, Floats>,
-    /// The same in bf16, of variables that are copies in bf16: the optimizer rounds as it updates.
+    weights: BTreeMap<String, Buffer>,
+    /// The same in bf16 on the host, of variables that are copies in bf16: the optimizer rounds as it updates.
     rounded: BTreeMap<String, Vec<bf16>>,
 }
 
@@ -158,6 +158,7 @@ impl<'g> Shards<'g> {
             ParameterGroup { pieces, weights, gradients, device_part: Vec::new(), frozen }
         };
         let parameter_groups = pieces.into_iter().zip(frozen).map(unit).collect();
+        let on_device = matches!(store, Store::Device(_));
         let device = params.values().next().map_or(Device::Cpu, |var| var.device().clone());
         let mut shards = Self {
             group,
@@ -169,7 +170,7 @@ impl<'g> Shards<'g> {
             handling,
             store,
             masters: Masters {
-                copied: !device.is_cpu() || params.values().any(|var| var.dtype() != DType::F32),
+                copied: on_device || !device.is_cpu() || params.values().any(|var| var.dtype() != DType::F32),
                 ..Masters::default()
             },
             device,
@@ -188,8 +189,8 @@ impl<'g> Shards<'g> {
             shards.masters.weights.insert(name.clone(), part);
         }
         let Masters { weights, rounded, .. } = &mut shards.masters;
-        for (name, weights) in weights.iter().filter(|(name, _)| params[*name].dtype() == DType::BF16) {
-            rounded.insert(name.clone(), Vec::from_f32_slice(weights));
+        for (name, weights) in weights.iter().filter(|(name, _)| params[*name].dtype() == DType::BF16 && !on_device) {
+            rounded.insert(name.clone(), Vec::from_f32_slice(&weights.values()?));
         }
         (0..shards.parameter_groups.len()).try_for_each(|unit| shards.reshard(unit))?;
         shards.update_device_parts()?;
@@ -207,7 +208,7 @@ impl<'g> Shards<'g> {
     }
 
     /// Copies of the weights that this rank owns and trains, by name, in the store.
-    pub fn stored_parts(&self) -> Result<BTreeMap<String, Floats>> {
+    pub fn stored_parts(&self) -> Result<BTreeMap<String, Buffer>> {
         let copy = |name: &String| {
             let stored = self.with_part(name, |weights| self.store.copy(weights))??;
             Ok((name.clone(), stored))
@@ -263,7 +264,7 @@ impl<'g> Shards<'g> {
     /// What the optimizer updates on this rank: what it owns of each parameter that has a gradient.
     pub fn updates(&mut self) -> Vec<Owned<'_>> {
         let gradients = if self.stage == 0 { &self.gradients } else { &self.sums };
-        let mut weights: BTreeMap<&str, &mut Floats> =
+        let mut weights: BTreeMap<&str, &mut Buffer> =
             self.masters.weights.iter_mut().map(|(name, values)| (name.as_str(), values)).collect();
         let mut rounded: BTreeMap<&str, &mut Vec<bf16>> =
             self.masters.rounded.iter_mut().map(|(name, values)| (name.as_str(), values)).collect();
@@ -275,11 +276,16 @@ impl<'g> Shards<'g> {
         self.owned.iter().filter_map(update).collect()
     }
 
-    /// Calls `f` with the weights that this rank owns of `name`.
+    /// The weights that this rank owns of `name`, unless they are in the variable.
+    pub fn master(&self, name: &str) -> Option<&Buffer> {
+        self.masters.weights.get(name)
+    }
+
+    /// Calls `f` with the weights that this rank owns of `name`, on the host.
     pub fn with_part<R>(&self, name: &str, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
         let range = self.owned.get(name).with_context(|| format!("this rank owns nothing of `{name}`"))?;
         match self.masters.weights.get(name) {
-            Some(weights) => Ok(f(weights)),
+            Some(weights) => Ok(f(&weights.values()?)),
             None => {
                 let weights = self.params[name].to_dtype(DType::F32)?;
                 Ok(ops::with_slice(&weights, |weights: &[f32]| f(&weights[range.clone()]))?)
@@ -296,7 +302,7 @@ impl<'g> Shards<'g> {
     pub fn set_part(&mut self, name: &str, values: &[f32]) -> Result<()> {
         let range = self.owned.get(name).with_context(|| format!("this rank owns nothing of `{name}`"))?;
         match self.masters.weights.get_mut(name) {
-            Some(weights) => weights.copy_from_slice(values),
+            Some(weights) => weights.set(values)?,
             None => ops::with_slice_mut(&self.params[name], |w: &mut [f32]| w[range.clone()].copy_from_slice(values))?,
         }
         if let Some(rounded) = self.masters.rounded.get_mut(name) {

@@ -54,7 +54,9 @@ fn owners_keep_exact_weights_where_others_get_rounded_ones() {
 fn copies_are_what_the_optimizer_left_rounded_to_their_type() {
     for ranks in [1, 3] {
         launch(ranks, PATIENCE, |group| {
-            for (stage, precision) in (0..=3).flat_map(|stage| [(stage, Precision::Bf16), (stage, Precision::F16)]) {
+            let stores = [Store::Memory, Store::Device(Device::Cpu)];
+            let all = stores.iter().flat_map(|store| [(store, Precision::Bf16), (store, Precision::F16)]);
+            for (stage, (store, precision)) in (0..=3).flat_map(|stage| all.clone().map(move |of| (stage, of))) {
                 let scope = Scope::from_seed(1, DType::F32, &Device::Cpu).in_precision(precision);
                 scope.at("blocks.0").block_matrices("weight", (5, 7), Init::Normal(1.0), 1)?;
                 scope.at("blocks.0").get("bias", 4, Init::Ones)?;
@@ -62,7 +64,9 @@ fn copies_are_what_the_optimizer_left_rounded_to_their_type() {
                 let (parameter_groups, handling) =
                     ([params.keys().cloned().collect()], |_: &str, _: Attributes| Handling::default());
                 let fill = |name: &str| fresh.values(name).map(Some);
-                let mut shards = Shards::new(group, stage, Store::Memory, &params, &parameter_groups, handling, fill)?;
+                let mut shards = Shards::new(group, stage, store.clone(), &params, &parameter_groups, handling, fill)?;
+                let on_device = shards.masters.weights.values().all(|weights| matches!(weights, Buffer::Device(_)));
+                assert_eq!(on_device, matches!(store, Store::Device(_)));
                 let mut optimizer = Optimizer::new(&shards, &settings)?;
                 for step in 1..=2 {
                     shards.begin(step);
