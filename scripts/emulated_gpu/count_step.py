@@ -21,7 +21,7 @@ PINNED = Path(__file__).with_name("counts.json")
 
 CONFIGURATIONS = {
     "bf16": ["train.precision=bf16"],
-    "bf16, kernels": ["train.precision=bf16", "--kernels", "fused"],
+    "bf16, kernels, no offload": ["train.precision=bf16", "train.offload=none", "--kernels", "fused"],
     "bf16, checkpointing": ["train.precision=bf16", "train.activation_checkpointing=1"],
 }  # fmt: skip
 
